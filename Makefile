@@ -1,0 +1,27 @@
+# Each target sets up what it needs in a fresh clone, in a virtual environment of its own.
+#   make demo EXTRA=cuda     on a GPU (EXTRA=tpu on a TPU VM)
+PYTHON ?= python3
+EXTRA ?= cpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed-$(EXTRA)
+	@$(RUN) -m infer.demo
+
+test: $(VENV)/installed-tests
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed-tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --editable '.[$*]'
+	@touch $@

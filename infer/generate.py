@@ -1,0 +1,67 @@
+"""Answer one prompt: python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"."""
+
+import argparse
+import sys
+
+import phi4mm_jax
+from phi4mm_jax.progress import progress_bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m infer.generate", description="Answer one prompt.")
+    parser.add_argument("text", metavar="TEXT", help="what to ask; media are put before it, in the order given")
+    parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be given several times")
+    parser.add_argument("--audio", metavar="FILE", action="append", default=[], help="may be given several times")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    parser.add_argument("--raw", action="store_true", help="TEXT is a whole prompt with placeholders, no chat message")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
+    parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", metavar="N", type=int, default=0)
+    parser.add_argument("--top-p", metavar="X", type=float, default=1.0)
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
+    return parser.parse_args()
+
+
+def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
+    """The raw prompt, or a conversation of one turn with the media before the text."""
+    if arguments.raw:
+        return arguments.text
+    media = [{"type": "image", "image": path} for path in arguments.image]
+    media += [{"type": "audio", "audio": path} for path in arguments.audio]
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    return [*system, {"role": "user", "content": [*media, {"type": "text", "text": arguments.text}]}]
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        with progress_bar("Reading the weights") as advance:
+            model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+        with progress_bar("Compiling and generating"):
+            (completion,) = model.generate(
+                [prompt_of(arguments)],
+                images=[arguments.image] if arguments.raw else None,
+                audios=[arguments.audio] if arguments.raw else None,
+                max_new_tokens=arguments.max_new_tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+                stop=arguments.stop,
+            )
+    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(completion.text)
+    print(
+        f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

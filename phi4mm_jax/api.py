@@ -1,0 +1,136 @@
+"""The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from phi4mm_jax.checkpoint.load import check_structure, load_variables
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation import Completion, Generator, Sampling
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.phi4mm import abstract_variables
+from phi4mm_jax.processing.batch import Batch
+from phi4mm_jax.processing.processor import Processor, PromptLike
+from phi4mm_jax.sharding import shardings
+
+DType = Literal["float32", "bfloat16"]
+MediaLists = Sequence[Sequence[Any] | None]
+
+
+def load(
+    path: str | Path,
+    dtype: DType = "bfloat16",
+    mesh: Mesh | None = None,
+    *,
+    fresh_adapters: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> "Model":
+    """Load a checkpoint folder.
+
+    Args:
+        path: a folder in the original layout: config.json, the safetensors shards, the tokenizer's files.
+        dtype: of parameters and activations.
+        mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
+        fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
+        progress: called after each parameter with how many are read, and how many there are.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
+        ConfigError: config.json asks for something unsupported.
+        InputError: an unknown dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
+    config = Phi4MMConfig.from_folder(path)
+    processor = Processor.from_folder(path, config)
+    module = Phi4MM(config, jnp.dtype(dtype))
+    abstract = abstract_variables(module)
+    places = shardings(abstract, mesh)
+    variables = load_variables(
+        path, config, dtype, place=lambda p, x: jax.device_put(x, places[p]), fresh_adapters=fresh_adapters,
+        progress=progress,
+    )  # fmt: skip
+    check_structure(variables, nn.unbox(abstract))
+    return Model(module, variables, processor)
+
+
+class Model:
+    """A loaded model: the network, its variables and the processor of its inputs.
+
+    Attributes:
+        module: the Linen module; `module.apply(variables, batch)` is the pure function behind `logits`.
+        variables: "params", and an adapter's parameters in "lora_vision" and "lora_speech".
+        processor: turns prompts into batches; has the tokenizer.
+    """
+
+    def __init__(self, module: Phi4MM, variables: dict[str, Any], processor: Processor):
+        self.module, self.variables, self.processor = module, variables, processor
+        self._logits = jax.jit(module.apply)
+
+    @property
+    def config(self) -> Phi4MMConfig:
+        return self.module.config
+
+    def process(
+        self, prompts: Sequence[PromptLike], images: MediaLists | None = None, audios: MediaLists | None = None
+    ) -> Batch:
+        """Prompts, images and audio as a static-shaped batch; see `Processor.__call__`."""
+        return self.processor(prompts, images, audios)
+
+    def logits(self, batch: Batch) -> Float[Array, "B T V"]:
+        """The float32 logits of every position; those past a row's length have no meaning."""
+        return self._logits(self._variables_for(batch), batch)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        images: MediaLists | None = None,
+        audios: MediaLists | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Completion]:
+        """Answer the prompts, all in one batch, in their order.
+
+        Args:
+            prompts: one a row: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
+            images: for each row, a list of PIL images, paths or bytes.
+            audios: for each row, a list of (samples, sampling rate), paths or bytes.
+            max_new_tokens: the most tokens to generate for a row.
+            temperature: 0 chooses the likeliest token.
+            top_k: sample from this many likeliest tokens; 0 from all.
+            top_p: sample from the fewest tokens whose probabilities reach this.
+            seed: of the sampling; the same call gives the same answers.
+            stop: strings that end an answer; they are not part of its text.
+
+        Raises:
+            InputError: a prompt, medium or argument that cannot be used.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        batch = self.process(prompts, images, audios)
+        return self._generator(
+            self._variables_for(batch), batch, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop
+        )
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.module, self.processor.tokenizer, self.processor.context)
+
+    def _variables_for(self, batch: Batch) -> dict[str, Any]:
+        """Without the adapters that no row uses, which then cost nothing."""
+        used = set(np.unique(batch.adapters).tolist())
+        return {name: v for name, v in self.variables.items() if ADAPTERS.get(name) in {None, *used}}

@@ -1,0 +1,5 @@
+"""Attention: one API, one file per implementation."""
+
+from phi4mm_jax.kernels.api import decode_attention, flash_attention
+
+__all__ = ["decode_attention", "flash_attention"]

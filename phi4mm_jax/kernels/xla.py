@@ -1,0 +1,229 @@
+"""Attention in plain XLA: the reference, exact and with bounded memory on every platform.
+
+The scores are computed tile by tile with a running maximum and sum, and computed again in the backward pass (Dao et
+al., FlashAttention, arXiv:2205.14135). Tiles that no query of theirs may attend to are not visited. Inside, arrays
+have their heads in front, so that a tile is one contiguous piece a head.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from phi4mm_jax.precision import precision_of
+
+_MASKED = -1e30  # finite, so that a fully masked row has no NaN
+_TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
+_KEY_TILE = 512
+_SINGLE_TILE = 1024  # this many keys are one tile: plain softmax
+DECODE_BLOCK = 128  # a cache's capacity is a multiple of this
+
+
+class _Tiling(NamedTuple):
+    """Static facts of one call."""
+
+    causal: bool
+    scale: float
+    queries: int  # of a tile
+    keys: int
+
+
+class _Limits(NamedTuple):
+    """Which keys a row may attend to."""
+
+    q_offset: Int[Array, " B"]
+    kv_lengths: Int[Array, " B"]
+    kv_mask: Bool[Array, "B S"] | None
+
+
+def flash_attention(q, k, v, *, causal, scale, q_offset, kv_lengths, kv_mask):
+    """See `phi4mm_jax.kernels.flash_attention`."""
+    batch, q_len, heads, size = q.shape
+    _, kv_len, kv_heads, _ = k.shape
+    keys = kv_len if kv_len <= _SINGLE_TILE else _KEY_TILE
+    queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
+    limits = _Limits(
+        jnp.zeros(batch, jnp.int32) if q_offset is None else q_offset.astype(jnp.int32),
+        jnp.full(batch, kv_len, jnp.int32) if kv_lengths is None else jnp.minimum(kv_lengths, kv_len).astype(jnp.int32),
+        None if kv_mask is None else _pad(kv_mask, 1, keys),
+    )
+    groups = q.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
+    out = _attend(
+        _pad(groups.transpose(0, 2, 3, 1, 4), 3, queries),  # (B, K, G, T, H)
+        _pad(k.transpose(0, 2, 1, 3), 2, keys),  # (B, K, S, H)
+        _pad(v.transpose(0, 2, 1, 3), 2, keys),
+        limits,
+        _Tiling(causal, scale, queries, keys),
+    )
+    return out[:, :, :, :q_len].transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, limits: _Limits, tiling: _Tiling):
+    return _forward(q, k, v, limits, tiling)[0]
+
+
+def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
+    """Returns the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
+
+    def query_tile(i):
+        q_i = _tile(q, i, tiling.queries, 3)
+        if k.shape[2] == tiling.keys:
+            # In the order of plain softmax, whose rounding the goldens share: the weights are normalised first.
+            scores, allowed = _scores(q_i, k, i, 0, limits, tiling)
+            maximum = scores.max(-1)
+            weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)
+            total = jnp.where((total := weights.sum(-1)) > 0, total, 1.0)
+            out = _einsum("BKGTS,BKSH->BKGTH", (weights / total[..., None]).astype(v.dtype), v)
+            return out.astype(q.dtype), maximum + jnp.log(total)
+
+        def key_tile(j, carry):
+            maximum, total, out = carry
+            scores, allowed = _scores(q_i, _tile(k, j, tiling.keys, 2), i, j, limits, tiling)
+            new_maximum = jnp.maximum(maximum, scores.max(-1))
+            weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
+            decay = jnp.exp(maximum - new_maximum)
+            out = out * decay[..., None] + _einsum(
+                "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), _tile(v, j, tiling.keys, 2)
+            )
+            return new_maximum, total * decay + weights.sum(-1), out
+
+        rows = q_i.shape[:-1]
+        start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
+        maximum, total, out = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
+        total = jnp.where(total > 0, total, 1.0)
+        return (out / total[..., None]).astype(q.dtype), maximum + jnp.log(total)
+
+    num_tiles = q.shape[3] // tiling.queries
+    if num_tiles == 1:
+        return query_tile(0)
+    out, log_sum = lax.map(query_tile, jnp.arange(num_tiles))  # (tiles, B, K, G, queries, H)
+    return _join(out, 3), _join(log_sum, 3)
+
+
+def _attend_forward(q, k, v, limits: _Limits, tiling: _Tiling):
+    out, log_sum = _forward(q, k, v, limits, tiling)
+    return out, (q, k, v, limits, out, log_sum)
+
+
+def _attend_backward(tiling: _Tiling, residuals, d_out):
+    q, k, v, limits, out, log_sum = residuals
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)  # (B, K, G, T)
+
+    def query_tile(carry, i):
+        """The gradients of one tile of queries; those of keys and values are summed in the carry."""
+        q_i, d_out_i = _tile(q, i, tiling.queries, 3), _tile(d_out, i, tiling.queries, 3)
+        log_sum_i, delta_i = _tile(log_sum, i, tiling.queries, 3), _tile(delta, i, tiling.queries, 3)
+
+        def key_tile(j, carry):
+            dq_i, dk, dv = carry
+            k_j, v_j = _tile(k, j, tiling.keys, 2), _tile(v, j, tiling.keys, 2)
+            scores, allowed = _scores(q_i, k_j, i, j, limits, tiling)
+            weights = jnp.where(allowed, jnp.exp(scores - log_sum_i[..., None]), 0.0)
+            dv_j = _einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), d_out_i)
+            d_weights = _einsum("BKGTH,BKSH->BKGTS", d_out_i, v_j)
+            d_scores = (weights * (d_weights - delta_i[..., None]) * tiling.scale).astype(q.dtype)
+            dq_i = dq_i + _einsum("BKGTS,BKSH->BKGTH", d_scores, k_j)
+            dk_j = _einsum("BKGTS,BKGTH->BKSH", d_scores, q_i)
+            return dq_i, _add_tile(dk, dk_j, j, tiling.keys), _add_tile(dv, dv_j, j, tiling.keys)
+
+        start = jnp.zeros(q_i.shape, jnp.float32), *carry
+        dq_i, dk, dv = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
+        return (dk, dv), dq_i.astype(q.dtype)
+
+    start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    num_tiles = q.shape[3] // tiling.queries
+    (dk, dv), dq = lax.scan(query_tile, start, jnp.arange(num_tiles))
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
+    return _join(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype), nothing
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(q_i, k_j, i, j, limits: _Limits, tiling: _Tiling):
+    """A tile's scores in float32, (B, K, G, queries, keys), and where they may be attended to."""
+    scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
+    key = j * tiling.keys + jnp.arange(tiling.keys)
+    allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
+    if limits.kv_mask is not None:
+        allowed &= _tile(limits.kv_mask, j, tiling.keys, 1)[:, None, :]
+    if tiling.causal:
+        query = i * tiling.queries + jnp.arange(tiling.queries)
+        allowed &= key <= (query + limits.q_offset[:, None])[..., None]
+    allowed = allowed[:, None, None]
+    return jnp.where(allowed, scores, _MASKED), allowed
+
+
+def _last_key_tile(i, kv_len: int, limits: _Limits, tiling: _Tiling):
+    """How many tiles of keys the i-th tile of queries has to visit."""
+    if kv_len == tiling.keys:
+        return 1
+    last = limits.kv_lengths.max()
+    if tiling.causal:
+        last = jnp.minimum(last, (i + 1) * tiling.queries + limits.q_offset.max())
+    return lax.div(last + tiling.keys - 1, tiling.keys)
+
+
+def decode_attention(q, k_cache, v_cache, *, layer, lengths):
+    """See `phi4mm_jax.kernels.decode_attention`."""
+    _, batch, kv_heads, capacity, size = k_cache.shape
+    if capacity % DECODE_BLOCK:
+        raise ValueError(f"decode_attention: the cache holds {capacity} keys; expected a multiple of {DECODE_BLOCK}")
+    keys = next(n for n in (_KEY_TILE, _KEY_TILE // 2, DECODE_BLOCK) if capacity % n == 0)
+    groups = q.reshape(batch, kv_heads, q.shape[1] // kv_heads, size)
+
+    def block(cache, j):
+        start = (layer, 0, 0, j * keys, 0)
+        return lax.dynamic_slice(cache, start, (1, batch, kv_heads, keys, size))[0]  # (B, K, keys, H)
+
+    def key_tile(j, carry):
+        maximum, total, out = carry
+        scores = _einsum("BKGH,BKSH->BKGS", groups, block(k_cache, j)) * size**-0.5
+        allowed = (j * keys + jnp.arange(keys) < lengths[:, None])[:, None, None]
+        new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
+        weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
+        decay = jnp.exp(maximum - new_maximum)
+        out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), block(v_cache, j))
+        return new_maximum, total * decay + weights.sum(-1), out
+
+    rows = groups.shape[:-1]
+    start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)
+    _, total, out = _loop(0, lax.div(lengths.max() + keys - 1, keys), key_tile, start)
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype).reshape(q.shape)
+
+
+def _einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(equation, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _loop(start: int, stop, body, carry):
+    """`fori_loop`, without a loop where there is exactly one step."""
+    return body(start, carry) if isinstance(stop, int) and stop == start + 1 else lax.fori_loop(start, stop, body, carry)
+
+
+def _tile(x, index, size: int, axis: int):
+    return x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+
+def _add_tile(total, tile, index, size: int):
+    return lax.dynamic_update_slice_in_dim(total, _tile(total, index, size, 2) + tile, index * size, 2)
+
+
+def _join(tiles, axis: int):
+    """(tiles, ..., n, ...) -> (..., tiles * n, ...)."""
+    moved = jnp.moveaxis(tiles, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
+
+
+def _pad(x, axis: int, multiple: int):
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def _floor_power_of_two(n: int) -> int:
+    return 1 << max(n.bit_length() - 1, 0)

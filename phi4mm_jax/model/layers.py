@@ -1,0 +1,149 @@
+"""What the three stacks share: declared parameters, linear maps, norms, and the stacking of layers.
+
+Axes are named by one letter each, as in the einsums; the letter also gives a parameter's logical axis, so that a
+sharding is a table from logical to mesh axes. A parameter is declared once, by `declare`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from phi4mm_jax.precision import einsum
+
+LOGICAL_AXES: Mapping[str, str | None] = {
+    "D": "embed",
+    "E": "embed_out",  # another embedding, where one linear map has two
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head",
+    "F": "mlp",
+    "V": "vocab",
+    "R": "rank",
+    "C": "channels",
+    "P": None,  # bands of a log-mel frame
+    "S": None,  # rows of a table of positions
+    "W": None,  # short axes: windows, colours
+    "X": None,
+}
+COLLECTIONS = ("params", "lora_vision", "lora_speech")  # adapters are stacked like the layers they belong to
+Sizes = Mapping[str, int]
+Remat = Literal["none", "full", "dots"]
+
+_WEIGHT = nn.initializers.normal(0.02)
+
+
+def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Float[Array, "..."]:
+    """Declare the parameter `name` of `module`, whose axes are the letters of `axes`."""
+    boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
+    return module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last axes of x; `inputs` and `outputs` are their letters."""
+
+    inputs: str
+    outputs: str
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        kernel = declare(self, "kernel", self.inputs + self.outputs, self.sizes)
+        bias = declare(self, "bias", self.outputs, self.sizes, nn.initializers.zeros)
+        return einsum(f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}", x, kernel) + bias.astype(
+            x.dtype
+        )
+
+
+class Projector(nn.Module):
+    """From an encoder (D) into the decoder's embedding (E): Linear, exact GELU, Linear."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        sizes = {**self.sizes, "F": self.sizes["E"]}
+        return Linear("F", "E", sizes, name="down")(jax.nn.gelu(Linear("D", "F", sizes, name="up")(x), approximate=False))
+
+
+class LayerNorm(nn.Module):
+    sizes: Sizes
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = declare(self, "scale", "D", self.sizes, nn.initializers.ones)
+        bias = declare(self, "bias", "D", self.sizes, nn.initializers.zeros)
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    sizes: Sizes
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, declare(self, "scale", "D", self.sizes, nn.initializers.ones), self.eps)
+
+
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """In float32, cast at the end; in PyTorch's order, x / deviation - mean / deviation, so that it rounds alike."""
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    inverse_deviation = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    normal = wide * inverse_deviation - mean * inverse_deviation
+    return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the tanh approximation (arXiv:1606.08415), in PyTorch's order, so that it rounds alike."""
+    wide = x.astype(jnp.float32)
+    inner = 0.7978845608028654 * (wide + 0.044715 * wide * wide * wide)
+    return (0.5 * wide * (1.0 + jnp.tanh(inner))).astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
+    """In float32, then cast, then scaled."""
+    wide = x.astype(jnp.float32)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return normal.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, scan: bool, remat: Remat) -> Any:
+    """Run `config.num_layers` blocks over `carry`, with the parameters under "layers" stacked, or under "layers_I".
+
+    A block is called as `block(config)(carry, layer, *shared)` and returns the new carry and None.
+    """
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        block = nn.remat(block, prevent_cse=not scan, policy=policy)
+    if not scan:
+        for i in range(config.num_layers):
+            carry, _ = block(config, name=f"layers_{i}")(carry, jnp.int32(i), *shared)
+        return carry
+    stacked = nn.scan(
+        block,
+        variable_axes=dict.fromkeys(COLLECTIONS, 0),
+        split_rngs={"params": True},
+        in_axes=(0, *(nn.broadcast for _ in shared)),
+        length=config.num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return stacked(config, name="layers")(carry, jnp.arange(config.num_layers), *shared)[0]
+
+
+def unstack_layers(variables: Any) -> Any:
+    """The variables of a scanned model as an unscanned one has them: "layers" becomes "layers_0", "layers_1", ..."""
+    if not isinstance(variables, Mapping):
+        return variables
+    out = {k: unstack_layers(v) for k, v in variables.items() if k != "layers"}
+    if "layers" in variables:
+        stacked = variables["layers"]
+        for i in range(jax.tree.leaves(stacked)[0].shape[0]):
+            out[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+    return out

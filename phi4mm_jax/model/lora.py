@@ -1,0 +1,69 @@
+"""The mixture of LoRAs (arXiv:2503.01743): per row of the batch, one adapter or none on a fused projection.
+
+y = x W + (alpha / rank) x A B, where A is shared by the parts of a fused matrix (q, k, v; gate, up). An adapter whose
+collection is absent from the variables costs nothing; where several are present, each row's scales choose among them.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.config import LoraConfig, Phi4MMConfig
+from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes
+from phi4mm_jax.precision import einsum
+
+NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
+ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index
+RowScales = Mapping[str, Float[Array, " B"]]
+
+
+def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
+    """The adapters that the model has, by collection."""
+    loras = {"lora_vision": config.vision_lora, "lora_speech": config.speech_lora}
+    return {name: lora for name, lora in loras.items() if lora is not None}
+
+
+def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
+    """Each adapter's weight in each row: alpha / rank in the rows that use it, else 0."""
+    return {
+        name: jnp.where(adapters == ADAPTERS[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()
+    }
+
+
+class Projection(nn.Module):
+    """A bias-free fused projection with its adapters: `outputs` maps each part's name to its axes."""
+
+    inputs: str
+    outputs: Mapping[str, str]
+    sizes: Sizes
+    ranks: Mapping[str, int]  # collection -> rank
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
+        parts = {
+            name: einsum(
+                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}", x, self._declare("params", name, self.inputs + axes, 0)
+            )
+            for name, axes in self.outputs.items()
+        }
+        for collection, rank in self.ranks.items():
+            if not (self.is_initializing() or self.has_variable(collection, "a")):
+                continue
+            a = self._declare(collection, "a", self.inputs + "R", rank)
+            hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", x, a)  # (B, T, R)
+            hidden = hidden * scales[collection].astype(x.dtype)[:, None, None]
+            for name, axes in self.outputs.items():
+                b = self._declare(collection, name, "R" + axes, rank)
+                parts[name] = parts[name] + einsum(f"BTR,R{axes}->BT{axes}", hidden, b)
+        return tuple(parts.values())
+
+    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
+        """As `layers.declare`, in any collection. B starts at zero, so that a fresh adapter changes nothing."""
+        init = nn.initializers.zeros if collection != "params" and name != "a" else nn.initializers.normal(0.02)
+        boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
+        shape = tuple({**self.sizes, "R": rank}[a] for a in axes)
+        if collection == "params":
+            return self.param(name, boxed, shape, jnp.float32)
+        return self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32)).value

@@ -1,0 +1,139 @@
+"""The assembly: encode the media, put them into the sequence, decode."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.model import lora, rope
+from phi4mm_jax.model.decoder import BlockConfig, Cache, Decoder, Rows
+from phi4mm_jax.model.layers import Projector, Remat
+from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
+from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
+from phi4mm_jax.processing.batch import AudioStack, Batch, ImageStack
+
+MediaFeatures = Float[Array, "M D"]
+
+
+class Phi4MM(nn.Module):
+    """Phi-4-multimodal. `apply(variables, batch)` gives the logits.
+
+    Attributes:
+        dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
+        scan: whether each stack's layers are one loop over stacked parameters, or are written out.
+        remat: what the backward pass computes again: "none", "full", or all but the matrix products ("dots").
+    """
+
+    config: Phi4MMConfig
+    dtype: Any = jnp.bfloat16
+    scan: bool = True
+    remat: Remat = "none"
+
+    def setup(self):
+        config = self.config
+        ranks = tuple((name, c.rank) for name, c in lora.lora_configs(config).items())
+        self.decoder = Decoder(BlockConfig(config.decoder, ranks), self.scan, self.remat)
+        self.vision = VisionTower(config.vision, self.scan, self.remat)
+        self.image_embedder = ImageEmbedder({"D": config.vision.embed_dim, "E": config.decoder.embed_dim})
+        self.speech = SpeechEncoder(config.speech, self.scan, self.remat)
+        sizes = {"D": config.speech.embed_dim, "E": config.decoder.embed_dim}
+        self.audio_projector = Projector(sizes)
+        self.audio_projector_with_images = Projector(sizes)
+
+    def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
+        return self.logits(self.hidden(batch))
+
+    def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
+        """The decoder's output for whole rows, before the head."""
+        embedded = self.embed(batch.tokens, batch.media, self.encode(batch.images, batch.audio))
+        return self.decode(embedded, batch.lengths, batch.adapters)[0]
+
+    def encode(self, images: ImageStack | None, audio: AudioStack | None) -> MediaFeatures | None:
+        """The table that `Batch.media` indexes: embeddings of all crops, of the separators, of all chunks."""
+        tables = [] if images is None else [self.encode_images(images)]
+        tables += [] if audio is None else [self.encode_audio(audio)]
+        return jnp.concatenate(tables) if tables else None
+
+    def encode_images(self, images: ImageStack) -> MediaFeatures:
+        features = self.vision(images.crops.astype(self.dtype), images.patch_mask)  # (C, M, D)
+        return self.image_embedder(features.reshape(-1, features.shape[-1]))
+
+    def encode_audio(self, audio: AudioStack) -> MediaFeatures:
+        features = self.speech(audio.frames, audio.first, audio.last, audio.attended, self.dtype)  # (A, T, D)
+        alone, with_images = self.audio_projector(features), self.audio_projector_with_images(features)
+        chosen = jnp.where(audio.with_images[:, None, None], with_images, alone)
+        return chosen.reshape(-1, chosen.shape[-1])
+
+    def embed(
+        self, tokens: Int[Array, "B T"], media: Int[Array, "B T"], features: MediaFeatures | None
+    ) -> Float[Array, "B T D"]:
+        embedded = self.decoder.embed(tokens, self.dtype)
+        if features is None:
+            return embedded
+        return jnp.where((media >= 0)[..., None], features.astype(self.dtype)[jnp.maximum(media, 0)], embedded)
+
+    def decode(
+        self,
+        embedded: Float[Array, "B T D"],
+        lengths: Int[Array, " B"],
+        adapters: Int[Array, " B"],
+        cache: Cache | None = None,
+        long: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Run the decoder over whole rows, or, with one token a row, over each row's last token.
+
+        Args:
+            lengths: valid tokens of each row, those before this call included.
+            cache: filled with whole rows' keys and values, or extended by one token a row.
+            long: which rows use the long rotary set; by default those whose length asks for it. While a row is
+                decoded token by token, it must be what the row's cached keys were made with.
+        """
+        length = embedded.shape[1]
+        step = cache is not None and length == 1
+        positions = lengths[:, None] - 1 if step else jnp.broadcast_to(jnp.arange(length), embedded.shape[:2])
+        settings = self.config.decoder.rope
+        cos, sin = rope.rotations(settings, positions, rope.is_long(settings, lengths) if long is None else long)
+        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters))
+        return self.decoder(embedded, rows, cache)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return self.decoder.logits(hidden)
+
+
+def empty_cache(config: Phi4MMConfig, batch: int, capacity: int, dtype: Any) -> Cache:
+    """Room for `capacity` tokens of each of `batch` rows."""
+    d = config.decoder
+    shape = (d.num_layers, batch, d.num_kv_heads, capacity, d.head_size)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def abstract_batch(config: Phi4MMConfig, batch: int = 1, length: int = 16, crops: int = 1, chunks: int = 1) -> Batch:
+    """Shapes of a batch with all modalities, to initialise or compile with."""
+    vision, speech = config.vision, config.speech
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    side, patches = vision.crop_size, vision.patches_per_side
+    return Batch(
+        tokens=array(jnp.int32, batch, length),
+        lengths=array(jnp.int32, batch),
+        adapters=array(jnp.int32, batch),
+        media=array(jnp.int32, batch, length),
+        images=ImageStack(
+            array(jnp.float32, crops, side, side, 3), array(jnp.bool_, crops, patches, patches)
+        ),
+        audio=AudioStack(
+            array(jnp.float32, chunks, HALO_FRAMES + 4 * speech.time_reduction, speech.num_bands),
+            *(array(jnp.int32, chunks) for _ in range(3)),
+            array(jnp.bool_, chunks),
+        ),
+    )  # fmt: skip
+
+
+def abstract_variables(model: Phi4MM) -> Any:
+    """Shapes of all variables, boxed with their logical axes; takes no memory."""
+    return jax.eval_shape(model.init, jax.random.key(0), abstract_batch(model.config))

@@ -1,0 +1,238 @@
+"""From prompts, images and audio to the static-shaped `Batch`. All that depends on sizes is decided here, on the host."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
+from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
+from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt
+from phi4mm_jax.processing.images import SUB_SEPARATOR, ImageFeatures, load_image, preprocess_image
+from phi4mm_jax.processing.tokenizer import Tokenizer
+
+PromptLike = str | Sequence[Mapping[str, Any]]
+
+_HALO_TOKENS = 1  # before each chunk; a whole token, see `AudioStack`
+_ADAPTER_NONE, _ADAPTER_VISION, _ADAPTER_SPEECH = 0, 1, 2
+
+
+class Row(NamedTuple):
+    """One prompt, with its media processed and its tokens counted."""
+
+    tokens: np.ndarray  # int32 (T,), the media's placeholders repeated
+    media: tuple[tuple[Media, int], ...]  # each medium with the position of its first token
+    images: tuple[ImageFeatures, ...]
+    clips: tuple[np.ndarray, ...]  # log-mel frames
+
+
+class Processor:
+    """Turns prompts into batches; holds the tokenizer and the checkpoint's processing settings."""
+
+    def __init__(self, config: Phi4MMConfig, tokenizer: Tokenizer, dynamic_hd: int, context: int):
+        self.config, self.tokenizer, self.dynamic_hd, self.context = config, tokenizer, dynamic_hd, context
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, config: Phi4MMConfig) -> "Processor":
+        """Read the tokenizer's and the processor's files of a checkpoint.
+
+        Raises:
+            CheckpointError: a file is missing or unusable.
+        """
+        path = Path(folder) / "preprocessor_config.json"
+        dynamic_hd = read_json(path).get("dynamic_hd")
+        if not isinstance(dynamic_hd, int) or dynamic_hd < 1:
+            raise CheckpointError(f"{path}: dynamic_hd is {dynamic_hd!r}; expected the largest number of crops")
+        return cls(config, Tokenizer.from_folder(folder), dynamic_hd, _context(Path(folder), config))
+
+    def __call__(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        images: Sequence[Sequence[Any] | None] | None = None,
+        audios: Sequence[Sequence[Any] | None] | None = None,
+    ) -> Batch:
+        """Process one prompt a row.
+
+        Args:
+            prompts: a list of raw strings with placeholders, or of lists of chat messages.
+            images: for each row the list of its images: PIL images, paths or bytes.
+            audios: for each row the list of its clips: (samples, sampling rate), paths or bytes.
+
+        Raises:
+            InputError: anything that cannot be processed; it names the row.
+        """
+        if isinstance(prompts, str | Mapping) or not prompts or isinstance(prompts[0], Mapping):
+            raise InputError("prompts must be a non-empty list with one entry per row; put a single prompt into a list")
+        rows = []
+        for i, prompt in enumerate(prompts):
+            try:
+                rows.append(self.row(prompt, _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")))
+            except InputError as error:
+                raise InputError(f"prompt {i}: {error}") from error
+        return self.batch(rows)
+
+    def row(self, prompt: PromptLike, images: Sequence[Any] = (), audios: Sequence[Any] = ()) -> Row:
+        """Process one prompt by itself.
+
+        Raises:
+            InputError: as in `__call__`, and when the prompt is empty or longer than the context.
+        """
+        parsed = parse_prompt(prompt, self.tokenizer, images, audios)
+        vision = self.config.vision
+        features = tuple(
+            preprocess_image(load_image(image), self.dynamic_hd, vision.crop_size, vision.patch_size)
+            for image in parsed.images
+        )
+        clips = tuple(log_mel(*load_audio(clip)) for clip in parsed.audios)
+        self._check_adapters(bool(features), bool(clips))
+        tokens, media = self._tokens(parsed, features, clips)
+        if not 0 < len(tokens) <= self.context:
+            counts = [f"image {i + 1}: {f.num_tokens}" for i, f in enumerate(features)]
+            counts += [f"audio {i + 1}: {num_audio_tokens(len(c))}" for i, c in enumerate(clips)]
+            detail = f" ({', '.join(counts)})" if counts else ""
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens{detail}; expected 1 to the context of {self.context}. "
+                "Shorten the text, or give fewer, smaller or shorter media."
+            )
+        return Row(np.asarray(tokens, np.int32), media, features, clips)
+
+    def _check_adapters(self, has_images: bool, has_clips: bool) -> None:
+        kind = "vision" if has_images else "speech"
+        present = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
+        if (has_images or has_clips) and present[kind] is None:
+            raise InputError(
+                f"the prompt needs the {kind} adapter, which this checkpoint lacks; use a checkpoint with adapters"
+            )
+
+    def _tokens(self, prompt: Prompt, images: Sequence[ImageFeatures], clips: Sequence[np.ndarray]):
+        """The token ids with placeholders repeated, and where each medium begins."""
+        ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
+        counts = {
+            "image": [f.num_tokens for f in images],
+            "audio": [num_audio_tokens(len(c)) for c in clips],
+        }
+        # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
+        pieces = [ids[p.kind] if isinstance(p, Media) else p for p in prompt.pieces]
+        waiting = [p for p in prompt.pieces if isinstance(p, Media)][::-1]
+        tokens, media = [], []
+        for token in self.tokenizer.encode_pieces(pieces):
+            if token in ids.values() and waiting:
+                medium = waiting.pop()
+                media.append((medium, len(tokens)))
+                tokens += [token] * counts[medium.kind][medium.index]
+            else:
+                tokens.append(token)
+        return tokens, tuple(media)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Put processed rows together, each padded to the longest; counts and lengths are rounded up to buckets."""
+        length = min(bucket(max(len(r.tokens) for r in rows), 16), self.context)
+        tokens = np.full((len(rows), length), self.config.pad_token_id, np.int32)
+        media = np.full((len(rows), length), NO_MEDIA, np.int32)
+        adapters = np.zeros(len(rows), np.int32)
+        images, image_rows = self._stack_images([f for r in rows for f in r.images])
+        audio, clip_rows = self._stack_clips(
+            [(c, bool(r.images)) for r in rows for c in r.clips], self._num_image_features(images)
+        )
+        for b, row in enumerate(rows):
+            tokens[b, : len(row.tokens)] = row.tokens
+            adapters[b] = _ADAPTER_VISION if row.images else _ADAPTER_SPEECH if row.clips else _ADAPTER_NONE
+            indices = {
+                "image": [next(image_rows) for _ in row.images],
+                "audio": [next(clip_rows) for _ in row.clips],
+            }
+            for medium, start in row.media:
+                index = indices[medium.kind][medium.index]
+                media[b, start : start + len(index)] = index
+        lengths = np.asarray([len(r.tokens) for r in rows], np.int32)
+        return Batch(tokens, lengths, adapters, media, images, audio)
+
+    def _num_image_features(self, images: ImageStack | None) -> int:
+        return 0 if images is None else len(images.crops) * self.config.vision.features_per_crop + 2
+
+    def _stack_images(self, images: Sequence[ImageFeatures]):
+        """The stack of all crops, and for each image the rows of the features that its tokens take."""
+        if not images:
+            return None, iter(())
+        vision = self.config.vision
+        total = bucket(sum(len(f.crops) for f in images))
+        side = vision.crop_size
+        crops = np.zeros((total, side, side, 3), np.float32)
+        mask = np.zeros((total, vision.patches_per_side, vision.patches_per_side), bool)
+        rows, start, row_separator = [], 0, total * vision.features_per_crop
+        for f in images:
+            stop = start + len(f.crops)
+            crops[start:stop], mask[start:stop] = f.crops, f.patch_mask
+            separators = np.where(f.layout == SUB_SEPARATOR, row_separator, row_separator + 1)
+            rows.append(np.where(f.layout >= 0, f.layout + start * vision.features_per_crop, separators))
+            start = stop
+        return ImageStack(crops, mask), iter(rows)
+
+    def _stack_clips(self, clips: Sequence[tuple[np.ndarray, bool]], offset: int):
+        """The stack of all chunks, and for each clip the rows of the features, from `offset` on, that its tokens take."""
+        if not clips:
+            return None, iter(())
+        speech = self.config.speech
+        reduction, most = speech.time_reduction, speech.chunk_tokens
+        counts = [num_audio_tokens(len(frames)) for frames, _ in clips]
+        chunk = min(bucket(max(min(n, most) for n in counts), 8), most)  # tokens
+        total = bucket(sum(math.ceil(n / most) for n in counts))
+        halo = _HALO_TOKENS * reduction
+        stack = AudioStack(
+            frames=np.zeros((total, halo + chunk * reduction, speech.num_bands), np.float32),
+            first=np.zeros(total, np.int32),
+            last=np.zeros(total, np.int32),
+            attended=np.zeros(total, np.int32),
+            with_images=np.zeros(total, bool),
+        )
+        rows, a = [], 0
+        for (frames, with_images), count in zip(clips, counts, strict=True):
+            rows.append(offset + a * chunk + np.arange(count))
+            for start in range(0, len(frames), most * reduction):
+                before = min(start, halo)
+                piece = frames[start - before : start + most * reduction]
+                stack.first[a] = halo - before
+                stack.last[a] = halo - before + len(piece)
+                stack.frames[a, stack.first[a] : stack.last[a]] = piece
+                # A clip that is cut attends to the zeros that fill its last chunk, as the original does.
+                stack.attended[a] = count if count <= most else most
+                stack.with_images[a] = with_images
+                a += 1
+        return stack, iter(rows)
+
+
+def bucket(n: int, least: int = 1) -> int:
+    """The next size of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four to the octave, at most a quarter more."""
+    n = max(n, least)
+    step = 1 << max((n - 1).bit_length() - 3, 0)
+    return -(-n // step) * step
+
+
+def _context(folder: Path, config: Phi4MMConfig) -> int:
+    """The longest sequence: what the tokenizer's file says, else what the network's does."""
+    path = folder / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.exists() else None
+    is_set = isinstance(length, int) and 0 < length < 10**9  # some tools write 10**30 for "unknown"
+    return length if is_set else config.decoder.rope.max_length
+
+
+def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:
+    """The media of one row."""
+    if media is None:
+        return ()
+    if isinstance(media, str | bytes) or not isinstance(media, Sequence) or len(media) != len(prompts):
+        given = len(media) if isinstance(media, Sequence) and not isinstance(media, str | bytes) else type(media).__name__
+        raise InputError(
+            f"{name} must have one list per prompt ({len(prompts)}), got {given}; "
+            f"for one prompt with one medium write {name}=[[medium]]"
+        )
+    of_row = media[row]
+    if of_row is None:
+        return ()
+    if isinstance(of_row, str | bytes | tuple) or not isinstance(of_row, Sequence):
+        raise InputError(f"{name}[{row}] must be a list, got {type(of_row).__name__}; write [medium] for a single one")
+    return of_row

@@ -1,0 +1,162 @@
+"""Both published config.json layouts; what is not supported is an error that names the key."""
+
+import copy
+import json
+
+import pytest
+from conftest import FIXTURES, TINY
+
+from phi4mm_jax import CheckpointError, ConfigError
+from phi4mm_jax.config import Phi4MMConfig
+
+RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())
+
+
+def native_of(original: dict) -> tuple[dict, dict]:
+    """The same model's config.json and adapter_config.json files as transformers and PEFT save them."""
+    audio = original["audio_processor"]["config"]
+    tower = original.get("img_processor", {})
+    same = (
+        "hidden_act hidden_size intermediate_size max_position_embeddings num_attention_heads num_hidden_layers "
+        "num_key_value_heads original_max_position_embeddings pad_token_id partial_rotary_factor rms_norm_eps "
+        "rope_scaling rope_theta sliding_window tie_word_embeddings vocab_size attention_dropout embd_pdrop resid_pdrop"
+    )
+    native = {key: original[key] for key in same.split()} | {
+        "model_type": "phi4_multimodal",
+        "eos_token_id": original.get("eos_token_ids", [199999, 200020]),
+        "vision_config": {
+            "hidden_size": tower.get("hidden_size", 1152),
+            "intermediate_size": tower.get("intermediate_size", 4304),
+            "num_hidden_layers": tower.get("num_hidden_layers", 27),
+            "num_attention_heads": tower.get("num_attention_heads", 16),
+            "crop_size": 448,
+            "patch_size": 14,
+            "feature_layer": -2,
+            "image_token_id": original.get("image_token_id", 200010),
+        },
+        "audio_config": {
+            "hidden_size": audio["attention_dim"],
+            "intermediate_size": audio["linear_units"],
+            "num_blocks": audio["num_blocks"],
+            "num_attention_heads": audio["attention_heads"],
+            "kernel_size": audio["kernel_size"],
+            "input_size": audio["input_size"],
+            "nemo_conv_channels": audio["nemo_conv_settings"]["conv_channels"],
+            "bias_max_distance": audio["relative_attention_bias_args"]["t5_bias_max_distance"],
+            "ext_pw_out_channel": audio["ext_pw_out_channel"],
+            "audio_token_id": original.get("audio_token_id", 200011),
+        },
+    }
+    adapters = {
+        kind: {"r": lora["r"], "lora_alpha": lora["lora_alpha"], "lora_dropout": lora["dp"], "bias": "none"}
+        for kind, lora in (("vision", original["vision_lora"]), ("speech", original["speech_lora"]))
+    }
+    return native, adapters
+
+
+def test_release():
+    config = Phi4MMConfig.from_dict(RELEASE)
+    d, v, s = config.decoder, config.vision, config.speech
+    assert (d.num_layers, d.embed_dim, d.num_heads, d.num_kv_heads, d.head_size) == (32, 3072, 24, 8, 128)
+    assert (d.mlp_dim, d.vocab_size, d.norm_eps) == (8192, 200064, 1e-5)
+    assert (d.rope.rotary_size, d.rope.original_length, d.rope.max_length) == (96, 4096, 131072)
+    assert d.rope.magnitude == pytest.approx(1.190238, abs=1e-6)
+    assert (v.num_layers, v.embed_dim, v.mlp_dim, v.num_heads, v.head_size, v.norm_eps) == (26, 1152, 4304, 16, 72, 1e-6)
+    assert v.features_per_crop == 256
+    assert (s.num_layers, s.embed_dim, s.mlp_dim, s.num_heads, s.conv_channels) == (24, 1024, 1536, 16, 1024)
+    assert (s.bias_distance, s.chunk_tokens, s.subsampled_bands) == (500, 500, 10)
+    assert (config.vision_lora.rank, config.vision_lora.scale) == (256, 2.0)
+    assert (config.speech_lora.rank, config.speech_lora.scale, config.speech_lora.dropout) == (320, 2.0, 0.01)
+    assert (config.image_token_id, config.audio_token_id, config.pad_token_id) == (200010, 200011, 199999)
+    assert config.stop_token_ids == (199999, 200020)
+
+
+@pytest.mark.parametrize("original", [RELEASE, json.loads((TINY / "config.json").read_text())])
+def test_native_layout_says_the_same(original):
+    native, adapters = native_of(original)
+    assert Phi4MMConfig.from_dict(native, adapters=adapters) == Phi4MMConfig.from_dict(original)
+    modern = copy.deepcopy(native)  # newer files keep the rotary settings together
+    modern["rope_parameters"] = modern.pop("rope_scaling") | {
+        key: modern.pop(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    }
+    modern["rope_parameters"]["rope_type"] = modern["rope_parameters"].pop("type")
+    assert Phi4MMConfig.from_dict(modern, adapters=adapters) == Phi4MMConfig.from_dict(original)
+    without = Phi4MMConfig.from_dict(native)
+    assert without.vision_lora is None
+    assert without.speech_lora is None
+
+
+UNSUPPORTED = {
+    "model_type": "llama",
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "lm_head_bias": True,
+    "attention_dropout": 0.1,
+    "resid_pdrop": 0.1,
+    "sliding_window": 4096,
+    "full_attn_mod": 2,
+    "num_key_value_heads": 7,
+    "num_attention_heads": 25,
+    "hidden_size": "3072",
+    "vocab_size": 1000,
+    "rms_norm_eps": None,
+    "num_hidden_layers": 0,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 1 << 20,
+    "embd_layer.embedding_cls": "image",
+    "embd_layer.image_embd_layer.hd_transform_order": "glb_sub",
+    "embd_layer.image_embd_layer.use_hd_transform": False,
+    "embd_layer.image_embd_layer.image_token_compression_cls": "none",
+    "embd_layer.audio_embd_layer.use_qformer": True,
+    "embd_layer.audio_embd_layer.compression_rate": 4,
+    "audio_processor.name": "whisper",
+    "audio_processor.config.chunk_size": 18,
+    "audio_processor.config.causal": False,
+    "audio_processor.config.batch_norm": True,
+    "audio_processor.config.time_reduction": 4,
+    "audio_processor.config.conv_glu_type": "sigmoid",
+    "audio_processor.config.depthwise_seperable_out_channel": 512,
+    "audio_processor.config.relative_attention_bias_args.type": "rotary",
+    "rope_scaling.type": "yarn",
+    "rope_scaling.long_factor": [1.0, 2.0],
+    "rope_scaling.short_factor": ["1"] * 48,
+    "vision_lora.r": -1,
+    "speech_lora.use_dora": True,
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_unsupported_choices_are_errors(key):
+    config = copy.deepcopy(RELEASE)
+    *sections, last = key.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[last] = UNSUPPORTED[key]
+    with pytest.raises(ConfigError, match=last):
+        Phi4MMConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("key", sorted(RELEASE.keys() - {
+    "_name_or_path", "architectures", "auto_map", "attention_bias", "attention_dropout", "bos_token_id", "embd_pdrop",
+    "eos_token_id", "full_attn_mod", "initializer_range", "interpolate_factor", "lm_head_bias", "mlp_bias",
+    "resid_pdrop", "sliding_window", "torch_dtype", "transformers_version", "use_cache", "speech_lora", "vision_lora",
+}))  # fmt: skip
+def test_missing_keys_are_errors_not_defaults(key):
+    config = copy.deepcopy(RELEASE)
+    del config[key]
+    with pytest.raises(ConfigError, match=key):
+        Phi4MMConfig.from_dict(config)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        Phi4MMConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="JSON"):
+        Phi4MMConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="list"):
+        Phi4MMConfig.from_folder(tmp_path)

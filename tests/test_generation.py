@@ -1,0 +1,126 @@
+"""Sampling, stopping, and the arguments of `generate`."""
+
+import copy
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from phi4mm_jax import InputError
+from phi4mm_jax.generation.sampling import Sampling, restrict, sample
+
+PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
+
+
+def test_restrict_keeps_the_k_likeliest():
+    logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 5.0, 1.0]])
+    kept = np.isfinite(restrict(logits, 2, 1.0))
+    np.testing.assert_array_equal(kept, [[False, True, False, True], [True, True, True, False]])  # ties stay
+
+
+def test_restrict_keeps_the_fewest_that_reach_p():
+    probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
+    for p, expected in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        kept = np.isfinite(restrict(jnp.log(probabilities), 0, p))
+        assert np.flatnonzero(kept[0]).tolist() == expected, p
+
+
+def test_samples_follow_the_distribution():
+    probabilities = np.array([0.1, 0.2, 0.7])
+    rows = 20_000
+    logits = jnp.tile(jnp.log(probabilities) * 2, (rows, 1))  # temperature 2 undoes the factor
+    tokens = sample(logits, jnp.int32(1), jnp.zeros(rows, jnp.int32), Sampling(temperature=2.0))
+    np.testing.assert_allclose(np.bincount(tokens, minlength=3) / rows, probabilities, atol=0.015)
+
+
+def test_sampling_is_repeatable_and_seeded(tiny):
+    arguments = {"max_new_tokens": 16, "temperature": 1.0}
+    once, again = (tiny.generate([PROMPT] * 3, **arguments, seed=5) for _ in range(2))
+    assert once == again
+    assert len({tuple(c.tokens) for c in once}) == 3  # rows draw for themselves
+    assert once != tiny.generate([PROMPT] * 3, **arguments, seed=6)
+    assert once[0] == tiny.generate([PROMPT], **arguments, seed=5)[0]
+
+
+def test_top_k_one_is_greedy(tiny):
+    greedy = tiny.generate([PROMPT], max_new_tokens=8)
+    assert tiny.generate([PROMPT], max_new_tokens=8, temperature=3.0, top_k=1) == greedy
+    assert tiny.generate([PROMPT], max_new_tokens=8, temperature=3.0, top_p=1e-6) == greedy
+
+
+def test_stop_strings_cut_the_text(tiny):
+    (whole,) = tiny.generate([PROMPT], max_new_tokens=12)
+    stop = whole.text[5:8]
+    at = whole.text.find(stop)
+    (cut,) = tiny.generate([PROMPT], max_new_tokens=12, stop=["never there", stop])
+    assert cut.text == whole.text[:at]
+    assert cut.finish_reason == "stop"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert stop in tiny.processor.tokenizer.decode(cut.tokens)
+    assert stop not in tiny.processor.tokenizer.decode(cut.tokens[:-1])
+
+
+def test_stop_tokens_end_a_row_and_not_the_others(tiny):
+    """A row that ends early is given its stop token; its neighbour goes on."""
+    other = "<|user|>Tell me more<|end|><|assistant|>"
+    whole = tiny.generate([PROMPT, other], max_new_tokens=10)
+    early = whole[0].tokens[3]
+    assert early not in whole[1].tokens
+    config = dataclasses.replace(tiny.config, stop_token_ids=(early,))
+    model = type(tiny)(tiny.module.clone(config=config), tiny.variables, tiny.processor)
+    stopped = model.generate([PROMPT, other], max_new_tokens=10)
+    first = whole[0].tokens.index(early)
+    assert stopped[0].tokens == whole[0].tokens[: first + 1]
+    assert stopped[0].text == tiny.processor.tokenizer.decode(whole[0].tokens[:first])
+    assert stopped[0].finish_reason == "stop"
+    assert stopped[1] == whole[1]
+
+
+def test_generation_ends_with_the_context(tiny):
+    limit = 160
+    processor = copy.copy(tiny.processor)
+    processor.context = limit
+    model = type(tiny)(tiny.module, tiny.variables, processor)
+    (completion,) = model.generate(["<|tag|>" * (limit - 3)], max_new_tokens=10)
+    assert len(completion.tokens) == 3
+    assert completion.finish_reason == "length"
+    with pytest.raises(InputError, match="no room"):
+        model.generate(["<|tag|>" * limit], max_new_tokens=1)
+    with pytest.raises(InputError, match=f"{limit + 1} tokens"):
+        model.generate(["<|tag|>" * (limit + 1)], max_new_tokens=1)
+
+
+def test_the_context_is_what_the_files_say(tiny):
+    assert tiny.processor.context == 131072  # tokenizer_config.json; the goldens go beyond config.json's 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"stop": "word"}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"images": [[]] * 2}, "images"),
+        ({"audios": ["clip.wav"]}, "audios"),
+    ],
+)
+def test_bad_arguments_are_named(tiny, arguments, named):
+    with pytest.raises(InputError, match=named):
+        tiny.generate([PROMPT], **({"max_new_tokens": 1} | arguments))
+
+
+def test_prompts_must_be_a_list(tiny):
+    with pytest.raises(InputError, match="list"):
+        tiny.generate(PROMPT, max_new_tokens=1)
+    with pytest.raises(InputError, match="list"):
+        tiny.generate([], max_new_tokens=1)
+    with pytest.raises(InputError, match="list"):
+        tiny.generate([{"role": "user", "content": "Hello"}], max_new_tokens=1)

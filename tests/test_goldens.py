@@ -1,0 +1,135 @@
+"""The tiny checkpoint gives what the original implementation gives: logits, tokens, intermediates, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_cases, golden_gradient_cases, media_of
+
+from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.table import Tensor
+from phi4mm_jax.model import Phi4MM
+
+CASES = {c["name"]: c for c in golden_cases()}
+GRADIENT_CASES = {c["name"]: c for c in golden_gradient_cases()}
+LOGITS = 3e-4  # their scale is 6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(tiny, goldens, name):
+    case = CASES[name]
+    batch = tiny.process([case["prompt"]], **media_of(case))
+    ids = goldens[f"{name}.input_ids"]
+    assert batch.lengths.tolist() == [len(ids)] == [case["tokens"]]
+    np.testing.assert_array_equal(batch.tokens[0, : len(ids)], ids)
+    logits = np.asarray(tiny.logits(batch))[0, : len(ids)]
+    last = goldens[f"{name}.logits"]
+    np.testing.assert_allclose(logits[-len(last) :], last, atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(logits[:4], goldens[f"{name}.logits_first"], atol=LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens(tiny, goldens, name):
+    case, expected = CASES[name], goldens[f"{name}.generated"].tolist()
+    (completion,) = tiny.generate([case["prompt"]], **media_of(case), max_new_tokens=len(expected))
+    assert completion.tokens == expected
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens == case["tokens"]
+    assert completion.text == tiny.processor.tokenizer.decode(expected)
+
+
+def features_of(model, prompt, method, **media):
+    """The table of features that the prompt's media give, and the rows of it that the sequence takes."""
+    batch = model.process([prompt], **media)
+    features = model.module.apply(model.variables, batch.images or batch.audio, method=method)
+    rows = batch.media[0][batch.media[0] >= 0]
+    return np.asarray(features)[rows], batch
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_images(tiny, goldens, i):
+    media = media_of({"images": [i], "audios": []})
+    embeds, batch = features_of(tiny, "<|image_1|>", "encode_images", **media)
+    assert len(embeds) == goldens[f"image_{i}.num_tokens"][0]
+    np.testing.assert_allclose(embeds[::5], goldens[f"image_{i}.embeds"], atol=1e-4, rtol=1e-4)
+    crops = len(goldens[f"image_{i}.attention_mask"])
+    features = tiny.module.apply(
+        tiny.variables, batch.images.crops, batch.images.patch_mask, method=lambda m, *x: m.vision(*x)
+    )
+    np.testing.assert_allclose(
+        np.asarray(features)[:crops, ::9], goldens[f"image_{i}.vision_features"], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_audio(tiny, goldens, i):
+    media = media_of({"images": [], "audios": [i]})
+    embeds, batch = features_of(tiny, "<|audio_1|>", "encode_audio", **media)
+    audio = batch.audio
+    assert len(embeds) == goldens[f"audio_{i}.num_tokens"][0]
+    np.testing.assert_allclose(embeds[::3], goldens[f"audio_{i}.embeds_speech"], atol=1e-4, rtol=1e-4)
+
+    with_images = audio._replace(with_images=np.ones_like(audio.with_images))
+    embeds = np.asarray(tiny.module.apply(tiny.variables, with_images, method="encode_audio"))[: len(embeds)]
+    np.testing.assert_allclose(embeds[::3], goldens[f"audio_{i}.embeds_vision"], atol=1e-4, rtol=1e-4)
+
+    frames = np.concatenate([f[a:b] for f, a, b in zip(audio.frames, np.full(len(audio.frames), 8), audio.last)])
+    assert len(frames) == goldens[f"audio_{i}.frames"][0]
+    thin = 16 if i == 4 else 1
+    np.testing.assert_allclose(frames[::thin], goldens[f"audio_{i}.features"], atol=1e-4, rtol=1e-4)
+    encoded = tiny.module.apply(
+        tiny.variables, audio.frames, audio.first, audio.last, audio.attended, jnp.float32,
+        method=lambda m, *x: m.speech(*x),
+    )  # fmt: skip
+    encoded = np.asarray(encoded).reshape(-1, encoded.shape[-1])[: len(embeds)]
+    thin = 4 if i == 4 else 1
+    np.testing.assert_allclose(encoded[::thin], goldens[f"audio_{i}.encoder"], atol=1e-4, rtol=1e-4)
+
+
+def answer_loss(model, variables, batch, prompt_tokens):
+    """The mean cross-entropy of the tokens after the prompt."""
+    logits = model.module.apply(variables, batch)[0]
+    positions = np.arange(prompt_tokens, batch.lengths[0])
+    log_probabilities = jax.nn.log_softmax(logits[positions - 1])
+    return -log_probabilities[np.arange(len(positions)), batch.tokens[0, positions]].mean()
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_loss_and_gradients(tiny, goldens, name, remat):
+    case = GRADIENT_CASES[name]
+    batch = tiny.process([case["prompt"] + case["answer"]], **media_of(case))
+    answer = goldens[f"{name}.answer_ids"]
+    prompt_tokens = batch.lengths[0] - len(answer)
+    np.testing.assert_array_equal(batch.tokens[0, prompt_tokens : batch.lengths[0]], answer)
+
+    module = Phi4MM(tiny.config, tiny.module.dtype, remat=remat)
+    model = type(tiny)(module, tiny.variables, tiny.processor)
+    loss, gradients = jax.value_and_grad(lambda v: answer_loss(model, v, batch, prompt_tokens))(tiny.variables)
+    np.testing.assert_allclose(loss, goldens[f"{name}.loss"][0], rtol=1e-5)
+
+    compared = 0
+    for tensor in original_table(tiny.config):
+        gradient = tensor_of(tensor, gradients)
+        golden = goldens.get(f"{name}.grad.{tensor.name}")
+        if golden is not None:
+            assert np.linalg.norm(gradient - golden) <= 3e-4 * np.linalg.norm(golden), tensor.name
+            compared += 1
+        norm = goldens.get(f"{name}.gradnorm.{tensor.name}")
+        if norm is not None:
+            # atol: the gradient of a key's bias is zero but for rounding, as softmax ignores it
+            np.testing.assert_allclose(np.linalg.norm(gradient), norm[0], rtol=1e-3, atol=1e-6, err_msg=tensor.name)
+    assert compared == len([k for k in goldens if k.startswith(f"{name}.grad.")])
+
+
+def tensor_of(tensor: Tensor, variables) -> np.ndarray:
+    """A tensor of the original layout, from variables with stacked layers; zeros for one that is never used."""
+    if not tensor.parts:
+        return np.zeros(tensor.shape)
+    values = []
+    for part in tensor.parts:
+        value = variables
+        for key in part.path:
+            value = value[key]
+        values.append(np.asarray(value if tensor.layer is None else value[tensor.layer]))
+    return tensor.join(values)

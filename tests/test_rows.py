@@ -1,0 +1,123 @@
+"""A row never depends on its batch, and LongRoPE is exact wherever a row crosses its boundary."""
+
+import numpy as np
+import pytest
+from conftest import TINY, golden_cases, media_of
+
+from phi4mm_jax.processing.batch import Batch
+
+INPUTS = TINY / "inputs"
+
+
+def mixed_rows():
+    """Eight rows of all modalities; clips of 0.9 s and 43 s side by side."""
+    cases = {c["name"]: c for c in golden_cases()}
+    rng = np.random.default_rng(0)
+    short = rng.standard_normal(14400).astype(np.float32) * 0.1, 16000  # 0.9 s
+    rows = []
+    for name in ("vision", "speech_long", "text_long", "vision_speech", "speech_multi", "text"):
+        media = media_of(cases[name])
+        rows.append((cases[name]["prompt"], media["images"][0], media["audios"][0]))
+    rows.append(("<|user|><|audio_1|>What is said?<|end|><|assistant|>", [], [short]))
+    rows.append(
+        ("<|user|><|image_1|>Compare<|image_2|>with<|audio_1|><|end|><|assistant|>",
+         [INPUTS / "image_2.png", INPUTS / "image_0.png"], [INPUTS / "audio_1.flac"])
+    )  # fmt: skip
+    order = rng.permutation(len(rows))
+    return [rows[i] for i in order]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return mixed_rows()
+
+
+def test_logits_are_those_of_the_row_alone(tiny, rows):
+    prompts, images, audios = map(list, zip(*rows, strict=True))
+    together = tiny.process(prompts, images, audios)
+    assert set(together.adapters.tolist()) == {0, 1, 2}
+    logits = np.asarray(tiny.logits(together))
+    for i, row in enumerate(rows):
+        alone = tiny.process(*([x] for x in row))
+        length = alone.lengths[0]
+        np.testing.assert_array_equal(together.tokens[i, :length], alone.tokens[0, :length])
+        np.testing.assert_allclose(logits[i, :length], np.asarray(tiny.logits(alone))[0, :length], atol=1e-4, rtol=0)
+
+
+def test_tokens_are_those_of_the_row_alone(tiny, rows):
+    prompts, images, audios = map(list, zip(*rows, strict=True))
+    together = tiny.generate(prompts, images, audios, max_new_tokens=12)
+    for row, completion in zip(rows, together, strict=True):
+        (alone,) = tiny.generate(*([x] for x in row), max_new_tokens=12)
+        assert completion == alone
+
+
+def test_padding_is_never_read(tiny, rows):
+    """Whatever stands in the padding of the stacks changes nothing."""
+    prompts, images, audios = map(list, zip(*rows, strict=True))
+    batch = tiny.process(prompts, images, audios)
+    frames, crops = batch.audio.frames.copy(), batch.images.crops.copy()
+    for piece, first, last in zip(frames, batch.audio.first, batch.audio.last, strict=True):
+        piece[:first], piece[last:] = 1e3, -1e3
+    crops[~batch.images.patch_mask.any((1, 2))] = 50.0
+    tokens = batch.tokens.copy()
+    for row, length in zip(tokens, batch.lengths, strict=True):
+        row[length:] = 5
+    dirty = batch._replace(
+        tokens=tokens, audio=batch.audio._replace(frames=frames), images=batch.images._replace(crops=crops)
+    )
+    clean, soiled = np.asarray(tiny.logits(batch)), np.asarray(tiny.logits(dirty))
+    for i, length in enumerate(batch.lengths):
+        np.testing.assert_array_equal(clean[i, :length], soiled[i, :length])
+
+
+def greedy_from_scratch(model, tokens, steps):
+    """Each token from the whole sequence, without a cache."""
+    tokens = list(tokens)
+    start = len(tokens)
+    for _ in range(steps):
+        batch = Batch(
+            tokens=np.asarray([tokens + [0] * (192 - len(tokens))], np.int32),
+            lengths=np.asarray([len(tokens)], np.int32),
+            adapters=np.zeros(1, np.int32),
+            media=np.full((1, 192), -1, np.int32),
+            images=None,
+            audio=None,
+        )
+        tokens.append(int(np.argmax(np.asarray(model.logits(batch))[0, len(tokens) - 1])))
+    return tokens[start:]
+
+
+def test_rows_that_cross_the_boundary_at_different_times(tiny):
+    """96 tokens here. Rows start far below, just below, at, just above and beyond it; some cross, one never does."""
+    boundary, steps = tiny.config.decoder.rope.original_length, 24
+    lengths = [40, boundary - 7, boundary - 1, boundary, boundary + 1, 120, boundary - 15]
+    rng = np.random.default_rng(3)
+    words = ["<|tag|>", "<|tool|>", "<|/tool|>", "<|tool_call|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    prompts = ["".join(rng.choice(words, length)) for length in lengths]  # a token each
+    tokenizer = tiny.processor.tokenizer
+    completions = tiny.generate(prompts, max_new_tokens=steps)
+    assert [c.prompt_tokens for c in completions] == lengths
+    for prompt, completion in zip(prompts, completions, strict=True):
+        expected = greedy_from_scratch(tiny, tokenizer.encode(prompt, special=True), steps)
+        assert completion.tokens == expected[: len(completion.tokens)]
+        assert len(completion.tokens) == steps or completion.finish_reason == "stop"
+
+
+def test_media_rows_cross_too(tiny):
+    """A row with audio is prefilled again with its features, next to one that does not cross."""
+    prompts = ["<|user|><|audio_1|>" + "x " * n + "<|end|><|assistant|>" for n in (28, 3)]
+    audios = [[INPUTS / "audio_1.flac"], [INPUTS / "audio_0.flac"]]
+    together = tiny.generate(prompts, audios=audios, max_new_tokens=40)
+    boundary = tiny.config.decoder.rope.original_length
+    assert together[0].prompt_tokens < boundary < together[0].prompt_tokens + 40
+    for prompt, audio, completion in zip(prompts, audios, together, strict=True):
+        batch = tiny.process([prompt], audios=[audio])
+        n, tokens = completion.prompt_tokens, list(completion.tokens)
+        whole = np.zeros((1, 192), np.int32)
+        media = np.full((1, 192), -1, np.int32)
+        whole[0, :n], media[0, :n] = batch.tokens[0, :n], batch.media[0, :n]
+        for i, token in enumerate(tokens):
+            again = batch._replace(tokens=whole, media=media, lengths=np.asarray([n + i], np.int32))
+            assert token == int(np.argmax(np.asarray(tiny.logits(again))[0, n + i - 1]))
+            whole[0, n + i] = token

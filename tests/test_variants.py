@@ -1,0 +1,50 @@
+"""The same numbers however the program is laid out: scanned or written out, spread over devices or not."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, golden_cases, media_of
+
+import phi4mm_jax
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.model.layers import unstack_layers
+from phi4mm_jax.sharding import make_mesh
+
+CASE = next(c for c in golden_cases() if c["name"] == "vision_speech")
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    return tiny.process([CASE["prompt"]], **media_of(CASE))
+
+
+def test_scan_equals_loop(tiny, batch):
+    loop = Phi4MM(tiny.config, tiny.module.dtype, scan=False)
+    unstacked = unstack_layers(tiny.variables)
+    assert "layers_2" in unstacked["lora_vision"]["decoder"]
+    np.testing.assert_allclose(jax.jit(loop.apply)(unstacked, batch), tiny.logits(batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (1, 2), (4, 2)])
+def test_spread_over_devices(tiny, goldens, batch, fsdp, tensor):
+    model = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(fsdp, tensor))
+    layers = model.variables["params"]["decoder"]["layers"]
+    gate = layers["mlp"]["gate_up"]["gate"]
+    assert gate.addressable_shards[0].data.size * fsdp * tensor == gate.size
+    np.testing.assert_allclose(model.logits(batch), tiny.logits(batch), atol=1e-4, rtol=0)
+    expected = goldens["vision_speech.generated"].tolist()
+    (completion,) = model.generate([CASE["prompt"]], **media_of(CASE), max_new_tokens=len(expected))
+    assert completion.tokens == expected
+
+
+def test_absent_adapters_cost_nothing(tiny):
+    """A batch of text runs without the adapters' parameters, and its program without their products."""
+    text = tiny.process(["<|user|>Hello<|end|><|assistant|>"])
+    variables = tiny._variables_for(text)
+    assert set(variables) == {"params"}
+
+    def flops(variables):
+        return jax.jit(tiny.module.apply).lower(variables, text).compile().cost_analysis()["flops"]
+
+    assert flops(variables) < 0.9 * flops(tiny.variables)
+    np.testing.assert_array_equal(tiny.logits(text), jax.jit(tiny.module.apply)(tiny.variables, text))
