@@ -140,8 +140,6 @@ class Phi4MMConfig:
         Raises:
             ConfigError: a key is missing, malformed, or asks for what is not supported; it names the key.
         """
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"config.json holds a {type(config).__name__}; expected an object of keys and values")
         reader = _READERS.get(config.get("model_type", ""))
         if reader is None:
             raise ConfigError(
@@ -174,11 +172,14 @@ class Phi4MMConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON file; a missing or broken one is a CheckpointError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object. Download the file again.")
+    return values
 
 
 class _Keys:

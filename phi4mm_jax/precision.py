@@ -1,5 +1,6 @@
 """Matrix products at the precision that the dtype promises."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -10,7 +11,26 @@ def precision_of(dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def einsum(equation: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum` in the first operand's dtype; the others are cast to it. Sums are in float32 on every platform."""
+def einsum(equation: str, *operands: Float[Array, "..."], result=None) -> Float[Array, "..."]:
+    """`jnp.einsum` in the first operand's dtype, to which the others are cast; the result is in it, or in `result`."""
     dtype = operands[0].dtype
-    return jnp.einsum(equation, *(x.astype(dtype) for x in operands), precision=precision_of(dtype))
+    cast = (x.astype(dtype) for x in operands)
+    return jnp.einsum(equation, *cast, precision=precision_of(dtype), preferred_element_type=result or dtype)
+
+
+def row_sum(x: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """The sum over the last axis, as a product with ones.
+
+    XLA's CPU backend sums a row in another order when there are more rows, or when zeros follow; a product's order
+    depends on the row alone. So a row's rounding does not depend on its batch.
+    """
+    return einsum("...D,D->...", x, jnp.ones(x.shape[-1], x.dtype))
+
+
+def row_mean(x: Float[Array, "... D"]) -> Float[Array, "... 1"]:
+    return (row_sum(x) / x.shape[-1])[..., None]
+
+
+def gated(value: Float[Array, "..."], gate: Float[Array, "..."]) -> Float[Array, "..."]:
+    """value * silu(gate), in float32 and rounded once."""
+    return (value.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(value.dtype)

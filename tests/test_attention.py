@@ -120,7 +120,7 @@ def test_memory_is_bounded():
         ({"k": jnp.zeros((1, 4, 2, 8))}, "k"),
         ({"q": jnp.zeros((1, 4, 3, 8))}, "q's 3 heads"),
         ({"q": jnp.zeros((1, 4, 8))}, "q"),
-        ({"v": jnp.zeros((1, 4, 2, 8), jnp.bfloat16)}, "dtype"),
+        ({"v": jnp.zeros((1, 5, 2, 8), jnp.bfloat16)}, "dtype"),
         ({"kv_lengths": jnp.zeros(3, jnp.int32)}, "kv_lengths"),
         ({"kv_mask": jnp.zeros((1, 3), bool)}, "kv_mask"),
         ({"q_offset": jnp.zeros(2, jnp.int32)}, "q_offset"),

@@ -103,7 +103,7 @@ UNSUPPORTED = {
     "vocab_size": 1000,
     "rms_norm_eps": None,
     "num_hidden_layers": 0,
-    "partial_rotary_factor": 0.5,
+    "partial_rotary_factor": 0.001,
     "original_max_position_embeddings": 1 << 20,
     "embd_layer.embedding_cls": "image",
     "embd_layer.image_embd_layer.hd_transform_order": "glb_sub",
@@ -158,5 +158,5 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(CheckpointError, match="JSON"):
         Phi4MMConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="list"):
+    with pytest.raises(CheckpointError, match="list"):
         Phi4MMConfig.from_folder(tmp_path)

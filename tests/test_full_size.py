@@ -55,7 +55,7 @@ def test_output_shapes(model, variables):
     logits = jax.eval_shape(model.apply, nn.unbox(variables), batch)
     assert (logits.shape, logits.dtype) == ((2, 48, 200_064), jnp.float32)
     features = jax.eval_shape(
-        lambda v: model.apply(v, batch.images, batch.audio, method="encode"), nn.unbox(variables)
+        lambda v, b: model.apply(v, b.images, b.audio, method="encode"), nn.unbox(variables), batch
     )
     assert (features.shape, features.dtype) == ((3 * 256 + 2 + 2 * 4, 3072), jnp.bfloat16)
 

@@ -65,8 +65,7 @@ def test_stop_tokens_end_a_row_and_not_the_others(tiny):
     """A row that ends early is given its stop token; its neighbour goes on."""
     other = "<|user|>Tell me more<|end|><|assistant|>"
     whole = tiny.generate([PROMPT, other], max_new_tokens=10)
-    early = whole[0].tokens[3]
-    assert early not in whole[1].tokens
+    early = next(t for t in whole[0].tokens[1:] if t not in whole[1].tokens)
     config = dataclasses.replace(tiny.config, stop_token_ids=(early,))
     model = type(tiny)(tiny.module.clone(config=config), tiny.variables, tiny.processor)
     stopped = model.generate([PROMPT, other], max_new_tokens=10)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from phi4mm_jax.precision import precision_of
+from phi4mm_jax.precision import precision_of, row_sum
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
@@ -77,7 +77,7 @@ def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
             scores, allowed = _scores(q_i, k, i, 0, limits, tiling)
             maximum = scores.max(-1)
             weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)
-            total = jnp.where((total := weights.sum(-1)) > 0, total, 1.0)
+            total = jnp.where((total := row_sum(weights)) > 0, total, 1.0)
             out = _einsum("BKGTS,BKSH->BKGTH", (weights / total[..., None]).astype(v.dtype), v)
             return out.astype(q.dtype), maximum + jnp.log(total)
 
@@ -90,7 +90,7 @@ def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
             out = out * decay[..., None] + _einsum(
                 "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), _tile(v, j, tiling.keys, 2)
             )
-            return new_maximum, total * decay + weights.sum(-1), out
+            return new_maximum, total * decay + row_sum(weights), out
 
         rows = q_i.shape[:-1]
         start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
@@ -189,7 +189,7 @@ def decode_attention(q, k_cache, v_cache, *, layer, lengths):
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
         out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), block(v_cache, j))
-        return new_maximum, total * decay + weights.sum(-1), out
+        return new_maximum, total * decay + row_sum(weights), out
 
     rows = groups.shape[:-1]
     start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)

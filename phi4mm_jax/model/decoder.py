@@ -16,7 +16,7 @@ from phi4mm_jax.kernels import decode_attention, flash_attention
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
-from phi4mm_jax.precision import precision_of
+from phi4mm_jax.precision import gated, precision_of
 
 
 class Cache(NamedTuple):
@@ -144,4 +144,4 @@ class MLP(nn.Module):
     def __call__(self, x, rows: Rows):
         sizes, ranks = self.config.sizes, dict(self.config.ranks)
         gate, up = Projection("D", {"gate": "F", "up": "F"}, sizes, ranks, name="gate_up")(x, rows.scales)
-        return Projection("F", {"down": "D"}, sizes, ranks, name="down")(up * jax.nn.silu(gate), rows.scales)[0]
+        return Projection("F", {"down": "D"}, sizes, ranks, name="down")(gated(up, gate), rows.scales)[0]

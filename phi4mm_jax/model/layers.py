@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from phi4mm_jax.precision import einsum
+from phi4mm_jax.precision import einsum, row_mean
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",
@@ -53,9 +53,8 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = declare(self, "kernel", self.inputs + self.outputs, self.sizes)
         bias = declare(self, "bias", self.outputs, self.sizes, nn.initializers.zeros)
-        return einsum(f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}", x, kernel) + bias.astype(
-            x.dtype
-        )
+        equation = f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}"
+        return (einsum(equation, x, kernel, result=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Projector(nn.Module):
@@ -94,8 +93,8 @@ def layer_norm(
 ) -> Float[Array, "... D"]:
     """In float32, cast at the end; in PyTorch's order, x / deviation - mean / deviation, so that it rounds alike."""
     wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
-    inverse_deviation = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
+    mean = row_mean(wide)
+    inverse_deviation = jax.lax.rsqrt(row_mean(jnp.square(wide - mean)) + eps)
     normal = wide * inverse_deviation - mean * inverse_deviation
     return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
@@ -110,7 +109,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
     """In float32, then cast, then scaled."""
     wide = x.astype(jnp.float32)
-    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    normal = wide * jax.lax.rsqrt(row_mean(jnp.square(wide)) + eps)
     return normal.astype(x.dtype) * scale.astype(x.dtype)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
-from phi4mm_jax.precision import precision_of
+from phi4mm_jax.precision import gated, precision_of, row_sum
 
 HALO_FRAMES = 8  # frames before a chunk: more than the stem's three convolutions look back, and one whole token
 _MAP_BYTES = 1 << 28  # larger intermediates are computed a few chunks at a time
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
         sizes = sizes_of(self.config)
         x = LayerNorm(sizes, self.config.norm_eps, name="norm")(x)
         value, gate = (Linear("D", "F", sizes, name=name)(x) for name in ("value", "gate"))
-        return Linear("F", "D", sizes, name="down")(value * jax.nn.silu(gate))
+        return Linear("F", "D", sizes, name="down")(gated(value, gate))
 
 
 class Convolution(nn.Module):
@@ -117,8 +117,8 @@ class Convolution(nn.Module):
         sizes = {**sizes_of(self.config), "E": self.config.embed_dim}
         x = LayerNorm(sizes, self.config.norm_eps, name="norm")(x)
         value, gate = (Linear("D", "E", sizes, name=name)(x) for name in ("value", "gate"))
-        b1, b2 = (declare(self, name, "D", sizes, nn.initializers.zeros).astype(x.dtype) for name in ("b1", "b2"))
-        x = (value + b1) * jax.nn.silu(gate + b2)
+        b1, b2 = (declare(self, name, "D", sizes, nn.initializers.zeros).astype(jnp.float32) for name in ("b1", "b2"))
+        x = gated(value + b1, gate + b2).astype(x.dtype)
         kernel = declare(self, "depthwise", "WD", sizes)
         bias = declare(self, "depthwise_bias", "D", sizes, nn.initializers.zeros)
         x = causal_convolution(x, kernel, bias)
@@ -138,16 +138,18 @@ def strided_convolution(
 ) -> Float[Array, "A F/2 P/2 C"]:
     """Depthwise, 3x3, stride 2, padding 1. One input channel serves all output channels.
 
-    A sum over the window's nine places: compilers turn it into one pass, while grouped convolutions are slow on CPUs.
+    A sum over the window's nine places, in float32: compilers turn it into one pass, while grouped convolutions are slow
+    on CPUs.
     """
-    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+    kernel, bias = kernel.astype(jnp.float32), bias.astype(jnp.float32)
     rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return bias + sum(
-        padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] * kernel[i, j]
+    total = sum(
+        padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2].astype(jnp.float32) * kernel[i, j]
         for i in range(3)
         for j in range(3)
     )
+    return (total + bias).astype(x.dtype)
 
 
 def causal_convolution(
@@ -156,7 +158,9 @@ def causal_convolution(
     """Depthwise over time: a token sees itself and the W - 1 before it."""
     width, length = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-    return bias.astype(x.dtype) + sum(padded[:, i : i + length] * kernel[i].astype(x.dtype) for i in range(width))
+    kernel = kernel.astype(jnp.float32)
+    total = sum(padded[:, i : i + length].astype(jnp.float32) * kernel[i] for i in range(width))
+    return (total + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def relative_bias(table: Float[Array, "S N"], length: int, distance: int) -> Float[Array, "N T T"]:
@@ -173,7 +177,9 @@ def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array,
         precision = precision_of(q.dtype)
         scores = jnp.einsum("ATNH,ASNH->ANTS", q, k, precision=precision, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5 + bias.astype(jnp.float32)
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(q.dtype)
+        scores = jnp.where(mask[:, None, None], scores, -1e30)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        weights = (weights / row_sum(weights)[..., None]).astype(q.dtype)
         return jnp.einsum("ANTS,ASNH->ATNH", weights, v, precision=precision)
 
     return _map_rows(attend, 4 * bias.size, q, k, v, mask)

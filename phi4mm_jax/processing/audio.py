@@ -1,36 +1,365 @@
-"""temporary"""
-import numpy as np, math, io
-import soundfile, scipy.signal
-def load_audio(s):
-    if isinstance(s, tuple): x, r = np.asarray(s[0], np.float32), s[1]
-    else:
-        x, r = soundfile.read(io.BytesIO(s) if isinstance(s, bytes) else s, dtype='float32')
-    return (x.mean(1) if x.ndim > 1 else x), r
-def num_audio_tokens(n): return -(-n // 8)
-def mel(n_fft, sr):
-    nb = n_fft // 2 + 1
-    f2m = lambda f: 1127.0 * np.log(1 + f / 700.0)
-    bw = sr / n_fft
-    lo, hi = f2m(0.0), f2m(7690.0)
-    m = np.linspace(lo, hi, 82)
-    bins = f2m(np.arange(nb) * bw)
-    w = np.zeros((nb, 80), np.float32)
-    f2b = lambda f: int(f * n_fft / sr + 0.5)
-    for i in range(80):
-        l, c, r = m[i:i+3]
-        for b in range(f2b(0)+1, f2b(7690.0)):
-            if l < bins[b] < r:
-                w[b, i] = (bins[b]-l)/(c-l) if bins[b] <= c else (r-bins[b])/(r-c)
-    return w
-def log_mel(x, rate):
-    if rate not in (8000, 16000):
-        g = math.gcd(rate, 16000); x = scipy.signal.resample_poly(x, 16000//g, rate//g); rate = 16000
-    win, hop, n = (200, 80, 256) if rate == 8000 else (400, 160, 512)
-    k = (len(x)-win)//hop+1
-    fr = np.lib.stride_tricks.sliding_window_view(x, win)[::hop][:k]
-    prev = np.roll(fr, 1, 1).copy(); prev[:, 0] = fr[:, 0]
-    fr = (fr - 0.97*prev)*32768
-    S = np.fft.rfft(np.hamming(win)*fr, n=n, axis=1).astype(np.complex64)
-    if rate == 8000: S = np.concatenate([S[:, :-1], np.zeros((k, 257-S.shape[1]+1))], 1)
-    p = np.abs(S).astype(np.float32)**2
-    return np.log(np.clip(p @ mel(512, 16000), 1.0, None)).astype(np.float32)
+"""Audio: from clips to log-mel features at 100 frames a second.
+
+The features are those of the original's front end, which runs at 16 kHz, and at 8 kHz on half of the spectrum. Any other
+rate is resampled to 16 kHz. (The original does so at 32 and 48 kHz, with the same filter; all other rates it treats as if
+they were 8 or 16 kHz, or refuses.)
+"""
+
+import functools
+import io
+import math
+import numbers
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import scipy.fft
+import scipy.signal
+import soundfile
+from jaxtyping import Float
+
+from phi4mm_jax.errors import InputError
+
+NUM_BANDS = 80
+TIME_REDUCTION = 8  # frames a token
+
+# Longer clips exceed the context: 131,072 tokens of 80 ms are 2.9 hours.
+MAX_SECONDS = 3 * 3600
+
+_RATE = 16000
+_HALF_RATE = 8000  # the one other rate that has features of its own
+_LEAST_RATE, _LARGEST_RATE = 1000, 768_000  # outside it is a mistake, such as kHz for Hz
+_MAX_CHANNELS = 64
+
+_HOP, _WINDOW = 0.010, 0.025  # seconds
+_NUM_FFT = 512  # at 16 kHz
+_TOP_HERTZ = 7690.0
+_PRE_EMPHASIS = np.float32(0.97)
+_FULL_SCALE = 32768.0
+_LARGEST_SAMPLE = 2.0**31  # full scale of the widest integers; beyond it powers overflow float32
+
+_FRAMES_AT_ONCE = 256  # so that a block and its spectrum stay in the processor's cache
+_SAMPLES_AT_ONCE = 1 << 20
+
+AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview
+
+
+def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[Float[np.ndarray, " S"], int]:
+    """Samples in [-1, 1), of several channels the mean, and the sampling rate in Hz.
+
+    Args:
+        source: a path, the bytes of a file, or (samples, rate). Files are opened by soundfile, and what it does not know
+            (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array or a list of shape (n,), or of two
+            axes of which the shorter one is the channels. Floats are taken as they are, also outside of [-1, 1]; int8,
+            int16 and int32 are divided by their full scale (2**7, 2**15, 2**31); uint8 is centred at 128.
+        max_seconds: longer clips are refused, files before they are read to their end.
+
+    Raises:
+        InputError: a file is missing, unreadable or cut off (as far as the format tells: a raw stream of MP3 does not);
+            samples are NaN, infinite or of an unsuitable type or shape; the rate is impossible; the clip is shorter
+            than a frame of 25 ms, or too long.
+    """
+    match source:
+        case tuple():
+            samples, rate = _from_samples(source, max_seconds)
+            name = "the audio clip"
+        case str() | os.PathLike():
+            name = f"the audio file {os.fspath(source)!r:.200}"
+            samples, rate = _from_file(os.fspath(source), name, max_seconds)
+        case bytes() | bytearray() | memoryview():
+            data = bytes(source)
+            name = f"the audio of {len(data)} bytes"
+            samples, rate = _from_file(data, name, max_seconds)
+        case _:
+            raise InputError(
+                f"the audio clip is of type {type(source).__name__}; "
+                "expected (samples, sampling_rate), a path or a file's bytes"
+            )
+    _check(samples, rate, name)
+    return samples, rate
+
+
+def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F 80"]:
+    """The logarithm of the power in 80 bands of equal width on the mel scale, float32, 100 frames a second.
+
+    Frames of 25 ms every 10 ms, without padding; a rest that fills no frame is dropped. Each is pre-emphasised by itself
+    (its first sample is its own predecessor), scaled to 16-bit integers and weighted with a Hamming window. Powers are
+    clipped at 1, so that silence is 0. At 8 kHz the bands above 4 kHz are 0.
+
+    The steps and their precision are the original's: float32 up to the window, float64 in the transform.
+
+    Args:
+        samples: mono, floats of full scale 1.
+        rate: in Hz.
+
+    Raises:
+        InputError: as `load_audio`, of samples and rates.
+    """
+    _check(samples, rate, "the audio clip")
+    samples = _at_feature_rate(samples, rate)
+    own_rate = _feature_rate(rate)
+    window, hop = round(_WINDOW * own_rate), round(_HOP * own_rate)
+    num_fft = _NUM_FFT * own_rate // _RATE
+    num_bins = num_fft // 2 + (own_rate == _RATE)  # the original drops the highest bin at 8 kHz
+    weights = np.hamming(window) * _FULL_SCALE
+    bands = _mel_filters()[:num_bins]
+
+    features = np.empty((_count_frames(len(samples), own_rate), NUM_BANDS), np.float32)
+    padded = np.zeros((_FRAMES_AT_ONCE, num_fft))
+    for start in range(0, len(features), _FRAMES_AT_ONCE):
+        out = features[start : start + _FRAMES_AT_ONCE]
+        piece = samples[start * hop : (start + len(out) - 1) * hop + window]
+        # Within a frame, pre-emphasis is the difference in the whole signal; only the first sample is particular.
+        first = piece[: len(out) * hop : hop]
+        differences = piece[1:] - _PRE_EMPHASIS * piece[:-1]
+        frames = padded[: len(out)]
+        frames[:, 0] = (first - _PRE_EMPHASIS * first) * weights[0]
+        rest = np.lib.stride_tricks.sliding_window_view(differences, window - 1)[::hop]
+        np.multiply(rest, weights[1:], out=frames[:, 1:window])
+
+        spectrum = np.asarray(scipy.fft.rfft(frames, axis=1))
+        parts = spectrum.view(np.float64)  # real, imaginary, real, ...
+        parts *= parts
+        power = (parts[:, 0::2] + parts[:, 1::2]).astype(np.float32)
+        np.log(np.maximum(power[:, :num_bins] @ bands, np.float32(1)), out=out)
+    return features
+
+
+def num_frames(num_samples: int, rate: int) -> int:
+    """The frames of a clip: `len(log_mel(...))`, without the samples; 0 if it is shorter than a frame."""
+    own_rate = _feature_rate(rate)
+    return _count_frames(math.ceil(num_samples * own_rate / rate), own_rate)
+
+
+def num_audio_tokens(frames: int) -> int:
+    """The tokens of a clip of so many frames."""
+    return math.ceil(frames / TIME_REDUCTION)
+
+
+# Features
+
+
+def _feature_rate(rate: int) -> int:
+    return _HALF_RATE if rate == _HALF_RATE else _RATE
+
+
+def _count_frames(num_samples: int, own_rate: int) -> int:
+    window, hop = round(_WINDOW * own_rate), round(_HOP * own_rate)
+    return max(0, (num_samples - window) // hop + 1)
+
+
+@functools.cache
+def _mel_filters() -> Float[np.ndarray, "257 80"]:
+    """The weights of the FFT's bins in the bands: triangles in mel = 1127 ln(1 + Hz / 700), each from the centre of the
+    band below to that of the band above; bins that round to 0 Hz or to the upper end have no weight."""
+
+    def mel(hertz: Any) -> Any:
+        return 1127 * np.log1p(hertz / 700)
+
+    bin_hertz = _RATE / _NUM_FFT
+    bins = mel(np.arange(_NUM_FFT // 2 + 1) * bin_hertz)[:, None]
+    edges = np.linspace(0, mel(_TOP_HERTZ), NUM_BANDS + 2)
+    low, centre, high = edges[:-2], edges[1:-1], edges[2:]
+    weights = np.minimum((bins - low) / (centre - low), (high - bins) / (high - centre)).clip(0)
+    weights[0] = 0
+    weights[round(_TOP_HERTZ / bin_hertz) :] = 0
+    weights = weights.astype(np.float32)
+    weights.flags.writeable = False
+    return weights
+
+
+def _at_feature_rate(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, " S"]:
+    """Resampled by scipy's polyphase filter, in float64; block by block, so that only the result takes memory."""
+    up, down = _reduced(_feature_rate(rate), rate)
+    if up == down:
+        return samples.astype(np.float32, copy=False)
+    taps = _low_pass(up, down)
+    # A block begins at a multiple of `down`, so that its outputs fall on those of the whole. It takes as many samples
+    # more on both sides as the filter reaches.
+    margin = down * math.ceil((len(taps) // 2 + 1) / up / down)
+    step = down * math.ceil(_SAMPLES_AT_ONCE / down)
+    resampled = np.empty(math.ceil(len(samples) * up / down), np.float32)
+    for start in range(0, len(samples), step):
+        before = min(start, margin)
+        piece = samples[start - before : start + step + margin].astype(np.float64)
+        out = resampled[start // down * up : (start + step) // down * up]
+        skip = before // down * up
+        out[:] = scipy.signal.resample_poly(piece, up, down, window=taps)[skip : skip + len(out)]
+    return resampled
+
+
+def _reduced(up: int, down: int) -> tuple[int, int]:
+    divisor = math.gcd(up, down)
+    return up // divisor, down // divisor
+
+
+@functools.lru_cache(maxsize=8)
+def _low_pass(up: int, down: int) -> np.ndarray:
+    """The filter that `scipy.signal.resample_poly` designs by itself, each time anew."""
+    return scipy.signal.firwin(20 * max(up, down) + 1, 1 / max(up, down), window=("kaiser", 5.0))
+
+
+# Clips
+
+
+def _check(samples: np.ndarray, rate: int, name: str) -> None:
+    """Refuse what has no features, or none that are finite."""
+    _check_rate(rate, name)
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise InputError(
+            f"{name} has samples of {samples.dtype} {samples.shape}; expected floats (n,), as load_audio gives them"
+        )
+    if num_frames(len(samples), rate) == 0:
+        raise InputError(
+            f"{name} has {len(samples)} samples at {rate} Hz, {1000 * len(samples) / rate:.1f} ms; "
+            "it needs 25 ms at least. Pad it with silence, or leave it out"
+        )
+    peak = max(-float(samples.min()), float(samples.max()))  # NaN if any sample is
+    if not peak <= _LARGEST_SAMPLE:
+        cause = f"samples of magnitude {peak:g}" if math.isfinite(peak) else "samples that are NaN or infinite"
+        raise InputError(f"{name} has {cause}; expected floats of full scale 1. Repair or rescale it")
+
+
+def _check_rate(rate: Any, name: str) -> int:
+    is_whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and float(rate).is_integer()
+    if not is_whole or not _LEAST_RATE <= rate <= _LARGEST_RATE:
+        raise InputError(
+            f"{name} has the sampling rate {rate!r:.80}; "
+            f"expected a whole number of Hz from {_LEAST_RATE} to {_LARGEST_RATE}"
+        )
+    return int(rate)
+
+
+def _check_duration(num_samples: int, rate: int, name: str, max_seconds: float) -> None:
+    if num_samples > rate * max_seconds:
+        raise InputError(f"{name} is longer than {max_seconds:g} seconds; cut it, or raise max_seconds")
+
+
+def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
+    name = "the audio clip"
+    if len(source) != 2:
+        raise InputError(f"{name} is a tuple of {len(source)}; expected (samples, sampling_rate)")
+    rate = _check_rate(source[1], name)
+    try:
+        samples = np.asarray(source[0])
+    except Exception as error:  # ragged lists, tensors on devices, ...
+        raise InputError(f"{name} is not an array of samples ({error!r:.200}); pass a numpy array") from error
+    if samples.ndim not in (1, 2) or not samples.size:
+        raise InputError(f"{name} has samples of shape {samples.shape}; expected (n,), (n, channels) or (channels, n)")
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    _check_duration(len(samples), rate, name, max_seconds)
+    return _mono(_as_float(samples, name), name), rate
+
+
+def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
+    """Samples with full scale 1."""
+    match samples.dtype.name:
+        case "float16" | "float32" | "float64" | "longdouble" | "float128":
+            return samples
+        case "int8" | "int16" | "int32":
+            return samples.astype(np.float32) / np.float32(2 ** (8 * samples.dtype.itemsize - 1))
+        case "uint8":
+            return (samples.astype(np.float32) - np.float32(128)) / np.float32(128)
+    raise InputError(
+        f"{name} has samples of {samples.dtype}, whose full scale is not known; "
+        "expected floats in [-1, 1], int16, int32, int8 or uint8"
+    )
+
+
+def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"], name: str) -> Float[np.ndarray, " S"]:
+    if samples.ndim == 2:
+        if samples.shape[1] > _MAX_CHANNELS:
+            raise InputError(
+                f"{name} has {samples.shape[1]} channels, more than {_MAX_CHANNELS}; pass one clip, not a batch or features"
+            )
+        samples = samples.mean(axis=1)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused later
+        return samples.astype(np.float32)
+
+
+# Files
+
+
+def _from_file(source: str | bytes, name: str, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
+    if isinstance(source, str) and not os.path.exists(source):
+        raise InputError(f"{name} does not exist; check the path")
+    if not source:
+        raise InputError(f"{name} is empty; pass a whole audio file")
+    try:
+        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception as error:  # of many types, where a header is malformed
+        return _from_other_file(source, name, max_seconds, error)
+    with file:
+        rate = _check_rate(file.samplerate, name)
+        try:
+            blocks = iter(lambda: file.read(_SAMPLES_AT_ONCE, "float32", always_2d=True), None)
+            samples = _join(blocks, rate, name, max_seconds)
+            cut = _is_cut_off(file, len(samples))
+        except soundfile.SoundFileError as error:
+            raise InputError(f"{name} is damaged or cut off ({error}); pass a whole audio file") from error
+    if cut:
+        raise InputError(f"{name} is cut off: it holds less than its header says; pass a whole audio file")
+    return samples, rate
+
+
+def _join(blocks: Iterable[np.ndarray], rate: int, name: str, max_seconds: float) -> Float[np.ndarray, " S"]:
+    """One channel of all blocks up to the first empty one."""
+    pieces, count = [], 0
+    for block in blocks:
+        if not len(block):
+            break
+        pieces.append(_mono(block, name))
+        count += len(block)
+        _check_duration(count, rate, name, max_seconds)
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
+    """Whether a file ends before its end, as far as libsndfile's log of the headers tells.
+
+    The length in a header may be a little wrong (some programs count the header in), and it is meaningless where the
+    writer did not know it, which shows as 2 GiB or more.
+    """
+    log = file.extra_info
+    match file.format:
+        case "OGG":
+            return "without an End-Of-Stream" in log
+        case "MP3":
+            # Only a header of variable bit rate tells the length; otherwise it is estimated.
+            return re.search(r"bitrate mode *: variable", log) is not None and num_read < 0.99 * file.frames
+    sizes = re.search(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
+    if sizes is None:
+        return False
+    announced, present = int(sizes[1]), int(sizes[2])
+    return present * 1.01 + 1024 < announced < 0x7FFF0000
+
+
+def _from_other_file(
+    source: str | bytes, name: str, max_seconds: float, cause: Exception
+) -> tuple[Float[np.ndarray, " S"], int]:
+    """What soundfile cannot open, by the programs that audioread finds."""
+    import audioread
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "clip")
+        if isinstance(source, bytes):
+            with open(path, "wb") as file:
+                file.write(source)
+        else:
+            path = os.path.abspath(source)  # begins with no "-" and no "http:"
+        try:
+            with audioread.audio_open(path) as file:
+                rate, channels = _check_rate(file.samplerate, name), file.channels
+                blocks = (np.frombuffer(block, "<i2").reshape(-1, channels) for block in file)
+                return _join((_as_float(block, name) for block in blocks), rate, name, max_seconds), rate
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{name} cannot be read: soundfile says {str(cause) or repr(cause)!r}, audioread {error!r:.200}. "
+                "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
+            ) from error

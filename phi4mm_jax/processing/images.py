@@ -1,97 +1,288 @@
-"""Images: files to normalised crops, by dynamic HD (see the Phi-4-multimodal report, arXiv:2503.01743)."""
+"""Images: from files to normalised crops, and which of their features each image token takes.
 
+The scheme is the "dynamic HD" of the Phi-4-multimodal report (arXiv:2503.01743). An image is scaled into a grid of
+square crops; the right or the bottom of the grid, where the image does not reach, is white and masked. Before these
+crops comes the global view: the whole grid, scaled to a single crop.
+"""
+
+import functools
 import io
-import warnings
+import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from PIL import Image
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
 
-SUB_SEPARATOR, GLOBAL_SEPARATOR = -1, -2
+# What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
+SUB_SEPARATOR = -1  # ends a row of features
+GLOBAL_SEPARATOR = -2  # stands between the sub-crops and the global view
+
+# As many as Pillow takes without a warning: 256 MiB of RGB. The model sees 36 crops at most, a twelfth of it.
+MAX_PIXELS = 89_478_485
+
+_LEAST_SIDE = 10  # pixels of the scaled image, as in the original
+_WHITE = 255
+
+ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    crops: Float[np.ndarray, "C 448 448 3"]
-    patch_mask: Bool[np.ndarray, "C 32 32"]
-    layout: Int[np.ndarray, " T"]
+    """An image as the vision tower takes it, and as the decoder will see it."""
+
+    crops: Float[np.ndarray, "C 448 448 3"]  # in [-1, 1]; the global view, then the sub-crops row by row
+    patch_mask: Bool[np.ndarray, "C 32 32"]  # False: padding
+    layout: Int[np.ndarray, " T"]  # for each token a row of the (C * 256) pooled features, or a separator
 
     @property
     def num_tokens(self) -> int:
         return len(self.layout)
 
 
-def load_image(source: Any) -> Image.Image:
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    if not isinstance(source, Image.Image):
-        source = Image.open(source)
-    return source.convert("RGB")
+class _Grid(NamedTuple):
+    """How an image lies in its grid of crops."""
+
+    columns: int
+    rows: int
+    width: int  # of the scaled image, in pixels; it fills the grid in one direction at least
+    height: int
+    valid_columns: int  # of patches, in the whole grid
+    valid_rows: int
+
+    @property
+    def useful(self) -> tuple[int, int]:
+        """Rows and columns of pooled features (2x2 patches) that are kept: those whose first patch is valid."""
+        return math.ceil(self.valid_rows / 2), math.ceil(self.valid_columns / 2)
 
 
-def grid(width, height, most, crop):
-    w, h = -(-width // crop), -(-height // crop)
-    if w * h <= most:
-        return w, h
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an image and convert it to RGB, as Pillow's `convert("RGB")` does and the original has it.
+
+    So transparency is dropped, not blended; 16-bit, integer and float pixels are clipped at 255, not scaled; an EXIF
+    orientation is not applied (call `PIL.ImageOps.exif_transpose` before, where it matters). Of a file with several
+    frames it is the first.
+
+    Args:
+        source: a PIL image, a path, the bytes of a file in any format of Pillow's, or uint8 (H, W, 3) or (H, W).
+        max_pixels: images with more are refused, before anything is decoded. (Pillow by itself warns above its
+            `Image.MAX_IMAGE_PIXELS`, and refuses above twice as many.)
+
+    Raises:
+        InputError: a file is missing, empty, truncated or of an unknown format; an image is too large; the source is
+            nothing of the above.
+    """
+    name = _name(source)
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name, max_pixels)
+        file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+        with Image.open(file) as image:
+            return _to_rgb(image, name, max_pixels)
+    except (InputError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist; check the path") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large: {error}; shrink it") from error
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is in no format that Pillow reads; check that it is a whole image file") from None
+    except Exception as error:  # on malformed files decoders raise errors of any type
+        raise InputError(f"{name} cannot be read ({error!r}); check that it is a whole image file") from error
+
+
+def preprocess_image(
+    image: Image.Image, dynamic_hd: int = 36, crop_size: int = 448, patch_size: int = 14
+) -> ImageFeatures:
+    """Scale an image into its grid, and cut it into crops.
+
+    Scaling is Pillow's bilinear filter, as in the original; pixels become (x / 255 - 0.5) / 0.5.
+
+    Args:
+        image: RGB, from `load_image`.
+        dynamic_hd: the most sub-crops; the global view is one more.
+        crop_size, patch_size: in pixels.
+
+    Raises:
+        InputError: an image that is not RGB, or too thin: scaled into the grid, a side would be under 10 pixels.
+    """
+    if image.mode != "RGB":
+        raise InputError(f"the image is of mode {image.mode}, not RGB; pass it through load_image")
+    grid = _lay_out(*image.size, dynamic_hd, crop_size, patch_size)
+    pixels = _fill(image, grid, crop_size)
+    count = 1 + grid.rows * grid.columns
+
+    crops = np.empty((count, crop_size, crop_size, 3), np.float32)
+    crops[0] = _shrink(_shrink(pixels, grid.rows, axis=0), grid.columns, axis=1)
+    crops[1:] = _cut(pixels, grid.rows, grid.columns)
+    for crop in crops:  # one at a time: a crop stays in the processor's cache
+        _normalise(crop)
+
+    side = crop_size // patch_size
+    mask = np.zeros((grid.rows * side, grid.columns * side), bool)
+    mask[: grid.valid_rows, : grid.valid_columns] = True
+    patch_mask = np.concatenate([np.ones((1, side, side), bool), _cut(mask, grid.rows, grid.columns)])
+    return ImageFeatures(crops, patch_mask, _token_layout(grid, side // 2))
+
+
+def count_image_tokens(
+    width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448, patch_size: int = 14
+) -> int:
+    """The tokens of an image of this size: `preprocess_image(...).num_tokens`, without the pixels.
+
+    Raises:
+        InputError: as `preprocess_image`.
+    """
+    rows, columns = _lay_out(width, height, dynamic_hd, crop_size, patch_size).useful
+    side = crop_size // patch_size // 2
+    return rows * (columns + 1) + 1 + side * (side + 1)
+
+
+def choose_grid(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> tuple[int, int]:
+    """Columns and rows of the grid of crops.
+
+    As many as cover the image at its own size. If these are more than `dynamic_hd`: the grid whose aspect ratio is
+    closest to the image's; among equals (1x1, 2x2, ...) the largest of which the image would fill more than half.
+    """
+    columns, rows = math.ceil(width / crop_size), math.ceil(height / crop_size)
+    if columns * rows <= dynamic_hd:
+        return columns, rows
     ratio = width / height
-    best, best_diff, area = (1, 1), float("inf"), width * height
-    cells = sorted({(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if 1 <= i * j <= most}, key=lambda x: x[0] * x[1])
-    for i, j in cells:
-        diff = abs(ratio - i / j)
-        if diff < best_diff:
-            best_diff, best = diff, (i, j)
-        elif diff == best_diff and area > 0.5 * crop * crop * i * j:
-            best = (i, j)
+    best, least = (1, 1), math.inf
+    for columns, rows in _grids(dynamic_hd):
+        difference = abs(ratio - columns / rows)
+        fills_half = width * height > 0.5 * crop_size * crop_size * columns * rows
+        if difference < least or (difference == least and fills_half):
+            best, least = (columns, rows), difference
     return best
 
 
-def preprocess_image(image, dynamic_hd=36, crop_size=448, patch_size=14) -> ImageFeatures:
-    gw, gh = grid(*image.size, dynamic_hd, crop_size)
-    W, H = gw * crop_size, gh * crop_size
-    rw, rh = W / image.width, H / image.height
-    if rw < rh:
-        size, pw, ph = (W, int(image.height * rw)), 0, H - int(image.height * rw)
-    else:
-        size, pw, ph = (int(image.width * rh), H), W - int(image.width * rh), 0
-    if min(size) < 10:
-        raise InputError("too thin")
-    pixels = np.full((H, W, 3), 255, np.uint8)
-    pixels[: size[1], : size[0]] = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    x = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
-    side = crop_size // patch_size
-    mask = np.ones((gh * side, gw * side), bool)
-    if pw >= patch_size:
-        mask[:, -(pw // patch_size):] = False
-    if ph >= patch_size:
-        mask[-(ph // patch_size):] = False
+@functools.cache
+def _grids(most: int) -> list[tuple[int, int]]:
+    """All grids of up to so many crops, by their number."""
+    return sorted(
+        ((i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)),
+        key=lambda grid: grid[0] * grid[1],
+    )
 
-    def taps(n, out):
-        centre = (np.arange(out) + 0.5) * (n / out) - 0.5
-        start = np.floor(centre).astype(int)
-        t = (centre - start).astype(np.float32)
-        a = -0.75
-        def c1(x): return ((a + 2) * x - (a + 3)) * x * x + 1
-        def c2(x): return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-        w = np.stack([c2(t + 1), c1(t), c1(1 - t), c2(2 - t)], 1).astype(np.float32)
-        return np.clip(start[:, None] + np.arange(-1, 3), 0, n - 1), w
-    i, w = taps(H, crop_size)
-    y = np.einsum("okwc,ok->owc", x[i], w)
-    i, w = taps(W, crop_size)
-    glob = np.einsum("hokc,ok->hoc", y[:, i], w)
-    subs = x.reshape(gh, crop_size, gw, crop_size, 3).swapaxes(1, 2).reshape(-1, crop_size, crop_size, 3)
-    masks = mask.reshape(gh, side, gw, side).swapaxes(1, 2).reshape(-1, side, side)
-    crops = np.concatenate([glob[None], subs])
-    patch_mask = np.concatenate([np.ones((1, side, side), bool), masks])
-    half = side // 2
-    ids = (1 + np.arange(gh * gw)[:, None] * 1) * half * half + np.arange(half * half)
-    full = ids.reshape(gh, gw, half, half).swapaxes(1, 2).reshape(gh * half, gw * half)
-    useful = mask[::2, ::2]
-    full = full[: useful[:, 0].sum(), : useful[0].sum()]
-    def sep(z): return np.concatenate([z, np.full((len(z), 1), SUB_SEPARATOR)], 1).ravel()
-    layout = np.concatenate([sep(full), [GLOBAL_SEPARATOR], sep(np.arange(half * half).reshape(half, half))]).astype(np.int32)
-    return ImageFeatures(crops, patch_mask, layout)
+
+def _lay_out(width: int, height: int, dynamic_hd: int, crop_size: int, patch_size: int) -> _Grid:
+    if width < 1 or height < 1:
+        raise InputError(f"the image has {width}x{height} pixels; expected at least one")
+    if dynamic_hd < 1:
+        raise InputError(f"dynamic_hd is {dynamic_hd}; expected the largest number of crops, at least 1")
+    columns, rows = choose_grid(width, height, dynamic_hd, crop_size)
+    full_width, full_height = columns * crop_size, rows * crop_size
+    scale_x, scale_y = full_width / width, full_height / height
+    scaled = (full_width, int(height * scale_x)) if scale_x < scale_y else (int(width * scale_y), full_height)
+    if min(scaled) < _LEAST_SIDE:
+        raise InputError(
+            f"the image has {width}x{height} pixels and would be scaled to {scaled[0]}x{scaled[1]}, but no side may be "
+            f"under {_LEAST_SIDE}: it is too thin. Crop it, or pad its shorter side"
+        )
+    side = crop_size // patch_size
+    valid_columns = columns * side - (full_width - scaled[0]) // patch_size
+    valid_rows = rows * side - (full_height - scaled[1]) // patch_size
+    return _Grid(columns, rows, *scaled, valid_columns, valid_rows)
+
+
+def _fill(image: Image.Image, grid: _Grid, crop_size: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The grid's pixels: the scaled image at the top left, white elsewhere."""
+    pixels = np.empty((grid.rows * crop_size, grid.columns * crop_size, 3), np.uint8)
+    pixels[: grid.height, : grid.width] = np.asarray(image.resize((grid.width, grid.height), Image.Resampling.BILINEAR))
+    pixels[grid.height :] = _WHITE
+    pixels[:, grid.width :] = _WHITE
+    return pixels
+
+
+def _cut(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """(rows * h, columns * w, ...) as (rows * columns, h, w, ...)."""
+    height, width = array.shape[0] // rows, array.shape[1] // columns
+    tiles = array.reshape(rows, height, columns, width, *array.shape[2:]).swapaxes(1, 2)
+    return tiles.reshape(rows * columns, height, width, *array.shape[2:])
+
+
+def _shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
+    """Scale an axis down by a whole factor, as torch's bicubic interpolation does without antialiasing.
+
+    The centre of an output pixel falls on that of an input pixel if the factor is odd, and otherwise half-way between
+    two. There the four weights of the cubic kernel (a = -0.75) are -3/32, 19/32, 19/32, -3/32. Over 8-bit pixels they
+    make no rounding errors in float32, in both directions one after the other; values overshoot 0..255, and stay so.
+    """
+    length = pixels.shape[axis]
+
+    def every(first: int) -> np.ndarray:
+        """The pixels first, first + factor, ...; the borders are repeated."""
+        return pixels.take(np.arange(first, length + first, factor).clip(0, length - 1), axis)
+
+    if factor % 2:
+        return every(factor // 2)
+    middle = factor // 2
+    near = every(middle - 1).astype(np.float32)
+    near += every(middle)
+    far = every(middle - 2).astype(np.float32)
+    far += every(middle + 1)
+    near *= np.float32(19 / 32)
+    far *= np.float32(3 / 32)
+    near -= far
+    return near
+
+
+def _normalise(x: Float[np.ndarray, "..."]) -> None:
+    """(x / 255 - 0.5) / 0.5 in place, with torchvision's rounding."""
+    x /= np.float32(255)
+    x -= np.float32(0.5)
+    x *= np.float32(2)
+
+
+def _token_layout(grid: _Grid, side: int) -> Int[np.ndarray, " T"]:
+    """Which feature each token is; crops have (side, side) features after pooling."""
+    ids = np.arange((1 + grid.rows * grid.columns) * side * side, dtype=np.int32).reshape(-1, side, side)
+    whole, sub_crops = ids[0], ids[1:]
+    rows, columns = grid.useful
+    sub_crops = sub_crops.reshape(grid.rows, grid.columns, side, side).swapaxes(1, 2)
+    sub_crops = sub_crops.reshape(grid.rows * side, grid.columns * side)[:rows, :columns]
+    return np.concatenate([_end_rows(sub_crops), np.full(1, GLOBAL_SEPARATOR, np.int32), _end_rows(whole)])
+
+
+def _end_rows(ids: Int[np.ndarray, "H W"]) -> Int[np.ndarray, " T"]:
+    return np.pad(ids, ((0, 0), (0, 1)), constant_values=SUB_SEPARATOR).ravel()
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(f"{name} has {width}x{height} pixels, more than {max_pixels}; shrink it, or raise max_pixels")
+    if width * height == 0:
+        raise InputError(f"{name} has {width}x{height} pixels; expected at least one")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not is_image or not array.size:
+        raise InputError(
+            f"the image is an array of {array.dtype} {array.shape}; "
+            "expected uint8 (height, width, 3) or (height, width)"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _name(source: ImageSource) -> str:
+    """What to call the source in a message."""
+    match source:
+        case str() | os.PathLike():
+            return f"the image file {os.fspath(source)!r:.200}"
+        case bytes() | bytearray() | memoryview():
+            return f"the image of {memoryview(source).nbytes} bytes"
+        case Image.Image() | np.ndarray():
+            return f"the image ({type(source).__name__})"
+    raise InputError(
+        f"the image is of type {type(source).__name__}; expected a PIL image, a path, a file's bytes or a uint8 array"
+    )

@@ -1,0 +1,493 @@
+"""Images against what the original makes of them, against torch's interpolation, and against bad input."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import random
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.images import (
+    GLOBAL_SEPARATOR,
+    SUB_SEPARATOR,
+    ImageFeatures,
+    choose_grid,
+    count_image_tokens,
+    load_image,
+    preprocess_image,
+)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PREP, TINY = FIXTURES / "ms_prep", FIXTURES / "ms_tiny"
+PREP_CASES = json.loads((PREP / "goldens.json").read_text())
+
+# Normalised pixels lie in [-1, 1]. The sub-crops are those of the original to the bit; the global view, which its
+# bicubic interpolation computes with rounding errors and ours without, differs by 2.4e-7 at most.
+GLOBAL_VIEW_TOLERANCE = 5e-7
+
+
+@functools.cache
+def features_of(path: Path) -> ImageFeatures:
+    return preprocess_image(load_image(path))
+
+
+@functools.cache
+def goldens_of(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "goldens.safetensors")
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Something smooth, which lossy formats keep."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return Image.fromarray((255 * np.stack([x, y, (x + y) / 2], -1)).astype(np.uint8))
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+# The original's results
+
+
+def check_golden(features: ImageFeatures, golden: Callable[[str], np.ndarray], thinned: tuple[slice, slice]) -> None:
+    rows, columns = thinned
+    pixels = features.crops.transpose(0, 3, 1, 2)[:, :, rows, columns]
+    np.testing.assert_array_equal(pixels[1:], golden("pixel_values")[1:])
+    np.testing.assert_allclose(pixels[0], golden("pixel_values")[0], rtol=0, atol=GLOBAL_VIEW_TOLERANCE)
+    np.testing.assert_array_equal(features.patch_mask, golden("attention_mask").astype(bool))
+    assert features.num_tokens == golden("num_tokens")[0]
+
+
+@pytest.mark.parametrize("index", range(len(PREP_CASES)))
+def test_preprocessing_goldens(index: int) -> None:
+    goldens, case = goldens_of(PREP), PREP_CASES[index]
+    path = PREP / "inputs" / f"prep_{index}.png"
+    features = features_of(path)
+    check_golden(features, lambda name: goldens[f"prep_{index}.{name}"], (slice(3, None, 28), slice(5, None, 28)))
+    global_view = features.crops[0].transpose(2, 0, 1)[:, ::3, ::3]
+    np.testing.assert_allclose(global_view, goldens[f"prep_{index}.global_view"], rtol=0, atol=GLOBAL_VIEW_TOLERANCE)
+
+    with Image.open(path) as image:
+        assert (image.mode, *image.size) == (case["mode"], case["width"], case["height"])
+        assert choose_grid(*image.size) == (case["grid_width"] // 448, case["grid_height"] // 448)
+        assert count_image_tokens(*image.size) == case["tokens"]
+    assert len(features.crops) == case["crops"]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_tiny_goldens(index: int) -> None:
+    goldens, path = goldens_of(TINY), TINY / "inputs" / f"image_{index}.png"
+    features = features_of(path)
+    check_golden(features, lambda name: goldens[f"image_{index}.{name}"], (slice(0, None, 7), slice(0, None, 7)))
+    with Image.open(path) as image:
+        columns, rows = choose_grid(*image.size)
+    assert [448 * rows, 448 * columns] == goldens[f"image_{index}.size"].tolist()
+
+
+def test_features_have_the_documented_types() -> None:
+    features = preprocess_image(noise(900, 500))
+    assert features.crops.dtype == np.float32
+    assert features.crops.shape == (1 + 3 * 2, 448, 448, 3)
+    assert features.crops.flags.c_contiguous
+    assert features.patch_mask.dtype == np.bool_
+    assert features.patch_mask.shape == (7, 32, 32)
+    assert features.layout.dtype == np.int32
+    assert features.layout.shape == (features.num_tokens,)
+
+
+# The global view
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (3, 2), (4, 3), (5, 4), (6, 6), (1, 8), (9, 1), (36, 1)])
+def test_global_view_is_torch_bicubic(grid: tuple[int, int]) -> None:
+    """All grids have sides in whole multiples of a crop; noise, so that each weight counts and values overshoot."""
+    columns, rows = grid
+    features = preprocess_image(noise(columns * 448, rows * 448))
+    tiles = features.crops[1:].reshape(rows, columns, 448, 448, 3).swapaxes(1, 2)
+    whole = torch.from_numpy(tiles.reshape(rows * 448, columns * 448, 3).copy()).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(whole, (448, 448), mode="bicubic", align_corners=False, antialias=False)
+    difference = features.crops[0] - expected[0].permute(1, 2, 0).numpy()
+    assert np.abs(difference).max() <= GLOBAL_VIEW_TOLERANCE
+    if rows % 2 == 0 or columns % 2 == 0:
+        assert np.abs(features.crops[0]).max() > 1.05, "bicubic interpolation of noise overshoots, and is not clamped"
+
+
+def test_padding_is_white_and_masked() -> None:
+    features = preprocess_image(noise(448, 896 - 3 * 14))  # 3 rows of patches short of its grid
+    assert features.crops.shape[0] == 3
+    assert (features.crops[2, -42:] == 1).all()
+    assert features.patch_mask[2, :-3].all()
+    assert not features.patch_mask[2, -3:].any()
+    assert features.patch_mask[:2].all()
+
+
+@pytest.mark.parametrize(("padding", "masked"), [(13, 0), (14, 1), (27, 1), (28, 2)])
+def test_only_whole_padded_patches_are_masked(padding: int, masked: int) -> None:
+    features = preprocess_image(noise(448, 448 - padding))
+    assert (~features.patch_mask[1]).any(axis=1).sum() == masked
+    features = preprocess_image(noise(448 - padding, 448))
+    assert (~features.patch_mask[1]).any(axis=0).sum() == masked
+
+
+def test_pixel_values() -> None:
+    for value, expected in [(0, -1.0), (255, 1.0), (51, -0.6)]:
+        features = preprocess_image(Image.new("RGB", (448, 448), (value, value, value)))
+        np.testing.assert_allclose(features.crops, expected, rtol=0, atol=6e-8)
+
+
+# The layout of the tokens
+
+
+def layout_by_loops(features: ImageFeatures, columns: int, rows: int) -> list[int]:
+    """The definition, one token at a time."""
+    keep_rows = sum(bool(features.patch_mask[1 + r * columns, 2 * i, 0]) for r in range(rows) for i in range(16))
+    keep_columns = sum(bool(features.patch_mask[1 + c, 0, 2 * i]) for c in range(columns) for i in range(16))
+    tokens = []
+    for y in range(keep_rows):
+        for x in range(keep_columns):
+            crop = 1 + (y // 16) * columns + x // 16
+            tokens.append(crop * 256 + (y % 16) * 16 + x % 16)
+        tokens.append(SUB_SEPARATOR)
+    tokens.append(GLOBAL_SEPARATOR)
+    for y in range(16):
+        tokens += [y * 16 + x for x in range(16)] + [SUB_SEPARATOR]
+    return tokens
+
+
+@pytest.mark.parametrize("size", [(448, 448), (640, 480), (300, 900), (1500, 700), (460, 450), (100, 80), (3000, 180)])
+def test_layout(size: tuple[int, int]) -> None:
+    features = preprocess_image(noise(*size))
+    assert features.layout.tolist() == layout_by_loops(features, *choose_grid(*size))
+    ids = features.layout[features.layout >= 0]
+    assert len(set(ids.tolist())) == len(ids), "no feature is taken twice"
+    # What is kept is what the mask, thinned as the pooling does, leaves.
+    kept = np.zeros(len(features.crops) * 256, bool)
+    kept[ids] = True
+    np.testing.assert_array_equal(kept.reshape(-1, 16, 16), features.patch_mask[:, ::2, ::2])
+
+
+def test_layout_of_one_crop() -> None:
+    layout = preprocess_image(noise(448, 448)).layout
+    assert len(layout) == 545
+    assert layout[:17].tolist() == [*range(256, 272), SUB_SEPARATOR]
+    assert layout[16 * 17] == GLOBAL_SEPARATOR
+    assert layout[16 * 17 + 1 :][:17].tolist() == [*range(16), SUB_SEPARATOR]
+
+
+# The grid and the number of tokens
+
+
+def grid_by_definition(width: int, height: int, most: int) -> tuple[int, int]:
+    """The original's choice, by exhaustive search with a key instead of a running best."""
+    covering = -(-width // 448), -(-height // 448)
+    if covering[0] * covering[1] <= most:
+        return covering
+    grids = [(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most]
+    least = min(abs(width / height - i / j) for i, j in grids)
+    closest = sorted((g for g in grids if abs(width / height - g[0] / g[1]) == least), key=math.prod)
+    filled = [g for g in closest[1:] if width * height > 0.5 * 448 * 448 * math.prod(g)]
+    return (closest[:1] + filled)[-1]
+
+
+def random_sizes(count: int, seed: int, most: float) -> list[tuple[int, int]]:
+    rng = random.Random(seed)
+    return [(int(2 ** rng.uniform(0, most)), int(2 ** rng.uniform(0, most))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dynamic_hd", [1, 2, 4, 9, 12, 36])
+def test_grid_is_the_originals(dynamic_hd: int) -> None:
+    for width, height in random_sizes(400, dynamic_hd, 14.5):
+        assert choose_grid(width, height, dynamic_hd) == grid_by_definition(width, height, dynamic_hd)
+
+
+def test_grid_of_equally_close_ratios() -> None:
+    """1x1, 2x2, ..., 6x6 are equally close to a square: of those allowed it is the largest."""
+    assert choose_grid(2689, 2689) == (6, 6)
+    assert choose_grid(1000, 1000, dynamic_hd=8) == (2, 2)
+    assert choose_grid(500, 500, dynamic_hd=3) == (1, 1)
+
+
+def tokens_or_refusal(count: Callable[[], int]) -> int | str:
+    try:
+        return count()
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("dynamic_hd", [1, 4, 36])
+def test_count_equals_the_tokens(dynamic_hd: int) -> None:
+    """Random sizes, up to ratios of 1:2000; an image that is refused is refused by both, with the same words."""
+    sizes = random_sizes(50, dynamic_hd, 11)
+    counts = [tokens_or_refusal(lambda s=s: count_image_tokens(*s, dynamic_hd)) for s in sizes]
+    tokens = [
+        tokens_or_refusal(lambda s=s: preprocess_image(Image.new("RGB", s), dynamic_hd).num_tokens) for s in sizes
+    ]
+    assert counts == tokens
+    assert 0 < sum(isinstance(n, str) for n in tokens) < 25
+
+
+def test_count_against_the_mask_formula() -> None:
+    for width, height in random_sizes(12, 7, 11):
+        try:
+            features = preprocess_image(Image.new("RGB", (width, height)))
+        except InputError:
+            continue
+        columns, rows = choose_grid(width, height)
+        mask = features.patch_mask[1:].reshape(rows, columns, 32, 32).swapaxes(1, 2).reshape(rows * 32, columns * 32)
+        thinned = mask[::2, ::2]
+        expected = 256 + 16 + 1 + thinned.sum() + thinned[:, 0].sum()
+        assert count_image_tokens(width, height) == expected
+
+
+def test_no_crop_is_all_padding() -> None:
+    """Each sub-crop has a valid patch: attention over an empty set is undefined."""
+    for dynamic_hd in (1, 2, 3, 6, 12, 36):
+        for width, height in random_sizes(15, dynamic_hd + 100, 11):
+            try:
+                features = preprocess_image(Image.new("RGB", (width, height)), dynamic_hd)
+            except InputError:
+                continue
+            assert features.patch_mask.any(axis=(1, 2)).all(), (dynamic_hd, width, height)
+
+
+@pytest.mark.parametrize("dynamic_hd", [1, 2, 5, 8, 36])
+def test_dynamic_hd_caps_the_crops(dynamic_hd: int) -> None:
+    for size in [(2600, 2600), (3000, 400), (500, 2900), (30, 40)]:
+        assert 2 <= len(preprocess_image(noise(*size), dynamic_hd).crops) <= dynamic_hd + 1
+    assert len(preprocess_image(noise(2600, 2600), 1).crops) == 2
+
+
+def test_most_tokens() -> None:
+    counts = {count_image_tokens(448 * i, 448 * j) for i in range(1, 60) for j in range(1, 60)}
+    assert max(counts) == 10065  # 36 crops one above the other: 36 * 256, and a separator after each of 576 rows
+
+
+# Sources, modes and formats
+
+FORMATS = {
+    "PNG": {},
+    "BMP": {},
+    "TIFF": {},
+    "PPM": {},
+    "TGA": {},
+    "WEBP": {"lossless": True},
+    "JPEG2000": {},
+    "GIF": None,
+    "JPEG": None,
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_formats(file_format: str, tmp_path: Path) -> None:
+    image = picture(70, 50)
+    options = FORMATS[file_format]
+    data = encoded(image, file_format, **(options or {}))
+    path = tmp_path / "picture.bin"  # known by its content, not by its name
+    path.write_bytes(data)
+    loaded = load_image(data)
+    assert (loaded.mode, loaded.size) == ("RGB", (70, 50))
+    for source in (path, str(path), bytearray(data), memoryview(data)):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(loaded))
+    difference = np.abs(np.asarray(loaded, np.int32) - np.asarray(image, np.int32))
+    if options is None:  # lossy
+        assert difference.mean() < 8
+    else:
+        assert difference.max() == 0
+
+
+def test_arrays() -> None:
+    pixels = np.asarray(picture(30, 20))
+    np.testing.assert_array_equal(np.asarray(load_image(pixels)), pixels)
+    np.testing.assert_array_equal(np.asarray(load_image(pixels[::2, ::-1])), pixels[::2, ::-1])
+    grey = np.asarray(load_image(pixels[:, :, 0]))
+    np.testing.assert_array_equal(grey, np.repeat(pixels[:, :, :1], 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_modes_convert_as_pillow_does(mode: str) -> None:
+    image = picture(40, 30)
+    image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+    assert image.mode == mode
+    loaded = load_image(image)
+    assert loaded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
+
+
+def test_transparency_is_dropped() -> None:
+    image = picture(20, 20).convert("RGBA")
+    image.putalpha(0)
+    np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(picture(20, 20)))
+
+
+def test_wide_modes_are_clipped() -> None:
+    grey = np.array([[0, 100, 255, 256, 40000, 65535]])
+    expected = [0, 100, 255, 255, 255, 255]
+    for image in (Image.fromarray(grey.astype(np.uint16)), Image.fromarray(grey.astype(np.float32))):
+        for source in (image, encoded(image, "TIFF")):
+            assert np.asarray(load_image(source))[0, :, 1].tolist() == expected
+
+
+def test_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    assert load_image(encoded(picture(40, 20), "JPEG", exif=exif)).size == (40, 20)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_first_frame(file_format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
+    data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+    with Image.open(io.BytesIO(data)) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    red, green, blue = np.asarray(load_image(data)).reshape(-1, 3).mean(axis=0)
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+def test_the_source_is_left_as_it_is() -> None:
+    image = picture(20, 20).convert("P")
+    load_image(image)
+    assert image.mode == "P"
+    assert np.asarray(image).shape == (20, 20)
+    rgb = picture(20, 20)
+    before = np.asarray(rgb).copy()
+    preprocess_image(load_image(rgb))
+    np.testing.assert_array_equal(np.asarray(rgb), before)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (b"", "image of 0 bytes is in no format"),
+        (b"\0" * 100, "image of 100 bytes is in no format"),
+        (b"GIF89a", "image of 6 bytes"),
+        (b"not an image at all", "no format that Pillow reads"),
+        ("/no/such/file.png", "'/no/such/file.png' does not exist"),
+        (Path("/no/such/file.png"), "'/no/such/file.png' does not exist"),
+        ("", "image file ''"),
+        ("null\0byte.png", "cannot be read"),
+        (FIXTURES, "cannot be read"),
+        (None, "of type NoneType"),
+        (3, "of type int"),
+        ([[0, 1]], "of type list"),
+        (io.BytesIO(b""), "of type BytesIO"),
+        (np.zeros((4, 4, 3), np.float32), r"array of float32 \(4, 4, 3\)"),
+        (np.zeros((3, 4, 4), np.uint8), r"array of uint8 \(3, 4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"expected uint8 \(height, width, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"array of uint8 \(0, 4, 3\)"),
+        (np.zeros(4, np.uint8), r"array of uint8 \(4,\)"),
+        (Image.new("RGB", (0, 5)), "0x5 pixels"),
+    ],
+)
+def test_unusable_sources(source: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_image(source)
+
+
+@pytest.mark.parametrize("file_format", [*FORMATS, "AVIF"])
+@pytest.mark.parametrize("part", [0.25, 0.75])
+def test_truncated_files(file_format: str, part: float, tmp_path: Path) -> None:
+    data = encoded(noise(60, 40), file_format)
+    data = data[: int(part * len(data))]
+    with pytest.raises(InputError, match=f"image of {len(data)} bytes"):
+        load_image(data)
+    path = tmp_path / "cut.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"cut\.png"):
+        load_image(path)
+
+
+def test_truncated_image_opened_by_the_caller() -> None:
+    data = encoded(noise(60, 40), "PNG")
+    with Image.open(io.BytesIO(data[: len(data) // 2])) as image, pytest.raises(InputError, match="PngImageFile"):
+        load_image(image)  # decoded only here
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_corrupt_files(file_format: str) -> None:
+    """Changed bytes give some image or an InputError, never anything else."""
+    data, rng = encoded(noise(30, 20), file_format), random.Random(0)
+    for _ in range(200):
+        corrupt = bytearray(data)
+        for _ in range(rng.randint(1, 5)):
+            corrupt[rng.randrange(rng.choice([60, len(data)]))] = rng.randrange(256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of odd but readable files
+            with contextlib.suppress(InputError):
+                assert load_image(corrupt).mode == "RGB"
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is large, and holds nothing."""
+    return encoded(Image.new("1", (1, 1)), "PNG").replace(
+        b"IHDR" + (1).to_bytes(4, "big") * 2, b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    )
+
+
+def with_right_checksum(png: bytes) -> bytes:
+    start = png.index(b"IHDR")
+    return png[: start + 17] + zlib.crc32(png[start : start + 17]).to_bytes(4, "big") + png[start + 21 :]
+
+
+@pytest.mark.parametrize("side", [9460, 12000, 20000, 2**31 - 1])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_are_refused_by_their_header(side: int) -> None:
+    """Between Pillow's limit and twice of it, where Pillow only warns, and above."""
+    limit = Image.MAX_IMAGE_PIXELS
+    data = with_right_checksum(bomb(side, side))
+    with pytest.raises(InputError, match=r"too large|more than 89478485; shrink it"):
+        load_image(data)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_max_pixels() -> None:
+    assert load_image(noise(50, 40), max_pixels=2000).size == (50, 40)
+    for source in (noise(50, 41), encoded(noise(50, 41), "PNG"), np.asarray(noise(50, 41))):
+        with pytest.raises(InputError, match="50x41 pixels, more than 2000; shrink it, or raise max_pixels"):
+            load_image(source, max_pixels=2000)
+
+
+@pytest.mark.parametrize(("width", "height"), [(5000, 50), (3, 1000), (1, 448), (16128, 200)])
+def test_thin_images(width: int, height: int) -> None:
+    with pytest.raises(InputError, match=rf"has {width}x{height} pixels and would be scaled to \d+x\d+.* too thin"):
+        preprocess_image(Image.new("RGB", (width, height)), dynamic_hd=1)
+    with pytest.raises(InputError, match=r"too thin\. Crop it, or pad its shorter side"):
+        count_image_tokens(width, height, dynamic_hd=1)
+
+
+def test_thinnest_image_that_is_taken() -> None:
+    assert preprocess_image(Image.new("RGB", (448, 10))).num_tokens == count_image_tokens(448, 10) == 273 + 1 * 16 + 1
+    with pytest.raises(InputError, match="scaled to 448x9"):
+        preprocess_image(Image.new("RGB", (448, 9)))
+
+
+def test_unusable_arguments() -> None:
+    with pytest.raises(InputError, match=r"mode L, not RGB; pass it through load_image"):
+        preprocess_image(Image.new("L", (448, 448)))
+    with pytest.raises(InputError, match="dynamic_hd is 0"):
+        preprocess_image(noise(20, 20), dynamic_hd=0)
+    for size in [(0, 5), (5, 0), (-1, 5)]:
+        with pytest.raises(InputError, match="expected at least one"):
+            count_image_tokens(*size)
