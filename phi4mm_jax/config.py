@@ -218,8 +218,9 @@ class _Keys:
         if value is None and None not in supported and required:
             raise self.error(key, f"is missing; supported: {_one_of(supported)}")
         if value is not None and value not in supported:
-            raise self.error(key, f"is {value!r}, which this implementation does not support; supported: "
-                             f"{_one_of(supported)}")
+            raise self.error(
+                key, f"is {value!r}, which this implementation does not support; supported: {_one_of(supported)}"
+            )
 
     def section(self, key: str) -> "_Keys":
         return _Keys(self.get(key, Mapping), f"{self.name}: {key}")
@@ -233,8 +234,8 @@ class _Keys:
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.values.get(key)
-        ids = value if isinstance(value, list) else [value]
-        if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        if not ids or len(ids) != (len(value) if isinstance(value, list) else 1):
             raise self.error(key, f"is {value!r}; expected a token id or a list of them")
         return tuple(ids)
 
@@ -260,8 +261,9 @@ def _read_decoder(keys: _Keys, rope: _Keys, tied_required: bool) -> DecoderConfi
     head_size = keys.positive("head_dim", embed_dim // num_heads)
     max_length = keys.positive("max_position_embeddings")
     if keys.has("sliding_window") and keys.positive("sliding_window") < max_length:
-        raise keys.error("sliding_window", f"is shorter than the context of {max_length}; only full attention is "
-                         "supported")
+        raise keys.error(
+            "sliding_window", f"is shorter than the context of {max_length}; only full attention is supported"
+        )
     fraction = rope.get("partial_rotary_factor", float, keys.values.get("partial_rotary_factor"))
     original = rope.get("original_max_position_embeddings", int, keys.values.get("original_max_position_embeddings"))
     return DecoderConfig(
@@ -296,7 +298,7 @@ def _read_lora(keys: _Keys) -> LoraConfig:
 
 
 def _read_original(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4MMConfig:
-    """`model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids; they are its own."""
+    """`model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids."""
     del adapters  # this layout's config.json has the adapters' settings itself
     embed = keys.section("embd_layer")
     embed.expect("embedding_cls", "image_audio", required=True)
@@ -456,28 +458,48 @@ def _check(config: Phi4MMConfig) -> Phi4MMConfig:
     decoder, vision, speech, rope = config.decoder, config.vision, config.speech, config.decoder.rope
     ids = (config.image_token_id, config.audio_token_id, config.pad_token_id, *config.stop_token_ids)
     for ok, problem in (
-        (decoder.num_heads * decoder.head_size == decoder.embed_dim,
-         f"hidden_size {decoder.embed_dim} is not num_attention_heads {decoder.num_heads} times a whole head size"),
-        (decoder.num_heads % decoder.num_kv_heads == 0,
-         f"num_attention_heads {decoder.num_heads} is not a multiple of num_key_value_heads {decoder.num_kv_heads}"),
-        (0 < rope.rotary_size <= decoder.head_size and rope.rotary_size % 2 == 0,
-         f"partial_rotary_factor rotates {rope.rotary_size} of {decoder.head_size} dimensions of a head; expected an "
-         "even number within the head"),
-        (len(rope.short_factor) == rope.rotary_size // 2,
-         f"rope_scaling short_factor has {len(rope.short_factor)} numbers; {rope.rotary_size // 2} are rotated"),
-        (len(rope.long_factor) == rope.rotary_size // 2,
-         f"rope_scaling long_factor has {len(rope.long_factor)} numbers; {rope.rotary_size // 2} are rotated"),
-        (1 < rope.original_length <= rope.max_length,
-         f"original_max_position_embeddings {rope.original_length} is not between 2 and max_position_embeddings "
-         f"{rope.max_length}"),
-        (vision.crop_size % (2 * vision.patch_size) == 0,
-         f"crop_size {vision.crop_size} is not an even number of patches of {vision.patch_size} pixels"),
-        (vision.embed_dim % vision.num_heads == 0,
-         f"the vision tower's hidden_size {vision.embed_dim} is not a multiple of its {vision.num_heads} heads"),
-        (speech.embed_dim % speech.num_heads == 0,
-         f"the speech encoder's attention_dim {speech.embed_dim} is not a multiple of its {speech.num_heads} heads"),
-        (all(0 <= i < decoder.vocab_size for i in ids), f"token ids {ids} are not all within vocab_size "
-         f"{decoder.vocab_size}"),
+        (
+            decoder.num_heads * decoder.head_size == decoder.embed_dim,
+            f"hidden_size {decoder.embed_dim} is not num_attention_heads {decoder.num_heads} times a whole head size",
+        ),
+        (
+            decoder.num_heads % decoder.num_kv_heads == 0,
+            f"num_attention_heads {decoder.num_heads} is not a multiple of num_key_value_heads {decoder.num_kv_heads}",
+        ),
+        (
+            0 < rope.rotary_size <= decoder.head_size and rope.rotary_size % 2 == 0,
+            f"partial_rotary_factor rotates {rope.rotary_size} of {decoder.head_size} dimensions of a head; expected an "
+            "even number within the head",
+        ),
+        (
+            len(rope.short_factor) == rope.rotary_size // 2,
+            f"rope_scaling short_factor has {len(rope.short_factor)} numbers; {rope.rotary_size // 2} are rotated",
+        ),
+        (
+            len(rope.long_factor) == rope.rotary_size // 2,
+            f"rope_scaling long_factor has {len(rope.long_factor)} numbers; {rope.rotary_size // 2} are rotated",
+        ),
+        (
+            1 < rope.original_length <= rope.max_length,
+            f"original_max_position_embeddings {rope.original_length} is not between 2 and max_position_embeddings "
+            f"{rope.max_length}",
+        ),
+        (
+            vision.crop_size % (2 * vision.patch_size) == 0,
+            f"crop_size {vision.crop_size} is not an even number of patches of {vision.patch_size} pixels",
+        ),
+        (
+            vision.embed_dim % vision.num_heads == 0,
+            f"the vision tower's hidden_size {vision.embed_dim} is not a multiple of its {vision.num_heads} heads",
+        ),
+        (
+            speech.embed_dim % speech.num_heads == 0,
+            f"the speech attention_dim {speech.embed_dim} is not a multiple of its {speech.num_heads} heads",
+        ),
+        (
+            all(0 <= i < decoder.vocab_size for i in ids),
+            f"token ids {ids} are not all within vocab_size {decoder.vocab_size}",
+        ),
     ):
         if not ok:
             raise ConfigError(f"config.json: {problem}")

@@ -80,7 +80,7 @@ def test_table_is_a_bijection():
         (lambda t: t.update(surplus=np.zeros(3, np.float32)) is None, "surplus: not part"),
         (replace("model.layers.0.mlp.down_proj.base_layer.weight", lambda x: np.ascontiguousarray(x.T)),
          "mlp.down_proj.base_layer.weight: has shape"),
-        (replace("model.embed_tokens.weight", lambda x: x.astype(np.int32)), "model.embed_tokens.weight: has dtype I32"),
+        (replace("model.norm.weight", lambda x: x.astype(np.int32)), "model.norm.weight: has dtype I32"),
         (replace(LORA_B, np.zeros_like), f"{LORA_B}: all zero"),
     ],
 )  # fmt: skip

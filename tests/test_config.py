@@ -61,7 +61,14 @@ def test_release():
     assert (d.mlp_dim, d.vocab_size, d.norm_eps) == (8192, 200064, 1e-5)
     assert (d.rope.rotary_size, d.rope.original_length, d.rope.max_length) == (96, 4096, 131072)
     assert d.rope.magnitude == pytest.approx(1.190238, abs=1e-6)
-    assert (v.num_layers, v.embed_dim, v.mlp_dim, v.num_heads, v.head_size, v.norm_eps) == (26, 1152, 4304, 16, 72, 1e-6)
+    assert (v.num_layers, v.embed_dim, v.mlp_dim, v.num_heads, v.head_size, v.norm_eps) == (
+        26,
+        1152,
+        4304,
+        16,
+        72,
+        1e-6,
+    )
     assert v.features_per_crop == 256
     assert (s.num_layers, s.embed_dim, s.mlp_dim, s.num_heads, s.conv_channels) == (24, 1024, 1536, 16, 1024)
     assert (s.bias_distance, s.chunk_tokens, s.subsampled_bands) == (500, 500, 10)

@@ -43,9 +43,7 @@ def test_parameter_counts(variables):
 
 def test_the_table_fills_every_parameter(model, variables):
     table = original_table(model.config)
-    assert count(nn.unbox(variables)) == sum(
-        math.prod(part.view) for tensor in table for part in tensor.parts
-    )
+    assert count(nn.unbox(variables)) == sum(math.prod(part.view) for tensor in table for part in tensor.parts)
     files = sum(math.prod(t.shape) for t in table)
     assert 5.5e9 < files < 5.7e9
 

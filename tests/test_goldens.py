@@ -73,7 +73,7 @@ def test_audio(tiny, goldens, i):
     embeds = np.asarray(tiny.module.apply(tiny.variables, with_images, method="encode_audio"))[: len(embeds)]
     np.testing.assert_allclose(embeds[::3], goldens[f"audio_{i}.embeds_vision"], atol=1e-4, rtol=1e-4)
 
-    frames = np.concatenate([f[a:b] for f, a, b in zip(audio.frames, np.full(len(audio.frames), 8), audio.last)])
+    frames = np.concatenate([piece[8:last] for piece, last in zip(audio.frames, audio.last, strict=True)])
     assert len(frames) == goldens[f"audio_{i}.frames"][0]
     thin = 16 if i == 4 else 1
     np.testing.assert_allclose(frames[::thin], goldens[f"audio_{i}.features"], atol=1e-4, rtol=1e-4)

@@ -40,7 +40,9 @@ def load_variables(
     folder = Path(folder)
     layout = read_json(folder / "config.json").get("model_type")
     if layout != "phi4mm":
-        raise CheckpointError(f"{folder}: model_type {layout!r} cannot be loaded; only the original layout (phi4mm) can")
+        raise CheckpointError(
+            f"{folder}: model_type {layout!r} cannot be loaded; only the original layout (phi4mm) can"
+        )
     table = original_table(config)
     parameters: dict[tables.Path, list[Rows]] = {}
     for tensor in table:
@@ -86,7 +88,8 @@ def check_structure(variables: Any, abstract: Any) -> None:
     Raises:
         CheckpointError: a parameter is missing, undeclared or misshapen.
     """
-    found, declared = flatten_dict(variables), flatten_dict(abstract)
+    found: dict[tables.Path, Any] = dict(flatten_dict(variables))
+    declared: dict[tables.Path, Any] = dict(flatten_dict(abstract))
     for path in found.keys() | declared.keys():
         shapes = [tree[path].shape if path in tree else None for tree in (found, declared)]
         if shapes[0] != shapes[1]:

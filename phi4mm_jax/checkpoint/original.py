@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from phi4mm_jax.checkpoint.table import Tensor, linear, part, tensor
+from phi4mm_jax.checkpoint.table import Shape, Tensor, linear, part, tensor
 from phi4mm_jax.config import Phi4MMConfig
 
 _IMAGE = "model.embed_tokens_extend.image_embed"
@@ -115,7 +115,7 @@ def _speech(config: Phi4MMConfig) -> Iterator[Tensor]:
     yield tensor(f"{encoder}.embed.out.bias", (D,), part(f"{stem}/out/bias", (D,)))
 
     layers = "params/speech/layers"
-    linears = {f"self_attn.linear_{n}": (n, (N, H), (D,)) for n in "qkv"}
+    linears: dict[str, tuple[str, Shape, Shape]] = {f"self_attn.linear_{n}": (n, (N, H), (D,)) for n in "qkv"}
     linears["self_attn.linear_out"] = ("out", (D,), (N, H))
     norms = {"layer_norm_att": "attention_norm", "layer_norm": "norm", "conv.layer_norm": "conv/norm"}
     for theirs, ours in (("feed_forward_in", "mlp_in"), ("feed_forward_out", "mlp_out")):

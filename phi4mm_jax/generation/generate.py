@@ -5,7 +5,7 @@ rows are done, a stop string may have appeared, or a row is about to grow past t
 the long frequencies for all its positions, in all layers: it is prefilled again, the others are not touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -50,7 +50,7 @@ class _State(NamedTuple):
     cache: Cache
     lengths: Int[Array, " B"]  # tokens in the cache
     out: Int[Array, "B M"]  # generated tokens
-    count: Int[Array, " B"]  # how many of them
+    size: Int[Array, " B"]  # how many of them
     limit: Int[Array, " B"]  # how many there may be
     done: Bool[Array, " B"]
     long: Bool[Array, " B"]  # made with the long rotary set
@@ -61,6 +61,7 @@ class Generator:
 
     def __init__(self, model: Phi4MM, tokenizer: Tokenizer, context: int):
         self.model, self.tokenizer, self.context = model, tokenizer, context
+        self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self._encode = jax.jit(partial(model.apply, method="encode"))
         self._start = jax.jit(self._start_rows, static_argnames=("capacity", "max_new", "sampling"))
@@ -100,7 +101,9 @@ class Generator:
                 state = self._cross(variables, state, again, features, np.int32(seed), sampling=sampling)
             else:
                 steps = _STEPS_BETWEEN_CHECKS if stop else max_new
-                state = self._decode(variables, state, rows.adapters, np.int32(seed), np.int32(steps), sampling=sampling)
+                state = self._decode(
+                    variables, state, rows.adapters, np.int32(seed), np.int32(steps), sampling=sampling
+                )
             state = state._replace(done=jnp.asarray(texts.update(state)))
         return self._completions(batch, state, texts)
 
@@ -124,34 +127,34 @@ class Generator:
 
     def _prefill(self, variables, rows: Batch, features: MediaFeatures | None, cache: Cache):
         """Each row's logits after its last token, and its filled cache."""
-        embedded = self.model.apply(variables, rows.tokens, rows.media, features, method="embed")
-        hidden, cache = self.model.apply(variables, embedded, rows.lengths, rows.adapters, cache, method="decode")
+        embedded = self._apply(variables, rows.tokens, rows.media, features, method="embed")
+        hidden, cache = self._apply(variables, embedded, rows.lengths, rows.adapters, cache, method="decode")
         last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], 1)[:, 0]  # (B, D)
-        return self.model.apply(variables, last, method="logits"), cache
+        return self._apply(variables, last, method="logits"), cache
 
     def _start_rows(self, variables, rows: Batch, features, limit, seed, *, capacity: int, max_new: int, sampling):
-        size = len(rows.lengths)
-        cache = empty_cache(self.model.config, size, capacity, self.model.dtype)
+        batch = len(rows.lengths)
+        cache = empty_cache(self.model.config, batch, capacity, self.model.dtype)
         logits, cache = self._prefill(variables, rows, features, cache)
         state = _State(
             cache=cache,
             lengths=rows.lengths,
-            out=jnp.zeros((size, max_new), jnp.int32),
-            count=jnp.zeros(size, jnp.int32),
+            out=jnp.zeros((batch, max_new), jnp.int32),
+            size=jnp.zeros(batch, jnp.int32),
             limit=limit,
-            done=jnp.zeros(size, bool),
+            done=jnp.zeros(batch, bool),
             long=rows.lengths > self._boundary,
         )
-        return self._choose(state, logits, jnp.ones(size, bool), seed, sampling)
+        return self._choose(state, logits, jnp.ones(batch, bool), seed, sampling)
 
     def _choose(self, state: _State, logits: Float[Array, "B V"], active, seed, sampling: Sampling) -> _State:
         """Append a token to the active rows."""
-        tokens = sample(logits, seed, state.count, sampling)
-        index = jnp.arange(len(tokens)), jnp.where(active, state.count, state.out.shape[1])  # out of range: dropped
-        count = state.count + active
+        tokens = sample(logits, seed, state.size, sampling)
+        index = jnp.arange(len(tokens)), jnp.where(active, state.size, state.out.shape[1])  # out of range: dropped
+        count = state.size + active
         stopped = (tokens[:, None] == self._stops).any(-1) | (count >= state.limit)
         return state._replace(
-            out=state.out.at[index].set(tokens, mode="drop"), count=count, done=state.done | (active & stopped)
+            out=state.out.at[index].set(tokens, mode="drop"), size=count, done=state.done | (active & stopped)
         )
 
     def _decode_rows(self, variables, state: _State, adapters, seed, steps, *, sampling: Sampling) -> _State:
@@ -166,12 +169,12 @@ class Generator:
             step, state = carry
             active = ~state.done
             lengths = state.lengths + active
-            last = jnp.take_along_axis(state.out, jnp.maximum(state.count - 1, 0)[:, None], 1)  # (B, 1)
-            embedded = self.model.apply(variables, last, jnp.full_like(last, NO_MEDIA), None, method="embed")
-            hidden, cache = self.model.apply(
+            last = jnp.take_along_axis(state.out, jnp.maximum(state.size - 1, 0)[:, None], 1)  # (B, 1)
+            embedded = self._apply(variables, last, jnp.full_like(last, NO_MEDIA), None, method="embed")
+            hidden, cache = self._apply(
                 variables, embedded, lengths, adapters, state.cache, state.long, method="decode"
             )
-            logits = self.model.apply(variables, hidden[:, 0], method="logits")
+            logits = self._apply(variables, hidden[:, 0], method="logits")
             state = state._replace(cache=cache, lengths=lengths)
             return step + 1, self._choose(state, logits, active, seed, sampling)
 
@@ -180,7 +183,7 @@ class Generator:
     def _rows_again(self, batch: Batch, state: _State, rows: np.ndarray) -> tuple[np.ndarray, Batch]:
         """The rows that cross, whole, as a batch of their own; padded to a bucket by repeating the first."""
         rows = np.concatenate([rows, np.full(bucket(len(rows)) - len(rows), rows[0])])
-        out, count = np.asarray(state.out), np.asarray(state.count)
+        out, count = np.asarray(state.out), np.asarray(state.size)
         length = bucket(self._boundary + 1, 16)
         tokens = np.zeros((len(rows), length), np.int32)
         media = np.full((len(rows), length), NO_MEDIA, np.int32)
@@ -212,11 +215,11 @@ class Generator:
     def _completions(self, batch: Batch, state: _State, texts: "_StopStrings") -> list[Completion]:
         completions = []
         stops = set(self.model.config.stop_token_ids)
-        out, count = np.asarray(state.out), np.asarray(state.count)
+        out, count = np.asarray(state.out), np.asarray(state.size)
         for b, prompt_tokens in enumerate(batch.lengths.tolist()):
             tokens = out[b, : count[b]].tolist()
-            if texts.cut[b] is not None:
-                tokens, text = texts.cut[b]
+            if (cut := texts.cut[b]) is not None:
+                tokens, text = cut
                 completions.append(Completion(text, tokens, "stop", prompt_tokens))
                 continue
             stopped = tokens[-1] in stops
@@ -239,8 +242,8 @@ class _StopStrings:
         done = np.asarray(state.done).copy()
         if not self.stop:
             return done
-        out, count = np.asarray(state.out), np.asarray(state.count)
-        for b in np.flatnonzero([cut is None for cut in self.cut]):
+        out, count = np.asarray(state.out), np.asarray(state.size)
+        for b in [b for b, cut in enumerate(self.cut) if cut is None]:
             while self._seen[b] < count[b] and self.cut[b] is None:
                 self._append(b, int(out[b, self._seen[b]]))
                 if (end := self._find(b)) is not None:

@@ -6,7 +6,7 @@ have their heads in front, so that a tile is one contiguous piece a head.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class _Limits(NamedTuple):
     kv_mask: Bool[Array, "B S"] | None
 
 
-def flash_attention(q, k, v, *, causal, scale, q_offset, kv_lengths, kv_mask):
+def flash_attention(q, k, v, *, causal: bool, scale: float, q_offset, kv_lengths, kv_mask) -> Array:
     """See `phi4mm_jax.kernels.flash_attention`."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
@@ -52,7 +52,7 @@ def flash_attention(q, k, v, *, causal, scale, q_offset, kv_lengths, kv_mask):
         None if kv_mask is None else _pad(kv_mask, 1, keys),
     )
     groups = q.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
-    out = _attend(
+    out: Any = _attend(
         _pad(groups.transpose(0, 2, 3, 1, 4), 3, queries),  # (B, K, G, T, H)
         _pad(k.transpose(0, 2, 1, 3), 2, keys),  # (B, K, S, H)
         _pad(v.transpose(0, 2, 1, 3), 2, keys),
@@ -203,7 +203,9 @@ def _einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Fl
 
 def _loop(start: int, stop, body, carry):
     """`fori_loop`, without a loop where there is exactly one step."""
-    return body(start, carry) if isinstance(stop, int) and stop == start + 1 else lax.fori_loop(start, stop, body, carry)
+    return (
+        body(start, carry) if isinstance(stop, int) and stop == start + 1 else lax.fori_loop(start, stop, body, carry)
+    )
 
 
 def _tile(x, index, size: int, axis: int):

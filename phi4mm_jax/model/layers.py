@@ -39,7 +39,8 @@ _WEIGHT = nn.initializers.normal(0.02)
 def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Float[Array, "..."]:
     """Declare the parameter `name` of `module`, whose axes are the letters of `axes`."""
     boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
-    return module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
+    value: Any = module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
+    return value  # unboxed by Linen
 
 
 class Linear(nn.Module):
@@ -65,7 +66,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         sizes = {**self.sizes, "F": self.sizes["E"]}
-        return Linear("F", "E", sizes, name="down")(jax.nn.gelu(Linear("D", "F", sizes, name="up")(x), approximate=False))
+        return Linear("F", "E", sizes, name="down")(
+            jax.nn.gelu(Linear("D", "F", sizes, name="up")(x), approximate=False)
+        )
 
 
 class LayerNorm(nn.Module):
@@ -125,11 +128,12 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
         for i in range(config.num_layers):
             carry, _ = block(config, name=f"layers_{i}")(carry, jnp.int32(i), *shared)
         return carry
+    in_axes: Any = (0, *(nn.broadcast for _ in shared))
     stacked = nn.scan(
         block,
         variable_axes=dict.fromkeys(COLLECTIONS, 0),
         split_rngs={"params": True},
-        in_axes=(0, *(nn.broadcast for _ in shared)),
+        in_axes=in_axes,
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -5,13 +5,14 @@ collection is absent from the variables costs nothing; where several are present
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
-from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes
+from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
@@ -27,9 +28,7 @@ def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
 
 def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
     """Each adapter's weight in each row: alpha / rank in the rows that use it, else 0."""
-    return {
-        name: jnp.where(adapters == ADAPTERS[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()
-    }
+    return {name: jnp.where(adapters == ADAPTERS[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
 
 
 class Projection(nn.Module):
@@ -44,7 +43,9 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
         parts = {
             name: einsum(
-                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}", x, self._declare("params", name, self.inputs + axes, 0)
+                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}",
+                x,
+                self._declare("params", name, self.inputs + axes, 0),
             )
             for name, axes in self.outputs.items()
         }
@@ -61,9 +62,11 @@ class Projection(nn.Module):
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
         """As `layers.declare`, in any collection. B starts at zero, so that a fresh adapter changes nothing."""
-        init = nn.initializers.zeros if collection != "params" and name != "a" else nn.initializers.normal(0.02)
-        boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
-        shape = tuple({**self.sizes, "R": rank}[a] for a in axes)
+        sizes = {**self.sizes, "R": rank}
         if collection == "params":
-            return self.param(name, boxed, shape, jnp.float32)
-        return self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32)).value
+            return declare(self, name, axes, sizes)
+        init = nn.initializers.normal(0.02) if name == "a" else nn.initializers.zeros
+        boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
+        shape = tuple(sizes[a] for a in axes)
+        variable: Any = self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
+        return variable.value

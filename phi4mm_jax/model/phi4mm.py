@@ -127,9 +127,9 @@ def abstract_batch(config: Phi4MMConfig, batch: int = 1, length: int = 16, crops
             array(jnp.float32, crops, side, side, 3), array(jnp.bool_, crops, patches, patches)
         ),
         audio=AudioStack(
-            array(jnp.float32, chunks, HALO_FRAMES + 4 * speech.time_reduction, speech.num_bands),
-            *(array(jnp.int32, chunks) for _ in range(3)),
-            array(jnp.bool_, chunks),
+            frames=array(jnp.float32, chunks, HALO_FRAMES + 4 * speech.time_reduction, speech.num_bands),
+            first=array(jnp.int32, chunks), last=array(jnp.int32, chunks), attended=array(jnp.int32, chunks),
+            with_images=array(jnp.bool_, chunks),
         ),
     )  # fmt: skip
 

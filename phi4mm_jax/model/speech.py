@@ -126,7 +126,9 @@ class Convolution(nn.Module):
         return Linear("D", "E", sizes, name="out")(x)
 
 
-def zero_outside(x: Float[Array, "A F ..."], first: Int[Array, " A"], last: Int[Array, " A"]) -> Float[Array, "A F ..."]:
+def zero_outside(
+    x: Float[Array, "A F ..."], first: Int[Array, " A"], last: Int[Array, " A"]
+) -> Float[Array, "A F ..."]:
     """Zero what does not belong to the clip, as if the clip were alone and padded with zeros."""
     index = jnp.arange(x.shape[1])
     inside = (index >= first[:, None]) & (index < last[:, None])
@@ -138,8 +140,8 @@ def strided_convolution(
 ) -> Float[Array, "A F/2 P/2 C"]:
     """Depthwise, 3x3, stride 2, padding 1. One input channel serves all output channels.
 
-    A sum over the window's nine places, in float32: compilers turn it into one pass, while grouped convolutions are slow
-    on CPUs.
+    A sum over the window's nine places, in float32: compilers turn it into one pass; grouped convolutions are slow on
+    CPUs.
     """
     kernel, bias = kernel.astype(jnp.float32), bias.astype(jnp.float32)
     rows, columns = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2

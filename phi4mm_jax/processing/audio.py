@@ -1,8 +1,8 @@
 """Audio: from clips to log-mel features at 100 frames a second.
 
-The features are those of the original's front end, which runs at 16 kHz, and at 8 kHz on half of the spectrum. Any other
-rate is resampled to 16 kHz. (The original does so at 32 and 48 kHz, with the same filter; all other rates it treats as if
-they were 8 or 16 kHz, or refuses.)
+The features are those of the original's front end, which runs at 16 kHz, and at 8 kHz on half of the spectrum. Any
+other rate is resampled to 16 kHz. (The original does so at 32 and 48 kHz, with the same filter; all other rates it
+treats as if they were 8 or 16 kHz, or refuses.)
 """
 
 import functools
@@ -12,14 +12,14 @@ import numbers
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import scipy.fft
 import scipy.signal
+import scipy.sparse
 import soundfile
-from jaxtyping import Float
+from jaxtyping import Float, Int16
 
 from phi4mm_jax.errors import InputError
 
@@ -51,24 +51,26 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
     """Samples in [-1, 1), of several channels the mean, and the sampling rate in Hz.
 
     Args:
-        source: a path, the bytes of a file, or (samples, rate). Files are opened by soundfile, and what it does not know
-            (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array or a list of shape (n,), or of two
-            axes of which the shorter one is the channels. Floats are taken as they are, also outside of [-1, 1]; int8,
-            int16 and int32 are divided by their full scale (2**7, 2**15, 2**31); uint8 is centred at 128.
+        source: a path, the bytes of a file, or (samples, rate). Files are opened by soundfile, and what it does not
+            know (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array or a list of shape (n,), or of
+            two axes of which the shorter one is the channels (the second, if they are equal). Floats are taken as
+            they are, also outside of [-1, 1]; int8, int16 and int32 are divided by their full scale (2**7, 2**15,
+            2**31); uint8 is centred at 128.
         max_seconds: longer clips are refused, files before they are read to their end.
 
     Raises:
-        InputError: a file is missing, unreadable or cut off (as far as the format tells: a raw stream of MP3 does not);
-            samples are NaN, infinite or of an unsuitable type or shape; the rate is impossible; the clip is shorter
-            than a frame of 25 ms, or too long.
+        InputError: a file is missing, unreadable or cut off (which WAV, AIFF, AU, FLAC and Ogg tell, and MP3 of a
+            variable bit rate); samples are NaN, infinite or of an unsuitable type or shape; the rate is impossible; the
+            clip is shorter than a frame of 25 ms, or too long.
     """
     match source:
         case tuple():
             samples, rate = _from_samples(source, max_seconds)
             name = "the audio clip"
         case str() | os.PathLike():
-            name = f"the audio file {os.fspath(source)!r:.200}"
-            samples, rate = _from_file(os.fspath(source), name, max_seconds)
+            path = os.fsdecode(source)
+            name = f"the audio file {path!r:.200}"
+            samples, rate = _from_file(path, name, max_seconds)
         case bytes() | bytearray() | memoryview():
             data = bytes(source)
             name = f"the audio of {len(data)} bytes"
@@ -85,9 +87,9 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
 def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F 80"]:
     """The logarithm of the power in 80 bands of equal width on the mel scale, float32, 100 frames a second.
 
-    Frames of 25 ms every 10 ms, without padding; a rest that fills no frame is dropped. Each is pre-emphasised by itself
-    (its first sample is its own predecessor), scaled to 16-bit integers and weighted with a Hamming window. Powers are
-    clipped at 1, so that silence is 0. At 8 kHz the bands above 4 kHz are 0.
+    Frames of 25 ms every 10 ms, without padding; a rest that fills no frame is dropped. Each is pre-emphasised by
+    itself (its first sample is its own predecessor), scaled to the range of 16-bit integers and weighted with a Hamming
+    window. Powers are clipped at 1, so that silence is 0. At 8 kHz the bands above 4 kHz are 0.
 
     The steps and their precision are the original's: float32 up to the window, float64 in the transform.
 
@@ -105,7 +107,9 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     num_fft = _NUM_FFT * own_rate // _RATE
     num_bins = num_fft // 2 + (own_rate == _RATE)  # the original drops the highest bin at 8 kHz
     weights = np.hamming(window) * _FULL_SCALE
-    bands = _mel_filters()[:num_bins]
+    # Sparse, since a bin lies in two bands at most. It is faster than BLAS, whose threads, on a machine that is busy
+    # with other work, have been seen to cost a hundred times what they save.
+    filters = scipy.sparse.csr_array(_mel_filters()[:num_bins].T)
 
     features = np.empty((_count_frames(len(samples), own_rate), NUM_BANDS), np.float32)
     padded = np.zeros((_FRAMES_AT_ONCE, num_fft))
@@ -120,23 +124,24 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
         rest = np.lib.stride_tricks.sliding_window_view(differences, window - 1)[::hop]
         np.multiply(rest, weights[1:], out=frames[:, 1:window])
 
-        spectrum = np.asarray(scipy.fft.rfft(frames, axis=1))
+        spectrum = np.fft.rfft(frames, axis=1)
         parts = spectrum.view(np.float64)  # real, imaginary, real, ...
         parts *= parts
         power = (parts[:, 0::2] + parts[:, 1::2]).astype(np.float32)
-        np.log(np.maximum(power[:, :num_bins] @ bands, np.float32(1)), out=out)
+        bands = np.asarray(filters @ power[:, :num_bins].T)
+        np.log(np.maximum(bands.T, np.float32(1)), out=out)
     return features
 
 
 def num_frames(num_samples: int, rate: int) -> int:
     """The frames of a clip: `len(log_mel(...))`, without the samples; 0 if it is shorter than a frame."""
     own_rate = _feature_rate(rate)
-    return _count_frames(math.ceil(num_samples * own_rate / rate), own_rate)
+    return _count_frames(_ceil_div(num_samples * own_rate, rate), own_rate)
 
 
 def num_audio_tokens(frames: int) -> int:
     """The tokens of a clip of so many frames."""
-    return math.ceil(frames / TIME_REDUCTION)
+    return _ceil_div(frames, TIME_REDUCTION)
 
 
 # Features
@@ -179,9 +184,9 @@ def _at_feature_rate(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.nd
     taps = _low_pass(up, down)
     # A block begins at a multiple of `down`, so that its outputs fall on those of the whole. It takes as many samples
     # more on both sides as the filter reaches.
-    margin = down * math.ceil((len(taps) // 2 + 1) / up / down)
-    step = down * math.ceil(_SAMPLES_AT_ONCE / down)
-    resampled = np.empty(math.ceil(len(samples) * up / down), np.float32)
+    margin = down * _ceil_div(len(taps) // 2 + 1, up * down)
+    step = down * _ceil_div(_SAMPLES_AT_ONCE, down)
+    resampled = np.empty(_ceil_div(len(samples) * up, down), np.float32)
     for start in range(0, len(samples), step):
         before = min(start, margin)
         piece = samples[start - before : start + step + margin].astype(np.float64)
@@ -191,15 +196,20 @@ def _at_feature_rate(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.nd
     return resampled
 
 
+def _ceil_div(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
 def _reduced(up: int, down: int) -> tuple[int, int]:
     divisor = math.gcd(up, down)
     return up // divisor, down // divisor
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _low_pass(up: int, down: int) -> np.ndarray:
     """The filter that `scipy.signal.resample_poly` designs by itself, each time anew."""
-    return scipy.signal.firwin(20 * max(up, down) + 1, 1 / max(up, down), window=("kaiser", 5.0))
+    window: Any = ("kaiser", 5.0)
+    return np.asarray(scipy.signal.firwin(20 * max(up, down) + 1, 1 / max(up, down), window=window))
 
 
 # Clips
@@ -224,13 +234,20 @@ def _check(samples: np.ndarray, rate: int, name: str) -> None:
 
 
 def _check_rate(rate: Any, name: str) -> int:
-    is_whole = isinstance(rate, numbers.Real) and not isinstance(rate, bool) and float(rate).is_integer()
-    if not is_whole or not _LEAST_RATE <= rate <= _LARGEST_RATE:
+    value = float(rate) if isinstance(rate, numbers.Real) and not isinstance(rate, bool) else math.nan
+    if not (value.is_integer() and _LEAST_RATE <= value <= _LARGEST_RATE):
         raise InputError(
             f"{name} has the sampling rate {rate!r:.80}; "
             f"expected a whole number of Hz from {_LEAST_RATE} to {_LARGEST_RATE}"
         )
-    return int(rate)
+    return int(value)
+
+
+def _check_channels(channels: int, name: str) -> None:
+    if channels > _MAX_CHANNELS:
+        raise InputError(
+            f"{name} has {channels} channels, more than {_MAX_CHANNELS}; pass one clip, not a batch or features"
+        )
 
 
 def _check_duration(num_samples: int, rate: int, name: str, max_seconds: float) -> None:
@@ -257,9 +274,9 @@ def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, 
 
 def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
     """Samples with full scale 1."""
+    if samples.dtype.kind == "f":
+        return samples
     match samples.dtype.name:
-        case "float16" | "float32" | "float64" | "longdouble" | "float128":
-            return samples
         case "int8" | "int16" | "int32":
             return samples.astype(np.float32) / np.float32(2 ** (8 * samples.dtype.itemsize - 1))
         case "uint8":
@@ -272,13 +289,13 @@ def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
 
 def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"], name: str) -> Float[np.ndarray, " S"]:
     if samples.ndim == 2:
-        if samples.shape[1] > _MAX_CHANNELS:
-            raise InputError(
-                f"{name} has {samples.shape[1]} channels, more than {_MAX_CHANNELS}; pass one clip, not a batch or features"
-            )
-        samples = samples.mean(axis=1)
+        _check_channels(samples.shape[1], name)
+        total = samples[:, 0].copy()
+        for channel in samples.T[1:]:  # several times faster than numpy's mean over a short axis
+            total += channel
+        samples = total / samples.dtype.type(samples.shape[1])
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused later
-        return samples.astype(np.float32)
+        return samples.astype(np.float32, copy=False)
 
 
 # Files
@@ -290,28 +307,38 @@ def _from_file(source: str | bytes, name: str, max_seconds: float) -> tuple[Floa
     if not source:
         raise InputError(f"{name} is empty; pass a whole audio file")
     try:
-        file = soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = _Stream(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # of many types, where a header is malformed
         return _from_other_file(source, name, max_seconds, error)
     with file:
         rate = _check_rate(file.samplerate, name)
+        _check_channels(file.channels, name)
         try:
-            blocks = iter(lambda: file.read(_SAMPLES_AT_ONCE, "float32", always_2d=True), None)
-            samples = _join(blocks, rate, name, max_seconds)
-            cut = _is_cut_off(file, len(samples))
+            samples = _join(_blocks(file), rate, name, max_seconds)
         except soundfile.SoundFileError as error:
-            raise InputError(f"{name} is damaged or cut off ({error}); pass a whole audio file") from error
-    if cut:
-        raise InputError(f"{name} is cut off: it holds less than its header says; pass a whole audio file")
+            raise InputError(f"{name} is damaged or cut off; pass a whole audio file") from error
+        if _is_cut_off(file, len(samples)):
+            raise InputError(f"{name} is cut off: it holds less than it announces; pass a whole audio file")
     return samples, rate
 
 
+class _Stream(soundfile.SoundFile):
+    """Read from the beginning to the end only. soundfile would seek as it reads, and fail where a FLAC file's header
+    lacks the length, which an encoder that writes to a pipe does not know."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _blocks(file: soundfile.SoundFile) -> Iterator[Float[np.ndarray, "S C"]]:
+    while len(block := file.read(_SAMPLES_AT_ONCE, "float32", always_2d=True)):
+        yield block
+
+
 def _join(blocks: Iterable[np.ndarray], rate: int, name: str, max_seconds: float) -> Float[np.ndarray, " S"]:
-    """One channel of all blocks up to the first empty one."""
+    """All blocks as one channel."""
     pieces, count = [], 0
     for block in blocks:
-        if not len(block):
-            break
         pieces.append(_mono(block, name))
         count += len(block)
         _check_duration(count, rate, name, max_seconds)
@@ -321,15 +348,14 @@ def _join(blocks: Iterable[np.ndarray], rate: int, name: str, max_seconds: float
 def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     """Whether a file ends before its end, as far as libsndfile's log of the headers tells.
 
-    The length in a header may be a little wrong (some programs count the header in), and it is meaningless where the
-    writer did not know it, which shows as 2 GiB or more.
+    The length in a header may be a little wrong (some programs count the header in), and it means nothing where the
+    writer did not know it; such headers say 2 GiB or more.
     """
     log = file.extra_info
     match file.format:
         case "OGG":
-            return "without an End-Of-Stream" in log
-        case "MP3":
-            # Only a header of variable bit rate tells the length; otherwise it is estimated.
+            return "Junk after the last page" in log  # part of one more
+        case "MP3":  # only with a variable bit rate is the length told; otherwise it is estimated
             return re.search(r"bitrate mode *: variable", log) is not None and num_read < 0.99 * file.frames
     sizes = re.search(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
     if sizes is None:
@@ -353,13 +379,23 @@ def _from_other_file(
             path = os.path.abspath(source)  # begins with no "-" and no "http:"
         try:
             with audioread.audio_open(path) as file:
-                rate, channels = _check_rate(file.samplerate, name), file.channels
-                blocks = (np.frombuffer(block, "<i2").reshape(-1, channels) for block in file)
-                return _join((_as_float(block, name) for block in blocks), rate, name, max_seconds), rate
+                rate = _check_rate(file.samplerate, name)
+                blocks = (_as_float(block, name) for block in _whole_blocks(file, file.channels))
+                return _join(blocks, rate, name, max_seconds), rate
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"{name} cannot be read: soundfile says {str(cause) or repr(cause)!r}, audioread {error!r:.200}. "
-                "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
+                f"{name} cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; "
+                f"audioread: {error!r:.200}). Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
             ) from error
+
+
+def _whole_blocks(buffers: Iterable[bytes], channels: int) -> Iterator[Int16[np.ndarray, "S C"]]:
+    """16-bit samples from buffers that may end anywhere."""
+    rest = b""
+    for buffer in buffers:
+        data = rest + buffer
+        end = len(data) - len(data) % (2 * channels)
+        yield np.frombuffer(data[:end], "<i2").reshape(-1, channels)
+        rest = data[end:]

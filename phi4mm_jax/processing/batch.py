@@ -2,13 +2,12 @@
 
 Crops and clips of all rows lie in two padded stacks. The model turns both stacks into one table of features; `media`
 tells for each position of the sequence which row of that table it takes. So the model knows nothing of images, clips
-or token ids, and a batch may mix modalities at will.
+or token ids, and a batch may mix modalities at will. Made of numpy arrays; the network takes any, shapes included.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from numpy import ndarray
 
 NO_MEDIA = -1
 
@@ -16,8 +15,8 @@ NO_MEDIA = -1
 class ImageStack(NamedTuple):
     """Crops of all images. Their features: 256 a crop, then the two separators (of rows; of the global view)."""
 
-    crops: Float[ndarray, "C 448 448 3"]  # normalised to [-1, 1]
-    patch_mask: Bool[ndarray, "C 32 32"]  # False: padding, not attended to
+    crops: Float[Any, "C 448 448 3"]  # normalised to [-1, 1]
+    patch_mask: Bool[Any, "C 32 32"]  # False: padding, not attended to
 
 
 class AudioStack(NamedTuple):
@@ -27,19 +26,19 @@ class AudioStack(NamedTuple):
     frames, then padding.
     """
 
-    frames: Float[ndarray, "A F 80"]  # log-mel
-    first: Int[ndarray, " A"]  # the first frame that belongs to the clip: 8 at the clip's beginning, else 0
-    last: Int[ndarray, " A"]  # one past the last frame that belongs to the clip
-    attended: Int[ndarray, " A"]  # tokens of the chunk that are attended to
-    with_images: Bool[ndarray, " A"]  # whether the clip's prompt has images too: another projector
+    frames: Float[Any, "A F 80"]  # log-mel
+    first: Int[Any, " A"]  # the first frame that belongs to the clip: 8 at the clip's beginning, else 0
+    last: Int[Any, " A"]  # one past the last frame that belongs to the clip
+    attended: Int[Any, " A"]  # tokens of the chunk that are attended to
+    with_images: Bool[Any, " A"]  # whether the clip's prompt has images too: another projector
 
 
 class Batch(NamedTuple):
     """B rows of T positions, left-aligned."""
 
-    tokens: Int[ndarray, "B T"]  # padded with the pad token
-    lengths: Int[ndarray, " B"]
-    adapters: Int[ndarray, " B"]  # of each row: 0 none, 1 vision, 2 speech
-    media: Int[ndarray, "B T"]  # row of the features, or NO_MEDIA: the token's own embedding
+    tokens: Int[Any, "B T"]  # padded with the pad token
+    lengths: Int[Any, " B"]
+    adapters: Int[Any, " B"]  # of each row: 0 none, 1 vision, 2 speech
+    media: Int[Any, "B T"]  # row of the features, or NO_MEDIA: the token's own embedding
     images: ImageStack | None
     audio: AudioStack | None

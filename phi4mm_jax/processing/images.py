@@ -278,7 +278,7 @@ def _name(source: ImageSource) -> str:
     """What to call the source in a message."""
     match source:
         case str() | os.PathLike():
-            return f"the image file {os.fspath(source)!r:.200}"
+            return f"the image file {os.fsdecode(source)!r:.200}"
         case bytes() | bytearray() | memoryview():
             return f"the image of {memoryview(source).nbytes} bytes"
         case Image.Image() | np.ndarray():

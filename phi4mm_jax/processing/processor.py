@@ -1,4 +1,4 @@
-"""From prompts, images and audio to the static-shaped `Batch`. All that depends on sizes is decided here, on the host."""
+"""From prompts, images and audio to the static-shaped `Batch`: all that depends on sizes is decided here."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ class Processor:
 
     def __call__(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: Sequence[PromptLike],
         images: Sequence[Sequence[Any] | None] | None = None,
         audios: Sequence[Sequence[Any] | None] | None = None,
     ) -> Batch:
@@ -70,7 +70,9 @@ class Processor:
         rows = []
         for i, prompt in enumerate(prompts):
             try:
-                rows.append(self.row(prompt, _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")))
+                rows.append(
+                    self.row(prompt, _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios"))
+                )
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from error
         return self.batch(rows)
@@ -173,7 +175,7 @@ class Processor:
         return ImageStack(crops, mask), iter(rows)
 
     def _stack_clips(self, clips: Sequence[tuple[np.ndarray, bool]], offset: int):
-        """The stack of all chunks, and for each clip the rows of the features, from `offset` on, that its tokens take."""
+        """The stack of all chunks, and for each clip the rows of the features, from `offset`, that it takes."""
         if not clips:
             return None, iter(())
         speech = self.config.speech
@@ -216,8 +218,9 @@ def _context(folder: Path, config: Phi4MMConfig) -> int:
     """The longest sequence: what the tokenizer's file says, else what the network's does."""
     path = folder / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.exists() else None
-    is_set = isinstance(length, int) and 0 < length < 10**9  # some tools write 10**30 for "unknown"
-    return length if is_set else config.decoder.rope.max_length
+    if isinstance(length, int) and 0 < length < 10**9:  # some tools write 10**30 for "unknown"
+        return length
+    return config.decoder.rope.max_length
 
 
 def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:
@@ -225,7 +228,9 @@ def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name:
     if media is None:
         return ()
     if isinstance(media, str | bytes) or not isinstance(media, Sequence) or len(media) != len(prompts):
-        given = len(media) if isinstance(media, Sequence) and not isinstance(media, str | bytes) else type(media).__name__
+        given = (
+            len(media) if isinstance(media, Sequence) and not isinstance(media, str | bytes) else type(media).__name__
+        )
         raise InputError(
             f"{name} must have one list per prompt ({len(prompts)}), got {given}; "
             f"for one prompt with one medium write {name}=[[medium]]"
