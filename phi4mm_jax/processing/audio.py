@@ -275,7 +275,7 @@ def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, 
 def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
     """Samples with full scale 1."""
     if samples.dtype.kind == "f":
-        return samples
+        return samples.astype(np.promote_types(samples.dtype, np.float32), copy=False)
     match samples.dtype.name:
         case "int8" | "int16" | "int32":
             return samples.astype(np.float32) / np.float32(2 ** (8 * samples.dtype.itemsize - 1))
@@ -288,13 +288,13 @@ def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
 
 
 def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"], name: str) -> Float[np.ndarray, " S"]:
-    if samples.ndim == 2:
-        _check_channels(samples.shape[1], name)
-        total = samples[:, 0].copy()
-        for channel in samples.T[1:]:  # several times faster than numpy's mean over a short axis
-            total += channel
-        samples = total / samples.dtype.type(samples.shape[1])
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused later
+        if samples.ndim == 2:
+            _check_channels(samples.shape[1], name)
+            total = samples[:, 0].copy()
+            for channel in samples.T[1:]:  # several times faster than numpy's mean over a short axis
+                total += channel
+            samples = total / samples.dtype.type(samples.shape[1])
         return samples.astype(np.float32, copy=False)
 
 
@@ -387,7 +387,8 @@ def _from_other_file(
         except Exception as error:
             raise InputError(
                 f"{name} cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; "
-                f"audioread: {error!r:.200}). Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
+                f"audioread: {error!r:.200}). "
+                "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
             ) from error
 
 
