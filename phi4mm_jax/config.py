@@ -468,8 +468,8 @@ def _check(config: Phi4MMConfig) -> Phi4MMConfig:
         ),
         (
             0 < rope.rotary_size <= decoder.head_size and rope.rotary_size % 2 == 0,
-            f"partial_rotary_factor rotates {rope.rotary_size} of {decoder.head_size} dimensions of a head; expected an "
-            "even number within the head",
+            f"partial_rotary_factor rotates {rope.rotary_size} of a head's {decoder.head_size} dimensions; expected an "
+            "even number",
         ),
         (
             len(rope.short_factor) == rope.rotary_size // 2,

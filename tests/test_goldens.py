@@ -23,9 +23,10 @@ def test_logits(tiny, goldens, name):
     assert batch.lengths.tolist() == [len(ids)] == [case["tokens"]]
     np.testing.assert_array_equal(batch.tokens[0, : len(ids)], ids)
     logits = np.asarray(tiny.logits(batch))[0, : len(ids)]
-    last = goldens[f"{name}.logits"]
-    np.testing.assert_allclose(logits[-len(last) :], last, atol=LOGITS, rtol=0)
-    np.testing.assert_allclose(logits[:4], goldens[f"{name}.logits_first"], atol=LOGITS, rtol=0)
+    last, first = goldens[f"{name}.logits"], goldens[f"{name}.logits_first"]
+    error = max(np.abs(logits[-len(last) :] - last).max(), np.abs(logits[:4] - first).max())
+    print(f"{name}: {len(ids)} tokens, largest error {error:.1e}")
+    assert error <= LOGITS
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,604 @@
+"""Audio against what the original makes of it, against the definition written out, and against bad input."""
+
+import io
+import math
+import tracemalloc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import audioread
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+from safetensors.numpy import load_file
+from transformers import Phi4MultimodalFeatureExtractor
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing import audio
+from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens, num_frames
+
+TINY = Path(__file__).parent / "fixtures" / "ms_tiny"
+
+# Features reach 29, where neighbouring float32 numbers are 1.9e-6 apart: it is what the last bit may differ by.
+LAST_BIT = 1.95e-6
+
+
+@pytest.fixture(scope="module")
+def goldens() -> dict[str, np.ndarray]:
+    return load_file(TINY / "goldens.safetensors")
+
+
+def noise(num_samples: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(num_samples)).astype(np.float32)
+
+
+def sound(rate: int, seconds: float = 2.0) -> np.ndarray:
+    """A sound without anything above 4.5 kHz, the same at any rate: a gliding harmonic tone, a chirp and a noise of
+    sinusoids, faded in and out."""
+    t = np.arange(round(seconds * rate)) / rate
+    rng = np.random.default_rng(0)
+    glide = 2 * np.pi * (120 * t + 30 * t * t / seconds)
+    x = 0.1 * np.sin(2 * np.pi * (300 * t + 2050 * t * t / seconds))
+    for k in range(1, 26):
+        x += 0.2 / math.sqrt(k) * np.sin(k * glide + rng.uniform(0, 2 * np.pi))
+    for _ in range(300):
+        phase = 2 * np.pi * (rng.uniform(60, 4500) * t + rng.uniform(0, 1))
+        x += 0.003 * rng.standard_normal() * np.sin(phase)
+    fade = np.minimum(t, seconds - t).clip(0, 0.1) / 0.1
+    return (0.3 * x * (0.5 - 0.5 * np.cos(np.pi * fade))).astype(np.float32)
+
+
+# The original's results
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_goldens(index: int, goldens: dict[str, np.ndarray]) -> None:
+    """At 16 kHz, at 8 kHz (2), at 48 kHz (3); the last clip is thinned."""
+    samples, rate = load_audio(TINY / "inputs" / f"audio_{index}.flac")
+    features = log_mel(samples, rate)
+    assert features.dtype == np.float32
+    assert features.shape == (goldens[f"audio_{index}.frames"][0], 80)
+    assert num_frames(len(samples), rate) == len(features)
+    assert num_audio_tokens(len(features)) == goldens[f"audio_{index}.num_tokens"][0]
+    expected = goldens[f"audio_{index}.features"]
+    thinned = features[::16] if index == 4 else features
+    np.testing.assert_allclose(thinned, expected, rtol=0, atol=LAST_BIT)
+
+
+def features_by_definition(samples: np.ndarray, rate: int) -> np.ndarray:
+    """What the original computes at 8, 16, 32 and 48 kHz, one frame, band and bin after the other."""
+    assert rate in (8000, 16000, 32000, 48000)
+    wave = samples.astype(np.float64)
+    if rate > 16000:
+        wave = scipy.signal.resample_poly(wave, 1, rate // 16000)
+        rate = 16000
+    size, step, num_fft = (400, 160, 512) if rate == 16000 else (200, 80, 256)
+    filters = filters_by_definition()
+    rows = []
+    for start in range(0, len(wave) - size + 1, step):
+        frame = wave[start : start + size].astype(np.float32)
+        before = np.concatenate([frame[:1], frame[:-1]])
+        frame = (frame - 0.97 * before) * 32768
+        spectrum = np.fft.rfft(np.hamming(size) * frame, n=num_fft).astype(np.complex64)
+        if rate == 8000:
+            spectrum = np.concatenate([spectrum[:-1], np.zeros(129, np.complex64)])
+        power = np.abs(spectrum) ** 2
+        rows.append([math.log(max(float(np.dot(power, filters[band])), 1.0)) for band in range(80)])
+    return np.array(rows)
+
+
+def filters_by_definition() -> np.ndarray:
+    """(80, 257): triangles over the mel scale."""
+
+    def mel(hertz: float) -> float:
+        return 1127.0 * math.log(1.0 + hertz / 700.0)
+
+    def bin_of(hertz: float) -> int:
+        return int(hertz * 512 / 16000 + 0.5)
+
+    width = mel(7690.0) / 81
+    filters = np.zeros((80, 257))
+    for band in range(80):
+        left, centre, right = band * width, (band + 1) * width, (band + 2) * width
+        for k in range(bin_of(0.0) + 1, bin_of(7690.0)):
+            here = mel(k * 16000 / 512)
+            if left < here <= centre:
+                filters[band, k] = (here - left) / width
+            elif centre < here < right:
+                filters[band, k] = (right - here) / width
+    return filters
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 32000, 48000])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_definition(rate: int, scale: float) -> None:
+    """Loud, and so soft that many bands are clipped."""
+    for samples in (noise(rate // 2 + 77) * np.float32(scale), sound(rate, 0.6) * np.float32(scale)):
+        features, expected = log_mel(samples, rate), features_by_definition(samples, rate)
+        np.testing.assert_allclose(features, expected, rtol=0, atol=3e-6)
+        assert (expected == 0).any() == (scale < 1 or rate == 8000)
+
+
+def test_mel_filters() -> None:
+    filters = audio._mel_filters()
+    np.testing.assert_allclose(filters.T, filters_by_definition(), rtol=0, atol=6e-8)
+    # Neighbouring triangles add up to one, from the first band's centre (22 Hz) to the last band's (7428 Hz).
+    np.testing.assert_allclose(filters[1:238].sum(axis=1), 1, rtol=0, atol=2e-7)
+    assert (np.count_nonzero(filters, axis=1) <= 2).all()
+    assert not filters[0].any()
+    assert not filters[246:].any()
+    assert filters.dtype == np.float32
+
+
+@pytest.mark.parametrize("num_samples", [400, 559, 560, 16000, 16123, 100_000])
+def test_transformers(num_samples: int) -> None:
+    """One clip at a time (its batches keep frames that no clip fills)."""
+    extractor = Phi4MultimodalFeatureExtractor()
+    samples = noise(num_samples)
+    features = log_mel(samples, 16000)
+    theirs = np.asarray(extractor(samples, sampling_rate=16000)["audio_input_features"])[0]
+    assert features.shape == theirs.shape
+    # It weights one bin more, 246 in the highest band, with 0.01.
+    np.testing.assert_allclose(features[:, :79], theirs[:, :79], rtol=0, atol=LAST_BIT)
+    assert 0 < np.abs(features[:, 79] - theirs[:, 79]).max() < 0.05
+    extractor.mel_filters[246] = 0
+    theirs = np.asarray(extractor(samples, sampling_rate=16000)["audio_input_features"])[0]
+    np.testing.assert_allclose(features, theirs, rtol=0, atol=LAST_BIT)
+
+
+def test_silence_is_zero() -> None:
+    assert not log_mel(np.zeros(16000, np.float32), 16000).any()
+
+
+def test_half_rate_has_no_upper_bands() -> None:
+    features = log_mel(noise(8000), 8000)
+    assert (features[:, :60] > 1).all()
+    assert not features[:, 63:].any()
+
+
+def test_long_clips_are_computed_by_blocks() -> None:
+    """Frames do not depend on the block they are in, and memory is bounded by that of the results."""
+    samples = noise(16000 * 300)
+    tracemalloc.start()
+    features = log_mel(samples, 16000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < features.nbytes + 10e6
+    for start in (0, 255, 256, 257, 10_000, len(features) - 30):
+        part = log_mel(samples[start * 160 : (start + 29) * 160 + 400], 16000)
+        np.testing.assert_allclose(features[start : start + 30], part, rtol=0, atol=LAST_BIT)
+
+
+# Rates
+
+
+RATES = [11025, 12000, 22050, 24000, 32000, 44100, 48000, 96000, 37123, 6000]
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("kind", ["float", "int16", "stereo"])
+def test_any_rate_gives_the_features_of_16_khz(rate: int, kind: str) -> None:
+    """One sound, rendered at each rate.
+
+    The filter of `resample_poly` ripples by 0.2% in amplitude in its pass band, which for 11.025 kHz ends at 4.6 kHz
+    (for 6 kHz at 2.5 kHz), and leaves 54 dB below the level of what it must remove, that is 12.4 in the logarithm of the
+    power. So bands within 9 of the frame's strongest must agree; measured: 1.6e-3 in the mean and 0.021 at most.
+    """
+    expected = log_mel(sound(16000), 16000)
+    samples: np.ndarray = sound(rate)
+    if kind == "int16":
+        samples = np.round(samples * 32768).astype(np.int16)
+    elif kind == "stereo":
+        side = noise(len(samples))
+        samples = np.stack([samples + side, samples - side], 1)
+    features = log_mel(*load_audio((samples, rate)))
+    assert abs(len(features) - len(expected)) <= 1
+    both = min(len(features), len(expected))
+    features, expected = features[:both], expected[:both]
+    strong = expected > expected.max(axis=1, keepdims=True) - 9
+    if rate == 6000:
+        strong[:, 47:] = False  # above 2.5 kHz
+    assert strong.mean() > 0.5
+    difference = np.abs(features - expected)[strong]
+    assert difference.mean() < 2.5e-3
+    assert difference.max() < 0.03
+
+
+@pytest.mark.parametrize("rate", [11025, 12000, 22050, 24000, 44100])
+def test_the_rate_matters(rate: int) -> None:
+    """As the bounds above would show: taken for 16 kHz, as by the original, features are far off."""
+    expected, features = log_mel(sound(16000), 16000), log_mel(sound(rate), 16000)
+    both = min(len(features), len(expected))
+    assert np.abs(features[:both] - expected[:both]).mean() > 1
+
+
+@pytest.mark.parametrize("rate", [11025, 44100, 48000, 37123])
+def test_resampling_by_blocks_is_that_of_the_whole(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_SAMPLES_AT_ONCE", 20_000)
+    for num_samples in (1500, 100_000, 148_492):
+        samples = noise(num_samples)
+        divisor = math.gcd(rate, 16000)
+        whole = scipy.signal.resample_poly(samples.astype(np.float64), 16000 // divisor, rate // divisor)
+        np.testing.assert_array_equal(audio._at_feature_rate(samples, rate), whole.astype(np.float32))
+
+
+def test_memory_of_resampling() -> None:
+    samples = noise(44100 * 300)
+    tracemalloc.start()
+    features = log_mel(samples, 44100)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < features.nbytes + 300 * 16000 * 4 + 50e6
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 48000, 44100, 11025, 7999])
+def test_num_frames(rate: int) -> None:
+    rng = np.random.default_rng(rate)
+    least = math.ceil(0.0251 * rate)
+    for num_samples in [least, *rng.integers(least, rate // 2, 40).tolist()]:
+        assert num_frames(num_samples, rate) == len(log_mel(noise(num_samples), rate))
+    assert num_frames(0, rate) == 0
+    assert num_frames(int(0.0249 * rate), rate) == 0
+
+
+def test_num_frames_of_long_clips_is_exact() -> None:
+    """A rest that fills no frame, after days of audio, where floating point would round it away."""
+    frames = 10**9
+    assert num_frames(400 + 160 * (frames - 1), 16000) == frames
+    assert num_frames(400 + 160 * (frames - 1) - 1, 16000) == frames - 1
+    assert num_frames(3 * (400 + 160 * (frames - 1)) - 2, 48000) == frames
+    assert num_frames(3 * (400 + 160 * (frames - 1)) - 3, 48000) == frames - 1
+
+
+def test_num_audio_tokens() -> None:
+    assert [num_audio_tokens(n) for n in (1, 7, 8, 9, 16, 17, 4298)] == [1, 1, 1, 2, 2, 3, 538]
+
+
+# Samples
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, ">i2"])
+def test_integers_are_scaled(dtype: Any) -> None:
+    info = np.iinfo(dtype)
+    values = np.random.default_rng(0).integers(info.min, info.max, 1000, dtype=np.int64, endpoint=True)
+    values[:2] = info.min, info.max
+    samples, rate = load_audio((values.astype(dtype), 16000))
+    assert (samples.dtype, rate) == (np.float32, 16000)
+    np.testing.assert_array_equal(samples, (values / -info.min).astype(np.float32))
+    assert samples[0] == -1
+
+
+def test_unsigned_bytes_are_centred() -> None:
+    values = np.resize(np.array([0, 64, 128, 255], np.uint8), 1000)
+    samples, _ = load_audio((values, 16000))
+    assert samples[:4].tolist() == [-1, -0.5, 0, 127 / 128]
+
+
+def test_int16_equals_its_float_version() -> None:
+    values = np.round(sound(16000) * 32768).astype(np.int16)
+    as_float = values.astype(np.float64) / 32768
+    expected = log_mel(*load_audio((values, 16000)))
+    for samples in (as_float, as_float.astype(np.float32), as_float.tolist(), tuple(as_float)):
+        np.testing.assert_array_equal(log_mel(*load_audio((samples, 16000))), expected)
+
+
+def test_channels() -> None:
+    """The shorter axis is the channels, in either order; of equal axes the second."""
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 2000)).astype(np.float32)
+    mean = x.mean(axis=0)
+    for samples in (x, x.T, np.asfortranarray(x), x.astype(np.float64).T):
+        np.testing.assert_allclose(load_audio((samples, 16000))[0], mean, rtol=0, atol=6e-8)
+    np.testing.assert_array_equal(load_audio((x[:1], 16000))[0], x[0])
+    np.testing.assert_array_equal(load_audio((x[:1].T, 16000))[0], x[0])
+    pair = np.round(x[:2] * 32767).astype(np.int16)
+    expected = (pair[0].astype(np.float32) + pair[1].astype(np.float32)) / 65536
+    np.testing.assert_array_equal(load_audio((pair, 16000))[0], expected)
+
+
+def test_floats_beyond_full_scale_are_taken_as_they_are() -> None:
+    x = noise(4000) * 32768  # 16-bit values in floats: 32768 squared louder, and nothing is guessed
+    samples, _ = load_audio((x, 16000))
+    np.testing.assert_array_equal(samples, x)
+    difference = log_mel(samples, 16000) - log_mel(x / 32768, 16000)
+    np.testing.assert_allclose(difference, 2 * math.log(32768), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [16000, 16000.0, np.int64(16000), np.float32(16000)])
+def test_rates_are_whole_numbers(rate: Any) -> None:
+    _, given = load_audio((noise(400), rate))
+    assert given == 16000
+    assert type(given) is int
+
+
+def test_the_source_is_left_as_it_is() -> None:
+    x = noise(16000)
+    before = x.copy()
+    log_mel(*load_audio((x, 44100)))
+    log_mel(*load_audio((x, 16000)))
+    np.testing.assert_array_equal(x, before)
+
+
+# Files
+
+
+def encoded(samples: np.ndarray, rate: int, file_format: str, subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=file_format, subtype=subtype)
+    return buffer.getvalue()
+
+
+LOSSLESS = [
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"),
+    ("AIFF", "PCM_16"),
+    ("AU", "PCM_16"),
+    ("CAF", "PCM_16"),
+    ("W64", "PCM_16"),
+]
+LOSSY = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "ULAW")]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("file_format", "subtype"), LOSSLESS)
+def test_lossless_files(file_format: str, subtype: str, channels: int, tmp_path: Path) -> None:
+    x = np.round(sound(16000) * 32768) / 32768  # 16 bits hold it
+    x = np.stack([x, x[::-1]], 1) if channels == 2 else x
+    data = encoded(x, 24000, file_format, subtype)
+    path = tmp_path / "clip.bin"  # known by its content, not by its name
+    path.write_bytes(data)
+    expected = x.mean(axis=1) if channels == 2 else x
+    for source in (data, bytearray(data), memoryview(data), path, str(path)):
+        samples, rate = load_audio(source)
+        assert rate == 24000
+        np.testing.assert_array_equal(samples, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize(("file_format", "subtype"), LOSSY)
+def test_lossy_files(file_format: str, subtype: str | None, tmp_path: Path) -> None:
+    x = sound(16000)
+    data = encoded(x, 16000, file_format, subtype)
+    path = tmp_path / "clip.bin"
+    path.write_bytes(data)
+    samples, rate = load_audio(data)
+    assert rate == 16000
+    assert len(samples) == len(x)
+    assert np.corrcoef(samples, x)[0, 1] > 0.99
+    np.testing.assert_array_equal(load_audio(path)[0], samples)
+
+
+def test_long_files_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.round(noise(30_001) * 32768) / 32768
+    data = encoded(np.stack([x, x], 1), 16000, "FLAC", "PCM_16")
+    monkeypatch.setattr(audio, "_SAMPLES_AT_ONCE", 1000)
+    np.testing.assert_array_equal(load_audio(data)[0], x.astype(np.float32))
+
+
+def test_flac_of_unknown_length() -> None:
+    """An encoder that writes to a pipe leaves the 36 bits of the length 0."""
+    data = bytearray(encoded(noise(50_000), 16000, "FLAC"))
+    expected, _ = load_audio(bytes(data))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_wav_of_unknown_length(size: int) -> None:
+    data = bytearray(encoded(noise(5000), 16000, "WAV"))
+    expected, _ = load_audio(bytes(data))
+    data[40:44] = size.to_bytes(4, "little")
+    np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
+
+
+def test_wav_whose_header_counts_itself_in() -> None:
+    data = bytearray(encoded(noise(5000), 16000, "WAV"))
+    data[40:44] = len(data).to_bytes(4, "little")
+    assert len(load_audio(bytes(data))[0]) == 5000
+
+
+def test_mp3_without_a_length() -> None:
+    """Cut out of a stream, without the first frame, which tells the length: libsndfile estimates it, too long."""
+    x = np.concatenate([np.zeros(80_000), sound(16000)]).astype(np.float32)
+    data = encoded(x, 16000, "MP3")
+    stream = data[data.index(b"\xff\xf3", 100) :]
+    with soundfile.SoundFile(io.BytesIO(stream)) as file:
+        assert file.frames > 1.2 * len(x)
+    assert abs(len(load_audio(stream)[0]) - len(x)) < 2000
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_what_soundfile_cannot_open(
+    channels: int, as_bytes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """audioread takes over; here it has WAV to read, which it knows by itself, in buffers that split samples."""
+    x = np.round(noise(20_000 * channels).reshape(-1, channels) * 32768) / 32768
+    path = tmp_path / "clip"
+    path.write_bytes(encoded(x, 22050, "WAV", "PCM_16"))
+
+    def refuse(*_: Any) -> None:
+        raise soundfile.LibsndfileError(1)
+
+    audio_open = audioread.audio_open
+
+    class Reader:
+        """audioread's, with buffers of 1021 bytes."""
+
+        def __init__(self, path: str) -> None:
+            with audio_open(path) as file:
+                self.samplerate, self.channels, self.data = file.samplerate, file.channels, b"".join(file)
+
+        def __enter__(self) -> "Reader":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def __iter__(self):
+            return (self.data[i : i + 1021] for i in range(0, len(self.data), 1021))
+
+    monkeypatch.setattr(audio, "_Stream", refuse)
+    monkeypatch.setattr(audioread, "audio_open", Reader)
+    samples, rate = load_audio(path.read_bytes() if as_bytes else path)
+    assert rate == 22050
+    np.testing.assert_allclose(samples, x.mean(axis=1), rtol=0, atol=3e-8)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "of type NoneType"),
+        (noise(16000), r"of type ndarray; expected \(samples, sampling_rate\)"),
+        ([noise(16000), 16000], "of type list"),
+        (16000, "of type int"),
+        ((), "tuple of 0"),
+        ((noise(16000),), "tuple of 1"),
+        ((noise(16000), 16000, 1), "tuple of 3"),
+        ((None, 16000), "shape ()"),
+        ((0.5, 16000), r"shape \(\)"),
+        (([], 16000), r"shape \(0,\)"),
+        ((np.zeros((0, 2)), 16000), r"shape \(0, 2\)"),
+        ((np.zeros((2, 2, 9000)), 16000), r"shape \(2, 2, 9000\)"),
+        (([[0.0], [0.0, 1.0]], 16000), "not an array of samples"),
+        ((np.zeros((100, 16000)), 16000), "100 channels, more than 64; pass one clip, not a batch"),
+        ((np.zeros(16000, np.int64), 16000), "samples of int64, whose full scale is not known"),
+        (([0] * 16000, 16000), "samples of int64"),
+        ((np.zeros(16000, np.uint16), 16000), "samples of uint16"),
+        ((np.zeros(16000, bool), 16000), "samples of bool"),
+        ((np.zeros(16000, complex), 16000), "samples of complex128"),
+        ((["a"] * 16000, 16000), "samples of <U1"),
+        ((noise(16000), 0), "sampling rate 0; expected a whole number of Hz from 1000 to 768000"),
+        ((noise(16000), -16000), "sampling rate -16000"),
+        ((noise(16000), 16), "sampling rate 16; expected"),
+        ((noise(16000), 1e9), "sampling rate 1000000000.0"),
+        ((noise(16000), 22050.5), "sampling rate 22050.5"),
+        ((noise(16000), math.nan), "sampling rate nan"),
+        ((noise(16000), math.inf), "sampling rate inf"),
+        ((noise(16000), None), "sampling rate None"),
+        ((noise(16000), "16000"), "sampling rate '16000'"),
+        ((noise(16000), True), "sampling rate True"),
+        ((noise(399), 16000), r"399 samples at 16000 Hz, 24\.9 ms; it needs 25 ms at least\. Pad it with silence"),
+        ((noise(199), 8000), "199 samples at 8000 Hz"),
+        ((noise(1197), 48000), "1197 samples at 48000 Hz"),
+        ((np.full(16000, np.nan), 16000), "NaN or infinite"),
+        ((np.append(noise(16000), np.inf), 16000), "NaN or infinite"),
+        ((np.append(noise(16000), -np.inf), 16000), "NaN or infinite"),
+        ((np.append(noise(16000), np.nan), 16000), "NaN or infinite"),
+        ((np.append(noise(16000), 1e10), 16000), r"magnitude 1e\+10; expected floats of full scale 1"),
+        ((np.append(noise(16000).astype(float), 1e300), 16000), "NaN or infinite"),
+        (b"", "audio of 0 bytes is empty"),
+        (b"RIFF", "audio of 4 bytes cannot be read"),
+        (b"not audio at all", r"cannot be read.*Pass a whole audio file in a known format"),
+        (bytes(1000), "audio of 1000 bytes cannot be read"),
+        ("/no/such/file.wav", "'/no/such/file.wav' does not exist; check the path"),
+        (Path("/no/such/file.wav"), "'/no/such/file.wav' does not exist"),
+        ("", "'' does not exist"),
+        ("null\0byte.wav", "does not exist"),
+        (TINY, "cannot be read"),
+        (TINY / "config.json", r"config\.json' cannot be read"),
+    ],
+)
+def test_unusable_sources(source: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_audio(source)
+
+
+def test_one_frame() -> None:
+    for num_samples, rate in [(400, 16000), (200, 8000), (1198, 48000), (1102, 44100)]:
+        assert log_mel(*load_audio((noise(num_samples), rate))).shape == (1, 80)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("file_format", "subtype"), [*LOSSLESS[:-1], ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
+)
+def test_truncated_files(file_format: str, subtype: str | None, part: float, tmp_path: Path) -> None:
+    data = encoded(sound(16000, 4.0), 16000, file_format, subtype)
+    data = data[: int(part * len(data))]
+    path = tmp_path / "cut"
+    path.write_bytes(data)
+    for source, name in ((data, f"audio of {len(data)} bytes"), (path, "cut'")):
+        with pytest.raises(InputError, match=rf"{name} (is cut off|is damaged or cut off|cannot be read)"):
+            load_audio(source)
+
+
+def test_corrupt_files() -> None:
+    """Changed bytes give some clip or an InputError, never anything else."""
+    rng = np.random.default_rng(0)
+    for file_format, subtype in [*LOSSLESS, *LOSSY]:
+        data = encoded(noise(3000), 16000, file_format, subtype)
+        for _ in range(40):
+            corrupt = bytearray(data)
+            for _ in range(rng.integers(1, 6)):
+                corrupt[rng.integers(rng.choice([60, len(data)]))] = rng.integers(256)
+            try:
+                samples, rate = load_audio(corrupt)
+            except InputError:
+                continue
+            assert np.isfinite(log_mel(samples, rate)).all()
+
+
+def test_nan_in_a_file(tmp_path: Path) -> None:
+    x = noise(16000)
+    x[500] = np.nan
+    path = tmp_path / "nan.wav"
+    soundfile.write(path, x, 16000, subtype="FLOAT")
+    with pytest.raises(InputError, match=r"nan\.wav' has samples that are NaN"):
+        load_audio(path)
+
+
+def test_short_and_empty_files(tmp_path: Path) -> None:
+    for num_samples in (0, 399):
+        path = tmp_path / "short.wav"
+        soundfile.write(path, noise(num_samples), 16000)
+        with pytest.raises(InputError, match=rf"short\.wav' has {num_samples} samples at 16000 Hz"):
+            load_audio(path)
+
+
+def test_long_clips_are_refused() -> None:
+    x = noise(32_000)
+    for source in ((x, 16000), encoded(x, 16000, "WAV"), encoded(x, 16000, "FLAC")):
+        assert len(load_audio(source, max_seconds=2)[0]) == 32_000
+        with pytest.raises(InputError, match=r"longer than 1\.9 seconds; cut it, or raise max_seconds"):
+            load_audio(source, max_seconds=1.9)
+
+
+def test_decompression_bomb() -> None:
+    """10 hours of silence in a megabyte: refused as soon as 3 hours are read."""
+    part = encoded(np.zeros(4096 * 9000, np.float32), 16000, "FLAC")
+    assert len(part) < 300_000
+    with pytest.raises(InputError, match="longer than 600 seconds"):
+        load_audio(part, max_seconds=600)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (np.zeros(16000, np.int16), 16000, r"samples of int16 \(16000,\); expected floats \(n,\), as load_audio"),
+        (np.zeros((16000, 2), np.float32), 16000, r"samples of float32 \(16000, 2\)"),
+        (np.zeros(16000, np.float32), 0, "sampling rate 0"),
+        (np.zeros(399, np.float32), 16000, "399 samples"),
+        (np.zeros(0, np.float32), 16000, "0 samples"),
+        (np.full(16000, np.nan, np.float32), 16000, "NaN"),
+    ],
+)
+def test_log_mel_checks_its_input(samples: np.ndarray, rate: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        log_mel(samples, rate)
+
+
+def test_no_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (np.zeros(800, np.float32), noise(5000), noise(5000).astype(np.float16), noise(5000) * 1e10):
+            log_mel(*load_audio((x.clip(-(2**31), 2**31), 22050)))
+        with pytest.raises(InputError):
+            load_audio((np.full(5000, 1e300), 16000))
