@@ -38,7 +38,7 @@ def load(
     """Load a checkpoint folder.
 
     Args:
-        path: a folder in the original layout: config.json, the safetensors shards, the tokenizer's files.
+        path: a folder in either published layout: config.json, the safetensors shards, the tokenizer's files.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.

@@ -420,7 +420,7 @@ def _read_native(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4
         image_token_id=vision.get("image_token_id", int),
         audio_token_id=audio.get("audio_token_id", int),
         pad_token_id=keys.get("pad_token_id", int),
-        stop_token_ids=keys.token_ids("eos_token_id"),
+        stop_token_ids=keys.token_ids("eos_token_ids" if keys.has("eos_token_ids") else "eos_token_id"),
     )
 
 

@@ -102,7 +102,7 @@ def test_wrong_files(copy, tmp_path):
     with pytest.raises(CheckpointError, match=SHARD):
         phi4mm_jax.load(copy)
     (copy / SHARD).unlink()
-    with pytest.raises(CheckpointError, match=f"{SHARD}: named by"):
+    with pytest.raises(CheckpointError, match=f"{SHARD}: is named by"):
         phi4mm_jax.load(copy)
     (copy / SHARD).write_bytes(whole)
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.checkpoint import table as tables
+from phi4mm_jax.checkpoint.native import native_table
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.shards import Shards
 from phi4mm_jax.config import Phi4MMConfig, read_json
@@ -26,7 +27,7 @@ def load_variables(
     fresh_adapters: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Read all parameters of a checkpoint in the original layout, with layers stacked.
+    """Read all parameters of a checkpoint in either published layout, with layers stacked.
 
     Args:
         dtype: what the parameters are cast to.
@@ -39,18 +40,14 @@ def load_variables(
     """
     folder = Path(folder)
     layout = read_json(folder / "config.json").get("model_type")
-    if layout != "phi4mm":
-        raise CheckpointError(
-            f"{folder}: model_type {layout!r} cannot be loaded; only the original layout (phi4mm) can"
-        )
-    table = original_table(config)
+    table = original_table(config) if layout == "phi4mm" else native_table(config)
     parameters: dict[tables.Path, list[Rows]] = {}
     for tensor in table:
         for part, start, stop in tensor.spans():
             parameters.setdefault(part.path, []).append((tensor, part, start, stop))
 
     variables = {}
-    with Shards(folder) as shards:
+    with Shards(folder, sorted({t.folder for t in table if t.folder})) as shards:
         shards.check(table)
         for path, rows in parameters.items():
             array = _read(shards, rows, dtype)
@@ -66,18 +63,18 @@ def _read(shards: Shards, rows: list[Rows], dtype: Any) -> np.ndarray:
     """A parameter, cast; stacked over layers where it belongs to a layer."""
     if rows[0][0].layer is None:
         ((tensor, part, start, stop),) = rows
-        return np.ascontiguousarray(part.to_parameter(shards.rows(tensor.name, start, stop)), dtype)
+        return np.ascontiguousarray(part.to_parameter(shards.rows(tensor, start, stop)), dtype)
     stacked = np.empty((len(rows), *rows[0][1].shape), dtype)
     for tensor, part, start, stop in rows:
-        stacked[tensor.layer] = part.to_parameter(shards.rows(tensor.name, start, stop))
+        stacked[tensor.layer] = part.to_parameter(shards.rows(tensor, start, stop))
     return stacked
 
 
 def _check_trained(shards: Shards, rows: list[Rows], b: np.ndarray) -> None:
     for (tensor, *_), layer in zip(rows, b, strict=True):
-        if not layer.any() and not shards.rows(tensor.name, 0, tensor.shape[0]).any():
+        if not layer.any() and not shards.rows(tensor, 0, tensor.shape[0]).any():
             raise CheckpointError(
-                f"{tensor.name}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
+                f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
                 "wrongly; pass fresh_adapters=True if an untrained adapter is meant."
             )
 

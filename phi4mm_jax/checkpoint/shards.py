@@ -18,18 +18,24 @@ _DTYPES = ("F32", "BF16", "F16")
 
 
 class Shards:
-    """The tensors of a checkpoint's main shards, by name. A context manager: files are closed at its end.
+    """The tensors of a checkpoint, by `Tensor.key`. A context manager: files are closed at its end.
+
+    Args:
+        folder: holds the main shards.
+        adapters: folders within it whose adapter file belongs to the checkpoint too.
 
     Raises:
         CheckpointError: a file is missing, truncated or not safetensors, or a tensor is in two shards.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, adapters: Iterable[str] = ()):
         self._stack = contextlib.ExitStack()
         self._homes: dict[str, tuple[str, Any]] = {}  # tensor: (file's name, open file)
-        for name in _shard_names(folder):
-            handle = self._open(folder / name)
-            for key in handle.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+        files = [("", name) for name in _shard_names(folder)] + [(a, "adapter_model.safetensors") for a in adapters]
+        for place, name in files:
+            handle = self._open(folder / place / name)
+            for tensor in handle.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+                key = f"{place}/{tensor}" if place else tensor
                 if key in self._homes:
                     raise CheckpointError(
                         f"{folder}: tensor {key} is in {self._homes[key][0]} and again in {name}; remove one of them"
@@ -40,7 +46,8 @@ class Shards:
         try:
             return self._stack.enter_context(safe_open(path, framework="np"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: named by {_INDEX}, but not there; download it again") from None
+            cause = "holds an adapter" if path.name == "adapter_model.safetensors" else f"is named by {_INDEX}"
+            raise CheckpointError(f"{path}: {cause}, but it is not there; download it again") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: not a whole safetensors file ({error}); download it again. "
@@ -53,8 +60,8 @@ class Shards:
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._homes[name][1].get_slice(name)[start:stop]
+    def rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        return self._homes[tensor.key][1].get_slice(tensor.name)[start:stop]
 
     def check(self, table: Iterable[Tensor]) -> None:
         """The files hold exactly the tensors of the table, with their shapes, in a floating dtype.
@@ -62,11 +69,11 @@ class Shards:
         Raises:
             CheckpointError: otherwise; it names the tensors and what is wrong with them.
         """
-        expected = {t.name: t for t in table}
+        expected = {t.key: t for t in table}
         problems = [f"{n}: missing" for n in expected if n not in self._homes]
         problems += [f"{n}: not part of this model (in {self._homes[n][0]})" for n in self._homes if n not in expected]
         for name in expected.keys() & self._homes.keys():
-            view = self._homes[name][1].get_slice(name)
+            view = self._homes[name][1].get_slice(expected[name].name)
             if (shape := tuple(view.get_shape())) != expected[name].shape:
                 problems.append(f"{name}: has shape {shape}, expected {expected[name].shape}")
             if view.get_dtype() not in _DTYPES:

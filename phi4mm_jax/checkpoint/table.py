@@ -40,6 +40,12 @@ class Tensor:
     shape: Shape
     parts: tuple[Part, ...] = ()
     layer: int | None = None
+    folder: str = ""  # within the checkpoint, where it is not in the main shards
+
+    @property
+    def key(self) -> str:
+        """Its name among all tensors of the checkpoint."""
+        return f"{self.folder}/{self.name}" if self.folder else self.name
 
     def spans(self) -> Iterator[tuple[Part, int, int]]:
         """Each part with its rows: where they start and stop."""
