@@ -174,7 +174,7 @@ def test_long_clips_are_computed_by_blocks() -> None:
 # Rates
 
 
-RATES = [11025, 12000, 22050, 24000, 32000, 44100, 48000, 96000, 37123, 6000]
+RATES = [11025, 12000, 22050, 24000, 32000, 44100, 48000, 96000, 37123]
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -182,9 +182,10 @@ RATES = [11025, 12000, 22050, 24000, 32000, 44100, 48000, 96000, 37123, 6000]
 def test_any_rate_gives_the_features_of_16_khz(rate: int, kind: str) -> None:
     """One sound, rendered at each rate.
 
-    The filter of `resample_poly` ripples by 0.2% in amplitude in its pass band, which for 11.025 kHz ends at 4.6 kHz
-    (for 6 kHz at 2.5 kHz), and leaves 54 dB below the level of what it must remove, that is 12.4 in the logarithm of the
-    power. So bands within 9 of the frame's strongest must agree; measured: 1.6e-3 in the mean and 0.021 at most.
+    The filter of `resample_poly` ripples by 0.2% in amplitude in its pass band, which for 11.025 kHz ends at 4.6 kHz,
+    and leaves 54 dB below the level of what it must remove, that is 12.4 in the logarithm of the power. So bands within
+    9 of the frame's strongest must agree, unless they are as weak as the rounding to 16 bits, which is 5 at most; a
+    band above 15 is moved by less than 0.02. Measured: 1.6e-3 in the mean and 0.018 at most.
     """
     expected = log_mel(sound(16000), 16000)
     samples: np.ndarray = sound(rate)
@@ -197,13 +198,11 @@ def test_any_rate_gives_the_features_of_16_khz(rate: int, kind: str) -> None:
     assert abs(len(features) - len(expected)) <= 1
     both = min(len(features), len(expected))
     features, expected = features[:both], expected[:both]
-    strong = expected > expected.max(axis=1, keepdims=True) - 9
-    if rate == 6000:
-        strong[:, 47:] = False  # above 2.5 kHz
-    assert strong.mean() > 0.5
+    strong = (expected > expected.max(axis=1, keepdims=True) - 9) & (expected > 15)
+    assert strong.mean() > 0.7
     difference = np.abs(features - expected)[strong]
-    assert difference.mean() < 2.5e-3
-    assert difference.max() < 0.03
+    assert difference.mean() < 2e-3
+    assert difference.max() < 0.025
 
 
 @pytest.mark.parametrize("rate", [11025, 12000, 22050, 24000, 44100])
@@ -212,6 +211,19 @@ def test_the_rate_matters(rate: int) -> None:
     expected, features = log_mel(sound(16000), 16000), log_mel(sound(rate), 16000)
     both = min(len(features), len(expected))
     assert np.abs(features[:both] - expected[:both]).mean() > 1
+
+
+@pytest.mark.parametrize("rate", [4000, 6000, 7999])
+def test_low_rates_are_resampled_too(rate: int) -> None:
+    """A tone of 1 kHz, in the bands around it, and nothing far above."""
+
+    def tone(rate: int) -> np.ndarray:
+        return (0.1 * np.sin(2 * np.pi * 1000 * np.arange(rate) / rate)).astype(np.float32)
+
+    features, expected = log_mel(tone(rate), rate)[5:-5], log_mel(tone(16000), 16000)[5:-5]
+    assert set(expected.argmax(axis=1)) == {28}
+    np.testing.assert_allclose(features[:, 26:30], expected[:, 26:30], rtol=0, atol=0.01)
+    assert (expected.max() - features[:, 65:]).min() > 12
 
 
 @pytest.mark.parametrize("rate", [11025, 44100, 48000, 37123])
@@ -367,7 +379,7 @@ def test_lossy_files(file_format: str, subtype: str | None, tmp_path: Path) -> N
     samples, rate = load_audio(data)
     assert rate == 16000
     assert len(samples) == len(x)
-    assert np.corrcoef(samples, x)[0, 1] > 0.99
+    assert np.corrcoef(samples, x)[0, 1] > 0.98
     np.testing.assert_array_equal(load_audio(path)[0], samples)
 
 
@@ -413,6 +425,7 @@ def test_mp3_without_a_length() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:audioread")
 def test_what_soundfile_cannot_open(
     channels: int, as_bytes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,6 +543,7 @@ def test_truncated_files(file_format: str, subtype: str | None, part: float, tmp
             load_audio(source)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # soundfile's, on seeking before 0
 def test_corrupt_files() -> None:
     """Changed bytes give some clip or an InputError, never anything else."""
     rng = np.random.default_rng(0)
@@ -598,7 +612,7 @@ def test_log_mel_checks_its_input(samples: np.ndarray, rate: int, message: str) 
 def test_no_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for x in (np.zeros(800, np.float32), noise(5000), noise(5000).astype(np.float16), noise(5000) * 1e10):
-            log_mel(*load_audio((x.clip(-(2**31), 2**31), 22050)))
+        for x in (np.zeros(800, np.float32), noise(5000), noise(5000).astype(np.float16), np.full(5000, 2.0**31)):
+            assert np.isfinite(log_mel(*load_audio((x, 22050)))).all()
         with pytest.raises(InputError):
             load_audio((np.full(5000, 1e300), 16000))
