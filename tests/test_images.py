@@ -148,6 +148,14 @@ def test_only_whole_padded_patches_are_masked(padding: int, masked: int) -> None
     assert (~features.patch_mask[1]).any(axis=0).sum() == masked
 
 
+def test_scaled_sides_are_truncated() -> None:
+    """97 * (448 / 97) is under 448 in floating point; of equal scales it is the height that fills the grid."""
+    assert int(97 * (448 / 97)) == 447
+    features = preprocess_image(Image.new("RGB", (97, 97)))
+    assert (features.crops[1, :, 447] == 1).all()
+    assert (features.crops[1, :, :447] == -1).all()
+
+
 def test_pixel_values() -> None:
     for value, expected in [(0, -1.0), (255, 1.0), (51, -0.6)]:
         features = preprocess_image(Image.new("RGB", (448, 448), (value, value, value)))

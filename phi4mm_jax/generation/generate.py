@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.sampling import Sampling, sample
+from phi4mm_jax.generation.sampling import Sampling, is_whole, sample
 from phi4mm_jax.kernels.xla import DECODE_BLOCK
 from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.model.phi4mm import MediaFeatures, empty_cache
@@ -85,7 +85,7 @@ class Generator:
         """
         self._check(batch, max_new_tokens, seed, stop)
         features = self._encode(variables, batch.images, batch.audio) if batch.images or batch.audio else None
-        max_new = bucket(min(max_new_tokens, self.context), 8)
+        max_new = bucket(min(int(max_new_tokens), self.context), 8)
         capacity = -(-min(bucket(int(batch.lengths.max()) + max_new), self.context) // DECODE_BLOCK) * DECODE_BLOCK
         capacity = max(capacity, -(-batch.tokens.shape[1] // DECODE_BLOCK) * DECODE_BLOCK)
         limit = np.minimum(max_new_tokens, self.context - batch.lengths).astype(np.int32)
@@ -112,11 +112,11 @@ class Generator:
         return self.model.config.decoder.rope.original_length
 
     def _check(self, batch: Batch, max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected a positive whole number")
-        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        if not is_whole(seed) or not 0 <= seed < 2**31:
             raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**31 - 1")
-        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
         full = np.flatnonzero(batch.lengths >= self.context)
         if len(full):

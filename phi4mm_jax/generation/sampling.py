@@ -1,6 +1,8 @@
 """The choice of the next token."""
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,21 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; expected 0 (off) or a positive whole number")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p is {self.top_p}; expected a number above 0, at most 1 (off)")
+        if not _is_real(self.temperature) or not 0.0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature!r}; expected 0 (greedy) or a positive number")
+        if not is_whole(self.top_k) or self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k!r}; expected 0 (off) or a positive whole number")
+        if not _is_real(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p is {self.top_p!r}; expected a number above 0, at most 1 (off)")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of Python or numpy."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def sample(

@@ -65,7 +65,8 @@ class Processor:
         Raises:
             InputError: anything that cannot be processed; it names the row.
         """
-        if isinstance(prompts, str | Mapping) or not prompts or isinstance(prompts[0], Mapping):
+        is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+        if not is_list or not prompts or isinstance(prompts[0], Mapping):
             raise InputError("prompts must be a non-empty list with one entry per row; put a single prompt into a list")
         rows = []
         for i, prompt in enumerate(prompts):
