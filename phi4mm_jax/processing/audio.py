@@ -100,6 +100,7 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     Raises:
         InputError: as `load_audio`, of samples and rates.
     """
+    rate = _check_rate(rate, "the audio clip")
     _check(samples, rate, "the audio clip")
     samples = _at_feature_rate(samples, rate)
     own_rate = _feature_rate(rate)
@@ -217,7 +218,6 @@ def _low_pass(up: int, down: int) -> np.ndarray:
 
 def _check(samples: np.ndarray, rate: int, name: str) -> None:
     """Refuse what has no features, or none that are finite."""
-    _check_rate(rate, name)
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise InputError(
             f"{name} has samples of {samples.dtype} {samples.shape}; expected floats (n,), as load_audio gives them"
@@ -234,8 +234,8 @@ def _check(samples: np.ndarray, rate: int, name: str) -> None:
 
 
 def _check_rate(rate: Any, name: str) -> int:
-    value = float(rate) if isinstance(rate, numbers.Real) and not isinstance(rate, bool) else math.nan
-    if not (value.is_integer() and _LEAST_RATE <= value <= _LARGEST_RATE):
+    value: Any = rate if isinstance(rate, numbers.Real) and not isinstance(rate, bool) else math.nan
+    if not (_LEAST_RATE <= value <= _LARGEST_RATE and float(value).is_integer()):
         raise InputError(
             f"{name} has the sampling rate {rate!r:.80}; "
             f"expected a whole number of Hz from {_LEAST_RATE} to {_LARGEST_RATE}"
