@@ -36,12 +36,14 @@ def test_logits_are_those_of_the_row_alone(tiny, rows):
     prompts, images, audios = map(list, zip(*rows, strict=True))
     together = tiny.process(prompts, images, audios)
     assert set(together.adapters.tolist()) == {0, 1, 2}
-    logits = np.asarray(tiny.logits(together))
+    logits, largest = np.asarray(tiny.logits(together)), 0.0
     for i, row in enumerate(rows):
         alone = tiny.process(*([x] for x in row))
         length = alone.lengths[0]
         np.testing.assert_array_equal(together.tokens[i, :length], alone.tokens[0, :length])
-        np.testing.assert_allclose(logits[i, :length], np.asarray(tiny.logits(alone))[0, :length], atol=1e-4, rtol=0)
+        largest = max(largest, np.abs(logits[i, :length] - np.asarray(tiny.logits(alone))[0, :length]).max())
+    print(f"largest difference of a row's logits from the row alone: {largest:.1e}")
+    assert largest <= 1e-4
 
 
 def test_tokens_are_those_of_the_row_alone(tiny, rows):

@@ -184,7 +184,7 @@ class Generator:
         """The rows that cross, whole, as a batch of their own; padded to a bucket by repeating the first."""
         rows = np.concatenate([rows, np.full(bucket(len(rows)) - len(rows), rows[0])])
         out, count = np.asarray(state.out), np.asarray(state.size)
-        length = bucket(self._boundary + 1, 16)
+        length = bucket(self._boundary + 1, 64)
         tokens = np.zeros((len(rows), length), np.int32)
         media = np.full((len(rows), length), NO_MEDIA, np.int32)
         for i, b in enumerate(rows):

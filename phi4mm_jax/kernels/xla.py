@@ -19,7 +19,7 @@ from phi4mm_jax.precision import precision_of, row_sum
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
 _KEY_TILE = 512
-_SINGLE_TILE = 1024  # this many keys are one tile: plain softmax
+_WHOLE_KEYS = 1024  # this many keys are taken at once, without a mask of causality: the patches of a crop
 DECODE_BLOCK = 128  # a cache's capacity is a multiple of this
 
 
@@ -44,7 +44,8 @@ def flash_attention(q, k, v, *, causal: bool, scale: float, q_offset, kv_lengths
     """See `phi4mm_jax.kernels.flash_attention`."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
-    keys = kv_len if kv_len <= _SINGLE_TILE else _KEY_TILE
+    whole = not causal and kv_len <= _WHOLE_KEYS
+    keys = kv_len if whole else min(-(-kv_len // 64) * 64, _KEY_TILE)
     queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
     limits = _Limits(
         jnp.zeros(batch, jnp.int32) if q_offset is None else q_offset.astype(jnp.int32),
@@ -72,8 +73,9 @@ def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
 
     def query_tile(i):
         q_i = _tile(q, i, tiling.queries, 3)
-        if k.shape[2] == tiling.keys:
-            # In the order of plain softmax, whose rounding the goldens share: the weights are normalised first.
+        if not tiling.causal and k.shape[2] == tiling.keys:
+            # Plain softmax, normalised before it is applied: it rounds as PyTorch's does. A causal row is never taken so,
+            # since its length, and thus its rounding, would be that of the longest row beside it.
             scores, allowed = _scores(q_i, k, i, 0, limits, tiling)
             maximum = scores.max(-1)
             weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)

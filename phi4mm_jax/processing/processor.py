@@ -17,6 +17,8 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 
 PromptLike = str | Sequence[Mapping[str, Any]]
 
+# Short sequences are padded to this: smaller products round in another order, and cost no less.
+_LEAST_LENGTH = 64
 _HALO_TOKENS = 1  # before each chunk; a whole token, see `AudioStack`
 _ADAPTER_NONE, _ADAPTER_VISION, _ADAPTER_SPEECH = 0, 1, 2
 
@@ -133,7 +135,7 @@ class Processor:
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Put processed rows together, each padded to the longest; counts and lengths are rounded up to buckets."""
-        length = min(bucket(max(len(r.tokens) for r in rows), 16), self.context)
+        length = min(bucket(max(len(r.tokens) for r in rows), _LEAST_LENGTH), self.context)
         tokens = np.full((len(rows), length), self.config.pad_token_id, np.int32)
         media = np.full((len(rows), length), NO_MEDIA, np.int32)
         adapters = np.zeros(len(rows), np.int32)
@@ -182,7 +184,7 @@ class Processor:
         speech = self.config.speech
         reduction, most = speech.time_reduction, speech.chunk_tokens
         counts = [num_audio_tokens(len(frames)) for frames, _ in clips]
-        chunk = min(bucket(max(min(n, most) for n in counts), 8), most)  # tokens
+        chunk = bucket(max(min(n, most) for n in counts), _LEAST_LENGTH)  # tokens
         total = bucket(sum(math.ceil(n / most) for n in counts))
         halo = _HALO_TOKENS * reduction
         stack = AudioStack(
@@ -194,7 +196,8 @@ class Processor:
         )
         rows, a = [], 0
         for (frames, with_images), count in zip(clips, counts, strict=True):
-            rows.append(offset + a * chunk + np.arange(count))
+            tokens = np.arange(count)
+            rows.append(offset + (a + tokens // most) * chunk + tokens % most)
             for start in range(0, len(frames), most * reduction):
                 before = min(start, halo)
                 piece = frames[start - before : start + most * reduction]
