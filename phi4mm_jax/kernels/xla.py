@@ -74,8 +74,8 @@ def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
     def query_tile(i):
         q_i = _tile(q, i, tiling.queries, 3)
         if not tiling.causal and k.shape[2] == tiling.keys:
-            # Plain softmax, normalised before it is applied: it rounds as PyTorch's does. A causal row is never taken so,
-            # since its length, and thus its rounding, would be that of the longest row beside it.
+            # Plain softmax, normalised before it is applied: it rounds as PyTorch's does. Causal rows are not taken so:
+            # their padded length, and with it their rounding, is that of the longest row beside them.
             scores, allowed = _scores(q_i, k, i, 0, limits, tiling)
             maximum = scores.max(-1)
             weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)
