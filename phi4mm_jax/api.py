@@ -1,5 +1,6 @@
 """The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,8 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     config = Phi4MMConfig.from_folder(path)
     processor = Processor.from_folder(path, config)
     module = Phi4MM(config, jnp.dtype(dtype))
