@@ -15,7 +15,7 @@ def main() -> None:
         ([{"type": "audio", "audio": clip}, {"type": "text", "text": "Transcribe the audio clip into text."}], clip),
         ([{"type": "text", "text": "How to explain Internet for a medieval knight?"}], None),
     ]
-    with progress_bar("Reading the weights") as advance:
+    with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(MODEL, dtype="float32", progress=advance)
     with progress_bar("Compiling and generating"):
         answers = model.generate([[{"role": "user", "content": q}] for q, _ in questions], max_new_tokens=24)

@@ -4,6 +4,11 @@ import argparse
 import sys
 
 import phi4mm_jax
+from phi4mm_jax.generation import Sampling
+from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.chat import given_media
+from phi4mm_jax.processing.images import load_image
+from phi4mm_jax.processing.sources import each
 from phi4mm_jax.progress import progress_bar
 
 
@@ -25,6 +30,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise an InputError for what is wrong whatever the checkpoint: reading that takes minutes."""
+    Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
+    if arguments.max_new_tokens < 1:
+        raise phi4mm_jax.InputError(f"max_new_tokens is {arguments.max_new_tokens}; expected a positive whole number")
+    if arguments.raw and arguments.system is not None:
+        raise phi4mm_jax.InputError("--system does not go with --raw; write the system message into TEXT")
+    if "" in arguments.stop:
+        raise phi4mm_jax.InputError("--stop is empty; leave it out, or give a text")
+    for name, texts in (("TEXT", [arguments.text]), ("--system", [arguments.system or ""]), ("--stop", arguments.stop)):
+        for text in texts:
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
+    each("image", given_media("image", arguments.image), load_image)
+    each("audio", given_media("audio", arguments.audio), load_audio)
+
+
 def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
     """The raw prompt, or a conversation of one turn with the media before the text."""
     if arguments.raw:
@@ -38,7 +60,8 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
 def main() -> int:
     arguments = parse_arguments()
     try:
-        with progress_bar("Reading the weights") as advance:
+        check(arguments)
+        with progress_bar("Reading the weights", size=True) as advance:
             model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
         with progress_bar("Compiling and generating"):
             (completion,) = model.generate(
@@ -55,7 +78,14 @@ def main() -> int:
     except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(completion.text)
+    try:
+        # Not `print` alone: what it cannot write is tried again at the program's end.
+        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
+        with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
+            print(completion.text, file=out)
+    except OSError as error:
+        print(f"error: the answer cannot be written to standard output: {error.strerror}", file=sys.stderr)
+        return 2
     print(
         f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]",
         file=sys.stderr,

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
@@ -39,11 +40,12 @@ def load(
     """Load a checkpoint folder.
 
     Args:
-        path: a folder in either published layout: config.json, the safetensors shards, the tokenizer's files.
+        path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
+            converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
-        progress: called after each parameter with how many are read, and how many there are.
+        progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
@@ -54,15 +56,13 @@ def load(
         raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
+    path = local_folder(path)
     config = Phi4MMConfig.from_folder(path)
     processor = Processor.from_folder(path, config)
     module = Phi4MM(config, jnp.dtype(dtype))
     abstract = abstract_variables(module)
     places = shardings(abstract, mesh)
-    variables = load_variables(
-        path, config, dtype, place=lambda p, x: jax.device_put(x, places[p]), fresh_adapters=fresh_adapters,
-        progress=progress,
-    )  # fmt: skip
+    variables = load_variables(path, config, dtype, places, fresh_adapters=fresh_adapters, progress=progress)
     check_structure(variables, nn.unbox(abstract))
     return Model(module, variables, processor)
 
@@ -91,7 +91,13 @@ class Model:
         return self.processor(prompts, images, audios)
 
     def logits(self, batch: Batch) -> Float[Array, "B T V"]:
-        """The float32 logits of every position; those past a row's length have no meaning."""
+        """The float32 logits of every position; those past a row's length have no meaning.
+
+        Raises:
+            InputError: the batch is not one that `process` made.
+        """
+        if not isinstance(batch, Batch):
+            raise InputError(f"batch is a {type(batch).__name__}; expected what process(prompts) returns")
         return self._logits(self._variables_for(batch), batch)
 
     def generate(
@@ -117,16 +123,19 @@ class Model:
             temperature: 0 chooses the likeliest token.
             top_k: sample from this many likeliest tokens; 0 from all.
             top_p: sample from the fewest tokens whose probabilities reach this.
-            seed: of the sampling; the same call gives the same answers.
+            seed: of the sampling; the same call gives the same answers. A row draws what it would draw alone; rows
+                with equal prompts draw for themselves.
             stop: strings that end an answer; they are not part of its text.
 
         Raises:
             InputError: a prompt, medium or argument that cannot be used.
         """
-        sampling = Sampling(temperature, top_k, top_p)
+        if isinstance(prompts, Batch):
+            raise InputError("prompts is a Batch; give generate the prompts and media themselves")
+        sampling = Sampling(temperature, top_k, top_p, seed=seed)
         batch = self.process(prompts, images, audios)
         return self._generator(
-            self._variables_for(batch), batch, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop=stop
+            self._variables_for(batch), batch, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
         )
 
     @cached_property

@@ -140,13 +140,19 @@ class Phi4MMConfig:
         Raises:
             ConfigError: a key is missing, malformed, or asks for what is not supported; it names the key.
         """
-        reader = _READERS.get(config.get("model_type", ""))
+        model_type = config.get("model_type")
+        reader = _READERS.get(model_type) if isinstance(model_type, str) else None
         if reader is None:
             raise ConfigError(
-                f"config.json: model_type is {config.get('model_type')!r}; supported are {sorted(_READERS)}. "
+                f"config.json: model_type is {model_type!r}; supported are {sorted(_READERS)}. "
                 "Is this a Phi-4-multimodal checkpoint?"
             )
-        return _check(reader(_Keys(config, "config.json"), adapters or {}))
+        keys = _Keys(config, "config.json")
+        if keys.has("quantization_config"):
+            raise keys.error(
+                "quantization_config", "is set; quantised weights are not supported"
+            )
+        return _check(reader(keys, adapters or {}))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Phi4MMConfig":
@@ -158,11 +164,10 @@ class Phi4MMConfig:
         """
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        adapters = {
-            kind: read_json(folder / f"{kind}-lora" / "adapter_config.json")
-            for kind in ("vision", "speech")
-            if (folder / f"{kind}-lora" / "adapter_config.json").exists()
-        }
+        adapters = {}
+        if config.get("model_type") == "phi4_multimodal":
+            present = [kind for kind in ("vision", "speech") if any((folder / f"{kind}-lora").glob("adapter_*"))]
+            adapters = {kind: read_json(folder / f"{kind}-lora" / "adapter_config.json") for kind in present}
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
@@ -172,13 +177,22 @@ class Phi4MMConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON file; a missing or broken one is a CheckpointError that names it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object. Download the file again.")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key that is there twice is an error."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is in one object twice")
     return values
 
 
@@ -287,12 +301,18 @@ def _read_decoder(keys: _Keys, rope: _Keys, tied_required: bool) -> DecoderConfi
 
 
 def _read_lora(keys: _Keys) -> LoraConfig:
-    for unsupported in ("use_rslora", "use_dora"):
+    for unsupported in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
         keys.expect(unsupported, False)
+    for by_module in ("rank_pattern", "alpha_pattern"):
+        keys.expect(by_module, {})
     keys.expect("bias", "none")
+    keys.expect("peft_type", "LORA")
+    alpha = keys.get("lora_alpha", float)
+    if not 0.0 < alpha < math.inf:
+        raise keys.error("lora_alpha", f"is {alpha}; expected a positive number, or the adapter would do nothing")
     return LoraConfig(
         rank=keys.positive("r"),
-        alpha=keys.get("lora_alpha", float),
+        alpha=alpha,
         dropout=keys.get("dp" if keys.has("dp") else "lora_dropout", float, 0.0),
     )
 
@@ -349,7 +369,7 @@ def _read_original(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Ph
     bias.expect("type", "t5", required=True)
     bias.expect("t5_bias_symmetric", False)
 
-    tower = keys.section("img_processor") if keys.has("img_processor") else _Keys(_RELEASE_TOWER, "img_processor")
+    tower = keys.section("img_processor") if keys.has("img_processor") else _Keys(RELEASE_TOWER, "img_processor")
     tower.expect("layer_idx", -2, required=True)
     tower.expect("type_feature", "patch", required=True)
     crop_size = image.positive("crop_size")
@@ -369,8 +389,8 @@ def _read_original(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Ph
         ),
         vision_lora=_read_lora(keys.section("vision_lora")) if keys.has("vision_lora") else None,
         speech_lora=_read_lora(keys.section("speech_lora")) if keys.has("speech_lora") else None,
-        image_token_id=keys.get("image_token_id", int, 200010),
-        audio_token_id=keys.get("audio_token_id", int, 200011),
+        image_token_id=keys.get("image_token_id", int, RELEASE_IMAGE_TOKEN),
+        audio_token_id=keys.get("audio_token_id", int, RELEASE_AUDIO_TOKEN),
         pad_token_id=keys.get("pad_token_id", int),
         stop_token_ids=keys.token_ids("eos_token_ids") if keys.has("eos_token_ids") else (199999, 200020),
     )
@@ -424,7 +444,8 @@ def _read_native(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4
     )
 
 
-_RELEASE_TOWER = {  # SigLIP-400M at 448 pixels: the release's config.json does not spell it out
+# What the release's config.json does not spell out: SigLIP-400M at 448 pixels, and the media's tokens.
+RELEASE_TOWER: Mapping[str, Any] = {
     "hidden_size": 1152,
     "image_size": 448,
     "intermediate_size": 4304,
@@ -434,6 +455,7 @@ _RELEASE_TOWER = {  # SigLIP-400M at 448 pixels: the release's config.json does 
     "layer_idx": -2,
     "type_feature": "patch",
 }
+RELEASE_IMAGE_TOKEN, RELEASE_AUDIO_TOKEN = 200010, 200011
 
 
 def _read_tower(keys: _Keys, crop_size: int) -> VisionConfig:

@@ -7,6 +7,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
+from phi4mm_jax.errors import InputError
+
 RULES: tuple[tuple[str, str | None], ...] = (  # logical axis of a parameter -> mesh axis
     ("vocab", "tensor"),
     ("heads", "tensor"),
@@ -14,9 +16,9 @@ RULES: tuple[tuple[str, str | None], ...] = (  # logical axis of a parameter -> 
     ("mlp", "tensor"),
     ("channels", "tensor"),
     ("embed", "fsdp"),
-    ("embed_out", None),
+    ("embed_out", "fsdp"),
+    ("rank", "fsdp"),
     ("head", None),
-    ("rank", None),
     ("layers", None),
 )
 
@@ -25,15 +27,28 @@ def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of fsdp * tensor devices, with automatic axes.
 
     fsdp splits every weight along its embedding axis; tensor splits heads, MLP and vocabulary.
+
+    Raises:
+        InputError: a size below 1, or more devices asked for than there are.
     """
+    if fsdp < 1 or tensor < 1 or fsdp * tensor > jax.device_count():
+        raise InputError(
+            f"a mesh of fsdp={fsdp} times tensor={tensor}: expected positive sizes, and at most {jax.device_count()} "
+            "devices in all"
+        )
     return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:
     """Where each parameter lies, by path; on the first device without a mesh.
 
-    An axis that its mesh axis does not divide is not split.
+    An axis that its mesh axis does not divide is not split, and a mesh axis splits the first axis it can.
+
+    Raises:
+        InputError: a mesh without any axis of `RULES`, over which nothing would be split.
     """
+    if mesh is not None and not (isinstance(mesh, Mesh) and set(mesh.axis_names) & {axis for _, axis in RULES}):
+        raise InputError(f"mesh is {mesh!r}; expected one with the axes fsdp and tensor: use make_mesh(fsdp, tensor)")
     boxed = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
     if mesh is None:
         return dict.fromkeys(boxed, SingleDeviceSharding(jax.devices()[0]))
@@ -41,13 +56,11 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
 
     def spec(leaf) -> NamedSharding:
         axes = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
-        shape = nn.unbox(leaf).shape
-        mapped = [table[a] if a is not None else None for a in axes]
-        return NamedSharding(
-            mesh,
-            jax.P(*(
-                m if m in mesh.shape and n % mesh.shape[m] == 0 else None for m, n in zip(mapped, shape, strict=True)
-            )),
-        )  # fmt: skip
+        split: list[str | None] = []
+        for axis, size in zip(axes, nn.unbox(leaf).shape, strict=True):
+            name = table[axis] if axis is not None else None
+            fits = name in mesh.shape and name not in split and size % mesh.shape[name] == 0
+            split.append(name if fits else None)
+        return NamedSharding(mesh, jax.P(*split))
 
     return {path: spec(leaf) for path, leaf in boxed.items()}

@@ -6,6 +6,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -33,6 +34,41 @@ def tiny() -> phi4mm_jax.Model:
 def goldens() -> dict[str, np.ndarray]:
     """What the original implementation computes with the tiny checkpoint."""
     return load_file(TINY / "goldens.safetensors")
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory) -> Path:
+    """The tiny checkpoint, saved by transformers; the adapters' folders and the tokenizer as they are."""
+    import torch_native
+    from transformers import Phi4MultimodalForCausalLM
+
+    folder = tmp_path_factory.mktemp("native") / "checkpoint"
+    original = json.loads((TINY / "config.json").read_text())
+    model = Phi4MultimodalForCausalLM(torch_native.native_config(original))
+    names = set(model.state_dict()) - {"lm_head.weight"}
+    tensors = {}
+    for path in TINY.glob("model-*.safetensors"):
+        tensors |= load_file(path)
+    base = {torch_native.original_to_native(n): v for n, v in tensors.items() if ".lora_" not in n}
+    assert set(base) == names
+    model.load_state_dict({n: torch_native._tensor(v, model.dtype) for n, v in base.items()}, strict=False)
+    model.save_pretrained(folder, max_shard_size="1MB")
+    for name in ("vision-lora", "speech-lora"):
+        shutil.copytree(TINY / name, folder / name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
+
+_compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def count_compilations() -> int:
+    """How many programs were compiled so far."""
+    return len(_compilations)
 
 
 def golden_cases() -> list[dict]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import phi4mm_jax
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
@@ -57,7 +58,8 @@ def test_table_covers_the_checkpoint_and_the_model():
     assert set(names) == set(json.loads((TINY / "model.safetensors.index.json").read_text())["weight_map"])
     paths = {part.path for t in table for part in t.parts}
     declared = nn.unbox(abstract_variables(Phi4MM(config)))
-    assert paths == {tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(declared)}
+    read = {path for path in paths if path[0] != UNUSED}
+    assert read == {tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(declared)}
 
 
 def test_table_is_a_bijection():
@@ -68,9 +70,8 @@ def test_table_is_a_bijection():
     for tensor in original_table(Phi4MMConfig.from_folder(TINY)):
         whole = tensors[tensor.name]
         assert whole.shape == tensor.shape
-        if tensor.parts:
-            parameters = [part.to_parameter(whole[a:b]) for part, a, b in tensor.spans()]
-            np.testing.assert_array_equal(tensor.join(parameters).reshape(tensor.shape), whole)
+        parameters = [part.to_parameter(whole[a:b]) for part, a, b in tensor.spans()]
+        np.testing.assert_array_equal(tensor.join(parameters).reshape(tensor.shape), whole)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_wrong_files(copy, tmp_path):
     with pytest.raises(CheckpointError, match="weight_map"):
         phi4mm_jax.load(copy)
 
-    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         phi4mm_jax.load(tmp_path / "nowhere")
     with pytest.raises(phi4mm_jax.InputError, match="float64"):
         phi4mm_jax.load(copy, dtype="float64")

@@ -131,6 +131,14 @@ UNSUPPORTED = {
     "rope_scaling.short_factor": ["1"] * 48,
     "vision_lora.r": -1,
     "speech_lora.use_dora": True,
+    "speech_lora.alpha_pattern": {"o_proj": 2},
+    "speech_lora.lora_alpha": 0,
+    "vision_lora.lora_alpha": float("nan"),
+    "vision_lora.peft_type": "LOHA",
+    "quantization_config": {"bits": 4},
+    "vision_lora.rank_pattern": {"o_proj": 2},
+    "vision_lora.lora_bias": True,
+    "vision_lora.fan_in_fan_out": True,
 }
 
 

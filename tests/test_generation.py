@@ -6,32 +6,92 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import count_compilations
 
 from phi4mm_jax import InputError
-from phi4mm_jax.generation.sampling import Sampling, restrict, sample
+from phi4mm_jax.generation.sampling import Sampling, SamplingRows, restrict, sample
 
 PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
 
 
+def restricted(logits, top_k=0, top_p=1.0, min_p=0.0):
+    rows = len(logits)
+    return restrict(logits, jnp.full(rows, top_k), jnp.full(rows, top_p), jnp.full(rows, min_p))
+
+
 def test_restrict_keeps_the_k_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 5.0, 1.0]])
-    kept = np.isfinite(restrict(logits, 2, 1.0))
+    kept = np.isfinite(restricted(logits, top_k=2))
     np.testing.assert_array_equal(kept, [[False, True, False, True], [True, True, True, False]])  # ties stay
 
 
 def test_restrict_keeps_the_fewest_that_reach_p():
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     for p, expected in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-        kept = np.isfinite(restrict(jnp.log(probabilities), 0, p))
+        kept = np.isfinite(restricted(jnp.log(probabilities), top_p=p))
         assert np.flatnonzero(kept[0]).tolist() == expected, p
+
+
+def test_restrict_keeps_what_is_not_far_less_likely():
+    probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
+    for p, expected in ((0.0, [0, 1, 2, 3]), (0.2, [1, 2, 3]), (0.5, [1, 3]), (1.0, [1])):
+        kept = np.isfinite(restricted(jnp.log(probabilities), min_p=p))
+        assert np.flatnonzero(kept[0]).tolist() == expected, p
+
+
+def test_penalty_divides_what_was_seen():
+    logits = jnp.asarray([[2.0, 1.5, -1.0], [2.0, 1.5, -1.0]])
+    seen = jnp.asarray([[True, False, True], [False, False, False]])
+    settings = SamplingRows.of([Sampling(repetition_penalty=2.0)] * 2)
+    assert sample(logits, jnp.zeros(2, jnp.int32), settings, seen).tolist() == [1, 0]
+
+
+def test_rows_have_their_own_settings():
+    logits = jnp.log(jnp.asarray([[0.1, 0.2, 0.3, 0.4]] * 4))
+    greedy, hot = Sampling(), Sampling(temperature=1.0, seed=3)
+    alone = [sample(logits[:1], jnp.zeros(1, jnp.int32), SamplingRows.of([s]))[0] for s in (greedy, hot)]
+    both = sample(logits, jnp.zeros(4, jnp.int32), SamplingRows.of([greedy, hot, greedy, hot]))
+    assert both.tolist() == [int(alone[i % 2]) for i in range(4)]
+    few = SamplingRows.of([Sampling(temperature=1.0, top_k=1, stream=i) for i in range(4)])
+    assert sample(logits, jnp.zeros(4, jnp.int32), few).tolist() == [3] * 4
+
+
+def test_settings_do_not_compile_again(tiny):
+    def run(temperature, top_k):
+        prompt = "<|tag|>" * 70  # a length that no other test has compiled for
+        tiny.generate([prompt], max_new_tokens=25, temperature=temperature, top_k=top_k, top_p=0.9)
+
+    before = count_compilations()
+    run(0.5, 3)
+    once = count_compilations()
+    assert once > before
+    for temperature in (0.0, 0.1, 1.0, 2.0):
+        run(temperature, int(temperature * 10))
+    assert count_compilations() == once
 
 
 def test_samples_follow_the_distribution():
     probabilities = np.array([0.1, 0.2, 0.7])
     rows = 20_000
     logits = jnp.tile(jnp.log(probabilities) * 2, (rows, 1))  # temperature 2 undoes the factor
-    tokens = sample(logits, jnp.int32(1), jnp.zeros(rows, jnp.int32), Sampling(temperature=2.0))
+    settings = SamplingRows.of([Sampling(temperature=2.0, seed=1, stream=i) for i in range(rows)])
+    tokens = sample(logits, jnp.zeros(rows, jnp.int32), settings)
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / rows, probabilities, atol=0.015)
+
+
+def test_extreme_settings(tiny):
+    (greedy,) = tiny.generate([PROMPT], max_new_tokens=6)
+    for extreme in ({"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-46}, {"temperature": 1.0, "min_p": 1.0}):
+        settings = SamplingRows.of([Sampling(**extreme)])
+        logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0]])
+        assert sample(logits, jnp.zeros(1, jnp.int32), settings).tolist() == [1]
+    assert tiny.generate([PROMPT], max_new_tokens=6, temperature=1e-38) == [greedy]
+
+
+def test_a_row_draws_as_if_alone(tiny):
+    other = "<|user|>x<|end|><|assistant|>"
+    arguments = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    assert tiny.generate([other, PROMPT], **arguments)[1] == tiny.generate([PROMPT], **arguments)[0]
 
 
 def test_sampling_is_repeatable_and_seeded(tiny):
@@ -107,6 +167,8 @@ def test_the_context_is_what_the_files_say(tiny):
         ({"seed": -1}, "seed"),
         ({"stop": "word"}, "stop"),
         ({"stop": [""]}, "stop"),
+        ({"stop": ["\ud800"]}, "stop"),
+        ({"temperature": 10**400}, "temperature"),
         ({"images": [[]] * 2}, "images"),
         ({"audios": ["clip.wav"]}, "audios"),
     ],

@@ -1,40 +1,16 @@
 """The native layout, as transformers and PEFT write it, loads to the same parameters as the original."""
 
-import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-import torch_native
 from conftest import TINY
 from safetensors.numpy import load_file, save_file
-from transformers import Phi4MultimodalForCausalLM
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint.native import native_table
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """The tiny checkpoint, saved by transformers; the adapters' folders and the tokenizer as they are."""
-    folder = tmp_path_factory.mktemp("native") / "checkpoint"
-    original = json.loads((TINY / "config.json").read_text())
-    model = Phi4MultimodalForCausalLM(torch_native.native_config(original))
-    names = set(model.state_dict()) - {"lm_head.weight"}
-    tensors = {}
-    for path in TINY.glob("model-*.safetensors"):
-        tensors |= load_file(path)
-    base = {torch_native.original_to_native(n): v for n, v in tensors.items() if ".lora_" not in n}
-    assert set(base) == names
-    model.load_state_dict({n: torch_native._tensor(v, model.dtype) for n, v in base.items()}, strict=False)
-    model.save_pretrained(folder, max_shard_size="1MB")
-    for name in ("vision-lora", "speech-lora"):
-        shutil.copytree(TINY / name, folder / name)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
 
 
 def test_same_parameters(tiny, native):
@@ -65,6 +41,10 @@ def test_zero_adapters_are_an_error(native, tmp_path):
         phi4mm_jax.load(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="holds an adapter"):
+        phi4mm_jax.load(folder)
+    shutil.copy(native / "speech-lora" / path.name, path)
+    (path.parent / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"speech-lora/adapter_config\.json: no such file"):
         phi4mm_jax.load(folder)
 
 

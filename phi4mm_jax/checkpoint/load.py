@@ -1,82 +1,120 @@
-"""From a checkpoint folder to the model's variables, one parameter at a time."""
+"""From a checkpoint folder, whichever its layout, to the model's variables, one parameter at a time."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from phi4mm_jax.checkpoint import table as tables
-from phi4mm_jax.checkpoint.native import native_table
+from phi4mm_jax.checkpoint import orbax
+from phi4mm_jax.checkpoint.files import DTYPES
+from phi4mm_jax.checkpoint.orbax import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.original import original_table
-from phi4mm_jax.checkpoint.shards import Shards
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
+from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_shapes
+from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
 
-Rows = tuple[tables.Tensor, tables.Part, int, int]  # rows start to stop of a tensor are (a layer of) a parameter
+Checkpoint = PyTorchCheckpoint | OrbaxCheckpoint
+
+
+def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
+    """The parameters of a folder in the original, the native or the converted layout.
+
+    Raises:
+        CheckpointError: a file, tensor or parameter is missing, extra, misshapen or unreadable; it names them.
+    """
+    if not (folder / orbax.FOLDER).exists():
+        return PyTorchCheckpoint(folder, config)
+    checkpoint = OrbaxCheckpoint((folder / orbax.FOLDER).absolute())
+    expected = parameter_shapes(original_table(config))
+    for path in sorted(expected.keys() | checkpoint.parameters.keys()):
+        found = checkpoint.parameters.get(path)
+        name = f"{folder / orbax.FOLDER}: {'/'.join(path)}"
+        if path not in expected or found is None or found.shape != expected[path]:
+            shape = "nothing" if found is None else found.shape
+            raise CheckpointError(f"{name}: is {shape}, expected {expected.get(path, 'nothing')}; convert again")
+        if found.dtype not in DTYPES.values():
+            raise CheckpointError(f"{name}: has dtype {found.dtype}, expected a floating one; convert again")
+    return checkpoint
 
 
 def load_variables(
-    folder: str | Path,
+    folder: FilePath,
     config: Phi4MMConfig,
     dtype: Any,
+    shardings: Mapping[Path, jax.sharding.Sharding],
     *,
-    place: Callable[[tables.Path, np.ndarray], jax.Array],
     fresh_adapters: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Read all parameters of a checkpoint in either published layout, with layers stacked.
+    """Read the parameters of a checkpoint onto the devices, with layers stacked.
 
     Args:
         dtype: what the parameters are cast to.
-        place: puts one parameter, given its path, on the devices.
+        shardings: where each parameter lies.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
-        progress: called with the number of parameters read so far, and of all.
+        progress: called with the number of bytes read so far, and of all.
 
     Raises:
         CheckpointError: a missing, extra, misshapen or unreadable tensor, or an all-zero adapter; it names them.
     """
-    folder = Path(folder)
-    layout = read_json(folder / "config.json").get("model_type")
-    table = original_table(config) if layout == "phi4mm" else native_table(config)
-    parameters: dict[tables.Path, list[Rows]] = {}
-    for tensor in table:
-        for part, start, stop in tensor.spans():
-            parameters.setdefault(part.path, []).append((tensor, part, start, stop))
-
-    variables = {}
-    with Shards(folder, sorted({t.folder for t in table if t.folder})) as shards:
-        shards.check(table)
-        for path, rows in parameters.items():
-            array = _read(shards, rows, dtype)
-            if path[0] != "params" and path[-1] != "a" and not fresh_adapters:
-                _check_trained(shards, rows, array)
-            variables[path] = place(path, array)
-            if progress is not None:
-                progress(len(variables), len(parameters))
+    checkpoint = open_checkpoint(folder, config)
+    used = {path: abstract for path, abstract in checkpoint.parameters.items() if path[0] != UNUSED}
+    for path in used.keys() ^ shardings.keys():
+        raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
+    total, done = sum(parameter_bytes(p) for p in used.values()), 0
+    variables: dict[Path, jax.Array] = {}
+    for path, abstract in used.items():
+        variables[path] = _place(checkpoint, path, dtype, shardings[path])
+        done += parameter_bytes(abstract)
+        if progress is not None:
+            progress(done, total)
+    if not fresh_adapters:
+        table = tensors_of(layout_of(folder), config)
+        check_trained(table, lambda path: np.asarray(_layers_used(variables[path])))
     return unflatten_dict(variables)
 
 
-def _read(shards: Shards, rows: list[Rows], dtype: Any) -> np.ndarray:
-    """A parameter, cast; stacked over layers where it belongs to a layer."""
-    if rows[0][0].layer is None:
-        ((tensor, part, start, stop),) = rows
-        return np.ascontiguousarray(part.to_parameter(shards.rows(tensor, start, stop)), dtype)
-    stacked = np.empty((len(rows), *rows[0][1].shape), dtype)
-    for tensor, part, start, stop in rows:
-        stacked[tensor.layer] = part.to_parameter(shards.rows(tensor, start, stop))
-    return stacked
+def _place(checkpoint: Checkpoint, path: Path, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(checkpoint, OrbaxCheckpoint):
+        return checkpoint.place(path, dtype, sharding)
+    array = checkpoint.read(path, dtype)
+    return jax.make_array_from_callback(array.shape, sharding, lambda share: array[share])
 
 
-def _check_trained(shards: Shards, rows: list[Rows], b: np.ndarray) -> None:
-    for (tensor, *_), layer in zip(rows, b, strict=True):
-        if not layer.any() and not shards.rows(tensor, 0, tensor.shape[0]).any():
-            raise CheckpointError(
-                f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
-                "wrongly; pass fresh_adapters=True if an untrained adapter is meant."
-            )
+@jax.jit
+def _layers_used(stacked: jax.Array) -> jax.Array:
+    return jnp.any(stacked != 0, axis=tuple(range(1, stacked.ndim)))
+
+
+def parameter_bytes(parameter: jax.ShapeDtypeStruct) -> int:
+    return parameter.size * np.dtype(parameter.dtype).itemsize
+
+
+def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.ndarray]) -> None:
+    """No adapter's B matrix is all zero.
+
+    Args:
+        layers_used: tells, for a stacked parameter, which layers have a value that is not zero.
+
+    Raises:
+        CheckpointError: one is; it names the tensor.
+    """
+    used: dict[Path, np.ndarray] = {}
+    for tensor in tensors:
+        if tensor.collection.startswith("lora_") and tensor.parts[0].path[-1] != "a":
+            for part in tensor.parts:
+                if part.path not in used:
+                    used[part.path] = layers_used(part.path)
+            if not any(used[part.path][tensor.layer] for part in tensor.parts):
+                raise CheckpointError(
+                    f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
+                    "wrongly; pass fresh_adapters=True (--fresh-adapters) if an untrained adapter is meant."
+                )
 
 
 def check_structure(variables: Any, abstract: Any) -> None:
@@ -85,8 +123,8 @@ def check_structure(variables: Any, abstract: Any) -> None:
     Raises:
         CheckpointError: a parameter is missing, undeclared or misshapen.
     """
-    found: dict[tables.Path, Any] = dict(flatten_dict(variables))
-    declared: dict[tables.Path, Any] = dict(flatten_dict(abstract))
+    found: dict[Path, Any] = dict(flatten_dict(variables))
+    declared: dict[Path, Any] = dict(flatten_dict(abstract))
     for path in found.keys() | declared.keys():
         shapes = [tree[path].shape if path in tree else None for tree in (found, declared)]
         if shapes[0] != shapes[1]:

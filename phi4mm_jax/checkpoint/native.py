@@ -40,6 +40,11 @@ def native_table(config: Phi4MMConfig) -> list[Tensor]:
     return [_renamed(tensor) for tensor in original_table(config)]
 
 
+def adapter_table(config: Phi4MMConfig) -> list[Tensor]:
+    """The tensors of the two folders, which are alike in both layouts."""
+    return [tensor for tensor in native_table(config) if tensor.folder]
+
+
 def _renamed(tensor: Tensor) -> Tensor:
     name = tensor.name
     if (adapter := _ADAPTER.search(name)) is not None:

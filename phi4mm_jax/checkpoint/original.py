@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from phi4mm_jax.checkpoint.table import Shape, Tensor, linear, part, tensor
+from phi4mm_jax.checkpoint.table import Shape, Tensor, linear, part, tensor, unused
 from phi4mm_jax.config import Phi4MMConfig
 
 _IMAGE = "model.embed_tokens_extend.image_embed"
@@ -10,7 +10,7 @@ _AUDIO = "model.embed_tokens_extend.audio_embed"
 
 
 def original_table(config: Phi4MMConfig) -> list[Tensor]:
-    """Every tensor of the main shards. The adapters' own folders repeat what the shards hold."""
+    """Every tensor of the main shards. The adapters' folders repeat some of them: see `native.adapter_table`."""
     return [*_decoder(config), *_vision(config), *_speech(config)]
 
 
@@ -69,7 +69,7 @@ def _vision(config: Phi4MMConfig) -> Iterator[Tensor]:
         base = f"{tower}.encoder.layers.{i}"
         layer = list(_block(base, "params/vision/layers", linears, norms, D, i))
         # The features are taken before the last layer, which is in the files but never runs.
-        yield from layer if i < v.num_layers else (Tensor(t.name, t.shape) for t in layer)
+        yield from layer if i < v.num_layers else (unused(t.name, t.shape) for t in layer)
     for name, shape in {
         "post_layernorm.weight": (D,),
         "post_layernorm.bias": (D,),
@@ -85,7 +85,7 @@ def _vision(config: Phi4MMConfig) -> Iterator[Tensor]:
         "head.mlp.fc2.weight": (D, F),
         "head.mlp.fc2.bias": (D,),
     }.items():
-        yield Tensor(f"{tower}.{name}", shape)  # the pooling head is never used
+        yield unused(f"{tower}.{name}", shape)  # the pooling head never runs either
 
     yield tensor(f"{_IMAGE}.glb_GN", (1, 1, D), part("params/image_embedder/global_separator", (D,)))
     yield tensor(f"{_IMAGE}.sub_GN", (1, 1, 1, D), part("params/image_embedder/row_separator", (D,)))

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_STRIP = 32  # rows; of 16, 32, 64 and 256 the fastest
+
+UNUSED = "unused"  # the collection of what the model never reads
 Path = tuple[str, ...]  # collection, then module names, then the parameter's
 Shape = tuple[int, ...]
 
@@ -24,23 +27,27 @@ class Part:
     shape: Shape  # of the parameter (of one layer's, where layers are stacked)
 
     def to_parameter(self, rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(self.view).transpose(self.axes).reshape(self.shape)
+        return _transpose(rows.reshape(self.view), self.axes).reshape(self.shape)
 
     def to_rows(self, parameter: np.ndarray) -> np.ndarray:
         """The inverse, flat beyond the first axis."""
         transposed = parameter.reshape([self.view[a] for a in self.axes])
-        return transposed.transpose(np.argsort(self.axes)).reshape(self.view)
+        return _transpose(transposed, tuple(np.argsort(self.axes))).reshape(self.view)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the checkpoint. `layer` is its place in a stack of layers; one without parts is never used."""
+    """A tensor of the checkpoint. `layer` is its place in a stack of layers."""
 
     name: str
     shape: Shape
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...]
     layer: int | None = None
     folder: str = ""  # within the checkpoint, where it is not in the main shards
+
+    @property
+    def collection(self) -> str:
+        return self.parts[0].path[0]
 
     @property
     def key(self) -> str:
@@ -61,6 +68,17 @@ class Tensor:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
+def parameter_shapes(tensors: Iterable[Tensor]) -> dict[Path, Shape]:
+    """The parameters that tensors make up; those of layers are stacked."""
+    stacks: dict[Path, list[Tensor]] = {}
+    shapes: dict[Path, Shape] = {}
+    for tensor in tensors:
+        for part in tensor.parts:
+            stacks.setdefault(part.path, []).append(tensor)
+            shapes[part.path] = part.shape if tensor.layer is None else (len(stacks[part.path]), *part.shape)
+    return shapes
+
+
 def part(path: str, view: Shape, axes: tuple[int, ...] | None = None, shape: Shape | None = None) -> Part:
     """A part at "collection/module/.../name"; by default it is only viewed."""
     axes = tuple(range(len(view))) if axes is None else axes
@@ -69,9 +87,24 @@ def part(path: str, view: Shape, axes: tuple[int, ...] | None = None, shape: Sha
 
 def linear(path: str, outputs: Shape, inputs: Shape) -> Part:
     """PyTorch's (outputs, inputs) matrix as a kernel of axes inputs + outputs."""
-    n, m = len(outputs), len(inputs)
-    return part(path, outputs + inputs, tuple(range(n, n + m)) + tuple(range(n)))
+    return part(path, (math.prod(outputs), math.prod(inputs)), (1, 0), inputs + outputs)
 
 
 def tensor(name: str, shape: Shape, *parts: Part, layer: int | None = None) -> Tensor:
     return Tensor(name, shape, parts, layer)
+
+
+def unused(name: str, shape: Shape) -> Tensor:
+    """A tensor that the model never reads; it travels through conversions in a collection of its own."""
+    return Tensor(name, shape, (Part((UNUSED, name), shape, tuple(range(len(shape))), shape),))
+
+
+def _transpose(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """As np.transpose; a matrix is copied in strips, which is five times as fast as copying numpy's strided view."""
+    if axes != (1, 0):
+        return x.transpose(axes)
+    bits = x.view(f"u{x.itemsize}")  # numpy copies integers faster than bfloat16
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), _STRIP):
+        out[:, start : start + _STRIP] = bits[start : start + _STRIP].T
+    return out.view(x.dtype)

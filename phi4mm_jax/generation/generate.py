@@ -5,6 +5,8 @@ rows are done, a stop string may have appeared, or a row is about to grow past t
 the long frequencies for all its positions, in all layers: it is prefilled again, the others are not touched.
 """
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.sampling import Sampling, is_whole, sample
+from phi4mm_jax.generation.sampling import Sampling, SamplingRows, is_whole, sample
 from phi4mm_jax.kernels.xla import DECODE_BLOCK
 from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.model.phi4mm import MediaFeatures, empty_cache
@@ -64,9 +66,9 @@ class Generator:
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self._encode = jax.jit(partial(model.apply, method="encode"))
-        self._start = jax.jit(self._start_rows, static_argnames=("capacity", "max_new", "sampling"))
-        self._decode = jax.jit(self._decode_rows, static_argnames="sampling", donate_argnames="state")
-        self._cross = jax.jit(self._cross_rows, static_argnames="sampling", donate_argnames="state")
+        self._start = jax.jit(self._start_rows, static_argnames=("capacity", "max_new"))
+        self._decode = jax.jit(self._decode_rows, donate_argnames="state")
+        self._cross = jax.jit(self._cross_rows, donate_argnames="state")
 
     def __call__(
         self,
@@ -75,35 +77,31 @@ class Generator:
         *,
         max_new_tokens: int,
         sampling: Sampling,
-        seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[Completion]:
         """Generate for every row of the batch.
 
         Raises:
-            InputError: a bad `max_new_tokens`, `seed` or `stop`, or a prompt that already fills the context.
+            InputError: a bad `max_new_tokens` or `stop`, or a prompt that already fills the context.
         """
-        self._check(batch, max_new_tokens, seed, stop)
+        self._check(batch, max_new_tokens, stop)
         features = self._encode(variables, batch.images, batch.audio) if batch.images or batch.audio else None
         max_new = bucket(min(int(max_new_tokens), self.context), 8)
         capacity = -(-min(bucket(int(batch.lengths.max()) + max_new), self.context) // DECODE_BLOCK) * DECODE_BLOCK
         capacity = max(capacity, -(-batch.tokens.shape[1] // DECODE_BLOCK) * DECODE_BLOCK)
         limit = np.minimum(max_new_tokens, self.context - batch.lengths).astype(np.int32)
         rows = batch._replace(images=None, audio=None)
-        state = self._start(
-            variables, rows, features, limit, np.int32(seed), capacity=capacity, max_new=max_new, sampling=sampling
-        )
+        settings = SamplingRows.of([dataclasses.replace(sampling, stream=s) for s in _streams(batch)])
+        state = self._start(variables, rows, features, limit, settings, capacity=capacity, max_new=max_new)
         texts = _StopStrings(self.tokenizer, stop, len(batch.lengths))
         while not np.all(done := np.asarray(state.done)):
             crossing = ~done & ~np.asarray(state.long) & (np.asarray(state.lengths) == self._boundary)
             if crossing.any():
                 again = self._rows_again(batch, state, np.flatnonzero(crossing))
-                state = self._cross(variables, state, again, features, np.int32(seed), sampling=sampling)
+                state = self._cross(variables, state, again, features, settings)
             else:
                 steps = _STEPS_BETWEEN_CHECKS if stop else max_new
-                state = self._decode(
-                    variables, state, rows.adapters, np.int32(seed), np.int32(steps), sampling=sampling
-                )
+                state = self._decode(variables, state, rows.adapters, settings, np.int32(steps))
             state = state._replace(done=jnp.asarray(texts.update(state)))
         return self._completions(batch, state, texts)
 
@@ -111,13 +109,13 @@ class Generator:
     def _boundary(self) -> int:
         return self.model.config.decoder.rope.original_length
 
-    def _check(self, batch: Batch, max_new_tokens: int, seed: int, stop: Sequence[str]) -> None:
+    def _check(self, batch: Batch, max_new_tokens: int, stop: Sequence[str]) -> None:
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected a positive whole number")
-        if not is_whole(seed) or not 0 <= seed < 2**31:
-            raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**31 - 1")
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
+        if any(0xD800 <= ord(character) < 0xE000 for s in stop for character in s):
+            raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
         full = np.flatnonzero(batch.lengths >= self.context)
         if len(full):
             raise InputError(
@@ -132,7 +130,7 @@ class Generator:
         last = jnp.take_along_axis(hidden, (rows.lengths - 1)[:, None, None], 1)[:, 0]  # (B, D)
         return self._apply(variables, last, method="logits"), cache
 
-    def _start_rows(self, variables, rows: Batch, features, limit, seed, *, capacity: int, max_new: int, sampling):
+    def _start_rows(self, variables, rows: Batch, features, limit, settings, *, capacity: int, max_new: int):
         batch = len(rows.lengths)
         cache = empty_cache(self.model.config, batch, capacity, self.model.dtype)
         logits, cache = self._prefill(variables, rows, features, cache)
@@ -145,11 +143,11 @@ class Generator:
             done=jnp.zeros(batch, bool),
             long=rows.lengths > self._boundary,
         )
-        return self._choose(state, logits, jnp.ones(batch, bool), seed, sampling)
+        return self._choose(state, logits, jnp.ones(batch, bool), settings)
 
-    def _choose(self, state: _State, logits: Float[Array, "B V"], active, seed, sampling: Sampling) -> _State:
+    def _choose(self, state: _State, logits: Float[Array, "B V"], active, settings: SamplingRows) -> _State:
         """Append a token to the active rows."""
-        tokens = sample(logits, seed, state.size, sampling)
+        tokens = sample(logits, state.size, settings)
         index = jnp.arange(len(tokens)), jnp.where(active, state.size, state.out.shape[1])  # out of range: dropped
         count = state.size + active
         stopped = (tokens[:, None] == self._stops).any(-1) | (count >= state.limit)
@@ -157,7 +155,7 @@ class Generator:
             out=state.out.at[index].set(tokens, mode="drop"), size=count, done=state.done | (active & stopped)
         )
 
-    def _decode_rows(self, variables, state: _State, adapters, seed, steps, *, sampling: Sampling) -> _State:
+    def _decode_rows(self, variables, state: _State, adapters, settings: SamplingRows, steps) -> _State:
         """Decode until all rows are done, `steps` are taken, or a row must cross the boundary."""
 
         def going_on(carry):
@@ -176,7 +174,7 @@ class Generator:
             )
             logits = self._apply(variables, hidden[:, 0], method="logits")
             state = state._replace(cache=cache, lengths=lengths)
-            return step + 1, self._choose(state, logits, active, seed, sampling)
+            return step + 1, self._choose(state, logits, active, settings)
 
         return jax.lax.while_loop(going_on, advance, (jnp.int32(0), state))[1]
 
@@ -194,7 +192,7 @@ class Generator:
         lengths = (batch.lengths + count)[rows].astype(np.int32)
         return rows, Batch(tokens, lengths, batch.adapters[rows], media, None, None)
 
-    def _cross_rows(self, variables, state: _State, again, features, seed, *, sampling: Sampling) -> _State:
+    def _cross_rows(self, variables, state: _State, again, features, settings: SamplingRows) -> _State:
         """Prefill these rows again, with their chosen token and the long set, and choose their next token."""
         index, rows = again
         capacity = state.cache.k.shape[3]
@@ -210,7 +208,7 @@ class Generator:
         )
         active = jnp.zeros(len(state.done), bool).at[index].set(True)
         scattered = jnp.zeros((len(state.done), logits.shape[-1]), logits.dtype).at[index].set(logits)
-        return self._choose(state, scattered, active, seed, sampling)
+        return self._choose(state, scattered, active, settings)
 
     def _completions(self, batch: Batch, state: _State, texts: "_StopStrings") -> list[Completion]:
         completions = []
@@ -226,6 +224,18 @@ class Generator:
             text = self.tokenizer.decode(tokens[:-1] if stopped else tokens)
             completions.append(Completion(text, tokens, "stop" if stopped else "length", prompt_tokens))
         return completions
+
+
+def _streams(batch: Batch) -> list[int]:
+    """For each row how many rows before it have the same prompt: equal prompts draw for themselves, and no row's draw
+    depends on other prompts."""
+    earlier: Counter[bytes] = Counter()
+    streams = []
+    for tokens, length in zip(batch.tokens, batch.lengths, strict=True):
+        prompt = tokens[:length].tobytes()
+        streams.append(earlier[prompt])
+        earlier[prompt] += 1
+    return streams
 
 
 class _StopStrings:

@@ -1,31 +1,79 @@
-"""The choice of the next token."""
+"""The choice of the next token, on the device, each row with its own settings."""
 
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
+
+_GREEDY = 1e-5  # below this temperature float32 cannot tell the result from the likeliest token
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 restrict nothing. Both restrictions may be given: k, then p."""
+    """How to draw a token. Restrictions may be combined; each applies to what the ones before it left.
+
+    Attributes:
+        temperature: divides the logits; 0 chooses the likeliest token.
+        top_k: draw from this many likeliest tokens; 0 from all.
+        top_p: draw from the fewest tokens whose probabilities reach this (arXiv:1904.09751); 1 from all.
+        min_p: leave out tokens less likely than this share of the likeliest's probability (arXiv:2407.01082); 0 none.
+        repetition_penalty: divides positive logits of tokens that the sequence has, and multiplies negative ones
+            (arXiv:1909.05858); 1 changes nothing.
+        seed: of the draws.
+        stream: tells apart draws that share a seed.
+
+    Raises:
+        InputError: a value out of range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stream: int = 0
 
     def __post_init__(self):
-        if not _is_real(self.temperature) or not 0.0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature is {self.temperature!r}; expected 0 (greedy) or a positive number")
-        if not is_whole(self.top_k) or self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k!r}; expected 0 (off) or a positive whole number")
-        if not _is_real(self.top_p) or not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p is {self.top_p!r}; expected a number above 0, at most 1 (off)")
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise InputError(f"{name} is {str(getattr(self, name))[:40]}; expected {expected}")
+
+        check("temperature", 0.0 <= _real(self.temperature) <= 1e30, "0 (greedy) or a positive number")
+        check("top_k", is_whole(self.top_k) and 0 <= self.top_k < 2**31, "0 (off) or a positive whole number")
+        check("top_p", 0.0 < _real(self.top_p) <= 1.0, "a number above 0, at most 1 (off)")
+        check("min_p", 0.0 <= _real(self.min_p) <= 1.0, "a number from 0 (off) to 1")
+        check("repetition_penalty", 1e-3 <= _real(self.repetition_penalty) <= 1e3, "a number about 1 (off)")
+        check("seed", is_whole(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
+
+
+class SamplingRows(NamedTuple):
+    """The settings of B rows."""
+
+    temperature: Float[Any, " B"]
+    top_k: Int[Any, " B"]
+    top_p: Float[Any, " B"]
+    min_p: Float[Any, " B"]
+    repetition_penalty: Float[Any, " B"]
+    seed: Int[Any, " B"]
+    stream: Int[Any, " B"]
+
+    @classmethod
+    def of(cls, settings: Sequence[Sampling]) -> "SamplingRows":
+        def column(name: str, dtype: type) -> np.ndarray:
+            return np.asarray([getattr(s, name) for s in settings], dtype)
+
+        reals = {n: column(n, np.float32) for n in ("temperature", "min_p", "repetition_penalty")}
+        wholes = {n: column(n, np.int32) for n in ("top_k", "seed", "stream")}
+        top_p = np.maximum(column("top_p", np.float64), 1e-30).astype(np.float32)  # never none at all
+        return cls(**reals, **wholes, top_p=top_p)
 
 
 def is_whole(value: Any) -> bool:
@@ -33,32 +81,62 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _real(value: Any) -> float:
+    """NaN, which every comparison refuses, for what is no number."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+    except OverflowError:
+        return float("inf")
 
 
 def sample(
-    logits: Float[Array, "B V"], seed: Int[Array, ""], positions: Int[Array, " B"], sampling: Sampling
+    logits: Float[Array, "B V"], positions: Int[Array, " B"], rows: SamplingRows, seen: Bool[Array, "B V"] | None = None
 ) -> Int[Array, " B"]:
-    """One token a row. A row's draw depends on the seed, the row's place in the batch and the token's position."""
-    if sampling.temperature == 0.0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    key = jax.random.key(seed)
-    rows = jnp.arange(len(logits))
-    keys = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    """One token a row.
 
+    A row's draw depends on its logits, its settings and the position: never on the rows beside it. What no row asks
+    for is not computed.
 
-def restrict(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf outside of the k likeliest tokens, and outside of the fewest whose probabilities reach p.
-
-    Nucleus sampling: arXiv:1904.09751. Tokens that tie with the last one kept are kept too.
+    Args:
+        positions: how many tokens each row has drawn before.
+        seen: the tokens in each row's sequence, where a row may have a repetition penalty.
     """
-    if not 0 < top_k < logits.shape[-1] and top_p >= 1.0:
-        return logits
-    ordered = jax.lax.top_k(logits, top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1])[0]
-    probabilities = jax.nn.softmax(ordered, -1)
+    if seen is not None:
+        penalty = rows.repetition_penalty[:, None]
+        logits = jax.lax.cond(
+            (rows.repetition_penalty != 1.0).any(),
+            lambda x: jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x),
+            lambda x: x,
+            logits,
+        )
+    likeliest = jnp.argmax(logits, -1).astype(jnp.int32)
+    greedy = rows.temperature < _GREEDY
+
+    def draw() -> Int[Array, " B"]:
+        scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
+        restricted = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
+        scaled = jax.lax.cond(restricted.any(), lambda x: restrict(x, rows.top_k, rows.top_p, rows.min_p),
+                              lambda x: x, scaled)  # fmt: skip
+        return jnp.where(greedy, likeliest, jax.vmap(_draw)(scaled, rows.seed, rows.stream, positions))
+
+    return jax.lax.cond(greedy.all(), lambda: likeliest, draw)
+
+
+def _draw(logits: Float[Array, " V"], seed, stream, position) -> Int[Array, ""]:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def restrict(
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """-inf outside of the tokens that each row's settings leave; tokens that tie with the last one kept are kept."""
+    ordered = -jnp.sort(-logits, -1)
+    size = logits.shape[-1]
+    kept = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), -1)
     before = jnp.cumsum(probabilities, -1) - probabilities  # of the tokens likelier than this one
-    kept = jnp.where(before < top_p, ordered, jnp.inf)
-    return jnp.where(logits >= kept.min(-1, keepdims=True), logits, -jnp.inf)
+    kept &= (before < top_p[:, None]) | (top_p >= 1.0)[:, None]
+    kept &= probabilities >= min_p[:, None] * probabilities[:, :1]
+    least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)

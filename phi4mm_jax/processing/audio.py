@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.signal
@@ -22,6 +22,7 @@ import soundfile
 from jaxtyping import Float, Int16
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.sources import plain, to_array
 
 NUM_BANDS = 80
 TIME_REDUCTION = 8  # frames a token
@@ -44,43 +45,36 @@ _LARGEST_SAMPLE = 2.0**31  # full scale of the widest integers; beyond it powers
 _FRAMES_AT_ONCE = 256  # so that a block and its spectrum stay in the processor's cache
 _SAMPLES_AT_ONCE = 1 << 20
 
-AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview
+AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 
 def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[Float[np.ndarray, " S"], int]:
     """Samples in [-1, 1), of several channels the mean, and the sampling rate in Hz.
 
     Args:
-        source: a path, the bytes of a file, or (samples, rate). Files are opened by soundfile, and what it does not
-            know (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array or a list of shape (n,), or of
-            two axes of which the shorter one is the channels (the second, if they are equal). Floats are taken as
-            they are, also outside of [-1, 1]; int8, int16 and int32 are divided by their full scale (2**7, 2**15,
-            2**31); uint8 is centred at 128.
+        source: a path, an open binary file or the bytes of one, or (samples, rate). Files are opened by soundfile, and
+            what it does not know (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array, a tensor or a
+            list of shape (n,), or of two axes of which the shorter one is the channels (the second, if they are equal).
+            Floats, bfloat16 and float16 among them, are taken as they are, also outside of [-1, 1]; int8, int16 and
+            int32 are divided by their full scale (2**7, 2**15, 2**31); uint8 is centred at 128.
         max_seconds: longer clips are refused, files before they are read to their end.
 
     Raises:
-        InputError: a file is missing, unreadable or cut off (which WAV, AIFF, AU, FLAC and Ogg tell, and MP3 of a
-            variable bit rate); samples are NaN, infinite or of an unsuitable type or shape; the rate is impossible; the
-            clip is shorter than a frame of 25 ms, or too long.
+        InputError: a file is missing, unreadable or cut off (which WAV, RF64, W64, AIFF, AU, FLAC and Ogg tell, and MP3
+            of a variable bit rate); samples are NaN, infinite or of an unsuitable type or shape; the rate is
+            impossible; the clip is shorter than a frame of 25 ms, or too long.
     """
-    match source:
-        case tuple():
-            samples, rate = _from_samples(source, max_seconds)
-            name = "the audio clip"
-        case str() | os.PathLike():
-            path = os.fsdecode(source)
-            name = f"the audio file {path!r:.200}"
-            samples, rate = _from_file(path, name, max_seconds)
-        case bytes() | bytearray() | memoryview():
-            data = bytes(source)
-            name = f"the audio of {len(data)} bytes"
-            samples, rate = _from_file(data, name, max_seconds)
+    match plain(source):
+        case tuple(clip):
+            samples, rate = _from_samples(clip, max_seconds)
+        case (str() | bytes()) as file:
+            samples, rate = _from_file(file, max_seconds)
         case _:
             raise InputError(
                 f"the audio clip is of type {type(source).__name__}; "
-                "expected (samples, sampling_rate), a path or a file's bytes"
+                "expected (samples, sampling_rate), a path, a file or its bytes"
             )
-    _check(samples, rate, name)
+    _check(samples, rate)
     return samples, rate
 
 
@@ -100,8 +94,8 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     Raises:
         InputError: as `load_audio`, of samples and rates.
     """
-    rate = _check_rate(rate, "the audio clip")
-    _check(samples, rate, "the audio clip")
+    rate = _check_rate(rate)
+    _check(samples, rate)
     samples = _at_feature_rate(samples, rate)
     own_rate = _feature_rate(rate)
     window, hop = round(_WINDOW * own_rate), round(_HOP * own_rate)
@@ -216,65 +210,64 @@ def _low_pass(up: int, down: int) -> np.ndarray:
 # Clips
 
 
-def _check(samples: np.ndarray, rate: int, name: str) -> None:
+def _check(samples: np.ndarray, rate: int) -> None:
     """Refuse what has no features, or none that are finite."""
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise InputError(
-            f"{name} has samples of {samples.dtype} {samples.shape}; expected floats (n,), as load_audio gives them"
+            f"the audio clip has samples of {samples.dtype} {samples.shape}; "
+            "expected floats (n,), as load_audio gives them"
         )
     if num_frames(len(samples), rate) == 0:
         raise InputError(
-            f"{name} has {len(samples)} samples at {rate} Hz, {1000 * len(samples) / rate:.1f} ms; "
+            f"the audio clip has {len(samples)} samples at {rate} Hz, {1000 * len(samples) / rate:.1f} ms; "
             "it needs 25 ms at least. Pad it with silence, or leave it out"
         )
     peak = max(-float(samples.min()), float(samples.max()))  # NaN if any sample is
     if not peak <= _LARGEST_SAMPLE:
         cause = f"samples of magnitude {peak:g}" if math.isfinite(peak) else "samples that are NaN or infinite"
-        raise InputError(f"{name} has {cause}; expected floats of full scale 1. Repair or rescale it")
+        raise InputError(f"the audio clip has {cause}; expected floats of full scale 1. Repair or rescale it")
 
 
-def _check_rate(rate: Any, name: str) -> int:
+def _check_rate(rate: Any) -> int:
     value: Any = rate if isinstance(rate, numbers.Real) and not isinstance(rate, bool) else math.nan
     if not (_LEAST_RATE <= value <= _LARGEST_RATE and float(value).is_integer()):
         raise InputError(
-            f"{name} has the sampling rate {rate!r:.80}; "
+            f"the audio clip has the sampling rate {rate!r:.80}; "
             f"expected a whole number of Hz from {_LEAST_RATE} to {_LARGEST_RATE}"
         )
     return int(value)
 
 
-def _check_channels(channels: int, name: str) -> None:
+def _check_channels(channels: int) -> None:
     if channels > _MAX_CHANNELS:
         raise InputError(
-            f"{name} has {channels} channels, more than {_MAX_CHANNELS}; pass one clip, not a batch or features"
+            f"the audio clip has {channels} channels, more than {_MAX_CHANNELS}; pass one clip, not a batch or features"
         )
 
 
-def _check_duration(num_samples: int, rate: int, name: str, max_seconds: float) -> None:
+def _check_duration(num_samples: int, rate: int, max_seconds: float) -> None:
     if num_samples > rate * max_seconds:
-        raise InputError(f"{name} is longer than {max_seconds:g} seconds; cut it, or raise max_seconds")
+        raise InputError(f"the audio clip is longer than {max_seconds:g} seconds; cut it into several")
 
 
 def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
-    name = "the audio clip"
     if len(source) != 2:
-        raise InputError(f"{name} is a tuple of {len(source)}; expected (samples, sampling_rate)")
-    rate = _check_rate(source[1], name)
-    try:
-        samples = np.asarray(source[0])
-    except Exception as error:  # ragged lists, tensors on devices, ...
-        raise InputError(f"{name} is not an array of samples ({error!r:.200}); pass a numpy array") from error
+        raise InputError(f"the audio clip is a tuple of {len(source)}; expected (samples, sampling_rate)")
+    rate = _check_rate(source[1])
+    samples = to_array(source[0])
     if samples.ndim not in (1, 2) or not samples.size:
-        raise InputError(f"{name} has samples of shape {samples.shape}; expected (n,), (n, channels) or (channels, n)")
+        raise InputError(
+            f"the audio clip has samples of shape {samples.shape}; expected (n,), (n, channels) or (channels, n)"
+        )
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
         samples = samples.T
-    _check_duration(len(samples), rate, name, max_seconds)
-    return _mono(_as_float(samples, name), name), rate
+    _check_duration(len(samples), rate, max_seconds)
+    return _mono(_as_float(samples)), rate
 
 
-def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
+def _as_float(samples: np.ndarray) -> np.ndarray:
     """Samples with full scale 1."""
-    if samples.dtype.kind == "f":
+    if samples.dtype.kind == "f" or samples.dtype.name == "bfloat16":
         return samples.astype(np.promote_types(samples.dtype, np.float32), copy=False)
     match samples.dtype.name:
         case "int8" | "int16" | "int32":
@@ -282,15 +275,15 @@ def _as_float(samples: np.ndarray, name: str) -> np.ndarray:
         case "uint8":
             return (samples.astype(np.float32) - np.float32(128)) / np.float32(128)
     raise InputError(
-        f"{name} has samples of {samples.dtype}, whose full scale is not known; "
+        f"the audio clip has samples of {samples.dtype}, whose full scale is not known; "
         "expected floats in [-1, 1], int16, int32, int8 or uint8"
     )
 
 
-def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"], name: str) -> Float[np.ndarray, " S"]:
+def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"]) -> Float[np.ndarray, " S"]:
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused later
         if samples.ndim == 2:
-            _check_channels(samples.shape[1], name)
+            _check_channels(samples.shape[1])
             total = samples[:, 0].copy()
             for channel in samples.T[1:]:  # several times faster than numpy's mean over a short axis
                 total += channel
@@ -301,24 +294,20 @@ def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"], name: str
 # Files
 
 
-def _from_file(source: str | bytes, name: str, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
-    if isinstance(source, str) and not os.path.exists(source):
-        raise InputError(f"{name} does not exist; check the path")
-    if not source:
-        raise InputError(f"{name} is empty; pass a whole audio file")
+def _from_file(source: str | bytes, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
     try:
         file = _Stream(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # of many types, where a header is malformed
-        return _from_other_file(source, name, max_seconds, error)
+        return _from_other_file(source, max_seconds, error)
     with file:
-        rate = _check_rate(file.samplerate, name)
-        _check_channels(file.channels, name)
+        rate = _check_rate(file.samplerate)
+        _check_channels(file.channels)
         try:
-            samples = _join(_blocks(file), rate, name, max_seconds)
+            samples = _join(_blocks(file), rate, max_seconds)
         except soundfile.SoundFileError as error:
-            raise InputError(f"{name} is damaged or cut off; pass a whole audio file") from error
+            raise InputError("the audio clip is damaged or cut off; pass a whole audio file") from error
         if _is_cut_off(file, len(samples)):
-            raise InputError(f"{name} is cut off: it holds less than it announces; pass a whole audio file")
+            raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
     return samples, rate
 
 
@@ -335,13 +324,13 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[Float[np.ndarray, "S C"]]:
         yield block
 
 
-def _join(blocks: Iterable[np.ndarray], rate: int, name: str, max_seconds: float) -> Float[np.ndarray, " S"]:
+def _join(blocks: Iterable[np.ndarray], rate: int, max_seconds: float) -> Float[np.ndarray, " S"]:
     """All blocks as one channel."""
     pieces, count = [], 0
     for block in blocks:
-        pieces.append(_mono(block, name))
+        pieces.append(_mono(block))
         count += len(block)
-        _check_duration(count, rate, name, max_seconds)
+        _check_duration(count, rate, max_seconds)
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
@@ -349,7 +338,7 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     """Whether a file ends before its end, as far as libsndfile's log of the headers tells.
 
     The length in a header may be a little wrong (some programs count the header in), and it means nothing where the
-    writer did not know it; such headers say 2 GiB or more.
+    writer did not know it; such headers say 2 GiB or more, or where they have 64 bits, nearly all of what these hold.
     """
     log = file.extra_info
     match file.format:
@@ -357,16 +346,15 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
             return "Junk after the last page" in log  # part of one more
         case "MP3":  # only with a variable bit rate is the length told; otherwise it is estimated
             return re.search(r"bitrate mode *: variable", log) is not None and num_read < 0.99 * file.frames
-    sizes = re.search(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", log)
+    sizes = re.search(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", log)
     if sizes is None:
         return False
     announced, present = int(sizes[1]), int(sizes[2])
-    return present * 1.01 + 1024 < announced < 0x7FFF0000
+    unknown = 2**62 if file.format in ("W64", "RF64") else 0x7FFF0000
+    return present * 1.01 + 1024 < announced < unknown
 
 
-def _from_other_file(
-    source: str | bytes, name: str, max_seconds: float, cause: Exception
-) -> tuple[Float[np.ndarray, " S"], int]:
+def _from_other_file(source: str | bytes, max_seconds: float, cause: Exception) -> tuple[Float[np.ndarray, " S"], int]:
     """What soundfile cannot open, by the programs that audioread finds."""
     import audioread
 
@@ -379,14 +367,14 @@ def _from_other_file(
             path = os.path.abspath(source)  # begins with no "-" and no "http:"
         try:
             with audioread.audio_open(path) as file:
-                rate = _check_rate(file.samplerate, name)
-                blocks = (_as_float(block, name) for block in _whole_blocks(file, file.channels))
-                return _join(blocks, rate, name, max_seconds), rate
+                rate = _check_rate(file.samplerate)
+                blocks = (_as_float(block) for block in _whole_blocks(file, file.channels))
+                return _join(blocks, rate, max_seconds), rate
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"{name} cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; "
+                f"the audio clip cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; "
                 f"audioread: {error!r:.200}). "
                 "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
             ) from error

@@ -76,7 +76,7 @@ def parse_raw(
     if not isinstance(prompt, str) or not prompt:
         cause = "empty" if prompt == "" else type(prompt).__name__
         raise InputError(f"prompt is {cause}: pass a string with at least one character")
-    given = {"image": _row(images, "images"), "audio": _row(audios, "audios")}
+    given = {"image": given_media("image", images), "audio": given_media("audio", audios)}
     found: dict[Kind, list[re.Match[str]]] = {kind: [] for kind in KINDS}
     pieces: list[str | int | Media] = []
     end = 0
@@ -109,10 +109,13 @@ def _check_placeholders(kind: Kind, matches: Sequence[re.Match[str]], given: int
         )
 
 
-def _row(media: Sequence[Any] | None, name: str) -> tuple[Any, ...]:
+def given_media(kind: Kind, media: Sequence[Any] | None) -> tuple[Any, ...]:
+    """The media given beside a prompt. Strings may be URLs here as in a chat's parts; raises InputError likewise."""
     if media is not None and not isinstance(media, list | tuple):
-        raise InputError(f"{name} is {type(media).__name__}: pass a list, one entry for each placeholder of the prompt")
-    return tuple(media or ())
+        raise InputError(
+            f"{kind}s is {type(media).__name__}: pass a list, one entry for each placeholder of the prompt"
+        )
+    return tuple(_located(f"{kind}s[{i}]", medium, kind) for i, medium in enumerate(media or ()))
 
 
 # Chats.
@@ -155,7 +158,7 @@ def render_chat(
     if not isinstance(messages, list | tuple) or not messages:
         cause = "empty" if isinstance(messages, list | tuple) else type(messages).__name__
         raise InputError(f"messages is {cause}: pass a list of at least one message with role and content")
-    given = {"image": _row(images, "images"), "audio": _row(audios, "audios")}
+    given = {"image": given_media("image", images), "audio": given_media("audio", audios)}
     roles = [_role(f"messages[{i}]", message, tokenizer) for i, message in enumerate(messages)]
     owner = roles.index("system") if "system" in roles else None
 
@@ -277,11 +280,13 @@ def _payload(where: str, part: Mapping[str, Any], kind: Kind) -> Any:
     payload = part.get(kind, _NEXT)
     if payload is None:
         raise InputError(f"{where}.{kind} is None: pass the {kind}, or leave the key out to take the next of {kind}s")
-    return _located(f"{where}.{kind}", payload, kind) if isinstance(payload, str) else payload
+    return _located(f"{where}.{kind}", payload, kind)
 
 
-def _located(where: str, url: str, kind: Kind) -> bytes | str | Path:
-    """What a URL or a path points to: the bytes of a data URL, the path of a file URL, a path as it is."""
+def _located(where: str, url: Any, kind: Kind) -> Any:
+    """What a URL points to: the bytes of a data URL, the path of a file URL; a path, or what is no string, as it is."""
+    if not isinstance(url, str):
+        return url
     scheme = url[: url.find(":") + 1].lower()
     if scheme == "data:":
         header, comma, data = url.partition(",")

@@ -10,13 +10,14 @@ import io
 import math
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.sources import plain
 
 # What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
 SUB_SEPARATOR = -1  # ends a row of features
@@ -28,7 +29,7 @@ MAX_PIXELS = 89_478_485
 _LEAST_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
 
-ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray
+ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     frames it is the first.
 
     Args:
-        source: a PIL image, a path, the bytes of a file in any format of Pillow's, or uint8 (H, W, 3) or (H, W).
+        source: a PIL image; a path, an open binary file or the bytes of one, in any format of Pillow's; or an array or
+            a tensor of uint8: (H, W, 3), with transparency (H, W, 4), grey (H, W, 1) or (H, W).
         max_pixels: images with more are refused, before anything is decoded. (Pillow by itself warns above its
             `Image.MAX_IMAGE_PIXELS`, and refuses above twice as many.)
 
@@ -76,25 +78,29 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         InputError: a file is missing, empty, truncated or of an unknown format; an image is too large; the source is
             nothing of the above.
     """
-    name = _name(source)
+    source = plain(source)
     if isinstance(source, np.ndarray):
         source = _from_array(source)
+    if not isinstance(source, Image.Image | str | bytes):
+        raise InputError(
+            f"the image is of type {type(source).__name__}; "
+            "expected a PIL image, a path, a file or its bytes, or a uint8 array"
+        )
+    remedy = "check that it is whole, or convert it to PNG"
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source, name, max_pixels)
-        file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-        with Image.open(file) as image:
-            return _to_rgb(image, name, max_pixels)
+            remedy = "pass an image that is not closed, and whose file is whole"
+            return _to_rgb(source, max_pixels)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _to_rgb(image, max_pixels)
     except (InputError, MemoryError):
         raise
-    except FileNotFoundError:
-        raise InputError(f"{name} does not exist; check the path") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {error}; shrink it") from error
+        raise InputError(f"the image is too large: {error}; shrink it") from error
     except UnidentifiedImageError:
-        raise InputError(f"{name} is in no format that Pillow reads; check that it is a whole image file") from None
-    except Exception as error:  # on malformed files decoders raise errors of any type
-        raise InputError(f"{name} cannot be read ({error!r}); check that it is a whole image file") from error
+        raise InputError(f"the file is in no format that Pillow reads; {remedy}") from None
+    except Exception as error:  # decoders raise errors of any type
+        raise InputError(f"the image cannot be decoded ({error!r:.200}); {remedy}") from error
 
 
 def preprocess_image(
@@ -255,34 +261,24 @@ def _end_rows(ids: Int[np.ndarray, "H W"]) -> Int[np.ndarray, " T"]:
     return np.pad(ids, ((0, 0), (0, 1)), constant_values=SUB_SEPARATOR).ravel()
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise InputError(f"{name} has {width}x{height} pixels, more than {max_pixels}; shrink it, or raise max_pixels")
+        raise InputError(f"the image has {width}x{height} pixels, more than {max_pixels}; shrink it")
     if width * height == 0:
-        raise InputError(f"{name} has {width}x{height} pixels; expected at least one")
+        raise InputError(f"the image has {width}x{height} pixels; expected at least one")
+    if image.mode == "La":  # of which Pillow makes nothing else
+        image = image.convert("LA")
     return image.convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or not array.size:
         raise InputError(
             f"the image is an array of {array.dtype} {array.shape}; "
-            "expected uint8 (height, width, 3) or (height, width)"
+            "expected uint8 (height, width), or (height, width, channels) with 1, 3 or 4 channels"
         )
+    if array.shape[2:] == (1,):
+        array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _name(source: ImageSource) -> str:
-    """What to call the source in a message."""
-    match source:
-        case str() | os.PathLike():
-            return f"the image file {os.fsdecode(source)!r:.200}"
-        case bytes() | bytearray() | memoryview():
-            return f"the image of {memoryview(source).nbytes} bytes"
-        case Image.Image() | np.ndarray():
-            return f"the image ({type(source).__name__})"
-    raise InputError(
-        f"the image is of type {type(source).__name__}; expected a PIL image, a path, a file's bytes or a uint8 array"
-    )

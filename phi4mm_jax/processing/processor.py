@@ -13,6 +13,7 @@ from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt
 from phi4mm_jax.processing.images import SUB_SEPARATOR, ImageFeatures, load_image, preprocess_image
+from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 PromptLike = str | Sequence[Mapping[str, Any]]
@@ -45,11 +46,8 @@ class Processor:
         Raises:
             CheckpointError: a file is missing or unusable.
         """
-        path = Path(folder) / "preprocessor_config.json"
-        dynamic_hd = read_json(path).get("dynamic_hd")
-        if not isinstance(dynamic_hd, int) or dynamic_hd < 1:
-            raise CheckpointError(f"{path}: dynamic_hd is {dynamic_hd!r}; expected the largest number of crops")
-        return cls(config, Tokenizer.from_folder(folder), dynamic_hd, _context(Path(folder), config))
+        folder = Path(folder)
+        return cls(config, Tokenizer.from_folder(folder), read_dynamic_hd(folder), _context(folder, config))
 
     def __call__(
         self,
@@ -61,11 +59,15 @@ class Processor:
 
         Args:
             prompts: a list of raw strings with placeholders, or of lists of chat messages.
-            images: for each row the list of its images: PIL images, paths or bytes.
-            audios: for each row the list of its clips: (samples, sampling rate), paths or bytes.
+            images: for each row the list of its images. An image is a PIL image; a path, a URL (`data:` or `file:`), an
+                open binary file or the bytes of one; or a uint8 array or tensor (H, W), (H, W, 1), (H, W, 3) or
+                (H, W, 4).
+            audios: for each row the list of its clips. A clip is a path, a URL, an open binary file or the bytes of
+                one; or (samples, sampling rate in Hz) with an array, tensor or list of floats of full scale 1 or of
+                integers of 8 (uint8 is centred at 128), 16 or 32 bits: (n,), (n, channels) or (channels, n).
 
         Raises:
-            InputError: anything that cannot be processed; it names the row.
+            InputError: anything that cannot be processed; it names the row, and the medium by its number in the row.
         """
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
         if not is_list or not prompts or isinstance(prompts[0], Mapping):
@@ -88,11 +90,12 @@ class Processor:
         """
         parsed = parse_prompt(prompt, self.tokenizer, images, audios)
         vision = self.config.vision
-        features = tuple(
-            preprocess_image(load_image(image), self.dynamic_hd, vision.crop_size, vision.patch_size)
-            for image in parsed.images
+        features = each(
+            "image",
+            parsed.images,
+            lambda image: preprocess_image(load_image(image), self.dynamic_hd, vision.crop_size, vision.patch_size),
         )
-        clips = tuple(log_mel(*load_audio(clip)) for clip in parsed.audios)
+        clips = each("audio", parsed.audios, lambda clip: log_mel(*load_audio(clip)))
         self._check_adapters(bool(features), bool(clips))
         tokens, media = self._tokens(parsed, features, clips)
         if not 0 < len(tokens) <= self.context:
@@ -218,13 +221,36 @@ def bucket(n: int, least: int = 1) -> int:
     return -(-n // step) * step
 
 
+def read_dynamic_hd(folder: Path) -> int:
+    """The largest number of crops of an image.
+
+    It is in preprocessor_config.json or, as transformers 5 saves a processor, in a section of processor_config.json,
+    which transformers reads first.
+
+    Raises:
+        CheckpointError: neither file says it, or one is unusable.
+    """
+    path = folder / "processor_config.json"
+    settings = read_json(path).get("image_processor") if path.exists() else None
+    if not isinstance(settings, Mapping):  # older ones only name the processor's class
+        path = folder / "preprocessor_config.json"
+        settings = read_json(path)
+    dynamic_hd = settings.get("dynamic_hd")
+    if not isinstance(dynamic_hd, int) or isinstance(dynamic_hd, bool) or dynamic_hd < 1:
+        raise CheckpointError(f"{path}: dynamic_hd is {dynamic_hd!r}; expected the largest number of crops")
+    return dynamic_hd
+
+
 def _context(folder: Path, config: Phi4MMConfig) -> int:
     """The longest sequence: what the tokenizer's file says, else what the network's does."""
     path = folder / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.exists() else None
-    if isinstance(length, int) and 0 < length < 10**9:  # some tools write 10**30 for "unknown"
-        return length
-    return config.decoder.rope.max_length
+    is_number = isinstance(length, int | float) and not isinstance(length, bool)
+    if length is None or (is_number and length >= 10**9):  # some tools write 10**30 for "unknown"
+        return config.decoder.rope.max_length
+    if not is_number or not length >= 1 or length != int(length):
+        raise CheckpointError(f"{path}: model_max_length is {length!r:.80}; expected the context's number of tokens")
+    return int(length)
 
 
 def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:

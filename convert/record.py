@@ -1,0 +1,438 @@
+"""Record goldens: python -m convert.record --model HF_DIR --out DIR [--cases FILE | --prompt TEXT [--image FILE] ...].
+
+Runs transformers' native `phi4_multimodal` on the CPU over the given prompts and media, and writes what it computes as
+goldens, with which `python -m convert.verify CHECKPOINT --goldens DIR` proves this implementation on the same weights:
+
+    python -m convert.to_torch Phi-4-multimodal-instruct native --layout native
+    python -m convert.record --model native --out goldens
+    python -m convert.verify Phi-4-multimodal-instruct --goldens goldens
+
+HF_DIR is a folder in the native layout, the adapters in `vision-lora/` and `speech-lora/`. A FILE of cases is JSON:
+
+    {"cases": [{"name": "chart", "prompt": "<|user|><|image_1|>Which year was the best?<|end|><|assistant|>",
+                "images": ["chart.png"], "audios": [], "max_new_tokens": 40}, ...]}
+
+with paths relative to it, or numbers of files in `inputs/` beside it: the goldens of one model are cases for another.
+By default they are those of `tests/fixtures/ms_tiny`.
+
+The reference is right only where it is used as here: attention is eager (with SDPA its vision tower is causal); one
+example, one image and one clip at a time (its batches let padding leak, and clips over 40 s crash with others); each
+token from the whole sequence (with a cache it goes wrong where LongRoPE switches); the adapter chosen by the prompt's
+media, its tensors checked one by one. Pixel values and log-mel features are this project's, which are tested against
+the original's: transformers' image processor needs torchvision, its features keep stray frames in batches, and it takes
+16 kHz alone. Token ids are those of the tokenizers library.
+
+In float32 the release takes 22 GB of memory. In bfloat16 it takes half, and the goldens then find mistakes but prove no
+parity.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+import phi4mm_jax
+from phi4mm_jax import goldens
+from phi4mm_jax.checkpoint.staging import staged
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.processing.chat import Kind, parse_prompt
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.progress import progress_bar
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import Phi4MultimodalForCausalLM
+
+DEFAULT_CASES = Path(__file__).parents[1] / "tests" / "fixtures" / "ms_tiny" / "goldens.json"
+_PLACEHOLDER = re.compile(r"<\|(image|audio)(?:_[0-9]+)?\|>")
+_ADAPTED = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
+
+Adapter = Literal["vision", "speech"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A case to record."""
+
+    name: str
+    prompt: str
+    images: tuple[Path, ...]
+    audios: tuple[Path, ...]
+    max_new_tokens: int
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m convert.record", description="Record goldens with transformers.")
+    parser.add_argument("--model", metavar="HF_DIR", type=Path, required=True, help="a folder in the native layout")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the goldens' folder; must not exist")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--cases", metavar="FILE", type=Path, default=DEFAULT_CASES, help="JSON; see the module's text")
+    which.add_argument("--prompt", metavar="TEXT", help="one case: a raw prompt with its placeholders, <|image_1|> ...")
+    parser.add_argument("--image", metavar="FILE", type=Path, action="append", default=[], help="of --prompt, in order")
+    parser.add_argument("--audio", metavar="FILE", type=Path, action="append", default=[], help="of --prompt, in order")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=12, help="of cases that do not say it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the reference")
+    parsed = parser.parse_args(arguments)
+    if parsed.prompt is None and (parsed.image or parsed.audio):
+        parser.error("--image and --audio belong to --prompt")
+    if parsed.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    return parsed
+
+
+# The cases.
+
+
+def read_requests(path: Path, max_new_tokens: int) -> list[Request]:
+    """The cases of a file, as the module's text describes it.
+
+    Raises:
+        InputError: the file is missing or malformed; it names the case and the key.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        cases = values["cases"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a file of cases") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f'{path}: is not JSON with a list of "cases" ({error!r})') from None
+    if not isinstance(cases, list) or not cases:
+        raise InputError(f'{path}: "cases" must be a list of at least one case')
+    requests = [_request(path, f"cases[{i}]", case, max_new_tokens) for i, case in enumerate(cases)]
+    names = [r.name for r in requests]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{path}: several cases have the name {', '.join(sorted(twice))}; give each its own")
+    return requests
+
+
+def _request(path: Path, where: str, case: Any, max_new_tokens: int) -> Request:
+    def get(key: str, kind: type, default: Any) -> Any:
+        value = case.get(key, default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{path}: {where}.{key} is {value!r:.60}, expected {kind.__name__}")
+        return value
+
+    def media(key: str, kind: Kind) -> tuple[Path, ...]:
+        found = []
+        for value in get(key, list, []):
+            if not isinstance(value, str | int) or isinstance(value, bool):
+                raise InputError(f"{path}: {where}.{key} holds {value!r:.60}, expected paths or numbers")
+            is_number = isinstance(value, int)
+            found.append(goldens.input_file(path.parent, kind, value) if is_number else path.parent / value)
+        return tuple(found)
+
+    if not isinstance(case, Mapping):
+        raise InputError(f"{path}: {where} is {case!r:.60}, expected an object with name and prompt")
+    name, tokens = get("name", str, None), get("max_new_tokens", int, max_new_tokens)
+    if not re.fullmatch(r"[\w-]+", name) or re.fullmatch(r"(image|audio)_\d+", name):
+        raise InputError(f"{path}: {where}.name is {name!r}; use letters, digits, - and _, and not a medium's name")
+    if tokens < 1:
+        raise InputError(f"{path}: {where}.max_new_tokens is {tokens}, expected at least 1")
+    return Request(name, get("prompt", str, None), media("images", "image"), media("audios", "audio"), tokens)
+
+
+# The reference. torch, transformers and peft are imported where they are used: nothing else in the project needs them.
+
+
+def check_packages() -> None:
+    absent = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise InputError(f"recording needs {', '.join(absent)}, not installed here: pip install '.[torch]'")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers' model with both adapters, of which at most one is on."""
+
+    model: "Phi4MultimodalForCausalLM"
+    tokenizer: "Tokenizer"
+    config: Phi4MMConfig
+
+    def token_ids(self, prompt: str, image_tokens: Sequence[int], audio_tokens: Sequence[int]) -> list[int]:
+        """The ids of a prompt, each placeholder repeated as often as its medium has tokens."""
+        counts = {"image": iter(image_tokens), "audio": iter(audio_tokens)}
+        tokens = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
+        spelled = {kind: str(self.tokenizer.id_to_token(token)) for kind, token in tokens.items()}
+        text = _PLACEHOLDER.sub(lambda match: spelled[match[1]] * next(counts[match[1]]), prompt)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def image(self, inputs: Mapping[str, np.ndarray]) -> dict[str, "torch.Tensor"]:
+        """The pooled features (C, 256, D) and the embeddings (T, D) of an image, whose inputs the processor made."""
+        import torch
+
+        embedder = self.model.model.embed_tokens_extend.image_embed
+        pixels = torch.tensor(inputs["pixel_values"], dtype=self.model.dtype)
+        mask, tokens = torch.tensor(inputs["attention_mask"]).bool(), int(inputs["num_tokens"][0])
+        embeds = embedder(
+            torch.full((1, tokens), self.config.image_token_id),
+            torch.zeros(1, tokens, self.model.config.hidden_size, dtype=self.model.dtype),
+            image_pixel_values=pixels[None],
+            image_sizes=torch.tensor(inputs["size"])[None],
+            image_attention_mask=mask[None],
+        )
+        return {"vision_features": embedder.get_img_features(pixels, mask), "embeds": embeds[0]}
+
+    def audio(self, inputs: Mapping[str, np.ndarray]) -> dict[str, "torch.Tensor"]:
+        """The encoder's output (T, D) of a clip and its embeddings (T, D) by either projector."""
+        import torch
+
+        embedder = self.model.model.embed_tokens_extend.audio_embed
+        frames = torch.tensor(inputs["features"], dtype=self.model.dtype)[None]
+        tokens = int(inputs["num_tokens"][0])
+        embeds = {
+            f"embeds_{mode}": embedder(
+                torch.full((1, tokens), self.config.audio_token_id),
+                torch.zeros(1, tokens, self.model.config.hidden_size, dtype=self.model.dtype),
+                audio_input_features=frames,
+                audio_embed_sizes=torch.tensor([tokens]),
+                audio_attention_mask=None,
+                audio_projection_mode=mode,
+            )[0]
+            for mode in ("speech", "vision")
+        }
+        return {"encoder": embedder.encoder(frames, None)[0], **embeds}
+
+    def embed_tokens(self, ids: Sequence[int]) -> "torch.Tensor":
+        """(1, T, D)."""
+        import torch
+
+        return self.model.model.embed_tokens(torch.tensor([ids]))
+
+    def embed(
+        self, ids: Sequence[int], images: Sequence["torch.Tensor"], audios: Sequence["torch.Tensor"]
+    ) -> "torch.Tensor":
+        """What enters the decoder (1, T, D): the tokens' embeddings, the media's in their places."""
+        import torch
+
+        tokens, embeds = torch.tensor([ids]), self.embed_tokens(ids)
+        for token, media in ((self.config.image_token_id, images), (self.config.audio_token_id, audios)):
+            places = tokens == token
+            if int(places.sum()) != sum(len(m) for m in media):
+                raise InputError(
+                    "the prompt spells out the placeholder's own token; write <|image_1|>, <|audio_1|> ..."
+                )
+            if media:
+                embeds = embeds.index_put((places,), torch.cat(list(media)))
+        return embeds
+
+    def logits(self, embeds: "torch.Tensor", adapter: Adapter | None, positions: Sequence[int]) -> "torch.Tensor":
+        """Float32 (positions, V), by the whole sequence, without a cache."""
+        import torch
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(adapter is not None)
+                if adapter is not None:
+                    layer.set_adapter(adapter)
+        out = self.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=torch.tensor(positions))
+        if not out.logits.isfinite().all():
+            raise CheckpointError(
+                "the reference's logits are not finite: its weights are broken, or bfloat16 overflows"
+            )
+        return out.logits[0].float()
+
+
+def check_layout(folder: Path) -> None:
+    if read_json(folder / "config.json").get("model_type") == "phi4mm":
+        raise CheckpointError(
+            f"{folder}: is in the original layout, which transformers does not load by itself. Convert it first: "
+            f"python -m convert.to_torch {folder} {folder}-native --layout native"
+        )
+
+
+def load_reference(folder: Path, config: Phi4MMConfig, dtype: str) -> Reference:
+    """The model in a folder in the native layout, nothing missing and nothing left over.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, extra or misshapen, or an adapter's B is all zero.
+    """
+    import tokenizers
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        raise CheckpointError(f"{tokenizer}: no such file, which the reference reads; copy it from the checkpoint")
+    try:
+        loaded: Any = transformers.Phi4MultimodalForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"{folder}: transformers cannot load it ({error}); see that it is whole") from error
+    model, info = loaded
+    if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
+        raise CheckpointError(f"{folder}: transformers finds tensors that do not fit: {wrong!s:.600}")
+    for adapter, settings in (("vision", config.vision_lora), ("speech", config.speech_lora)):
+        if settings is not None:
+            _add_adapter(model, folder / f"{adapter}-lora", adapter)
+    model.eval().requires_grad_(False)
+    return Reference(model, tokenizers.Tokenizer.from_file(str(tokenizer)), config)
+
+
+def _add_adapter(model: "Phi4MultimodalForCausalLM", folder: Path, name: str) -> None:
+    """The adapter of a PEFT folder, on the decoder's matrices: the folder's own pattern may match nothing."""
+    import warnings
+
+    import peft
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    try:
+        settings: Any = peft.LoraConfig.from_pretrained(str(folder))
+        tensors = load_file(file)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(f"{file}: cannot be loaded ({error}); see that the adapter is whole") from error
+    settings.target_modules = _ADAPTED
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        peft.inject_adapter_in_model(settings, model, name)
+    expected = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n and f".{name}." in n}
+    state = {
+        key.removeprefix("base_model.model.").replace(".weight", f".{name}.weight"): tensor.to(model.dtype)
+        for key, tensor in tensors.items()
+    }
+    if wrong := sorted(
+        n for n in expected.keys() | state.keys() if n not in state or expected.get(n) != state[n].shape
+    ):
+        raise CheckpointError(f"{file}: tensors that are missing, extra or misshapen: {', '.join(wrong)[:600]}")
+    if zero := sorted(n for n, tensor in state.items() if ".lora_B." in n and not tensor.any()):
+        raise CheckpointError(f"{file}: all zero, so the adapter does nothing there: {', '.join(zero)[:600]}")
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+# The program.
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or clip: what the processor makes of it, and then the reference."""
+
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, "torch.Tensor"]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.inputs["num_tokens"][0])
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        outputs = {name: value.float().numpy() for name, value in self.outputs.items()}
+        return {name: goldens.thinned(name, x, self.tokens) for name, x in {**self.inputs, **outputs}.items()}
+
+
+def record_case(
+    reference: Reference,
+    request: Request,
+    images: Sequence[Medium],
+    audios: Sequence[Medium],
+    context: int,
+    advance: Callable[[], None],
+) -> tuple[dict[str, np.ndarray], float]:
+    """The tensors of a case, and the smallest margin of its greedy tokens. These end with a stop token, at the
+    request's limit or at the context; `advance` is called after each."""
+    import torch
+
+    ids = reference.token_ids(request.prompt, [i.tokens for i in images], [a.tokens for a in audios])
+    limit = min(request.max_new_tokens, context - len(ids))
+    if limit < 1:
+        raise InputError(
+            f"case {request.name}: {len(ids)} tokens leave no room in the context of {context}; shorten it"
+        )
+    mode = "vision" if images else "speech"
+    adapter: Adapter | None = mode if images or audios else None
+    embeds = reference.embed(ids, [i.outputs["embeds"] for i in images], [a.outputs[f"embeds_{mode}"] for a in audios])
+    first, last = range(len(ids))[: goldens.FIRST], range(len(ids))[-goldens.LAST :]
+    logits = reference.logits(embeds, adapter, [*first, *last])
+    kept = {"logits_first": logits[: len(first)].numpy(), "logits": logits[len(first) :].numpy()}
+    generated, margins = [], []
+    while True:
+        best = logits[-1].topk(2)
+        generated.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+        advance()
+        if len(generated) == limit or generated[-1] in reference.config.stop_token_ids:
+            break
+        # A generated placeholder is a token like any other.
+        embeds = torch.cat([embeds, reference.embed_tokens(generated[-1:])], dim=1)
+        logits = reference.logits(embeds, adapter, [embeds.shape[1] - 1])
+    kept |= {"input_ids": np.array(ids, np.int32), "generated": np.array(generated, np.int32)}
+    return {f"{request.name}.{name}": value for name, value in kept.items()}, min(margins)
+
+
+def record(parsed: argparse.Namespace) -> None:
+    """Read the cases and the media, run the reference over them, write the goldens."""
+    check_packages()
+    import torch
+
+    if parsed.prompt is None:
+        requests = read_requests(parsed.cases, parsed.max_new_tokens)
+    else:
+        requests = [Request("prompt", parsed.prompt, tuple(parsed.image), tuple(parsed.audio), parsed.max_new_tokens)]
+    check_layout(parsed.model)
+    config = Phi4MMConfig.from_folder(parsed.model)
+    processor = Processor.from_folder(parsed.model, config)
+    for request in requests:
+        try:
+            parse_prompt(request.prompt, processor.tokenizer, list(request.images), list(request.audios))
+        except InputError as error:
+            raise InputError(f"case {request.name}: {error}") from error
+    images = list(dict.fromkeys(path for request in requests for path in request.images))
+    audios = list(dict.fromkeys(path for request in requests for path in request.audios))
+    inputs = {path: goldens.image_inputs(processor, path)[1] for path in images}
+    inputs |= {path: goldens.audio_inputs(processor, path)[1] for path in audios}
+
+    logits = len(requests) * (goldens.FIRST + goldens.LAST) * config.decoder.vocab_size * 4
+    size = logits + sum(path.stat().st_size for path in inputs)
+    with staged(parsed.out, size, lambda text: print(text, file=sys.stderr)) as out:
+        with progress_bar("Reading the weights"):
+            reference = load_reference(parsed.model, config, parsed.dtype)
+        tensors: dict[str, np.ndarray] = {}
+        media: dict[Path, Medium] = {}
+        cases = []
+        with progress_bar("Recording") as advance, torch.inference_mode():
+            total, steps = len(inputs) + sum(r.max_new_tokens for r in requests), count(1)
+            for kind, paths, encode in (("image", images, reference.image), ("audio", audios, reference.audio)):
+                for number, path in enumerate(paths):
+                    media[path] = Medium(inputs[path], encode(inputs[path]))
+                    tensors |= {f"{kind}_{number}.{name}": x for name, x in media[path].tensors().items()}
+                    advance(next(steps), total)
+            for request in requests:
+                of_case = [media[p] for p in request.images], [media[p] for p in request.audios]
+                found, margin = record_case(
+                    reference, request, *of_case, processor.context, lambda: advance(next(steps), total)
+                )
+                tensors |= found
+                numbers = tuple(images.index(p) for p in request.images), tuple(audios.index(p) for p in request.audios)
+                mode, length = bool(request.images) + 2 * bool(request.audios), len(found[f"{request.name}.input_ids"])
+                cases.append(goldens.Case(request.name, request.prompt, *numbers, mode, length, margin))
+        recorded = {"dtype": parsed.dtype} | {name: version(name) for name in ("torch", "transformers", "peft")}
+        goldens.write_goldens(out, cases, tensors, {"image": images, "audio": audios}, recorded)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    try:
+        record(parsed)
+    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{parsed.out}: ready for python -m convert.verify")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

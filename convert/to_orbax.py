@@ -1,0 +1,40 @@
+"""Convert a checkpoint to Orbax: python -m convert.to_orbax SRC DST [--dtype float32|bfloat16]."""
+
+import argparse
+import sys
+
+import phi4mm_jax
+from phi4mm_jax.checkpoint.convert import to_orbax
+from phi4mm_jax.progress import progress_bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m convert.to_orbax", description="Convert a checkpoint to Orbax.")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's folder, or its name on the Hub (org/name)")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default the source's")
+    parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        with progress_bar("Converting", size=True) as advance:
+            to_orbax(
+                arguments.source,
+                arguments.destination,
+                dtype=arguments.dtype,
+                fresh_adapters=arguments.fresh_adapters,
+                progress=advance,
+                say=lambda text: print(text, file=sys.stderr),
+            )
+    except (phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.destination}: ready for phi4mm_jax.load")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

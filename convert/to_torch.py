@@ -1,0 +1,45 @@
+"""Write a checkpoint for PyTorch: python -m convert.to_torch SRC DST --layout original|native [--adapters-only]."""
+
+import argparse
+import sys
+
+import phi4mm_jax
+from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.progress import progress_bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m convert.to_torch", description="Write a checkpoint for PyTorch.")
+    parser.add_argument("source", metavar="SRC", help="a checkpoint's folder, or its name on the Hub (org/name)")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
+    parser.add_argument(
+        "--layout", choices=("original", "native"), required=True,
+        help="as published (model_type phi4mm), or as transformers saves it (phi4_multimodal)",
+    )  # fmt: skip
+    parser.add_argument("--adapters-only", action="store_true", help="write only vision-lora and speech-lora, for PEFT")
+    parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        with progress_bar("Converting", size=True) as advance:
+            to_torch(
+                arguments.source,
+                arguments.destination,
+                arguments.layout,
+                adapters_only=arguments.adapters_only,
+                fresh_adapters=arguments.fresh_adapters,
+                progress=advance,
+                say=lambda text: print(text, file=sys.stderr),
+            )
+    except (phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.destination}: ready for PyTorch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Prove parity: python -m convert.verify CHECKPOINT --goldens DIR.
+
+Runs every case of the goldens, and every image and clip by itself, and compares with what the reference computed: see
+`phi4mm_jax/goldens.py` for what is compared and the bounds. The exit status is 0 if all pass, 1 if anything differs,
+2 if nothing could be compared.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+import phi4mm_jax
+from phi4mm_jax.goldens import Check, is_exact, read_goldens, verify_case, verify_medium
+from phi4mm_jax.processing.chat import KINDS, Kind
+from phi4mm_jax.progress import progress_bar
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m convert.verify", description="Compare a checkpoint with goldens.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="whatever phi4mm_jax.load takes")
+    parser.add_argument("--goldens", metavar="DIR", required=True, help="a folder that convert.record has written")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="only float32 is a proof")
+    return parser.parse_args(arguments)
+
+
+def table_of(checks: Sequence[Check], exact: bool) -> Table:
+    table = Table("case", "tensor", box=None)
+    for header in ("max error" if exact else "error", "bound", "tokens identical", "pass"):
+        table.add_column(header, justify="right", no_wrap=True)
+    subject = ""
+    for check in checks:
+        values = [f"{x:.1e}" if x is not None else "" for x in (check.error, check.bound)]
+        identical = f"{check.identical[0]}/{check.identical[1]}" if check.identical else ""
+        name = "" if check.subject == subject else check.subject
+        table.add_row(name, check.tensor, *values, identical, "yes" if check.passed else "NO")
+        subject = check.subject
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    try:
+        goldens = read_goldens(parsed.goldens)
+        with progress_bar("Reading the weights", size=True) as advance:
+            model = phi4mm_jax.load(parsed.checkpoint, dtype=parsed.dtype, progress=advance)
+        media: list[tuple[Kind, int]] = [(kind, number) for kind in KINDS for number in goldens.media[kind]]
+        checks: list[Check] = []
+        with progress_bar("Comparing") as advance:
+            total = len(goldens.cases) + len(media)
+            advance(0, total)
+            for done, case in enumerate(goldens.cases, 1):
+                checks += verify_case(model, goldens, case)
+                advance(done, total)
+            for done, (kind, number) in enumerate(media, len(goldens.cases) + 1):
+                checks += verify_medium(model, goldens, kind, number)
+                advance(done, total)
+    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    exact = is_exact(model, goldens)
+    Console(markup=False, highlight=False).print(table_of(checks, exact))
+    for check in checks:
+        if check.note:
+            print(f"{check.subject} {check.tensor}: {check.note}")
+    failed = [check for check in checks if not check.passed]
+    if not exact:
+        print("Errors are root mean squares, since one side is bfloat16: this finds mistakes, and proves no parity.")
+    print(f"FAIL: {len(failed)} of {len(checks)} differ" if failed else f"PASS: all {len(checks)} agree")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

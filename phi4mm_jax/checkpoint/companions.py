@@ -1,0 +1,252 @@
+"""What a checkpoint folder holds besides weights: settings, tokenizer, licence, code; copied, or translated.
+
+Within a layout all files stay as they are, to the byte. For the other layout those are translated in which the two
+differ: the settings of the model, of generation, of the tokenizer, of the processor and of the adapters.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
+from phi4mm_jax.checkpoint.settings import (
+    CODE,
+    NATIVE_TARGETS,
+    ORIGINAL_TARGETS,
+    native_config,
+    original_config,
+    whole,
+)
+from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.processing.processor import read_dynamic_hd
+from phi4mm_jax.processing.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+
+_FOLDERS = ("vision-lora", "speech-lora", "additional_chat_templates")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".data", ".h5", ".msgpack")
+_INDEX = (".safetensors.index.json", ".bin.index.json")
+_LARGEST = 64 << 20  # bytes; the release's largest is the tokenizer, of 15 MB
+
+# What transformers 5 adds to tokenizer_config.json; the versions that run the release's code stumble over some of it.
+_NEW_TOKENIZER_KEYS = (
+    *("audio_token", "backend", "extra_special_tokens", "image_token", "is_local", "local_files_only"),
+    *("model_specific_special_tokens", "processor_class"),
+)
+_AUDIO_RATES = {"audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1}
+
+
+def companion_files(source: Path, target: Layout, *, adapters_only: bool = False) -> dict[str, bytes]:
+    """The files that go with the weights of a checkpoint when it is written in a layout.
+
+    Weights, hidden files, files over 64 MiB and folders other than the adapters' and the chat templates' (figures,
+    examples, the Orbax folder) stay behind. The release's code travels; it is never run.
+
+    Args:
+        source: a checkpoint folder of any layout, converted ones included.
+        target: the layout whose files are wanted. Where the source has the same, its files stay as they are; only an
+            `adapter_config.json` that it lacks is made, from its config.json.
+        adapters_only: only what PEFT needs beside the adapters' weights.
+
+    Returns:
+        Contents by file name, relative to the folder.
+
+    Raises:
+        CheckpointError: a file cannot be read, or transformers could not do without one that the source lacks.
+        ConfigError: config.json asks for something unsupported.
+    """
+    config = Phi4MMConfig.from_folder(source)
+    translate = layout_of(source) != target
+    adapters = {
+        f"{kind}-lora/adapter_config.json": _adapter_config(source, kind, lora, target, translate)
+        for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora))
+        if lora is not None
+    }
+    if adapters_only:
+        return adapters
+    files = _travelling(source)
+    if translate:
+        (_to_native if target == "native" else _to_original)(source, config, files)
+    return files | adapters
+
+
+def _travelling(source: Path) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    for folder in (source, *(source / name for name in _FOLDERS)):
+        try:
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                weights = path.suffix in _WEIGHTS or path.name.endswith(_INDEX)
+                if path.is_file() and not weights and path.name[0] != "." and path.stat().st_size <= _LARGEST:
+                    files[path.relative_to(source).as_posix()] = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return files
+
+
+# ---------------------------------------------------------------------------------------------- to the native layout
+
+
+def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> None:
+    """Put what transformers reads, without running code, in the place of the release's files."""
+    if "tokenizer.json" not in files:  # with vocab.json alone, transformers would split text as GPT-2 does
+        raise CheckpointError(
+            f"{source}: has no tokenizer.json, which the native layout needs; copy the published checkpoint's here"
+        )
+    spelled = {token: content for content, token in Tokenizer.from_folder(source).special_tokens.items()}
+    for token in (config.image_token_id, config.audio_token_id):
+        if token not in spelled:
+            raise CheckpointError(
+                f"{source / 'tokenizer.json'}: has no special token {token}, which config.json has for a medium; "
+                "copy the tokenizer that belongs to this model here"
+            )
+    image, audio = spelled[config.image_token_id], spelled[config.audio_token_id]
+    template = _chat_template(source)
+    model = read_json(source / "config.json")
+    files["config.json"] = _json(native_config(config, model))
+    files["generation_config.json"] = _generation_config(config, model, files, source)
+    files["preprocessor_config.json"] = _json(
+        _AUDIO_RATES
+        | {
+            "dynamic_hd": read_dynamic_hd(source),
+            "feature_extractor_type": "Phi4MultimodalFeatureExtractor",
+            "feature_size": config.speech.num_bands,
+            "image_processor_type": "Phi4MultimodalImageProcessorFast",
+            "patch_size": config.vision.patch_size,
+            "processor_class": "Phi4MultimodalProcessor",
+            "size": {"height": config.vision.crop_size, "width": config.vision.crop_size},
+        }
+    )
+    tokenizer = _optional(source / "tokenizer_config.json")
+    tokenizer |= {
+        "extra_special_tokens": {"image_token": image, "audio_token": audio},
+        "processor_class": "Phi4MultimodalProcessor",
+        "tokenizer_class": "PreTrainedTokenizerFast",  # GPT2Tokenizer of version 5 splits text as GPT-2 does
+    }
+    tokenizer.pop("auto_map", None)
+    for name in ("processor_config.json", "chat_template.json"):
+        files.pop(name, None)
+    if template is not None:
+        tokenizer.pop("chat_template", None)
+        files["chat_template.jinja"] = (_flattening(image, audio) + template).encode()
+    files["tokenizer_config.json"] = _json(tokenizer)
+
+
+def _flattening(image: str, audio: str) -> str:
+    """Goes before the release's chat template, which takes texts only: joins a content's parts to one text."""
+    return (
+        "{% set flat = namespace(messages=[], text='') %}"
+        "{% for message in messages %}"
+        "{% set flat.text = message['content'] %}"
+        "{% if message['content'] is not string %}"
+        "{% set flat.text = '' %}"
+        "{% for part in message['content'] %}"
+        f"{{% if 'image' in part['type'] %}}{{% set flat.text = flat.text + '{image}' %}}"
+        f"{{% elif 'audio' in part['type'] %}}{{% set flat.text = flat.text + '{audio}' %}}"
+        "{% else %}{% set flat.text = flat.text + part['text'] %}{% endif %}"
+        "{% endfor %}"
+        "{% endif %}"
+        "{% set flat.messages = flat.messages + [dict(message, content=flat.text)] %}"
+        "{% endfor %}"
+        "{% set messages = flat.messages %}"
+    )
+
+
+# -------------------------------------------------------------------------------------------- to the original layout
+
+
+def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> None:
+    """Put the release's files in the place of transformers'; they name its code only where that travels too."""
+
+    def travels(classes: Mapping[str, str]) -> bool:
+        return all(f"{name.partition('.')[0]}.py" in files for name in classes.values())
+
+    processing = {
+        "AutoProcessor": "processing_phi4mm.Phi4MMProcessor",
+        "AutoImageProcessor": "processing_phi4mm.Phi4MMImageProcessor",
+        "AutoFeatureExtractor": "processing_phi4mm.Phi4MMAudioFeatureExtractor",
+    }
+    model = read_json(source / "config.json")
+    files["config.json"] = _json(original_config(config, model, code=travels(CODE)))
+    files["generation_config.json"] = _generation_config(config, model, files, source)
+    files["preprocessor_config.json"] = _json(
+        ({"auto_map": processing} if travels(processing) else {})
+        | _AUDIO_RATES
+        | {
+            "dynamic_hd": read_dynamic_hd(source),
+            "feature_extractor_type": "Phi4MMAudioFeatureExtractor",
+            "image_processor_type": "Phi4MMImageProcessor",
+            "processor_class": "Phi4MMProcessor",
+        }
+    )
+    tokenizer = _optional(source / "tokenizer_config.json") | {"tokenizer_class": "GPT2TokenizerFast"}
+    for key in _NEW_TOKENIZER_KEYS:
+        tokenizer.pop(key, None)
+    template = _chat_template(source)
+    if template is not None:
+        spelled = {token: content for content, token in Tokenizer.from_folder(source).special_tokens.items()}
+        image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
+        tokenizer["chat_template"] = template.removeprefix(_flattening(image, audio))
+    files["tokenizer_config.json"] = _json(tokenizer)
+    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja"):
+        files.pop(name, None)
+
+
+# --------------------------------------------------------------------------------------------------- both directions
+
+
+def _generation_config(config: Phi4MMConfig, model: Json, files: Mapping[str, bytes], source: Path) -> bytes:
+    """The source's file, made to name the stop tokens that were read from wherever the source has them."""
+    values = _optional(source / "generation_config.json")
+    stops = values.get("eos_token_id")
+    if (stops if isinstance(stops, list) else [stops]) == list(config.stop_token_ids):
+        return files["generation_config.json"]
+    others = {"bos_token_id": model.get("bos_token_id"), "pad_token_id": config.pad_token_id}
+    return _json(others | values | {"eos_token_id": list(config.stop_token_ids)})
+
+
+def _chat_template(source: Path) -> str | None:
+    """The template in use; None where there is none, or several by name, which stay in their file."""
+    path = source / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); copy it anew") from error
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _optional(source / name).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _adapter_config(source: Path, kind: str, lora: LoraConfig, target: Layout, translate: bool) -> bytes:
+    """What PEFT reads. In the original layout the settings are those of config.json, as its code has them."""
+    path = source / f"{kind}-lora" / "adapter_config.json"
+    if path.exists() and not translate:
+        return path.read_bytes()
+    usual = {
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    settings = {
+        "lora_alpha": whole(lora.alpha),
+        "lora_dropout": lora.dropout,
+        "r": lora.rank,
+        "target_modules": ORIGINAL_TARGETS[kind] if target == "original" else NATIVE_TARGETS,
+    }
+    return _json(usual | _optional(path) | settings)
+
+
+def _optional(path: Path) -> Json:
+    return read_json(path) if path.exists() else {}
+
+
+def _json(values: Json) -> bytes:
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,154 @@
+"""Safetensors files: read by rows through memory maps, written in any order, both one piece at a time.
+
+The safetensors package would hold all of a file in memory to write it. The format: the header's length (8 bytes,
+little-endian), the header (JSON: name -> dtype, shape, first and last byte), the data.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from phi4mm_jax.errors import CheckpointError
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: as the file spells it ("BF16"); readable where it is in `DTYPES`.
+        start: where its data begin, in bytes from the start of the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """A view of rows `start` to `stop`; the file is mapped for as long as the view lives."""
+        dtype, shape = DTYPES[self.dtype], (stop - start, *self.shape[1:])
+        offset = self.start + start * math.prod(self.shape[1:]) * dtype.itemsize
+        return np.memmap(self.file, dtype, mode="r", offset=offset, shape=shape)
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a file.
+
+    Raises:
+        CheckpointError: the file is truncated or not in this format.
+    """
+    try:
+        with safe_open(file, framework="np"):  # checks that the header and the file's length agree
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}); download it again. It has {size} bytes."
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: int  # descriptor
+    path: Path
+    start: int
+    row: int  # bytes of one row
+
+
+class Writer:
+    """Files of tensors that are known beforehand, filled by rows in any order. A context manager.
+
+    Disk space is reserved at the start, so that a full disk is an error before any work is done.
+
+    Args:
+        files: for each file the tensors in it: name -> (shape, dtype).
+
+    Raises:
+        OSError: a file cannot be made, or the disk has no room for it.
+    """
+
+    def __init__(self, files: Mapping[Path, Mapping[str, tuple[tuple[int, ...], np.dtype]]]):
+        self._places: dict[tuple[Path, str], _Place] = {}
+        self._descriptors: list[int] = []
+        try:
+            for path, tensors in files.items():
+                self._create(path, tensors)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, (shape, dtype) in tensors.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}  # type: ignore
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        data = 8 + len(encoded)
+        os.posix_fallocate(descriptor, 0, data + end)
+        _write(descriptor, len(encoded).to_bytes(8, "little") + encoded, 0)
+        for name, (shape, dtype) in tensors.items():
+            offset = data + header[name]["data_offsets"][0]  # type: ignore
+            row = math.prod(shape[1:]) * dtype.itemsize
+            self._places[path, name] = _Place(descriptor, path, offset, row)
+
+    def write(self, path: Path, name: str, first_row: int, rows: np.ndarray) -> None:
+        place = self._places[path, name]
+        _write(place.file, np.ascontiguousarray(rows).reshape(-1).view(np.uint8), place.start + first_row * place.row)
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _write(descriptor: int, data, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view[: 1 << 30], offset)
+        view, offset = view[written:], offset + written
+
+
+def shard(tensors: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Deal tensors, in order, to files of at most `limit` bytes each; a larger tensor has a file of its own."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in tensors:
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

@@ -1,0 +1,60 @@
+"""A checkpoint's folder, downloaded from the Hub where its name is that of a repository."""
+
+import os
+import re
+from pathlib import Path
+
+from phi4mm_jax.errors import CheckpointError
+
+# What a checkpoint consists of. The release's *.py files are never run, but an export has to bring them back.
+_NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
+
+_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder that a path or the name of a repository on the Hub stands for.
+
+    Args:
+        path: a folder, which is returned as it is; or a string "org/name" or "org/name@revision" that is no path of
+            this machine: its weights, settings and tokenizer are downloaded, with progress bars, to the Hub's cache.
+            After an interruption, the files that were whole are not downloaded again. Any other path, and any `Path`,
+            is never looked for on the Hub.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such repository could be downloaded.
+    """
+    if os.path.isdir(path):
+        return Path(path)
+    name = _NAME.fullmatch(path) if isinstance(path, str) else None
+    if os.path.exists(path):
+        raise CheckpointError(f"{path}: is a file; give the folder that holds it")
+    if name is None:
+        raise CheckpointError(
+            f"{path}: no such folder. Give the folder of a Phi-4-multimodal checkpoint, or the name of a repository on "
+            "the Hub: org/name, or org/name@revision."
+        )
+    return _download(str(path), name["repository"], name["revision"])
+
+
+def _download(path: str, repository: str, revision: str | None) -> Path:
+    import huggingface_hub  # here, because most folders are local and it takes a while to import
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(_NEEDED))
+    except Exception as error:  # each of the ways to download has errors of its own
+        remedy = "check the connection and run again: files that were whole are kept"
+        if isinstance(error, errors.GatedRepoError):
+            remedy = f"accept its terms at huggingface.co/{repository}, then log in (hf auth login) or set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            remedy = "check the spelling; if it is private, log in (hf auth login) or set HF_TOKEN"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            remedy = f"the repository has no revision {revision!r}; check its spelling"
+        elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            remedy = "unset HF_HUB_OFFLINE to download it"
+        raise CheckpointError(
+            f"{path}: neither a folder here nor downloaded from the Hub. If a path was meant, check its "
+            f"spelling; for the Hub, {remedy}. The cause: {type(error).__name__}: {str(error).strip()}"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,150 @@
+"""Parameters as an Orbax checkpoint: written one at a time, restored straight onto a mesh."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import type_handlers
+
+from phi4mm_jax.checkpoint.table import Path
+from phi4mm_jax.errors import CheckpointError
+
+FOLDER = "parameters"  # within a converted checkpoint
+CHUNK_BYTES = 8 << 20  # small enough that a share of a layer is many chunks, large enough for fast files
+
+
+class OrbaxCheckpoint:
+    """The parameters below a folder, restored when asked for.
+
+    Attributes:
+        parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
+
+    Raises:
+        CheckpointError: the folder is not a whole Orbax checkpoint.
+    """
+
+    def __init__(self, folder: FilePath):
+        self._folder = folder
+        self._checkpointer = ocp.PyTreeCheckpointer()
+        with _readable(folder):
+            metadata: Any = self._checkpointer.metadata(folder).item_metadata
+            leaves: dict[Path, Any] = dict(flatten_dict(metadata.tree))
+            self.parameters = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
+        """A parameter, whole, in memory; in its own dtype by default."""
+        return self._restore(path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+
+    def place(self, path: Path, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        """A parameter on the devices; each host reads only the chunks that its devices hold a share of."""
+        shape = self.parameters[path].shape
+        return self._restore(path, ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype))
+
+    def _restore(self, path: Path, how: ocp.RestoreArgs) -> Any:
+        item = unflatten_dict({path: self.parameters[path]})
+        args = ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
+        with _readable(self._folder):
+            return flatten_dict(self._checkpointer.restore(self._folder, args=args))[path]
+
+
+@contextlib.contextmanager
+def _readable(folder: FilePath) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: not a whole Orbax checkpoint ({error}); convert again") from error
+
+
+def write(
+    folder: FilePath,
+    parameters: Mapping[Path, jax.ShapeDtypeStruct],
+    read: Callable[[Path], np.ndarray],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write parameters to a folder, one at a time: memory is bounded by the largest, not the model.
+
+    Args:
+        parameters: shape and dtype of each.
+        read: gives a parameter's values.
+        progress: called with the bytes written so far, and in all.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    total = sum(_nbytes(p) for p in parameters.values())
+    done = 0
+
+    class Handler(type_handlers.NumpyHandler):
+        """Reads a parameter when its turn comes to be written, and waits until it is."""
+
+        async def serialize(self, values: Any, infos, args=None):
+            nonlocal done
+            for value, info, arg in zip(values, infos, args or (), strict=True):
+                array = read(value.path)
+                with _writable():
+                    for future in await super().serialize([array], [info], [arg]):
+                        future.result()
+                del array
+                done += _nbytes(value.abstract)
+                if progress is not None:
+                    progress(done, total)
+            return []
+
+    leaves = {path: _Unread(path, abstract) for path, abstract in parameters.items()}
+    # Layers in chunks of their own: a host that holds a share of each reads no other.
+    chunks = {
+        path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if "layers" in path else ())
+        for path in parameters
+    }
+    registry = type_handlers.create_type_handler_registry((_Unread, Handler(deepcopy_host_arrays=False)))
+    arguments = ocp.args.PyTreeSave(unflatten_dict(leaves), save_args=unflatten_dict(chunks))
+    with _quiet():
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False,  # a folder for each parameter, a file for each chunk
+            use_compression=False,  # weights hardly shrink
+            type_handler_registry=registry,
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), args=arguments)
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """TensorStore's errors, which are ValueErrors, as what they are."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        raise OSError(int(code[1]) if code else 0, str(error)) from error
+
+
+class _Unread:
+    """A leaf of the tree to write, whose values are not in memory."""
+
+    def __init__(self, path: Path, abstract: jax.ShapeDtypeStruct):
+        self.path, self.abstract = path, abstract
+        self.shape, self.dtype = abstract.shape, abstract.dtype
+
+
+def _nbytes(abstract: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(abstract.shape)) * np.dtype(abstract.dtype).itemsize
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns of what does not apply to one host's numpy arrays, and prints errors that are raised as well."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

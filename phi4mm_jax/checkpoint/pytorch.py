@@ -1,0 +1,242 @@
+"""A checkpoint in one of PyTorch's two layouts, as a source of parameters and as what they are written to."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from phi4mm_jax.checkpoint.files import DTYPES, Stored, Writer, read_header, shard
+from phi4mm_jax.checkpoint.native import adapter_table, native_table
+from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.table import Part, Path, Tensor, parameter_shapes
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError
+
+Layout = Literal["original", "native"]
+SHARD_BYTES = 5 * 10**9
+ADAPTER_FILE = "adapter_model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
+
+
+def layout_of(folder: FilePath) -> Layout:
+    """The layout whose config.json the folder has; `Phi4MMConfig.from_folder` accepts no other."""
+    return _LAYOUTS[read_json(folder / "config.json")["model_type"]]
+
+
+def tensors_of(layout: Layout, config: Phi4MMConfig) -> list[Tensor]:
+    """All tensors of a layout, those of the adapters' folders included. The original has the adapters twice."""
+    return native_table(config) if layout == "native" else [*original_table(config), *adapter_table(config)]
+
+
+class PyTorchCheckpoint:
+    """The parameters of a checkpoint folder, read when asked for.
+
+    Attributes:
+        parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
+        tensors: those of the files that make them up, each once.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, extra, misshapen, unreadable or of another dtype; it names them.
+    """
+
+    def __init__(self, folder: FilePath, config: Phi4MMConfig):
+        self._folder = folder
+        layout = layout_of(folder)
+        table = tensors_of(layout, config)
+        if layout == "original":  # the folders may have been left out of a download: the shards have it all
+            table = [t for t in table if not t.folder or (folder / t.folder / ADAPTER_FILE).exists()]
+        self._stored = _stored(folder, sorted({t.folder for t in table if t.folder}))
+        _check(self._stored, table)
+
+        rows: dict[Path, list[tuple[Tensor, Part, int, int]]] = {}
+        for tensor in table:
+            for part, start, stop in tensor.spans():
+                rows.setdefault(part.path, []).append((tensor, part, start, stop))
+        # The original layout's folders come after its shards, and repeat them.
+        copies = layout == "original"
+        self._rows = {path: [r for r in all_ if not (copies and r[0].folder)] for path, all_ in rows.items()}
+        self._copies = {path: [r for r in all_ if copies and r[0].folder] for path, all_ in rows.items()}
+        self.tensors = [t for t in table if not (copies and t.folder)]
+        self.parameters = {
+            path: jax.ShapeDtypeStruct(shape, DTYPES[self._stored[self._rows[path][0][0].key].dtype])
+            for path, shape in parameter_shapes(self.tensors).items()
+        }
+
+    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
+        """A parameter, stacked over layers where it belongs to a layer, in its own dtype by default."""
+        abstract = self.parameters[path]
+        out = np.empty(abstract.shape, dtype or abstract.dtype)
+
+        def fill(row: tuple[Tensor, Part, int, int]) -> None:
+            tensor, part, start, stop = row
+            target = out if tensor.layer is None else out[tensor.layer]
+            target[...] = part.to_parameter(self._stored[tensor.key].rows(start, stop))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(fill, self._rows[path]))
+        return out
+
+    def check_copies(self) -> None:
+        """The original layout has each adapter twice; both must be the same.
+
+        Raises:
+            CheckpointError: they differ, so that which is meant cannot be told; names the tensor.
+        """
+        for path, copies in self._copies.items():
+            for (tensor, _, start, stop), (copy, *_) in zip(self._rows[path], copies, strict=bool(copies)):
+                first, second = (self._stored[t.key].rows(start, stop).view(np.uint8) for t in (tensor, copy))
+                if not np.array_equal(first, second):
+                    raise CheckpointError(
+                        f"{self._folder / copy.folder / ADAPTER_FILE}: {copy.name} differs from {tensor.name} "
+                        "in the main shards. If the shards are right, remove the folder's file."
+                    )
+
+
+def _stored(folder: FilePath, adapters: Iterable[str]) -> dict[str, Stored]:
+    """Where each tensor is, by `Tensor.key`."""
+    stored: dict[str, Stored] = {}
+    index = _read_index(folder)
+    names = sorted(set(index.values())) if index else _unindexed(folder)
+    files = [("", folder / name) for name in names] + [(a, folder / a / ADAPTER_FILE) for a in adapters]
+    for place, file in files:
+        if not file.exists():
+            cause = "holds an adapter" if place else f"is named by {_INDEX}"
+            raise CheckpointError(f"{file}: {cause}, but it is not there; download it again")
+        for name, tensor in read_header(file).items():
+            key = f"{place}/{name}" if place else name
+            if key in stored:
+                raise CheckpointError(
+                    f"{folder}: tensor {key} is in {stored[key].file.name} and again in {file.name}; remove one of them"
+                )
+            stored[key] = tensor
+    for name, file in index.items():
+        if name in stored and stored[name].file.name != file:
+            raise CheckpointError(
+                f"{folder / _INDEX}: says that {name} is in {file}, but it is in {stored[name].file.name}; "
+                "download the index again"
+            )
+    return stored
+
+
+def _read_index(folder: FilePath) -> dict[str, str]:
+    """The file of each tensor in the main shards, where the folder has an index."""
+    if not (folder / _INDEX).exists():
+        return {}
+    mapping = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
+        raise CheckpointError(f"{folder / _INDEX}: has no weight_map of tensor names to files; download it again")
+    return mapping
+
+
+def _unindexed(folder: FilePath) -> list[str]:
+    names = sorted(p.name for p in folder.glob("model*.safetensors"))
+    if not names:
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        hint = (
+            f"It has {', '.join(pickles)}: pickle files are not read; save the model with safe_serialization=True."
+            if pickles
+            else "Give the folder that holds config.json and the model's shards."
+        )
+        raise CheckpointError(f"{folder}: holds neither {_INDEX} nor a model*.safetensors file. {hint}")
+    return names
+
+
+def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
+    """The files hold exactly the tensors of the table, with their shapes, each collection in one floating dtype."""
+    expected = {t.key: t for t in table}
+    problems = [f"{n}: missing" for n in expected if n not in stored]
+    problems += [f"{n}: not part of this model (in {stored[n].file.name})" for n in stored if n not in expected]
+    present = [(t, stored[n]) for n, t in expected.items() if n in stored]
+    dtypes: dict[str, list[str]] = {}
+    for tensor, found in present:
+        if found.shape != tensor.shape:
+            problems.append(f"{tensor.key}: has shape {found.shape}, expected {tensor.shape}")
+        dtypes.setdefault(_family(tensor), []).append(found.dtype)
+    for tensor, found in present:
+        usual = max(DTYPES, key=dtypes[_family(tensor)].count)
+        if found.dtype not in DTYPES:
+            problems.append(f"{tensor.key}: has dtype {found.dtype}, expected one of {', '.join(DTYPES)}")
+        elif found.dtype != usual:
+            problems.append(f"{tensor.key}: has dtype {found.dtype}, but the others are {usual}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"the checkpoint's tensors do not match its config.json ({len(problems)} problems):\n  {shown}{more}\n"
+            "Is the download complete, and does config.json belong to it?"
+        )
+
+
+def _family(tensor: Tensor) -> str:
+    """What is saved together: an adapter may be in float32 while the model is in bfloat16."""
+    return tensor.collection if tensor.collection.startswith("lora_") else "model"
+
+
+def write(
+    folder: FilePath,
+    tensors: Iterable[Tensor],
+    parameters: Mapping[Path, jax.ShapeDtypeStruct],
+    read: Callable[[Path], np.ndarray],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write tensors to a folder: main shards with their index, and the adapters' files; one parameter at a time.
+
+    Args:
+        parameters: shape and dtype of at least all parameters that the tensors are made of.
+        read: gives a parameter's values.
+        progress: called with the bytes written so far, and in all.
+    """
+    tensors = list(tensors)
+    sizes = {t.key: _nbytes(t, parameters) for t in tensors}
+    files = _files(folder, tensors, sizes, shard_bytes)
+    rows: dict[Path, list[tuple[Tensor, Part, int]]] = {}
+    for tensor in tensors:
+        for part, start, _ in tensor.spans():
+            rows.setdefault(part.path, []).append((tensor, part, start))
+    contents: dict[FilePath, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+    for tensor in tensors:
+        described = tensor.shape, np.dtype(parameters[tensor.parts[0].path].dtype)
+        contents.setdefault(files[tensor.key], {})[tensor.name] = described
+
+    done, total = 0, sum(sizes.values())
+    with Writer(contents) as writer, ThreadPoolExecutor(2) as pool:
+        for path, places in rows.items():
+            for written in pool.map(partial(_put, writer, files, read(path)), places):
+                done += written
+                if progress is not None:
+                    progress(done, total)
+
+
+def _put(writer: Writer, files: Mapping[str, FilePath], parameter: np.ndarray, place: tuple[Tensor, Part, int]) -> int:
+    """Write (a layer of) a parameter to its rows of a tensor; returns how many bytes."""
+    tensor, part, start = place
+    rows = part.to_rows(parameter if tensor.layer is None else parameter[tensor.layer])
+    writer.write(files[tensor.key], tensor.name, start, rows)
+    return rows.nbytes
+
+
+def _nbytes(tensor: Tensor, parameters: Mapping[Path, jax.ShapeDtypeStruct]) -> int:
+    return int(np.prod(tensor.shape)) * np.dtype(parameters[tensor.parts[0].path].dtype).itemsize
+
+
+def _files(folder: FilePath, tensors: list[Tensor], sizes: Mapping[str, int], limit: int) -> dict[str, FilePath]:
+    """Which file each tensor goes to; writes the index where there are several main files."""
+    files = {t.key: folder / t.folder / ADAPTER_FILE for t in tensors if t.folder}
+    shards = shard(((t.name, sizes[t.key]) for t in tensors if not t.folder), limit)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    where = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+    if len(shards) > 1:
+        total = sum(sizes[name] for name in where)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return files | {tensor: folder / name for tensor, name in where.items()}
