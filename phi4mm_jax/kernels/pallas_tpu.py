@@ -21,10 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, Target, block, padded
+from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, block, padded, stream
 from phi4mm_jax.precision import precision_of
 
-_MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _SAFE_SUM = 2.0**100  # of weights: far from overflow, also after the product with the values
 _NT = (((1,), (1,)), ((), ()))  # a @ b.T
 _NN = (((1,), (0,)), ((), ()))
@@ -38,13 +38,13 @@ class _Call(NamedTuple):
     target: Target
 
 
-class Limits(NamedTuple):
-    """Which keys a query may attend to."""
-
-    q_offset: Int[Array, " B"]
-    kv_lengths: Int[Array, " B"]
-    q_segments: Int[Array, "B T"] | None
-    kv_segments: Int[Array, "B S"] | None
+def unsupported(q) -> str | None:
+    """Why this kernel cannot take such queries, if so."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q has dtype {q.dtype}; implementation 'pallas_tpu' takes bfloat16 and float32"
+    if q.shape[3] > LANES and q.shape[3] % LANES:
+        return f"q has head size {q.shape[3]}; implementation 'pallas_tpu' takes up to 128, or a multiple of it"
+    return None
 
 
 def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, target: Target):
@@ -169,71 +169,33 @@ def _grid(batch: int, heads: int, blocks: int, tiles: int, target: Target) -> _G
     return _Grid(heads, blocks, tiles, cores, steps // cores)
 
 
-def _stream(grid: _Grid, plan: Any, free_slot, copies, visit) -> None:
-    """Call visit(tile, slot, is_clear) for every tile of this step, from the last to the first.
+def _stream_tiles(grid: _Grid, plan: Any, free_slot, copies, visit) -> None:
+    """Call visit(tile, slot, is_clear) for every tile of this step; copies(row, head, tile, slot) bring it."""
+    i, core = pl.program_id(1), pl.program_id(0)
 
-    copies(row, head, tile, slot) are the transfers that bring a tile. The scalar in `free_slot` says where the first
-    tile of a step goes; the slot beside it is free when this returns.
-    """
-    i, step = pl.program_id(1), grid.this_step()
-
-    def extent(step):
-        row, head, block = grid.place(step)
+    def extent(i):
+        row, head, block = grid.place(i * grid.cores + core)
         table = row * grid.blocks + block
-        return row, head, plan.first[table], plan.stop[table], table
+        return (row, head, table), plan.first[table], plan.stop[table]
 
-    def start(row, head, tile, slot):
-        for copy in copies(row, head, tile, slot):
+    def start(place, tile, slot):
+        for copy in copies(*place[:2], tile, slot):
             copy.start()
 
-    def start_step(step, slot):
-        row, head, first, stop, _ = extent(step)
-
-        @pl.when(first < stop)
-        def _():
-            start(row, head, stop - 1, slot)
-
-    def start_next_step(slot):
-        @pl.when(i + 1 < grid.steps)
-        def _():
-            start_step(step + grid.cores, slot)
-
-    @pl.when(i == 0)
-    def _():
-        free_slot[0] = 0
-        start_step(step, 0)
-
-    row, head, first, stop, table = extent(step)
-    clear, clear_stop = plan.clear[table], plan.clear_stop[table]
-
-    def one_tile(n, slot):
-        tile = stop - 1 - n
-        for copy in copies(row, head, tile, slot):
+    def wait(place, tile, slot):
+        for copy in copies(*place[:2], tile, slot):
             copy.wait()
 
-        @pl.when(tile > first)
-        def _():
-            start(row, head, tile - 1, 1 - slot)
-
-        @pl.when(tile == first)
-        def _():
-            start_next_step(1 - slot)
-
-        is_clear = (clear <= tile) & (tile < clear_stop)
+    def visit_tile(place, tile, slot):
+        row, _, table = place
+        is_clear = (plan.clear[table] <= tile) & (tile < plan.clear_stop[table])
         if plan.own is not None:
             at = row * grid.tiles + tile
-            one = plan.own[0][table]
             for bound in (plan.own[1][table], plan.streamed[0][at], plan.streamed[1][at]):
-                is_clear &= bound == one
+                is_clear &= bound == plan.own[0][table]
         visit(tile, slot, is_clear)
-        return 1 - slot
 
-    slot = lax.fori_loop(0, stop - first, one_tile, free_slot[0])
-    free_slot[0] = slot
-
-    @pl.when(first == stop)
-    def _():
-        start_next_step(slot)
+    stream(i, grid.steps, extent, free_slot, start, wait, visit_tile)
 
 
 def _dot(a, b, dimensions):
@@ -335,7 +297,7 @@ def _forward_kernel(
             )
 
     def begin():
-        max_ref[...] = jnp.full_like(max_ref, _MASKED)
+        max_ref[...] = jnp.full_like(max_ref, MASKED)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -355,7 +317,7 @@ def _forward_kernel(
                 allowed &= key <= start + _positions(group, bq, chunk)
             if segments is not None:
                 allowed &= _wide(segment_scratch[1][...], chunk) == segment_scratch[0][slot, :, keys]
-            scores = jnp.where(allowed, scores, _MASKED)
+            scores = jnp.where(allowed, scores, MASKED)
             old = max_ref[...]
             new = jnp.maximum(old, scores.max(-1, keepdims=True))
             weights = jnp.exp2(scores - _wide(new, chunk))
@@ -385,7 +347,7 @@ def _forward_kernel(
         pl.when(is_clear)(lambda: clear(slot))
         pl.when(~is_clear)(lambda: exact(tile, slot))
 
-    _stream(grid, plan, free_slot, copies, visit)
+    _stream_tiles(grid, plan, free_slot, copies, visit)
 
     @pl.when(~(jnp.max(sum_ref[...]) < _SAFE_SUM))
     def _():
@@ -403,7 +365,7 @@ def _forward_kernel(
         lax.fori_loop(0, plan.stop[table] - plan.first[table], one_tile, None)
 
     largest, total = max_ref[...], sum_ref[...].sum(-1, keepdims=True)
-    empty = largest < _MASKED / 2
+    empty = largest < MASKED / 2
     out = jnp.where(_wide(empty, size), 0.0, acc_ref[...] / total)
     out_ref[...] = out.reshape(group, bq, size).astype(out_ref.dtype)
     log_sum = jnp.where(empty, -jnp.inf, largest / LOG2_E + jnp.log(total)).T[:1]  # (1, group * bq)
@@ -556,7 +518,7 @@ def _dq_kernel(
     if segments is not None:
         segment_scratch[1][...] = jnp.concatenate([_columns(segments[0][...])] * group)
     acc_ref[...] = jnp.zeros_like(acc_ref)
-    _stream(grid, plan, free_slot, copies, visit)
+    _stream_tiles(grid, plan, free_slot, copies, visit)
     dq_ref[...] = (acc_ref[...] * call.scale).reshape(group, bq, size).astype(dq_ref.dtype)
 
 
@@ -606,7 +568,7 @@ def _dkv_kernel(
         segment_scratch[1][...] = _columns(segments[1][...])
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
-    _stream(grid, plan, free_slot, copies, visit)
+    _stream_tiles(grid, plan, free_slot, copies, visit)
     dk_ref[...] = (dk_acc[...] * call.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 

@@ -1,14 +1,17 @@
 """What the TPU kernels share: which chip they are compiled for, their block sizes, lengths and interpretation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax import lax
+from jax.experimental import pallas as pl
 
 LANES = 128  # of a vector register; the head size of the decoder, and the unit of lengths
+MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
 LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
 
 
@@ -21,7 +24,7 @@ class Blocks:
         keys: keys of a forward tile: one transfer from main memory.
         chunk: keys of one pair of products inside of a tile.
         backward_rows, backward_keys, backward_chunk: the same in the backward kernels.
-        decode_keys: keys of one transfer in decoding.
+        decode_bytes: of keys that are transferred at a time in decoding, over all heads; of values as many.
         vmem: bytes of vector memory that a kernel may take.
     """
 
@@ -31,7 +34,7 @@ class Blocks:
     backward_rows: int = 768
     backward_keys: int = 1024
     backward_chunk: int = 512
-    decode_keys: int = 512
+    decode_bytes: int = 1 << 20
     vmem: int = 48 << 20
 
 
@@ -40,8 +43,8 @@ class Blocks:
 _BLOCKS = {
     "TPU v5 lite": Blocks(),
     "TPU v5": Blocks(),
-    "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_keys=1024),
-    "TPU7x": Blocks(keys=4096, chunk=1024, decode_keys=2048),
+    "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_bytes=2 << 20),
+    "TPU7x": Blocks(keys=4096, chunk=1024, decode_bytes=4 << 20),
 }
 
 
@@ -89,3 +92,54 @@ def padded(length: int) -> int:
 def block(length: int, most: int) -> int:
     """The largest multiple of 128 that divides a padded length and is at most `most`."""
     return max(n for n in range(LANES, max(min(length, most), LANES) + 1, LANES) if length % n == 0)
+
+
+def stream(i, steps: int, extent: Callable, free_slot, start: Callable, wait: Callable, visit: Callable) -> None:
+    """Go through the tiles of step i of a kernel, while the next tile is on its way; to be called in each step.
+
+    Args:
+        steps: how many there are.
+        extent: extent(i) gives the place of step i, whatever the next three understand, and its tiles' first and stop.
+        free_slot: a scalar in memory that stays from step to step: which of two slots the next tile goes to.
+        start, wait: start(place, tile, slot) begins to bring a tile, wait(place, tile, slot) waits for it.
+        visit: visit(place, tile, slot), for the tiles of this step from the last to the first.
+
+    On return the slot that `free_slot` does not name is free.
+    """
+    place, first, stop = extent(i)
+
+    def start_first_of(i, slot):
+        @pl.when(i < steps)
+        def _():
+            place, first, stop = extent(lax.min(i, steps - 1))
+
+            @pl.when(first < stop)
+            def _():
+                start(place, stop - 1, slot)
+
+    @pl.when(i == 0)
+    def _():
+        free_slot[0] = 0
+        start_first_of(i, 0)
+
+    def one_tile(n, slot):
+        tile = stop - 1 - n
+        wait(place, tile, slot)
+
+        @pl.when(tile > first)
+        def _():
+            start(place, tile - 1, 1 - slot)
+
+        @pl.when(tile == first)
+        def _():
+            start_first_of(i + 1, 1 - slot)
+
+        visit(place, tile, slot)
+        return 1 - slot
+
+    slot = lax.fori_loop(0, stop - first, one_tile, free_slot[0])
+    free_slot[0] = slot
+
+    @pl.when(first == stop)
+    def _():
+        start_first_of(i + 1, slot)
