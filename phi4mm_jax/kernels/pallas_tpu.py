@@ -25,6 +25,7 @@ from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, block, padded, stream
 from phi4mm_jax.precision import precision_of
 
+_MASKED_CHUNK = 256  # keys at a time where there is a mask: small, to stop close to the diagonal
 _SAFE_SUM = 2.0**100  # of weights: far from overflow, also after the product with the values
 _NT = (((1,), (1,)), ((), ()))  # a @ b.T
 _NN = (((1,), (0,)), ((), ()))
@@ -307,6 +308,7 @@ def _forward_kernel(
     def exact(tile, slot):
         """With masks and the running maximum; only chunks that some query may attend to."""
         last = jnp.minimum(length, start + bq) if call.causal else length
+        chunk = block(bk, _MASKED_CHUNK)
 
         def one_chunk(c, _):
             keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
@@ -483,8 +485,8 @@ def _dq_kernel(
         if segments is not None:
             yield pltpu.make_async_copy(segments[1].at[row, :, keys], segment_scratch[0].at[slot], sems.at[slot, 2])
 
-    def one_chunk(tile, slot, c, masked: bool):
-        keys = pl.ds(c * chunk if isinstance(c, int) else pl.multiple_of(c * chunk, chunk), chunk)
+    def one_chunk(tile, slot, c, chunk: int, masked: bool):
+        keys = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
         k, v = k_ref[slot, keys], v_ref[slot, keys]
         scores = _dot(q_ref[...].reshape(group * bq, size), k, _NT) * (call.scale * LOG2_E)
         weights = jnp.exp2(scores - _wide(log_sum_ref[...], chunk))
@@ -504,13 +506,14 @@ def _dq_kernel(
         @pl.when(is_clear)
         def _():
             for c in range(bk // chunk):
-                one_chunk(tile, slot, c, masked=False)
+                one_chunk(tile, slot, c, chunk, masked=False)
 
         @pl.when(~is_clear)
         def _():
             last = jnp.minimum(length, start + bq) if call.causal else length
-            needed = lax.div(jnp.minimum(last - tile * bk, bk) + chunk - 1, chunk)
-            lax.fori_loop(0, needed, lambda c, _: one_chunk(tile, slot, c, masked=True), None)
+            small = block(bk, _MASKED_CHUNK)
+            needed = lax.div(jnp.minimum(last - tile * bk, bk) + small - 1, small)
+            lax.fori_loop(0, needed, lambda c, _: one_chunk(tile, slot, c, small, masked=True), None)
 
     for g in range(group):
         log_sum_ref[g * bq : (g + 1) * bq] = _columns(stats_ref[g : g + 1])
@@ -539,10 +542,10 @@ def _dkv_kernel(
         if segments is not None:
             yield pltpu.make_async_copy(segments[0].at[row, :, queries], segment_scratch[0].at[slot], sems.at[slot, 3])
 
-    def one_head(tile, slot, g: int, masked: bool):
+    def one_head(tile, slot, g, masked: bool):
         q, d_out = q_ref[slot, g], d_out_ref[slot, g]
         scores = _dot(k_ref[...], q, _NT) * (call.scale * LOG2_E)  # (bk, bq)
-        weights = jnp.exp2(scores - stats_ref[slot, g : g + 1])
+        weights = jnp.exp2(scores - stats_ref[slot, pl.ds(g, 1)])
         if masked:
             key = i * bk + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             allowed = key < length
@@ -553,16 +556,18 @@ def _dkv_kernel(
             weights = jnp.where(allowed, weights, 0.0)
         dv_acc[...] += _dot(weights.astype(d_out.dtype), d_out, _NN)
         d_weights = _dot(v_ref[...], d_out, _NT)
-        d_scores = weights * (d_weights - stats_ref[slot, group + g : group + g + 1])
+        d_scores = weights * (d_weights - stats_ref[slot, pl.ds(group + g, 1)])
         dk_acc[...] += _dot(d_scores.astype(q.dtype), q, _NN)
 
     def visit(tile, slot, is_clear):
-        for masked in (False, True):
+        @pl.when(is_clear)
+        def _():
+            for g in range(group):
+                one_head(tile, slot, g, masked=False)
 
-            @pl.when(is_clear != masked)
-            def _(masked=masked):
-                for g in range(group):
-                    one_head(tile, slot, g, masked)
+        @pl.when(~is_clear)
+        def _():
+            lax.fori_loop(0, group, lambda g, _: one_head(tile, slot, g, masked=True), None)
 
     if segments is not None:
         segment_scratch[1][...] = _columns(segments[1][...])
