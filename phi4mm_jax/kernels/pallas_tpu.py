@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
@@ -57,11 +58,17 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, targ
         limits = limits._replace(
             q_segments=_pad(limits.q_segments, 1, rows), kv_segments=_pad(limits.kv_segments, 1, keys)
         )
+    q, k, v = (_heads_first(x, target) for x in (q, k, v))
     groups = _pad(q.transpose(0, 2, 1, 3), 2, rows).reshape(batch, kv_heads, heads // kv_heads, rows, size)
     k, v = (_pad(x.transpose(0, 2, 1, 3), 2, keys) for x in (k, v))
     out, log_sum = _attend(groups, k, v, limits, _Call(causal, scale, target))
     out, log_sum = out.reshape(batch, heads, rows, size), log_sum.reshape(batch, heads, rows)
-    return out[:, :, :q_len].transpose(0, 2, 1, 3), log_sum[:, :, :q_len].transpose(0, 2, 1)
+    return _heads_first(out[:, :, :q_len].transpose(0, 2, 1, 3), target), log_sum[:, :, :q_len].transpose(0, 2, 1)
+
+
+def _heads_first(x: Float[Array, "B T N H"], target: Target) -> Float[Array, "B T N H"]:
+    """Nothing but a hint to XLA to hold x, and its gradient, as (B, N, T, H): what is made so needs no copy later."""
+    return x if target.interpret else with_layout_constraint(x, Layout((0, 2, 1, 3)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
