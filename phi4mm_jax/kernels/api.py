@@ -5,9 +5,11 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from phi4mm_jax.kernels import xla
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_decode, tpu, xla
+from phi4mm_jax.kernels.limits import Limits
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "pallas_tpu"]
 
 
 def flash_attention(
@@ -17,11 +19,14 @@ def flash_attention(
     *,
     causal: bool,
     scale: float | None = None,
-    q_offset: Int[Array, " B"] | None = None,
+    q_offset: Int[Array, " B"] | int | None = None,
     kv_lengths: Int[Array, " B"] | None = None,
     kv_mask: Bool[Array, "B S"] | None = None,
+    q_segments: Int[Array, "B T"] | None = None,
+    kv_segments: Int[Array, "B S"] | None = None,
+    return_lse: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N H"]:
+):
     """Softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
 
     Query head n attends with key head n // (N / K). Scores and softmax are in float32. A query that may attend to no
@@ -30,67 +35,159 @@ def flash_attention(
     Args:
         causal: query t of row b attends to keys s <= t + q_offset[b] only.
         scale: of the scores; H**-0.5 by default.
-        q_offset: the position of each row's first query among its keys; zeros by default.
+        q_offset: the position of each row's first query among its keys; 0 by default.
         kv_lengths: keys from this index on are not attended to.
         kv_mask: keys where it is False are not attended to.
+        q_segments: a query attends to the keys with the same id only; ids are not negative. Needs `kv_segments`.
+        kv_segments: ids of the keys. Needs `q_segments`.
+        return_lse: also return the logarithm of the sum of the exponentials of each query's scores.
         implementation: None chooses what is best on this platform; a name succeeds or raises.
 
+    Returns:
+        (B, T, N, H) in q's dtype; with `return_lse` also (B, T, N) in float32, -inf for a query without keys.
+
     Raises:
-        ValueError: a shape, dtype or implementation that is not supported; the message names the argument.
+        InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
-    _check_implementation(implementation)
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"flash_attention: q {q.shape} and k {k.shape} must be (B, T, N, H) and (B, S, K, H)")
+        raise InputError(f"flash_attention: q {q.shape} and k {k.shape} must be (B, T, N, H) and (B, S, K, H)")
     if k.shape != v.shape:
-        raise ValueError(f"flash_attention: k {k.shape} and v {v.shape} differ in shape")
-    batch, _, heads, size = q.shape
+        raise InputError(f"flash_attention: k {k.shape} and v {v.shape} differ in shape")
+    batch, q_len, heads, size = q.shape
+    kv_len = k.shape[1]
     if k.shape[0] != batch or k.shape[3] != size:
-        raise ValueError(f"flash_attention: k {k.shape} must share the batch and head sizes of q {q.shape}")
+        raise InputError(f"flash_attention: k {k.shape} must share the batch and head sizes of q {q.shape}")
     if heads % k.shape[2]:
-        raise ValueError(f"flash_attention: q's {heads} heads are not a multiple of k's {k.shape[2]}")
+        raise InputError(f"flash_attention: q's {heads} heads are not a multiple of k's {k.shape[2]}")
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise InputError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if (q_segments is None) != (kv_segments is None):
+        raise InputError("flash_attention: q_segments and kv_segments must be given together")
+    q_offset = jnp.zeros(batch, jnp.int32) if q_offset is None else jnp.asarray(q_offset)
+    q_offset = jnp.broadcast_to(q_offset, batch) if q_offset.ndim == 0 else q_offset
     for name, argument, shape in (
         ("q_offset", q_offset, (batch,)),
         ("kv_lengths", kv_lengths, (batch,)),
-        ("kv_mask", kv_mask, (batch, k.shape[1])),
+        ("kv_mask", kv_mask, (batch, kv_len)),
+        ("q_segments", q_segments, (batch, q_len)),
+        ("kv_segments", kv_segments, (batch, kv_len)),
     ):
-        if argument is not None and argument.shape != shape:
-            raise ValueError(f"flash_attention: {name} has shape {argument.shape}; expected {shape}")
-    return xla.flash_attention(
-        q, k, v, causal=causal, scale=size**-0.5 if scale is None else scale,
-        q_offset=q_offset, kv_lengths=kv_lengths, kv_mask=kv_mask,
-    )  # fmt: skip
+        if argument is None:
+            continue
+        if argument.shape != shape:
+            raise InputError(f"flash_attention: {name} has shape {argument.shape}; expected {shape}")
+        if not jnp.issubdtype(argument.dtype, jnp.bool_ if name == "kv_mask" else jnp.integer):
+            raise InputError(f"flash_attention: {name} has dtype {argument.dtype}")
+    if kv_mask is not None:  # masked keys are a segment without queries
+        q_segments = jnp.zeros((batch, q_len), jnp.int32) if q_segments is None else q_segments
+        kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
+    limits = Limits(
+        q_offset.astype(jnp.int32),
+        jnp.full(batch, kv_len, jnp.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, kv_len).astype(jnp.int32),
+        None if q_segments is None else q_segments.astype(jnp.int32),
+        None if kv_segments is None else kv_segments.astype(jnp.int32),
+    )
+    scale = size**-0.5 if scale is None else float(scale)
+    chosen = _chosen("flash_attention", implementation, pallas_tpu.unsupported(q))
+    if chosen == "pallas_tpu":
+        out, lse = pallas_tpu.flash_attention(q, k, v, limits, causal=causal, scale=scale, target=tpu.target())
+    else:
+        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=scale)
+    return (out, lse) if return_lse else out
 
 
 def decode_attention(
     q: Float[Array, "B N H"],
-    k_cache: Float[Array, "L B K S H"],
-    v_cache: Float[Array, "L B K S H"],
+    k: Array,
+    v: Array,
     *,
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
+    tables: Int[Array, "B M"] | None = None,
+    k_scales: Float[Array, "L P K S"] | None = None,
+    v_scales: Float[Array, "L P K S"] | None = None,
+    scale: float | None = None,
+    return_partials: bool = False,
     implementation: Implementation | None = None,
-) -> Float[Array, "B N H"]:
+):
     """One query a row against the first `lengths[b]` keys of `layer` in the cache.
 
-    The cache of all layers is taken whole, so that no layer's part of it need be copied out; what is read grows with
-    the longest length, not with the capacity S.
+    The cache of all layers is taken whole, so that no layer's part of it need be copied out. What is read grows with
+    the lengths, not with the capacity.
+
+    Args:
+        k, v: pages (L, P, K, S, H): of each layer P pages of S tokens, those of one page in one piece. In q's dtype,
+            or int8 with scales.
+        tables: row b's tokens from S * i on lie in page tables[b, i]. What lies behind a row's length is not read.
+            Without tables, k and v are (L, B, K, S, H): one page a row.
+        k_scales, v_scales: float32 (L, P, K, S), by which the int8 values of a token and head are multiplied.
+        scale: of the scores; H**-0.5 by default.
+        return_partials: return (o, m, l) for `merge_partials`, where each shard holds a part of the keys.
+
+    Returns:
+        (B, N, H) in q's dtype, zeros for an empty row. Or in float32: o (B, N, H), the sum of the values weighted by
+        exp(score - m), m (B, N), the greatest score (-inf if there are no keys), and l (B, N), the sum of the weights.
 
     Raises:
-        ValueError: a shape or implementation that is not supported; the message names the argument.
+        InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
-    _check_implementation(implementation)
-    if k_cache.shape != v_cache.shape or k_cache.ndim != 5:
-        raise ValueError(f"decode_attention: k_cache {k_cache.shape} and v_cache {v_cache.shape} must both be "
-                         "(L, B, K, S, H)")  # fmt: skip
-    if (q.shape[0], q.shape[2]) != (k_cache.shape[1], k_cache.shape[4]) or q.shape[1] % k_cache.shape[2]:
-        raise ValueError(f"decode_attention: q {q.shape} does not fit k_cache {k_cache.shape}")
+    if k.shape != v.shape or k.ndim != 5:
+        raise InputError(f"decode_attention: k {k.shape} and v {v.shape} must both be (L, P, K, S, H)")
+    if q.ndim != 3 or q.shape[2] != k.shape[4] or q.shape[1] % k.shape[2]:
+        raise InputError(f"decode_attention: q {q.shape} does not fit k {k.shape}")
+    if tables is None and k.shape[1] != q.shape[0]:
+        raise InputError(f"decode_attention: without tables, k {k.shape} must have as many rows as q {q.shape}")
+    if tables is not None and (tables.ndim != 2 or tables.shape[0] != q.shape[0]):
+        raise InputError(f"decode_attention: tables has shape {tables.shape}; expected ({q.shape[0]}, pages a row)")
     if lengths.shape != q.shape[:1]:
-        raise ValueError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:1]}")
-    return xla.decode_attention(q, k_cache, v_cache, layer=layer, lengths=lengths)
+        raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:1]}")
+    quantized = k.dtype == jnp.int8
+    if k.dtype != v.dtype or (not quantized and k.dtype != q.dtype):
+        raise InputError(f"decode_attention: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, or int8")
+    for name, argument in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (argument is not None) != quantized:
+            raise InputError(f"decode_attention: {name} must be given with int8 pages, and with them only")
+        if argument is not None and (argument.shape != k.shape[:4] or argument.dtype != jnp.float32):
+            raise InputError(f"decode_attention: {name} must be float32 {k.shape[:4]}; got {argument.dtype} "
+                             f"{argument.shape}")  # fmt: skip
+    scales = (k_scales, v_scales) if quantized else None
+    layer, lengths = jnp.asarray(layer, jnp.int32), lengths.astype(jnp.int32)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    chosen = _chosen("decode_attention", implementation, pallas_tpu_decode.unsupported(q, k, tables))
+    if chosen == "pallas_tpu":
+        partials = pallas_tpu_decode.decode_attention(
+            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=scale, target=tpu.target()
+        )
+    else:
+        partials = xla.decode_attention(
+            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=scale
+        )
+    if return_partials:
+        return partials
+    out, _, total = partials
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
 
 
-def _check_implementation(implementation: str | None) -> None:
+def merge_partials(
+    o: Float[Array, "X B N H"], m: Float[Array, "X B N"], l: Float[Array, "X B N"]  # noqa: E741
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]:
+    """The partial results of X parts of the keys, as those of all keys; the attention is then o / l[..., None].
+
+    Across devices, gather each of the three first: `jax.lax.all_gather(o, axis)`.
+    """
+    greatest = m.max(0)
+    weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
+    return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
+
+
+def _chosen(function: str, implementation: str | None, unsupported: str | None) -> str:
+    """`unsupported`: why the TPU kernel cannot take these arguments, if so."""
     if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(f"implementation {implementation!r} is not available; choose from {get_args(Implementation)}")
+        raise InputError(
+            f"{function}: implementation {implementation!r} is not available; choose from {get_args(Implementation)}"
+        )
+    if tpu.target() is None:
+        unsupported = "implementation 'pallas_tpu' needs a TPU, and this is none; use 'xla'"
+    if implementation == "pallas_tpu" and unsupported:
+        raise InputError(f"{function}: {unsupported}")
+    return implementation or ("xla" if unsupported else "pallas_tpu")

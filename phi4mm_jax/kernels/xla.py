@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.precision import precision_of, row_sum
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN
@@ -32,43 +34,36 @@ class _Tiling(NamedTuple):
     keys: int
 
 
-class _Limits(NamedTuple):
-    """Which keys a row may attend to."""
-
-    q_offset: Int[Array, " B"]
-    kv_lengths: Int[Array, " B"]
-    kv_mask: Bool[Array, "B S"] | None
-
-
-def flash_attention(q, k, v, *, causal: bool, scale: float, q_offset, kv_lengths, kv_mask) -> Array:
-    """See `phi4mm_jax.kernels.flash_attention`."""
+def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float) -> tuple[Array, Array]:
+    """See `phi4mm_jax.kernels.flash_attention`; returns the output and the log-sum-exp (B, T, N)."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
     whole = not causal and kv_len <= _WHOLE_KEYS
     keys = kv_len if whole else min(-(-kv_len // 64) * 64, _KEY_TILE)
     queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
-    limits = _Limits(
-        jnp.zeros(batch, jnp.int32) if q_offset is None else q_offset.astype(jnp.int32),
-        jnp.full(batch, kv_len, jnp.int32) if kv_lengths is None else jnp.minimum(kv_lengths, kv_len).astype(jnp.int32),
-        None if kv_mask is None else _pad(kv_mask, 1, keys),
-    )
+    if limits.q_segments is not None:
+        limits = limits._replace(
+            q_segments=_pad(limits.q_segments, 1, queries), kv_segments=_pad(limits.kv_segments, 1, keys)
+        )
     groups = q.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
-    out: Any = _attend(
+    result: Any = _attend(
         _pad(groups.transpose(0, 2, 3, 1, 4), 3, queries),  # (B, K, G, T, H)
         _pad(k.transpose(0, 2, 1, 3), 2, keys),  # (B, K, S, H)
         _pad(v.transpose(0, 2, 1, 3), 2, keys),
         limits,
         _Tiling(causal, scale, queries, keys),
     )
-    return out[:, :, :, :q_len].transpose(0, 3, 1, 2, 4).reshape(batch, q_len, heads, size)
+    out, log_sum = (jnp.moveaxis(x[:, :, :, :q_len], 3, 1) for x in result)
+    return out.reshape(batch, q_len, heads, size), log_sum.reshape(batch, q_len, heads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, limits: _Limits, tiling: _Tiling):
-    return _forward(q, k, v, limits, tiling)[0]
+def _attend(q, k, v, limits: Limits, tiling: _Tiling):
+    out, log_sum = _forward(q, k, v, limits, tiling)
+    return out, jnp.where(log_sum > _MASKED / 2, log_sum, -jnp.inf)
 
 
-def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
+def _forward(q, k, v, limits: Limits, tiling: _Tiling):
     """Returns the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
 
     def query_tile(i):
@@ -107,14 +102,15 @@ def _forward(q, k, v, limits: _Limits, tiling: _Tiling):
     return _join(out, 3), _join(log_sum, 3)
 
 
-def _attend_forward(q, k, v, limits: _Limits, tiling: _Tiling):
-    out, log_sum = _forward(q, k, v, limits, tiling)
-    return out, (q, k, v, limits, out, log_sum)
+def _attend_forward(q, k, v, limits: Limits, tiling: _Tiling):
+    out, log_sum = _attend(q, k, v, limits, tiling)
+    return (out, log_sum), (q, k, v, limits, out, log_sum)
 
 
-def _attend_backward(tiling: _Tiling, residuals, d_out):
+def _attend_backward(tiling: _Tiling, residuals, cotangents):
     q, k, v, limits, out, log_sum = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)  # (B, K, G, T)
+    d_out, d_log_sum = cotangents
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum  # (B, K, G, T)
 
     def query_tile(carry, i):
         """The gradients of one tile of queries; those of keys and values are summed in the carry."""
@@ -147,13 +143,14 @@ def _attend_backward(tiling: _Tiling, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _scores(q_i, k_j, i, j, limits: _Limits, tiling: _Tiling):
+def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
     """A tile's scores in float32, (B, K, G, queries, keys), and where they may be attended to."""
     scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
     key = j * tiling.keys + jnp.arange(tiling.keys)
     allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
-    if limits.kv_mask is not None:
-        allowed &= _tile(limits.kv_mask, j, tiling.keys, 1)[:, None, :]
+    if limits.q_segments is not None:
+        ids = _tile(limits.q_segments, i, tiling.queries, 1), _tile(limits.kv_segments, j, tiling.keys, 1)
+        allowed &= ids[0][:, :, None] == ids[1][:, None]
     if tiling.causal:
         query = i * tiling.queries + jnp.arange(tiling.queries)
         allowed &= key <= (query + limits.q_offset[:, None])[..., None]
@@ -161,7 +158,7 @@ def _scores(q_i, k_j, i, j, limits: _Limits, tiling: _Tiling):
     return jnp.where(allowed, scores, _MASKED), allowed
 
 
-def _last_key_tile(i, kv_len: int, limits: _Limits, tiling: _Tiling):
+def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
     """How many tiles of keys the i-th tile of queries has to visit."""
     if kv_len == tiling.keys:
         return 1
@@ -171,32 +168,50 @@ def _last_key_tile(i, kv_len: int, limits: _Limits, tiling: _Tiling):
     return lax.div(last + tiling.keys - 1, tiling.keys)
 
 
-def decode_attention(q, k_cache, v_cache, *, layer, lengths):
-    """See `phi4mm_jax.kernels.decode_attention`."""
-    _, batch, kv_heads, capacity, size = k_cache.shape
-    if capacity % DECODE_BLOCK:
-        raise ValueError(f"decode_attention: the cache holds {capacity} keys; expected a multiple of {DECODE_BLOCK}")
-    keys = next(n for n in (_KEY_TILE, _KEY_TILE // 2, DECODE_BLOCK) if capacity % n == 0)
-    groups = q.reshape(batch, kv_heads, q.shape[1] // kv_heads, size)
+def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -> tuple[Array, Array, Array]:
+    """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
+    batch, heads, size = q.shape
+    kv_heads, page = k.shape[2], k.shape[3]
+    groups = q.reshape(batch, kv_heads, heads // kv_heads, size)
+    if tables is None:
+        if page % DECODE_BLOCK:
+            raise InputError(f"decode_attention: k holds {page} keys a row; expected a multiple of {DECODE_BLOCK}")
+        keys = next(n for n in (_KEY_TILE, _KEY_TILE // 2, DECODE_BLOCK) if page % n == 0)
 
-    def block(cache, j):
-        start = (layer, 0, 0, j * keys, 0)
-        return lax.dynamic_slice(cache, start, (1, batch, kv_heads, keys, size))[0]  # (B, K, keys, H)
+        def block(cache, j):
+            return lax.dynamic_slice(cache, (layer, 0, 0, j * keys, 0), (1, batch, kv_heads, keys, size))[0]
+    else:
+        pages = max(_KEY_TILE // page, 1)
+        keys = pages * page
+        tables = _pad(tables, 1, pages)
+
+        def block(cache, j):
+            """(B, K, keys, H), or (B, K, keys) of scales."""
+            taken = cache[layer, lax.dynamic_slice_in_dim(tables, j * pages, pages, 1)]  # (B, pages, K, page, ...)
+            return taken.swapaxes(1, 2).reshape(batch, kv_heads, keys, *taken.shape[4:])
+
+    def values(cache, scales, j):
+        if scales is None:
+            return block(cache, j)
+        return (block(cache, j).astype(jnp.float32) * block(scales, j)[..., None]).astype(q.dtype)
+
+    k_scales, v_scales = scales or (None, None)
 
     def key_tile(j, carry):
         maximum, total, out = carry
-        scores = _einsum("BKGH,BKSH->BKGS", groups, block(k_cache, j)) * size**-0.5
+        scores = _einsum("BKGH,BKSH->BKGS", groups, values(k, k_scales, j)) * scale
         allowed = (j * keys + jnp.arange(keys) < lengths[:, None])[:, None, None]
         new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(v_cache.dtype), block(v_cache, j))
+        out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values(v, v_scales, j))
         return new_maximum, total * decay + row_sum(weights), out
 
     rows = groups.shape[:-1]
     start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)
-    _, total, out = _loop(0, lax.div(lengths.max() + keys - 1, keys), key_tile, start)
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype).reshape(q.shape)
+    maximum, total, out = _loop(0, lax.div(lengths.max() + keys - 1, keys), key_tile, start)
+    maximum = jnp.where(maximum > _MASKED / 2, maximum, -jnp.inf)
+    return out.reshape(q.shape), maximum.reshape(batch, heads), total.reshape(batch, heads)
 
 
 def _einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

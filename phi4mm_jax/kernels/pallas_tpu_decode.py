@@ -1,0 +1,194 @@
+"""Decoding on TPUs: one query a row against a paged cache.
+
+Bound by the transfer of keys and values, so what matters is that only valid pages are brought, in large pieces, and
+that the next piece, be it the next row's, is on its way while one is worked on. A page holds all heads of its tokens in
+one piece: one transfer brings them. Where two cores are one device, each takes half of every row's keys.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, stream
+from phi4mm_jax.precision import precision_of
+
+_SUBLANES = 8  # the queries of a group are padded to these
+
+
+def unsupported(q, k, tables) -> str | None:
+    """Why this kernel cannot take these arguments, if so."""
+    if tables is None:
+        return "tables is None; implementation 'pallas_tpu' reads a paged cache only"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q has dtype {q.dtype}; implementation 'pallas_tpu' takes bfloat16 and float32"
+    if k.shape[3] % LANES or k.shape[4] % LANES:
+        return f"k {k.shape} has pages of {k.shape[3]} tokens and head size {k.shape[4]}; implementation 'pallas_tpu' " \
+               f"takes multiples of {LANES}"  # fmt: skip
+    return None
+
+
+def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, target: Target):
+    """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
+    batch, heads, size = q.shape
+    _, _, kv_heads, page, _ = k.shape
+    group = heads // kv_heads
+    rows = -(-group // _SUBLANES) * _SUBLANES
+    groups = q.reshape(batch, kv_heads, group, size)
+    groups = jnp.pad(groups, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
+    pages = min(max(target.blocks.decode_bytes // (kv_heads * page * size * k.dtype.itemsize), 1), tables.shape[1])
+    cores = target.cores
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    scratch = pltpu.VMEM((2, pages, kv_heads, page, size), k.dtype)
+    row_block = (None, None, kv_heads * rows)
+    stats = pltpu.VMEM((kv_heads * rows, LANES), jnp.float32)
+    out, largest, total = pl.pallas_call(
+        partial(_kernel, scale=scale, pages=pages, batch=batch, cores=cores),
+        name="phi4mm_decode",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(cores, batch),
+            in_specs=[
+                pl.BlockSpec((None, kv_heads, rows, size), lambda core, b, *_: (b, 0, 0, 0)),
+                anywhere,
+                anywhere,
+                scales and (anywhere, anywhere),
+            ],
+            out_specs=[pl.BlockSpec((*row_block, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES, LANES)],
+            scratch_shapes=[
+                scratch,
+                scratch,
+                scales and (pltpu.VMEM((2, pages, kv_heads, page), jnp.float32),) * 2,
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((1,), jnp.int32),
+                stats,
+                stats,
+                pltpu.VMEM((kv_heads * rows, size), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((cores, batch, kv_heads * rows, n), jnp.float32) for n in (size, LANES, LANES)
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=target.blocks.vmem
+        ),
+        interpret=target.interpret,
+    )(layer.reshape(1), lengths, tables.reshape(-1).astype(jnp.int32), groups, k, v, scales)
+
+    def of_queries(x):
+        return x.reshape(cores, batch, kv_heads, rows, -1)[:, :, :, :group].reshape(cores, batch, heads, -1)
+
+    out, largest, total = of_queries(out), of_queries(largest[..., :1])[..., 0], of_queries(total[..., :1])[..., 0]
+    return merge_partials(out, largest, total) if cores > 1 else (out[0], largest[0], total[0])
+
+
+def merge_partials(o, m, l):  # noqa: E741
+    """See `phi4mm_jax.kernels.merge_partials`."""
+    greatest = m.max(0)
+    weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
+    return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
+
+
+def _kernel(
+    layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, largest_ref, total_ref, k_ref, v_ref,
+    scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, cores: int,
+):  # fmt: skip
+    kv_heads, rows, size = q_ref.shape
+    page = k_ref.shape[3]
+    keys = pages * page
+    core, layer = pl.program_id(0), layer_ref[0]
+    width = tables_ref.shape[0] // batch  # pages of a row
+
+    def extent(b):
+        """The blocks of keys that this core visits."""
+        blocks = lax.div(lengths_ref[b] + keys - 1, keys)
+        share = lax.div(blocks + cores - 1, cores)
+        first = lax.min(core * share, blocks)
+        return b, first, lax.min(first + share, blocks)
+
+    def for_pages(b, block, act):
+        """act(page in the block, page in the cache) for the valid pages."""
+        valid = lax.div(lengths_ref[b] + page - 1, page) - block * pages
+        table = b * width + block * pages
+        lax.fori_loop(0, lax.min(valid, pages), lambda n, _: act(n, tables_ref[table + n]), None)
+
+    def copies(n, at, slot):
+        pairs = [(k_any, k_ref), (v_any, v_ref), *(zip(scales, scales_ref, strict=True) if scales else ())]
+        for source, to in pairs:
+            yield pltpu.make_async_copy(source.at[layer, at], to.at[slot, n], sems.at[slot])
+
+    def start(b, block, slot):
+        def act(n, at):
+            for copy in copies(n, at, slot):
+                copy.start()
+
+        for_pages(b, block, act)
+
+    def wait(b, block, slot):
+        def act(n, at):
+            for copy in copies(n, at, slot):
+                copy.wait()
+
+        for_pages(b, block, act)
+
+    def of_head(ref, slot, h):
+        return ref[slot, :, h].reshape(keys, size)
+
+    def scaled(x, which, slot, h):
+        """Multiplied by the scales of the keys, which lie along the columns."""
+        if not scales:
+            return x
+        scale = scales_ref[which][slot, :, h]  # (pages, page)
+        return x * jnp.concatenate([scale[n : n + 1] for n in range(pages)], 1)
+
+    def product(a, b, dimensions):
+        if scales:
+            b = b.astype(jnp.float32).astype(a.dtype)
+        return lax.dot_general(
+            a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32
+        )  # fmt: skip
+
+    def visit(b, block, slot):
+        length = lengths_ref[b]
+
+        @pl.when(length < (block + 1) * keys)
+        def _():
+            """What lies behind the length may be anything, and 0 * NaN is not 0."""
+
+            def clear_page(n, _):
+                token = block * keys + n * page + lax.broadcasted_iota(jnp.int32, (kv_heads, page, size), 1)
+                v_ref[slot, n] = jnp.where(token < length, v_ref[slot, n].astype(jnp.float32), 0.0).astype(v_ref.dtype)
+                if scales:
+                    token = block * keys + n * page + lax.broadcasted_iota(jnp.int32, (kv_heads, page), 1)
+                    scales_ref[1][slot, n] = jnp.where(token < length, scales_ref[1][slot, n], 0.0)
+
+            lax.fori_loop(lax.div(length - block * keys, page), pages, clear_page, None)
+
+        scores = jnp.concatenate([
+            scaled(product(q_ref[h], of_head(k_ref, slot, h), (((1,), (1,)), ((), ()))), 0, slot, h)
+            for h in range(kv_heads)
+        ]) * (scale * LOG2_E)  # (kv_heads * rows, keys)  # fmt: skip
+        key = block * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        scores = jnp.where(key < length, scores, MASKED)
+        old = max_ref[...]
+        new = jnp.maximum(old, scores.max(-1, keepdims=True))
+        weights = jnp.exp2(scores - jnp.tile(new, (1, keys // LANES)))
+        decay = jnp.exp2(old - new)
+        max_ref[...] = new
+        sum_ref[...] = sum_ref[...] * decay + weights.sum(-1, keepdims=True)
+        for h in range(kv_heads):
+            at = slice(h * rows, (h + 1) * rows)
+            weights_h = scaled(weights[at], 1, slot, h).astype(q_ref.dtype)
+            added = product(weights_h, of_head(v_ref, slot, h), (((1,), (0,)), ((), ())))
+            acc_ref[at] = acc_ref[at] * jnp.tile(decay[at], (1, size // LANES)) + added
+
+    max_ref[...] = jnp.full_like(max_ref, MASKED)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    stream(pl.program_id(1), batch, extent, free_slot, start, wait, visit)
+    out_ref[...] = acc_ref[...]
+    largest_ref[...] = jnp.where(max_ref[...] > MASKED / 2, max_ref[...] / LOG2_E, -jnp.inf)
+    total_ref[...] = sum_ref[...]

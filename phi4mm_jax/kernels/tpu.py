@@ -1,0 +1,145 @@
+"""What the TPU kernels share: which chip they are compiled for, their block sizes, lengths and interpretation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128  # of a vector register; the head size of the decoder, and the unit of lengths
+MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
+LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How much a kernel takes at a time.
+
+    Attributes:
+        rows: query rows of a forward tile, those of a group's heads together.
+        keys: keys of a forward tile: one transfer from main memory.
+        chunk: keys of one pair of products inside of a tile.
+        backward_rows, backward_keys, backward_chunk: the same in the backward kernels.
+        decode_bytes: of keys that are transferred at a time in decoding, over all heads; of values as many.
+        vmem: bytes of vector memory that a kernel may take.
+    """
+
+    rows: int = 768
+    keys: int = 2048
+    chunk: int = 512
+    backward_rows: int = 768
+    backward_keys: int = 1024
+    backward_chunk: int = 512
+    decode_bytes: int = 1 << 20
+    vmem: int = 48 << 20
+
+
+# By `benchmarks/kernels_static`: the largest tiles that still gain, within the vector memory of the chip. See
+# docs/kernels.md. Chips that are not listed take those of v5e.
+_BLOCKS = {
+    "TPU v5 lite": Blocks(),
+    "TPU v5": Blocks(),
+    "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_bytes=2 << 20),
+    "TPU7x": Blocks(keys=4096, chunk=1024, decode_bytes=4 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is traced for; `interpret` is what `pallas_call` takes by this name."""
+
+    blocks: Blocks
+    cores: int = 1  # that work as one device
+    interpret: Any = False
+
+
+_INTERPRETED: ContextVar[Target | None] = ContextVar("interpreted", default=None)
+
+
+@contextmanager
+def interpreted(interpret: Any = True, blocks: Blocks | None = None, cores: int = 1) -> Iterator[None]:
+    """Traces of TPU kernels in this context are interpreted: by XLA (True) or as `pltpu.InterpretParams` say."""
+    token = _INTERPRETED.set(Target(blocks or Blocks(), cores, interpret))
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def target() -> Target | None:
+    """The TPU that kernels are traced for, from the mesh in context or the default device; None on other platforms."""
+    if (chosen := _INTERPRETED.get()) is not None:
+        return chosen
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+    if getattr(device, "platform", None) != "tpu":
+        return None
+    return Target(_BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)
+
+
+def padded(length: int) -> int:
+    """The length rounded up so that a large block divides it: to a quarter of an octave, a multiple of 128.
+
+    Buckets of lengths (see `phi4mm_jax.processing`) are such already, from 512 on.
+    """
+    granule = min(max((1 << (length.bit_length() - 1)) // 4, LANES), 2048)
+    return -(-length // granule) * granule
+
+
+def block(length: int, most: int) -> int:
+    """The largest multiple of 128 that divides a padded length and is at most `most`."""
+    return max(n for n in range(LANES, max(min(length, most), LANES) + 1, LANES) if length % n == 0)
+
+
+def stream(i, steps: int, extent: Callable, free_slot, start: Callable, wait: Callable, visit: Callable) -> None:
+    """Go through the tiles of step i of a kernel, while the next tile is on its way; to be called in each step.
+
+    Args:
+        steps: how many there are.
+        extent: extent(i) gives the place of step i, whatever the next three understand, and its tiles' first and stop.
+        free_slot: a scalar in memory that stays from step to step: which of two slots the next tile goes to.
+        start, wait: start(place, tile, slot) begins to bring a tile, wait(place, tile, slot) waits for it.
+        visit: visit(place, tile, slot), for the tiles of this step from the last to the first.
+
+    On return the slot that `free_slot` does not name is free.
+    """
+    place, first, stop = extent(i)
+
+    def start_first_of(i, slot):
+        @pl.when(i < steps)
+        def _():
+            place, first, stop = extent(lax.min(i, steps - 1))
+
+            @pl.when(first < stop)
+            def _():
+                start(place, stop - 1, slot)
+
+    @pl.when(i == 0)
+    def _():
+        free_slot[0] = 0
+        start_first_of(i, 0)
+
+    def one_tile(n, slot):
+        tile = stop - 1 - n
+        wait(place, tile, slot)
+
+        @pl.when(tile > first)
+        def _():
+            start(place, tile - 1, 1 - slot)
+
+        @pl.when(tile == first)
+        def _():
+            start_first_of(i + 1, 1 - slot)
+
+        visit(place, tile, slot)
+        return 1 - slot
+
+    slot = lax.fori_loop(0, stop - first, one_tile, free_slot[0])
+    free_slot[0] = slot
+
+    @pl.when(first == stop)
+    def _():
+        start_first_of(i + 1, slot)
