@@ -18,18 +18,32 @@ from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
 
+_CACHED_KEYS = 2048  # of earlier tokens, that a chunk attends to at once
+
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, heads before positions: what one head attends to lies in one piece."""
+    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head."""
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    k: Array  # (L, P, K, S, H)
+    v: Array
+    k_scales: Float[Array, "L P K S"] | None = None
+    v_scales: Float[Array, "L P K S"] | None = None
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
 
 
 class Rows(NamedTuple):
     """What every layer knows of the batch."""
 
+    starts: Int[Array, " B"] | None  # tokens of each row in the cache before this call; None without a cache
     lengths: Int[Array, " B"]  # valid tokens of each row, those of this call included
+    tables: Int[Array, "B M"] | None  # the i-th page of each row's tokens
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
     scales: RowScales
@@ -104,7 +118,7 @@ class Attention(nn.Module):
         sizes, ranks = self.config.sizes, dict(self.config.ranks)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, ranks, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        out, cache = attend(q, k, v, layer, rows.lengths, cache)
+        out, cache = attend(q, k, v, layer, rows, cache)
         (out,) = Projection("NH", {"out": "D"}, sizes, ranks, name="out")(out, rows.scales)
         return out, cache
 
@@ -114,27 +128,104 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     layer: Int[Array, ""],
-    lengths: Int[Array, " B"],
+    rows: Rows,
     cache: Cache | None,
 ) -> tuple[Float[Array, "B T N H"], Cache | None]:
     """Causal attention of new tokens, and the cache with their keys and values in it.
 
-    One token (T = 1) is each row's last and attends to the row's whole cache; more are the row from its beginning.
+    With a cache, the new tokens come after `rows.starts` tokens that it has. One token (T = 1) goes anywhere; more must
+    begin, and be padded, at a page's border.
     """
-    if cache is not None and q.shape[1] == 1:
-        cache = Cache(*(_append(old, new[:, 0], layer, lengths - 1) for old, new in zip(cache, (k, v), strict=True)))
-        return decode_attention(q[:, 0], cache.k, cache.v, layer=layer, lengths=lengths)[:, None], cache
-    if cache is not None:
-        cache = Cache(*(_fill(old, new, layer) for old, new in zip(cache, (k, v), strict=True)))
-    return flash_attention(q, k, v, causal=True, kv_lengths=lengths), cache
+    if cache is None:
+        return flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths), None
+    if q.shape[1] == 1:
+        cache = _append(cache, k[:, 0], v[:, 0], layer, rows)
+        out = decode_attention(
+            q[:, 0], cache.k, cache.v, layer=layer, lengths=rows.lengths, tables=rows.tables,
+            k_scales=cache.k_scales, v_scales=cache.v_scales,
+        )  # fmt: skip
+        return out[:, None], cache
+    own, log_sum = flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths - rows.starts, return_lse=True)
+    out = _attend_to_cached(q, own, log_sum, layer, rows, cache)
+    return out, _fill(cache, k, v, layer, rows)
 
 
-def _append(cache: Float[Array, "L B K S H"], new: Float[Array, "B K H"], layer, positions: Int[Array, " B"]):
-    return cache.at[layer, jnp.arange(new.shape[0]), :, positions].set(new.astype(cache.dtype))
+def _attend_to_cached(q, own, log_sum, layer, rows: Rows, cache: Cache) -> Float[Array, "B T N H"]:
+    """The attention to a chunk's own tokens, joined with that to the tokens before it, some pages at a time."""
+    pages = max(_CACHED_KEYS // cache.page_size, 1)
+    keys = pages * cache.page_size
+    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages)))
+
+    def block(i, carry):
+        out, log_sum = carry
+        table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
+        k, v = (_gather(x, scales, layer, table, q.dtype) for x, scales in _pairs(cache))
+        lengths = jnp.clip(rows.starts - i * keys, 0, keys)
+        theirs, their_log_sum = flash_attention(q, k, v, causal=False, kv_lengths=lengths, return_lse=True)
+        both = jnp.logaddexp(log_sum, their_log_sum)
+        weight, their_weight = (
+            jnp.where(jnp.isfinite(x), jnp.exp(x - both), 0.0)[..., None] for x in (log_sum, their_log_sum)
+        )
+        return out * weight + theirs * their_weight, both
+
+    blocks = jax.lax.div(rows.starts.max() + keys - 1, keys)
+    out, _ = jax.lax.fori_loop(0, blocks, block, (own.astype(jnp.float32), log_sum))
+    return out.astype(q.dtype)
 
 
-def _fill(cache: Float[Array, "L B K S H"], new: Float[Array, "B T K H"], layer):
-    return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype).transpose(0, 2, 1, 3)[None], (layer, 0, 0, 0, 0))
+def _pairs(cache: Cache):
+    return (cache.k, cache.k_scales), (cache.v, cache.v_scales)
+
+
+def _gather(x, scales, layer, table: Int[Array, "B M"], dtype) -> Float[Array, "B S K H"]:
+    """The tokens of some pages of each row, one after the other."""
+    taken = x[layer, table]  # (B, M, K, S, H)
+    if scales is not None:
+        taken = taken * scales[layer, table][..., None]
+    taken = taken.astype(dtype).swapaxes(2, 3)
+    return taken.reshape(taken.shape[0], -1, *taken.shape[3:])
+
+
+def _append(cache: Cache, k: Float[Array, "B K H"], v: Float[Array, "B K H"], layer, rows: Rows) -> Cache:
+    """One token a row, after its last; rows without tokens write nothing."""
+    position = rows.lengths - 1
+    page = jnp.take_along_axis(rows.tables, jnp.maximum(position, 0)[:, None] // cache.page_size, 1)[:, 0]
+    page = jnp.where(rows.lengths > 0, page, cache.num_pages)  # out of range: dropped
+    slot = position % cache.page_size
+
+    def put(old, new):
+        return old.at[layer, page, :, slot].set(new, mode="drop")
+
+    return _put(cache, put, k, v)
+
+
+def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: Rows) -> Cache:
+    """Whole pages, those after a row's last token excepted."""
+    size = cache.page_size
+    count = k.shape[1] // size
+    index = rows.starts[:, None] // size + jnp.arange(count)  # (B, pages)
+    page = jnp.take_along_axis(rows.tables, jnp.minimum(index, rows.tables.shape[1] - 1), 1)
+    page = jnp.where(index * size < rows.lengths[:, None], page, cache.num_pages)
+
+    def put(old, new):
+        paged = new.reshape(new.shape[0], count, size, *new.shape[2:]).swapaxes(2, 3)  # (B, pages, K, S, ...)
+        return old.at[layer, page].set(paged, mode="drop")
+
+    return _put(cache, put, k, v)
+
+
+def _put(cache: Cache, put, k, v) -> Cache:
+    if cache.k_scales is None:
+        return Cache(put(cache.k, k.astype(cache.k.dtype)), put(cache.v, v.astype(cache.v.dtype)))
+    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
+    return Cache(put(cache.k, k), put(cache.v, v), put(cache.k_scales, k_scales), put(cache.v_scales, v_scales))
+
+
+def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:
+    """As int8, and the scale of each vector: its largest value over 127."""
+    scale = jnp.abs(x.astype(jnp.float32)).max(-1) / 127.0
+    scaled = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return jnp.round(scaled).astype(jnp.int8), scale
 
 
 class MLP(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import lora, rope
@@ -80,34 +80,39 @@ class Phi4MM(nn.Module):
         embedded: Float[Array, "B T D"],
         lengths: Int[Array, " B"],
         adapters: Int[Array, " B"],
+        long: Bool[Array, " B"] | None = None,
         cache: Cache | None = None,
-        long: Array | None = None,
+        starts: Int[Array, " B"] | None = None,
+        tables: Int[Array, "B M"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Run the decoder over whole rows, or, with one token a row, over each row's last token.
+        """Run the decoder over new tokens: over whole rows, or with a cache over what comes after its tokens.
 
         Args:
-            lengths: valid tokens of each row, those before this call included.
-            cache: filled with whole rows' keys and values, or extended by one token a row.
-            long: which rows use the long rotary set; by default those whose length asks for it. While a row is
-                decoded token by token, it must be what the row's cached keys were made with.
+            lengths: valid tokens of each row, those of this call and those in the cache included.
+            long: which rows use the long rotary set; by default those whose length asks for it. It must be what the
+                row's cached keys were made with.
+            starts: tokens of each row in the cache; with T > 1, a multiple of the page size, as T is.
+            tables: the pages of each row, in the order of its tokens.
         """
-        length = embedded.shape[1]
-        step = cache is not None and length == 1
-        positions = lengths[:, None] - 1 if step else jnp.broadcast_to(jnp.arange(length), embedded.shape[:2])
+        before = jnp.zeros_like(lengths) if starts is None else starts
+        positions = before[:, None] + jnp.arange(embedded.shape[1])
         settings = self.config.decoder.rope
         cos, sin = rope.rotations(settings, positions, rope.is_long(settings, lengths) if long is None else long)
-        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters))
+        rows = Rows(starts, lengths, tables, cos, sin, lora.row_scales(self.config, adapters))
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.decoder.logits(hidden)
 
 
-def empty_cache(config: Phi4MMConfig, batch: int, capacity: int, dtype: Any) -> Cache:
-    """Room for `capacity` tokens of each of `batch` rows."""
+def empty_cache(config: Phi4MMConfig, pages: int, page_size: int, dtype: Any) -> Cache:
+    """Room for `pages` times `page_size` tokens, of any rows; with dtype int8, quantised by token and head."""
     d = config.decoder
-    shape = (d.num_layers, batch, d.num_kv_heads, capacity, d.head_size)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (d.num_layers, pages, d.num_kv_heads, page_size, d.head_size)
+    pages_of = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    if jnp.dtype(dtype) != jnp.int8:
+        return Cache(*pages_of)
+    return Cache(*pages_of, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
 
 
 def abstract_batch(config: Phi4MMConfig, batch: int = 1, length: int = 16, crops: int = 1, chunks: int = 1) -> Batch:

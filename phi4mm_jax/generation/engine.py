@@ -1,0 +1,450 @@
+"""The batch engine: fixed slots that are refilled as rows end, over a paged cache.
+
+Each round admits waiting requests into free slots, prefills a chunk of some of those that are not through, and decodes
+all others some steps in one compiled program. Only then does the host look at the tokens. The host decides, with numpy;
+the device computes, with a handful of programs whose shapes never change.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation.media import FeatureStore, RowMedia, media_of
+from phi4mm_jax.generation.pages import Key, PagePool, page_keys
+from phi4mm_jax.generation.programs import Chunk, Programs, Slots
+from phi4mm_jax.generation.request import Completion, Request, Text
+from phi4mm_jax.generation.sampling import Sampling, SamplingRows
+from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.phi4mm import empty_cache
+from phi4mm_jax.processing.batch import NO_MEDIA
+from phi4mm_jax.processing.processor import Processor, Row, adapter_of
+
+_BLOCK = 64  # features, see `FeatureStore`
+_ROWS = (4, 1)  # rows that are prefilled at once
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes; all memory is taken at the start.
+
+    Attributes:
+        slots: rows that are decoded at once.
+        cache_tokens: what the cache holds, of all rows together.
+        page_size: tokens of a page; prompts share whole pages.
+        chunk: tokens of a row that are prefilled at once, at most; a multiple of the page size.
+        steps: tokens that are decoded before the host looks at them.
+        cache_dtype: the model's by default, or "int8".
+        feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
+    """
+
+    slots: int = 8
+    cache_tokens: int = 32768
+    page_size: int = 128
+    chunk: int = 2048
+    steps: int = 8
+    cache_dtype: str | None = None
+    feature_blocks: int = 512
+
+    def __post_init__(self):
+        for name in ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}; expected a positive whole number")
+        if self.chunk % self.page_size:
+            raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
+        if self.feature_blocks < 16:
+            raise InputError(f"feature_blocks is {self.feature_blocks}; expected at least 16")
+
+    @property
+    def pages(self) -> int:
+        return math.ceil(self.cache_tokens / self.page_size)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a round brought for one request: text, and in the end the whole answer."""
+
+    id: int
+    text: str
+    completion: Completion | None = None
+
+
+@dataclass
+class _Active:
+    """A request in a slot."""
+
+    id: int
+    request: Request
+    row: Row
+    media: RowMedia
+    adapter: int
+    limit: int  # tokens that it may draw
+    slot: int
+    needed: int  # pages that it may come to need
+    text: Text
+    tokens: list[int] = field(default_factory=list)  # drawn
+    log_probabilities: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)  # of the whole pages of what has to be prefilled
+    cached: int = 0  # tokens in the cache
+    target: int = 0  # tokens to prefill before it decodes; 0 once it does
+    started: bool = False
+    long: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.row.tokens)
+
+    def sequence(self, stop: int) -> np.ndarray:
+        """Its first tokens, drawn ones included."""
+        return np.concatenate([self.row.tokens, np.asarray(self.tokens, np.int32)])[:stop]
+
+
+class Engine:
+    """Answers requests, many at a time. Not for use from several threads at once.
+
+    Raises:
+        InputError: sizes that do not fit.
+    """
+
+    def __init__(self, programs: Programs, variables: Mapping[str, Any], processor: Processor, config: EngineConfig):
+        self.config, self._programs, self._processor = config, programs, processor
+        self._variables = variables
+        self._context = processor.context
+        self._boundary = processor.config.decoder.rope.original_length
+        model = programs.model.config
+        self._pool = PagePool(config.pages)
+        self._table_size = min(config.pages, math.ceil(self._context / config.page_size))
+        self._cache = empty_cache(model, config.pages, config.page_size, config.cache_dtype or programs.model.dtype)
+        features = jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), programs.model.dtype)
+        base = {"params": variables["params"]}
+        self._features = FeatureStore(lambda *arguments: programs.encode(base, *arguments), features)
+        self._seen = jnp.zeros((config.slots, model.decoder.vocab_size), bool)
+        self._stops = set(model.stop_token_ids)
+        self._slots: list[_Active | None] = [None] * config.slots
+        self._waiting: deque[tuple[int, Request, Future[Row]]] = deque()
+        self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
+        self._next_id = 0
+        self._updates: list[Update] = []
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns the id that its updates carry. Its prompt is processed in the background."""
+        number, self._next_id = self._next_id, self._next_id + 1
+        work = self._workers.submit(self._processor.row, request.prompt, request.images, request.audios)
+        self._waiting.append((number, request, work))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request now; its slot and pages are free at once. What it drew so far is its answer."""
+        for entry in self._waiting:
+            if entry[0] == number:
+                entry[2].cancel()
+                self._waiting.remove(entry)
+                self._updates.append(Update(number, "", Completion("", [], "cancelled", 0)))
+                return
+        for active in self._slots:
+            if active is not None and active.id == number:
+                self._finish(active, "cancelled")
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._updates and all(a is None for a in self._slots)
+
+    def step(self) -> list[Update]:
+        """One round. Updates come in the order of their slots; a request that cannot be served ends with an error."""
+        self._admit()
+        self._prefill()
+        self._decode()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def run(self, requests: Iterable[Request], ahead: int | None = None) -> Iterator[tuple[int, Completion]]:
+        """Answer requests as they come, in the order in which they end.
+
+        Args:
+            requests: read as slots become free, and some more whose media are processed meanwhile.
+            ahead: how many more; by default as many as there are slots.
+
+        Yields:
+            The request's place among `requests`, and its answer.
+        """
+        ahead = self.config.slots if ahead is None else ahead
+        incoming = enumerate(requests)
+        places: dict[int, int] = {}
+        more = True
+        while more or places:
+            while more and len(self._waiting) < ahead + sum(a is None for a in self._slots):
+                place, request = next(incoming, (None, None))
+                if request is None or place is None:
+                    more = False
+                else:
+                    places[self.submit(request)] = place
+            for update in self.step():
+                if update.completion is not None and update.id in places:
+                    yield places.pop(update.id), update.completion
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The answer in pieces of text, none of which splits a character. Closing the iterator cancels the request."""
+        number, done = self.submit(request), False
+        try:
+            while not done:
+                for update in self.step():
+                    if update.id == number:
+                        done = update.completion is not None
+                        if update.completion is not None and update.completion.error:
+                            raise InputError(update.completion.error)
+                        if update.text:
+                            yield update.text
+        finally:
+            if not done:
+                self.cancel(number)
+                self._updates = [u for u in self._updates if u.id != number]
+
+    # ------------------------------------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        """Fill free slots, in the order of the queue: a request that needs many pages is not overtaken for ever."""
+        while self._waiting and None in self._slots:
+            number, request, work = self._waiting[0]
+            if not work.done() and any(a is not None for a in self._slots):
+                return  # the others go on meanwhile
+            try:
+                row = work.result()
+                active = self._activate(number, request, row)
+            except InputError as error:
+                self._waiting.popleft()
+                self._updates.append(Update(number, "", Completion("", [], "error", 0, error=str(error))))
+                continue
+            if active.needed > self._pool.available:
+                return
+            self._waiting.popleft()
+            self._pool.promise(active.needed)
+            self._slots[active.slot] = active
+            self._restart(active)
+            if request.sampling.repetition_penalty != 1.0:
+                seen = np.zeros(self._seen.shape[1], bool)
+                seen[row.tokens] = True
+                self._seen = self._programs.mark(self._seen, np.int32(active.slot), seen)
+
+    def _activate(self, number: int, request: Request, row: Row) -> _Active:
+        length, size = len(row.tokens), self.config.page_size
+        if length >= self._context:
+            raise InputError(
+                f"the prompt has {length} tokens, which leaves no room in the context of {self._context}; shorten it"
+            )
+        limit = min(int(request.max_new_tokens), self._context - length)
+        needed = math.ceil((length + limit) / size)
+        if needed > self._pool.num_pages:
+            raise InputError(
+                f"the prompt's {length} tokens and {limit} new ones need {needed} pages of {size} tokens, but the cache "
+                f"has {self._pool.num_pages}; give it more tokens, or ask for fewer"
+            )
+        text = Text(self._processor.tokenizer, request.stop)
+        media = media_of(row, self._processor.config)
+        return _Active(number, request, row, media, adapter_of(row), limit, self._slots.index(None), needed, text)
+
+    def _restart(self, active: _Active) -> None:
+        """Prefill from the beginning: at first, and when the row is about to outgrow the short rotary set."""
+        self._pool.release(active.pages)
+        self._pool.promise(len(active.pages))
+        active.pages, active.cached, active.started = [], 0, False
+        active.target = active.prompt_tokens + len(active.tokens)
+        active.long = active.target > self._boundary
+        salt = bytes([active.adapter, active.long])
+        active.keys = list(
+            page_keys(active.sequence(active.target), active.media.spans, self.config.page_size, salt)
+        )
+
+    # ------------------------------------------------------------------------------------------ prefill
+
+    def _prefill(self) -> None:
+        """A chunk of some rows with the same adapter, those that wait longest first."""
+        waiting = sorted((a for a in self._slots if a is not None and a.target), key=lambda a: a.id)
+        computed: set[Key] = set()  # pages that a row of this round, or one under way, will publish
+        chosen: list[_Active] = []
+        for active in waiting:
+            if not active.started:
+                shared = self._shareable(active)
+                if any(key in computed for key in active.keys[shared : shared + 1]):
+                    continue  # another is about to make what this one needs next
+                self._start(active, shared)
+            computed.update(active.keys[active.cached // self.config.page_size :])
+            if not chosen or active.adapter == chosen[0].adapter:
+                chosen.append(active)
+        if not chosen:
+            return
+        chosen = chosen[: next(n for n in _ROWS if n <= len(chosen))]
+        stops = [self._chunk_end(active) for active in chosen]
+        width = self._width(max(stop - a.cached for a, stop in zip(chosen, stops, strict=True)))
+        rows = self._features.rows([(a.media, a.cached, s) for a, s in zip(chosen, stops, strict=True)][:1])
+        del rows
+        self._prefill_rows(chosen, stops, width)
+
+    def _shareable(self, active: _Active) -> int:
+        """How many pages it may take from others; its last token at least is its own to prefill."""
+        return min(self._pool.find(active.keys), (active.target - 1) // self.config.page_size)
+
+    def _start(self, active: _Active, shared: int) -> None:
+        active.pages = self._pool.share(active.keys[:shared])
+        may_cross = not active.long and active.prompt_tokens + active.limit > self._boundary
+        if not may_cross:  # who does not need the pages again gives back as many as were promised
+            self._pool.promise(-shared)
+            active.needed -= shared
+        active.cached, active.started = shared * self.config.page_size, True
+
+    def _chunk_end(self, active: _Active) -> int:
+        """As far as the chunk and the room for its media go; short of the end, to a page's border."""
+        stop = min(active.cached + self.config.chunk, active.target)
+        fit = self._features.fit(active.media, active.cached, min(stop, active.prompt_tokens))
+        if fit < min(stop, active.prompt_tokens):
+            stop = fit // self.config.page_size * self.config.page_size
+        if stop <= active.cached:
+            raise InputError("the media of one page do not fit into feature_blocks; raise it")
+        return stop
+
+    def _width(self, tokens: int) -> int:
+        """Chunks are padded to a page times a power of two."""
+        pages = math.ceil(tokens / self.config.page_size)
+        return min(self.config.page_size << (pages - 1).bit_length(), self.config.chunk)
+
+    def _prefill_rows(self, chosen: list[_Active], stops: list[int], width: int) -> None:
+        count = next(n for n in _ROWS[::-1] if n >= len(chosen))
+        tokens = np.zeros((count, width), np.int32)
+        media = np.full((count, width), NO_MEDIA, np.int32)
+        indices = self._features.rows(
+            [(a.media, a.cached, min(s, a.prompt_tokens)) for a, s in zip(chosen, stops, strict=True)]
+        )
+        for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
+            tokens[i, : stop - active.cached] = active.sequence(stop)[active.cached :]
+            media[i, : len(indices[i])] = indices[i]
+            self._grow(active, stop)
+        chunk = Chunk(
+            tokens, media,
+            starts=_column(chosen, count, lambda a: a.cached),
+            lengths=_padded(stops, count),
+            tables=self._tables(chosen, count),
+            adapters=_column(chosen, count, lambda a: a.adapter),
+            long=_column(chosen, count, lambda a: a.long).astype(bool),
+            slots=_column(chosen, count, lambda a: a.slot),
+            drawn=_column(chosen, count, lambda a: len(a.tokens)),
+            settings=_settings(chosen, count),
+        )  # fmt: skip
+        variables = self._variables_for({a.adapter for a in chosen})
+        self._cache, drawn = self._programs.prefill(variables, self._cache, self._features.table, self._seen, chunk)
+        drawn = jax.device_get(drawn)
+        for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
+            size = self.config.page_size
+            for page in range(active.cached // size, min(stop // size, len(active.keys))):
+                self._pool.publish(active.pages[page], active.keys[page])
+            active.cached = stop
+            if stop == active.target:
+                active.target = 0
+                self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
+
+    # ------------------------------------------------------------------------------------------ decoding
+
+    def _decode(self) -> None:
+        rows: list[_Active | None] = []
+        steps = np.zeros(len(self._slots), np.int32)
+        for i, active in enumerate(self._slots):
+            if active is not None and not active.target:
+                room = active.limit - len(active.tokens)
+                if not active.long:
+                    room = min(room, self._boundary - active.cached)
+                    if room == 0:
+                        self._restart(active)
+                steps[i] = min(room, self.config.steps)
+            if active is not None and steps[i]:
+                self._grow(active, active.cached + int(steps[i]))
+                rows.append(active)
+            else:
+                rows.append(None)
+        if not steps.any():
+            return
+        count = len(rows)
+        slots = Slots(
+            last=_column(rows, count, lambda a: a.tokens[-1]),
+            lengths=_column(rows, count, lambda a: a.cached),
+            steps=steps,
+            tables=self._tables(rows, count),
+            adapters=_column(rows, count, lambda a: a.adapter),
+            long=_column(rows, count, lambda a: a.long).astype(bool),
+            drawn=_column(rows, count, lambda a: len(a.tokens)),
+            settings=_settings(rows, count),
+        )
+        variables = self._variables_for({a.adapter for a in rows if a is not None})
+        self._cache, self._seen, drawn = self._programs.decode(
+            variables, self._cache, self._seen, slots, width=self.config.steps
+        )
+        drawn = jax.device_get(drawn)
+        for active, tokens, log_probabilities, n in zip(rows, *drawn, strict=True):
+            if active is not None:
+                active.cached += int(n)
+                self._append(active, tokens[:n], log_probabilities[:n])
+
+    def _append(self, active: _Active, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
+        """Take new tokens, up to what ends the answer."""
+        pieces = []
+        for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
+            active.tokens.append(token)
+            active.log_probabilities.append(log_probability)
+            if token in self._stops or token in active.request.stop_tokens:
+                return self._finish(active, "stop", pieces)
+            pieces.append(active.text.add(token))
+            if active.text.stopped:
+                return self._finish(active, "stop", pieces)
+            if len(active.tokens) == active.limit:
+                return self._finish(active, "length", pieces)
+        if text := "".join(pieces):
+            self._updates.append(Update(active.id, text))
+
+    def _finish(self, active: _Active, reason: str, pieces: Sequence[str] = ()) -> None:
+        rest = active.text.end()
+        completion = Completion(
+            active.text.whole, active.tokens, reason, active.prompt_tokens, tuple(active.log_probabilities)  # type: ignore
+        )
+        self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
+        self._pool.release(active.pages)
+        self._pool.promise(len(active.pages) - active.needed - (0))
+        self._slots[active.slot] = None
+
+    # ------------------------------------------------------------------------------------------ small things
+
+    def _grow(self, active: _Active, tokens: int) -> None:
+        """Pages for its first tokens."""
+        while len(active.pages) * self.config.page_size < tokens:
+            active.pages.append(self._pool.take())
+
+    def _tables(self, rows: Sequence[_Active | None], count: int) -> np.ndarray:
+        tables = np.zeros((count, self._table_size), np.int32)
+        for i, active in enumerate(rows):
+            if active is not None:
+                tables[i, : len(active.pages)] = active.pages
+        return tables
+
+    def _variables_for(self, adapters: set[int]) -> dict[str, Any]:
+        """Without the adapters that no row uses, which then cost nothing."""
+        return {name: v for name, v in self._variables.items() if ADAPTERS.get(name) in {None, *adapters}}
+
+
+def _column(rows: Sequence[_Active | None], count: int, value) -> np.ndarray:
+    return _padded([0 if a is None else value(a) for a in rows], count)
+
+
+def _padded(values: Sequence[int], count: int) -> np.ndarray:
+    return np.asarray([*values, *[0] * (count - len(values))], np.int32)
+
+
+def _settings(rows: Sequence[_Active | None], count: int) -> SamplingRows:
+    settings = [Sampling() if a is None else a.request.sampling for a in rows]
+    return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))

@@ -1,0 +1,125 @@
+"""The compiled programs of generation: encode media, prefill a chunk of some rows, decode all slots for some steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from phi4mm_jax.generation.sampling import SamplingRows, sample
+from phi4mm_jax.model import Cache, Phi4MM
+from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
+
+
+class Chunk(NamedTuple):
+    """The next tokens of R rows, whose earlier ones are in the cache."""
+
+    tokens: Int[Any, "R T"]
+    media: Int[Any, "R T"]  # rows of the table of features
+    starts: Int[Any, " R"]
+    lengths: Int[Any, " R"]  # tokens of each row, those of this chunk included; 0 for none
+    tables: Int[Any, "R M"]
+    adapters: Int[Any, " R"]
+    long: Bool[Any, " R"]
+    slots: Int[Any, " R"]
+    drawn: Int[Any, " R"]  # tokens that the row has drawn before
+    settings: SamplingRows
+
+
+class Slots(NamedTuple):
+    """All N slots as a round of decoding begins. A slot's last token is not in the cache."""
+
+    last: Int[Any, " N"]
+    lengths: Int[Any, " N"]  # tokens in the cache
+    steps: Int[Any, " N"]  # tokens to decode in this round at most; 0 for a slot that rests
+    tables: Int[Any, "N M"]
+    adapters: Int[Any, " N"]
+    long: Bool[Any, " N"]
+    drawn: Int[Any, " N"]
+    settings: SamplingRows
+
+
+class Drawn(NamedTuple):
+    """Tokens chosen in a round, and their log-probabilities, before any setting of the sampling."""
+
+    tokens: Int[Array, "N W"]
+    log_probabilities: Float[Array, "N W"]
+    counts: Int[Array, " N"]
+
+
+class Programs:
+    """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand."""
+
+    def __init__(self, model: Phi4MM):
+        self.model = model
+        self._apply: Callable[..., Any] = model.apply
+        self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
+        self.encode = jax.jit(self._encode, donate_argnums=1)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1)
+        self.decode = jax.jit(self._decode, donate_argnums=(1, 2), static_argnames="width")
+        self.mark = jax.jit(lambda seen, slot, row: seen.at[slot].set(row), donate_argnums=0)
+
+    def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
+        method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
+        features = self._apply(variables, stack, method=method)
+        return table.at[rows].set(features[: len(rows)].astype(table.dtype))
+
+    def _prefill(
+        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: Chunk
+    ) -> tuple[Cache, Drawn]:
+        """Fills the cache, and chooses the token that follows each row's last."""
+        embedded = self._apply(variables, chunk.tokens, chunk.media, table, method="embed")
+        hidden, cache = self._apply(
+            variables, embedded, chunk.lengths, chunk.adapters, chunk.long, cache, chunk.starts, chunk.tables,
+            method="decode",
+        )  # fmt: skip
+        last = jnp.maximum(chunk.lengths - chunk.starts - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
+        logits = self._apply(variables, hidden, method="logits")
+        tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
+        return cache, Drawn(tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens))
+
+    def _decode(
+        self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: Slots, *, width: int
+    ) -> tuple[Cache, Bool[Array, "N V"], Drawn]:
+        """Decodes until every slot has taken its steps, at most `width`, or has drawn a stop token."""
+        count = len(slots.last)
+        every = jnp.arange(count)
+        drawn = Drawn(
+            jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32)
+        )
+
+        def going_on(carry):
+            return (carry[-1] > 0).any()
+
+        def advance(carry):
+            cache, seen, last, drawn, left = carry
+            active = left > 0
+            seen = seen.at[every, last].max(active)
+            lengths = jnp.where(active, slots.lengths + drawn.counts + 1, 0)
+            embedded = self._apply(variables, last[:, None], jnp.full((count, 1), NO_MEDIA), None, method="embed")
+            hidden, cache = self._apply(
+                variables, embedded, lengths, slots.adapters, slots.long, cache, jnp.maximum(lengths - 1, 0),
+                slots.tables, method="decode",
+            )  # fmt: skip
+            logits = self._apply(variables, hidden[:, 0], method="logits")
+            tokens = sample(logits, slots.drawn + drawn.counts, slots.settings, seen)
+            at = every, jnp.where(active, drawn.counts, width)  # out of range: dropped
+            drawn = Drawn(
+                drawn.tokens.at[at].set(tokens, mode="drop"),
+                drawn.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
+                drawn.counts + active,
+            )
+            stopped = (tokens[:, None] == self._stops).any(-1)
+            left = jnp.where(active & ~stopped, left - 1, 0)
+            return cache, seen, jnp.where(active, tokens, last), drawn, left
+
+        start = cache, seen, jnp.asarray(slots.last), drawn, jnp.minimum(slots.steps, width)
+        cache, seen, _, drawn, _ = jax.lax.while_loop(going_on, advance, start)
+        return cache, seen, drawn
+
+
+def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, -1)

@@ -1,0 +1,117 @@
+"""What is asked of the engine, and what it answers."""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation.sampling import Sampling, is_whole
+from phi4mm_jax.processing.processor import PromptLike
+from phi4mm_jax.processing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to answer it.
+
+    Attributes:
+        prompt: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
+        images: PIL images, paths, bytes or arrays.
+        audios: (samples, sampling rate), paths or bytes.
+        max_new_tokens: the most tokens to draw.
+        stop: strings that end the answer; they are not part of its text.
+        stop_tokens: ids that end the answer, besides the model's own.
+
+    Raises:
+        InputError: an argument out of range.
+    """
+
+    prompt: PromptLike
+    images: Sequence[Any] = ()
+    audios: Sequence[Any] = ()
+    max_new_tokens: int = 256
+    sampling: Sampling = Sampling()
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
+
+    def __post_init__(self):
+        stop = self.stop
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}; expected a positive whole number")
+        if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
+        if any(0xD800 <= ord(character) < 0xE000 for s in stop for character in s):
+            raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
+        if not isinstance(self.stop_tokens, Sequence) or not all(is_whole(t) for t in self.stop_tokens):
+            raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        text: the answer, without stop tokens; cut before a stop string.
+        tokens: the generated ids, a final stop token included.
+        finish_reason: "stop" by a stop token or string, "length" by max_new_tokens or the context; "cancelled", and
+            "error" for a request that could not be served.
+        prompt_tokens: the prompt's length.
+        log_probabilities: of each token, by the model's own distribution.
+        error: what was wrong.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["stop", "length", "cancelled", "error"]
+    prompt_tokens: int
+    log_probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+
+class Text:
+    """The text of the tokens so far, in pieces that split no character and show nothing that a stop string may begin."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, tuple(s.encode() for s in stop)
+        self._bytes = b""
+        self._given = 0  # bytes that were decoded
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pieces: list[str] = []
+        self.stopped = False
+
+    @property
+    def whole(self) -> str:
+        return "".join(self._pieces)
+
+    def add(self, token: int) -> str:
+        """What can be shown now."""
+        before = len(self._bytes)
+        self._bytes += self._tokenizer.decode_bytes([token])
+        longest = max(map(len, self._stop), default=1) - 1
+        found = [at for s in self._stop if (at := self._bytes.find(s, max(before - longest, 0))) >= 0]
+        if found:
+            self.stopped = True
+            self._bytes = self._bytes[: min(found)]
+            return self._show(len(self._bytes))
+        return self._show(len(self._bytes) - self._held())
+
+    def end(self) -> str:
+        """What was held back."""
+        rest = self._show(len(self._bytes)) + self._decoder.decode(b"", final=True)
+        if rest and (not self._pieces or not rest == self._pieces[-1]):
+            pass
+        return rest
+
+    def _held(self) -> int:
+        """Bytes at the end that may begin a stop string."""
+        return max(
+            (n for s in self._stop for n in range(1, len(s)) if self._bytes.endswith(s[:n])),
+            default=0,
+        )
+
+    def _show(self, stop: int) -> str:
+        piece = self._decoder.decode(self._bytes[self._given : stop]) if stop > self._given else ""
+        self._given = max(self._given, stop)
+        self._pieces.append(piece)
+        return piece
