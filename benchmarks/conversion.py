@@ -18,9 +18,7 @@ RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_conf
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.conversion", description="Conversion beside cp."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description="Conversion beside cp.")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to work; must not exist")
     parser.add_argument("--config", metavar="FILE", type=Path, default=RELEASE, help="sizes; by default the release's")
     arguments = parser.parse_args()
@@ -32,7 +30,7 @@ def main() -> int:
     python = [sys.executable, "-m"]
     write = "from phi4mm_jax.checkpoint.random import write_random_checkpoint as w; import sys; w(*sys.argv[1:])"
     steps = {
-        "write random weights": (original, [sys.executable, "-c", write, str(arguments.config), original]),
+        "random weights": (original, [sys.executable, "-c", write, str(arguments.config), original]),
         "cp -r": (copied, ["cp", "-r", original, copied]),
         "original to Orbax": (converted, [*python, "convert.to_orbax", original, converted]),
         "Orbax to original": (back, [*python, "convert.to_torch", converted, back, "--layout", "original"]),

@@ -39,10 +39,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise phi4mm_jax.InputError("--system does not go with --raw; write the system message into TEXT")
     if "" in arguments.stop:
         raise phi4mm_jax.InputError("--stop is empty; leave it out, or give a text")
-    for name, texts in (("TEXT", [arguments.text]), ("--system", [arguments.system or ""]), ("--stop", arguments.stop)):
-        for text in texts:
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
+    texts = [("TEXT", arguments.text), ("--system", arguments.system or ""), *(("--stop", s) for s in arguments.stop)]
+    for name, text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python holds other bytes
+            raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
 
@@ -79,7 +79,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        # Not `print` alone: what it cannot write is tried again at the program's end.
+        # A stream of its own: what standard output's could not write would be tried again at the program's end.
         descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
         with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
             print(completion.text, file=out)

@@ -117,8 +117,8 @@ class Model:
 
         Args:
             prompts: one a row: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
-            images: for each row, a list of PIL images, paths or bytes.
-            audios: for each row, a list of (samples, sampling rate), paths or bytes.
+            images: for each row a list of images, in any form that `Processor.__call__` takes.
+            audios: for each row a list of clips, likewise.
             max_new_tokens: the most tokens to generate for a row.
             temperature: 0 chooses the likeliest token.
             top_k: sample from this many likeliest tokens; 0 from all.

@@ -149,9 +149,7 @@ class Phi4MMConfig:
             )
         keys = _Keys(config, "config.json")
         if keys.has("quantization_config"):
-            raise keys.error(
-                "quantization_config", "is set; quantised weights are not supported"
-            )
+            raise keys.error("quantization_config", "is set; quantised weights are not supported")
         return _check(reader(keys, adapters or {}))
 
     @classmethod

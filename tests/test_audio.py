@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import audioread
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
 import soundfile
+import torch
 from safetensors.numpy import load_file
 from transformers import Phi4MultimodalFeatureExtractor
 
@@ -146,6 +148,19 @@ def test_transformers(num_samples: int) -> None:
     extractor.mel_filters[246] = 0
     theirs = np.asarray(extractor(samples, sampling_rate=16000)["audio_input_features"])[0]
     np.testing.assert_allclose(features, theirs, rtol=0, atol=LAST_BIT)
+
+
+def test_transformers_highest_band() -> None:
+    """A tone where its extractor has a bin more moves its highest band, and no other; ours is the original's."""
+    extractor = Phi4MultimodalFeatureExtractor()
+    t = np.arange(40 * 16000) / 16000
+    samples = (0.5 * np.sin(2 * np.pi * 7700 * t)).astype(np.float32) + noise(len(t)) / 10
+    features = log_mel(samples, 16000)
+    difference = np.abs(features - np.asarray(extractor(samples, sampling_rate=16000)["audio_input_features"])[0])
+    assert difference[:, :79].max() < LAST_BIT
+    assert 0.3 < difference[:, 79].max() < 0.5
+    part = features_by_definition(samples[:16000], 16000)
+    np.testing.assert_allclose(features[: len(part)], part, rtol=0, atol=3e-6)
 
 
 def test_silence_is_zero() -> None:
@@ -296,6 +311,19 @@ def test_int16_equals_its_float_version() -> None:
         np.testing.assert_array_equal(log_mel(*load_audio((samples, 16000))), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_floats_and_tensors(dtype: str) -> None:
+    tensor = torch.tensor(noise(8000)).to(getattr(torch, dtype))
+    array = jnp.asarray(noise(8000), dtype)
+    expected = tensor.float().numpy()
+    for samples in (tensor, tensor.clone().requires_grad_(), array, np.asarray(array), torch.stack([tensor, tensor])):
+        given, _ = load_audio((samples, 16000))
+        assert given.dtype == np.float32
+        np.testing.assert_array_equal(given, expected)
+    shorts = torch.tensor([0, 16384, -32768] * 200, dtype=torch.int16)
+    assert load_audio((shorts, 16000))[0][:3].tolist() == [0, 0.5, -1]
+
+
 def test_channels() -> None:
     """The shorter axis is the channels, in either order; of equal axes the second."""
     x = np.random.default_rng(0).uniform(-1, 1, (3, 2000)).astype(np.float32)
@@ -352,6 +380,7 @@ LOSSLESS = [
     ("AU", "PCM_16"),
     ("CAF", "PCM_16"),
     ("W64", "PCM_16"),
+    ("RF64", "PCM_16"),
 ]
 LOSSY = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "ULAW")]
 
@@ -365,10 +394,12 @@ def test_lossless_files(file_format: str, subtype: str, channels: int, tmp_path:
     path = tmp_path / "clip.bin"  # known by its content, not by its name
     path.write_bytes(data)
     expected = x.mean(axis=1) if channels == 2 else x
-    for source in (data, bytearray(data), memoryview(data), path, str(path)):
-        samples, rate = load_audio(source)
-        assert rate == 24000
-        np.testing.assert_array_equal(samples, expected.astype(np.float32))
+    file = io.BytesIO(data)
+    with path.open("rb") as opened:
+        for source in (data, bytearray(data), memoryview(data), path, str(path), file, file, opened, opened):
+            samples, rate = load_audio(source)
+            assert rate == 24000
+            np.testing.assert_array_equal(samples, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize(("file_format", "subtype"), LOSSY)
@@ -406,6 +437,18 @@ def test_wav_of_unknown_length(size: int) -> None:
     expected, _ = load_audio(bytes(data))
     data[40:44] = size.to_bytes(4, "little")
     np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
+
+
+@pytest.mark.parametrize(("file_format", "at"), [("W64", 16), ("RF64", 20)])
+def test_files_beyond_4_gib(file_format: str, at: int) -> None:
+    """The whole file's size is in 64 bits: a cut file may announce more than 32 hold, an unknown size is near 2**63."""
+    data = bytearray(encoded(noise(5000), 16000, file_format, "PCM_16"))
+    expected, _ = load_audio(bytes(data))
+    data[at : at + 8] = (2**63 - 1).to_bytes(8, "little")
+    np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
+    data[at : at + 8] = (5 << 30).to_bytes(8, "little")
+    with pytest.raises(InputError, match="cut off"):
+        load_audio(bytes(data))
 
 
 def test_wav_whose_header_counts_itself_in() -> None:
@@ -476,12 +519,13 @@ def test_what_soundfile_cannot_open(
         ((), "tuple of 0"),
         ((noise(16000),), "tuple of 1"),
         ((noise(16000), 16000, 1), "tuple of 3"),
-        ((None, 16000), "shape ()"),
+        ((None, 16000), r"shape \(\)"),
         ((0.5, 16000), r"shape \(\)"),
         (([], 16000), r"shape \(0,\)"),
         ((np.zeros((0, 2)), 16000), r"shape \(0, 2\)"),
         ((np.zeros((2, 2, 9000)), 16000), r"shape \(2, 2, 9000\)"),
-        (([[0.0], [0.0, 1.0]], 16000), "not an array of samples"),
+        (([[0.0], [0.0, 1.0]], 16000), "the values make no array"),
+        ((torch.zeros(16000, device="meta"), 16000), "the values make no array"),
         ((np.zeros((100, 16000)), 16000), "100 channels, more than 64; pass one clip, not a batch"),
         ((np.zeros(16000, np.int64), 16000), "samples of int64, whose full scale is not known"),
         (([0] * 16000, 16000), "samples of int64"),
@@ -509,16 +553,18 @@ def test_what_soundfile_cannot_open(
         ((np.append(noise(16000), np.nan), 16000), "NaN or infinite"),
         ((np.append(noise(16000), 1e10), 16000), r"magnitude 1e\+10; expected floats of full scale 1"),
         ((np.append(noise(16000).astype(float), 1e300), 16000), "NaN or infinite"),
-        (b"", "audio of 0 bytes is empty"),
-        (b"RIFF", "audio of 4 bytes cannot be read"),
+        (b"", "the file is empty; pass a whole one"),
+        (io.StringIO("text"), "gives str, not bytes; open it in binary mode"),
+        (b"RIFF", "the audio clip cannot be read"),
         (b"not audio at all", r"cannot be read.*Pass a whole audio file in a known format"),
-        (bytes(1000), "audio of 1000 bytes cannot be read"),
-        ("/no/such/file.wav", "'/no/such/file.wav' does not exist; check the path"),
-        (Path("/no/such/file.wav"), "'/no/such/file.wav' does not exist"),
-        ("", "'' does not exist"),
-        ("null\0byte.wav", "does not exist"),
-        (TINY, "cannot be read"),
-        (TINY / "config.json", r"config\.json' cannot be read"),
+        (bytes(1000), "the audio clip cannot be read"),
+        ("/no/such/file.wav", "the file does not exist; check the path"),
+        (Path("/no/such/file.wav"), "the file does not exist"),
+        ("", "the file does not exist"),
+        ("null\0byte.wav", r"cannot be opened \(embedded null byte\); check the path"),
+        ("a" * 5000, r"cannot be opened \(File name too long\); check the path"),
+        (TINY, r"cannot be opened \(Is a directory\); check the path"),
+        (TINY / "config.json", "the audio clip cannot be read"),
     ],
 )
 def test_unusable_sources(source: Any, message: str) -> None:
@@ -532,16 +578,14 @@ def test_one_frame() -> None:
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize(
-    ("file_format", "subtype"), [*LOSSLESS[:-1], ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)]
-)
+@pytest.mark.parametrize(("file_format", "subtype"), [*LOSSLESS, ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)])
 def test_truncated_files(file_format: str, subtype: str | None, part: float, tmp_path: Path) -> None:
     data = encoded(sound(16000, 4.0), 16000, file_format, subtype)
     data = data[: int(part * len(data))]
     path = tmp_path / "cut"
     path.write_bytes(data)
-    for source, name in ((data, f"audio of {len(data)} bytes"), (path, "cut'")):
-        with pytest.raises(InputError, match=rf"{name} (is cut off|is damaged or cut off|cannot be read)"):
+    for source in (data, path):
+        with pytest.raises(InputError, match=r"the audio clip (is cut off|is damaged or cut off|cannot be read)"):
             load_audio(source)
 
 
@@ -567,7 +611,7 @@ def test_nan_in_a_file(tmp_path: Path) -> None:
     x[500] = np.nan
     path = tmp_path / "nan.wav"
     soundfile.write(path, x, 16000, subtype="FLOAT")
-    with pytest.raises(InputError, match=r"nan\.wav' has samples that are NaN"):
+    with pytest.raises(InputError, match="samples that are NaN"):
         load_audio(path)
 
 
@@ -575,7 +619,7 @@ def test_short_and_empty_files(tmp_path: Path) -> None:
     for num_samples in (0, 399):
         path = tmp_path / "short.wav"
         soundfile.write(path, noise(num_samples), 16000)
-        with pytest.raises(InputError, match=rf"short\.wav' has {num_samples} samples at 16000 Hz"):
+        with pytest.raises(InputError, match=f"has {num_samples} samples at 16000 Hz"):
             load_audio(path)
 
 
@@ -583,7 +627,7 @@ def test_long_clips_are_refused() -> None:
     x = noise(32_000)
     for source in ((x, 16000), encoded(x, 16000, "WAV"), encoded(x, 16000, "FLAC")):
         assert len(load_audio(source, max_seconds=2)[0]) == 32_000
-        with pytest.raises(InputError, match=r"longer than 1\.9 seconds; cut it, or raise max_seconds"):
+        with pytest.raises(InputError, match=r"longer than 1\.9 seconds; cut it into several$"):
             load_audio(source, max_seconds=1.9)
 
 

@@ -1,14 +1,18 @@
 """Through the front door: what cannot be processed is an InputError that names the row, the input and the remedy."""
 
+import base64
 import io
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
 
-from phi4mm_jax import InputError
+from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.processing.processor import Processor
 
 INPUTS = TINY / "inputs"
 IMAGE, CLIP = INPUTS / "image_0.png", INPUTS / "audio_0.flac"
@@ -70,6 +74,71 @@ def test_input_errors(tiny, name):
     message = str(caught.value)
     assert message.startswith("prompt 1: "), message
     assert re.search(expected, message), message
+
+
+GOOD = Image.new("RGB", (50, 50))
+SILENCE = (np.zeros(16000, np.int16), 16000)
+
+
+@pytest.mark.parametrize(
+    ("images", "audios", "expected"),
+    [
+        ([GOOD, "thin.png"], [], "image 2 ('thin.png'): the image has 60x1 pixels"),
+        (["thin.png", GOOD], [], "image 1 ('thin.png'): the image has 60x1 pixels"),
+        ([GOOD, "nowhere.png"], [], "image 2 ('nowhere.png'): the file does not exist"),
+        ([GOOD, Image.new("RGB", (60, 1))], [], "image 2 (Image): the image has 60x1 pixels"),
+        ([GOOD, np.zeros((1, 60), np.uint8)], [], "image 2 (ndarray): the image has 60x1 pixels"),
+        ([GOOD, bytearray(7)], [], "image 2 (7 bytes): the file is in no format"),
+        ([], [SILENCE, (NOISE[:100], 8000)], "audio 2 (samples at 8000 Hz): the audio clip has 100 samples"),
+        ([], [SILENCE, io.BytesIO(b"no")], "audio 2 (BytesIO): the audio clip cannot be read"),
+        ([], [NOISE, SILENCE], "audio 1 (ndarray): the audio clip is of type ndarray"),
+        ([GOOD], [SILENCE, "nowhere.wav"], "audio 2 ('nowhere.wav'): the file does not exist"),
+    ],
+)
+def test_errors_name_the_medium(tiny, images, audios, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 1)).save("thin.png")
+    raw = "<|image|>" * len(images) + "<|audio|>" * len(audios)
+    parts = [{"type": "image", "image": image} for image in images]
+    parts += [{"type": "audio", "audio": audio} for audio in audios]
+    for prompt, given in ((raw, (images, audios)), ([{"role": "user", "content": parts}], ([], []))):
+        with pytest.raises(InputError) as caught:
+            tiny.process(["Hello", prompt], [[], given[0]], [[], given[1]])
+        assert str(caught.value).startswith(f"prompt 1: {expected}")
+
+
+def test_urls_beside_a_prompt_are_those_of_a_chat(tiny):
+    data = base64.b64encode(IMAGE.read_bytes()).decode()
+    expected = tiny.process([IMAGE_PROMPT], [[IMAGE]])
+    for url in (f"data:image/png;base64,{data}", IMAGE.as_uri()):
+        np.testing.assert_array_equal(tiny.process([IMAGE_PROMPT], [[url]]).images.crops, expected.images.crops)
+    data = base64.b64encode(CLIP.read_bytes()).decode()
+    expected = tiny.process([AUDIO_PROMPT], None, [[CLIP]])
+    for url in (f"data:audio/flac;base64,{data}", CLIP.as_uri()):
+        np.testing.assert_array_equal(tiny.process([AUDIO_PROMPT], None, [[url]]).audio.frames, expected.audio.frames)
+    with pytest.raises(
+        InputError, match=r"^prompt 0: images\[0\] is 'https://a\.b/c\.png': nothing is downloaded; fetch it"
+    ):
+        tiny.process([IMAGE_PROMPT], [["https://a.b/c.png"]])
+    with pytest.raises(InputError, match=r"^prompt 0: audios\[0\] is not base64"):
+        tiny.process([AUDIO_PROMPT], None, [["data:;base64,@"]])
+
+
+@pytest.mark.parametrize(
+    ("length", "context"),
+    [(4096, 4096), (4096.0, 4096), (200_000, 200_000), (None, 2048), (10**30, 2048), (1e30, 2048),
+     (True, None), (False, None), (0, None), (-5, None), (0.5, None), (float("nan"), None), ("4096", None), ([], None)],
+)  # fmt: skip
+def test_model_max_length(tiny, length, context, tmp_path):
+    for path in TINY.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    if context:
+        assert Processor.from_folder(tmp_path, tiny.config).context == context
+    else:
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: model_max_length is"):
+            Processor.from_folder(tmp_path, tiny.config)
 
 
 def test_special_tokens_in_a_message_are_text(tiny):

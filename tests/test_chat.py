@@ -394,6 +394,17 @@ def test_media_are_collected_as_they_are(tokenizer: Tokenizer):
     assert prompt.audios[0] is clip
 
 
+def test_media_beside_the_prompt_may_be_urls(tokenizer: Tokenizer):
+    images = [f"data:image/png;base64,{DATA}", "file:///tmp/a.png", "a.png"]
+    expected = (PNG, Path("/tmp/a.png"), "a.png")
+    parts = user(*[{"type": "image"}] * 3)
+    assert parse_raw("<|image|>" * 3, tokenizer, images).images == expected
+    assert render_chat(parts, tokenizer, images).images == expected
+    for prompt in ("<|image|>" * 3, parts):
+        with pytest.raises(InputError, match=r"^images\[1\] is 'https://a\.b': nothing is downloaded"):
+            parse_prompt(prompt, tokenizer, ["a", "https://a.b", "c"])
+
+
 def test_media_in_order_of_appearance(tokenizer: Tokenizer):
     """Those given beside the messages fill the gaps, whatever comes between."""
     messages = [

@@ -4,17 +4,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY
 
+from infer import generate
+
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+def run(*arguments: str, stdout: Any = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
     )
 
 
@@ -54,7 +62,6 @@ def test_generate_from_a_raw_prompt(tiny):
     [
         (["--model", "nowhere", "Hello"], "nowhere"),
         (["--model", str(TINY), "--image", "nowhere.png", "Hello"], "nowhere.png"),
-        (["--model", str(TINY), "--max-new-tokens", "0", "Hello"], "max_new_tokens"),
     ],
 )
 def test_errors_are_one_line_and_a_status(arguments, named):
@@ -62,6 +69,58 @@ def test_errors_are_one_line_and_a_status(arguments, named):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert any(line.startswith("error: ") and named in line for line in result.stderr.splitlines()), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--top-p", "2"], "top_p is 2"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--image", "nowhere.png"], "image 1 ('nowhere.png'): the file does not exist"),
+        (["--image", str(TINY / "config.json")], "config.json'): the file is in no format"),
+        (["--audio", "/"], "audio 1 ('/'): the file cannot be opened (Is a directory)"),
+        (["--image", "https://a.b/c.png"], "'https://a.b/c.png': nothing is downloaded"),
+        (["--audio", "https://a.b/c.wav"], "'https://a.b/c.wav': nothing is downloaded"),
+        (["--raw", "--system", "Be brief."], "--system does not go with --raw"),
+        (["--stop", ""], "--stop is empty"),
+        (["--stop", os.fsdecode(b"a\xff")], r"--stop is 'a\udcff', which is not UTF-8"),
+        (["--system", os.fsdecode(b"a\xff")], r"--system is 'a\udcff', which is not UTF-8"),
+        (["--", os.fsdecode(b"a\xff")], r"TEXT is 'a\udcff', which is not UTF-8"),
+    ],
+)
+def test_arguments_are_checked_before_the_checkpoint_is_read(arguments, named, monkeypatch, capsys):
+    text = [] if "--" in arguments else ["Hello"]
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", "nowhere", *arguments, *text])
+    monkeypatch.setattr(generate.phi4mm_jax, "load", None)  # not called
+    assert generate.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+ANSWER = ("infer.generate", "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "8", "Describe.")
+
+
+def test_an_encoding_that_lacks_the_answer(tiny):
+    (completion,) = tiny.generate([[{"role": "user", "content": "Describe."}]], max_new_tokens=8)
+    assert not completion.text.isascii()
+    result = run(*ANSWER, LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == completion.text.encode("ascii", "backslashreplace").decode() + "\n"
+
+
+def test_an_answer_that_cannot_be_written():
+    with open("/dev/full", "w") as full:
+        result = run(*ANSWER, stdout=full)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last == "error: the answer cannot be written to standard output: No space left on device"
+    assert "Traceback" not in result.stderr
 
 
 def test_demo_shows_what_went_in_and_out():

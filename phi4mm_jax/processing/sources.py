@@ -62,7 +62,7 @@ def to_array(values: Any) -> np.ndarray:
             values = values.float() if "bfloat16" in str(values.dtype) else values
         return np.asarray(values)
     except Exception as error:  # ragged lists, ...
-        raise InputError(f"it cannot be made an array ({error!r:.200}); pass a numpy array") from error
+        raise InputError(f"the values make no array ({error!r:.200}); pass a numpy array") from error
 
 
 def _check_opens(path: str) -> None:
