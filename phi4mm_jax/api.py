@@ -1,6 +1,8 @@
 """The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +19,17 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation import Completion, Generator, Sampling
+from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batch import Batch
-from phi4mm_jax.processing.processor import Processor, PromptLike
+from phi4mm_jax.processing.processor import Processor, PromptLike, Row
 from phi4mm_jax.sharding import shardings
 
 DType = Literal["float32", "bfloat16"]
 MediaLists = Sequence[Sequence[Any] | None]
+_MOST_SLOTS = 8  # of `generate`; an engine may have more
 
 
 def load(
@@ -79,6 +82,7 @@ class Model:
     def __init__(self, module: Phi4MM, variables: dict[str, Any], processor: Processor):
         self.module, self.variables, self.processor = module, variables, processor
         self._logits = jax.jit(module.apply)
+        self._last_engine: Engine | None = None
 
     @property
     def config(self) -> Phi4MMConfig:
@@ -133,16 +137,57 @@ class Model:
         if isinstance(prompts, Batch):
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
         sampling = Sampling(temperature, top_k, top_p, seed=seed)
-        batch = self.process(prompts, images, audios)
-        return self._generator(
-            self._variables_for(batch), batch, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
-        )
+        rows = self.processor.rows(prompts, images, audios)
+        requests = [
+            Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
+            for stream in _streams(rows)
+        ]
+        full = [i for i, row in enumerate(rows) if len(row.tokens) >= self.processor.context]
+        if full:
+            raise InputError(
+                f"prompt {full[0]} fills the context of {self.processor.context}, with no room for an answer; shorten it"
+            )
+        engine = self._engine_for(rows, requests[0].max_new_tokens)
+        numbers = [engine.submit(request, row) for request, row in zip(requests, rows, strict=True)]
+        answers: dict[int, Completion] = {}
+        while len(answers) < len(numbers):
+            answers |= {u.id: u.completion for u in engine.step() if u.completion is not None}
+        return [answers[number] for number in numbers]
+
+    def engine(self, config: EngineConfig | None = None) -> Engine:
+        """An engine for many requests; see `phi4mm_jax.generation`."""
+        return Engine(self._programs, self.variables, self.processor, config or EngineConfig())
 
     @cached_property
-    def _generator(self) -> Generator:
-        return Generator(self.module, self.processor.tokenizer, self.processor.context)
+    def _programs(self) -> Programs:
+        return Programs(self.module, self.variables)
+
+    def _engine_for(self, rows: Sequence[Row], max_new_tokens: int) -> Engine:
+        """The engine of the last call, where it has room for this one."""
+        slots = min(1 << (len(rows) - 1).bit_length(), _MOST_SLOTS)
+        page = EngineConfig.page_size
+        lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
+        pages = sum(-(-length // page) for length in lengths[-slots:])
+        last = self._last_engine
+        if last is None or last.config.slots != slots or last.config.pages < pages:
+            self._last_engine = None  # its memory is free before the next takes its own
+            tokens = page * (1 << (pages - 1).bit_length())
+            self._last_engine = last = self.engine(EngineConfig(slots=slots, cache_tokens=tokens))
+        return last
 
     def _variables_for(self, batch: Batch) -> dict[str, Any]:
         """Without the adapters that no row uses, which then cost nothing."""
         used = set(np.unique(batch.adapters).tolist())
         return {name: v for name, v in self.variables.items() if ADAPTERS.get(name) in {None, *used}}
+
+
+def _streams(rows: Sequence[Row]) -> list[int]:
+    """For each row how many rows before it have the same prompt: equal prompts draw for themselves, and no row's draw
+    depends on other prompts."""
+    earlier: Counter[bytes] = Counter()
+    streams = []
+    for row in rows:
+        prompt = row.tokens.tobytes()
+        streams.append(earlier[prompt])
+        earlier[prompt] += 1
+    return streams

@@ -1,5 +1,6 @@
 """Progress bars for programs."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskProgressColumn,
     TextColumn,
@@ -30,3 +32,23 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
         progress.update(task, completed=1, total=1) if not progress.tasks[0].total else None
+
+
+@contextmanager
+def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar of items on standard error, with the speed in units, and the time that is left.
+
+    Yields:
+        A function to call with how many items, and units, came to an end.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total, completed=done, speed="")
+        start, units = time.monotonic(), 0
+
+        def advance(items: int, more: int) -> None:
+            nonlocal units
+            units += more
+            progress.update(task, advance=items, speed=f"{units / (time.monotonic() - start):.1f} {unit}/s")
+
+        yield advance

@@ -1,6 +1,8 @@
-"""From logits to text: sampling and the decoding loop."""
+"""From logits to text: sampling, the paged cache, and the engine."""
 
-from phi4mm_jax.generation.generate import Completion, Generator
+from phi4mm_jax.generation.engine import Engine, EngineConfig, Update
+from phi4mm_jax.generation.programs import Programs
+from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
 
-__all__ = ["Completion", "Generator", "Sampling"]
+__all__ = ["Completion", "Engine", "EngineConfig", "Programs", "Request", "Sampling", "Update"]

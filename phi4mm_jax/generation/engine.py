@@ -7,9 +7,10 @@ the device computes, with a handful of programs whose shapes never change.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -17,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.media import FeatureStore, RowMedia, media_of
+from phi4mm_jax.generation.media import FeatureStore, RowMedia, every_stack, media_of
 from phi4mm_jax.generation.pages import Key, PagePool, page_keys
-from phi4mm_jax.generation.programs import Chunk, Programs, Slots
+from phi4mm_jax.generation.programs import Chunk, Drawn, Programs, Slots
 from phi4mm_jax.generation.request import Completion, Request, Text
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows
 from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.batch import NO_MEDIA
-from phi4mm_jax.processing.processor import Processor, Row, adapter_of
+from phi4mm_jax.processing.processor import Processor, Row
 
 _BLOCK = 64  # features, see `FeatureStore`
 _ROWS = (4, 1)  # rows that are prefilled at once
@@ -85,7 +86,6 @@ class _Active:
     request: Request
     row: Row
     media: RowMedia
-    adapter: int
     limit: int  # tokens that it may draw
     slot: int
     needed: int  # pages that it may come to need
@@ -96,8 +96,14 @@ class _Active:
     keys: list[Key] = field(default_factory=list)  # of the whole pages of what has to be prefilled
     cached: int = 0  # tokens in the cache
     target: int = 0  # tokens to prefill before it decodes; 0 once it does
-    started: bool = False
+    admitted: bool = False  # its pages are its own or promised
+    promised: int = 0  # pages that it has not taken yet
+    started: bool = False  # it has looked for pages to share
     long: bool = False
+
+    @property
+    def adapter(self) -> int:
+        return self.row.adapter
 
     @property
     def prompt_tokens(self) -> int:
@@ -123,25 +129,34 @@ class Engine:
         model = programs.model.config
         self._pool = PagePool(config.pages)
         self._table_size = min(config.pages, math.ceil(self._context / config.page_size))
-        self._cache = empty_cache(model, config.pages, config.page_size, config.cache_dtype or programs.model.dtype)
-        features = jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), programs.model.dtype)
+        dtype = programs.model.dtype
+        self._cache = programs.place(empty_cache(model, config.pages, config.page_size, config.cache_dtype or dtype))
+        features = programs.place(jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
         self._features = FeatureStore(lambda *arguments: programs.encode(base, *arguments), features)
-        self._seen = jnp.zeros((config.slots, model.decoder.vocab_size), bool)
+        self._seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self._stops = set(model.stop_token_ids)
         self._slots: list[_Active | None] = [None] * config.slots
-        self._waiting: deque[tuple[int, Request, Future[Row]]] = deque()
+        self._waiting: deque[tuple[int, Request, Future[tuple[Row, RowMedia]]]] = deque()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
         self._next_id = 0
         self._updates: list[Update] = []
 
     # ------------------------------------------------------------------------------------------ requests
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns the id that its updates carry. Its prompt is processed in the background."""
+    def submit(self, request: Request, row: Row | None = None) -> int:
+        """Queue a request; returns the id that its updates carry. Its prompt is processed in the background.
+
+        Args:
+            row: the prompt and its media, where they are processed already.
+        """
+
+        def process() -> tuple[Row, RowMedia]:
+            made = self._processor.row(request.prompt, request.images, request.audios) if row is None else row
+            return made, media_of(made, self._processor.config)
+
         number, self._next_id = self._next_id, self._next_id + 1
-        work = self._workers.submit(self._processor.row, request.prompt, request.images, request.audios)
-        self._waiting.append((number, request, work))
+        self._waiting.append((number, request, self._workers.submit(process)))
         return number
 
     def cancel(self, number: int) -> None:
@@ -210,33 +225,73 @@ class Engine:
                 self.cancel(number)
                 self._updates = [u for u in self._updates if u.id != number]
 
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile every program for every shape: no request will have to wait for a compilation.
+
+        Args:
+            progress: called with how many programs are compiled, and of how many.
+        """
+        present = [ADAPTERS[name] for name in self._variables if name in ADAPTERS]
+        sizes = [self.config.page_size << i for i in range((self.config.chunk // self.config.page_size).bit_length())]
+        widths = sorted({min(size, self.config.chunk) for size in sizes})
+        prefills = [(adapter, count, width) for adapter in [0, *present] for count in _ROWS for width in widths]
+        together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
+        stacks = list(every_stack(self._processor.config))
+        total, done = len(stacks) + len(prefills) + len(together) + 1, 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        for stack, features in stacks:
+            self._features.warm_up(stack, features)
+            advance()
+        for adapter, count, width in prefills:
+            nothing = np.zeros((count, width), np.int32)
+            self._run_prefill({adapter}, [], count, nothing, nothing + NO_MEDIA, [])
+            advance()
+        for adapters in together:
+            self._run_decode(adapters, [None] * self.config.slots, np.zeros(self.config.slots, np.int32))
+            advance()
+        self._seen = self._programs.mark(self._seen, np.int32(0), np.zeros(self._seen.shape[1], bool))
+        advance()
+
     # ------------------------------------------------------------------------------------------ admission
 
     def _admit(self) -> None:
-        """Fill free slots, in the order of the queue: a request that needs many pages is not overtaken for ever."""
+        """Promise pages, in the order of the requests: one that needs many is not overtaken for ever."""
+        for active in sorted((a for a in self._slots if a is not None and not a.admitted), key=lambda a: a.id):
+            if not self._promise(active):
+                return
         while self._waiting and None in self._slots:
             number, request, work = self._waiting[0]
             if not work.done() and any(a is not None for a in self._slots):
                 return  # the others go on meanwhile
             try:
-                row = work.result()
-                active = self._activate(number, request, row)
+                active = self._activate(number, request, *work.result())
             except InputError as error:
                 self._waiting.popleft()
                 self._updates.append(Update(number, "", Completion("", [], "error", 0, error=str(error))))
                 continue
-            if active.needed > self._pool.available:
+            if not self._promise(active):
                 return
             self._waiting.popleft()
-            self._pool.promise(active.needed)
             self._slots[active.slot] = active
-            self._restart(active)
             if request.sampling.repetition_penalty != 1.0:
                 seen = np.zeros(self._seen.shape[1], bool)
-                seen[row.tokens] = True
+                seen[active.row.tokens] = True
                 self._seen = self._programs.mark(self._seen, np.int32(active.slot), seen)
 
-    def _activate(self, number: int, request: Request, row: Row) -> _Active:
+    def _promise(self, active: _Active) -> bool:
+        if active.needed > self._pool.available:
+            return False
+        self._pool.promise(active.needed)
+        active.promised, active.admitted = active.needed, True
+        return True
+
+    def _activate(self, number: int, request: Request, row: Row, media: RowMedia) -> _Active:
         length, size = len(row.tokens), self.config.page_size
         if length >= self._context:
             raise InputError(
@@ -246,79 +301,84 @@ class Engine:
         needed = math.ceil((length + limit) / size)
         if needed > self._pool.num_pages:
             raise InputError(
-                f"the prompt's {length} tokens and {limit} new ones need {needed} pages of {size} tokens, but the cache "
-                f"has {self._pool.num_pages}; give it more tokens, or ask for fewer"
+                f"the prompt's {length} tokens and {limit} new ones need {needed} pages of {size} tokens, but the "
+                f"cache has {self._pool.num_pages}; give it more tokens, or ask for fewer"
             )
         text = Text(self._processor.tokenizer, request.stop)
-        media = media_of(row, self._processor.config)
-        return _Active(number, request, row, media, adapter_of(row), limit, self._slots.index(None), needed, text)
+        active = _Active(number, request, row, media, limit, self._slots.index(None), needed, text)
+        self._begin(active)
+        return active
 
-    def _restart(self, active: _Active) -> None:
-        """Prefill from the beginning: at first, and when the row is about to outgrow the short rotary set."""
-        self._pool.release(active.pages)
-        self._pool.promise(len(active.pages))
-        active.pages, active.cached, active.started = [], 0, False
+    def _begin(self, active: _Active) -> None:
+        """Everything has to be prefilled: at first, and when the row is about to outgrow the short rotary set."""
+        active.cached, active.started = 0, False
         active.target = active.prompt_tokens + len(active.tokens)
         active.long = active.target > self._boundary
         salt = bytes([active.adapter, active.long])
-        active.keys = list(
-            page_keys(active.sequence(active.target), active.media.spans, self.config.page_size, salt)
-        )
+        tokens = active.sequence(active.target)
+        active.keys = list(page_keys(tokens, active.media.spans, self.config.page_size, salt))
+
+    def _give_back(self, active: _Active) -> None:
+        """Its pages, and those that it was promised."""
+        self._pool.release(active.pages)
+        self._pool.promise(-active.promised)
+        active.pages, active.promised, active.admitted = [], 0, False
 
     # ------------------------------------------------------------------------------------------ prefill
 
     def _prefill(self) -> None:
-        """A chunk of some rows with the same adapter, those that wait longest first."""
-        waiting = sorted((a for a in self._slots if a is not None and a.target), key=lambda a: a.id)
-        computed: set[Key] = set()  # pages that a row of this round, or one under way, will publish
+        """Chunks of rows, those that wait longest first; one chunk's worth, so that decoding rows are not kept long."""
+        budget = self.config.chunk
+        while budget > 0 and (chosen := self._choose()):
+            stops = [self._chunk_end(active) for active in chosen]
+            width = self._width(stops[0] - chosen[0].cached)
+            budget -= width * self._prefill_rows(chosen, stops, width)
+
+    def _choose(self) -> list[_Active]:
+        """Rows with the same adapter and the same width of chunk."""
+        computed: set[Key] = set()  # pages that a row before will publish
         chosen: list[_Active] = []
-        for active in waiting:
+        admitted = (a for a in self._slots if a is not None and a.target and a.admitted)
+        for active in sorted(admitted, key=lambda a: a.id):
             if not active.started:
-                shared = self._shareable(active)
+                shared = min(self._pool.find(active.keys), (active.target - 1) // self.config.page_size)
                 if any(key in computed for key in active.keys[shared : shared + 1]):
                     continue  # another is about to make what this one needs next
-                self._start(active, shared)
+                self._share(active, shared)
             computed.update(active.keys[active.cached // self.config.page_size :])
-            if not chosen or active.adapter == chosen[0].adapter:
+            if not chosen or (active.adapter, self._next_width(active)) == (
+                chosen[0].adapter,
+                self._next_width(chosen[0]),
+            ):
                 chosen.append(active)
-        if not chosen:
-            return
-        chosen = chosen[: next(n for n in _ROWS if n <= len(chosen))]
-        stops = [self._chunk_end(active) for active in chosen]
-        width = self._width(max(stop - a.cached for a, stop in zip(chosen, stops, strict=True)))
-        rows = self._features.rows([(a.media, a.cached, s) for a, s in zip(chosen, stops, strict=True)][:1])
-        del rows
-        self._prefill_rows(chosen, stops, width)
+        chosen = chosen[: next((n for n in _ROWS if n <= len(chosen)), 0)]
+        media = [(a.media, a.cached, min(self._chunk_end(a), a.prompt_tokens)) for a in chosen]
+        return chosen if self._features.fits(media) else chosen[:1]
 
-    def _shareable(self, active: _Active) -> int:
-        """How many pages it may take from others; its last token at least is its own to prefill."""
-        return min(self._pool.find(active.keys), (active.target - 1) // self.config.page_size)
+    def _share(self, active: _Active, pages: int) -> None:
+        """Take pages that others made; as many are no longer promised."""
+        active.pages = self._pool.share(active.keys[:pages])
+        self._pool.promise(-pages)
+        active.promised -= pages
+        active.cached, active.started = pages * self.config.page_size, True
 
-    def _start(self, active: _Active, shared: int) -> None:
-        active.pages = self._pool.share(active.keys[:shared])
-        may_cross = not active.long and active.prompt_tokens + active.limit > self._boundary
-        if not may_cross:  # who does not need the pages again gives back as many as were promised
-            self._pool.promise(-shared)
-            active.needed -= shared
-        active.cached, active.started = shared * self.config.page_size, True
+    def _next_width(self, active: _Active) -> int:
+        return self._width(self._chunk_end(active) - active.cached)
 
     def _chunk_end(self, active: _Active) -> int:
         """As far as the chunk and the room for its media go; short of the end, to a page's border."""
         stop = min(active.cached + self.config.chunk, active.target)
-        fit = self._features.fit(active.media, active.cached, min(stop, active.prompt_tokens))
-        if fit < min(stop, active.prompt_tokens):
-            stop = fit // self.config.page_size * self.config.page_size
-        if stop <= active.cached:
-            raise InputError("the media of one page do not fit into feature_blocks; raise it")
-        return stop
+        prompt = min(stop, active.prompt_tokens)
+        fit = self._features.fit(active.media, active.cached, prompt)
+        return stop if fit >= prompt else fit // self.config.page_size * self.config.page_size
 
     def _width(self, tokens: int) -> int:
         """Chunks are padded to a page times a power of two."""
         pages = math.ceil(tokens / self.config.page_size)
         return min(self.config.page_size << (pages - 1).bit_length(), self.config.chunk)
 
-    def _prefill_rows(self, chosen: list[_Active], stops: list[int], width: int) -> None:
-        count = next(n for n in _ROWS[::-1] if n >= len(chosen))
+    def _prefill_rows(self, chosen: list[_Active], stops: list[int], width: int) -> int:
+        count = len(chosen)
         tokens = np.zeros((count, width), np.int32)
         media = np.full((count, width), NO_MEDIA, np.int32)
         indices = self._features.rows(
@@ -328,6 +388,18 @@ class Engine:
             tokens[i, : stop - active.cached] = active.sequence(stop)[active.cached :]
             media[i, : len(indices[i])] = indices[i]
             self._grow(active, stop)
+        drawn = self._run_prefill({a.adapter for a in chosen}, chosen, count, tokens, media, stops)
+        for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
+            size = self.config.page_size
+            for page in range(active.cached // size, min(stop // size, len(active.keys))):
+                self._pool.publish(active.pages[page], active.keys[page])
+            active.cached = stop
+            if stop == active.target:
+                active.target = 0
+                self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
+        return count
+
+    def _run_prefill(self, adapters: set[int], chosen, count: int, tokens, media, stops: Sequence[int]) -> Drawn:
         chunk = Chunk(
             tokens, media,
             starts=_column(chosen, count, lambda a: a.cached),
@@ -339,17 +411,9 @@ class Engine:
             drawn=_column(chosen, count, lambda a: len(a.tokens)),
             settings=_settings(chosen, count),
         )  # fmt: skip
-        variables = self._variables_for({a.adapter for a in chosen})
+        variables = self._variables_for(adapters)
         self._cache, drawn = self._programs.prefill(variables, self._cache, self._features.table, self._seen, chunk)
-        drawn = jax.device_get(drawn)
-        for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
-            size = self.config.page_size
-            for page in range(active.cached // size, min(stop // size, len(active.keys))):
-                self._pool.publish(active.pages[page], active.keys[page])
-            active.cached = stop
-            if stop == active.target:
-                active.target = 0
-                self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
+        return jax.device_get(drawn)
 
     # ------------------------------------------------------------------------------------------ decoding
 
@@ -362,7 +426,8 @@ class Engine:
                 if not active.long:
                     room = min(room, self._boundary - active.cached)
                     if room == 0:
-                        self._restart(active)
+                        self._give_back(active)
+                        self._begin(active)
                 steps[i] = min(room, self.config.steps)
             if active is not None and steps[i]:
                 self._grow(active, active.cached + int(steps[i]))
@@ -371,6 +436,13 @@ class Engine:
                 rows.append(None)
         if not steps.any():
             return
+        drawn = self._run_decode({a.adapter for a in rows if a is not None}, rows, steps)
+        for active, tokens, log_probabilities, n in zip(rows, *drawn, strict=True):
+            if active is not None:
+                active.cached += int(n)
+                self._append(active, tokens[:n], log_probabilities[:n])
+
+    def _run_decode(self, adapters: set[int], rows: Sequence[_Active | None], steps: np.ndarray) -> Drawn:
         count = len(rows)
         slots = Slots(
             last=_column(rows, count, lambda a: a.tokens[-1]),
@@ -382,15 +454,10 @@ class Engine:
             drawn=_column(rows, count, lambda a: len(a.tokens)),
             settings=_settings(rows, count),
         )
-        variables = self._variables_for({a.adapter for a in rows if a is not None})
         self._cache, self._seen, drawn = self._programs.decode(
-            variables, self._cache, self._seen, slots, width=self.config.steps
+            self._variables_for(adapters), self._cache, self._seen, slots, width=self.config.steps
         )
-        drawn = jax.device_get(drawn)
-        for active, tokens, log_probabilities, n in zip(rows, *drawn, strict=True):
-            if active is not None:
-                active.cached += int(n)
-                self._append(active, tokens[:n], log_probabilities[:n])
+        return jax.device_get(drawn)
 
     def _append(self, active: _Active, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Take new tokens, up to what ends the answer."""
@@ -411,11 +478,14 @@ class Engine:
     def _finish(self, active: _Active, reason: str, pieces: Sequence[str] = ()) -> None:
         rest = active.text.end()
         completion = Completion(
-            active.text.whole, active.tokens, reason, active.prompt_tokens, tuple(active.log_probabilities)  # type: ignore
+            active.text.whole,
+            active.tokens,
+            reason,
+            active.prompt_tokens,
+            tuple(active.log_probabilities),  # type: ignore
         )
         self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
-        self._pool.release(active.pages)
-        self._pool.promise(len(active.pages) - active.needed - (0))
+        self._give_back(active)
         self._slots[active.slot] = None
 
     # ------------------------------------------------------------------------------------------ small things
@@ -424,6 +494,7 @@ class Engine:
         """Pages for its first tokens."""
         while len(active.pages) * self.config.page_size < tokens:
             active.pages.append(self._pool.take())
+            active.promised -= 1
 
     def _tables(self, rows: Sequence[_Active | None], count: int) -> np.ndarray:
         tables = np.zeros((count, self._table_size), np.int32)

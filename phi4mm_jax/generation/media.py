@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ def _chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iter
     speech = config.speech
     reduction, most = speech.time_reduction, speech.chunk_tokens
     count = num_audio_tokens(len(frames))
-    tokens = next(n for n in (64, 128, 256, most) if n >= min(count, most))
+    tokens = next(n for n in _lengths(config) if n >= min(count, most))
     for start in range(0, len(frames), most * reduction):
         before = min(start, reduction)
         piece = frames[start - before : start + most * reduction]
@@ -95,6 +95,25 @@ def _chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iter
         padded[first : first + len(piece)] = piece
         numbers = (np.int32(n) for n in (first, first + len(piece), count if count <= most else most))
         yield _unit("audio", tokens, padded, *numbers, np.bool_(with_images))
+
+
+def every_stack(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:
+    """Zeros in every shape that is ever encoded, and how many features each gives."""
+    vision, speech = config.vision, config.speech
+    side, patches, reduction = vision.crop_size, vision.patches_per_side, speech.time_reduction
+    for count in _GROUPS:
+        crops = np.zeros((count, side, side, 3), np.float32)
+        yield ImageStack(crops, np.zeros((count, patches, patches), bool)), count * vision.features_per_crop + 2
+        number = np.zeros(count, np.int32)
+        for tokens in _lengths(config):
+            frames = np.zeros((count, reduction + tokens * reduction, speech.num_bands), np.float32)
+            yield AudioStack(frames, number, number, number, number.astype(bool)), count * tokens
+
+
+def _lengths(config: Phi4MMConfig) -> list[int]:
+    """Tokens to which chunks are padded."""
+    most = config.speech.chunk_tokens
+    return sorted({n for n in (64, 128, 256) if n < most} | {most})
 
 
 class FeatureStore:
@@ -115,27 +134,27 @@ class FeatureStore:
     def capacity(self) -> int:
         return len(self._free) + sum(map(len, self._blocks.values()))
 
+    def warm_up(self, stack: ImageStack | AudioStack, features: int) -> None:
+        """Encode a stack, and keep nothing of it."""
+        self.table = self._encode(self.table, stack, np.full(features, len(self.table), np.int32))  # out of range
+
     def fit(self, media: RowMedia, start: int, stop: int) -> int:
         """How far from `start` on, at most to `stop`, the tokens' units fit into the table together."""
-        used: set[int] = set()
+        numbers, first = np.unique(media.unit[start:stop], return_index=True)
         room = self.capacity
-        for position in range(start, stop):
-            number = int(media.unit[position])
-            if number >= 0 and number not in used:
-                room -= _blocks(media.units[number])
-                if room < 0:
-                    return position
-                used.add(number)
+        for at, number in sorted(zip(first.tolist(), numbers.tolist(), strict=True)):
+            room -= _blocks(media.units[number]) if number >= 0 else 0
+            if room < 0:
+                return start + at
         return stop
+
+    def fits(self, media: Sequence[tuple[RowMedia, int, int]]) -> bool:
+        """Whether the units of all these tokens fit together."""
+        return sum(map(_blocks, _units(media).values())) <= self.capacity
 
     def rows(self, media: Sequence[tuple[RowMedia, int, int]]) -> list[np.ndarray]:
         """For each prompt's tokens from start to stop the rows of the table; encodes what is not there."""
-        needed = {
-            media.units[n].digest: media.units[n]
-            for media, start, stop in media
-            for n in np.unique(media.unit[start:stop]).tolist()
-            if n >= 0
-        }
+        needed = _units(media)
         for digest in needed.keys() & self._blocks.keys():
             self._blocks.move_to_end(digest)
         self._add([unit for digest, unit in needed.items() if digest not in self._blocks], needed)
@@ -155,7 +174,7 @@ class FeatureStore:
         alike: dict[tuple, list[Unit]] = {}
         for unit in units:
             alike.setdefault((unit.kind, unit.features), []).append(unit)
-        for (kind, features), waiting in alike.items():
+        for (kind, _), waiting in alike.items():
             while waiting:
                 size = next(n for n in _GROUPS if n <= len(waiting))
                 group, waiting = waiting[:size], waiting[size:]
@@ -177,6 +196,16 @@ class FeatureStore:
         self._blocks[unit.digest] = blocks
         rows = np.concatenate([np.arange(b * _BLOCK, (b + 1) * _BLOCK) for b in blocks])
         return rows[: unit.features]
+
+
+def _units(media: Iterable[tuple[RowMedia, int, int]]) -> dict[bytes, Unit]:
+    """The units of these prompts' tokens from start to stop."""
+    return {
+        m.units[n].digest: m.units[n]
+        for m, start, stop in media
+        for n in np.unique(m.unit[start:stop]).tolist()
+        if n >= 0
+    }
 
 
 def _blocks(unit: Unit) -> int:

@@ -1,10 +1,11 @@
 """The compiled programs of generation: encode media, prefill a chunk of some rows, decode all slots for some steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.generation.sampling import SamplingRows, sample
@@ -51,19 +52,38 @@ class Drawn(NamedTuple):
 class Programs:
     """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand."""
 
-    def __init__(self, model: Phi4MM):
+    def __init__(self, model: Phi4MM, variables: Mapping[str, Any]):
         self.model = model
+        self._sharding = jax.tree.leaves(variables)[0].sharding
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self.encode = jax.jit(self._encode, donate_argnums=1)
         self.prefill = jax.jit(self._prefill, donate_argnums=1)
         self.decode = jax.jit(self._decode, donate_argnums=(1, 2), static_argnames="width")
-        self.mark = jax.jit(lambda seen, slot, row: seen.at[slot].set(row), donate_argnums=0)
+        self.mark = jax.jit(lambda seen, slot, row: self._kept(seen.at[slot].set(row)), donate_argnums=0)
+
+    def place(self, state: Any) -> Any:
+        """Puts an engine's state where the parameters are: keys and values by heads, the rest on every device.
+
+        Programs return it as they were given it: otherwise the second call would be compiled anew.
+        """
+        return jax.tree.map(lambda x: jax.device_put(x, self._placement(x)), state)
+
+    def _kept(self, state: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._placement(x)), state)
+
+    def _placement(self, x: Array) -> jax.sharding.Sharding:
+        if not isinstance(self._sharding, NamedSharding):
+            return self._sharding
+        heads = 2 if x.ndim >= 4 else None  # of the cache: (L, P, K, S, ...)
+        mesh = self._sharding.mesh
+        splits = heads is not None and "tensor" in mesh.shape and x.shape[heads] % mesh.shape["tensor"] == 0
+        return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
         features = self._apply(variables, stack, method=method)
-        return table.at[rows].set(features[: len(rows)].astype(table.dtype))
+        return self._kept(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
         self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: Chunk
@@ -78,7 +98,9 @@ class Programs:
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, hidden, method="logits")
         tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
-        return cache, Drawn(tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens))
+        return self._kept(cache), Drawn(
+            tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens)
+        )
 
     def _decode(
         self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: Slots, *, width: int
@@ -117,7 +139,7 @@ class Programs:
 
         start = cache, seen, jnp.asarray(slots.last), drawn, jnp.minimum(slots.steps, width)
         cache, seen, _, drawn, _ = jax.lax.while_loop(going_on, advance, start)
-        return cache, seen, drawn
+        return self._kept(cache), self._kept(seen), drawn
 
 
 def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:

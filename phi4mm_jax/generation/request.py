@@ -98,10 +98,9 @@ class Text:
 
     def end(self) -> str:
         """What was held back."""
-        rest = self._show(len(self._bytes)) + self._decoder.decode(b"", final=True)
-        if rest and (not self._pieces or not rest == self._pieces[-1]):
-            pass
-        return rest
+        rest = self._show(len(self._bytes))
+        self._pieces.append(last := self._decoder.decode(b"", final=True))
+        return rest + last
 
     def _held(self) -> int:
         """Bytes at the end that may begin a stop string."""

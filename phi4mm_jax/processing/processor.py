@@ -32,6 +32,11 @@ class Row(NamedTuple):
     images: tuple[ImageFeatures, ...]
     clips: tuple[np.ndarray, ...]  # log-mel frames
 
+    @property
+    def adapter(self) -> int:
+        """0 none, 1 vision, 2 speech: images decide, then clips."""
+        return _ADAPTER_VISION if self.images else _ADAPTER_SPEECH if self.clips else _ADAPTER_NONE
+
 
 class Processor:
     """Turns prompts into batches; holds the tokenizer and the checkpoint's processing settings."""
@@ -69,6 +74,15 @@ class Processor:
         Raises:
             InputError: anything that cannot be processed; it names the row, and the medium by its number in the row.
         """
+        return self.batch(self.rows(prompts, images, audios))
+
+    def rows(
+        self,
+        prompts: Sequence[PromptLike],
+        images: Sequence[Sequence[Any] | None] | None = None,
+        audios: Sequence[Sequence[Any] | None] | None = None,
+    ) -> list[Row]:
+        """The prompts, each by itself; as in `__call__`."""
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
         if not is_list or not prompts or isinstance(prompts[0], Mapping):
             raise InputError("prompts must be a non-empty list with one entry per row; put a single prompt into a list")
@@ -80,7 +94,7 @@ class Processor:
                 )
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from error
-        return self.batch(rows)
+        return rows
 
     def row(self, prompt: PromptLike, images: Sequence[Any] = (), audios: Sequence[Any] = ()) -> Row:
         """Process one prompt by itself.
@@ -148,7 +162,7 @@ class Processor:
         )
         for b, row in enumerate(rows):
             tokens[b, : len(row.tokens)] = row.tokens
-            adapters[b] = _ADAPTER_VISION if row.images else _ADAPTER_SPEECH if row.clips else _ADAPTER_NONE
+            adapters[b] = row.adapter
             indices = {
                 "image": [next(image_rows) for _ in row.images],
                 "audio": [next(clip_rows) for _ in row.clips],

@@ -1,0 +1,227 @@
+"""The engine: what a request is answered depends on nothing but the request."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, count_compilations, golden_cases, media_of
+
+from phi4mm_jax import InputError
+from phi4mm_jax.generation import EngineConfig, Request, Sampling
+from phi4mm_jax.generation.pages import PagePool, page_keys
+from phi4mm_jax.generation.request import Text
+
+CASES = golden_cases()
+SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
+
+
+def request_of(case, tokens, **settings):
+    media = {kind: of_row[0] for kind, of_row in media_of(case).items()}
+    return Request(case["prompt"], **media, max_new_tokens=tokens, **settings)
+
+
+def texts(count, seed=0):
+    """Prompts of many lengths, below and beyond the LongRoPE boundary of 96."""
+    words = ["time", "light", "house", "water", "green", "small", "never", "write", "seven", "stone"]
+    draw = random.Random(seed)
+    return [f"<|user|>{' '.join(draw.choices(words, k=draw.randint(1, 40)))}<|end|><|assistant|>" for _ in range(count)]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_goldens(tiny, goldens, slots):
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=slots, cache_tokens=2560 * slots))
+    cases = random.Random(slots).sample(CASES, len(CASES))
+    requests = [request_of(c, len(goldens[f"{c['name']}.generated"])) for c in cases]
+    answers = dict(engine.run(requests))
+    assert len(answers) == len(cases)
+    for place, case in enumerate(cases):
+        assert answers[place].tokens == goldens[f"{case['name']}.generated"].tolist(), case["name"]
+        assert answers[place].prompt_tokens == case["tokens"]
+    assert engine.idle
+    assert engine._pool.in_use == 0
+    assert engine._pool.available == engine.config.pages
+
+
+def test_many_mixed_requests_are_as_each_alone(tiny):
+    """Text, images and clips with settings of their own, in slots that are refilled."""
+    draw = random.Random(1)
+    media = [c for c in CASES if c["tokens"] < 100 or c["name"] == "vision"]
+    requests = []
+    for prompt in texts(48):
+        settings = Sampling(draw.choice([0.0, 0.8]), draw.choice([0, 5]), seed=draw.randrange(100))
+        requests.append(Request(prompt, max_new_tokens=draw.randint(1, 24), sampling=settings))
+    requests += [request_of(draw.choice(media), draw.randint(1, 12)) for _ in range(12)]
+    draw.shuffle(requests)
+    together = dict(tiny.engine(dataclasses.replace(SMALL, slots=8)).run(requests))
+    alone = tiny.engine(dataclasses.replace(SMALL, slots=1))
+    for place, request in enumerate(requests):
+        ((_, expected),) = alone.run([request])
+        assert together[place].tokens == expected.tokens, request
+        assert together[place].text == expected.text
+        np.testing.assert_allclose(together[place].log_probabilities, expected.log_probabilities, atol=1e-3)
+
+
+def test_nothing_compiles_after_a_while(tiny):
+    """Whatever comes: the shapes are those of the first requests."""
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
+    engine.warm_up()
+    before = count_compilations()
+    requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
+    requests += [request_of(c, 5) for c in CASES]
+    assert len(dict(engine.run(requests))) == len(requests)
+    assert count_compilations() == before
+
+
+def test_prompts_that_begin_alike_share_pages(tiny):
+    """Ten questions about an image: it is encoded once, and its pages are there once."""
+    image = [TINY / "inputs" / "image_0.png"]
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
+    encoded, prefilled = [], []
+    encode, prefill = engine._features._encode, engine._prefill_rows
+    engine._features._encode = lambda table, stack, rows: encoded.append(len(stack[0])) or encode(table, stack, rows)
+    engine._prefill_rows = lambda rows, stops, width: (
+        prefilled.extend(s - a.cached for a, s in zip(rows, stops, strict=True)) or prefill(rows, stops, width)
+    )
+    questions = [f"<|user|><|image_1|>Question number {i}?<|end|><|assistant|>" for i in range(10)]
+    answers = dict(engine.run([Request(q, image, max_new_tokens=4) for q in questions]))
+    assert sum(encoded) == 2  # its crop and its global view
+    assert sum(prefilled) < 600 + 10 * 2 * 64  # once the image, ten times what follows its last whole page
+    for i, question in enumerate(questions):
+        (alone,) = tiny.generate([question], [image], max_new_tokens=4)
+        assert answers[i].tokens == alone.tokens
+
+
+def test_the_same_prompt_under_another_adapter_shares_nothing(tiny):
+    tokens = np.arange(256, dtype=np.int32)
+    keys = [list(page_keys(tokens, [], 64, bytes(salt))) for salt in ([0, 0], [1, 0], [0, 1])]
+    assert len({key for of_salt in keys for key in of_salt}) == 12
+    with_medium = list(page_keys(tokens, [(70, 80, b"a")], 64, bytes([0, 0])))
+    other = list(page_keys(tokens, [(70, 80, b"b")], 64, bytes([0, 0])))
+    assert with_medium[0] == other[0] == keys[0][0]
+    assert not set(with_medium[1:]) & set(other[1:])
+
+
+def test_rows_wait_for_pages_and_none_is_lost(tiny):
+    """A pool with room for two of them at a time."""
+    config = dataclasses.replace(SMALL, slots=4, cache_tokens=64 * 6)
+    requests = [Request(p, max_new_tokens=60) for p in texts(7, seed=3)]
+    engine = tiny.engine(config)
+    answers = dict(engine.run(requests))
+    for place, request in enumerate(requests):
+        (alone,) = tiny.generate([request.prompt], max_new_tokens=60)
+        assert answers[place].tokens == alone.tokens
+    (_, refused), (_, served) = sorted(engine.run([Request("a b", max_new_tokens=1000), Request("a b c")]))
+    assert refused.finish_reason == "error"
+    assert "pages" in refused.error
+    assert served.finish_reason in ("stop", "length")
+
+
+def test_int8_cache(tiny):
+    """Close to the exact cache: the same first tokens, half the bytes of bfloat16."""
+    engine = tiny.engine(dataclasses.replace(SMALL, cache_dtype="int8"))
+    requests = [Request(p, max_new_tokens=8) for p in texts(6, seed=9)]
+    quantised = dict(engine.run(requests))
+    exact = dict(tiny.engine(SMALL).run(requests))
+    for place in range(len(requests)):
+        assert quantised[place].tokens[0] == exact[place].tokens[0]
+        np.testing.assert_allclose(quantised[place].log_probabilities[0], exact[place].log_probabilities[0], atol=1e-4)
+    same = np.mean([quantised[p].tokens == exact[p].tokens for p in quantised])
+    assert same >= 0.5
+    assert engine._cache.k.dtype == np.int8
+
+
+def test_streaming_splits_no_character(tiny):
+    request = Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=40)
+    pieces = list(tiny.engine(SMALL).stream(request))
+    (whole,) = tiny.generate([request.prompt], max_new_tokens=40)
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 2
+
+
+def test_text_holds_back_what_may_be_a_stop_string(tiny):
+    tokenizer = tiny.processor.tokenizer
+    text = Text(tokenizer, ["END", "日本"])
+    shown = [text.add(token) for token in tokenizer.encode("a EN b 日本 c")]
+    assert text.stopped
+    assert "".join(shown) + text.end() == "a EN b " == text.whole
+    assert not any("E" in piece and "EN" not in piece for piece in shown)
+    half = Text(tokenizer, [])
+    tokens = tokenizer.encode("日")
+    pieces = [half.add(token) for token in tokens]
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_cancelling_frees_the_slot(tiny):
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=1))
+    first = engine.submit(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=500))
+    second = engine.submit(Request("<|user|>More<|end|><|assistant|>", max_new_tokens=4))
+    third = engine.submit(Request("<|user|>Less<|end|><|assistant|>", max_new_tokens=4))
+    for _ in range(3):
+        engine.step()
+    engine.cancel(first)
+    engine.cancel(third)
+    completions = {}
+    while not engine.idle:
+        completions |= {u.id: u.completion for u in engine.step() if u.completion}
+    assert completions[first].finish_reason == "cancelled"
+    assert len(completions[first].tokens) > 2
+    assert completions[second].finish_reason == "length"
+    assert completions[third].finish_reason == "cancelled"
+    assert engine._pool.available == engine.config.pages
+
+
+def test_errors_are_answers(tiny):
+    requests = [Request("fine", max_new_tokens=2), Request("<|image_1|>", max_new_tokens=2), Request("x" * 200_000)]
+    answers = dict(tiny.engine(SMALL).run(requests))
+    assert [answers[i].finish_reason for i in range(3)] == ["length", "error", "error"]
+    assert "image" in answers[1].error
+
+
+def test_settings_of_a_request(tiny):
+    prompt = "<|user|>Tell me<|end|><|assistant|>"
+    engine = tiny.engine(SMALL)
+    (plain,) = (a for _, a in engine.run([Request(prompt, max_new_tokens=12)]))
+    (stopped,) = (a for _, a in engine.run([Request(prompt, max_new_tokens=12, stop_tokens=[plain.tokens[3]])]))
+    assert stopped.tokens == plain.tokens[: plain.tokens.index(plain.tokens[3]) + 1]
+    penalty = Sampling(repetition_penalty=1000.0)
+    (varied,) = (a for _, a in engine.run([Request(prompt, max_new_tokens=40, sampling=penalty)]))
+    seen = tiny.processor.tokenizer.encode(prompt, special=True) + varied.tokens
+    assert len(set(varied.tokens)) == len(varied.tokens)
+    assert not set(varied.tokens) & set(seen[: -len(varied.tokens)])
+
+
+def test_log_probabilities(tiny):
+    prompt = "<|user|>Tell me<|end|><|assistant|>"
+    ((_, answer),) = tiny.engine(SMALL).run([Request(prompt, max_new_tokens=6)])
+    tokens = tiny.processor.tokenizer.encode(prompt, special=True)
+    text = tiny.processor.tokenizer.decode(answer.tokens)
+    batch = tiny.process([prompt + text])
+    if batch.tokens[0, : batch.lengths[0]].tolist() == tokens + answer.tokens:
+        logits = jax.nn.log_softmax(tiny.logits(batch)[0])
+        expected = logits[np.arange(len(tokens) - 1, len(tokens) + 5), np.asarray(answer.tokens)]
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", ["slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks"])
+def test_bad_sizes_are_named(size):
+    with pytest.raises(InputError, match=size):
+        EngineConfig(**{size: 0})
+
+
+def test_pages_are_kept_until_they_are_needed():
+    pool = PagePool(3)
+    pool.promise(2)
+    pages = [pool.take(), pool.take()]
+    pool.publish(pages[0], b"a")
+    pool.publish(pages[1], b"b")
+    assert pool.available == 1
+    pool.release(pages)
+    assert pool.available == 3
+    assert pool.find([b"a", b"b", b"c"]) == 2
+    assert pool.share([b"a"]) == pages[:1]
+    assert pool.available == 2
+    pool.promise(2)
+    assert {pool.take(), pool.take()} == {0, 1, 2} - set(pages[:1])
+    assert pool.find([b"a", b"b"]) == 1
