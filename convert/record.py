@@ -263,10 +263,11 @@ def load_reference(folder: Path, config: Phi4MMConfig, dtype: str) -> Reference:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         raise CheckpointError(f"{tokenizer}: no such file, which the reference reads; copy it from the checkpoint")
+    had_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # beside ours
     try:
         loaded: Any = transformers.Phi4MultimodalForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True,
@@ -274,6 +275,9 @@ def load_reference(folder: Path, config: Phi4MMConfig, dtype: str) -> Reference:
         )  # fmt: skip
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{folder}: transformers cannot load it ({error}); see that it is whole") from error
+    finally:
+        if had_bars:
+            transformers.utils.logging.enable_progress_bar()
     model, info = loaded
     if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise CheckpointError(f"{folder}: transformers finds tensors that do not fit: {wrong!s:.600}")
