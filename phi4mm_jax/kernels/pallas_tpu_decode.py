@@ -41,7 +41,7 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, t
     groups = jnp.pad(groups, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     pages = min(max(target.blocks.decode_bytes // (kv_heads * page * size * k.dtype.itemsize), 1), tables.shape[1])
     cores = target.cores
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    main_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = pltpu.VMEM((2, pages, kv_heads, page, size), k.dtype)
     row_block = (None, None, kv_heads * rows)
     stats = pltpu.VMEM((kv_heads * rows, LANES), jnp.float32)
@@ -53,9 +53,9 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, t
             grid=(cores, batch),
             in_specs=[
                 pl.BlockSpec((None, kv_heads, rows, size), lambda core, b, *_: (b, 0, 0, 0)),
-                anywhere,
-                anywhere,
-                scales and (anywhere, anywhere),
+                main_memory,
+                main_memory,
+                scales and (main_memory, main_memory),
             ],
             out_specs=[pl.BlockSpec((*row_block, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES, LANES)],
             scratch_shapes=[
