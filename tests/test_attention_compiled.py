@@ -18,7 +18,7 @@ from conftest import FIXTURES
 from flax import linen as nn
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
@@ -114,6 +114,32 @@ def copies(text: str, least: int) -> list[str]:
     """Copies and transposes of at least so many elements in a compiled module."""
     found = re.findall(r"= (\w+\[([\d,]+)\]\S*) (?:copy|transpose|copy-start)\((.*)", text)
     return [f"{kind} {rest}" for kind, sizes, rest in found if np.prod([int(n) for n in sizes.split(",")]) >= least]
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads():
+    """Without communication: what a device attends to is its own."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = Mesh(np.array(topology.devices).reshape(2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def place(*sizes, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def program(q, k, v, lengths, pages, tables):
+        out, gradients = jax.vjp(lambda *x: flash_attention(*x, causal=True, kv_lengths=lengths), q, k, v)
+        step = decode_attention(q[:, 0], pages, pages, layer=0, lengths=lengths, tables=tables)
+        return out, gradients(out), step
+
+    arguments = (
+        *(place(2, 512, n, 128, spec=jax.P("fsdp", None, "tensor")) for n in (6, 2, 2)),
+        place(2, spec=jax.P("fsdp"), dtype=jnp.int32),
+        place(1, 8, 2, 128, 128, spec=jax.P(None, None, "tensor")),
+        place(2, 4, spec=jax.P(), dtype=jnp.int32),
+    )
+    with jax.set_mesh(mesh):
+        text = jax.jit(program).lower(*arguments).compile().as_text()
+    assert "bf16[1,1,3,512,128]" in text  # of 2 rows and 2 key heads, 1 each
+    assert "bf16[1,8,1,128,128]" in text
+    assert [x for x in text.splitlines() if "512" in x and re.search(r"all-(gather|reduce|to-all)\(", x)] == []
 
 
 BATCH, LENGTH, HEADS, KV_HEADS = 2, 1024, 6, 2  # of the layer below: the published one, but narrower

@@ -1,5 +1,6 @@
 """The attention API. An implementation is chosen by name; a name succeeds or raises."""
 
+from functools import partial
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_decode, tpu, xla
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.mesh import Axes, over_mesh
 
 Implementation = Literal["xla", "pallas_tpu"]
 
@@ -90,7 +92,16 @@ def flash_attention(
     scale = size**-0.5 if scale is None else float(scale)
     chosen = _chosen("flash_attention", implementation, pallas_tpu.unsupported(q))
     if chosen == "pallas_tpu":
-        out, lse = pallas_tpu.flash_attention(q, k, v, limits, causal=causal, scale=scale, target=tpu.target())
+        heads_split, per_row = Axes("rows", None, "heads", None), Axes("rows")
+        segments = None if limits.q_segments is None else Axes("rows", None)
+        out, lse = over_mesh(
+            partial(pallas_tpu.flash_attention, causal=causal, scale=scale, target=tpu.target()),
+            (q, k, v, limits),
+            (heads_split, heads_split, heads_split, Limits(per_row, per_row, segments, segments)),  # type: ignore
+            (heads_split, Axes("rows", None, "heads")),
+            rows=batch,
+            heads=k.shape[2],
+        )
     else:
         out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=scale)
     return (out, lse) if return_lse else out
@@ -155,8 +166,14 @@ def decode_attention(
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     chosen = _chosen("decode_attention", implementation, pallas_tpu_decode.unsupported(q, k, tables))
     if chosen == "pallas_tpu":
-        partials = pallas_tpu_decode.decode_attention(
-            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=scale, target=tpu.target()
+        of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
+        partials = over_mesh(
+            partial(pallas_tpu_decode.decode_attention, scale=scale, target=tpu.target()),
+            (q, k, v, layer, lengths, tables, scales),
+            (of_q, of_pages, of_pages, Axes(), Axes(None), Axes(None, None), scales and (Axes(*of_pages[:4]),) * 2),
+            (of_q, Axes(None, "heads"), Axes(None, "heads")),
+            rows=1,
+            heads=k.shape[2],
         )
     else:
         partials = xla.decode_attention(

@@ -31,7 +31,7 @@ def unsupported(q, k, tables) -> str | None:
     return None
 
 
-def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, target: Target):
+def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, target: Target):
     """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
     batch, heads, size = q.shape
     _, _, kv_heads, page, _ = k.shape
