@@ -1,6 +1,6 @@
 """What the TPU's compiler makes of the attention kernels, without a TPU, next to those of others.
 
-For each chip and kernel, the instruction bundles of one inner tile (about a cycle each, when nothing stalls) against the
+For each chip and kernel, the instruction bundles of one inner tile (about a cycle each, if nothing stalls) against the
 fewest cycles that its products take on the matrix units at their peak. It leaves out stalls for transfers and the work
 between tiles: good to rank kernels and block sizes, no prediction of time. Above 100% the bundles are no longer what
 bounds the tile; the matrix units are. For decoding, against the cycles that the transfer of the block takes.
@@ -243,7 +243,9 @@ def measure(job: Job) -> list[Region] | str:
             child = subprocess.run(command, env=environment, capture_output=True, text=True)
             if child.returncode:
                 lines = child.stderr.strip().splitlines()
-                _MEASURED[job] = next((x for x in lines if re.match(r"\w[\w.]*Error|tokamax is not", x)), lines[-1])[:150]
+                _MEASURED[job] = next((x for x in lines if re.match(r"\w[\w.]*Error|tokamax is not", x)), lines[-1])[
+                    :150
+                ]
             else:
                 _MEASURED[job] = read_regions(Path(folder), job.kernel.split()[0])
     return _MEASURED[job]
@@ -269,9 +271,7 @@ def read_regions(folder: Path, kernel: str) -> list[Region]:
                 if end in opened:
                     part = used[opened[end] : address + 1]
                     total = [sum(column) for column in zip(*part, strict=True)]
-                    full = {
-                        s: 100 * n / (len(part) * c) for s, n, c in zip(SLOTS, total, capacity, strict=True)
-                    }
+                    full = {s: 100 * n / (len(part) * c) for s, n, c in zip(SLOTS, total, capacity, strict=True)}
                     regions.append(Region(len(part), total, full))
     return regions
 

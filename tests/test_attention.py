@@ -19,7 +19,9 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
 
 
-def reference(q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_segments=None, kv_segments=None, scale=None):
+def reference(
+    q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_segments=None, kv_segments=None, scale=None
+):
     """The output and the log-sum-exp of attention written out in float64."""
     batch, length, heads, size = q.shape
     keys = k.shape[1]
@@ -27,10 +29,10 @@ def reference(q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_s
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (size**-0.5 if scale is None else scale)
     allowed = np.ones((batch, length, keys), bool)
     if causal:
-        offset = np.broadcast_to(q_offset, batch)
+        offset = np.broadcast_to(np.asarray(q_offset), (batch,))
         allowed &= np.arange(keys) <= (np.arange(length) + offset[:, None])[..., None]
     if kv_lengths is not None:
-        allowed &= np.arange(keys) < kv_lengths[:, None, None]
+        allowed &= np.arange(keys) < np.asarray(kv_lengths)[:, None, None]
     if kv_mask is not None:
         allowed &= kv_mask[:, None, :]
     if q_segments is not None:
@@ -75,9 +77,15 @@ CASES = {
     "lengths": ((3, 600, 600, 6, 2, 8), {"causal": True, "kv_lengths": np.array([600, 1, 333]), "scale": 0.7}),
     "empty row": ((2, 40, 700, 2, 1, 8), {"causal": False, "kv_lengths": np.array([0, 650])}),
     "offset": ((2, 100, 1200, 3, 1, 16), {"causal": True, "q_offset": np.array([0, 1100])}),
-    "mask, in one row of nothing": ((2, 530, 530, 2, 2, 8), {"causal": False, "kv_mask": np.arange(530) % [[3], [1]] > 0}),
+    "mask, in one row of nothing": (
+        (2, 530, 530, 2, 2, 8),
+        {"causal": False, "kv_mask": np.arange(530) % [[3], [1]] > 0},
+    ),
     "packed": ((1, 1024, 1024, 3, 1, 16), {"causal": True, "q_segments": PACKED, "kv_segments": PACKED}),
-    "one long document": ((1, 1024, 1024, 3, 1, 16), {"causal": True, "q_segments": PACKED * 0, "kv_segments": PACKED * 0}),
+    "one long document": (
+        (1, 1024, 1024, 3, 1, 16),
+        {"causal": True, "q_segments": PACKED * 0, "kv_segments": PACKED * 0},
+    ),
     **{f"random {seed}": random_case(seed) for seed in range(4)},
 }
 
@@ -136,7 +144,9 @@ class TestEveryImplementation:
 
     def test_bfloat16_is_as_good_as_its_inputs(self, implementation):
         q, k, v = random_qkv(3, 2, 640, 640, 6, 2, 16)
-        out = flash_attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), causal=True, implementation=implementation)
+        out = flash_attention(
+            *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), causal=True, implementation=implementation
+        )
         assert out.dtype == jnp.bfloat16
         rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (q, k, v)]
         np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, causal=True)[0], atol=2e-2)
@@ -186,7 +196,9 @@ class TestEveryImplementation:
             for table, part in halves
         ]  # fmt: skip
         o, _, l = merge_partials(*map(jnp.stack, zip(*parts, strict=True)))  # noqa: E741
-        expected, _ = reference(q[:, None], unpaged(k[0], tables), unpaged(v[0], tables), causal=False, kv_lengths=lengths)
+        expected, _ = reference(
+            q[:, None], unpaged(k[0], tables), unpaged(v[0], tables), causal=False, kv_lengths=lengths
+        )
         np.testing.assert_allclose(o / l[..., None], expected[:, 0], atol=3e-6)
 
     def test_at_128k(self, implementation):
@@ -213,9 +225,17 @@ class TestTransfers:
     @pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
     def cores(self, request):
         blocks = tpu.Blocks(
-            rows=128, keys=128, chunk=128, backward_rows=128, backward_keys=128, backward_chunk=128, decode_bytes=1 << 18
+            rows=128,
+            keys=128,
+            chunk=128,
+            backward_rows=128,
+            backward_keys=128,
+            backward_chunk=128,
+            decode_bytes=1 << 18,
         )
-        params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=request.param)
+        params = pltpu.InterpretParams(
+            detect_races=True, uninitialized_memory="nan", num_cores_or_threads=request.param
+        )
         pltpu.reset_tpu_interpret_mode_state()
         with tpu.interpreted(params, blocks, cores=request.param):
             yield
@@ -228,7 +248,8 @@ class TestTransfers:
         check("pallas_tpu", (2, 200, 200, 1, 1, 8), options)
 
     def test_decode(self, cores):
-        TestEveryImplementation().test_decode_reads_pages("pallas_tpu", 1, int8=True)
+        for int8 in (False, True):
+            TestEveryImplementation().test_decode_reads_pages("pallas_tpu", 1, int8)
 
 
 def test_decode_without_tables_reads_each_rows_own_length():

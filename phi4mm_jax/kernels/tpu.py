@@ -74,7 +74,7 @@ def target() -> Target | None:
     """The TPU that kernels are traced for, from the mesh in context or the default device; None on other platforms."""
     if (chosen := _INTERPRETED.get()) is not None:
         return chosen
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if getattr(device, "platform", None) != "tpu":
         return None
     return Target(BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)
