@@ -37,7 +37,7 @@ def reference(
         allowed &= kv_mask[:, None, :]
     if q_segments is not None:
         allowed &= q_segments[:, :, None] == kv_segments[:, None]
-    allowed, some = allowed[:, None], allowed.any(-1)[:, None]
+    some, allowed = np.any(allowed, axis=-1)[:, None], np.expand_dims(allowed, 1)
     scores = jnp.where(allowed, scores, -1e30)
     lse = jax.nn.logsumexp(scores, -1)
     weights = jnp.where(allowed, jnp.exp(scores - lse[..., None]), 0.0)
