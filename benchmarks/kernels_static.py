@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 LENGTH, GROUPS, GROUP, HEAD = 8192, 8, 3, 128
-PEER_BLOCKS = ((512, 1024, 512), (512, 2048, 512), (1024, 1024, 1024), (1024, 2048, 1024))  # queries, keys, chunk
+PEER_BLOCKS = ((512, 2048, 512), (1024, 2048, 1024), (2048, 2048, 1024))  # queries, keys, chunk
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
 

@@ -113,22 +113,26 @@ def check(implementation, shape, options, seed=0):
 
 
 def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
-    """Keys and values in shuffled pages, and the table; pages behind a row's length belong to nobody."""
+    """Keys and values in shuffled pages, and the table; what lies behind a row's length is no number."""
     rng = np.random.default_rng(seed)
     count = len(lengths) * per_row
     tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)
-    return *random(seed, *[(layers, count, kv_heads, page, size)] * 2), tables
+    k, v = random(seed, *[(layers, count, kv_heads, page, size)] * 2)
+    for row, length in zip(tables, lengths, strict=True):
+        for i, at in enumerate(row):
+            k[:, at, :, max(length - i * page, 0) :] = v[:, at, :, max(length - i * page, 0) :] = np.nan
+    return k, v, tables
 
 
 def unpaged(pages, table):
     """(B, S, K, H) of one layer."""
-    rows = pages[table].swapaxes(2, 3)
+    rows = np.nan_to_num(pages[table]).swapaxes(2, 3)
     return rows.reshape(len(table), -1, *rows.shape[3:])
 
 
 def quantized(pages):
     scales = np.abs(pages).max(-1) / 127
-    return np.round(pages / scales[..., None]).astype(np.int8), scales.astype(np.float32)
+    return np.nan_to_num(np.round(pages / scales[..., None])).astype(np.int8), scales.astype(np.float32)
 
 
 @pytest.fixture(params=CONTEXTS)
