@@ -1,101 +1,269 @@
-"""Attention against a float64 reference, forwards and backwards, and its bounded memory."""
+"""Attention: one class of tests for every implementation, against float64, forwards and backwards."""
+
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
-from phi4mm_jax.kernels import decode_attention, flash_attention, xla
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels import decode_attention, flash_attention, merge_partials, tpu, xla
+
+SMALL = tpu.Blocks(
+    rows=384, keys=256, chunk=128, backward_rows=384, backward_keys=256, backward_chunk=128, decode_bytes=1 << 18
+)  # several tiles even of short sequences
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
+CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
 
 
-def reference(q, k, v, *, causal, q_offset=None, kv_lengths=None, kv_mask=None, scale=None):
-    """Attention written out in float64; (B, T, N, H)."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+def reference(
+    q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_segments=None, kv_segments=None, scale=None
+):
+    """The output and the log-sum-exp of attention written out in float64."""
     batch, length, heads, size = q.shape
-    k, v = (np.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) * (size**-0.5 if scale is None else scale)
-    keys, queries = np.arange(k.shape[1]), np.arange(length)
-    allowed = np.ones((batch, length, k.shape[1]), bool)
+    keys = k.shape[1]
+    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (size**-0.5 if scale is None else scale)
+    allowed = np.ones((batch, length, keys), bool)
     if causal:
-        offset = np.zeros(batch, int) if q_offset is None else np.asarray(q_offset)
-        allowed &= keys <= (queries[None, :] + offset[:, None])[..., None]
+        offset = np.broadcast_to(np.asarray(q_offset), (batch,))
+        allowed &= np.arange(keys) <= (np.arange(length) + offset[:, None])[..., None]
     if kv_lengths is not None:
-        allowed &= keys < np.asarray(kv_lengths)[:, None, None]
+        allowed &= np.arange(keys) < np.asarray(kv_lengths)[:, None, None]
     if kv_mask is not None:
-        allowed &= np.asarray(kv_mask)[:, None, :]
-    weights = np.exp(scores - scores.max(-1, keepdims=True)) * allowed[:, None]
-    total = weights.sum(-1, keepdims=True)
-    return np.einsum("bnts,bsnh->btnh", weights / np.where(total == 0, 1, total), v)
+        allowed &= kv_mask[:, None, :]
+    if q_segments is not None:
+        allowed &= q_segments[:, :, None] == kv_segments[:, None]
+    some, allowed = np.any(allowed, axis=-1)[:, None], np.expand_dims(allowed, 1)
+    scores = jnp.where(allowed, scores, -1e30)
+    lse = jax.nn.logsumexp(scores, -1)
+    weights = jnp.where(allowed, jnp.exp(scores - lse[..., None]), 0.0)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v), jnp.where(some, lse, -np.inf).swapaxes(1, 2)
+
+
+def random(seed, *shapes, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
 def random_qkv(seed, batch, length, keys, heads, kv_heads, size, dtype=np.float32):
+    return random(seed, (batch, length, heads, size), *[(batch, keys, kv_heads, size)] * 2, dtype=dtype)
+
+
+def random_case(seed):
+    """Lengths from 1 to 2K, many of them odd; any mixture of the options, with empty rows and queries without keys."""
     rng = np.random.default_rng(seed)
-    shapes = (batch, length, heads, size), (batch, keys, kv_heads, size), (batch, keys, kv_heads, size)
-    return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shapes)
+    batch, kv_heads, group = int(rng.integers(1, 3)), int(rng.integers(1, 3)), int(rng.choice([1, 3]))
+    length, keys = (int(2 ** rng.uniform(0, 11)) for _ in range(2))
+    options = {"causal": bool(rng.integers(2))}
+    if rng.integers(2):
+        options["q_offset"] = rng.integers(-5, keys + 1, batch)
+    if rng.integers(2):
+        options["kv_lengths"] = rng.integers(0, keys + 1, batch)
+    if rng.integers(2):
+        options["q_segments"] = np.sort(rng.integers(0, 4, (batch, length)))
+        options["kv_segments"] = np.sort(rng.integers(0, 4, (batch, keys)))
+    return (batch, length, keys, kv_heads * group, kv_heads, 16), options
 
 
+PACKED = np.repeat([[0, 1, 2, 3]], [300, 20, 600, 104], axis=1)  # of 1024 tokens
 CASES = {
-    "one tile": ((2, 17, 17, 6, 2, 16), {"causal": True}),
-    "many tiles": ((1, 1300, 1300, 3, 1, 8), {"causal": True}),
-    "odd sizes, bidirectional": ((2, 700, 901, 4, 4, 72), {"causal": False}),
-    "lengths": ((3, 600, 600, 6, 2, 8), {"causal": True, "kv_lengths": np.array([600, 1, 333])}),
+    "one tile": ((2, 17, 17, 6, 2, 128), {"causal": True}),
+    "many tiles": ((1, 1300, 1300, 3, 1, 16), {"causal": True}),
+    "bidirectional, as the vision tower": ((2, 700, 901, 4, 4, 72), {"causal": False}),
+    "lengths": ((3, 600, 600, 6, 2, 8), {"causal": True, "kv_lengths": np.array([600, 1, 333]), "scale": 0.7}),
     "empty row": ((2, 40, 700, 2, 1, 8), {"causal": False, "kv_lengths": np.array([0, 650])}),
     "offset": ((2, 100, 1200, 3, 1, 16), {"causal": True, "q_offset": np.array([0, 1100])}),
-    "mask": ((2, 530, 530, 2, 2, 8), {"causal": False, "kv_mask": np.arange(530) % np.array([[3], [7]]) > 0}),
-    "nothing allowed": ((1, 9, 600, 2, 1, 8), {"causal": False, "kv_mask": np.zeros((1, 600), bool)}),
-    "scale": ((1, 33, 33, 2, 1, 8), {"causal": True, "scale": 0.7}),
+    "mask, in one row of nothing": (
+        (2, 530, 530, 2, 2, 8),
+        {"causal": False, "kv_mask": np.arange(530) % [[3], [1]] > 0},
+    ),
+    "packed": ((1, 1024, 1024, 3, 1, 16), {"causal": True, "q_segments": PACKED, "kv_segments": PACKED}),
+    "one long document": (
+        (1, 1024, 1024, 3, 1, 16),
+        {"causal": True, "q_segments": PACKED * 0, "kv_segments": PACKED * 0},
+    ),
+    **{f"random {seed}": random_case(seed) for seed in range(4)},
 }
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
-def test_forward(shape, options):
-    q, k, v = random_qkv(0, *shape)
-    out = flash_attention(q, k, v, **options)
-    np.testing.assert_allclose(out, reference(q, k, v, **options), atol=3e-6)
+def with_gradients(attention, q, k, v, d_out, d_lse):
+    """The output, the log-sum-exp and the gradients of q, k and v, compiled as one program."""
+
+    def program(q, k, v, d_out, d_lse):
+        results, gradients = jax.vjp(attention, q, k, v)
+        return *results, *gradients((d_out, d_lse))
+
+    return jax.jit(program, compiler_options=QUICK)(q, k, v, d_out, d_lse)
 
 
-@pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
-def test_gradients(shape, options):
-    """Against autodiff of plain attention, in float32."""
-    q, k, v = random_qkv(1, *shape)
-    target = jnp.asarray(np.random.default_rng(2).standard_normal(q.shape), jnp.float32)
-
-    def plain(q, k, v):
-        batch, length, heads, size = q.shape
-        k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-        scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * options.get("scale", size**-0.5)
-        allowed = jnp.ones((batch, length, k.shape[1]), bool)
-        if options["causal"]:
-            offset = jnp.asarray(options.get("q_offset", np.zeros(batch, int)))
-            allowed &= jnp.arange(k.shape[1]) <= (jnp.arange(length) + offset[:, None])[..., None]
-        if "kv_lengths" in options:
-            allowed &= jnp.arange(k.shape[1]) < jnp.asarray(options["kv_lengths"])[:, None, None]
-        if "kv_mask" in options:
-            allowed &= jnp.asarray(options["kv_mask"])[:, None, :]
-        weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -1e30), -1) * allowed.any(-1)[:, None, :, None]
-        return jnp.vdot(jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest"), target)
-
-    ours = jax.grad(lambda *x: jnp.vdot(flash_attention(*x, **options), target), argnums=(0, 1, 2))(q, k, v)
-    theirs = jax.grad(plain, argnums=(0, 1, 2))(q, k, v)
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+def check(implementation, shape, options, seed=0):
+    arrays = random_qkv(seed, *shape)
+    arrays += random(seed + 1, arrays[0].shape, arrays[0].shape[:3])
+    with jax.enable_x64(True):
+        expected = with_gradients(lambda *x: reference(*x, **options), *(x.astype(np.float64) for x in arrays))
+    results = with_gradients(
+        lambda *x: flash_attention(*x, return_lse=True, implementation=implementation, **options), *arrays
+    )
+    for ours, theirs, tolerance in zip(results, expected, (3e-6, 3e-6, 2e-5, 2e-5, 2e-5), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=1e-5)
 
 
-def test_bfloat16_is_as_good_as_its_inputs():
-    q, k, v = random_qkv(3, 2, 640, 640, 6, 2, 16, jnp.bfloat16)
-    out = flash_attention(q, k, v, causal=True)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), reference(q, k, v, causal=True), atol=2e-2)
+def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
+    """Keys and values in shuffled pages, and the table; what lies behind a row's length is no number."""
+    rng = np.random.default_rng(seed)
+    count = len(lengths) * per_row
+    tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)
+    k, v = random(seed, *[(layers, count, kv_heads, page, size)] * 2)
+    for row, length in zip(tables, lengths, strict=True):
+        for i, at in enumerate(row):
+            k[:, at, :, max(length - i * page, 0) :] = v[:, at, :, max(length - i * page, 0) :] = np.nan
+    return k, v, tables
 
 
-def test_decode_reads_each_rows_own_length():
+def unpaged(pages, table):
+    """(B, S, K, H) of one layer."""
+    rows = np.nan_to_num(pages[table]).swapaxes(2, 3)
+    return rows.reshape(len(table), -1, *rows.shape[3:])
+
+
+def quantized(pages):
+    scales = np.abs(pages).max(-1) / 127
+    return np.nan_to_num(np.round(pages / scales[..., None])).astype(np.int8), scales.astype(np.float32)
+
+
+@pytest.fixture(params=CONTEXTS)
+def implementation(request):
+    with CONTEXTS[request.param]():
+        yield request.param
+
+
+class TestEveryImplementation:
+    @pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
+    def test_values_and_gradients(self, implementation, shape, options):
+        check(implementation, shape, options)
+
+    def test_bfloat16_is_as_good_as_its_inputs(self, implementation):
+        q, k, v = random_qkv(3, 2, 640, 640, 6, 2, 16)
+        out = flash_attention(
+            *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), causal=True, implementation=implementation
+        )
+        assert out.dtype == jnp.bfloat16
+        rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (q, k, v)]
+        np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, causal=True)[0], atol=2e-2)
+
+    @pytest.mark.parametrize("growth", [1.0, 200.0])
+    def test_scores_that_grow_towards_the_beginning(self, implementation, growth):
+        """The greatest score is met last; at 200 its weight is beyond float32 by the maximum known before."""
+        q, k, v = random_qkv(5, 1, 520, 520, 1, 1, 8)
+        q[..., 0], k[..., 0] = 1.0, growth * np.linspace(1, 0, 520)[None, :, None]
+        out = flash_attention(*map(jnp.asarray, (q, k, v)), causal=True, scale=1.0, implementation=implementation)
+        expected, _ = reference(q.astype(float), k.astype(float), v, causal=True, scale=1.0)
+        np.testing.assert_allclose(out, expected, atol=1e-4)  # a score of 200 has an ulp of 1.5e-5
+
+    @pytest.mark.parametrize("int8", [False, True])
+    @pytest.mark.parametrize("layer", [0, 1])
+    def test_decode_reads_pages(self, implementation, layer, int8):
+        lengths = np.array([1, 0, 300, 640], np.int32)
+        k, v, tables = pages_of(4, lengths, kv_heads=2)
+        (q,) = random(5, (4, 6, 128))
+        extra = {}
+        expected_k, expected_v = k, v
+        if int8:
+            (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+            expected_k, expected_v = k * k_scales[..., None], v * v_scales[..., None]
+            extra = {"k_scales": jnp.asarray(k_scales), "v_scales": jnp.asarray(v_scales)}
+        out = decode_attention(
+            *map(jnp.asarray, (q, k, v)), layer=jnp.int32(layer), lengths=jnp.asarray(lengths),
+            tables=jnp.asarray(tables), implementation=implementation, **extra,
+        )  # fmt: skip
+        expected, _ = reference(
+            q[:, None], unpaged(expected_k[layer], tables), unpaged(expected_v[layer], tables), causal=False,
+            kv_lengths=lengths,
+        )  # fmt: skip
+        np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
+
+    def test_partial_results_merge(self, implementation):
+        """Each of two shards has some of a row's keys, and of one row none."""
+        lengths = np.array([200, 640], np.int32)
+        k, v, tables = pages_of(6, lengths, kv_heads=1)
+        (q,) = random(7, (2, 3, 128))
+        halves = ((tables[:, :2], np.minimum(lengths, 256)), (tables[:, 2:], np.maximum(lengths - 256, 0)))
+        parts = [
+            decode_attention(
+                *map(jnp.asarray, (q, k, v)), layer=0, lengths=jnp.asarray(part), tables=jnp.asarray(table),
+                return_partials=True, implementation=implementation,
+            )
+            for table, part in halves
+        ]  # fmt: skip
+        o, _, l = merge_partials(*map(jnp.stack, zip(*parts, strict=True)))  # noqa: E741
+        expected, _ = reference(
+            q[:, None], unpaged(k[0], tables), unpaged(v[0], tables), causal=False, kv_lengths=lengths
+        )
+        np.testing.assert_allclose(o / l[..., None], expected[:, 0], atol=3e-6)
+
+    def test_at_128k(self, implementation):
+        """The last tile of queries, and a decoding step, over the whole cache."""
+        length, tile = 131_072, 32
+        (q,), (k, v) = random(8, (1, tile, 3, 128)), random(9, *[(length // 128, 1, 128, 128)] * 2)
+        flat = [x.reshape(1, length, 1, 128) for x in (k, v)]
+        expected, _ = reference(q, *flat, causal=True, q_offset=length - tile)
+        with nullcontext() if implementation == "xla" else tpu.interpreted(True):
+            out = flash_attention(
+                *map(jnp.asarray, (q, *flat)), causal=True, q_offset=length - tile, implementation=implementation
+            )
+            last = decode_attention(
+                *map(jnp.asarray, (q[:, -1], k[None], v[None])), layer=0, lengths=jnp.asarray([length]),
+                tables=jnp.arange(length // 128)[None], implementation=implementation,
+            )  # fmt: skip
+        np.testing.assert_allclose(out, expected, atol=3e-6)
+        np.testing.assert_allclose(last, expected[:, -1], atol=3e-6)
+
+
+class TestTransfers:
+    """With memory that is not a number before it is written, and races between transfers and reads found."""
+
+    @pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+    def cores(self, request):
+        blocks = tpu.Blocks(
+            rows=128,
+            keys=128,
+            chunk=128,
+            backward_rows=128,
+            backward_keys=128,
+            backward_chunk=128,
+            decode_bytes=1 << 18,
+        )
+        params = pltpu.InterpretParams(
+            detect_races=True, uninitialized_memory="nan", num_cores_or_threads=request.param
+        )
+        pltpu.reset_tpu_interpret_mode_state()
+        with tpu.interpreted(params, blocks, cores=request.param):
+            yield
+        assert not interpret_pallas_call.races.races_found
+
+    def test_flash(self, cores):
+        """Of the four blocks of queries, one step has no tile at all."""
+        segments = np.repeat([[0, 1], [2, 2]], [130, 70], axis=1)
+        options = {"causal": True, "q_segments": segments, "kv_segments": segments, "kv_lengths": np.array([200, 0])}
+        check("pallas_tpu", (2, 200, 200, 1, 1, 8), options)
+
+    def test_decode(self, cores):
+        for int8 in (False, True):
+            TestEveryImplementation().test_decode_reads_pages("pallas_tpu", 1, int8)
+
+
+def test_decode_without_tables_reads_each_rows_own_length():
     rng = np.random.default_rng(4)
     capacity, lengths = 1024, np.array([1, 700, 1024, 129])
     k, v = (rng.standard_normal((2, 4, 2, capacity, 16)).astype(np.float32) for _ in range(2))
     q = rng.standard_normal((4, 6, 16)).astype(np.float32)
     for layer in (0, 1):
         out = decode_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), layer=jnp.int32(layer), lengths=lengths)
-        expected = reference(
+        expected, _ = reference(
             q[:, None], k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2), causal=False, kv_lengths=lengths
         )
         np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
@@ -117,19 +285,48 @@ def test_memory_is_bounded():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"k": jnp.zeros((1, 4, 2, 8))}, "k"),
+        ({"k": jnp.zeros((2, 5, 2, 8)), "v": jnp.zeros((2, 5, 2, 8))}, "k"),
         ({"q": jnp.zeros((1, 4, 3, 8))}, "q's 3 heads"),
         ({"q": jnp.zeros((1, 4, 8))}, "q"),
         ({"v": jnp.zeros((1, 5, 2, 8), jnp.bfloat16)}, "dtype"),
         ({"kv_lengths": jnp.zeros(3, jnp.int32)}, "kv_lengths"),
+        ({"kv_lengths": jnp.zeros(1)}, "kv_lengths"),
         ({"kv_mask": jnp.zeros((1, 3), bool)}, "kv_mask"),
         ({"q_offset": jnp.zeros(2, jnp.int32)}, "q_offset"),
+        ({"q_segments": jnp.zeros((1, 4), jnp.int32)}, "kv_segments"),
+        ({"q_segments": jnp.zeros((1, 4), jnp.int32), "kv_segments": jnp.zeros((1, 4), jnp.int32)}, "kv_segments"),
         ({"implementation": "cudnn"}, "cudnn"),
+        ({"implementation": "pallas_tpu"}, "needs a TPU"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
     good = {"q": jnp.zeros((1, 4, 4, 8)), "k": jnp.zeros((1, 5, 2, 8)), "v": jnp.zeros((1, 5, 2, 8)), "causal": True}
-    if named == "k":
-        arguments = {"k": jnp.zeros((2, 5, 2, 8)), "v": jnp.zeros((2, 5, 2, 8))}
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(InputError, match=named):
         flash_attention(**(good | arguments))
+
+
+def test_what_the_tpu_kernel_cannot_take_is_named():
+    with tpu.interpreted(), pytest.raises(InputError, match="q has dtype float16"):
+        flash_attention(*[jnp.zeros((1, 4, 1, 8), jnp.float16)] * 3, causal=True, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"v": jnp.zeros((1, 3, 2, 64, 8))}, "v"),
+        ({"q": jnp.zeros((2, 3, 8))}, "q"),
+        ({"lengths": jnp.zeros(3, jnp.int32)}, "lengths"),
+        ({"tables": jnp.zeros((3, 2), jnp.int32)}, "tables"),
+        ({"tables": None}, "without tables"),
+        ({"k": jnp.zeros((1, 3, 2, 128, 8), jnp.int8)}, "k int8"),
+        ({"k_scales": jnp.zeros((1, 3, 2, 128))}, "k_scales"),
+        ({"implementation": "pallas_tpu"}, "needs a TPU"),
+    ],
+)
+def test_bad_arguments_of_decoding_are_named(arguments, named):
+    good = {
+        "q": jnp.zeros((2, 4, 8)), "k": jnp.zeros((1, 3, 2, 128, 8)), "v": jnp.zeros((1, 3, 2, 128, 8)), "layer": 0,
+        "lengths": jnp.zeros(2, jnp.int32), "tables": jnp.zeros((2, 2), jnp.int32),
+    }  # fmt: skip
+    with pytest.raises(InputError, match=named):
+        decode_attention(**(good | arguments))

@@ -1,6 +1,7 @@
 """The attention API. An implementation is chosen by name; a name succeeds or raises."""
 
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_decode, tpu, xla
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.mesh import Axes, over_mesh
 
 Implementation = Literal["xla", "pallas_tpu"]
 
@@ -26,7 +28,7 @@ def flash_attention(
     kv_segments: Int[Array, "B S"] | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
-):
+) -> Any:
     """Softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
 
     Query head n attends with key head n // (N / K). Scores and softmax are in float32. A query that may attend to no
@@ -81,18 +83,29 @@ def flash_attention(
     if kv_mask is not None:  # masked keys are a segment without queries
         q_segments = jnp.zeros((batch, q_len), jnp.int32) if q_segments is None else q_segments
         kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
+    segments = None
+    if q_segments is not None and kv_segments is not None:
+        segments = q_segments.astype(jnp.int32), kv_segments.astype(jnp.int32)
     limits = Limits(
         q_offset.astype(jnp.int32),
         jnp.full(batch, kv_len, jnp.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, kv_len).astype(jnp.int32),
-        None if q_segments is None else q_segments.astype(jnp.int32),
-        None if kv_segments is None else kv_segments.astype(jnp.int32),
+        segments,
     )
-    scale = size**-0.5 if scale is None else float(scale)
-    chosen = _chosen("flash_attention", implementation, pallas_tpu.unsupported(q))
-    if chosen == "pallas_tpu":
-        out, lse = pallas_tpu.flash_attention(q, k, v, limits, causal=causal, scale=scale, target=tpu.target())
+    factor = size**-0.5 if scale is None else float(scale)
+    target = _tpu("flash_attention", implementation, pallas_tpu.unsupported(q))
+    if target is not None:
+        heads_split, per_row = Axes("rows", None, "heads", None), Axes("rows")
+        ids = None if segments is None else (Axes("rows", None),) * 2
+        out, lse = over_mesh(
+            partial(pallas_tpu.flash_attention, causal=causal, scale=factor, target=target),
+            (q, k, v, limits),
+            (heads_split, heads_split, heads_split, Limits(per_row, per_row, ids)),  # type: ignore
+            (heads_split, Axes("rows", None, "heads")),
+            rows=batch,
+            heads=k.shape[2],
+        )
     else:
-        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=scale)
+        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=factor)
     return (out, lse) if return_lse else out
 
 
@@ -109,7 +122,7 @@ def decode_attention(
     scale: float | None = None,
     return_partials: bool = False,
     implementation: Implementation | None = None,
-):
+) -> Any:
     """One query a row against the first `lengths[b]` keys of `layer` in the cache.
 
     The cache of all layers is taken whole, so that no layer's part of it need be copied out. What is read grows with
@@ -152,16 +165,22 @@ def decode_attention(
                              f"{argument.shape}")  # fmt: skip
     scales = (k_scales, v_scales) if quantized else None
     layer, lengths = jnp.asarray(layer, jnp.int32), lengths.astype(jnp.int32)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    chosen = _chosen("decode_attention", implementation, pallas_tpu_decode.unsupported(q, k, tables))
-    if chosen == "pallas_tpu":
-        partials = pallas_tpu_decode.decode_attention(
-            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=scale, target=tpu.target()
+    factor = q.shape[2] ** -0.5 if scale is None else float(scale)
+    target = _tpu("decode_attention", implementation, pallas_tpu_decode.unsupported(q, k, tables))
+    if target is not None:
+        of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
+        partials = over_mesh(
+            partial(pallas_tpu_decode.decode_attention, scale=factor, target=target),
+            (q, k, v, layer, lengths, tables, scales),
+            (of_q, of_pages, of_pages, Axes(), Axes(None), Axes(None, None), scales and (Axes(*of_pages[:4]),) * 2),
+            (of_q, Axes(None, "heads"), Axes(None, "heads")),
+            rows=1,
+            heads=k.shape[2],
         )
     else:
         partials = xla.decode_attention(
-            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=scale
-        )
+            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=factor
+        )  # fmt: skip
     if return_partials:
         return partials
     out, _, total = partials
@@ -169,7 +188,9 @@ def decode_attention(
 
 
 def merge_partials(
-    o: Float[Array, "X B N H"], m: Float[Array, "X B N"], l: Float[Array, "X B N"]  # noqa: E741
+    o: Float[Array, "X B N H"],
+    m: Float[Array, "X B N"],
+    l: Float[Array, "X B N"],  # noqa: E741
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]:
     """The partial results of X parts of the keys, as those of all keys; the attention is then o / l[..., None].
 
@@ -180,14 +201,15 @@ def merge_partials(
     return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
 
 
-def _chosen(function: str, implementation: str | None, unsupported: str | None) -> str:
-    """`unsupported`: why the TPU kernel cannot take these arguments, if so."""
+def _tpu(function: str, implementation: str | None, unsupported: str | None) -> tpu.Target | None:
+    """The TPU to use its kernel on; None for plain XLA. `unsupported`: why the kernel cannot take the arguments."""
     if implementation is not None and implementation not in get_args(Implementation):
         raise InputError(
             f"{function}: implementation {implementation!r} is not available; choose from {get_args(Implementation)}"
         )
-    if tpu.target() is None:
+    target = tpu.target()
+    if target is None:
         unsupported = "implementation 'pallas_tpu' needs a TPU, and this is none; use 'xla'"
     if implementation == "pallas_tpu" and unsupported:
         raise InputError(f"{function}: {unsupported}")
-    return implementation or ("xla" if unsupported else "pallas_tpu")
+    return None if implementation == "xla" or unsupported else target

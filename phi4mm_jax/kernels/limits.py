@@ -6,10 +6,9 @@ from jaxtyping import Array, Int
 
 
 class Limits(NamedTuple):
-    """Query t of row b attends to key s if s < kv_lengths[b], their segments are the same and, where attention is
-    causal, s <= t + q_offset[b]. int32 throughout; without segments both are None."""
+    """Query t of row b attends to key s if s < kv_lengths[b], the ids of their segments are the same and, where
+    attention is causal, s <= t + q_offset[b]. int32 throughout."""
 
     q_offset: Int[Array, " B"]
     kv_lengths: Int[Array, " B"]
-    q_segments: Int[Array, "B T"] | None
-    kv_segments: Int[Array, "B S"] | None
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None  # of queries and of keys

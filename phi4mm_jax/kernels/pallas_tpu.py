@@ -54,15 +54,13 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, targ
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
     rows, keys = padded(q_len), padded(kv_len)
-    if limits.q_segments is not None:
-        limits = limits._replace(
-            q_segments=_pad(limits.q_segments, 1, rows), kv_segments=_pad(limits.kv_segments, 1, keys)
-        )
+    if limits.segments is not None:
+        limits = limits._replace(segments=(_pad(limits.segments[0], 1, rows), _pad(limits.segments[1], 1, keys)))
     q, k, v = (_heads_first(x, target) for x in (q, k, v))
     groups = _pad(q.transpose(0, 2, 1, 3), 2, rows).reshape(batch, kv_heads, heads // kv_heads, rows, size)
     k, v = (_pad(x.transpose(0, 2, 1, 3), 2, keys) for x in (k, v))
-    out, log_sum = _attend(groups, k, v, limits, _Call(causal, scale, target))
-    out, log_sum = out.reshape(batch, heads, rows, size), log_sum.reshape(batch, heads, rows)
+    results: Any = _attend(groups, k, v, limits, _Call(causal, scale, target))
+    out, log_sum = results[0].reshape(batch, heads, rows, size), results[1].reshape(batch, heads, rows)
     return _heads_first(out[:, :, :q_len].transpose(0, 2, 1, 3), target), log_sum[:, :, :q_len].transpose(0, 2, 1)
 
 
@@ -128,8 +126,8 @@ def _plan_over_queries(limits: Limits, causal: bool, q_len: int, kv_len: int, ro
 
 def _with_segments(limits: Limits, rows: int, keys: int, streamed_axis: int, first, clear, clear_stop, stop) -> _Plan:
     own = streamed = None
-    if limits.q_segments is not None:
-        q_bounds, k_bounds = _bounds(limits.q_segments, rows), _bounds(limits.kv_segments, keys)
+    if limits.segments is not None:
+        q_bounds, k_bounds = _bounds(limits.segments[0], rows), _bounds(limits.segments[1], keys)
         (q_min, q_max), (k_min, k_max) = q_bounds, k_bounds
         meet = (q_min[:, :, None] <= k_max[:, None]) & (k_min[:, None] <= q_max[:, :, None])  # may share an id
         index = lax.broadcasted_iota(jnp.int32, meet.shape, streamed_axis)
@@ -214,7 +212,10 @@ def _folded(x, combine):
     """(rows, n * 128) -> (rows, 128)."""
     parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     while len(parts) > 1:
-        parts = [combine(*pair) if len(pair) == 2 else pair[0] for pair in (parts[i : i + 2] for i in range(0, len(parts), 2))]
+        parts = [
+            combine(*pair) if len(pair) == 2 else pair[0]
+            for pair in (parts[i : i + 2] for i in range(0, len(parts), 2))
+        ]
     return parts[0]
 
 
@@ -243,7 +244,7 @@ def _forward(q, k, v, limits: Limits, call: _Call):
     bq, bk = block(q_len, blocks.rows // group), block(kv_len, blocks.keys)
     grid = _grid(batch, kv_heads, q_len // bq, kv_len // bk, call.target)
     plan = _plan_over_keys(limits, call.causal, q_len, kv_len, bq, bk)
-    segmented = limits.q_segments is not None
+    segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     stats = pltpu.VMEM((group * bq, LANES), jnp.float32)
     return pl.pallas_call(
@@ -256,7 +257,7 @@ def _forward(q, k, v, limits: Limits, call: _Call):
                 grid.spec((None, None, group, bq, size), lambda row, head, i: (row, head, 0, i, 0)),
                 anywhere,
                 anywhere,
-                (grid.spec((None, 1, bq), lambda row, head, i: (row, 0, i)), anywhere) if segmented else None,
+                segments and (grid.spec((None, 1, bq), lambda row, head, i: (row, 0, i)), anywhere),
             ],
             out_specs=[
                 grid.spec((None, None, group, bq, size), lambda row, head, i: (row, head, 0, i, 0)),
@@ -265,7 +266,7 @@ def _forward(q, k, v, limits: Limits, call: _Call):
             scratch_shapes=[
                 pltpu.VMEM((2, bk, size), k.dtype),
                 pltpu.VMEM((2, bk, size), v.dtype),
-                (pltpu.VMEM((2, 1, bk), jnp.int32), pltpu.VMEM((group * bq, LANES), jnp.int32)) if segmented else None,
+                segments and (pltpu.VMEM((2, 1, bk), jnp.int32), pltpu.VMEM((group * bq, LANES), jnp.int32)),
                 pltpu.SemaphoreType.DMA((2, 3)),
                 pltpu.SMEM((1,), jnp.int32),
                 stats,
@@ -280,7 +281,7 @@ def _forward(q, k, v, limits: Limits, call: _Call):
         compiler_params=_compiler_params(call),
         cost_estimate=_cost(call, q, k, products=2),
         interpret=call.target.interpret,
-    )(plan, q, k, v, (limits.q_segments[:, None], limits.kv_segments[:, None]) if segmented else None)
+    )(plan, q, k, v, segments)
 
 
 def _forward_kernel(
@@ -300,9 +301,7 @@ def _forward_kernel(
         yield pltpu.make_async_copy(k_any.at[row, head, keys], k_ref.at[slot], sems.at[slot, 0])
         yield pltpu.make_async_copy(v_any.at[row, head, keys], v_ref.at[slot], sems.at[slot, 1])
         if segments is not None:
-            yield pltpu.make_async_copy(
-                segments[1].at[row, :, keys], segment_scratch[0].at[slot], sems.at[slot, 2]
-            )
+            yield pltpu.make_async_copy(segments[1].at[row, :, keys], segment_scratch[0].at[slot], sems.at[slot, 2])
 
     def begin():
         max_ref[...] = jnp.full_like(max_ref, MASKED)
@@ -397,7 +396,7 @@ def _backward(call: _Call, residuals, cotangents):
     stats = jnp.concatenate([log_sum * LOG2_E, row_sum], 2)  # (B, K, 2 G, T)
     bq, bk = block(q_len, blocks.backward_rows // group), block(kv_len, blocks.backward_keys)
     lengths = limits, call.causal, q_len, kv_len, bq, bk
-    segments = None if limits.q_segments is None else (limits.q_segments[:, None], limits.kv_segments[:, None])
+    segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     operands = q, k, v, d_out, stats, segments
 
@@ -586,9 +585,7 @@ def _dkv_kernel(
 
 
 def _compiler_params(call: _Call) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=call.target.blocks.vmem
-    )
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=call.target.blocks.vmem)
 
 
 def _cost(call: _Call, q, k, products: int) -> pl.CostEstimate:

@@ -26,12 +26,11 @@ def unsupported(q, k, tables) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q has dtype {q.dtype}; implementation 'pallas_tpu' takes bfloat16 and float32"
     if k.shape[3] % LANES or k.shape[4] % LANES:
-        return f"k {k.shape} has pages of {k.shape[3]} tokens and head size {k.shape[4]}; implementation 'pallas_tpu' " \
-               f"takes multiples of {LANES}"  # fmt: skip
+        return f"k {k.shape}: implementation 'pallas_tpu' takes pages and head sizes that are multiples of {LANES}"
     return None
 
 
-def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, target: Target):
+def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, target: Target):
     """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
     batch, heads, size = q.shape
     _, _, kv_heads, page, _ = k.shape
@@ -41,7 +40,7 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, t
     groups = jnp.pad(groups, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     pages = min(max(target.blocks.decode_bytes // (kv_heads * page * size * k.dtype.itemsize), 1), tables.shape[1])
     cores = target.cores
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    main_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = pltpu.VMEM((2, pages, kv_heads, page, size), k.dtype)
     row_block = (None, None, kv_heads * rows)
     stats = pltpu.VMEM((kv_heads * rows, LANES), jnp.float32)
@@ -53,11 +52,13 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, t
             grid=(cores, batch),
             in_specs=[
                 pl.BlockSpec((None, kv_heads, rows, size), lambda core, b, *_: (b, 0, 0, 0)),
-                anywhere,
-                anywhere,
-                scales and (anywhere, anywhere),
+                main_memory,
+                main_memory,
+                scales and (main_memory, main_memory),
             ],
-            out_specs=[pl.BlockSpec((*row_block, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES, LANES)],
+            out_specs=[
+                pl.BlockSpec((*row_block, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES, LANES)
+            ],
             scratch_shapes=[
                 scratch,
                 scratch,
@@ -69,9 +70,7 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float, t
                 pltpu.VMEM((kv_heads * rows, size), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((cores, batch, kv_heads * rows, n), jnp.float32) for n in (size, LANES, LANES)
-        ],
+        out_shape=[jax.ShapeDtypeStruct((cores, batch, kv_heads * rows, n), jnp.float32) for n in (size, LANES, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=target.blocks.vmem
         ),

@@ -40,7 +40,7 @@ class Blocks:
 
 # By `benchmarks/kernels_static`: the largest tiles that still gain, within the vector memory of the chip. See
 # docs/kernels.md. Chips that are not listed take those of v5e.
-_BLOCKS = {
+BLOCKS = {
     "TPU v5 lite": Blocks(),
     "TPU v5": Blocks(),
     "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_bytes=2 << 20),
@@ -74,10 +74,10 @@ def target() -> Target | None:
     """The TPU that kernels are traced for, from the mesh in context or the default device; None on other platforms."""
     if (chosen := _INTERPRETED.get()) is not None:
         return chosen
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     if getattr(device, "platform", None) != "tpu":
         return None
-    return Target(_BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)
+    return Target(BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)
 
 
 def padded(length: int) -> int:

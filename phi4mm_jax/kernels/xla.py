@@ -41,10 +41,8 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float) -> t
     whole = not causal and kv_len <= _WHOLE_KEYS
     keys = kv_len if whole else min(-(-kv_len // 64) * 64, _KEY_TILE)
     queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
-    if limits.q_segments is not None:
-        limits = limits._replace(
-            q_segments=_pad(limits.q_segments, 1, queries), kv_segments=_pad(limits.kv_segments, 1, keys)
-        )
+    if limits.segments is not None:
+        limits = limits._replace(segments=(_pad(limits.segments[0], 1, queries), _pad(limits.segments[1], 1, keys)))
     groups = q.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
     result: Any = _attend(
         _pad(groups.transpose(0, 2, 3, 1, 4), 3, queries),  # (B, K, G, T, H)
@@ -59,6 +57,10 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float) -> t
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q, k, v, limits: Limits, tiling: _Tiling):
+    return _attended(q, k, v, limits, tiling)
+
+
+def _attended(q, k, v, limits: Limits, tiling: _Tiling):
     out, log_sum = _forward(q, k, v, limits, tiling)
     return out, jnp.where(log_sum > _MASKED / 2, log_sum, -jnp.inf)
 
@@ -103,8 +105,8 @@ def _forward(q, k, v, limits: Limits, tiling: _Tiling):
 
 
 def _attend_forward(q, k, v, limits: Limits, tiling: _Tiling):
-    out, log_sum = _attend(q, k, v, limits, tiling)
-    return (out, log_sum), (q, k, v, limits, out, log_sum)
+    out, log_sum = results = _attended(q, k, v, limits, tiling)
+    return results, (q, k, v, limits, out, log_sum)
 
 
 def _attend_backward(tiling: _Tiling, residuals, cotangents):
@@ -148,9 +150,9 @@ def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
     scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
     key = j * tiling.keys + jnp.arange(tiling.keys)
     allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
-    if limits.q_segments is not None:
-        ids = _tile(limits.q_segments, i, tiling.queries, 1), _tile(limits.kv_segments, j, tiling.keys, 1)
-        allowed &= ids[0][:, :, None] == ids[1][:, None]
+    if limits.segments is not None:
+        q_ids, k_ids = limits.segments
+        allowed &= _tile(q_ids, i, tiling.queries, 1)[:, :, None] == _tile(k_ids, j, tiling.keys, 1)[:, None]
     if tiling.causal:
         query = i * tiling.queries + jnp.arange(tiling.queries)
         allowed &= key <= (query + limits.q_offset[:, None])[..., None]
@@ -173,22 +175,18 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -
     batch, heads, size = q.shape
     kv_heads, page = k.shape[2], k.shape[3]
     groups = q.reshape(batch, kv_heads, heads // kv_heads, size)
-    if tables is None:
-        if page % DECODE_BLOCK:
-            raise InputError(f"decode_attention: k holds {page} keys a row; expected a multiple of {DECODE_BLOCK}")
-        keys = next(n for n in (_KEY_TILE, _KEY_TILE // 2, DECODE_BLOCK) if page % n == 0)
+    if tables is None and page % DECODE_BLOCK:
+        raise InputError(f"decode_attention: k holds {page} keys a row; expected a multiple of {DECODE_BLOCK}")
+    pages = max(_KEY_TILE // page, 1)
+    keys = pages * page if tables is not None else next(n for n in (_KEY_TILE, 256, DECODE_BLOCK) if page % n == 0)
+    table = None if tables is None else _pad(tables, 1, pages)
 
-        def block(cache, j):
+    def block(cache, j):
+        """(B, K, keys, H), or (B, K, keys) of scales."""
+        if table is None:
             return lax.dynamic_slice(cache, (layer, 0, 0, j * keys, 0), (1, batch, kv_heads, keys, size))[0]
-    else:
-        pages = max(_KEY_TILE // page, 1)
-        keys = pages * page
-        tables = _pad(tables, 1, pages)
-
-        def block(cache, j):
-            """(B, K, keys, H), or (B, K, keys) of scales."""
-            taken = cache[layer, lax.dynamic_slice_in_dim(tables, j * pages, pages, 1)]  # (B, pages, K, page, ...)
-            return taken.swapaxes(1, 2).reshape(batch, kv_heads, keys, *taken.shape[4:])
+        taken = cache[layer, lax.dynamic_slice_in_dim(table, j * pages, pages, 1)]  # (B, pages, K, page, ...)
+        return taken.swapaxes(1, 2).reshape(batch, kv_heads, keys, *taken.shape[4:])
 
     def values(cache, scales, j):
         if scales is None:
@@ -204,7 +202,10 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -
         new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values(v, v_scales, j))
+        v_j = values(v, v_scales, j)
+        if table is not None:  # what lies behind a row's length may be anything, and 0 * NaN is not 0
+            v_j = jnp.where(allowed[:, 0, :, :, None], v_j, 0)
+        out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v_j)
         return new_maximum, total * decay + row_sum(weights), out
 
     rows = groups.shape[:-1]

@@ -1,0 +1,208 @@
+"""The TPU kernels compiled ahead of time, without a TPU, by the TPU's own compiler.
+
+It rejects what interpretation accepts: bad block shapes, too much vector or scalar memory.
+"""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FIXTURES
+from flax import linen as nn
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
+from phi4mm_jax.model.decoder import BlockConfig, Cache, Decoder, Rows
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.fixture(params=CHIPS)
+def mesh(request):
+    """One device of a chip, set as the mesh that kernels are traced for."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+only_v6e = pytest.mark.parametrize("mesh", ["v6e"], indirect=True)
+
+
+def compiled(mesh, function, *arguments, **options):
+    place = NamedSharding(mesh, jax.P())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    text = jax.jit(function, **options).lower(*arguments).compile().as_text()
+    assert text is not None
+    return text
+
+
+def with_gradients(q, k, v, **options):
+    out, gradients = jax.vjp(lambda *x: flash_attention(*x, **options), q, k, v)
+    return out, gradients(out)
+
+
+def test_blocks_fit_the_chip(mesh):
+    chosen = tpu.target()
+    assert chosen is not None
+    assert chosen.blocks.vmem < pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def test_at_2k_with_segments(mesh):
+    def program(q, k, v, segments):
+        return with_gradients(q, k, v, causal=True, q_segments=segments, kv_segments=segments)
+
+    arguments = *(shape(2, 2048, n, 128) for n in (24, 8, 8)), shape(2, 2048, dtype=jnp.int32)
+    text = compiled(mesh, program, *arguments)
+    for name in ("phi4mm_flash_fwd", "phi4mm_flash_bwd_dq", "phi4mm_flash_bwd_dkv"):
+        assert name in text
+
+
+def test_at_128k(mesh):
+    def program(q, k, v, offset, lengths):
+        return flash_attention(q, k, v, causal=True, q_offset=offset, kv_lengths=lengths)
+
+    per_row = shape(1, dtype=jnp.int32)
+    text = compiled(mesh, program, *(shape(1, 131_072, n, 128) for n in (24, 8, 8)), per_row, per_row)
+    assert "phi4mm_flash_fwd" in text
+
+
+@only_v6e
+def test_backward_at_128k(mesh):
+    text = compiled(mesh, lambda *x: with_gradients(*x, causal=True), *(shape(1, 131_072, n, 128) for n in (3, 1, 1)))
+    assert "phi4mm_flash_bwd_dkv" in text
+
+
+@only_v6e
+def test_vision_tower(mesh):
+    def program(q, k, v, mask):
+        return with_gradients(q, k, v, causal=False, kv_mask=mask)
+
+    arguments = *(shape(7, 1024, 16, 72) for _ in "qkv"), shape(7, 1024, dtype=jnp.bool_)
+    assert "phi4mm_flash_fwd" in compiled(mesh, program, *arguments)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_decode_at_128k(mesh, int8):
+    def program(q, k, v, lengths, tables, scales):
+        k_scales, v_scales = scales or (None, None)
+        return decode_attention(q, k, v, layer=1, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales)
+
+    pages = shape(2, 4096, 8, 128, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
+    scales = (shape(2, 4096, 8, 128, dtype=jnp.float32),) * 2 if int8 else None
+    lengths, tables = shape(4, dtype=jnp.int32), shape(4, 1024, dtype=jnp.int32)
+    text = compiled(mesh, program, shape(4, 24, 128), pages, pages, lengths, tables, scales)
+    assert "phi4mm_decode" in text
+    assert copies(text, 4096 * 8 * 128 * 128) == []
+
+
+def copies(text: str, least: int) -> list[str]:
+    """Copies and transposes of at least so many elements in a compiled module."""
+    found = re.findall(r"= (\w+\[([\d,]+)\]\S*) (?:copy|transpose|copy-start)\((.*)", text)
+    return [f"{kind} {rest}" for kind, sizes, rest in found if np.prod([int(n) for n in sizes.split(",")]) >= least]
+
+
+def test_on_a_mesh_each_device_has_its_rows_and_heads():
+    """Without communication: what a device attends to is its own."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = Mesh(np.array(topology.devices).reshape(2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def place(*sizes, spec, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+    def program(q, k, v, lengths, pages, tables):
+        out, gradients = jax.vjp(lambda *x: flash_attention(*x, causal=True, kv_lengths=lengths), q, k, v)
+        step = decode_attention(q[:, 0], pages, pages, layer=0, lengths=lengths, tables=tables)
+        return out, gradients(out), step
+
+    arguments = (
+        *(place(2, 512, n, 128, spec=jax.P("fsdp", None, "tensor")) for n in (6, 2, 2)),
+        place(2, spec=jax.P("fsdp"), dtype=jnp.int32),
+        place(1, 8, 2, 128, 128, spec=jax.P(None, None, "tensor")),
+        place(2, 4, spec=jax.P(), dtype=jnp.int32),
+    )
+    with jax.set_mesh(mesh):
+        text = jax.jit(program).lower(*arguments).compile().as_text() or ""
+    assert "bf16[1,1,3,512,128]" in text  # of 2 rows and 2 key heads, 1 each
+    assert "bf16[1,8,1,128,128]" in text
+    assert [x for x in text.splitlines() if "512" in x and re.search(r"all-(gather|reduce|to-all)\(", x)] == []
+
+
+BATCH, LENGTH, HEADS, KV_HEADS = 2, 1024, 6, 2  # of the layer below: the published one, but narrower
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder of one layer with an adapter, its variables, and what it knows of the batch."""
+    config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text())).decoder
+    narrow = replace(
+        config, num_layers=1, embed_dim=768, num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_dim=512, vocab_size=128
+    )
+    decoder = Decoder(BlockConfig(narrow, (("lora_speech", 320),)), scan=True, remat="none")
+    angles = shape(BATCH, LENGTH, config.rope.rotary_size // 2, dtype=jnp.float32)
+    rows = Rows(shape(BATCH, dtype=jnp.int32), angles, angles, {"lora_speech": shape(BATCH, dtype=jnp.float32)})
+    x = shape(BATCH, LENGTH, narrow.embed_dim)
+    variables = jax.eval_shape(lambda key, *x: decoder.init(key, *x, None), jax.random.key(0), x, rows)
+    return decoder, jax.tree.map(lambda v: shape(*v.shape), nn.unbox(variables)), x, rows
+
+
+@only_v6e
+def test_prefill_copies_neither_queries_nor_keys_nor_the_cache(mesh, decoder):
+    decoder, variables, x, rows = decoder
+    cache = Cache(*[shape(1, BATCH, KV_HEADS, LENGTH, 128)] * 2)
+    text = compiled(mesh, decoder.apply, variables, x, rows, cache, donate_argnums=3)
+    assert "phi4mm_flash_fwd" in text
+    assert [c for c in copies(text, BATCH * KV_HEADS * LENGTH * 128) if "128]" in c] == []
+
+
+@only_v6e
+def test_training_copies_neither_queries_nor_keys_nor_their_gradients(mesh, decoder):
+    decoder, variables, x, rows = decoder
+
+    def program(variables, x, rows):
+        def loss(variables, x):
+            return decoder.apply(variables, x, rows, None)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(variables, x)
+
+    text = compiled(mesh, program, variables, x, rows)
+    assert "phi4mm_flash_bwd_dkv" in text
+    assert [c for c in copies(text, BATCH * KV_HEADS * LENGTH * 128) if "128]" in c] == []
+
+
+@only_v6e
+def test_decoding_copies_no_pages(mesh):
+    """Layers in a loop, each of which puts a token into its pages and attends to them."""
+    pages = shape(4, 512, 8, 128, 128)
+
+    def program(k, v, q, new, lengths, tables):
+        def layer(i, carry):
+            q, k, v = carry
+            at = jnp.take_along_axis(tables, (lengths[:, None] - 1) // 128, 1)[:, 0]
+            for b in range(4):  # a scatter would turn the pages around, and back
+                place = i, at[b], 0, (lengths[b] - 1) % 128, 0
+                k, v = (jax.lax.dynamic_update_slice(x, new[b][None, None, :, None], place) for x in (k, v))
+            return q + decode_attention(q, k, v, layer=i, lengths=lengths, tables=tables), k, v
+
+        return jax.lax.fori_loop(0, 4, layer, (q, k, v))
+
+    lengths, tables = shape(4, dtype=jnp.int32), shape(4, 16, dtype=jnp.int32)
+    text = compiled(
+        mesh, program, pages, pages, shape(4, 24, 128), shape(4, 8, 128), lengths, tables, donate_argnums=(0, 1)
+    )
+    assert "phi4mm_decode" in text
+    assert copies(text, 512 * 8 * 128 * 128) == []
