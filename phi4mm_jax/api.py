@@ -145,7 +145,8 @@ class Model:
         full = [i for i, row in enumerate(rows) if len(row.tokens) >= self.processor.context]
         if full:
             raise InputError(
-                f"prompt {full[0]} fills the context of {self.processor.context}, with no room for an answer; shorten it"
+                f"prompt {full[0]} fills the context of {self.processor.context}, with no room for an answer; "
+                "shorten it"
             )
         engine = self._engine_for(rows, requests[0].max_new_tokens)
         numbers = [engine.submit(request, row) for request, row in zip(requests, rows, strict=True)]

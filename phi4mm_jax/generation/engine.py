@@ -21,7 +21,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.media import FeatureStore, RowMedia, every_stack, media_of
 from phi4mm_jax.generation.pages import Key, PagePool, page_keys
 from phi4mm_jax.generation.programs import Chunk, Drawn, Programs, Slots
-from phi4mm_jax.generation.request import Completion, Request, Text
+from phi4mm_jax.generation.request import Completion, FinishReason, Request, Text
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows
 from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.model.phi4mm import empty_cache
@@ -459,7 +459,7 @@ class Engine:
         )
         return jax.device_get(drawn)
 
-    def _append(self, active: _Active, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
+    def _append(self, active: _Active, tokens: Any, log_probabilities: Any) -> None:
         """Take new tokens, up to what ends the answer."""
         pieces = []
         for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
@@ -475,14 +475,14 @@ class Engine:
         if text := "".join(pieces):
             self._updates.append(Update(active.id, text))
 
-    def _finish(self, active: _Active, reason: str, pieces: Sequence[str] = ()) -> None:
+    def _finish(self, active: _Active, reason: FinishReason, pieces: Sequence[str] = ()) -> None:
         rest = active.text.end()
         completion = Completion(
             active.text.whole,
             active.tokens,
             reason,
             active.prompt_tokens,
-            tuple(active.log_probabilities),  # type: ignore
+            tuple(active.log_probabilities),
         )
         self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
         self._give_back(active)

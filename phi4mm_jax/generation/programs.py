@@ -57,10 +57,23 @@ class Programs:
         self._sharding = jax.tree.leaves(variables)[0].sharding
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
-        self.encode = jax.jit(self._encode, donate_argnums=1)
-        self.prefill = jax.jit(self._prefill, donate_argnums=1)
-        self.decode = jax.jit(self._decode, donate_argnums=(1, 2), static_argnames="width")
-        self.mark = jax.jit(lambda seen, slot, row: self._kept(seen.at[slot].set(row)), donate_argnums=0)
+        self.encode = self._compiled(self._encode, donate_argnums=1)
+        self.prefill = self._compiled(self._prefill, donate_argnums=1)
+        self.decode = self._compiled(self._decode, donate_argnums=(1, 2), static_argnames="width")
+        self.mark = self._compiled(lambda seen, slot, row: self._kept(seen.at[slot].set(row)), donate_argnums=0)
+
+    def _compiled(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """With the parameters' mesh in context, by which kernels are split over its devices."""
+        compiled = jax.jit(function, **options)
+        if not isinstance(self._sharding, NamedSharding):
+            return compiled
+        mesh = self._sharding.mesh
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            with jax.set_mesh(mesh):
+                return compiled(*arguments, **named)
+
+        return call
 
     def place(self, state: Any) -> Any:
         """Puts an engine's state where the parameters are: keys and values by heads, the rest on every device.

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError
@@ -31,7 +31,7 @@ class Request:
     images: Sequence[Any] = ()
     audios: Sequence[Any] = ()
     max_new_tokens: int = 256
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
 
@@ -45,6 +45,9 @@ class Request:
             raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
         if not isinstance(self.stop_tokens, Sequence) or not all(is_whole(t) for t in self.stop_tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class Completion:
 
     text: str
     tokens: list[int]
-    finish_reason: Literal["stop", "length", "cancelled", "error"]
+    finish_reason: FinishReason
     prompt_tokens: int
     log_probabilities: tuple[float, ...] = ()
     error: str | None = None
 
 
 class Text:
-    """The text of the tokens so far, in pieces that split no character and show nothing that a stop string may begin."""
+    """The text so far, in pieces that split no character and show nothing that a stop string may begin."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, tuple(s.encode() for s in stop)

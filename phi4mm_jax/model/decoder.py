@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig
@@ -22,7 +23,10 @@ _CACHED_KEYS = 2048  # of earlier tokens, that a chunk attends to at once
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head."""
+    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head.
+
+    The last page is nobody's: what no row wants kept is written there.
+    """
 
     k: Array  # (L, P, K, S, H)
     v: Array
@@ -31,22 +35,30 @@ class Cache(NamedTuple):
 
     @property
     def num_pages(self) -> int:
-        return self.k.shape[1]
+        """Of rows."""
+        return self.k.shape[1] - 1
 
     @property
     def page_size(self) -> int:
         return self.k.shape[3]
 
 
+class CachedRows(NamedTuple):
+    """Where the rows of a call are in the cache."""
+
+    starts: Int[Array, " B"]  # tokens of each row in the cache before this call
+    lengths: Int[Array, " B"]  # and after it
+    tables: Int[Array, "B M"]  # the i-th page of each row's tokens
+
+
 class Rows(NamedTuple):
     """What every layer knows of the batch."""
 
-    starts: Int[Array, " B"] | None  # tokens of each row in the cache before this call; None without a cache
-    lengths: Int[Array, " B"]  # valid tokens of each row, those of this call included
-    tables: Int[Array, "B M"] | None  # the i-th page of each row's tokens
+    lengths: Int[Array, " B"]  # valid tokens of each row, those of this call and those in the cache
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
     scales: RowScales
+    cached: CachedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,10 @@ class Attention(nn.Module):
         sizes, ranks = self.config.sizes, dict(self.config.ranks)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, ranks, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        out, cache = attend(q, k, v, layer, rows, cache)
+        if cache is None or rows.cached is None:
+            out = flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths)
+        else:
+            out, cache = attend(q, k, v, layer, rows.cached, cache)
         (out,) = Projection("NH", {"out": "D"}, sizes, ranks, name="out")(out, rows.scales)
         return out, cache
 
@@ -128,29 +143,26 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     layer: Int[Array, ""],
-    rows: Rows,
-    cache: Cache | None,
-) -> tuple[Float[Array, "B T N H"], Cache | None]:
-    """Causal attention of new tokens, and the cache with their keys and values in it.
+    rows: CachedRows,
+    cache: Cache,
+) -> tuple[Float[Array, "B T N H"], Cache]:
+    """Causal attention of new tokens to themselves and to the cached ones, and the cache with the new ones in it.
 
-    With a cache, the new tokens come after `rows.starts` tokens that it has. One token (T = 1) goes anywhere; more must
-    begin, and be padded, at a page's border.
+    One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border.
     """
-    if cache is None:
-        return flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths), None
     if q.shape[1] == 1:
-        cache = _append(cache, k[:, 0], v[:, 0], layer, rows)
+        cache = _append(cache, k, v, layer, rows)
         out = decode_attention(
             q[:, 0], cache.k, cache.v, layer=layer, lengths=rows.lengths, tables=rows.tables,
             k_scales=cache.k_scales, v_scales=cache.v_scales,
         )  # fmt: skip
         return out[:, None], cache
     own, log_sum = flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths - rows.starts, return_lse=True)
-    out = _attend_to_cached(q, own, log_sum, layer, rows, cache)
-    return out, _fill(cache, k, v, layer, rows)
+    cache = _fill(cache, k, v, layer, rows)  # before it is read, or else XLA would copy it
+    return _attend_to_cached(q, own, log_sum, layer, rows, cache), cache
 
 
-def _attend_to_cached(q, own, log_sum, layer, rows: Rows, cache: Cache) -> Float[Array, "B T N H"]:
+def _attend_to_cached(q, own, log_sum, layer, rows: CachedRows, cache: Cache) -> Float[Array, "B T N H"]:
     """The attention to a chunk's own tokens, joined with that to the tokens before it, some pages at a time."""
     pages = max(_CACHED_KEYS // cache.page_size, 1)
     keys = pages * cache.page_size
@@ -159,7 +171,10 @@ def _attend_to_cached(q, own, log_sum, layer, rows: Rows, cache: Cache) -> Float
     def block(i, carry):
         out, log_sum = carry
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
-        k, v = (_gather(x, scales, layer, table, q.dtype) for x, scales in _pairs(cache))
+        k, v = (
+            _gather(x, scales, layer, table, q.dtype)
+            for x, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
+        )
         lengths = jnp.clip(rows.starts - i * keys, 0, keys)
         theirs, their_log_sum = flash_attention(q, k, v, causal=False, kv_lengths=lengths, return_lse=True)
         both = jnp.logaddexp(log_sum, their_log_sum)
@@ -173,52 +188,71 @@ def _attend_to_cached(q, own, log_sum, layer, rows: Rows, cache: Cache) -> Float
     return out.astype(q.dtype)
 
 
-def _pairs(cache: Cache):
-    return (cache.k, cache.k_scales), (cache.v, cache.v_scales)
-
-
 def _gather(x, scales, layer, table: Int[Array, "B M"], dtype) -> Float[Array, "B S K H"]:
-    """The tokens of some pages of each row, one after the other."""
-    taken = x[layer, table]  # (B, M, K, S, H)
-    if scales is not None:
-        taken = taken * scales[layer, table][..., None]
-    taken = taken.astype(dtype).swapaxes(2, 3)
-    return taken.reshape(taken.shape[0], -1, *taken.shape[3:])
+    """The tokens of some pages of each row, one page after the other, and by the same reason as in `_write`."""
+    batch, count = table.shape
+
+    def gathered(x):
+        _, _, heads, size, *rest = x.shape
+
+        def one(i, out):
+            b, n = i // count, i % count
+            page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
+            return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
+
+        out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
+        return _row_major(jax.lax.fori_loop(0, batch * count, one, out)).swapaxes(1, 2)
+
+    taken = gathered(x)
+    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
 
 
-def _append(cache: Cache, k: Float[Array, "B K H"], v: Float[Array, "B K H"], layer, rows: Rows) -> Cache:
-    """One token a row, after its last; rows without tokens write nothing."""
-    position = rows.lengths - 1
-    page = jnp.take_along_axis(rows.tables, jnp.maximum(position, 0)[:, None] // cache.page_size, 1)[:, 0]
-    page = jnp.where(rows.lengths > 0, page, cache.num_pages)  # out of range: dropped
-    slot = position % cache.page_size
-
-    def put(old, new):
-        return old.at[layer, page, :, slot].set(new, mode="drop")
-
-    return _put(cache, put, k, v)
+def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedRows) -> Cache:
+    """One token a row, after its last."""
+    position = jnp.maximum(rows.lengths - 1, 0)[:, None]
+    page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
+    page = jnp.where(rows.lengths[:, None] > 0, page, cache.num_pages)
+    return _write(cache, k, v, layer, page, position % cache.page_size)
 
 
-def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: Rows) -> Cache:
+def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedRows) -> Cache:
     """Whole pages, those after a row's last token excepted."""
     size = cache.page_size
-    count = k.shape[1] // size
-    index = rows.starts[:, None] // size + jnp.arange(count)  # (B, pages)
+    index = rows.starts[:, None] // size + jnp.arange(k.shape[1] // size)  # (B, pages)
     page = jnp.take_along_axis(rows.tables, jnp.minimum(index, rows.tables.shape[1] - 1), 1)
     page = jnp.where(index * size < rows.lengths[:, None], page, cache.num_pages)
+    return _write(cache, k, v, layer, page, jnp.zeros_like(page))
+
+
+def _write(
+    cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer,
+    pages: Int[Array, "B n"], slots: Int[Array, "B n"],
+) -> Cache:  # fmt: skip
+    """Cut each row into pieces of T / n tokens, and put each into a page, from a slot on.
+
+    One after the other: a scatter would make XLA for TPUs turn the whole cache around, and back (docs/kernels.md).
+    """
+    batch, count = pages.shape
+    size = k.shape[1] // count
 
     def put(old, new):
-        paged = new.reshape(new.shape[0], count, size, *new.shape[2:]).swapaxes(2, 3)  # (B, pages, K, S, ...)
-        return old.at[layer, page].set(paged, mode="drop")
+        def one(i, x):
+            b, n = i // count, i % count
+            piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)
+            place = layer, pages[b, n], 0, slots[b, n], *[0] * (x.ndim - 4)
+            return _row_major(jax.lax.dynamic_update_slice(_row_major(x), piece[None, None], place))
 
-    return _put(cache, put, k, v)
+        return jax.lax.fori_loop(0, batch * count, one, old)
 
-
-def _put(cache: Cache, put, k, v) -> Cache:
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, K, T, H), as pages and kernels have them
     if cache.k_scales is None:
         return Cache(put(cache.k, k.astype(cache.k.dtype)), put(cache.v, v.astype(cache.v.dtype)))
     (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
     return Cache(put(cache.k, k), put(cache.v, v), put(cache.k_scales, k_scales), put(cache.v_scales, v_scales))
+
+
+def _row_major(x: Array) -> Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:

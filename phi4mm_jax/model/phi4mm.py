@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import lora, rope
-from phi4mm_jax.model.decoder import BlockConfig, Cache, Decoder, Rows
+from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedRows, Decoder, Rows
 from phi4mm_jax.model.layers import Projector, Remat
 from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
@@ -98,7 +98,8 @@ class Phi4MM(nn.Module):
         positions = before[:, None] + jnp.arange(embedded.shape[1])
         settings = self.config.decoder.rope
         cos, sin = rope.rotations(settings, positions, rope.is_long(settings, lengths) if long is None else long)
-        rows = Rows(starts, lengths, tables, cos, sin, lora.row_scales(self.config, adapters))
+        cached = None if starts is None or tables is None else CachedRows(starts, lengths, tables)
+        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached)
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -106,9 +107,12 @@ class Phi4MM(nn.Module):
 
 
 def empty_cache(config: Phi4MMConfig, pages: int, page_size: int, dtype: Any) -> Cache:
-    """Room for `pages` times `page_size` tokens, of any rows; with dtype int8, quantised by token and head."""
+    """Room for `pages` times `page_size` tokens, of any rows, and a page for what nobody keeps.
+
+    With dtype int8, keys and values are quantised by token and head.
+    """
     d = config.decoder
-    shape = (d.num_layers, pages, d.num_kv_heads, page_size, d.head_size)
+    shape = (d.num_layers, pages + 1, d.num_kv_heads, page_size, d.head_size)
     pages_of = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     if jnp.dtype(dtype) != jnp.int8:
         return Cache(*pages_of)
