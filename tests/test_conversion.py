@@ -335,7 +335,7 @@ def test_sources_that_are_not_whole(change, named, original, tmp_path):
     if "lora_B" in named:  # of the folder, which would differ
         shutil.rmtree(source / "speech-lora")
     change(source)
-    for convert in (to_orbax, lambda *places: to_torch(*places, "native")):
+    for convert in (to_orbax, lambda a, b: to_torch(a, b, "native")):
         with pytest.raises(CheckpointError, match=re.escape(named)):
             convert(source, tmp_path / "destination")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

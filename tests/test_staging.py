@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_leftovers_are_removed_and_said(tmp_path):
     assert write(tmp_path / "other") == []
 
 
+def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(staging.os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    with staged(tmp_path / "destination", print) as folder:
+        (folder / "inner").mkdir()
+        for name in ("file", "inner/file"):
+            (folder / name).write_text("")
+    assert sorted(synced) == [f"{tmp_path}/.destination.incomplete/{name}" for name in ("file", "inner/file")]
+
+
 def test_what_others_have_there_is_kept(tmp_path):
     aside = tmp_path / ".destination.incomplete"
     aside.mkdir()
@@ -54,7 +65,7 @@ def test_what_others_have_there_is_kept(tmp_path):
 @pytest.mark.parametrize("inner", ["", "folder"])
 def test_a_source_that_is_in_the_way(tmp_path, inner):
     aside = killed(tmp_path / "destination")
-    for convert in (to_orbax, lambda *places: to_torch(*places, "native")):
+    for convert in (to_orbax, lambda a, b: to_torch(a, b, "native")):
         with pytest.raises(CheckpointError, match=r"is where .*destination would be written first"):
             convert(aside / inner, tmp_path / "destination")
     assert (aside / "file").read_text() == "half"
@@ -79,7 +90,7 @@ def test_destinations_that_cannot_be(tmp_path, destination, named):
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
-    for convert in (to_orbax, lambda *places: to_torch(*places, "native")):
+    for convert in (to_orbax, lambda a, b: to_torch(a, b, "native")):
         with pytest.raises(CheckpointError, match=named):
             convert(tmp_path / "nowhere at all", f"{tmp_path}/{destination}" if destination != "/" else "/")
     assert sorted(tmp_path.rglob("*")) == before
@@ -125,8 +136,9 @@ def test_runs_at_the_same_time(tmp_path, monkeypatch, other, leftover):
 def test_a_destination_that_appears_meanwhile(tmp_path):
     precious = tmp_path / "destination" / "precious"
     with pytest.raises(CheckpointError, match="cannot be written"), staged(precious.parent, print):
-        precious.parent.mkdir() or precious.write_text("mine")
-    assert [p.name for p in tmp_path.rglob("*")] == ["destination", "precious"]
+        shutil.copytree(TINY / "speech-lora", precious)
+    assert os.listdir(tmp_path) == ["destination"]
+    assert len(os.listdir(precious)) == 2
 
 
 def test_the_converters_hold_the_name_first(tmp_path):

@@ -167,6 +167,7 @@ def test_finds_a_perturbed_weight(tiny, folder, tmp_path, monkeypatch, capsys):
     tensors = load_file(path)
     tensors[name][3, 4] += 0.01
     save_file(tensors, path)
+    (checkpoint / "speech-lora" / "adapter_model.safetensors").unlink()  # the copy, which would differ
     perturbed = copy.copy(tiny)  # with what is compiled
     perturbed.variables = phi4mm_jax.load(checkpoint, dtype="float32").variables
     monkeypatch.setattr(phi4mm_jax, "load", lambda *_, **__: perturbed)

@@ -42,6 +42,7 @@ def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
                 (aside / _MARKER).touch()
                 yield aside
                 (aside / _MARKER).unlink()
+                _flush(aside)
                 os.rename(aside, destination)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -69,6 +70,13 @@ def check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise CheckpointError(f"{folder.parent}: needs {size:,} bytes, but only {free:,} are free there; make room")
+
+
+def _flush(folder: Path) -> None:
+    """Files onto the disk: should the machine fail, the folder's new name must not outlive what is in it."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _check_free(destination: Path) -> None:
