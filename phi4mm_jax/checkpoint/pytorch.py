@@ -53,9 +53,11 @@ class PyTorchCheckpoint:
         table = tensors_of(layout, config)
         if layout == "original":  # the folders may have been left out of a download: the shards have it all
             table = [t for t in table if not t.folder or os.path.lexists(folder / t.folder / ADAPTER_FILE)]
-        self._stored = _stored(folder, sorted({t.folder for t in table if t.folder}))
+        index = _read_index(folder)
+        self._stored = _stored(folder, index, sorted({t.folder for t in table if t.folder}))
         self.files = {stored.file for stored in self._stored.values()} | {folder / _INDEX}
         _check(self._stored, table)
+        _check_index(folder, index, self._stored)
 
         rows: dict[Path, list[tuple[Tensor, Part, int, int]]] = {}
         for tensor in table:
@@ -101,10 +103,9 @@ class PyTorchCheckpoint:
                     )
 
 
-def _stored(folder: FilePath, adapters: Iterable[str]) -> dict[str, Stored]:
+def _stored(folder: FilePath, index: Mapping[str, str], adapters: Iterable[str]) -> dict[str, Stored]:
     """Where each tensor is, by `Tensor.key`."""
     stored: dict[str, Stored] = {}
-    index = _read_index(folder)
     names = sorted(set(index.values())) if index else _unindexed(folder)
     files = [("", folder / name) for name in names] + [(a, folder / a / ADAPTER_FILE) for a in adapters]
     for place, file in files:
@@ -121,13 +122,16 @@ def _stored(folder: FilePath, adapters: Iterable[str]) -> dict[str, Stored]:
                     f"{folder}: tensor {key} is in {stored[key].file.name} and again in {file.name}; remove one of them"
                 )
             stored[key] = tensor
+    return stored
+
+
+def _check_index(folder: FilePath, index: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
     for name, file in index.items():
         found = f"in {stored[name].file.name}" if name in stored else "not there"
         if found != f"in {file}":
             raise CheckpointError(
                 f"{folder / _INDEX}: says that {name} is in {file}, but it is {found}; download both again"
             )
-    return stored
 
 
 def _read_index(folder: FilePath) -> dict[str, str]:
@@ -146,10 +150,10 @@ def _read_index(folder: FilePath) -> dict[str, str]:
 def _unindexed(folder: FilePath) -> list[str]:
     names = sorted(p.name for p in folder.glob("model*.safetensors"))
     if not names:
-        hint = _pickles(folder) or "give the folder that holds config.json and the model's shards, or convert again"
+        hint = _pickles(folder) or "Give the folder that holds config.json and the model's shards, or convert again."
         raise CheckpointError(
             f"{folder}: holds no weights: neither {_INDEX}, nor a model*.safetensors file, nor, as converted ones do, "
-            f"a folder parameters; {hint}"
+            f"a folder parameters. {hint}"
         )
     return names
 
