@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
+RELEASE = FIXTURES / "ms_release_config.json"
 
 
 def main() -> int:
@@ -27,10 +28,11 @@ def main() -> int:
         parser.error(f"{work} exists already")
     work.mkdir(parents=True)
     original, copied, converted, back = (str(work / name) for name in ("original", "copy", "orbax", "back"))
+    processor = str(FIXTURES / "ms_tiny")  # smaller than the release's; conversion only copies it
     python = [sys.executable, "-m"]
     write = "from phi4mm_jax.checkpoint.random import write_random_checkpoint as w; import sys; w(*sys.argv[1:])"
     steps = {
-        "random weights": (original, [sys.executable, "-c", write, str(arguments.config), original]),
+        "random weights": (original, [sys.executable, "-c", write, str(arguments.config), original, processor]),
         "cp -r": (copied, ["cp", "-r", original, copied]),
         "original to Orbax": (converted, [*python, "convert.to_orbax", original, converted]),
         "Orbax to original": (back, [*python, "convert.to_torch", converted, back, "--layout", "original"]),

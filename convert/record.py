@@ -7,7 +7,8 @@ goldens, with which `python -m convert.verify CHECKPOINT --goldens DIR` proves t
     python -m convert.record --model native --out goldens
     python -m convert.verify Phi-4-multimodal-instruct --goldens goldens
 
-HF_DIR is a folder in the native layout, the adapters in `vision-lora/` and `speech-lora/`. A FILE of cases is JSON:
+HF_DIR is a folder in the native layout (or such a repository's name on the Hub), the adapters in `vision-lora/` and
+`speech-lora/`. A FILE of cases is JSON:
 
     {"cases": [{"name": "chart", "prompt": "<|user|><|image_1|>Which year was the best?<|end|><|assistant|>",
                 "images": ["chart.png"], "audios": [], "max_new_tokens": 40}, ...]}
@@ -40,13 +41,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-import phi4mm_jax
 from phi4mm_jax import goldens
-from phi4mm_jax.checkpoint.staging import staged
+from phi4mm_jax.checkpoint import orbax
+from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class Request:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m convert.record", description="Record goldens with transformers.")
-    parser.add_argument("--model", metavar="HF_DIR", type=Path, required=True, help="a folder in the native layout")
+    parser.add_argument("--model", metavar="HF_DIR", required=True, help="a native checkpoint, or its name on the Hub")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the goldens' folder; must not exist")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--cases", metavar="FILE", type=Path, default=DEFAULT_CASES, help="JSON; see the module's text")
@@ -245,10 +248,11 @@ class Reference:
 
 
 def check_layout(folder: Path) -> None:
-    if read_json(folder / "config.json").get("model_type") == "phi4mm":
+    converted = (folder / orbax.FOLDER).is_dir()
+    if converted or read_json(folder / "config.json").get("model_type") == "phi4mm":
         raise CheckpointError(
-            f"{folder}: is in the original layout, which transformers does not load by itself. Convert it first: "
-            f"python -m convert.to_torch {folder} {folder}-native --layout native"
+            f"{folder}: is {'converted' if converted else 'in the original layout'}, which transformers does not load. "
+            f"Convert it first: python -m convert.to_torch {folder} {folder.name}-native --layout native"
         )
 
 
@@ -377,7 +381,7 @@ def record_case(
     return {f"{request.name}.{name}": value for name, value in kept.items()}, min(margins)
 
 
-def record(parsed: argparse.Namespace) -> None:
+def record(parsed: argparse.Namespace, out: Path) -> None:
     """Read the cases and the media, run the reference over them, write the goldens."""
     check_packages()
     import torch
@@ -386,9 +390,10 @@ def record(parsed: argparse.Namespace) -> None:
         requests = read_requests(parsed.cases, parsed.max_new_tokens)
     else:
         requests = [Request("prompt", parsed.prompt, tuple(parsed.image), tuple(parsed.audio), parsed.max_new_tokens)]
-    check_layout(parsed.model)
-    config = Phi4MMConfig.from_folder(parsed.model)
-    processor = Processor.from_folder(parsed.model, config)
+    folder = local_folder(parsed.model)
+    check_layout(folder)
+    config = Phi4MMConfig.from_folder(folder)
+    processor = Processor.from_folder(folder, config)
     for request in requests:
         try:
             parse_prompt(request.prompt, processor.tokenizer, list(request.images), list(request.audios))
@@ -401,39 +406,37 @@ def record(parsed: argparse.Namespace) -> None:
 
     logits = len(requests) * (goldens.FIRST + goldens.LAST) * config.decoder.vocab_size * 4
     size = logits + sum(path.stat().st_size for path in inputs)
-    with staged(parsed.out, size, lambda text: print(text, file=sys.stderr)) as out:
-        with progress_bar("Reading the weights"):
-            reference = load_reference(parsed.model, config, parsed.dtype)
-        tensors: dict[str, np.ndarray] = {}
-        media: dict[Path, Medium] = {}
-        cases = []
-        with progress_bar("Recording") as advance, torch.inference_mode():
-            total, steps = len(inputs) + sum(r.max_new_tokens for r in requests), count(1)
-            for kind, paths, encode in (("image", images, reference.image), ("audio", audios, reference.audio)):
-                for number, path in enumerate(paths):
-                    media[path] = Medium(inputs[path], encode(inputs[path]))
-                    tensors |= {f"{kind}_{number}.{name}": x for name, x in media[path].tensors().items()}
-                    advance(next(steps), total)
-            for request in requests:
-                of_case = [media[p] for p in request.images], [media[p] for p in request.audios]
-                found, margin = record_case(
-                    reference, request, *of_case, processor.context, lambda: advance(next(steps), total)
-                )
-                tensors |= found
-                numbers = tuple(images.index(p) for p in request.images), tuple(audios.index(p) for p in request.audios)
-                mode, length = bool(request.images) + 2 * bool(request.audios), len(found[f"{request.name}.input_ids"])
-                cases.append(goldens.Case(request.name, request.prompt, *numbers, mode, length, margin))
-        recorded = {"dtype": parsed.dtype} | {name: version(name) for name in ("torch", "transformers", "peft")}
-        goldens.write_goldens(out, cases, tensors, {"image": images, "audio": audios}, recorded)
+    check_room(out, size)
+    with progress_bar("Reading the weights"):
+        reference = load_reference(folder, config, parsed.dtype)
+    tensors: dict[str, np.ndarray] = {}
+    media: dict[Path, Medium] = {}
+    cases = []
+    with progress_bar("Recording") as advance, torch.inference_mode():
+        total, steps = len(inputs) + sum(r.max_new_tokens for r in requests), count(1)
+        for kind, paths, encode in (("image", images, reference.image), ("audio", audios, reference.audio)):
+            for number, path in enumerate(paths):
+                media[path] = Medium(inputs[path], encode(inputs[path]))
+                tensors |= {f"{kind}_{number}.{name}": x for name, x in media[path].tensors().items()}
+                advance(next(steps), total)
+        for request in requests:
+            of_case = [media[p] for p in request.images], [media[p] for p in request.audios]
+            found, margin = record_case(
+                reference, request, *of_case, processor.context, lambda: advance(next(steps), total)
+            )
+            tensors |= found
+            numbers = tuple(images.index(p) for p in request.images), tuple(audios.index(p) for p in request.audios)
+            mode, length = bool(request.images) + 2 * bool(request.audios), len(found[f"{request.name}.input_ids"])
+            cases.append(goldens.Case(request.name, request.prompt, *numbers, mode, length, margin))
+    recorded = {"dtype": parsed.dtype} | {name: version(name) for name in ("torch", "transformers", "peft")}
+    goldens.write_goldens(out, cases, tensors, {"image": images, "audio": audios}, recorded)
 
 
+@ends_well
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    try:
-        record(parsed)
-    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with staged(parsed.out, lambda text: print(text, file=sys.stderr)) as out:
+        record(parsed, out)
     print(f"{parsed.out}: ready for python -m convert.verify")
     return 0
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_orbax
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -17,21 +17,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_well
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        with progress_bar("Converting", size=True) as advance:
-            to_orbax(
-                arguments.source,
-                arguments.destination,
-                dtype=arguments.dtype,
-                fresh_adapters=arguments.fresh_adapters,
-                progress=advance,
-                say=lambda text: print(text, file=sys.stderr),
-            )
-    except (phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with progress_bar("Converting", size=True) as advance:
+        to_orbax(
+            arguments.source,
+            arguments.destination,
+            dtype=arguments.dtype,
+            fresh_adapters=arguments.fresh_adapters,
+            progress=advance,
+            say=lambda text: print(text, file=sys.stderr),
+        )
     print(f"{arguments.destination}: ready for phi4mm_jax.load")
     return 0
 

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -21,22 +21,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_well
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        with progress_bar("Converting", size=True) as advance:
-            to_torch(
-                arguments.source,
-                arguments.destination,
-                arguments.layout,
-                adapters_only=arguments.adapters_only,
-                fresh_adapters=arguments.fresh_adapters,
-                progress=advance,
-                say=lambda text: print(text, file=sys.stderr),
-            )
-    except (phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with progress_bar("Converting", size=True) as advance:
+        to_torch(
+            arguments.source,
+            arguments.destination,
+            arguments.layout,
+            adapters_only=arguments.adapters_only,
+            fresh_adapters=arguments.fresh_adapters,
+            progress=advance,
+            say=lambda text: print(text, file=sys.stderr),
+        )
     print(f"{arguments.destination}: ready for PyTorch")
     return 0
 

@@ -1,20 +1,27 @@
 """Prove parity: python -m convert.verify CHECKPOINT --goldens DIR.
 
 Runs every case of the goldens, and every image and clip by itself, and compares with what the reference computed: see
-`phi4mm_jax/goldens.py` for what is compared and the bounds. The exit status is 0 if all pass, 1 if anything differs,
-2 if nothing could be compared.
+`phi4mm_jax/goldens.py` for what is compared and the bounds. Compares the two copies of the adapters that the original
+layout has, and says what no case exercises. The exit status is 0 if all pass, 1 if anything differs, 2 if nothing could
+be compared.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
-from phi4mm_jax.goldens import Check, is_exact, read_goldens, verify_case, verify_medium
+from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.load import open_checkpoint
+from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
 from phi4mm_jax.processing.chat import KINDS, Kind
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -40,31 +47,39 @@ def table_of(checks: Sequence[Check], exact: bool) -> Table:
     return table
 
 
+def check_copies(folder: Path) -> None:
+    """`load` reads the adapters of the original layout from its shards, and leaves the copies for PEFT alone."""
+    checkpoint = open_checkpoint(folder, Phi4MMConfig.from_folder(folder))
+    if isinstance(checkpoint, PyTorchCheckpoint):
+        checkpoint.check_copies()
+
+
+@ends_well
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    try:
-        goldens = read_goldens(parsed.goldens)
-        with progress_bar("Reading the weights", size=True) as advance:
-            model = phi4mm_jax.load(parsed.checkpoint, dtype=parsed.dtype, progress=advance)
-        media: list[tuple[Kind, int]] = [(kind, number) for kind in KINDS for number in goldens.media[kind]]
-        checks: list[Check] = []
-        with progress_bar("Comparing") as advance:
-            total = len(goldens.cases) + len(media)
-            advance(0, total)
-            for done, case in enumerate(goldens.cases, 1):
-                checks += verify_case(model, goldens, case)
-                advance(done, total)
-            for done, (kind, number) in enumerate(media, len(goldens.cases) + 1):
-                checks += verify_medium(model, goldens, kind, number)
-                advance(done, total)
-    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    goldens = read_goldens(parsed.goldens)
+    folder = local_folder(parsed.checkpoint)
+    check_copies(folder)
+    with progress_bar("Reading the weights", size=True) as advance:
+        model = phi4mm_jax.load(folder, dtype=parsed.dtype, progress=advance)
+    media: list[tuple[Kind, int]] = [(kind, number) for kind in KINDS for number in goldens.media[kind]]
+    checks: list[Check] = []
+    with progress_bar("Comparing") as advance:
+        total = len(goldens.cases) + len(media)
+        advance(0, total)
+        for done, case in enumerate(goldens.cases, 1):
+            checks += verify_case(model, goldens, case)
+            advance(done, total)
+        for done, (kind, number) in enumerate(media, len(goldens.cases) + 1):
+            checks += verify_medium(model, goldens, kind, number)
+            advance(done, total)
     exact = is_exact(model, goldens)
     Console(markup=False, highlight=False).print(table_of(checks, exact))
     for check in checks:
         if check.note:
             print(f"{check.subject} {check.tensor}: {check.note}")
+    if missed := unexercised(model.config, goldens):
+        print(f"No case exercises {', '.join(missed)}: nothing is said of that.")
     failed = [check for check in checks if not check.passed]
     if not exact:
         print("Errors are root mean squares, since one side is bfloat16: this finds mistakes, and proves no parity.")

@@ -44,7 +44,8 @@ def load(
 
     Args:
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
-            converted one; or a repository on the Hub, "org/name", which is downloaded.
+            converted one; or a repository on the Hub, "org/name", which is downloaded. Of the adapters' two copies in
+            the original layout those in the shards are read; `convert.verify` tells whether the others are the same.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.

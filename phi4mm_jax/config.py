@@ -154,22 +154,54 @@ class Phi4MMConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Phi4MMConfig":
-        """Read `config.json` (and, in the native layout, the adapters' `adapter_config.json`) of a checkpoint folder.
+        """Read `config.json` and the adapters' `adapter_config.json` of a checkpoint folder.
+
+        Both files have an adapter's settings in the original layout; they must agree.
 
         Raises:
-            CheckpointError: no such folder or file, or a file that is not JSON.
+            CheckpointError: no such folder or file, a file that is not JSON, or two that contradict each other.
             ConfigError: as in `from_dict`.
         """
         folder = Path(folder)
         config = read_json(folder / "config.json")
+        native = config.get("model_type") == "phi4_multimodal"
         adapters = {}
-        if config.get("model_type") == "phi4_multimodal":
-            present = [kind for kind in ("vision", "speech") if any((folder / f"{kind}-lora").glob("adapter_*"))]
-            adapters = {kind: read_json(folder / f"{kind}-lora" / "adapter_config.json") for kind in present}
+        for kind in ("vision", "speech"):
+            files = _adapter_files(folder / f"{kind}-lora")
+            path = folder / f"{kind}-lora" / "adapter_config.json"
+            if native and files:
+                adapters[kind] = read_json(path)
+            elif files:
+                _check_agree(folder, config, kind, read_json(path) if path.name in files else {})
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
         return cls.from_dict(config_with_stops, adapters=adapters)
+
+
+def _adapter_files(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir() if path.name.startswith("adapter_")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); see who may read it") from error
+
+
+def _check_agree(folder: Path, config: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:
+    """What config.json of the original layout says of an adapter, and the adapter's folder, with its own settings."""
+    path, own = folder / f"{kind}-lora" / "adapter_config.json", config.get(f"{kind}_lora")
+    if own is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: has no {kind}_lora, but there is an adapter in {path.parent}; copy the "
+            "config.json that belongs to it here, or remove the folder"
+        )
+    for key in ("r", "lora_alpha"):
+        if isinstance(own, Mapping) and key in settings and settings[key] != own.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is {settings[key]!r}, but in {kind}_lora of {folder / 'config.json'} it is "
+                f"{own.get(key)!r}; one of them is of another checkpoint"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,7 +210,9 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). See who may read it.") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object. Download the file again.")

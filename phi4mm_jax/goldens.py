@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from phi4mm_jax.api import Model
-from phi4mm_jax.config import read_json
+from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.model.speech import HALO_FRAMES
 from phi4mm_jax.processing.audio import load_audio
@@ -342,6 +342,22 @@ def _numpy(array: jax.Array) -> np.ndarray:
 
 
 # Comparisons.
+
+
+def unexercised(config: Phi4MMConfig, goldens: Goldens) -> list[str]:
+    """The parts of a model that no case and no medium of the goldens runs through."""
+    cases, boundary = goldens.cases, config.decoder.rope.original_length
+    lengths = [case.tokens + len(goldens.tensors[f"{case.name}.generated"]) for case in cases]
+    runs = {
+        "the decoder without an adapter": any(not case.images and not case.audios for case in cases),
+        "the vision adapter": config.vision_lora is None or any(case.images for case in cases),
+        "the speech adapter": config.speech_lora is None or any(case.audios and not case.images for case in cases),
+        "images and clips in one prompt": any(case.images and case.audios for case in cases),
+        "the vision tower": bool(goldens.media["image"]),
+        "the speech encoder": bool(goldens.media["audio"]),
+        f"sequences longer than {boundary} tokens": max(lengths) > boundary,
+    }
+    return [part for part, run in runs.items() if not run]
 
 
 @dataclass(frozen=True)

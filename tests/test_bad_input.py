@@ -1,6 +1,8 @@
 """Through the front door: what cannot be processed is an InputError that names the row, the input and the remedy."""
 
 import base64
+import copy
+import dataclasses
 import io
 import json
 import re
@@ -151,6 +153,20 @@ def test_special_tokens_in_a_message_are_text(tiny):
     ]  # fmt: skip
     assert (batch.media == -1).all()
     assert hostile in tiny.processor.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "media", "other", "found"),
+    [
+        ("vision", IMAGE_PROMPT, {"images": [[IMAGE]]}, True, "it has the speech adapter"),
+        ("speech", AUDIO_PROMPT, {"audios": [[CLIP]]}, False, "it has none"),
+    ],
+)
+def test_a_missing_adapter_is_named_with_what_there_is(tiny, kind, prompt, media, other, found):
+    processor, config = copy.copy(tiny.processor), tiny.config
+    processor.config = dataclasses.replace(config, vision_lora=None, speech_lora=config.speech_lora if other else None)
+    with pytest.raises(InputError, match=f"needs the {kind} adapter, which this checkpoint lacks .{found}"):
+        processor([prompt], **media)
 
 
 def test_chat_and_raw_prompt_say_the_same(tiny):

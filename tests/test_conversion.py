@@ -18,7 +18,10 @@ from conftest import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
-from phi4mm_jax import CheckpointError
+from convert import record, verify
+from convert import to_orbax as programs_to_orbax
+from convert import to_torch as programs_to_torch
+from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint import staging
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
@@ -229,7 +232,7 @@ def test_adapter_copies_must_agree(original, tmp_path):
     to_orbax(tmp_path / "source", tmp_path / "destination")
 
 
-def test_wrong_files(original, converted, tmp_path):
+def test_wrong_files(original, tmp_path):
     source, destination = tmp_path / "source", tmp_path / "destination"
     shutil.copytree(original, source)
 
@@ -269,12 +272,195 @@ def test_wrong_files(original, converted, tmp_path):
     fails("pickle")
     fails("nowhere: no such folder", tmp_path / "nowhere")
 
+
+def entry(name, file):
+    """An index with this entry."""
+
+    def change(folder):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"][name] = file
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def as_folder(name):
+    """What cannot be read by anybody: permissions do not bind an administrator."""
+    return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
+
+
+def without_speech_adapter(folder):
+    """In its shards and folders, though config.json has it."""
+    shutil.rmtree(folder / "speech-lora")
+    (folder / "model.safetensors.index.json").unlink()
+    for path in folder.glob("model-*"):
+        save_file({n: x for n, x in load_file(path).items() if ".speech.weight" not in n or "lora" not in n}, path)
+
+
+def with_value(name, number):
+    def change(folder):
+        def put(held):
+            held[name].flat[-1] = number
+
+        damage(folder, name, put)
+
+    return change
+
+
+LAYER = "model.layers.2.self_attn.qkv_proj"
+FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (entry("model.ghost", FIRST), f"says that model.ghost is in {FIRST}, but it is not there"),
+        (
+            entry("model.norm.weight", f"w/{FIRST}"),
+            f"model.norm.weight is in w/{FIRST}, but shards lie beside the index",
+        ),
+        (entry("model.norm.weight", "x" * 300), "File name too long"),
+        (as_folder(SECOND), f"{SECOND}: cannot be read (Is a directory)"),
+        (as_folder("config.json"), "config.json: cannot be read (Is a directory)"),
+        (as_folder("tokenizer.json"), "no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: cannot be read ("),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: no such file"),
+        (without_speech_adapter, "lora_speech: the whole adapter is missing (found: lora_vision)"),
+        (with_value(f"{LAYER}.base_layer.weight", np.nan), f"{LAYER}.base_layer.weight: holds NaN"),
+        (with_value(f"{LAYER}.lora_B.speech.weight", -np.inf), f"{LAYER}.lora_B.speech.weight: holds NaN or infinity"),
+    ],
+)
+def test_sources_that_are_not_whole(change, named, original, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(original, source)
+    if "lora_B" in named:  # of the folder, which would differ
+        shutil.rmtree(source / "speech-lora")
+    change(source)
+    for convert in (to_orbax, lambda a, b: to_torch(a, b, "native")):
+        with pytest.raises(CheckpointError, match=re.escape(named)):
+            convert(source, tmp_path / "destination")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_adapter_of_pickle_alone(native, tmp_path):
+    shutil.copytree(native, tmp_path / "source")
+    (tmp_path / "source" / "vision-lora" / "adapter_model.safetensors").rename(
+        tmp_path / "source" / "vision-lora" / "adapter_model.bin"
+    )
+    with pytest.raises(CheckpointError, match=r"vision-lora.*adapter_model\.bin: pickle files are not read"):
+        to_orbax(tmp_path / "source", tmp_path / "destination")
+
+
+DOWN = "params.decoder.layers.mlp.down.down"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        (f"{DOWN}/1.0.0", None, "params/decoder/layers/mlp/down/down"),
+        (f"{DOWN}/1.0.0", b"123", "params/decoder/layers/mlp/down/down"),
+        (f"{DOWN}/.zarray", None, "params/decoder/layers/mlp/down/down"),
+        (f"{DOWN}/.zarray", b"{", ""),
+        (DOWN, None, "params/decoder/layers/mlp/down/down"),
+        ("_METADATA", None, ""),
+        ("", None, "a folder parameters"),
+    ],
+)
+def test_a_damaged_conversion(file, content, named, converted, tmp_path, capsys):
+    """The parameter and the file are named, by whatever reads it."""
     shutil.copytree(converted, tmp_path / "damaged")
-    gone = next((tmp_path / "damaged" / "parameters").glob("params.decoder.layers.mlp.down*"))
-    shutil.rmtree(gone)
-    fails("parameters", tmp_path / "damaged")
-    with pytest.raises(CheckpointError, match="parameters"):
+    path = tmp_path / "damaged" / "parameters" / file
+    if content is not None:
+        path.write_bytes(content)
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError) as loaded:
         phi4mm_jax.load(tmp_path / "damaged")
+    with pytest.raises(CheckpointError) as converted:
+        to_torch(tmp_path / "damaged", tmp_path / "destination", "original")
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+    assert verify.main([str(tmp_path / "damaged"), "--goldens", str(TINY)]) == 2
+    verified = capsys.readouterr().err
+    assert "error: " in verified
+    for said in (str(loaded.value), str(converted.value), verified):
+        assert named in said
+        assert str(path if file else path.parent) in said
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda source, place: to_orbax(source, place, dtype="int32"),
+        lambda source, place: to_torch(source, place, "foo"),
+    ],
+)
+def test_unknown_arguments(convert, original, tmp_path):
+    with pytest.raises(InputError, match=r"int32|foo"):
+        convert(original, tmp_path / "destination")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["original", "native", "orbax", "random"])
+def test_a_killed_conversion_leaves_nothing_that_loads(way, original, tmp_path):
+    """Not even at the last moment, when all weights are written."""
+    last = []
+
+    def progress(done, total):
+        if done == total:
+            with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+                phi4mm_jax.load(tmp_path / ".destination.incomplete")
+            last.append(done)
+
+    destination = tmp_path / "destination"
+    match way:
+        case "orbax":
+            to_orbax(original, destination, progress=progress)
+        case "random":
+            write_random_checkpoint(TINY / "config.json", destination, TINY, progress=progress)
+        case "original" | "native":
+            to_torch(original, destination, way, progress=progress)
+    assert last
+    phi4mm_jax.load(destination)
+
+
+def test_what_stays_behind_is_said(original, tmp_path):
+    source, said = tmp_path / "source", []
+    shutil.copytree(original, source)
+    (source / "figures").mkdir()
+    for name in ("figures/chart.png", "training_args.bin", ".gitattributes", "vision-lora/optimizer.pt", "notes.md"):
+        (source / name).write_text("")
+    (source / "LICENSE").symlink_to("nowhere")
+    to_orbax(source, tmp_path / "orbax", say=said.append)
+    assert said == ["Not carried along: .gitattributes, LICENSE, figures/, training_args.bin, vision-lora/optimizer.pt"]
+    assert (tmp_path / "orbax" / "notes.md").exists()
+    to_torch(tmp_path / "orbax", tmp_path / "torch", "original", say=said.append)
+    assert len(said) == 1  # what was read is not left behind
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (programs_to_orbax, ["SRC", "DST"]),
+        (programs_to_torch, ["SRC", "DST", "--layout", "native"]),
+        (verify, ["CHECKPOINT", "--goldens", "DIR"]),
+        (record, ["--model", "HF_DIR", "--out", "DIR"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted\n"), (InputError("a reason"), 2, "error: a reason\n")],
+)
+def test_how_programs_end(program, arguments, raised, status, said, tmp_path, monkeypatch, capsys):
+    def end(*_, **__):
+        raise raised
+
+    for name in ("to_orbax", "to_torch", "read_goldens", "record"):
+        monkeypatch.setattr(program, name, end, raising=False)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    monkeypatch.chdir(tmp_path)
+    assert program.main() == status
+    assert capsys.readouterr().err.endswith(said)
+    assert not list(tmp_path.iterdir())
 
 
 def test_destinations(original, tmp_path, monkeypatch):
@@ -286,7 +472,7 @@ def test_destinations(original, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="within the source"):
         to_orbax(original, original / "converted")
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, but .* has only"):
+    with pytest.raises(CheckpointError, match=r"needs [\d,]{7,} bytes, but only 1,000 are free"):
         to_orbax(original, tmp_path / "destination")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
@@ -315,11 +501,11 @@ def test_interrupted(tmp_path):
     settings = json.loads((TINY / "config.json").read_text()) | {"vocab_size": 200064, "num_hidden_layers": 8}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     source, destination = tmp_path / "source", tmp_path / "destination"
-    write_random_checkpoint(tmp_path / "config.json", source)
+    write_random_checkpoint(tmp_path / "config.json", source, TINY)
     aside = tmp_path / ".destination.incomplete"
     program = [sys.executable, "-m", "convert.to_orbax", str(source), str(destination)]
     running = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE)
-    while not aside.exists() and running.poll() is None:
+    while not any(aside.glob("parameters*")) and running.poll() is None:
         time.sleep(0.001)
     with pytest.raises(CheckpointError, match="another process is writing it"):
         to_orbax(source, destination)
@@ -358,7 +544,6 @@ def test_random_checkpoints(tiny, tmp_path):
     assert abs(embedding.std() - 0.02) < 1e-3
     write_random_checkpoint(TINY / "config.json", tmp_path / "three", seed=1)
     assert not np.array_equal(tensors(tmp_path / "three")[".", "model.embed_tokens.weight"], embedding)
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
-        shutil.copy(TINY / name, tmp_path / "one")
-    model = phi4mm_jax.load(tmp_path / "one")
+    write_random_checkpoint(TINY / "config.json", tmp_path / "whole", TINY)
+    model = phi4mm_jax.load(tmp_path / "whole")
     assert jax.tree.map(jnp.shape, model.variables) == jax.tree.map(jnp.shape, tiny.variables)

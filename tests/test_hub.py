@@ -14,6 +14,7 @@ from conftest import TINY
 from huggingface_hub import constants
 
 import phi4mm_jax
+from convert import record
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint.hub import local_folder
 
@@ -186,6 +187,11 @@ def test_download(hub, capfd, tiny):
     before = len(hub.fetched())
     assert local_folder("org/tiny") == folder
     assert len(hub.fetched()) == before
+
+
+def test_the_recorder_downloads(hub, tmp_path, capsys):
+    assert record.main(["--model", "org/tiny", "--out", str(tmp_path / "goldens"), "--prompt", "Hello"]) == 2
+    assert "is in the original layout" in capsys.readouterr().err
 
 
 def test_revision(hub):

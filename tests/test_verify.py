@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import phi4mm_jax
 from convert import record, verify
 from phi4mm_jax import CheckpointError
+from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.goldens import (
     ROUNDED_LOGITS,
     Bound,
@@ -126,6 +127,27 @@ def test_finds(loaded, folder, capsys, tensor, change):
     assert "FAIL: 1 of 20 differ" in printed
 
 
+def test_says_what_no_case_exercises(loaded, folder, tmp_path, capsys):
+    assert verify.main([str(TINY), "--goldens", str(folder)]) == 0
+    missed = "the vision adapter, images and clips in one prompt, sequences longer than"
+    assert f"No case exercises {missed}" in capsys.readouterr().out
+    alone = golden_folder(tmp_path / "alone", ["text_cross"], [])
+    assert verify.main([str(TINY), "--goldens", str(alone)]) == 0
+    assert "the vision tower, the speech encoder: nothing" in capsys.readouterr().out
+
+
+def test_compares_the_copies_of_the_adapters(loaded, folder, tmp_path, capsys):
+    """`load` reads one of them."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(TINY, checkpoint, ignore=shutil.ignore_patterns("goldens*", "inputs"))
+    path = checkpoint / "speech-lora" / "adapter_model.safetensors"
+    held = load_file(path)
+    name = sorted(held)[0]
+    save_file(held | {name: held[name] + 1}, path)
+    assert verify.main([str(checkpoint), "--goldens", str(folder)]) == 2
+    assert f"speech-lora/adapter_model.safetensors: {name} differs" in capsys.readouterr().err
+
+
 def test_other_token_ids_are_named_as_such(loaded, folder, capsys):
     edit(folder, "text.input_ids", add(1, 7))
     assert verify.main([str(TINY), "--goldens", str(folder)]) == 1
@@ -145,6 +167,7 @@ def test_finds_a_perturbed_weight(tiny, folder, tmp_path, monkeypatch, capsys):
     tensors = load_file(path)
     tensors[name][3, 4] += 0.01
     save_file(tensors, path)
+    (checkpoint / "speech-lora" / "adapter_model.safetensors").unlink()  # the copy, which would differ
     perturbed = copy.copy(tiny)  # with what is compiled
     perturbed.variables = phi4mm_jax.load(checkpoint, dtype="float32").variables
     monkeypatch.setattr(phi4mm_jax, "load", lambda *_, **__: perturbed)
@@ -387,8 +410,7 @@ def test_an_interrupted_record_leaves_nothing(native, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(record, "record_case", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        record.main(["--model", str(native), "--out", str(tmp_path / "goldens"), "--prompt", "Hello"])
+    assert record.main(["--model", str(native), "--out", str(tmp_path / "goldens"), "--prompt", "Hello"]) == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -435,6 +457,12 @@ def test_bad_cases_are_errors(native, tmp_path, capsys, cases, named):
     arguments = ["--model", native, "--out", tmp_path / "goldens", "--cases", tmp_path / "cases.json"]
     assert record.main([str(a) for a in arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_is_not_recorded(native, tmp_path, capsys):
+    to_orbax(native, tmp_path / "orbax")
+    assert record.main(["--model", str(tmp_path / "orbax"), "--out", str(tmp_path / "o"), "--prompt", "Hello"]) == 2
+    assert "is converted, which transformers does not load" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_is_not_recorded(native, tmp_path, capsys):

@@ -5,7 +5,7 @@ differ: the settings of the model, of generation, of the tokenizer, of the proce
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +72,39 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
     return files | adapters
 
 
+def left_behind(source: Path, weights: Set[Path]) -> list[str]:
+    """What of a checkpoint folder `companion_files` does not take, but for the files that its weights were read from;
+    a folder as one, its name ending in "/".
+
+    Raises:
+        CheckpointError: a folder cannot be read.
+    """
+    others = [path for path in _entries(source) if path not in weights and not _travels(path)]
+    return [f"{path.relative_to(source)}{'/' if path.is_dir() else ''}" for path in others]
+
+
 def _travelling(source: Path) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
-    for folder in (source, *(source / name for name in _FOLDERS)):
+    for path in filter(_travels, _entries(source)):
         try:
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                weights = path.suffix in _WEIGHTS or path.name.endswith(_INDEX)
-                if path.is_file() and not weights and path.name[0] != "." and path.stat().st_size <= _LARGEST:
-                    files[path.relative_to(source).as_posix()] = path.read_bytes()
+            files[path.relative_to(source).as_posix()] = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return files
+
+
+def _entries(source: Path) -> list[Path]:
+    """What lies in the folder and in those whose files travel."""
+    try:
+        inner = [source / name for name in _FOLDERS if (source / name).is_dir()]
+        return [p for folder in (source, *inner) for p in sorted(folder.iterdir()) if p not in inner]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _travels(path: Path) -> bool:
+    weights = path.suffix in _WEIGHTS or path.name.endswith(_INDEX)
+    return path.is_file() and not weights and path.name[0] != "." and path.stat().st_size <= _LARGEST
 
 
 # ---------------------------------------------------------------------------------------------- to the native layout

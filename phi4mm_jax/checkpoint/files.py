@@ -50,18 +50,22 @@ def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of a file.
 
     Raises:
-        CheckpointError: the file is truncated or not in this format.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file cannot be read, is truncated, or not in this format.
     """
     try:
-        with safe_open(file, framework="np"):  # checks that the header and the file's length agree
-            pass
         with file.open("rb") as opened:
+            with safe_open(file, framework="np"):  # checks that the header and the file's length agree
+                pass
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        size = file.stat().st_size if file.exists() else 0
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); see who may read it") from error
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: not a whole safetensors file ({error}); download it again. It has {size} bytes."
+            f"{file}: not a whole safetensors file ({error}); download it again. It has {file.stat().st_size} bytes."
         ) from error
     header.pop("__metadata__", None)
     return {

@@ -29,8 +29,8 @@ def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
     """
     if not (folder / orbax.FOLDER).exists():
         return PyTorchCheckpoint(folder, config)
-    checkpoint = OrbaxCheckpoint((folder / orbax.FOLDER).absolute())
     expected = parameter_shapes(original_table(config))
+    checkpoint = OrbaxCheckpoint((folder / orbax.FOLDER).absolute(), expected)
     for path in sorted(expected.keys() | checkpoint.parameters.keys()):
         found = checkpoint.parameters.get(path)
         name = f"{folder / orbax.FOLDER}: {'/'.join(path)}"

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import type_handlers
 
 from phi4mm_jax.checkpoint.table import Path
+from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError
 
 FOLDER = "parameters"  # within a converted checkpoint
@@ -25,15 +26,23 @@ class OrbaxCheckpoint:
 
     Attributes:
         parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
+        files: what holds them.
 
     Raises:
-        CheckpointError: the folder is not a whole Orbax checkpoint.
+        CheckpointError: the folder is not a whole Orbax checkpoint, or lacks one of the parameters expected.
     """
 
-    def __init__(self, folder: FilePath):
+    def __init__(self, folder: FilePath, expected: Iterable[Path]):
         self._folder = folder
+        self.files = {folder}
         self._checkpointer = ocp.PyTreeCheckpointer()
-        with _readable(folder):
+        read_json(folder / "_METADATA")
+        for path in expected:  # Orbax would not say which one is missing
+            array = _folder_of(folder, path) / ".zarray"
+            if not array.is_file():
+                raise CheckpointError(f"{array}: no such file, so that {'/'.join(path)} is missing; convert again")
+            read_json(array)
+        with _readable(folder, "the checkpoint"):
             metadata: Any = self._checkpointer.metadata(folder).item_metadata
             leaves: dict[Path, Any] = dict(flatten_dict(metadata.tree))
             self.parameters = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
@@ -50,16 +59,23 @@ class OrbaxCheckpoint:
     def _restore(self, path: Path, how: ocp.RestoreArgs) -> Any:
         item = unflatten_dict({path: self.parameters[path]})
         args = ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
-        with _readable(self._folder):
+        with _readable(_folder_of(self._folder, path), "/".join(path)):
             return flatten_dict(self._checkpointer.restore(self._folder, args=args))[path]
 
 
+def _folder_of(folder: FilePath, path: Path) -> FilePath:
+    return folder / ".".join(path)
+
+
 @contextlib.contextmanager
-def _readable(folder: FilePath) -> Iterator[None]:
+def _readable(folder: FilePath, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: not a whole Orbax checkpoint ({error}); convert again") from error
+    except (MemoryError, jax.errors.JaxRuntimeError):  # not the file's fault
+        raise
+    except Exception as error:  # of many kinds; TensorStore's own names the file
+        cause = str(error.__cause__ or error)[:400]
+        raise CheckpointError(f"{folder}: {what} cannot be read ({cause}); convert again") from error
 
 
 def write(

@@ -1,6 +1,7 @@
 """A checkpoint in one of PyTorch's two layouts, as a source of parameters and as what they are written to."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,6 +41,7 @@ class PyTorchCheckpoint:
     Attributes:
         parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
         tensors: those of the files that make them up, each once.
+        files: those that hold them, with their index.
 
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen, unreadable or of another dtype; it names them.
@@ -50,9 +52,12 @@ class PyTorchCheckpoint:
         layout = layout_of(folder)
         table = tensors_of(layout, config)
         if layout == "original":  # the folders may have been left out of a download: the shards have it all
-            table = [t for t in table if not t.folder or (folder / t.folder / ADAPTER_FILE).exists()]
-        self._stored = _stored(folder, sorted({t.folder for t in table if t.folder}))
+            table = [t for t in table if not t.folder or os.path.lexists(folder / t.folder / ADAPTER_FILE)]
+        index = _read_index(folder)
+        self._stored = _stored(folder, index, sorted({t.folder for t in table if t.folder}))
+        self.files = {stored.file for stored in self._stored.values()} | {folder / _INDEX}
         _check(self._stored, table)
+        _check_index(folder, index, self._stored)
 
         rows: dict[Path, list[tuple[Tensor, Part, int, int]]] = {}
         for tensor in table:
@@ -98,59 +103,75 @@ class PyTorchCheckpoint:
                     )
 
 
-def _stored(folder: FilePath, adapters: Iterable[str]) -> dict[str, Stored]:
+def _stored(folder: FilePath, index: Mapping[str, str], adapters: Iterable[str]) -> dict[str, Stored]:
     """Where each tensor is, by `Tensor.key`."""
     stored: dict[str, Stored] = {}
-    index = _read_index(folder)
     names = sorted(set(index.values())) if index else _unindexed(folder)
     files = [("", folder / name) for name in names] + [(a, folder / a / ADAPTER_FILE) for a in adapters]
     for place, file in files:
-        if not file.exists():
+        try:
+            header = read_header(file)
+        except FileNotFoundError:
             cause = "holds an adapter" if place else f"is named by {_INDEX}"
-            raise CheckpointError(f"{file}: {cause}, but it is not there; download it again")
-        for name, tensor in read_header(file).items():
+            hint = _pickles(file.parent) if place else ""
+            raise CheckpointError(f"{file}: {cause}, but it is not there; {hint or 'download it again'}") from None
+        for name, tensor in header.items():
             key = f"{place}/{name}" if place else name
             if key in stored:
                 raise CheckpointError(
                     f"{folder}: tensor {key} is in {stored[key].file.name} and again in {file.name}; remove one of them"
                 )
             stored[key] = tensor
-    for name, file in index.items():
-        if name in stored and stored[name].file.name != file:
-            raise CheckpointError(
-                f"{folder / _INDEX}: says that {name} is in {file}, but it is in {stored[name].file.name}; "
-                "download the index again"
-            )
     return stored
+
+
+def _check_index(folder: FilePath, index: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+    for name, file in index.items():
+        found = f"in {stored[name].file.name}" if name in stored else "not there"
+        if found != f"in {file}":
+            raise CheckpointError(
+                f"{folder / _INDEX}: says that {name} is in {file}, but it is {found}; download both again"
+            )
 
 
 def _read_index(folder: FilePath) -> dict[str, str]:
     """The file of each tensor in the main shards, where the folder has an index."""
-    if not (folder / _INDEX).exists():
+    if not os.path.lexists(folder / _INDEX):
         return {}
     mapping = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
         raise CheckpointError(f"{folder / _INDEX}: has no weight_map of tensor names to files; download it again")
+    for name, file in mapping.items():
+        if file != FilePath(file).name:
+            raise CheckpointError(f"{folder / _INDEX}: says that {name} is in {file}, but shards lie beside the index")
     return mapping
 
 
 def _unindexed(folder: FilePath) -> list[str]:
     names = sorted(p.name for p in folder.glob("model*.safetensors"))
     if not names:
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        hint = (
-            f"It has {', '.join(pickles)}: pickle files are not read; save the model with safe_serialization=True."
-            if pickles
-            else "Give the folder that holds config.json and the model's shards."
+        hint = _pickles(folder) or "Give the folder that holds config.json and the model's shards, or convert again."
+        raise CheckpointError(
+            f"{folder}: holds no weights: neither {_INDEX}, nor a model*.safetensors file, nor, as converted ones do, "
+            f"a folder parameters. {hint}"
         )
-        raise CheckpointError(f"{folder}: holds neither {_INDEX} nor a model*.safetensors file. {hint}")
     return names
+
+
+def _pickles(folder: FilePath) -> str:
+    """What to do where there are only such."""
+    names = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
+    return f"{names}: pickle files are not read; save with safe_serialization=True" if names else ""
 
 
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
     """The files hold exactly the tensors of the table, with their shapes, each collection in one floating dtype."""
     expected = {t.key: t for t in table}
-    problems = [f"{n}: missing" for n in expected if n not in stored]
+    held = {t.collection for n, t in expected.items() if n in stored}
+    adapters = sorted({t.collection for t in expected.values() if t.collection.startswith("lora_")})
+    gone, found = [a for a in adapters if a not in held], [a for a in adapters if a in held]
+    problems = [f"{a}: the whole adapter is missing (found: {', '.join(found) or 'none'})" for a in gone]
+    problems += [f"{n}: missing" for n, t in expected.items() if n not in stored and t.collection not in gone]
     problems += [f"{n}: not part of this model (in {stored[n].file.name})" for n in stored if n not in expected]
     present = [(t, stored[n]) for n, t in expected.items() if n in stored]
     dtypes: dict[str, list[str]] = {}
@@ -195,7 +216,7 @@ def write(
         progress: called with the bytes written so far, and in all.
     """
     tensors = list(tensors)
-    sizes = {t.key: _nbytes(t, parameters) for t in tensors}
+    sizes = {t.key: nbytes(t, parameters) for t in tensors}
     files = _files(folder, tensors, sizes, shard_bytes)
     rows: dict[Path, list[tuple[Tensor, Part, int]]] = {}
     for tensor in tensors:
@@ -223,7 +244,8 @@ def _put(writer: Writer, files: Mapping[str, FilePath], parameter: np.ndarray, p
     return rows.nbytes
 
 
-def _nbytes(tensor: Tensor, parameters: Mapping[Path, jax.ShapeDtypeStruct]) -> int:
+def nbytes(tensor: Tensor, parameters: Mapping[Path, jax.ShapeDtypeStruct]) -> int:
+    """Of a tensor, in the dtype of its parameters."""
     return int(np.prod(tensor.shape)) * np.dtype(parameters[tensor.parts[0].path].dtype).itemsize
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of any size with random weights in the original layout, for tests and benchmarks."""
 
+import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +11,19 @@ import numpy as np
 
 from phi4mm_jax.checkpoint import pytorch
 from phi4mm_jax.checkpoint.files import DTYPES
-from phi4mm_jax.checkpoint.staging import staged
+from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.checkpoint.table import Path, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig, read_json
 
 DEVIATION = 0.02  # the release's initializer_range
 _PIECE = 1 << 22  # values drawn at once
+_PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 def write_random_checkpoint(
     config_file: str | FilePath,
     destination: str | FilePath,
+    processor: str | FilePath | None = None,
     *,
     seed: int = 0,
     shard_bytes: int = pytorch.SHARD_BYTES,
@@ -33,7 +36,8 @@ def write_random_checkpoint(
 
     Args:
         config_file: a config.json of the original layout, which gives the sizes.
-        destination: a folder that does not exist. Tokenizer files, where wanted, are the caller's to add.
+        destination: a folder that does not exist.
+        processor: a folder whose tokenizer's and processor's files are copied: without them nothing can be converted.
     """
     config_file, destination = FilePath(config_file), FilePath(destination)
     config = Phi4MMConfig.from_dict(read_json(config_file))
@@ -56,6 +60,10 @@ def write_random_checkpoint(
         return out
 
     size = sum(int(np.prod(t.shape)) * dtype.itemsize for t in tensors)
-    with staged(destination, size, say) as folder:
-        (folder / "config.json").write_bytes(config_file.read_bytes())
+    with staged(destination, say) as folder:
+        check_room(folder, size)
         pytorch.write(folder, tensors, parameters, draw, shard_bytes=shard_bytes, progress=progress)
+        if processor is not None:
+            for name in _PROCESSOR:
+                shutil.copy(FilePath(processor) / name, folder)
+        shutil.copy(config_file, folder / "config.json")  # last: a folder without it is no checkpoint

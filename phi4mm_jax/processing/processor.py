@@ -126,8 +126,10 @@ class Processor:
         kind = "vision" if has_images else "speech"
         present = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
         if (has_images or has_clips) and present[kind] is None:
+            found = [f"the {name} adapter" for name, lora in present.items() if lora is not None]
             raise InputError(
-                f"the prompt needs the {kind} adapter, which this checkpoint lacks; use a checkpoint with adapters"
+                f"the prompt needs the {kind} adapter, which this checkpoint lacks (it has "
+                f"{found[0] if found else 'none'}); use a checkpoint with adapters"
             )
 
     def _tokens(self, prompt: Prompt, images: Sequence[ImageFeatures], clips: Sequence[np.ndarray]):

@@ -253,8 +253,9 @@ def _load_text(path: Path) -> str:
 
 
 def _load_json(path: Path) -> dict[str, Any]:
+    text = _load_text(path)
     try:
-        content = json.loads(_load_text(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         _fail(path, f"is not valid JSON ({error})")
     if not isinstance(content, dict):
