@@ -70,7 +70,7 @@ class Programs:
         mesh = self._sharding.mesh
 
         def call(*arguments: Any, **named: Any) -> Any:
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh):  # type: ignore
                 return compiled(*arguments, **named)
 
         return call
