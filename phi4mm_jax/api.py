@@ -21,7 +21,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batch import Batch
 from phi4mm_jax.processing.processor import Processor, PromptLike, Row
@@ -38,6 +38,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     fresh_adapters: bool = False,
+    merge: Literal["vision", "speech"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
     """Load a checkpoint folder.
@@ -49,12 +50,14 @@ def load(
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
+        merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
+            the adapter's cost; others are errors.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
         ConfigError: config.json asks for something unsupported.
-        InputError: an unknown dtype.
+        InputError: an unknown dtype, or no such adapter to merge.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
@@ -62,12 +65,21 @@ def load(
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     path = local_folder(path)
     config = Phi4MMConfig.from_folder(path)
+    collection = f"lora_{merge}"
+    if merge is not None and collection not in lora_configs(config):
+        found = [name.removeprefix("lora_") for name in lora_configs(config)]
+        raise InputError(f"merge is {merge!r}; expected None or one of this checkpoint's adapters: {found}")
     processor = Processor.from_folder(path, config)
     module = Phi4MM(config, jnp.dtype(dtype))
     abstract = abstract_variables(module)
     places = shardings(abstract, mesh)
     variables = load_variables(path, config, dtype, places, fresh_adapters=fresh_adapters, progress=progress)
     check_structure(variables, nn.unbox(abstract))
+    if merge is not None:
+        variables = merged(variables, collection, lora_configs(config)[collection].scale)
+        config = dataclasses.replace(config, vision_lora=None, speech_lora=None)
+        module = Phi4MM(config, jnp.dtype(dtype))
+        processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     return Model(module, variables, processor)
 
 

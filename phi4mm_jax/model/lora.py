@@ -5,10 +5,13 @@ collection is absent from the variables costs nothing; where several are present
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
@@ -29,6 +32,32 @@ def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
 def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
     """Each adapter's weight in each row: alpha / rank in the rows that use it, else 0."""
     return {name: jnp.where(adapters == ADAPTERS[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
+
+
+def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[str, Any]:
+    """The variables with one adapter added to the weights, and without adapters: W + (alpha / rank) A B.
+
+    The weights that change are donated: `variables` must not be used any more.
+    """
+    params, adapter = flatten_dict(variables["params"]), flatten_dict(variables[collection])
+    for path, b in adapter.items():
+        if path[-1] != "a":
+            weight = params[path]
+            add = jax.jit(partial(_added, scale=scale), donate_argnums=0, out_shardings=weight.sharding)
+            params[path] = add(weight, adapter[*path[:-1], "a"], b)
+    return {"params": unflatten_dict(params)}
+
+
+def _added(weight: Float[Array, "L ..."], a: Float[Array, "L ... R"], b: Float[Array, "L R ..."], scale: float):
+    """Layer by layer, so that one layer's product is held at a time."""
+
+    def layer(arrays):
+        weight, a, b = arrays
+        rank = a.shape[-1]
+        product = einsum("IR,RO->IO", a.astype(jnp.float32).reshape(-1, rank), b.reshape(rank, -1))
+        return (weight.astype(jnp.float32) + scale * product.reshape(weight.shape)).astype(weight.dtype)
+
+    return jax.lax.map(layer, (weight, a, b))
 
 
 class Projection(nn.Module):

@@ -39,10 +39,18 @@ class Row(NamedTuple):
 
 
 class Processor:
-    """Turns prompts into batches; holds the tokenizer and the checkpoint's processing settings."""
+    """Turns prompts into batches; holds the tokenizer and the checkpoint's processing settings.
 
-    def __init__(self, config: Phi4MMConfig, tokenizer: Tokenizer, dynamic_hd: int, context: int):
+    Attributes:
+        context: tokens of the longest sequence.
+        merged: the adapter that is part of the weights, "vision" or "speech": other prompts than its own are refused.
+    """
+
+    def __init__(
+        self, config: Phi4MMConfig, tokenizer: Tokenizer, dynamic_hd: int, context: int, merged: str | None = None
+    ):
         self.config, self.tokenizer, self.dynamic_hd, self.context = config, tokenizer, dynamic_hd, context
+        self.merged = merged
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: Phi4MMConfig) -> "Processor":
@@ -124,6 +132,14 @@ class Processor:
 
     def _check_adapters(self, has_images: bool, has_clips: bool) -> None:
         kind = "vision" if has_images else "speech"
+        if self.merged is not None:
+            needed = f"the {kind} adapter" if has_images or has_clips else "no adapter"
+            if needed != f"the {self.merged} adapter":
+                raise InputError(
+                    f"the prompt needs {needed}, but the {self.merged} adapter is merged into the weights; load the "
+                    "checkpoint without merge"
+                )
+            return
         present = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
         if (has_images or has_clips) and present[kind] is None:
             found = [f"the {name} adapter" for name, lora in present.items() if lora is not None]
