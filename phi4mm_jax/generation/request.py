@@ -60,7 +60,8 @@ class Completion:
         finish_reason: "stop" by a stop token or string, "length" by max_new_tokens or the context; "cancelled", and
             "error" for a request that could not be served.
         prompt_tokens: the prompt's length.
-        log_probabilities: of each token, by the model's own distribution.
+        log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's sizes,
+            so they do not count when completions are compared.
         error: what was wrong.
     """
 
@@ -68,7 +69,7 @@ class Completion:
     tokens: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
-    log_probabilities: tuple[float, ...] = ()
+    log_probabilities: tuple[float, ...] = field(default=(), compare=False)
     error: str | None = None
 
 
