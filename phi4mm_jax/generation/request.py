@@ -60,8 +60,8 @@ class Completion:
         finish_reason: "stop" by a stop token or string, "length" by max_new_tokens or the context; "cancelled", and
             "error" for a request that could not be served.
         prompt_tokens: the prompt's length.
-        log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's sizes,
-            so they do not count when completions are compared.
+        log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
+            sizes, so they do not count when completions are compared.
         error: what was wrong.
     """
 
