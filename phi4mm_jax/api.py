@@ -25,7 +25,7 @@ from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batch import Batch
 from phi4mm_jax.processing.processor import Processor, PromptLike, Row
-from phi4mm_jax.sharding import shardings
+from phi4mm_jax.sharding import jit_beside, shardings
 
 DType = Literal["float32", "bfloat16"]
 MediaLists = Sequence[Sequence[Any] | None]
@@ -94,7 +94,7 @@ class Model:
 
     def __init__(self, module: Phi4MM, variables: dict[str, Any], processor: Processor):
         self.module, self.variables, self.processor = module, variables, processor
-        self._logits = jax.jit(module.apply)
+        self._logits = jit_beside(variables, module.apply)
         self._last_engine: Engine | None = None
 
     @property

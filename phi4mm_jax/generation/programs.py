@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.generation.sampling import SamplingRows, sample
 from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
+from phi4mm_jax.sharding import jit_beside
 
 
 class Chunk(NamedTuple):
@@ -57,23 +58,10 @@ class Programs:
         self._sharding = jax.tree.leaves(variables)[0].sharding
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
-        self.encode = self._compiled(self._encode, donate_argnums=1)
-        self.prefill = self._compiled(self._prefill, donate_argnums=1)
-        self.decode = self._compiled(self._decode, donate_argnums=(1, 2), static_argnames="width")
-        self.mark = self._compiled(lambda seen, slot, row: self._kept(seen.at[slot].set(row)), donate_argnums=0)
-
-    def _compiled(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """With the parameters' mesh in context, by which kernels are split over its devices."""
-        compiled = jax.jit(function, **options)
-        if not isinstance(self._sharding, NamedSharding):
-            return compiled
-        mesh = self._sharding.mesh
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            with jax.set_mesh(mesh):  # type: ignore
-                return compiled(*arguments, **named)
-
-        return call
+        self.encode = jit_beside(variables, self._encode, donate_argnums=1)
+        self.prefill = jit_beside(variables, self._prefill, donate_argnums=1)
+        self.decode = jit_beside(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
+        self.mark = jit_beside(variables, self._mark, donate_argnums=0)
 
     def place(self, state: Any) -> Any:
         """Puts an engine's state where the parameters are: keys and values by heads, the rest on every device.
@@ -92,6 +80,9 @@ class Programs:
         mesh = self._sharding.mesh
         splits = heads is not None and "tensor" in mesh.shape and x.shape[heads] % mesh.shape["tensor"] == 0
         return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
+
+    def _mark(self, seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]) -> Bool[Array, "N V"]:
+        return self._kept(seen.at[slot].set(row))
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
