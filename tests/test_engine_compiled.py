@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from typing import Any
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
 
@@ -38,9 +39,8 @@ def test_decoding_holds_one_cache_and_moves_none_of_it():
     def on_chips(shape, dtype, place):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    variables = unflatten_dict(
-        {path: on_chips(x.shape, jnp.bfloat16, places[path]) for path, x in flatten_dict(nn.unbox(abstract)).items()}
-    )
+    flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
+    variables = unflatten_dict({path: on_chips(x.shape, jnp.bfloat16, places[path]) for path, x in flat.items()})
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     cache = jax.eval_shape(lambda: empty_cache(config, PAGES, PAGE, jnp.bfloat16))

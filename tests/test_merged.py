@@ -5,6 +5,7 @@ import pytest
 from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
+from phi4mm_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module", params=["vision", "speech"])
@@ -38,7 +39,7 @@ def test_other_prompts_are_refused(merged):
 
 
 def test_it_spreads_over_a_mesh(goldens):
-    mesh = phi4mm_jax.sharding.make_mesh(fsdp=2, tensor=2)
+    mesh = make_mesh(fsdp=2, tensor=2)
     plain, model = (phi4mm_jax.load(TINY, dtype="float32", mesh=mesh, merge=m) for m in (None, "speech"))
     weights = [m.variables["params"]["decoder"]["layers"]["mlp"]["gate_up"]["gate"] for m in (plain, model)]
     assert weights[0].sharding == weights[1].sharding

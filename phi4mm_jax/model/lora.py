@@ -39,7 +39,8 @@ def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[
 
     The weights that change are donated: `variables` must not be used any more.
     """
-    params, adapter = flatten_dict(variables["params"]), flatten_dict(variables[collection])
+    params: dict[Any, Any] = flatten_dict(variables["params"])
+    adapter: dict[Any, Any] = flatten_dict(variables[collection])
     for path, b in adapter.items():
         if path[-1] != "a":
             weight = params[path]
