@@ -2,7 +2,7 @@
 
 from phi4mm_jax.generation.engine import Engine, EngineConfig, Update
 from phi4mm_jax.generation.programs import Programs
-from phi4mm_jax.generation.request import Completion, Request
+from phi4mm_jax.generation.request import Completion, Hypothesis, Request
 from phi4mm_jax.generation.sampling import Sampling
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Programs", "Request", "Sampling", "Update"]
+__all__ = ["Completion", "Engine", "EngineConfig", "Hypothesis", "Programs", "Request", "Sampling", "Update"]

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation.beams import MOST_STOPS, Group, Search, advance
 from phi4mm_jax.generation.media import FeatureStore, RowMedia, every_stack, media_of
 from phi4mm_jax.generation.pages import Key, PagePool, page_keys
-from phi4mm_jax.generation.programs import Chunk, Drawn, Programs, Slots
+from phi4mm_jax.generation.programs import Beams, Candidates, Chunk, Drawn, Programs, Slots
 from phi4mm_jax.generation.request import Completion, FinishReason, Request, Text
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows
 from phi4mm_jax.model.lora import ADAPTERS
@@ -44,6 +45,8 @@ class EngineConfig:
         steps: tokens that are decoded before the host looks at them.
         cache_dtype: the model's by default, or "int8".
         feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
+        beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
+            to need as many for its answer as n others.
     """
 
     slots: int = 8
@@ -53,9 +56,10 @@ class EngineConfig:
     steps: int = 8
     cache_dtype: str | None = None
     feature_blocks: int = 512
+    beams: int = 1
 
     def __post_init__(self):
-        for name in ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks"):
+        for name in ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a positive whole number")
@@ -100,6 +104,7 @@ class _Active:
     promised: int = 0  # pages that it has not taken yet
     started: bool = False  # it has looked for pages to share
     long: bool = False
+    group: Group | None = None  # where it has several beams; their tokens are not among its own
 
     @property
     def adapter(self) -> int:
@@ -136,6 +141,7 @@ class Engine:
         self._features = FeatureStore(lambda *arguments: programs.encode(base, *arguments), features)
         self._seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self._stops = set(model.stop_token_ids)
+        self._candidates = config.beams + max(MOST_STOPS, len(self._stops)) if config.beams > 1 else 0
         self._slots: list[_Active | None] = [None] * config.slots
         self._waiting: deque[tuple[int, Request, Future[tuple[Row, RowMedia]]]] = deque()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
@@ -180,6 +186,7 @@ class Engine:
         self._admit()
         self._prefill()
         self._decode()
+        self._extend()
         updates, self._updates = self._updates, []
         return updates
 
@@ -237,9 +244,10 @@ class Engine:
         prefills = [(adapter, count, width) for adapter in [0, *present] for count in _ROWS for width in widths]
         together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
         stacks = list(every_stack(self._processor.config))
-        total, done = len(stacks) + len(prefills) + len(together) + 1, 0
+        extends = [(adapters, size) for adapters in together for size in self._extend_sizes()]
+        total, done = len(stacks) + len(prefills) + len(together) + len(extends) + 1, 0
 
-        def advance() -> None:
+        def compiled() -> None:
             nonlocal done
             done += 1
             if progress is not None:
@@ -247,16 +255,19 @@ class Engine:
 
         for stack, features in stacks:
             self._features.warm_up(stack, features)
-            advance()
+            compiled()
         for adapter, count, width in prefills:
             nothing = np.zeros((count, width), np.int32)
             self._run_prefill({adapter}, [], count, nothing, nothing + NO_MEDIA, [])
-            advance()
+            compiled()
         for adapters in together:
             self._run_decode(adapters, [None] * self.config.slots, np.zeros(self.config.slots, np.int32))
-            advance()
+            compiled()
+        for adapters, size in extends:
+            self._run_extend(adapters, [], size)
+            compiled()
         self._seen = self._programs.mark(self._seen, np.int32(0), np.zeros(self._seen.shape[1], bool))
-        advance()
+        compiled()
 
     # ------------------------------------------------------------------------------------------ admission
 
@@ -298,14 +309,17 @@ class Engine:
                 f"the prompt has {length} tokens, which leaves no room in the context of {self._context}; shorten it"
             )
         limit = min(int(request.max_new_tokens), self._context - length)
-        needed = math.ceil((length + limit) / size)
+        shared = length // size if request.beams > 1 else 0  # by all its beams
+        needed = shared + request.beams * (math.ceil((length + limit) / size) - shared)
         if needed > self._pool.num_pages:
+            each = f" of each of {request.beams} beams" if request.beams > 1 else ""
             raise InputError(
-                f"the prompt's {length} tokens and {limit} new ones need {needed} pages of {size} tokens, but the "
-                f"cache has {self._pool.num_pages}; give it more tokens, or ask for fewer"
+                f"the prompt's {length} tokens and {limit} new ones{each} need {needed} pages of {size} tokens, but "
+                f"the cache has {self._pool.num_pages}; give it more tokens, or ask for fewer"
             )
         text = Text(self._processor.tokenizer, request.stop)
         active = _Active(number, request, row, media, limit, self._slots.index(None), needed, text)
+        active.group = self._group(request, limit)
         self._begin(active)
         return active
 
@@ -313,7 +327,8 @@ class Engine:
         """Everything has to be prefilled: at first, and when the row is about to outgrow the short rotary set."""
         active.cached, active.started = 0, False
         active.target = active.prompt_tokens + len(active.tokens)
-        active.long = active.target > self._boundary
+        drawn = len(active.tokens) if active.group is None else active.group.search.drawn
+        active.long = active.prompt_tokens + drawn > self._boundary
         salt = bytes([active.adapter, active.long])
         tokens = active.sequence(active.target)
         active.keys = list(page_keys(tokens, active.media.spans, self.config.page_size, salt))
@@ -321,6 +336,8 @@ class Engine:
     def _give_back(self, active: _Active) -> None:
         """Its pages, and those that it was promised."""
         self._pool.release(active.pages)
+        if active.group is not None:
+            active.group.release(self._pool)
         self._pool.promise(-active.promised)
         active.pages, active.promised, active.admitted = [], 0, False
 
@@ -388,7 +405,7 @@ class Engine:
             tokens[i, : stop - active.cached] = active.sequence(stop)[active.cached :]
             media[i, : len(indices[i])] = indices[i]
             self._grow(active, stop)
-        drawn = self._run_prefill({a.adapter for a in chosen}, chosen, count, tokens, media, stops)
+        drawn, candidates = self._run_prefill({a.adapter for a in chosen}, chosen, count, tokens, media, stops)
         for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
             size = self.config.page_size
             for page in range(active.cached // size, min(stop // size, len(active.keys))):
@@ -396,10 +413,13 @@ class Engine:
             active.cached = stop
             if stop == active.target:
                 active.target = 0
-                self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
+                if active.group is None:
+                    self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
+                else:
+                    self._start_beams(active, active.group, Candidates(*(x[i : i + 1] for x in candidates)))
         return count
 
-    def _run_prefill(self, adapters: set[int], chosen, count: int, tokens, media, stops: Sequence[int]) -> Drawn:
+    def _run_prefill(self, adapters: set[int], chosen, count: int, tokens, media, stops: Sequence[int]):
         chunk = Chunk(
             tokens, media,
             starts=_column(chosen, count, lambda a: a.cached),
@@ -412,8 +432,10 @@ class Engine:
             settings=_settings(chosen, count),
         )  # fmt: skip
         variables = self._variables_for(adapters)
-        self._cache, drawn = self._programs.prefill(variables, self._cache, self._features.table, self._seen, chunk)
-        return jax.device_get(drawn)
+        self._cache, *results = self._programs.prefill(
+            variables, self._cache, self._features.table, self._seen, chunk, candidates=self._candidates
+        )
+        return jax.device_get(results)
 
     # ------------------------------------------------------------------------------------------ decoding
 
@@ -421,7 +443,7 @@ class Engine:
         rows: list[_Active | None] = []
         steps = np.zeros(len(self._slots), np.int32)
         for i, active in enumerate(self._slots):
-            if active is not None and not active.target:
+            if active is not None and not active.target and active.group is None:
                 room = active.limit - len(active.tokens)
                 if not active.long:
                     room = min(room, self._boundary - active.cached)
@@ -476,6 +498,8 @@ class Engine:
             self._updates.append(Update(active.id, text))
 
     def _finish(self, active: _Active, reason: FinishReason, pieces: Sequence[str] = ()) -> None:
+        if active.group is not None:
+            return self._finish_beams(active, active.group, reason)
         rest = active.text.end()
         completion = Completion(
             active.text.whole,
@@ -488,13 +512,126 @@ class Engine:
         self._give_back(active)
         self._slots[active.slot] = None
 
+    # ------------------------------------------------------------------------------------------ beams
+
+    def _group(self, request: Request, limit: int) -> Group | None:
+        if request.beams == 1:
+            return None
+        if request.beams > self.config.beams:
+            raise InputError(
+                f"the request asks for {request.beams} beams, but the engine allows {self.config.beams}; ask for "
+                "fewer, or give EngineConfig more beams"
+            )
+        stops = frozenset({*self._stops, *request.stop_tokens})
+        most = self._candidates - self.config.beams
+        if len(stops) > most:
+            raise InputError(
+                f"stop_tokens and the model's own are {len(stops)} together, but beams may end by {most} at most; "
+                "give fewer stop_tokens"
+            )
+        return Group(Search(int(request.beams), limit, float(request.length_penalty), stops))
+
+    def _extend(self) -> None:
+        """All beams some steps; after each the host chooses among what could follow."""
+        for _ in range(self.config.steps):
+            ready: list[tuple[_Active, Group]] = []
+            for active in self._slots:
+                if active is None or active.group is None or active.target:
+                    continue
+                if not active.long and active.cached == self._boundary:
+                    self._give_back(active)
+                    self._begin(active)
+                else:
+                    ready.append((active, active.group))
+            if not ready:
+                return
+            for active, group in ready:
+                self._grow_beams(active, group)
+            count = sum(len(group.search.beams) for _, group in ready)
+            size = next(size for size in self._extend_sizes() if size >= count)
+            found = self._run_extend({active.adapter for active, _ in ready}, ready, size)
+            first = 0
+            for active, group in ready:
+                stop = first + len(group.search.beams)
+                active.cached += 1
+                group.copies = []
+                if active.cached == active.prompt_tokens + group.search.drawn:
+                    self._select(active, group, Candidates(*(x[first:stop] for x in found)))
+                first = stop
+
+    def _extend_sizes(self) -> list[int]:
+        """Beams that are extended at once: those of one request, or of as many as there are slots."""
+        beams = self.config.beams
+        return sorted({beams, beams * self.config.slots}) if beams > 1 else []
+
+    def _run_extend(self, adapters: set[int], groups: Sequence[tuple[_Active, Group]], size: int) -> Candidates:
+        rows = [(a, beam, pages) for a, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
+        copies = [copy for _, group in groups for copy in group.copies]
+        beams = Beams(
+            last=_padded([beam.tokens[a.cached - a.prompt_tokens] for a, beam, _ in rows], size),
+            lengths=_padded([a.cached + 1 for a, _, _ in rows], size),
+            tables=np.zeros((size, self._table_size), np.int32),
+            adapters=_padded([a.adapter for a, _, _ in rows], size),
+            long=_padded([a.long for a, _, _ in rows], size).astype(bool),
+            sources=_padded([source for source, _ in copies], size),
+            targets=_padded([target for _, target in copies], size),
+            copies=np.int32(len(copies)),
+        )
+        for i, (active, _, pages) in enumerate(rows):
+            table = active.pages + pages
+            beams.tables[i, : len(table)] = table
+        self._cache, found = self._programs.extend(
+            self._variables_for(adapters), self._cache, beams, candidates=self._candidates
+        )
+        return jax.device_get(found)
+
+    def _start_beams(self, active: _Active, group: Group, candidates: Candidates) -> None:
+        """Once the prompt is in the cache. Beams that were there before have their tokens put there one by one."""
+        whole = active.prompt_tokens // self.config.page_size
+        group.pages, active.pages = [active.pages[whole:]], active.pages[:whole]
+        if group.search.drawn:
+            self._branch(active, group, [0] * len(group.search.beams))
+        else:
+            self._select(active, group, candidates)
+
+    def _select(self, active: _Active, group: Group, candidates: Candidates) -> None:
+        group.search, parents = advance(group.search, *candidates)
+        if group.search.over:
+            self._finish_beams(active, group)
+        else:
+            self._branch(active, group, parents)
+
+    def _branch(self, active: _Active, group: Group, parents: Sequence[int]) -> None:
+        """Each beam gets the pages of the one that it continues: all but one of them a copy of the page in writing."""
+        group.reorder(self._pool, parents)
+        promised = active.needed - len(active.pages) - group.own  # what no beam continues may be needed again
+        self._pool.promise(promised - active.promised)
+        active.promised = promised
+        if active.cached % self.config.page_size:
+            group.part(self._pool, lambda: self._take(active))
+
+    def _grow_beams(self, active: _Active, group: Group) -> None:
+        """A page for each beam's next token."""
+        for pages in group.pages:
+            if (len(active.pages) + len(pages)) * self.config.page_size == active.cached:
+                pages.append(self._take(active))
+
+    def _finish_beams(self, active: _Active, group: Group, reason: FinishReason | None = None) -> None:
+        completion = group.completion(self._processor.tokenizer, active.prompt_tokens, reason)
+        self._updates.append(Update(active.id, completion.text, completion))
+        self._give_back(active)
+        self._slots[active.slot] = None
+
     # ------------------------------------------------------------------------------------------ small things
+
+    def _take(self, active: _Active) -> int:
+        active.promised -= 1
+        return self._pool.take()
 
     def _grow(self, active: _Active, tokens: int) -> None:
         """Pages for its first tokens."""
         while len(active.pages) * self.config.page_size < tokens:
-            active.pages.append(self._pool.take())
-            active.promised -= 1
+            active.pages.append(self._take(active))
 
     def _tables(self, rows: Sequence[_Active | None], count: int) -> np.ndarray:
         tables = np.zeros((count, self._table_size), np.int32)

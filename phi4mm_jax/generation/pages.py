@@ -60,6 +60,11 @@ class PagePool:
             self._idle.pop(page, None)
         return pages
 
+    def hold(self, pages: Sequence[int]) -> None:
+        """One user more for each of these pages, which have some."""
+        for page in pages:
+            self._users[page] += 1
+
     def publish(self, page: int, key: Key) -> None:
         """Others may share the page from now on; it is whole and is not written to again."""
         if key not in self._pages and page not in self._keys:

@@ -1,10 +1,14 @@
-"""The compiled programs of generation: encode media, prefill a chunk of some rows, decode all slots for some steps."""
+"""The compiled programs of generation.
+
+Encode media, prefill a chunk of some rows, decode all slots for some steps, extend some beams by a token.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
@@ -50,6 +54,26 @@ class Drawn(NamedTuple):
     counts: Int[Array, " N"]
 
 
+class Beams(NamedTuple):
+    """The last tokens of R beams, whose earlier ones are in the cache, and the C pages to copy before."""
+
+    last: Int[Any, " R"]
+    lengths: Int[Any, " R"]  # tokens of each beam, the last one included; 0 for none
+    tables: Int[Any, "R M"]
+    adapters: Int[Any, " R"]
+    long: Bool[Any, " R"]
+    sources: Int[Any, " C"]
+    targets: Int[Any, " C"]
+    copies: Int[Any, ""]  # how many of these count; no target is a source
+
+
+class Candidates(NamedTuple):
+    """The C likeliest tokens after each row, the likeliest first, and their log-probabilities."""
+
+    tokens: Int[Array, "R C"]
+    log_probabilities: Float[Array, "R C"]
+
+
 class Programs:
     """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand."""
 
@@ -59,8 +83,9 @@ class Programs:
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self.encode = jit_beside(variables, self._encode, donate_argnums=1)
-        self.prefill = jit_beside(variables, self._prefill, donate_argnums=1)
+        self.prefill = jit_beside(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
         self.decode = jit_beside(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
+        self.extend = jit_beside(variables, self._extend, donate_argnums=1, static_argnames="candidates")
         self.mark = jit_beside(variables, self._mark, donate_argnums=0)
 
     def place(self, state: Any) -> Any:
@@ -90,9 +115,10 @@ class Programs:
         return self._kept(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
-        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: Chunk
-    ) -> tuple[Cache, Drawn]:
-        """Fills the cache, and chooses the token that follows each row's last."""
+        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: Chunk, *,
+        candidates: int = 0,
+    ) -> tuple[Cache, Drawn, Candidates | None]:  # fmt: skip
+        """Fills the cache, and chooses the token that follows each row's last; where asked for, also the likeliest."""
         embedded = self._apply(variables, chunk.tokens, chunk.media, table, method="embed")
         hidden, cache = self._apply(
             variables, embedded, chunk.lengths, chunk.adapters, chunk.long, cache, chunk.starts, chunk.tables,
@@ -102,9 +128,8 @@ class Programs:
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, hidden, method="logits")
         tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
-        return self._kept(cache), Drawn(
-            tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens)
-        )
+        drawn = Drawn(tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens))
+        return self._kept(cache), drawn, _likeliest(logits, candidates) if candidates else None
 
     def _decode(
         self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: Slots, *, width: int
@@ -145,7 +170,39 @@ class Programs:
         cache, seen, _, drawn, _ = jax.lax.while_loop(going_on, advance, start)
         return self._kept(cache), self._kept(seen), drawn
 
+    def _extend(self, variables, cache: Cache, beams: Beams, *, candidates: int) -> tuple[Cache, Candidates]:
+        """Puts each beam's last token into the cache."""
+        cache = _copy_pages(cache, beams.sources, beams.targets, beams.copies)
+        media = jnp.full((len(beams.last), 1), NO_MEDIA)
+        embedded = self._apply(variables, beams.last[:, None], media, None, method="embed")
+        hidden, cache = self._apply(
+            variables, embedded, beams.lengths, beams.adapters, beams.long, cache, jnp.maximum(beams.lengths - 1, 0),
+            beams.tables, method="decode",
+        )  # fmt: skip
+        logits = self._apply(variables, hidden[:, 0], method="logits")
+        return self._kept(cache), _likeliest(logits, candidates)
+
 
 def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
     chosen = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, -1)
+
+
+def _likeliest(logits: Float[Array, "R V"], count: int) -> Candidates:
+    values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    return Candidates(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True))
+
+
+def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
+    """Of all layers. One after the other, in the cache's own order of bytes: XLA then copies nothing else."""
+
+    def one(i, x):
+        x = _row_major(x)
+        page = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, 1)
+        return _row_major(jax.lax.dynamic_update_slice_in_dim(x, page, targets[i], 1))
+
+    return jax.tree.map(lambda x: jax.lax.fori_loop(0, count, one, x), cache)
+
+
+def _row_major(x: Array) -> Array:
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -22,6 +22,9 @@ class Request:
         max_new_tokens: the most tokens to draw.
         stop: strings that end the answer; they are not part of its text.
         stop_tokens: ids that end the answer, besides the model's own.
+        beams: how many answers to search for at once (n-best); 1 draws one answer. More go without sampling, without
+            stop strings, and only in an engine whose `EngineConfig.beams` allows them.
+        length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
 
     Raises:
         InputError: an argument out of range.
@@ -34,6 +37,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
+    beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self):
         stop = self.stop
@@ -45,9 +50,52 @@ class Request:
             raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
         if not isinstance(self.stop_tokens, Sequence) or not all(is_whole(t) for t in self.stop_tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
+        if not is_whole(self.beams) or self.beams < 1:
+            raise InputError(f"beams is {self.beams!r}; expected a positive whole number")
+        penalty = self.length_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not abs(penalty) <= _MOST_PENALTY:
+            raise InputError(
+                f"length_penalty is {penalty!r}; expected a number from -{_MOST_PENALTY} to {_MOST_PENALTY}"
+            )
+        if self.beams > 1:
+            self._check_beams()
 
+    def _check_beams(self) -> None:
+        plain = Sampling()
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            value, expected = getattr(self.sampling, name), getattr(plain, name)
+            if value != expected:
+                raise InputError(
+                    f"{name} is {value} with {self.beams} beams, which draw nothing by chance and go by the model's "
+                    f"own probabilities; leave it at {expected}, or ask for 1 beam"
+                )
+        if self.stop:
+            raise InputError(
+                f"stop is {list(self.stop)!r} with {self.beams} beams, which end by tokens only; give stop_tokens, or "
+                "ask for 1 beam"
+            )
+
+
+_MOST_PENALTY = 10
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One of the answers of a beam search.
+
+    Attributes:
+        text: the answer, without stop tokens.
+        tokens: the generated ids, a final stop token included.
+        score: the sum of the tokens' log-probabilities, divided by their number to the power of the length penalty.
+        log_probabilities: of each token.
+    """
+
+    text: str
+    tokens: list[int]
+    score: float
+    log_probabilities: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +111,8 @@ class Completion:
         log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
             sizes, so they do not count when completions are compared.
         error: what was wrong.
+        alternatives: of a request with several beams the best answers, as many as beams, the best first; the first is
+            what `text` and `tokens` are. Of a cancelled one, what it had so far.
     """
 
     text: str
@@ -71,6 +121,7 @@ class Completion:
     prompt_tokens: int
     log_probabilities: tuple[float, ...] = field(default=(), compare=False)
     error: str | None = None
+    alternatives: tuple[Hypothesis, ...] = ()
 
 
 class Text:

@@ -1,0 +1,161 @@
+"""Beam search: of the answers that it looks at, the n likeliest, as the host chooses them.
+
+At each step every beam is continued by its likeliest tokens, and the n likeliest of all these are the next beams. What
+ends is set aside; the search is over once no beam can come before the worst of n that were. These are the rules of
+`transformers`' `generate(num_beams=n, early_stopping=False)`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from phi4mm_jax.generation.pages import PagePool
+from phi4mm_jax.generation.request import Completion, FinishReason, Hypothesis, Text
+from phi4mm_jax.processing.tokenizer import Tokenizer
+
+MOST_STOPS = 8  # tokens that may end a beam
+
+
+@dataclass(frozen=True)
+class Beam:
+    """An answer as far as it goes."""
+
+    tokens: tuple[int, ...] = ()
+    log_probabilities: tuple[float, ...] = ()
+    total: float = 0.0  # of the log-probabilities
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where the search stands.
+
+    Attributes:
+        width: how many beams it keeps, and how many answers it gives.
+        limit: tokens of an answer at most.
+        length_penalty: the power of its length that divides an answer's log-probability; above 0 it favours long ones.
+        stops: tokens that end an answer.
+        beams: those that go on, all of one length, the likeliest first.
+        ended: the best that ended, the best first.
+    """
+
+    width: int
+    limit: int
+    length_penalty: float
+    stops: frozenset[int]
+    beams: tuple[Beam, ...] = (Beam(),)
+    ended: tuple[Beam, ...] = ()
+    over: bool = False
+
+    @property
+    def drawn(self) -> int:
+        """Tokens of each beam."""
+        return len(self.beams[0].tokens) if self.beams else 0
+
+    @property
+    def best(self) -> list[Beam]:
+        """Its answers; before it is over, also those that may yet go on."""
+        going = [] if self.over else [beam for beam in self.beams if beam.tokens]
+        return sorted([*self.ended, *going], key=self.score, reverse=True)[: self.width]
+
+    def score(self, beam: Beam) -> float:
+        return beam.total / len(beam.tokens) ** self.length_penalty
+
+
+def advance(
+    search: Search, tokens: Int[np.ndarray, "R C"], log_probabilities: Float[np.ndarray, "R C"]
+) -> tuple[Search, list[int]]:
+    """One token more.
+
+    Args:
+        tokens: the likeliest ones after each of the R beams, at least as many as its width and its stop tokens: then
+            none is missed that the whole vocabulary would have brought.
+
+    Returns:
+        The search, and for each of its beams which of the former ones it continues.
+    """
+    totals = np.asarray([beam.total for beam in search.beams])[:, None] + log_probabilities.astype(np.float64)
+    order = np.argsort(-totals, axis=None, kind="stable").tolist()
+    full = search.drawn + 1 == search.limit
+    ends = np.isin(tokens, list(search.stops)).ravel() | full
+
+    def grown(index: int) -> Beam:
+        parent, place = divmod(index, tokens.shape[1])
+        beam = search.beams[parent]
+        log_probability = float(log_probabilities[parent, place])
+        return Beam(
+            (*beam.tokens, int(tokens[parent, place])),
+            (*beam.log_probabilities, log_probability),
+            beam.total + log_probability,
+        )
+
+    # One that ends counts only among the likeliest of all: one that is set aside was as likely as a beam that goes on.
+    ended = [*search.ended, *(grown(i) for i in order[: search.width] if ends[i])]
+    ended = tuple(sorted(ended, key=search.score, reverse=True)[: search.width])
+    going = [i for i in order if not ends[i]][: search.width]
+    beams = tuple(grown(i) for i in going)
+    hopeless = len(ended) == search.width and bool(beams) and search.score(beams[0]) <= search.score(ended[-1])
+    after = replace(search, beams=beams, ended=ended, over=not beams or hopeless)
+    return after, [i // tokens.shape[1] for i in going]
+
+
+@dataclass
+class Group:
+    """The beams of a request, and what of the cache is theirs. The whole pages of the prompt are shared by all."""
+
+    search: Search
+    pages: list[list[int]] = field(default_factory=list)  # of each beam, those after the prompt's
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of pages, from and to, before they are written to
+
+    @property
+    def own(self) -> int:
+        """How many pages they have."""
+        return len({page for pages in self.pages for page in pages})
+
+    def reorder(self, pool: PagePool, parents: Sequence[int]) -> None:
+        """Gives each beam the pages of the one that it continues."""
+        before, self.pages = self.pages, [list(self.pages[parent]) for parent in parents]
+        for pages in self.pages:
+            pool.hold(pages)
+        for pages in before:
+            pool.release(pages)
+
+    def part(self, pool: PagePool, take: Callable[[], int]) -> None:
+        """Beams that have their last page in common get copies of it, but for the first of them."""
+        theirs: set[int] = set()
+        for pages in self.pages:
+            if pages[-1] in theirs:
+                source, pages[-1] = pages[-1], take()
+                pool.release([source])
+                self.copies.append((source, pages[-1]))
+            theirs.add(pages[-1])
+
+    def release(self, pool: PagePool) -> None:
+        for pages in self.pages:
+            pool.release(pages)
+        self.pages, self.copies = [], []
+
+    def completion(self, tokenizer: Tokenizer, prompt_tokens: int, reason: FinishReason | None = None) -> Completion:
+        """Its best answers as they are; by default they tell why the best of them ended."""
+        search = self.search
+        found = tuple(
+            Hypothesis(_text(beam, search, tokenizer), list(beam.tokens), search.score(beam), beam.log_probabilities)
+            for beam in search.best
+        )
+        if not found:
+            return Completion("", [], reason or "cancelled", prompt_tokens)
+        first = found[0]
+        reason = reason or ("stop" if first.tokens[-1] in search.stops else "length")
+        return Completion(
+            first.text, first.tokens, reason, prompt_tokens, first.log_probabilities, alternatives=found
+        )  # fmt: skip
+
+
+def _text(beam: Beam, search: Search, tokenizer: Tokenizer) -> str:
+    text = Text(tokenizer, ())
+    for token in beam.tokens:
+        if token not in search.stops:
+            text.add(token)
+    text.end()
+    return text.whole

@@ -1,0 +1,295 @@
+"""Beam search in the engine: what transformers finds, whatever else the engine does meanwhile."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch_native
+from conftest import TINY, count_compilations, golden_cases, media_of
+from PIL import Image
+from torch_native import load_native
+
+from phi4mm_jax import InputError
+from phi4mm_jax.generation import EngineConfig, Request, Sampling
+from phi4mm_jax.generation.beams import Search, advance
+from phi4mm_jax.processing.images import preprocess_image
+
+CASES = {case["name"]: case for case in golden_cases()}
+CONFIG = EngineConfig(slots=3, cache_tokens=64 * 64, page_size=64, chunk=256, steps=4, beams=4)
+PROMPT = "<|user|>Tell me about the light of seven stones<|end|><|assistant|>"
+ADAPTERS = {0: None, 1: "vision", 2: "speech"}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return load_native(TINY)
+
+
+def request_of(case, tokens, beams, **settings):
+    media = {kind: of_row[0] for kind, of_row in media_of(case).items()}
+    return Request(case["prompt"], **media, max_new_tokens=tokens, beams=beams, **settings)
+
+
+def transformers_search(oracle, tokens, *, beams, new_tokens, penalty, stops, adapter=None, **media):
+    """The n best continuations and their scores. Without a cache, so that the length alone selects the rotary set."""
+    torch_native._use_adapter(oracle.model, adapter)
+    prompt = torch.as_tensor(np.asarray(tokens), dtype=torch.int64)[None]
+    with torch.no_grad():
+        found = oracle.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), **media, num_beams=beams, num_return_sequences=beams,
+            do_sample=False, max_new_tokens=new_tokens, length_penalty=penalty, eos_token_id=sorted(stops),
+            pad_token_id=sorted(stops)[0], use_cache=False, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    answers = []
+    for row, places in zip(found.sequences[:, prompt.shape[1] :].tolist(), found.beam_indices.tolist(), strict=True):
+        answers.append(row[: sum(place >= 0 for place in places)])
+    return answers, found.sequences_scores.tolist()
+
+
+def assert_found(answer, expected, penalty=1.0):
+    sequences, scores = expected
+    assert [h.tokens for h in answer.alternatives] == sequences
+    lengths = np.asarray([len(h.tokens) for h in answer.alternatives], float) ** penalty
+    np.testing.assert_allclose([h.score for h in answer.alternatives] * lengths, scores * lengths, atol=1e-4, rtol=0)
+    assert answer.tokens == sequences[0]
+    assert answer.text == answer.alternatives[0].text
+    assert answer.log_probabilities == answer.alternatives[0].log_probabilities
+
+
+# ---------------------------------------------------------------------------------------------- as transformers
+
+
+@pytest.mark.parametrize("beams", [2, 3, 4])
+@pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0, 2.0])
+def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
+    """With and without stop tokens that are met on the way: searches that end early, and at the most tokens."""
+    engine = tiny.engine(CONFIG)
+    met: list[int] = []  # tokens on the beams' way
+    lengths = set()
+    for new_tokens, extra in ((1, 0), (12, 0), (14, 1), (30, 5)):
+        request = request_of(
+            CASES["text"], new_tokens, beams, length_penalty=penalty, stop_tokens=met[:extra]
+        )  # fmt: skip
+        stops = {*tiny.config.stop_token_ids, *request.stop_tokens}
+        ((_, answer),) = engine.run([request])
+        expected = transformers_search(
+            oracle, goldens["text.input_ids"], beams=beams, new_tokens=new_tokens, penalty=penalty, stops=stops
+        )
+        assert_found(answer, expected, penalty)
+        assert answer.finish_reason == ("stop" if answer.tokens[-1] in stops else "length")
+        assert engine._pool.available == engine.config.pages
+        lengths |= {len(h.tokens) < new_tokens for h in answer.alternatives}
+        met = list(dict.fromkeys(t for h in answer.alternatives for t in h.tokens[4:9]))
+    assert lengths == {False, True}
+
+
+@pytest.mark.parametrize("page_size", [64, 16])
+def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, page_size):
+    """From 61 tokens over the boundary of 96: keys and values of all beams are made anew with the long rotary set."""
+    engine = tiny.engine(dataclasses.replace(CONFIG, page_size=page_size))
+    case, stops = CASES["text_cross"], tiny.config.stop_token_ids
+    ((_, answer),) = engine.run([request_of(case, 48, 3)])
+    expected = transformers_search(
+        oracle, goldens["text_cross.input_ids"], beams=3, new_tokens=48, penalty=1.0, stops=stops
+    )
+    assert max(len(h.tokens) for h in answer.alternatives) > 96 - 61 + 2
+    assert_found(answer, expected)
+    assert engine._pool.available == engine.config.pages
+
+
+def test_media_as_transformers(tiny, goldens, oracle):
+    """Clips, an image and a long text, side by side."""
+    names = ["speech", "vision", "speech_8k", "text_long", "text_tools"]
+    engine = tiny.engine(CONFIG)
+    answers = dict(engine.run([request_of(CASES[name], 10, 4) for name in names]))
+    for place, name in enumerate(names):
+        case, media = CASES[name], {}
+        if case["images"]:
+            (index,) = case["images"]
+            processed = preprocess_image(Image.open(TINY / "inputs" / f"image_{index}.png"))
+            media["image_pixel_values"] = torch.tensor(processed.crops.transpose(0, 3, 1, 2))[None]
+            media["image_attention_mask"] = torch.tensor(processed.patch_mask)[None]
+            media["image_sizes"] = torch.tensor(goldens[f"image_{index}.size"])[None].long()
+        if case["audios"]:
+            (index,) = case["audios"]
+            media["audio_input_features"] = torch.tensor(goldens[f"audio_{index}.features"])[None]
+            media["audio_embed_sizes"] = torch.tensor([-(-media["audio_input_features"].shape[1] // 8)])
+        expected = transformers_search(
+            oracle, goldens[f"{name}.input_ids"], beams=4, new_tokens=10, penalty=1.0,
+            stops=tiny.config.stop_token_ids, adapter=ADAPTERS[case["mode"]], **media,
+        )  # fmt: skip
+        assert_found(answers[place], expected)
+        assert answers[place].prompt_tokens == case["tokens"]
+
+
+# ------------------------------------------------------------------------------------------------ in the engine
+
+
+def mixed(count, seed=0):
+    """Requests of all kinds, a third of them with beams; some prompts begin alike, some answers cross the boundary."""
+    draw = random.Random(seed)
+    words = ["time", "light", "house", "water", "green", "small", "never", "write", "seven", "stone"]
+    long = "<|user|>" + " ".join(words * 4)
+    requests = []
+    for i in range(count):
+        prompt = draw.choice(["<|user|>", long]) + " ".join(draw.choices(words, k=draw.randint(1, 20)))
+        settings = {}
+        if i % 3 == 0:
+            settings = {"beams": draw.randint(2, 4), "length_penalty": draw.choice([0.5, 1.0, 1.5])}
+        elif i % 3 == 1:
+            settings = {"sampling": Sampling(0.8, seed=i)}
+        requests.append(Request(f"{prompt}<|end|><|assistant|>", max_new_tokens=draw.randint(1, 70), **settings))
+    return requests
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_among_others_as_alone(tiny, cache_dtype):
+    """Several groups and single rows in slots that are refilled, over pages that are just enough."""
+    config = dataclasses.replace(CONFIG, slots=4, page_size=16, cache_tokens=16 * 48, cache_dtype=cache_dtype)
+    requests = mixed(15)
+    engine = tiny.engine(config)
+    together = dict(engine.run(requests))
+    assert engine._pool.available == engine.config.pages
+    assert engine._pool.in_use == 0
+    alone = tiny.engine(dataclasses.replace(config, slots=1, cache_tokens=16 * 64))
+    for place, request in enumerate(requests):
+        ((_, expected),) = alone.run([request])
+        assert together[place].tokens == expected.tokens, request
+        assert [h.tokens for h in together[place].alternatives] == [h.tokens for h in expected.alternatives]
+        assert len(expected.alternatives) == (request.beams if request.beams > 1 else 0)
+        np.testing.assert_allclose(together[place].log_probabilities, expected.log_probabilities, atol=1e-3)
+
+
+def test_beams_share_pages_and_give_them_back(tiny):
+    """Of a prompt of 333 tokens there is one copy, and every page that a beam writes to is its own."""
+    config = dataclasses.replace(CONFIG, page_size=16)
+    engine = tiny.engine(config)
+    number = engine.submit(request_of(CASES["text_long"], 40, 4))
+    most, done = 0, None
+    while done is None:
+        done = next((u.completion for u in engine.step() if u.id == number), None)
+        active = engine._slots[0]
+        if active is not None and active.group is not None and active.group.pages:
+            most = max(most, engine._pool.in_use)
+            assert engine._pool.in_use == len(active.pages) + active.group.own
+            assert active.promised + engine._pool.in_use == active.needed
+            assert len(active.pages) == 333 // 16
+            if active.cached % 16:
+                written = [pages[-1] for pages in active.group.pages]
+                assert len(set(written)) == 4
+                assert not set(written) & set(active.pages)
+    assert 333 // 16 + 4 <= most <= 333 // 16 + 4 * 3
+    assert (engine._pool.available, engine._pool.in_use) == (config.pages, 0)
+
+
+def test_nothing_compiles_after_warm_up(tiny):
+    engine = tiny.engine(dataclasses.replace(CONFIG, slots=2, beams=3, page_size=32, cache_tokens=32 * 96))
+    seen = []
+    engine.warm_up(lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    before = count_compilations()
+    requests = [dataclasses.replace(r, beams=min(r.beams, 3)) for r in mixed(9, seed=1)]
+    requests += [request_of(CASES[name], 4, beams) for name in ("speech", "vision") for beams in (1, 2, 3)]
+    answers = dict(engine.run(requests))
+    assert {a.finish_reason for a in answers.values()} <= {"stop", "length"}
+    assert count_compilations() == before
+
+
+def test_without_beams_there_is_no_program_for_them(tiny):
+    engine = tiny.engine(dataclasses.replace(CONFIG, beams=1))
+    assert engine._extend_sizes() == []
+    ((_, answer),) = engine.run([Request(PROMPT, max_new_tokens=4, beams=2)])
+    assert answer.finish_reason == "error"
+    assert "2 beams" in answer.error
+    assert "EngineConfig" in answer.error
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3, 30])
+def test_cancelling_gives_all_pages_back(tiny, rounds):
+    """Before it begins, in the middle, and while it waits for its keys to be made anew (rounds of 4 tokens)."""
+    engine = tiny.engine(dataclasses.replace(CONFIG, page_size=16, steps=1))
+    number = engine.submit(Request(PROMPT, max_new_tokens=200, beams=3))
+    other = engine.submit(Request("<|user|>More<|end|><|assistant|>", max_new_tokens=12))
+    updates = [u for _ in range(rounds) for u in engine.step()]
+    engine.cancel(number)
+    while not engine.idle:
+        updates += engine.step()
+    answers = {u.id: u.completion for u in updates if u.completion is not None}
+    assert answers[number].finish_reason == "cancelled"
+    assert len(answers[number].alternatives) == (3 if rounds else 0)
+    assert bool(answers[number].tokens) == bool(rounds)
+    assert len(answers[other].tokens) == 12
+    assert (engine._pool.available, engine._pool.in_use) == (engine.config.pages, 0)
+
+
+def test_streaming_gives_the_text_at_the_end(tiny):
+    engine = tiny.engine(CONFIG)
+    request = Request(PROMPT, max_new_tokens=10, beams=2)
+    (piece,) = engine.stream(request)
+    ((_, answer),) = engine.run([request])
+    assert piece == answer.text == answer.alternatives[0].text
+    assert answer.alternatives[0].score >= answer.alternatives[1].score
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"beams": 0}, "beams"),
+        ({"beams": 2.0}, "beams"),
+        ({"beams": 2, "length_penalty": float("nan")}, "length_penalty"),
+        ({"beams": 2, "length_penalty": 1e9}, "length_penalty"),
+        ({"beams": 2, "sampling": Sampling(0.5)}, "temperature"),
+        ({"beams": 2, "sampling": Sampling(top_k=4)}, "top_k"),
+        ({"beams": 2, "sampling": Sampling(repetition_penalty=1.1)}, "repetition_penalty"),
+        ({"beams": 2, "stop": ["a"]}, "stop"),
+    ],
+)
+def test_bad_settings_are_named(settings, named):
+    with pytest.raises(InputError, match=named):
+        Request(PROMPT, **settings)
+
+
+def test_what_the_engine_cannot_serve_is_an_answer(tiny):
+    config = dataclasses.replace(CONFIG, page_size=16, cache_tokens=16 * 16)
+    requests = [
+        Request(PROMPT, max_new_tokens=2, beams=5),
+        Request(PROMPT, max_new_tokens=2, beams=2, stop_tokens=list(range(20))),
+        Request(PROMPT, max_new_tokens=100, beams=4),
+        Request(PROMPT, max_new_tokens=100),
+        Request(PROMPT, max_new_tokens=10, beams=4),
+    ]
+    answers = dict(tiny.engine(config).run(requests))
+    assert [answers[i].finish_reason for i in range(5)] == ["error", "error", "error", "length", "length"]
+    for i, named in enumerate(["5 beams", "stop_tokens", "each of 4 beams"]):
+        assert named in answers[i].error
+
+
+# ------------------------------------------------------------------------------------------------- the selection
+
+
+def search_of(**settings):
+    return Search(**({"width": 2, "limit": 9, "length_penalty": 1.0, "stops": frozenset([0])} | settings))
+
+
+def test_beams_go_on_from_the_likeliest():
+    search, parents = advance(search_of(), np.array([[3, 4, 5]]), np.log([[0.5, 0.3, 0.2]], dtype=np.float32))
+    assert parents == [0, 0]
+    assert [beam.tokens for beam in search.beams] == [(3,), (4,)]
+    likely = np.log([[0.4, 0.35, 0.25], [0.9, 0.06, 0.04]], dtype=np.float32)
+    search, parents = advance(search, np.array([[6, 7, 8], [9, 6, 7]]), likely)
+    assert parents == [1, 0]
+    assert [beam.tokens for beam in search.beams] == [(4, 9), (3, 6)]
+    np.testing.assert_allclose([np.exp(beam.total) for beam in search.beams], [0.27, 0.2], rtol=1e-5)
+
+
+def test_an_answer_that_ends_below_the_best_is_left_out():
+    """The stop token is third: two beams go on, and nothing has ended."""
+    search, _ = advance(search_of(), np.array([[3, 4, 0]]), np.log([[0.5, 0.3, 0.2]], dtype=np.float32))
+    assert search.ended == ()
+    search, _ = advance(search_of(), np.array([[3, 0, 4]]), np.log([[0.5, 0.3, 0.2]], dtype=np.float32))
+    assert [beam.tokens for beam in search.ended] == [(0,)]
+    assert [beam.tokens for beam in search.beams] == [(3,), (4,)]
+    assert [beam.tokens for beam in search.best] == [(3,), (0,)]
+    assert not search.over
