@@ -11,7 +11,7 @@ Without "id", a line's id is its number, from 0. Paths are relative to the input
 line of the output has the id and the text, tokens, finish_reason and prompt_tokens, or the id and "error".
 
 A run that was stopped goes on where it was: what the output has is not answered again. With --hosts N --host I, this
-run answers the lines whose number is I modulo N.
+run answers the lines whose number is I modulo N; give each an output of its own.
 """
 
 import argparse
@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 
 import phi4mm_jax
+from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import count_bar, progress_bar
 
 
@@ -39,31 +41,48 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
     parser.add_argument("--hosts", metavar="N", type=int, default=1)
     parser.add_argument("--host", metavar="I", type=int, default=0)
+    parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", default=str(default_folder()),
+        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
+    )  # fmt: skip
     return parser.parse_args()
 
 
+@ends_well
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        lines = read_requests(
-            arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host
-        )
-        config = EngineConfig(
-            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype
-        )
-        with AnswerFile(arguments.output, lines, ordered=arguments.ordered) as answers:
-            if answers.answered:
-                print(f"{answers.answered} of {len(lines)} lines are answered already; going on", file=sys.stderr)
-            with progress_bar("Reading the weights", size=True) as advance:
-                model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
-            with count_bar("Answering", "tokens", len(lines), answers.answered) as advance:
-                for _, tokens in answers.run(model.engine(config)):
-                    advance(1, tokens)
-    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.max_new_tokens < 1:
+        raise phi4mm_jax.InputError(
+            f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
+        )  # fmt: skip
+    lines = read_requests(
+        arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host
+    )
+    config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype)
+    if arguments.output.exists() and arguments.output.samefile(arguments.input):
+        raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
+    if arguments.compilation_cache:
+        keep_compiled(arguments.compilation_cache)
+    with AnswerFile(arguments.output, lines, ordered=arguments.ordered) as answers:
+        if answers.answered:
+            print(f"{answers.answered} of {len(lines)} lines are answered already; going on", file=sys.stderr)
+        if answers.answered < len(lines):
+            answer(arguments, config, answers, len(lines))
     print(f"{arguments.output}: {answers.answered} answers, {answers.errors} of them errors", file=sys.stderr)
     return 0
+
+
+def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
+    with progress_bar("Reading the weights", size=True) as advance:
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+    engine = model.engine(config)
+    if arguments.warmup:
+        with progress_bar("Compiling") as advance:
+            engine.warm_up(advance)
+    with count_bar("Answering", "tokens", lines, answers.answered) as advance:
+        for _, tokens in answers.run(engine):
+            advance(1, tokens)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -57,27 +58,24 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
     return [*system, {"role": "user", "content": [*media, {"type": "text", "text": arguments.text}]}]
 
 
+@ends_well
 def main() -> int:
     arguments = parse_arguments()
-    try:
-        check(arguments)
-        with progress_bar("Reading the weights", size=True) as advance:
-            model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
-        with progress_bar("Compiling and generating"):
-            (completion,) = model.generate(
-                [prompt_of(arguments)],
-                images=[arguments.image] if arguments.raw else None,
-                audios=[arguments.audio] if arguments.raw else None,
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                seed=arguments.seed,
-                stop=arguments.stop,
-            )
-    except (phi4mm_jax.InputError, phi4mm_jax.ConfigError, phi4mm_jax.CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check(arguments)
+    with progress_bar("Reading the weights", size=True) as advance:
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+    with progress_bar("Compiling and generating"):
+        (completion,) = model.generate(
+            [prompt_of(arguments)],
+            images=[arguments.image] if arguments.raw else None,
+            audios=[arguments.audio] if arguments.raw else None,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            stop=arguments.stop,
+        )
     try:
         # A stream of its own: what standard output's could not write would be tried again at the program's end.
         descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding

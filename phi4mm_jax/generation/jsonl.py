@@ -1,8 +1,10 @@
 """Files of requests and answers, one JSON object a line; a run that was stopped goes on where it was."""
 
+import codecs
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,42 +39,53 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
     if not 0 <= host < hosts:
         raise InputError(f"host {host} of {hosts}; expected 0 to {hosts - 1}")
     try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     lines: list[Line] = []
     places: dict[Any, int] = {}
-    for number, line in enumerate(text.split("\n")):
+    for number, line in enumerate(content.split(b"\n")):
         if not line.strip():
             continue
         parsed = _line(number, line, path.parent, max_new_tokens)
         if (first := places.setdefault(_key(parsed.id), number)) != number:
-            raise InputError(f"{path}: lines {first + 1} and {number + 1} have the same id {parsed.id!r}")
+            raise InputError(
+                f"{path}: lines {first + 1} and {number + 1} have the same id {parsed.id!r:.80}; give each its own (a "
+                "line without one has its number, from 0)"
+            )
         lines.append(parsed)
     return [line for line in lines if line.number % hosts == host]
 
 
-def _line(number: int, text: str, folder: Path, max_new_tokens: int) -> Line:
+def _line(number: int, text: bytes, folder: Path, max_new_tokens: int) -> Line:
+    where = f"line {number + 1}"
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        return Line(number, number, None, f"line {number + 1} is not JSON ({error})")
+        values = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Line(number, number, None, f"{where} is not UTF-8 (at byte {error.start}); save the file as UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Line(number, number, None, f"{where} is not JSON ({error}); expected one object a line")
     if not isinstance(values, dict):
-        return Line(number, number, None, f"line {number + 1} is a {type(values).__name__}, expected an object")
+        return Line(number, number, None, f"{where} is a {type(values).__name__}; expected an object with a prompt")
     name = values.get("id", number)
-    if not isinstance(name, str | int):
-        return Line(number, number, None, f"line {number + 1}: id is {name!r}; expected a string or a whole number")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        return Line(number, number, None, f"{where}: id is {name!r:.80}; expected a string or a whole number")
     try:
         return Line(number, name, _request(values, folder, max_new_tokens))
     except InputError as error:
-        return Line(number, name, None, f"line {number + 1}: {error}")
+        return Line(number, name, None, f"{where}: {error}")
 
 
 def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Request:
     if unknown := sorted(values.keys() - _KEYS):
         raise InputError(f"{unknown[0]!r} is not known; expected some of {', '.join(sorted(_KEYS))}")
     if ("prompt" in values) == ("messages" in values):
-        raise InputError("expected either a prompt or messages")
+        raise InputError("expected either a prompt or messages, not both" if "prompt" in values else
+                         "expected a prompt or messages")  # fmt: skip
+    if not isinstance(values.get("prompt", ""), str):
+        raise InputError(f"prompt is a {type(values['prompt']).__name__}; expected a string (a chat is messages)")
+    if not isinstance(values.get("messages", []), list):
+        raise InputError(f"messages is a {type(values['messages']).__name__}; expected a list of chat messages")
     media = {}
     for kind in ("images", "audios"):
         given = values.get(kind, [])
@@ -87,19 +100,24 @@ def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Re
 
 def _located(source: str, folder: Path) -> str:
     """A path relative to the input file, as one to open; a URL as it is."""
-    return source if ":" in source.split("/")[0] else str(folder / source)
+    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
+    return source if is_url or not source else str(folder / source)
 
 
-def _with_paths(messages: Any, folder: Path) -> Any:
-    if isinstance(messages, list):
-        return [_with_paths(item, folder) for item in messages]
-    if isinstance(messages, dict):
-        return {
-            key: _located(value, folder) if key in ("image", "audio") and isinstance(value, str) else
-            _with_paths(value, folder)
-            for key, value in messages.items()
-        }  # fmt: skip
-    return messages
+def _with_paths(value: Any, folder: Path) -> Any:
+    """Messages, their content or one of its parts, with the paths of media located. Nothing else is touched."""
+    if isinstance(value, list):
+        return [_with_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key in ("content", "image", "audio", "image_url", "url"):
+        inner = value.get(key)
+        if isinstance(inner, str) and key != "content":
+            found[key] = _located(inner, folder)
+        elif isinstance(inner, list | dict):
+            found[key] = _with_paths(inner, folder)
+    return {**value, **found}
 
 
 class AnswerFile:
@@ -110,7 +128,7 @@ class AnswerFile:
         errors: those of them that are errors.
 
     Raises:
-        InputError: the file has something else in it, or another run is writing it.
+        InputError: the file has something else in it, another run is writing it, or it cannot be written.
     """
 
     def __init__(self, path: Path, lines: Sequence[Line], *, ordered: bool = False):
@@ -119,35 +137,67 @@ class AnswerFile:
 
     def __enter__(self) -> "AnswerFile":
         try:
-            self._file = self.path.open("a+b")
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self._begin()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Lock the file, and find out what is left to do."""
+        try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise InputError(f"{self.path}: is no file, so that a run could not go on with it; give one")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it") from None
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error})") from error
+            raise self._unwritable(error) from error
         known = {_key(line.id) for line in self._lines}
-        done = {key for key in self._read() if key in known}
+        done = {key: failed for key, failed in self._read() if key in known}
+        if self._ordered and list(done) != [_key(line.id) for line in self._lines[: len(done)]]:
+            raise InputError(
+                f"{self.path}: its answers are not in the order of the input; leave --ordered out, or give another "
+                "output"
+            )
         self._todo = [line for line in self._lines if _key(line.id) not in done]
-        self.answered = len(done)
-        return self
+        self.answered, self.errors = len(done), sum(done.values())
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.path}: cannot be written ({error.strerror}); with room and permission, the same command goes on "
+            "where it was"
+        )
 
     def __exit__(self, *exception) -> None:
         self._file.close()
 
-    def _read(self) -> Iterator[Any]:
-        """The ids of whole lines; what a killed run left of a last line is cut off."""
+    def _read(self) -> Iterator[tuple[Any, bool]]:
+        """The ids of whole lines, and whether they are errors; what a killed run left of a last line is cut off."""
         self._file.seek(0)
-        content = self._file.read()
+        content = self._file.readall()
         whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines()):
+        for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 answer = json.loads(line)
-                self.errors += "error" in answer
-                yield _key(answer["id"])
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}: line {number + 1} is no answer; is this the right output?") from None
-        if whole < len(content):
+                name, failed = answer["id"], "error" in answer
+                if not failed and not {"text", "tokens"} <= answer.keys():
+                    raise self._foreign(number)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise self._foreign(number) from None
+            yield _key(name), failed
+        rest, start = content[whole:], b'{"id": '
+        if not (rest.startswith(start) or start.startswith(rest)):
+            raise self._foreign(content.count(b"\n") + 1)
+        if rest:
             os.ftruncate(self._file.fileno(), whole)
+
+    def _foreign(self, number: int) -> InputError:
+        return InputError(f"{self.path}: line {number} is no answer of a run before; give another output")
 
     def run(self, engine: Engine) -> Iterator[tuple[Mapping[str, Any], int]]:
         """Answer what is not answered yet.
@@ -176,8 +226,16 @@ class AnswerFile:
             yield i, _answer(self._todo[i], completion)
 
     def _write(self, answer: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-        self._file.flush()
+        try:
+            content = json.dumps(answer, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, in an id
+            content = json.dumps(answer).encode()
+        left = memoryview(content + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise self._unwritable(error) from error
         self.answered += 1
         self.errors += "error" in answer
 

@@ -13,7 +13,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.audio import num_audio_tokens
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.processing.images import SUB_SEPARATOR
-from phi4mm_jax.processing.processor import Row
+from phi4mm_jax.processing.processor import Row, clip_chunks
 
 _BLOCK = 64  # features; units are kept in as many blocks as they need
 _GROUPS = (4, 1)  # units that are encoded at once
@@ -81,20 +81,12 @@ def _unit(kind: Literal["image", "audio"], features: int, *arrays: Any) -> Unit:
     return Unit(kind, arrays, features, state.digest())
 
 
-def _chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iterable[Unit]:
-    """A clip's entries of an `AudioStack`, each padded to one of a few lengths."""
-    speech = config.speech
-    reduction, most = speech.time_reduction, speech.chunk_tokens
-    count = num_audio_tokens(len(frames))
-    tokens = next(n for n in _lengths(config) if n >= min(count, most))
-    for start in range(0, len(frames), most * reduction):
-        before = min(start, reduction)
-        piece = frames[start - before : start + most * reduction]
-        first = reduction - before
-        padded = np.zeros((reduction + tokens * reduction, speech.num_bands), np.float32)
-        padded[first : first + len(piece)] = piece
-        numbers = (np.int32(n) for n in (first, first + len(piece), count if count <= most else most))
-        yield _unit("audio", tokens, padded, *numbers, np.bool_(with_images))
+def _chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iterator[Unit]:
+    """A clip's chunks, each padded to one of a few lengths."""
+    count = min(num_audio_tokens(len(frames)), config.speech.chunk_tokens)
+    tokens = next(n for n in _lengths(config) if n >= count)
+    for entry in clip_chunks(frames, with_images, tokens, config.speech):
+        yield _unit("audio", tokens, *entry)
 
 
 def every_stack(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:

@@ -48,7 +48,8 @@ class Request:
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
         if any(0xD800 <= ord(character) < 0xE000 for s in stop for character in s):
             raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
-        if not isinstance(self.stop_tokens, Sequence) or not all(is_whole(t) for t in self.stop_tokens):
+        tokens = self.stop_tokens
+        if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(is_whole(t) for t in tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
         if not is_whole(self.beams) or self.beams < 1:
             raise InputError(f"beams is {self.beams!r}; expected a positive whole number")

@@ -1,11 +1,11 @@
 """Tool calls in an answer: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`."""
 
 import json
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-_CALL = re.compile(r"<\|tool_call\|>(.*?)<\|/tool_call\|>", re.DOTALL)
+_BEGIN, _END = "<|tool_call|>", "<|/tool_call|>"
+_SPACE = " \t\n\r"  # of JSON
 
 
 @dataclass(frozen=True)
@@ -18,29 +18,40 @@ def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
     """Take the tool calls out of an answer.
 
     A call is an object with a name and arguments, or one with these below "function", as in the OpenAI API; arguments
-    may be an object or JSON in a string. What is between the marks but is no such call, or a list of them, stays text.
+    may be an object or JSON in a string. What is between the marks but is no such call, or a list of them, stays text,
+    marks included. A mark within a string of the JSON is part of that string.
 
     Returns:
         The text without the calls, and the calls in their order.
     """
+    pieces: list[str] = []
     calls: list[ToolCall] = []
+    at = 0
+    while (begin := text.find(_BEGIN, at)) >= 0:
+        found, stop = _block(text, begin + len(_BEGIN))
+        pieces.append(text[at:begin] if found else text[at:stop])
+        calls += found
+        at = stop
+    return "".join([*pieces, text[at:]]), calls
 
-    def take(match: re.Match[str]) -> str:
-        found = _calls(match[1])
-        calls.extend(found)
-        return "" if found else match[0]
 
-    return _CALL.sub(take, text), calls
-
-
-def _calls(text: str) -> list[ToolCall]:
-    """All of them, or none if one is malformed."""
+def _block(text: str, start: int) -> tuple[list[ToolCall], int]:
+    """The calls from `start` on with the place after their end mark; for what is malformed none, and `start`."""
     try:
-        values = json.loads(text)
-    except ValueError:
-        return []
+        values, stop = _DECODER.raw_decode(text, _skip(text, start))
+    except (ValueError, RecursionError):
+        return [], start
+    stop = _skip(text, stop)
     calls = [_call(value) for value in (values if isinstance(values, list) else [values])]
-    return [call for call in calls if call is not None] if None not in calls else []
+    if not text.startswith(_END, stop) or None in calls:
+        return [], start
+    return [call for call in calls if call is not None], stop + len(_END)
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
 
 
 def _call(value: Any) -> ToolCall | None:
@@ -51,7 +62,14 @@ def _call(value: Any) -> ToolCall | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except ValueError:
+            arguments = _DECODER.decode(arguments)
+        except (ValueError, RecursionError):
             return None
     return ToolCall(name, arguments) if isinstance(arguments, dict) else None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)  # NaN and the infinities

@@ -1,13 +1,13 @@
 """From prompts, images and audio to the static-shaped `Batch`: all that depends on sizes is decided here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
@@ -217,33 +217,35 @@ class Processor:
         if not clips:
             return None, iter(())
         speech = self.config.speech
-        reduction, most = speech.time_reduction, speech.chunk_tokens
+        most = speech.chunk_tokens
         counts = [num_audio_tokens(len(frames)) for frames, _ in clips]
         chunk = bucket(max(min(n, most) for n in counts), _LEAST_LENGTH)  # tokens
         total = bucket(sum(math.ceil(n / most) for n in counts))
-        halo = _HALO_TOKENS * reduction
-        stack = AudioStack(
-            frames=np.zeros((total, halo + chunk * reduction, speech.num_bands), np.float32),
-            first=np.zeros(total, np.int32),
-            last=np.zeros(total, np.int32),
-            attended=np.zeros(total, np.int32),
-            with_images=np.zeros(total, bool),
-        )
-        rows, a = [], 0
+        entries, rows = [], []
         for (frames, with_images), count in zip(clips, counts, strict=True):
             tokens = np.arange(count)
-            rows.append(offset + (a + tokens // most) * chunk + tokens % most)
-            for start in range(0, len(frames), most * reduction):
-                before = min(start, halo)
-                piece = frames[start - before : start + most * reduction]
-                stack.first[a] = halo - before
-                stack.last[a] = halo - before + len(piece)
-                stack.frames[a, stack.first[a] : stack.last[a]] = piece
-                # A clip that is cut attends to the zeros that fill its last chunk, as the original does.
-                stack.attended[a] = count if count <= most else most
-                stack.with_images[a] = with_images
-                a += 1
+            rows.append(offset + (len(entries) + tokens // most) * chunk + tokens % most)
+            entries += clip_chunks(frames, with_images, chunk, speech)
+        stack = AudioStack(*(np.zeros((total, *np.shape(first)), first.dtype) for first in entries[0]))
+        for a, entry in enumerate(entries):
+            for stacked, value in zip(stack, entry, strict=True):
+                stacked[a] = value
         return stack, iter(rows)
+
+
+def clip_chunks(frames: np.ndarray, with_images: bool, tokens: int, speech: SpeechConfig) -> Iterator[AudioStack]:
+    """A clip's entries of an `AudioStack`, one by one, each with room for so many tokens."""
+    reduction, most = speech.time_reduction, speech.chunk_tokens
+    halo, count = _HALO_TOKENS * reduction, num_audio_tokens(len(frames))
+    for start in range(0, len(frames), most * reduction):
+        before = min(start, halo)
+        piece = frames[start - before : start + most * reduction]
+        first, last = halo - before, halo - before + len(piece)
+        padded = np.zeros((halo + tokens * reduction, speech.num_bands), np.float32)
+        padded[first:last] = piece
+        # A clip that is cut attends to the zeros that fill its last chunk, as the original does.
+        attended = count if count <= most else most
+        yield AudioStack(padded, *(np.int32(n) for n in (first, last, attended)), with_images=np.bool_(with_images))
 
 
 def bucket(n: int, least: int = 1) -> int:

@@ -1,0 +1,36 @@
+"""Compiled programs that outlive the process."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from phi4mm_jax.errors import InputError
+
+
+def default_folder() -> Path:
+    """Where jax is told to keep compiled programs, else a folder of ours in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(jax.config.jax_compilation_cache_dir or cache / "phi4mm-jax" / "compiled")
+
+
+def keep_compiled(folder: str | Path) -> None:
+    """Keep every program that is compiled from now on in a folder: the next start takes it from there.
+
+    Whoever can write to the folder can make its readers run what he likes; one that does not exist is made the user's
+    alone.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cause = None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable"
+    except OSError as error:
+        cause = error.strerror
+    if cause:
+        raise InputError(f"{folder}: compiled programs cannot be kept there ({cause}); choose another folder")
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

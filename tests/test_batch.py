@@ -1,0 +1,418 @@
+"""A batch of prompts in a file: an answer for each line, whatever the line, and however often the run was killed."""
+
+import base64
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from infer import batch
+from phi4mm_jax import InputError
+from phi4mm_jax.compilation import keep_compiled
+from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
+
+ROOT = Path(__file__).parents[1]
+SMALL = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=256, steps=4)
+IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return tiny.engine(SMALL)
+
+
+def write(path: Path, lines) -> Path:
+    """Lines as they are, objects as JSON."""
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+def answers_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer(engine, source: Path, output: Path, ordered: bool = True, **share) -> list[dict]:
+    with AnswerFile(output, read_requests(source, max_new_tokens=3, **share), ordered=ordered) as answers:
+        list(answers.run(engine))
+    return answers_of(output)
+
+
+def command(source: Path, output: Path, compiled: Path | str, *more: str, program=("-m", "infer.batch")) -> list[str]:
+    return [
+        sys.executable, *program, "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "3",
+        "--cache-tokens", "4096", "--input", str(source), "--output", str(output), "--compilation-cache", str(compiled),
+        *more,
+    ]  # fmt: skip
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, **options), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+# ---------------------------------------------------------------------------------------------- lines
+
+
+def test_ids_and_order_are_kept(tmp_path, engine):
+    ids = ["b", 7, "7", "", "日本", -1, "half \ud800", 10**30]
+    source = write(tmp_path / "in", [{"id": i, "prompt": f"a {n}", "max_new_tokens": 9 - n} for n, i in enumerate(ids)])
+    found = answer(engine, source, tmp_path / "ordered")
+    assert [a["id"] for a in found] == ids
+    assert [len(a["tokens"]) for a in found] == [9 - n for n in range(len(ids))]
+    assert all(a["finish_reason"] == "length" and a["prompt_tokens"] > 0 and "error" not in a for a in found)
+    unordered = answer(engine, source, tmp_path / "unordered", ordered=False)
+    assert unordered != found  # those that end first come first
+    assert sorted(map(repr, unordered)) == sorted(map(repr, found))
+    before = (tmp_path / "ordered").read_bytes()
+    answer(engine, source, tmp_path / "ordered")
+    assert (tmp_path / "ordered").read_bytes() == before
+
+
+def test_a_line_without_an_id_has_its_number(tmp_path, engine):
+    source = write(tmp_path / "in", [{"prompt": "a"}, b"", {"id": "x", "prompt": "b"}, b"  ", {"prompt": "c"}])
+    assert [a["id"] for a in answer(engine, source, tmp_path / "out")] == [0, "x", 4]
+
+
+@pytest.mark.parametrize("ending", [b"\r\n", b"\n\n", b" \n"])
+@pytest.mark.parametrize("last", [True, False], ids=["ended", "not ended"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["no mark", "byte order mark"])
+def test_ends_of_lines(tmp_path, ending, last, mark):
+    content = ending.join([b'{"id": "a", "prompt": "x"}', b'{"id": "b", "prompt": "y"}'])
+    (tmp_path / "in").write_bytes(mark + content + ending * last)
+    lines = read_requests(tmp_path / "in", max_new_tokens=3)
+    assert [(line.id, line.request.prompt, line.error) for line in lines] == [("a", "x", None), ("b", "y", None)]
+
+
+GOOD = {"id": "good", "prompt": "a"}
+BAD = [
+    (b"oops", "is not JSON (Expecting value"),
+    (b'{"prompt": "a"', "is not JSON"),
+    (b"[" * 100_000, "is not JSON"),
+    (b'{"prompt": "\xff"}', "is not UTF-8 (at byte 12)"),
+    ("é".encode("utf-16"), "is not UTF-8"),
+    (["a"], "is a list; expected an object"),
+    (None, "is a NoneType; expected an object"),
+    ({"prompt": "a", "id": 1.5}, "id is 1.5; expected a string or a whole number"),
+    ({"prompt": "a", "id": None}, "id is None"),
+    ({"prompt": "a", "id": True}, "id is True"),
+    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of audios, id, images"),
+    ({}, "expected a prompt or messages"),
+    ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
+    ({"prompt": ["a"]}, "prompt is a list; expected a string"),
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": "\ud800"}, ""),
+    ({"messages": "a"}, "messages is a str; expected a list"),
+    ({"messages": []}, "messages is empty"),
+    ({"messages": [{"role": "king", "content": "a"}]}, "role is 'king'"),
+    ({"prompt": "a", "images": "a.png"}, "images is 'a.png'; expected a list"),
+    ({"prompt": "a", "images": [3]}, "images is [3]; expected a list"),
+    ({"prompt": "<|image_1|>"}, "1 image placeholder"),
+    ({"prompt": "<|image_1|>", "images": ["nowhere.png"]}, "nowhere.png'): the file does not exist"),
+    ({"prompt": "<|image_1|>", "images": [""]}, "empty string"),
+    ({"prompt": "<|image_1|>", "images": ["https://a.b/c.png"]}, "nothing is downloaded"),
+    ({"prompt": "<|image_1|>", "images": ["in"]}, "the file is in no format"),
+    ({"prompt": "<|image_1|>", "images": ["data:image/png;base64,!"]}, "is not base64"),
+    ({"prompt": "<|audio_1|>", "audios": ["."]}, "the file cannot be opened (Is a directory)"),
+    ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"prompt": "a", "max_new_tokens": 100_000}, "give it more tokens, or ask for fewer"),
+    ({"prompt": "a", "temperature": "hot"}, "temperature is hot"),
+    (b'{"prompt": "a", "temperature": NaN}', "temperature is nan"),
+    ({"prompt": "a", "top_k": 1.5}, "top_k is 1.5"),
+    ({"prompt": "a", "seed": -1}, "seed is -1"),
+    ({"prompt": "a", "stop": "end"}, "stop is 'end'"),
+    ({"prompt": "a", "stop": [""]}, "stop is ['']"),
+    ({"prompt": "a", "stop_tokens": ""}, "stop_tokens is ''"),
+    ({"prompt": "a", "stop_tokens": ["b"]}, "stop_tokens is ['b']"),
+    ({"prompt": "a " * 200_000}, "expected 1 to the context"),
+]
+
+
+def test_a_bad_line_is_an_error_of_its_own(tmp_path, engine):
+    lines = [GOOD | {"id": "first"}, *(line for line, _ in BAD), GOOD | {"id": "last"}]
+    found = answer(engine, write(tmp_path / "in", lines), tmp_path / "out")
+    assert [a["id"] for a in found] == ["first", *range(1, len(BAD) + 1), "last"]
+    assert found[0]["tokens"] == found[-1]["tokens"]
+    for number, (result, (line, cause)) in enumerate(zip(found[1:-1], BAD, strict=True), 2):
+        assert set(result) == {"id", "error"}, line
+        assert result["error"].startswith(f"line {number}"), result
+        assert cause in result["error"], result
+        assert "Traceback" not in result["error"]
+
+
+@pytest.mark.parametrize("ids", [["a", "a"], [1, 1], [1, None], [None, 0]])
+def test_an_id_is_one_lines(tmp_path, ids):
+    source = write(tmp_path / "in", [{"prompt": "x"} | ({} if i is None else {"id": i}) for i in ids])
+    with pytest.raises(InputError, match=r"in: lines 1 and 2 have the same id .* give each its own"):
+        read_requests(source, max_new_tokens=3)
+
+
+def test_an_empty_input_has_no_answers(tmp_path, engine):
+    assert answer(engine, write(tmp_path / "in", []), tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("hosts", "host"), [(0, 0), (2, 2), (2, -1)])
+def test_there_is_no_such_host(tmp_path, hosts, host):
+    with pytest.raises(InputError, match=f"host {host} of {hosts}"):
+        read_requests(write(tmp_path / "in", [GOOD]), max_new_tokens=3, hosts=hosts, host=host)
+
+
+def test_hosts_share_the_lines(tmp_path, engine):
+    source = write(tmp_path / "in", [{"prompt": f"a {i}"} if i % 5 else b"" for i in range(14)])
+    shares = [answer(engine, source, tmp_path / f"out{host}", hosts=3, host=host) for host in range(3)]
+    assert [[a["id"] for a in share] for share in shares] == [[3, 6, 9, 12], [1, 4, 7, 13], [2, 8, 11]]
+    whole = answer(engine, source, tmp_path / "out")
+    assert sorted((a for share in shares for a in share), key=lambda a: a["id"]) == whole
+
+
+# ---------------------------------------------------------------------------------------------- media
+
+
+def data_url(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def test_media_of_every_kind(tmp_path, engine):
+    """By a path relative to the input, an absolute one, a file URL, and base64; beside a prompt and in messages."""
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media" / "a:b.png").write_bytes(IMAGE.read_bytes())
+    (tmp_path / "clip.flac").write_bytes(CLIP.read_bytes())
+    images = ["media/a:b.png", str(IMAGE), f"file://{IMAGE}", data_url(IMAGE, "image/png")]
+    clips = ["clip.flac", str(CLIP), data_url(CLIP, "audio/flac")]
+    show, hear = "<|user|><|image_1|>What?<|end|><|assistant|>", "<|user|><|audio_1|>What?<|end|><|assistant|>"
+
+    def chat(part):
+        return {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]}
+
+    lines = [{"prompt": show, "images": [i]} for i in images]
+    lines += [chat({"type": "image", "image": i}) for i in images]
+    lines += [chat({"type": "image_url", "image_url": {"url": i}}) for i in images]
+    lines += [chat({"type": "image_url", "image_url": i}) for i in images]
+    num_images = len(lines)
+    lines += [{"prompt": hear, "audios": [c]} for c in clips] + [chat({"type": "audio", "audio": c}) for c in clips]
+    found = answer(engine, write(tmp_path / "in", lines), tmp_path / "out")
+    ((_, shown),) = engine.run([Request(show, [IMAGE], max_new_tokens=3)])
+    ((_, heard),) = engine.run([Request(hear, audios=[CLIP], max_new_tokens=3)])
+    assert [a.get("tokens") for a in found[:num_images]] == [shown.tokens] * num_images
+    assert [a.get("tokens") for a in found[num_images:]] == [heard.tokens] * len(found[num_images:])
+
+
+def test_only_media_are_paths(tmp_path):
+    """An argument of a tool that is called image is none."""
+    call = {"function": {"name": "draw", "arguments": {"image": "cat", "url": "x", "content": [{"image": "y"}]}}}
+    messages = [{"role": "assistant", "content": "image", "tool_calls": [call]}]
+    (line,) = read_requests(write(tmp_path / "in", [{"messages": messages}]), max_new_tokens=3)
+    assert line.request.prompt == messages
+
+
+# ---------------------------------------------------------------------------------------------- the output
+
+
+def test_a_cut_last_line_is_answered_again(tmp_path, engine):
+    """Cut at every byte within the last line, and so within an error and within a character."""
+    source = write(tmp_path / "in", [{"id": i, "prompt": f"Tell me {i}"} for i in ("a", "b", "ü日")])
+    output = tmp_path / "out"
+    answer(engine, source, output)
+    whole = output.read_bytes()
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in range(start, len(whole)):
+        output.write_bytes(whole[:cut])
+        with AnswerFile(output, read_requests(source, max_new_tokens=3), ordered=True) as answers:
+            assert answers.answered == 2
+            assert output.read_bytes() == whole[:start]
+            if cut % 16 == 0 or cut in (start, len(whole) - 1):  # the rest of a run is the same for all
+                list(answers.run(engine))
+                assert output.read_bytes() == whole
+
+
+def test_errors_are_kept_and_counted(tmp_path, engine):
+    source = write(tmp_path / "in", [GOOD, b"oops", {"prompt": "<|image_1|>"}])
+    answer(engine, source, tmp_path / "out")
+    with AnswerFile(tmp_path / "out", read_requests(source, max_new_tokens=3)) as answers:
+        assert (answers.answered, answers.errors) == (3, 2)
+        assert list(answers.run(engine)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"a novel", 1),
+        (b'{"id": "good", "prompt": "a"}\n', 1),
+        (b'{"id": "good", "text": "", "tokens": []}\n\n', 2),
+        (b'{"id": "good", "error": ""}\n\xff\xfe', 2),
+        (b"[]\n", 1),
+        (b'{"text": ""}\n', 1),
+    ],
+)
+def test_another_file_is_not_touched(tmp_path, content, line):
+    (tmp_path / "out").write_bytes(content)
+    lines = read_requests(write(tmp_path / "in", [GOOD]), max_new_tokens=3)
+    with pytest.raises(InputError, match=f"out: line {line} is no answer .* give another output"), AnswerFile(
+        tmp_path / "out", lines
+    ):  # fmt: skip
+        pass
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_two_runs_do_not_write_one_output(tmp_path, engine):
+    lines = read_requests(write(tmp_path / "in", [GOOD]), max_new_tokens=3)
+    with AnswerFile(tmp_path / "out", lines) as first:
+        with pytest.raises(InputError, match="out: another run is writing it"), AnswerFile(tmp_path / "out", lines):
+            pass
+        list(first.run(engine))
+    with AnswerFile(tmp_path / "out", lines) as second:
+        assert second.answered == 1
+
+
+def test_an_order_that_is_lost_is_not_claimed(tmp_path, engine):
+    source = write(tmp_path / "in", [{"prompt": "a", "max_new_tokens": 12 - 5 * i} for i in range(3)])
+    assert [a["id"] for a in answer(engine, source, tmp_path / "out", ordered=False)] == [2, 1, 0]
+    with pytest.raises(InputError, match="out: its answers are not in the order of the input"):
+        answer(engine, source, tmp_path / "out", ordered=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"--input": "nowhere"}, "nowhere: cannot be read (No such file or directory); check the path"),
+        ({"--input": "."}, ".: cannot be read (Is a directory)"),
+        ({"--output": "."}, ".: cannot be written (Is a directory)"),
+        ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory)"),
+        ({"--output": "/dev/full"}, "/dev/full: is no file"),
+        ({"--output": "in"}, "in: is the input"),
+        ({"--slots": "0"}, "slots is 0"),
+        ({"--hosts": "2", "--host": "2"}, "host 2 of 2"),
+        ({"--compilation-cache": "in"}, "in: compiled programs cannot be kept there (File exists)"),
+        ({"--max-new-tokens": "0"}, "--max-new-tokens is 0; expected a positive whole number"),
+    ],
+)
+def test_arguments_are_checked_before_the_checkpoint_is_read(tmp_path, change, named, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = write(Path("in"), [GOOD])
+    given = {"--model": "nowhere", "--input": "in", "--output": "out", "--compilation-cache": ""} | change
+    monkeypatch.setattr(sys, "argv", ["batch", *(x for pair in given.items() for x in pair)])
+    monkeypatch.setattr(batch.phi4mm_jax, "load", None)  # not called
+    assert batch.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {named}"), error
+    assert error.count("\n") == 1
+    assert source.read_text() == json.dumps(GOOD) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, compiled):
+    source, output = write(tmp_path / "in", [{"prompt": f"a {i}"} for i in range(12)]), tmp_path / "out"
+    assert run(source, tmp_path / "whole", compiled, "--ordered").returncode == 0
+    size = (tmp_path / "whole").stat().st_size // 2
+    limited = (
+        f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size}, {size})); import infer.batch as b; exit(b.main())"
+    )
+    full = run(source, output, "", "--ordered", program=["-c", limited])
+    assert full.returncode == 2, full.stderr
+    last = full.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {output}: cannot be written (File too large)"), full.stderr
+    assert "Traceback" not in full.stderr
+    assert output.stat().st_size == size
+    again = run(source, output, compiled, "--ordered")
+    assert again.returncode == 0, again.stderr
+    assert "of 12 lines are answered already; going on" in again.stderr
+    assert f"{output}: 12 answers, 0 of them errors" in again.stderr
+    assert output.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_the_second_start_compiles_nothing(tmp_path):
+    """Every program comes from the files of the start before; a folder that is made is the user's own."""
+    source, folder = write(tmp_path / "in", [GOOD]), tmp_path / "a" / "b"
+    kept = []
+    for output in ("first", "second"):
+        result = run(source, tmp_path / output, folder)
+        assert result.returncode == 0, result.stderr
+        assert "1 answers, 0 of them errors" in result.stderr
+        kept.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
+    assert kept[0] == kept[1]
+    assert {"jit__prefill", "jit__decode"} <= {name.partition("-")[0] for name in kept[0]}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "second").read_bytes() == (tmp_path / "first").read_bytes()
+
+
+def test_warming_up_comes_before_the_first_answer(tmp_path, engine, monkeypatch, capsys):
+    calls = []
+
+    class Loaded:
+        def engine(self, config):
+            return self
+
+        def warm_up(self, progress):
+            calls.append("warm up")
+            progress(1, 1)
+
+        def run(self, requests):
+            calls.append("run")
+            return engine.run(requests)
+
+    monkeypatch.setattr(batch.phi4mm_jax, "load", lambda *_, **__: Loaded())
+    given = command(write(tmp_path / "in", [GOOD]), tmp_path / "out", "", "--warmup")
+    monkeypatch.setattr(sys, "argv", given[2:])
+    assert batch.main() == 0
+    assert calls == ["warm up", "run"]
+    assert "Compiling" in capsys.readouterr().err
+    assert batch.main() == 0  # all is answered: nothing is loaded
+    assert calls == ["warm up", "run"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="compiled: compiled programs cannot be kept there"):
+        keep_compiled(tmp_path / "file" / "compiled")
+
+
+def written(output: Path) -> int:
+    """Lines."""
+    return output.read_bytes().count(b"\n") if output.exists() else 0
+
+
+def test_killed_ten_times(tmp_path, compiled, tiny):
+    """At random moments, from the start on; then each id is there once, with what a run without kills answers."""
+    draw = random.Random(4)
+    lines = [
+        {"id": f"line {i}", "prompt": f"<|user|>Tell me {i}<|end|><|assistant|>", "max_new_tokens": draw.randint(1, 6),
+         "temperature": draw.choice([0.0, 0.9]), "seed": i} if i % 50 else b"oops"
+        for i in range(500)
+    ]  # fmt: skip
+    source, output = write(tmp_path / "in", lines), tmp_path / "out"
+    kills, progress = 0, []
+    targets = [0, 0, 0, *sorted(draw.sample(range(20, 480), 7))]  # lines that are there when it is killed
+    for target in targets:
+        process = subprocess.Popen(
+            command(source, output, compiled), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + draw.uniform(0.1, 4.0) if target == 0 else time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if target and written(output) >= target:
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        progress.append(written(output))
+    assert kills == 10
+    assert len(set(progress[3:])) == 7
+    assert 0 < progress[-1] < 500
+    last = run(source, output, compiled)
+    assert last.returncode == 0, last.stderr
+    found = answers_of(output)
+    expected = answer(tiny.engine(EngineConfig(cache_tokens=4096)), source, tmp_path / "expected")
+    assert len(found) == 500
+    assert sorted(found, key=lambda a: str(a["id"])) == sorted(expected, key=lambda a: str(a["id"]))
+    assert sum("error" in a for a in found) == 10

@@ -1,0 +1,66 @@
+"""What a round costs depends on the tokens that are there: not on the cache's size, nor on how long rows may get."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from phi4mm_jax.generation import Engine, EngineConfig
+from phi4mm_jax.generation.media import every_stack
+from phi4mm_jax.processing.batch import NO_MEDIA, ImageStack
+
+SMALL = EngineConfig(slots=4, cache_tokens=2048, chunk=256, feature_blocks=32)
+LARGE = dataclasses.replace(SMALL, cache_tokens=32768, feature_blocks=512)  # and tables of 256 pages a row, not 16
+CHANGED = {"decode": (1, 2), "prefill": (1,), "encode": (1,), "mark": (0,)}  # arguments: cache, seen, features
+
+
+class Compiling:
+    """In place of an engine's programs: compiles for the arguments, and runs nothing."""
+
+    def __init__(self, programs):
+        self._programs, self.model, self.place = programs, programs.model, programs.place
+
+    def __getattr__(self, name):
+        def program(*arguments, **named):
+            self.compiled = getattr(self._programs, name).lower(*arguments, **named).compile()
+            self.changed = [arguments[i] for i in CHANGED[name]]
+            raise StopIteration
+
+        return program
+
+
+def compiled(tiny, config, program):
+    """The compiled program, and the bytes of what it is given to change."""
+    programs = Compiling(tiny._programs)
+    engine = Engine(programs, tiny.variables, tiny.processor, config)
+    nothing = np.zeros((1, 256), np.int32)
+    stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(every_stack(tiny.config)))}
+    calls = {
+        "decode": lambda: engine._run_decode({0, 1, 2}, [None] * config.slots, np.zeros(config.slots, np.int32)),
+        "prefill": lambda: engine._run_prefill({1}, [], 1, nothing, nothing + NO_MEDIA, []),
+        "image": lambda: engine._features.warm_up(*stacks[True]),
+        "audio": lambda: engine._features.warm_up(*stacks[False]),
+        "mark": lambda: programs.mark(engine._seen, np.int32(0), np.zeros(engine._seen.shape[1], bool)),
+    }
+    with pytest.raises(StopIteration):
+        calls[program]()
+    return programs.compiled, sum(x.nbytes for x in jax.tree.leaves(programs.changed))
+
+
+@pytest.mark.parametrize(
+    ("program", "dtype"),
+    [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
+     ("mark", None)],
+)  # fmt: skip
+def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
+    """What is changed is changed in place, and with 16 times the cache the rest takes no page more."""
+    found = [compiled(tiny, dataclasses.replace(c, cache_dtype=dtype), program) for c in (SMALL, LARGE)]
+    for one, changed in found:
+        assert one.memory_analysis().alias_size_in_bytes >= changed
+    (small, few), (large, many) = found
+    if program != "mark":
+        assert many > 12 * few
+    page = few / (SMALL.feature_blocks if program in ("image", "audio") else SMALL.cache_tokens / SMALL.page_size)
+    assert large.memory_analysis().temp_size_in_bytes <= small.memory_analysis().temp_size_in_bytes + page
+    assert large.cost_analysis()["flops"] == pytest.approx(small.cost_analysis()["flops"], rel=1e-3)

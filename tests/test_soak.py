@@ -1,0 +1,23 @@
+"""Hours of service, in short: what requests leave behind is nothing."""
+
+import os
+
+from conftest import TINY, count_compilations
+
+from benchmarks.soak import Soak
+
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "600"))
+
+
+def test_nothing_is_left_behind(tiny):
+    """Short requests with cancellations, errors, media and streams among them."""
+    soak = Soak(tiny, TINY / "inputs", seed=1)
+    soak.run(200)  # warm-up: what allocators keep
+    before, arrays, memory = count_compilations(), soak.live_arrays(), soak.resident()
+    answered = soak.run(REQUESTS)
+    assert sum(answered.values()) == REQUESTS
+    assert all(answered[way] >= REQUESTS // 50 for way in ("length", "cancelled", "error", "closed")), answered
+    assert soak.lost() == (0, 0)
+    assert count_compilations() == before
+    assert soak.live_arrays() == arrays
+    assert soak.resident() - memory < 16 << 20
