@@ -14,7 +14,7 @@ from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens"}
+_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops"}
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios"}
 
 
@@ -95,7 +95,7 @@ def _with_paths(messages: Any, folder: Path) -> Any:
         return [_with_paths(item, folder) for item in messages]
     if isinstance(messages, dict):
         return {
-            key: _located(value, folder) if key in ("image", "audio") and isinstance(value, str) else
+            key: _located(value, folder) if key in ("image", "audio", "video") and isinstance(value, str) else
             _with_paths(value, folder)
             for key, value in messages.items()
         }  # fmt: skip

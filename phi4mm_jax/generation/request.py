@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.sampling import Sampling, is_whole
+from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class Request:
         max_new_tokens: the most tokens to draw.
         stop: strings that end the answer; they are not part of its text.
         stop_tokens: ids that end the answer, besides the model's own.
+        max_crops: the most crops of an image; by default what the checkpoint says.
 
     Raises:
         InputError: an argument out of range.
@@ -34,6 +36,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] = ()
+    max_crops: int | None = None
 
     def __post_init__(self):
         stop = self.stop
@@ -45,6 +48,8 @@ class Request:
             raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
         if not isinstance(self.stop_tokens, Sequence) or not all(is_whole(t) for t in self.stop_tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
+        if self.max_crops is not None:
+            check_max_crops("max_crops", self.max_crops)
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
