@@ -125,14 +125,16 @@ def test_a_length_that_the_header_lacks():
 
     pipe = Pipe()
     whole = made(600, "webm", "libvpx")
-    with av.open(io.BytesIO(whole)) as source, av.open(pipe, "w", format="webm", options={"live": "1"}) as target:
+    source: Any = av.open(io.BytesIO(whole))
+    with source, av.open(pipe, "w", format="webm", options={"live": "1"}) as target:
         out: Any = target.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
             if packet.dts is not None:
                 packet.stream = out
                 target.mux(packet)
-    with av.open(io.BytesIO(pipe.data)) as file:
-        assert file.duration is None
+    written: Any = av.open(io.BytesIO(pipe.data))
+    with written:
+        assert written.duration is None
     assert numbers(video_frames(pipe.data, 4)) == [75, 225, 375, 525]
 
 

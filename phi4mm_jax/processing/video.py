@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -28,7 +28,7 @@ _CROPS = 64  # of all frames together
 _SEEK_SECONDS = 5
 _EARLIER_SECONDS = (0, 10)  # some formats seek to what can only be decoded from the next key frame on
 
-VideoSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Any | Sequence[ImageSource]
+VideoSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Sequence[ImageSource]
 
 
 @dataclass(frozen=True)
