@@ -101,10 +101,15 @@ class Model:
         return self.module.config
 
     def process(
-        self, prompts: Sequence[PromptLike], images: MediaLists | None = None, audios: MediaLists | None = None
+        self,
+        prompts: Sequence[PromptLike],
+        images: MediaLists | None = None,
+        audios: MediaLists | None = None,
+        *,
+        max_crops: int | None = None,
     ) -> Batch:
         """Prompts, images and audio as a static-shaped batch; see `Processor.__call__`."""
-        return self.processor(prompts, images, audios)
+        return self.processor(prompts, images, audios, max_crops)
 
     def logits(self, batch: Batch) -> Float[Array, "B T V"]:
         """The float32 logits of every position; those past a row's length have no meaning.
@@ -128,6 +133,7 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        max_crops: int | None = None,
     ) -> list[Completion]:
         """Answer the prompts, all in one batch, in their order.
 
@@ -142,6 +148,7 @@ class Model:
             seed: of the sampling; the same call gives the same answers. A row draws what it would draw alone; rows
                 with equal prompts draw for themselves.
             stop: strings that end an answer; they are not part of its text.
+            max_crops: the most crops of an image, see `Processor.__call__`.
 
         Raises:
             InputError: a prompt, medium or argument that cannot be used.
@@ -149,7 +156,7 @@ class Model:
         if isinstance(prompts, Batch):
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
         sampling = Sampling(temperature, top_k, top_p, seed=seed)
-        rows = self.processor.rows(prompts, images, audios)
+        rows = self.processor.rows(prompts, images, audios, max_crops)
         requests = [
             Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
             for stream in _streams(rows)

@@ -158,7 +158,8 @@ class Engine:
         """
 
         def process() -> tuple[Row, RowMedia]:
-            made = self._processor.row(request.prompt, request.images, request.audios) if row is None else row
+            asked = request.prompt, request.images, request.audios, request.max_crops
+            made = self._processor.row(*asked) if row is None else row
             return made, media_of(made, self._processor.config)
 
         number, self._next_id = self._next_id, self._next_id + 1

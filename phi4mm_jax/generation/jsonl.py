@@ -16,7 +16,7 @@ from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens"}
+_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops"}
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios"}
 
 
@@ -111,7 +111,7 @@ def _with_paths(value: Any, folder: Path) -> Any:
     if not isinstance(value, dict):
         return value
     found = {}
-    for key in ("content", "image", "audio", "image_url", "url"):
+    for key in ("content", "image", "audio", "video", "image_url", "url"):
         inner = value.get(key)
         if isinstance(inner, str) and key != "content":
             found[key] = _located(inner, folder)

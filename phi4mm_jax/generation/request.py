@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.sampling import Sampling, is_whole
+from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class Request:
         beams: how many answers to search for at once (n-best); 1 draws one answer. More go without sampling, without
             stop strings, and only in an engine whose `EngineConfig.beams` allows them.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
+        max_crops: the most crops of an image; by default what the checkpoint says.
 
     Raises:
         InputError: an argument out of range.
@@ -39,6 +41,7 @@ class Request:
     stop_tokens: Sequence[int] = ()
     beams: int = 1
     length_penalty: float = 1.0
+    max_crops: int | None = None
 
     def __post_init__(self):
         stop = self.stop
@@ -60,6 +63,8 @@ class Request:
             )
         if self.beams > 1:
             self._check_beams()
+        if self.max_crops is not None:
+            check_max_crops("max_crops", self.max_crops)
 
     def _check_beams(self) -> None:
         plain = Sampling()

@@ -44,6 +44,7 @@ _LARGEST_SAMPLE = 2.0**31  # full scale of the widest integers; beyond it powers
 
 _FRAMES_AT_ONCE = 256  # so that a block and its spectrum stay in the processor's cache
 _SAMPLES_AT_ONCE = 1 << 20
+_UNKNOWN_LENGTH = 2**62  # libsndfile then says 2**63 - 1
 
 AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
@@ -70,12 +71,31 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
         case (str() | bytes()) as file:
             samples, rate = _from_file(file, max_seconds)
         case _:
-            raise InputError(
-                f"the audio clip is of type {type(source).__name__}; "
-                "expected (samples, sampling_rate), a path, a file or its bytes"
-            )
+            raise _unknown(source)
     _check(samples, rate)
     return samples, rate
+
+
+def measure_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[int, int]:
+    """The number of samples and the sampling rate in Hz of what `load_audio` loads, mostly from a file's header alone.
+
+    The header does not tell, or not exactly, in MP3, in files that are left to audioread, and in FLAC that was written
+    to a pipe: these are decoded.
+
+    Raises:
+        InputError: a file is missing or unreadable; the rate is impossible; the clip is shorter than a frame of 25 ms,
+            or too long. What only decoding shows, such as NaN or a damaged block, is not found here.
+    """
+    match plain(source):
+        case tuple(clip):
+            samples, rate = _clip(clip, max_seconds)
+            num_samples = len(samples)
+        case (str() | bytes()) as file:
+            num_samples, rate = _measure_file(file, max_seconds)
+        case _:
+            raise _unknown(source)
+    _check_length(num_samples, rate)
+    return num_samples, rate
 
 
 def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F 80"]:
@@ -217,15 +237,19 @@ def _check(samples: np.ndarray, rate: int) -> None:
             f"the audio clip has samples of {samples.dtype} {samples.shape}; "
             "expected floats (n,), as load_audio gives them"
         )
-    if num_frames(len(samples), rate) == 0:
-        raise InputError(
-            f"the audio clip has {len(samples)} samples at {rate} Hz, {1000 * len(samples) / rate:.1f} ms; "
-            "it needs 25 ms at least. Pad it with silence, or leave it out"
-        )
+    _check_length(len(samples), rate)
     peak = max(-float(samples.min()), float(samples.max()))  # NaN if any sample is
     if not peak <= _LARGEST_SAMPLE:
         cause = f"samples of magnitude {peak:g}" if math.isfinite(peak) else "samples that are NaN or infinite"
         raise InputError(f"the audio clip has {cause}; expected floats of full scale 1. Repair or rescale it")
+
+
+def _check_length(num_samples: int, rate: int) -> None:
+    if num_frames(num_samples, rate) == 0:
+        raise InputError(
+            f"the audio clip has {num_samples} samples at {rate} Hz, {1000 * num_samples / rate:.1f} ms; "
+            "it needs 25 ms at least. Pad it with silence, or leave it out"
+        )
 
 
 def _check_rate(rate: Any) -> int:
@@ -236,6 +260,13 @@ def _check_rate(rate: Any) -> int:
             f"expected a whole number of Hz from {_LEAST_RATE} to {_LARGEST_RATE}"
         )
     return int(value)
+
+
+def _unknown(source: Any) -> InputError:
+    return InputError(
+        f"the audio clip is of type {type(source).__name__}; "
+        "expected (samples, sampling_rate), a path, a file or its bytes"
+    )
 
 
 def _check_channels(channels: int) -> None:
@@ -251,6 +282,12 @@ def _check_duration(num_samples: int, rate: int, max_seconds: float) -> None:
 
 
 def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
+    samples, rate = _clip(source, max_seconds)
+    return _mono(_as_float(samples)), rate
+
+
+def _clip(source: tuple, max_seconds: float) -> tuple[np.ndarray, int]:
+    """Samples as they are, with the channels, if they have an axis, last."""
     if len(source) != 2:
         raise InputError(f"the audio clip is a tuple of {len(source)}; expected (samples, sampling_rate)")
     rate = _check_rate(source[1])
@@ -262,7 +299,7 @@ def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, 
     if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
         samples = samples.T
     _check_duration(len(samples), rate, max_seconds)
-    return _mono(_as_float(samples)), rate
+    return samples, rate
 
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
@@ -309,6 +346,20 @@ def _from_file(source: str | bytes, max_seconds: float) -> tuple[Float[np.ndarra
         if _is_cut_off(file, len(samples)):
             raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
     return samples, rate
+
+
+def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
+    try:
+        header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Exception:  # of many types, where a header is malformed
+        header = None
+    if header is None or header.format == "MP3" or header.frames > _UNKNOWN_LENGTH:
+        samples, rate = _from_file(source, max_seconds)
+        return len(samples), rate
+    rate = _check_rate(header.samplerate)
+    _check_channels(header.channels)
+    _check_duration(header.frames, rate, max_seconds)
+    return header.frames, rate
 
 
 class _Stream(soundfile.SoundFile):

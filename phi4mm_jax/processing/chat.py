@@ -1,7 +1,8 @@
 """Prompts: a raw string or a list of chat messages becomes a sequence of texts, special tokens and media.
 
 A raw prompt is in the caller's hands: its special tokens and its media placeholders are recognised. In a chat they come
-from the structure of the messages alone, and whatever a text holds is text. Media are collected, not opened.
+from the structure of the messages alone, and whatever a text holds is text. Media are collected, not opened;
+only a video is, since its frames are as many images.
 """
 
 import base64
@@ -14,7 +15,9 @@ from typing import Any, Literal, get_args
 from urllib.request import url2pathname
 
 from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.processing.video import MAX_FRAMES, Frame, crops_per_frame, video_frames
 
 Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -34,7 +37,7 @@ class Prompt:
     """A parsed prompt: plain text (str), ids of special tokens (int) and media, in order.
 
     `images[i]` and `audios[i]` are what `Media("image", i)` and `Media("audio", i)` stand for, as the caller passed
-    them, but for base64, which is decoded to bytes, and file URLs, which become paths.
+    them, but for base64, which is decoded to bytes, file URLs, which become paths, and videos, which become `Frame`s.
     """
 
     pieces: tuple[str | int | Media, ...]
@@ -143,6 +146,10 @@ def render_chat(
         {"type": "input_audio", "input_audio": {"data": base64, "format": "wav"}}
         {"type": "image", "image": PIL image, path or bytes}       without "image": the next of `images`
         {"type": "audio", "audio": (samples, rate), path or bytes} without "audio": the next of `audios`
+        {"type": "video", "video": path, bytes, or list of images} as that many images, one after the other; of a file,
+                                                                   a folder or a list, see `video_frames`
+
+    A video may have "frames", how many at most (64), and "max_crops" of each (by default 64 // their number).
 
     Tools, a string or a list to be written as JSON, end the system turn as `<|tool|>JSON<|/tool|>`. They are "tools" of
     a system message, or the argument, which goes to the first system message, or to an empty one put before the others.
@@ -232,34 +239,40 @@ def _content(where: str, message: Mapping[str, Any]) -> Iterator[str | tuple[Kin
         yield content
     elif isinstance(content, list | tuple):
         for j, part in enumerate(content):
-            yield _part(f"{where}.content[{j}]", part)
+            yield from _part(f"{where}.content[{j}]", part)
     elif content is not None or not message.get("tool_calls"):
         raise InputError(f"{where}.content is {_kind_of(message, 'content')}: pass a string, or a list of parts")
 
 
-def _part(where: str, part: Any) -> str | tuple[Kind, Any]:
+def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
     match part:
         case {"type": "text"}:
-            return _string(where, part, "text")
+            yield _string(where, part, "text")
         case {"type": "image_url"}:
             inner = part.get("image_url")
             if isinstance(inner, Mapping):
-                return "image", _located(f"{where}.image_url.url", _string(f"{where}.image_url", inner, "url"), "image")
-            return "image", _located(f"{where}.image_url", _string(where, part, "image_url"), "image")
+                yield "image", _located(f"{where}.image_url.url", _string(f"{where}.image_url", inner, "url"), "image")
+            else:
+                yield "image", _located(f"{where}.image_url", _string(where, part, "image_url"), "image")
         case {"type": "input_audio"}:
             inner = part.get("input_audio")
             if not isinstance(inner, Mapping):
                 raise InputError(
                     f'{where}.input_audio is {_kind_of(part, "input_audio")}: pass {{"data": base64, "format": "wav"}}'
                 )
-            return "audio", _base64(f"{where}.input_audio.data", _string(f"{where}.input_audio", inner, "data"))
+            yield "audio", _base64(f"{where}.input_audio.data", _string(f"{where}.input_audio", inner, "data"))
         case {"type": "image" | "audio" as kind}:
-            return kind, _payload(where, part, kind)
+            yield kind, _payload(where, part, kind)
+        case {"type": "video"}:
+            for frame in _frames(where, part):
+                yield "image", frame
         case Mapping():
             raise InputError(
-                f"{where}.type is {part.get('type')!r:.60}: it must be text, image_url, input_audio, image or audio"
+                f"{where}.type is {part.get('type')!r:.60}: "
+                "it must be text, image_url, input_audio, image, audio or video"
             )
-    raise InputError(f'{where} is {type(part).__name__}: pass a dict such as {{"type": "text", "text": ...}}')
+        case _:
+            raise InputError(f'{where} is {type(part).__name__}: pass a dict such as {{"type": "text", "text": ...}}')
 
 
 def _string(where: str, mapping: Mapping[str, Any], key: str) -> str:
@@ -283,7 +296,23 @@ def _payload(where: str, part: Mapping[str, Any], kind: Kind) -> Any:
     return _located(f"{where}.{kind}", payload, kind)
 
 
-def _located(where: str, url: Any, kind: Kind) -> Any:
+def _frames(where: str, part: Mapping[str, Any]) -> list[Frame]:
+    unknown = [key for key in part if key not in ("type", "video", "frames", "max_crops")]
+    if unknown:
+        raise InputError(f'{where}.{unknown[0]}: a part of type video has only the keys "video", "frames", "max_crops"')
+    if part.get("video") is None:
+        raise InputError(f"{where}.video is {_kind_of(part, 'video')}: pass a path, a file's bytes or a list of images")
+    max_crops = part.get("max_crops")
+    if max_crops is not None:
+        check_max_crops(f"{where}.max_crops", max_crops)
+    try:
+        frames = video_frames(_located(f"{where}.video", part["video"], "video"), part.get("frames", MAX_FRAMES))
+    except InputError as error:
+        raise InputError(f"{where}.video: {error}") from error
+    return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]
+
+
+def _located(where: str, url: Any, kind: str) -> Any:
     """What a URL points to: the bytes of a data URL, the path of a file URL; a path, or what is no string, as it is."""
     if not isinstance(url, str):
         return url

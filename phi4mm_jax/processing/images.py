@@ -9,8 +9,9 @@ import functools
 import io
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -29,6 +30,7 @@ MAX_PIXELS = 89_478_485
 _LEAST_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
 
+Result = TypeVar("Result")
 ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray
 
 
@@ -78,6 +80,20 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         InputError: a file is missing, empty, truncated or of an unknown format; an image is too large; the source is
             nothing of the above.
     """
+    return _opened(source, lambda image: _to_rgb(image, max_pixels))
+
+
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `load_image` loads, from a file's header alone.
+
+    Raises:
+        InputError: as `load_image`, but for what only decoding shows.
+    """
+    return _opened(source, lambda image: _checked_size(image, max_pixels))
+
+
+def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result:
+    """`use` of the image, whose pixels are not decoded yet; decoders' errors are made InputErrors."""
     source = plain(source)
     if isinstance(source, np.ndarray):
         source = _from_array(source)
@@ -90,9 +106,9 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     try:
         if isinstance(source, Image.Image):
             remedy = "pass an image that is not closed, and whose file is whole"
-            return _to_rgb(source, max_pixels)
+            return use(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _to_rgb(image, max_pixels)
+            return use(image)
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -150,6 +166,12 @@ def count_image_tokens(
     return rows * (columns + 1) + 1 + side * (side + 1)
 
 
+def check_max_crops(name: str, value: Any) -> None:
+    """Raises an InputError, about what is called so, unless it is a positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r:.80}; expected the largest number of crops, at least 1")
+
+
 def choose_grid(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> tuple[int, int]:
     """Columns and rows of the grid of crops.
 
@@ -181,8 +203,7 @@ def _grids(most: int) -> list[tuple[int, int]]:
 def _lay_out(width: int, height: int, dynamic_hd: int, crop_size: int, patch_size: int) -> _Grid:
     if width < 1 or height < 1:
         raise InputError(f"the image has {width}x{height} pixels; expected at least one")
-    if dynamic_hd < 1:
-        raise InputError(f"dynamic_hd is {dynamic_hd}; expected the largest number of crops, at least 1")
+    check_max_crops("dynamic_hd", dynamic_hd)
     columns, rows = choose_grid(width, height, dynamic_hd, crop_size)
     full_width, full_height = columns * crop_size, rows * crop_size
     scale_x, scale_y = full_width / width, full_height / height
@@ -261,12 +282,17 @@ def _end_rows(ids: Int[np.ndarray, "H W"]) -> Int[np.ndarray, " T"]:
     return np.pad(ids, ((0, 0), (0, 1)), constant_values=SUB_SEPARATOR).ravel()
 
 
-def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+def _checked_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
     width, height = image.size
     if width * height > max_pixels:
         raise InputError(f"the image has {width}x{height} pixels, more than {max_pixels}; shrink it")
     if width * height == 0:
         raise InputError(f"the image has {width}x{height} pixels; expected at least one")
+    return width, height
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    _checked_size(image, max_pixels)
     if image.mode == "La":  # of which Pillow makes nothing else
         image = image.convert("LA")
     return image.convert("RGB")

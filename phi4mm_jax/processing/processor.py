@@ -6,15 +6,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
+from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
-from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt
-from phi4mm_jax.processing.images import SUB_SEPARATOR, ImageFeatures, load_image, preprocess_image
+from phi4mm_jax.processing.chat import Media, Prompt, given_media, parse_prompt
+from phi4mm_jax.processing.images import (
+    SUB_SEPARATOR,
+    ImageFeatures,
+    ImageSource,
+    check_max_crops,
+    count_image_tokens,
+    image_size,
+    load_image,
+    preprocess_image,
+)
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.processing.video import Frame
 
 PromptLike = str | Sequence[Mapping[str, Any]]
 
@@ -67,6 +78,7 @@ class Processor:
         prompts: Sequence[PromptLike],
         images: Sequence[Sequence[Any] | None] | None = None,
         audios: Sequence[Sequence[Any] | None] | None = None,
+        max_crops: int | None = None,
     ) -> Batch:
         """Process one prompt a row.
 
@@ -78,17 +90,20 @@ class Processor:
             audios: for each row the list of its clips. A clip is a path, a URL, an open binary file or the bytes of
                 one; or (samples, sampling rate in Hz) with an array, tensor or list of floats of full scale 1 or of
                 integers of 8 (uint8 is centred at 128), 16 or 32 bits: (n,), (n, channels) or (channels, n).
+            max_crops: the most crops of an image, besides its global view; what the checkpoint says (36) is the most
+                that it can be. Frames of a video part have their own.
 
         Raises:
             InputError: anything that cannot be processed; it names the row, and the medium by its number in the row.
         """
-        return self.batch(self.rows(prompts, images, audios))
+        return self.batch(self.rows(prompts, images, audios, max_crops))
 
     def rows(
         self,
         prompts: Sequence[PromptLike],
         images: Sequence[Sequence[Any] | None] | None = None,
         audios: Sequence[Sequence[Any] | None] | None = None,
+        max_crops: int | None = None,
     ) -> list[Row]:
         """The prompts, each by itself; as in `__call__`."""
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
@@ -97,38 +112,84 @@ class Processor:
         rows = []
         for i, prompt in enumerate(prompts):
             try:
-                rows.append(
-                    self.row(prompt, _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios"))
-                )
+                media = _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")
+                rows.append(self.row(prompt, *media, max_crops))
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from error
         return rows
 
-    def row(self, prompt: PromptLike, images: Sequence[Any] = (), audios: Sequence[Any] = ()) -> Row:
+    def row(
+        self,
+        prompt: PromptLike,
+        images: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+        max_crops: int | None = None,
+    ) -> Row:
         """Process one prompt by itself.
 
         Raises:
             InputError: as in `__call__`, and when the prompt is empty or longer than the context.
         """
         parsed = parse_prompt(prompt, self.tokenizer, images, audios)
+        vision, most = self.config.vision, self._dynamic_hd(max_crops)
+        # Counted before they are scaled and cut: what does not fit costs no more than loading.
+        loaded = each("image", parsed.images, lambda image: self._load_image(image, most))
+        clips = each("audio", parsed.audios, load_audio)
+        self._check_adapters(bool(loaded), bool(clips))
+        counts = {
+            "image": [self._tokens_of_size(*image.size, crops) for image, crops in loaded],
+            "audio": [num_audio_tokens(num_frames(len(samples), rate)) for samples, rate in clips],
+        }
+        tokens, media = self._tokens(parsed, counts)
+        self._check_context(len(tokens), counts)
+        features = (preprocess_image(image, crops, vision.crop_size, vision.patch_size) for image, crops in loaded)
+        return Row(np.asarray(tokens, np.int32), media, tuple(features), tuple(log_mel(*clip) for clip in clips))
+
+    def count_image_tokens(self, image: ImageSource, max_crops: int | None = None) -> int:
+        """The tokens of an image, in any form that `__call__` takes, by its size alone: nothing is decoded.
+
+        Raises:
+            InputError: it cannot be opened, or would be refused by its size.
+        """
+        (source,) = given_media("image", [image])
+        return self._tokens_of_size(*image_size(source), self._dynamic_hd(max_crops))
+
+    def count_audio_tokens(self, clip: Any) -> int:
+        """The tokens of a clip, in any form that `__call__` takes, by what its header says; few formats have to be
+        decoded, see `measure_audio`.
+
+        Raises:
+            InputError: it cannot be opened, or would be refused by its length.
+        """
+        (source,) = given_media("audio", [clip])
+        return num_audio_tokens(num_frames(*measure_audio(source)))
+
+    def _dynamic_hd(self, max_crops: int | None) -> int:
+        if max_crops is None:
+            return self.dynamic_hd
+        check_max_crops("max_crops", max_crops)
+        return min(max_crops, self.dynamic_hd)
+
+    def _tokens_of_size(self, width: int, height: int, max_crops: int) -> int:
         vision = self.config.vision
-        features = each(
-            "image",
-            parsed.images,
-            lambda image: preprocess_image(load_image(image), self.dynamic_hd, vision.crop_size, vision.patch_size),
-        )
-        clips = each("audio", parsed.audios, lambda clip: log_mel(*load_audio(clip)))
-        self._check_adapters(bool(features), bool(clips))
-        tokens, media = self._tokens(parsed, features, clips)
-        if not 0 < len(tokens) <= self.context:
-            counts = [f"image {i + 1}: {f.num_tokens}" for i, f in enumerate(features)]
-            counts += [f"audio {i + 1}: {num_audio_tokens(len(c))}" for i, c in enumerate(clips)]
-            detail = f" ({', '.join(counts)})" if counts else ""
+        return count_image_tokens(width, height, max_crops, vision.crop_size, vision.patch_size)
+
+    def _load_image(self, source: Any, max_crops: int) -> tuple[Image.Image, int]:
+        """An image, and how many crops it may have; refused if it is too thin."""
+        if isinstance(source, Frame):
+            source, max_crops = source.image, self._dynamic_hd(source.max_crops)
+        image = load_image(source)
+        self._tokens_of_size(*image.size, max_crops)
+        return image, max_crops
+
+    def _check_context(self, length: int, counts: Mapping[str, Sequence[int]]) -> None:
+        if length > self.context:
+            text = length - sum(map(sum, counts.values()))
+            media = [f"{kind} {i}: {n}" for kind, each_of in counts.items() for i, n in enumerate(each_of, 1)]
             raise InputError(
-                f"the prompt has {len(tokens)} tokens{detail}; expected 1 to the context of {self.context}. "
-                "Shorten the text, or give fewer, smaller or shorter media."
+                f"the prompt has {length} tokens ({', '.join([f'text: {text}', *media])}), more than the context of "
+                f"{self.context}; shorten the text, give fewer or shorter media, or cap the crops with max_crops"
             )
-        return Row(np.asarray(tokens, np.int32), media, features, clips)
 
     def _check_adapters(self, has_images: bool, has_clips: bool) -> None:
         kind = "vision" if has_images else "speech"
@@ -148,13 +209,9 @@ class Processor:
                 f"{found[0] if found else 'none'}); use a checkpoint with adapters"
             )
 
-    def _tokens(self, prompt: Prompt, images: Sequence[ImageFeatures], clips: Sequence[np.ndarray]):
+    def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):
         """The token ids with placeholders repeated, and where each medium begins."""
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
-        counts = {
-            "image": [f.num_tokens for f in images],
-            "audio": [num_audio_tokens(len(c)) for c in clips],
-        }
         # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
         pieces = [ids[p.kind] if isinstance(p, Media) else p for p in prompt.pieces]
         waiting = [p for p in prompt.pieces if isinstance(p, Media)][::-1]

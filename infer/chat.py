@@ -1,0 +1,324 @@
+"""Talk with the model in a terminal: python -m infer.chat --model PATH.
+
+What you type is said to the model, but for these:
+
+    /image FILE    show an image with what you say next
+    /audio FILE    let it hear a clip; an empty line then says nothing more
+    /video FILE    show frames of a video file, or of a folder of images
+    /system TEXT   the system message; none without TEXT
+    /undo          take back what is attached, or else the last turn
+    /reset         take back all turns
+    /save FILE     the conversation, as a line for infer.batch
+    /help          this text
+    /quit          or Ctrl-D: the end
+
+Ctrl-C stops an answer; what was said so far stays.
+"""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TextIO
+
+import phi4mm_jax
+from phi4mm_jax import InputError
+from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling
+from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.images import load_image
+from phi4mm_jax.processing.processor import Processor, Row
+from phi4mm_jax.processing.sources import each
+from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
+from phi4mm_jax.programs import ends_well
+from phi4mm_jax.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A medium, loaded once for all turns to come."""
+
+    kind: Literal["image", "audio", "video"]
+    path: str
+    medium: Any
+
+
+@dataclass(frozen=True)
+class Turn:
+    text: str
+    media: tuple[Attachment, ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
+    attached: tuple[Attachment, ...] = ()  # for the next turn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to answer.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    max_new_tokens: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    frames: int = MAX_FRAMES
+
+    def __post_init__(self):
+        check_frames(self.frames)
+        self.request(0, self.max_new_tokens)
+
+    def request(self, turn: int, room: int) -> Request:
+        limit = min(self.max_new_tokens, room)
+        return Request("", max_new_tokens=limit, sampling=replace(self.sampling, stream=turn), stop=self.stop)
+
+
+def messages_of(conversation: Conversation, part: Callable[[Attachment], dict[str, Any]]) -> list[dict[str, Any]]:
+    """As chat messages; `part` is what stands for a medium."""
+    messages: list[dict[str, Any]] = []
+    if conversation.system:
+        messages.append({"role": "system", "content": conversation.system})
+    for turn in conversation.turns:
+        text = {"type": "text", "text": turn.text}
+        messages.append({"role": "user", "content": [*map(part, turn.media), text] if turn.media else turn.text})
+        if turn.answer is not None:
+            messages.append({"role": "assistant", "content": turn.answer})
+    return messages
+
+
+def as_medium(attachment: Attachment) -> dict[str, Any]:
+    return {"type": attachment.kind, attachment.kind: attachment.medium}
+
+
+def as_path(attachment: Attachment) -> dict[str, Any]:
+    part = {"type": attachment.kind, attachment.kind: os.path.abspath(attachment.path)}
+    return part | {"frames": len(attachment.medium)} if attachment.kind == "video" else part
+
+
+# Commands
+
+
+def command(
+    line: str, conversation: Conversation, settings: Settings, processor: Processor
+) -> tuple[Conversation, str]:
+    """What a line that begins with "/" makes of the conversation, and what to tell.
+
+    Raises:
+        InputError: no such command, or it cannot be done.
+        EOFError: by /quit.
+    """
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if name in ("/image", "/audio", "/video", "/save") and not argument:
+        raise InputError(f"{name} needs the name of a file: {name} FILE")
+    match name:
+        case "/image" | "/audio" | "/video":
+            attachment = attach(name[1:], os.path.expanduser(argument), settings.frames)
+            told = f"{attachment.kind} attached, {tokens_of(attachment, processor)} tokens; say what to do with it"
+            return replace(conversation, attached=(*conversation.attached, attachment)), told
+        case "/system":
+            return replace(conversation, system=argument), "system message set" if argument else "no system message"
+        case "/undo" if conversation.attached:
+            return replace(conversation, attached=()), "nothing is attached now"
+        case "/undo" if conversation.turns:
+            turns = conversation.turns[:-1]
+            return replace(conversation, turns=turns), f"the last turn is taken back, {len(turns)} are left"
+        case "/undo":
+            raise InputError("there is no turn to take back")
+        case "/reset":
+            return Conversation(conversation.system), "all turns are taken back"
+        case "/save":
+            save(conversation, os.path.expanduser(argument))
+            return conversation, f"saved as {argument}"
+        case "/help":
+            return conversation, (__doc__ or "").partition("\n\n")[2].rstrip()
+        case "/quit":
+            raise EOFError
+    raise InputError(f"there is no command {name:.80}; /help lists them (a space before it makes it text)")
+
+
+def attach(kind: Any, path: str, frames: int) -> Attachment:
+    load = {"image": load_image, "audio": load_audio, "video": lambda source: video_frames(source, frames)}[kind]
+    return Attachment(kind, path, *each(kind, [path], load))
+
+
+def tokens_of(attachment: Attachment, processor: Processor) -> int:
+    medium = attachment.medium
+    match attachment.kind:
+        case "image":
+            return processor.count_image_tokens(medium)
+        case "audio":
+            return processor.count_audio_tokens(medium)
+        case "video":
+            return sum(processor.count_image_tokens(frame, crops_per_frame(len(medium))) for frame in medium)
+
+
+def save(conversation: Conversation, path: str) -> None:
+    text = json.dumps({"messages": messages_of(conversation, as_path)}, ensure_ascii=False) + "\n"
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(f"{path} exists already; choose another name") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from error
+
+
+# Answers
+
+
+def prepare(conversation: Conversation, processor: Processor, engine: Engine) -> tuple[Row, int]:
+    """The conversation processed, and how many tokens the answer may have.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    row = processor.row(messages_of(conversation, as_medium))
+    room = min(processor.context, engine.config.pages * engine.config.page_size)
+    if len(row.tokens) >= room:
+        limit = "the context is" if room == processor.context else "--cache-tokens are"
+        raise InputError(f"the conversation has {len(row.tokens)} tokens; {limit} {room}, for the answer too")
+    return row, room - len(row.tokens)
+
+
+def answer(engine: Engine, request: Request, row: Row, out: TextIO) -> Completion:
+    """Write the answer as it comes. Ctrl-C cancels it."""
+    with interrupts() as pressed:
+        number = engine.submit(request, row)
+        while True:
+            for update in engine.step():
+                if update.id == number:
+                    print(update.text, end="", file=out, flush=True)
+                    if update.completion is not None:
+                        return update.completion
+            if pressed():
+                engine.cancel(number)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C only tells that it was pressed: raised in the middle of a step, it would leave the engine without its
+    cache. The second time it ends the program, since the step may be a long compilation."""
+    pressed = False
+
+    def note(*_: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise SystemExit(130)
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# The program
+
+
+def converse(
+    processor: Processor, engine: Engine, conversation: Conversation, settings: Settings,
+    read: Callable[[], str], out: TextIO, tell: Callable[[str], None],
+) -> Conversation:  # fmt: skip
+    """Take lines until there are no more. Whatever goes wrong with one is told in a line, and changes nothing.
+
+    Args:
+        read: gives the next line; raises EOFError at the end, and KeyboardInterrupt as `input` does.
+        out: where answers go.
+        tell: is given all else that there is to say.
+    """
+    while True:
+        try:
+            line = read()
+            if line.startswith("/"):
+                conversation, told = command(line.strip(), conversation, settings, processor)
+                tell(told)
+            elif line.strip() or conversation.attached:
+                conversation = take_turn(line.strip(), conversation, settings, processor, engine, out, tell)
+        except InputError as error:
+            tell(f"error: {error}")
+        except KeyboardInterrupt:
+            tell("interrupted; /quit or Ctrl-D ends")
+        except EOFError:
+            return conversation
+
+
+def take_turn(
+    text: str, conversation: Conversation, settings: Settings, processor: Processor, engine: Engine,
+    out: TextIO, tell: Callable[[str], None],
+) -> Conversation:  # fmt: skip
+    turn = Turn(text, conversation.attached)
+    asked = replace(conversation, turns=(*conversation.turns, turn), attached=())
+    try:
+        row, room = prepare(asked, processor, engine)
+    except InputError as error:
+        raise InputError(
+            f"{error}. Nothing was said; /undo takes back what is attached or came before, /reset all"
+        ) from error
+    completion = answer(engine, settings.request(len(conversation.turns), room), row, out)
+    print(file=out, flush=True)
+    if completion.error is not None:
+        raise InputError(completion.error)
+    tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
+    return replace(asked, turns=(*conversation.turns, replace(turn, answer=completion.text)))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m infer.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
+    parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="how long it may get")
+    parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=1024, help="of an answer")
+    parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-k", metavar="N", type=int, default=0)
+    parser.add_argument("--top-p", metavar="X", type=float, default=1.0)
+    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
+    return parser.parse_args()
+
+
+@ends_well
+def main() -> int:
+    arguments = parse_arguments()
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
+    settings = Settings(arguments.max_new_tokens, sampling, tuple(arguments.stop), arguments.frames)
+    config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens)
+    with progress_bar("Reading the weights", size=True) as advance:
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+    engine = model.engine(config)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    prompt = "> " if sys.stdin.isatty() else ""
+    tell("/help lists the commands. The first answers take longer: their programs have to be compiled.")
+    try:
+        # A stream of its own: what standard output's could not write would be tried again at the program's end.
+        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
+        with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
+            start = Conversation(arguments.system)
+            converse(model.processor, engine, start, settings, lambda: input(prompt), out, tell)
+    except OSError as error:
+        raise InputError(f"the answer cannot be written to standard output: {error.strerror}") from error
+    return 0
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Video: which frames are chosen, from files, folders and lists, and what becomes of them in a prompt."""
+
+import base64
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from phi4mm_jax import InputError
+from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.processing import video
+from phi4mm_jax.processing.video import (
+    crops_per_frame,
+    evenly_spaced,
+    video_frames,
+    video_placeholders,
+)
+
+WIDTH, HEIGHT = 96, 64
+RATE = 10
+BITS = 12
+
+
+def picture(number: int) -> np.ndarray:
+    """A number in black and white squares, 6 a row."""
+    bits = np.array([number >> k & 1 for k in range(BITS)], np.uint8).reshape(2, 6)
+    grey = np.kron(255 * bits, np.ones((HEIGHT // 2, WIDTH // 6), np.uint8))
+    return np.repeat(grey[:, :, None], 3, 2)
+
+
+def number_of(image: Image.Image) -> int:
+    grey = np.asarray(image.convert("L"))
+    bits = grey[HEIGHT // 4 :: HEIGHT // 2, WIDTH // 12 :: WIDTH // 6].ravel() > 128
+    return int((bits << np.arange(BITS)).sum())
+
+
+def numbers(frames: list[Image.Image]) -> list[int]:
+    return [number_of(frame) for frame in frames]
+
+
+def made(
+    count: int, container: str = "mp4", codec: str = "mpeg4", times: list[int] | None = None, turned: float = 0
+) -> bytes:
+    """A video that counts; the times are in tenths of a second."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream: Any = file.add_stream(codec, rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = WIDTH, HEIGHT, "yuv420p", 20
+        if turned:
+            stream.set_display_rotation(turned)
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts = times[i] if times else i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx"), ("mpegts", "mpeg2video"), ("avi", "mpeg4")],
+)
+def test_frames_are_evenly_spaced(container: str, codec: str):
+    """The middle of each part. 60 s have to be searched, 3 s are decoded as they come."""
+    for count in (30, 600):
+        data = made(count, container, codec)
+        for frames in (1, 2, 7, 16):
+            expected = [int((i + 0.5) * count / frames) for i in range(frames)]
+            assert numbers(video_frames(data, frames)) == expected, (count, frames)
+
+
+def test_a_clip_of_few_frames_gives_each_once():
+    assert numbers(video_frames(made(5))) == [0, 1, 2, 3, 4]
+    assert numbers(video_frames(made(1))) == [0]
+    assert len(video_frames(made(300))) == 64
+
+
+def test_times_count_and_not_frames():
+    """One frame for nine seconds, then ten within one: most of the time shows the first."""
+    data = made(11, times=[0, *range(90, 100)])
+    assert numbers(video_frames(data, 5)) == [0, 1]  # at 1, 3, 5 and 7 s number 0, at 9 s number 1
+    assert numbers(video_frames(data, 10)) == [0, 6]  # at 0.5, ..., 8.5 s number 0, at 9.5 s number 6
+
+
+def test_paths_bytes_and_open_files(tmp_path: Path):
+    data = made(30)
+    path = tmp_path / "http:clip|1.bin"  # known by its content; a name is not a URL
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        for source in (path, str(path), data, bytearray(data), file):
+            assert numbers(video_frames(source, 3)) == [5, 15, 25]
+
+
+def test_turned_as_a_player_turns_it():
+    (upright,) = video_frames(made(10, turned=90), 1)
+    assert upright.size == (HEIGHT, WIDTH)
+    assert number_of(upright.rotate(-90, expand=True)) == 5
+
+
+def test_a_length_that_the_header_lacks():
+    """As recorders write it to a pipe."""
+
+    class Pipe(io.RawIOBase):
+        def __init__(self):
+            super().__init__()
+            self.data = b""
+
+        def write(self, data: Any) -> int:
+            self.data += bytes(data)
+            return len(data)
+
+        def seekable(self) -> bool:
+            return False
+
+        def writable(self) -> bool:
+            return True
+
+    pipe = Pipe()
+    whole = made(600, "webm", "libvpx")
+    source: Any = av.open(io.BytesIO(whole))
+    with source, av.open(pipe, "w", format="webm", options={"live": "1"}) as target:
+        out: Any = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = out
+                target.mux(packet)
+    written: Any = av.open(io.BytesIO(pipe.data))
+    with written:
+        assert written.duration is None
+    assert numbers(video_frames(pipe.data, 4)) == [75, 225, 375, 525]
+
+
+def test_a_file_that_cannot_be_searched(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise video._SeekError
+
+    data = made(600)
+    monkeypatch.setattr(video, "_jump", refuse)
+    assert numbers(video_frames(data, 4)) == [75, 225, 375, 525]
+
+
+def test_only_what_is_near_a_frame_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    """Of 3000 frames 4 are wanted; a key frame is at most 20 before each."""
+    decoded = 0
+    timed = video._timed
+
+    def counted(*arguments: Any):
+        nonlocal decoded
+        for item in timed(*arguments):
+            decoded += 1
+            yield item
+
+    monkeypatch.setattr(video, "_timed", counted)
+    assert numbers(video_frames(made(3000), 4)) == [375, 1125, 1875, 2625]
+    assert decoded < 4 * 25
+
+
+# Folders and lists
+
+
+def test_a_folder_in_natural_order(tmp_path: Path):
+    for n in range(12):
+        Image.fromarray(picture(n)).save(tmp_path / f"frame_{n}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    assert numbers(video_frames(tmp_path)) == list(range(12))
+    assert numbers(video_frames(str(tmp_path), 3)) == [2, 6, 10]
+
+
+def test_a_list_of_images(tmp_path: Path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(2)).save(path)
+    frames = [picture(0), Image.fromarray(picture(1)), path, path.read_bytes()]
+    assert numbers(video_frames(frames)) == [0, 1, 2, 2]
+    assert numbers(video_frames([picture(n) for n in range(200)], 4)) == [25, 75, 125, 175]
+    assert numbers(video_frames([None, picture(7), None], 1)) == [7]  # what is not chosen is not opened
+
+
+def test_evenly_spaced():
+    assert evenly_spaced(5, 64) == [0, 1, 2, 3, 4]
+    for total in (64, 65, 100, 1000):
+        chosen = evenly_spaced(total, 64)
+        assert len(chosen) == 64
+        assert chosen == [int((i + 0.5) * total / 64) for i in range(64)]
+
+
+# What cannot be used
+
+
+def sound() -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="wav") as file:
+        stream = file.add_stream("pcm_s16le", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 16000
+        file.mux(stream.encode(frame))  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.mp4", "the file does not exist"),
+        (b"", "the file is empty"),
+        (b"no video" * 100, "the video cannot be read"),
+        (sound(), "the file has no video"),
+        ([], "the video is an empty list"),
+        ([b"no image"], r"frame 1 \(8 bytes\): the file is in no format"),
+        (7, "the video is of type int"),
+        (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "the video cannot be read"),
+    ],
+)
+def test_unusable_sources(source: Any, message: str):
+    with pytest.raises(InputError, match=message):
+        video_frames(source)
+
+
+def test_a_folder_without_images(tmp_path: Path):
+    with pytest.raises(InputError, match="has no images"):
+        video_frames(tmp_path)
+
+
+def test_a_file_that_is_cut_off():
+    with pytest.raises(InputError, match="the video cannot be read"):
+        video_frames(made(600)[:5000])
+
+
+@pytest.mark.parametrize("frames", [0, -1, 65, 1.5, True, None])
+def test_unusable_numbers_of_frames(frames: Any):
+    with pytest.raises(InputError, match=f"frames is {frames!r}; expected 1 to 64"):
+        video_frames([picture(0)], frames)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"pip install 'phi4mm-jax\[video\]'"):
+        video_frames(b"anything")
+    assert len(video_frames([picture(0)])) == 1
+
+
+def test_playlists_open_nothing(tmp_path: Path):
+    """Bytes from elsewhere must not name files of this machine."""
+    (tmp_path / "clip.ts").write_bytes(made(10, "mpegts", "mpeg2video"))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n".encode()
+    with pytest.raises(InputError, match="the video cannot be read"):
+        video_frames(playlist)
+
+
+# Prompts
+
+
+def chat(part: dict[str, Any]) -> list[dict[str, Any]]:
+    text = {"type": "text", "text": "What happens?"}
+    return [{"role": "user", "content": [{"type": "video", **part}, text]}]
+
+
+def test_a_video_is_as_many_images(tiny, tmp_path: Path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(made(30))
+    image = {"type": "image", "image": Image.new("RGB", (500, 500))}
+    (message,) = chat({"video": str(path), "frames": 3, "max_crops": 1})
+    message["content"].insert(0, image)
+    row = tiny.processor.row([message])
+    frames = video_frames(path, 3)
+    assert [medium.index for medium, _ in row.media] == [0, 1, 2, 3]
+    assert [len(f.crops) for f in row.images] == [5, 2, 2, 2]  # an image keeps its own crops
+
+    raw = f"<|user|><|image_1|>{video_placeholders(3, first=2)}What happens?<|end|><|assistant|>"
+    same = tiny.processor.row(raw, [image["image"], *frames])
+    np.testing.assert_array_equal(row.tokens, same.tokens)
+    per_frame = tiny.processor.count_image_tokens(frames[0], 1)
+    assert per_frame == 273 + (16 * HEIGHT // WIDTH + 1) * 17
+    starts = [start for _, start in row.media]
+    assert np.diff(starts).tolist() == [row.images[0].num_tokens, per_frame, per_frame]
+
+
+def test_the_frames_share_the_crops(tiny):
+    assert [crops_per_frame(n) for n in (1, 2, 16, 40, 64)] == [64, 32, 4, 1, 1]
+    big = np.zeros((900, 900, 3), np.uint8)
+    for part, expected in (
+        ({"video": [big] * 16}, [1 + 4] * 16),
+        ({"video": [big] * 2}, [1 + 9] * 2),  # as at its own size
+        ({"video": [big] * 16, "max_crops": 1}, [1 + 1] * 16),
+        ({"video": [big] * 64}, [1 + 1] * 64),
+    ):
+        assert [len(f.crops) for f in tiny.processor.row(chat(part)).images] == expected
+
+
+def test_a_clip_costs_no_more_than_its_crops(tiny):
+    """34,880 tokens, whatever its shape and its number of frames."""
+    for count in (1, 2, 5, 16, 33, 64):
+        for size in ((4000, 4000), (1920, 1080), (500, 3000)):
+            frame = Image.new("1", size)
+            assert count * tiny.processor.count_image_tokens(frame, crops_per_frame(count)) <= 64 * 545
+
+
+def test_a_video_through_the_engine(tiny):
+    messages = chat({"video": made(30), "frames": 2})
+    (expected,) = tiny.generate([messages], max_new_tokens=3)
+    assert expected.prompt_tokens == len(tiny.processor.row(messages).tokens)
+    engine = tiny.engine(EngineConfig(slots=1, cache_tokens=1024))
+    ((_, completion),) = engine.run([Request(messages, max_new_tokens=3)])
+    assert completion == expected
+    data_url = "data:video/mp4;base64," + base64.b64encode(made(30)).decode()
+    (completion,) = tiny.generate([chat({"video": data_url, "frames": 2})], max_new_tokens=3)
+    assert completion.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({}, r"\.video is missing"),
+        ({"video": None}, r"\.video is NoneType"),
+        ({"video": "nowhere.mp4"}, r"\.video: the file does not exist"),
+        ({"video": "https://a.b/c.mp4"}, r"\.video is .*nothing is downloaded"),
+        ({"video": [picture(0)], "frames": 0}, r"\.video: frames is 0"),
+        ({"video": [picture(0)], "max_crops": 0}, r"\.max_crops is 0"),
+        ({"video": [picture(0)], "fps": 2}, r"\.fps: a part of type video has only"),
+    ],
+)
+def test_bad_parts(tiny, part: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=r"messages\[0\]\.content\[0\]" + message):
+        tiny.processor.row(chat(part))
