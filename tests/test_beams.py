@@ -83,7 +83,7 @@ def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
         assert engine._pool.available == engine.config.pages
         lengths |= {len(h.tokens) < new_tokens for h in answer.alternatives}
         met = list(dict.fromkeys(t for h in answer.alternatives for t in h.tokens[4:9]))
-    assert lengths == {False, True}
+    assert lengths == ({False} if penalty == 2.0 else {False, True})  # a power of 2 favours the longest
 
 
 @pytest.mark.parametrize("config", [CONFIG, SMALL], ids=["64", "32"])
