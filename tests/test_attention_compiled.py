@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.generation.programs import _copy_pages
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
 from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedRows, Decoder, Rows
 
@@ -221,3 +222,18 @@ def test_decoding_copies_no_pages(mesh, decoders, dtype):
     text = compiled(mesh, decoder.apply, variables, x, rows, cache_of(config, 512, dtype), donate_argnums=3)
     assert "phi4mm_decode" in text
     assert copies(text, 8 * KV_HEADS * PAGE * 128) == []
+
+
+@only_v6e
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_beams_copy_no_more_pages_than_they_part_with(mesh, decoders, dtype):
+    decoder, variables, config = decoders[4]
+    x, rows = inputs(config, 5, 1, 64)
+
+    def program(variables, x, rows, cache, sources, targets, count):
+        return decoder.apply(variables, x, rows, _copy_pages(cache, sources, targets, count))
+
+    numbers, count = shape(5, dtype=jnp.int32), shape(dtype=jnp.int32)
+    cache = cache_of(config, 512, dtype)
+    text = compiled(mesh, program, variables, x, rows, cache, numbers, numbers, count, donate_argnums=3)
+    assert copies(text, 2 * config.num_layers * KV_HEADS * PAGE * 128) == []  # two pages of all layers

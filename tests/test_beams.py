@@ -18,6 +18,7 @@ from phi4mm_jax.processing.images import preprocess_image
 
 CASES = {case["name"]: case for case in golden_cases()}
 CONFIG = EngineConfig(slots=3, cache_tokens=64 * 64, page_size=64, chunk=256, steps=4, beams=4)
+SMALL = EngineConfig(slots=4, cache_tokens=32 * 32, page_size=32, chunk=64, steps=4, beams=4)  # pages just enough
 PROMPT = "<|user|>Tell me about the light of seven stones<|end|><|assistant|>"
 ADAPTERS = {0: None, 1: "vision", 2: "speech"}
 
@@ -82,13 +83,13 @@ def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
         assert engine._pool.available == engine.config.pages
         lengths |= {len(h.tokens) < new_tokens for h in answer.alternatives}
         met = list(dict.fromkeys(t for h in answer.alternatives for t in h.tokens[4:9]))
-    assert lengths == {False, True}
+    assert lengths == ({False} if penalty == 2.0 else {False, True})  # a power of 2 favours the longest
 
 
-@pytest.mark.parametrize("page_size", [64, 16])
-def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, page_size):
+@pytest.mark.parametrize("config", [CONFIG, SMALL], ids=["64", "32"])
+def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
     """From 61 tokens over the boundary of 96: keys and values of all beams are made anew with the long rotary set."""
-    engine = tiny.engine(dataclasses.replace(CONFIG, page_size=page_size))
+    engine = tiny.engine(config)
     case, stops = CASES["text_cross"], tiny.config.stop_token_ids
     ((_, answer),) = engine.run([request_of(case, 48, 3)])
     expected = transformers_search(
@@ -147,13 +148,11 @@ def mixed(count, seed=0):
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_among_others_as_alone(tiny, cache_dtype):
     """Several groups and single rows in slots that are refilled, over pages that are just enough."""
-    config = dataclasses.replace(CONFIG, slots=4, page_size=16, cache_tokens=16 * 48, cache_dtype=cache_dtype)
     requests = mixed(15)
-    engine = tiny.engine(config)
+    engine, alone = (tiny.engine(dataclasses.replace(SMALL, cache_dtype=cache_dtype)) for _ in range(2))
     together = dict(engine.run(requests))
     assert engine._pool.available == engine.config.pages
     assert engine._pool.in_use == 0
-    alone = tiny.engine(dataclasses.replace(config, slots=1, cache_tokens=16 * 64))
     for place, request in enumerate(requests):
         ((_, expected),) = alone.run([request])
         assert together[place].tokens == expected.tokens, request
@@ -164,9 +163,8 @@ def test_among_others_as_alone(tiny, cache_dtype):
 
 def test_beams_share_pages_and_give_them_back(tiny):
     """Of a prompt of 333 tokens there is one copy, and every page that a beam writes to is its own."""
-    config = dataclasses.replace(CONFIG, page_size=16)
-    engine = tiny.engine(config)
-    number = engine.submit(request_of(CASES["text_long"], 40, 4))
+    engine, size = tiny.engine(SMALL), SMALL.page_size
+    number = engine.submit(request_of(CASES["text_long"], 70, 4))
     most, done = 0, None
     while done is None:
         done = next((u.completion for u in engine.step() if u.id == number), None)
@@ -175,23 +173,23 @@ def test_beams_share_pages_and_give_them_back(tiny):
             most = max(most, engine._pool.in_use)
             assert engine._pool.in_use == len(active.pages) + active.group.own
             assert active.promised + engine._pool.in_use == active.needed
-            assert len(active.pages) == 333 // 16
-            if active.cached % 16:
+            assert len(active.pages) == 333 // size
+            if active.cached % size:
                 written = [pages[-1] for pages in active.group.pages]
                 assert len(set(written)) == 4
                 assert not set(written) & set(active.pages)
-    assert 333 // 16 + 4 <= most <= 333 // 16 + 4 * 3
-    assert (engine._pool.available, engine._pool.in_use) == (config.pages, 0)
+    assert 333 // size + 4 <= most <= 333 // size + 4 * 3
+    assert (engine._pool.available, engine._pool.in_use) == (SMALL.pages, 0)
 
 
 def test_nothing_compiles_after_warm_up(tiny):
-    engine = tiny.engine(dataclasses.replace(CONFIG, slots=2, beams=3, page_size=32, cache_tokens=32 * 96))
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=2, beams=3))
     seen = []
     engine.warm_up(lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
     before = count_compilations()
     requests = [dataclasses.replace(r, beams=min(r.beams, 3)) for r in mixed(9, seed=1)]
-    requests += [request_of(CASES[name], 4, beams) for name in ("speech", "vision") for beams in (1, 2, 3)]
+    requests += [request_of(CASES[name], 4, beams) for name in ("speech", "vision") for beams in (1, 3)]
     answers = dict(engine.run(requests))
     assert {a.finish_reason for a in answers.values()} <= {"stop", "length"}
     assert count_compilations() == before
@@ -206,10 +204,10 @@ def test_without_beams_there_is_no_program_for_them(tiny):
     assert "EngineConfig" in answer.error
 
 
-@pytest.mark.parametrize("rounds", [0, 1, 3, 30])
+@pytest.mark.parametrize("rounds", [0, 1, 5, 20])
 def test_cancelling_gives_all_pages_back(tiny, rounds):
-    """Before it begins, in the middle, and while it waits for its keys to be made anew (rounds of 4 tokens)."""
-    engine = tiny.engine(dataclasses.replace(CONFIG, page_size=16, steps=1))
+    """Before it begins, in the middle, and after its keys were made anew (rounds of 4 tokens)."""
+    engine = tiny.engine(SMALL)
     number = engine.submit(Request(PROMPT, max_new_tokens=200, beams=3))
     other = engine.submit(Request("<|user|>More<|end|><|assistant|>", max_new_tokens=12))
     updates = [u for _ in range(rounds) for u in engine.step()]
@@ -252,7 +250,7 @@ def test_bad_settings_are_named(settings, named):
 
 
 def test_what_the_engine_cannot_serve_is_an_answer(tiny):
-    config = dataclasses.replace(CONFIG, page_size=16, cache_tokens=16 * 16)
+    config = dataclasses.replace(SMALL, cache_tokens=32 * 8)
     requests = [
         Request(PROMPT, max_new_tokens=2, beams=5),
         Request(PROMPT, max_new_tokens=2, beams=2, stop_tokens=list(range(20))),

@@ -118,6 +118,15 @@ def test_rows_wait_for_pages_and_none_is_lost(tiny):
     assert served.finish_reason in ("stop", "length")
 
 
+def test_chunks_behind_the_prompt(tiny):
+    """A short prompt's long answer crosses the LongRoPE boundary; it is computed anew in chunks of its own."""
+    request = Request("<|user|>Tell me about the light of seven stones<|end|><|assistant|>", max_new_tokens=100)
+    ((_, answer),) = tiny.engine(dataclasses.replace(SMALL, chunk=64)).run([request])
+    (whole,) = tiny.generate([request.prompt], max_new_tokens=100)
+    assert len(answer.tokens) == 100
+    assert answer.tokens == whole.tokens
+
+
 def test_int8_cache(tiny):
     """Close to the exact cache: the same first tokens, half the bytes of bfloat16."""
     engine = tiny.engine(dataclasses.replace(SMALL, cache_dtype="int8"))

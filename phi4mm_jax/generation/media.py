@@ -154,7 +154,7 @@ class FeatureStore:
 
     def _index(self, media: RowMedia, start: int, stop: int) -> np.ndarray:
         unit, offset = media.unit[start:stop], media.offset[start:stop]
-        index = np.full(stop - start, NO_MEDIA, np.int32)
+        index = np.full(len(unit), NO_MEDIA, np.int32)  # none where a chunk begins behind the prompt
         index[unit == _SUB_SEPARATOR], index[unit == _GLOBAL_SEPARATOR] = 0, 1
         for number in np.unique(unit[unit >= 0]).tolist():
             blocks = np.asarray(self._blocks[media.units[number].digest])

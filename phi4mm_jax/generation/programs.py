@@ -70,8 +70,8 @@ class Beams(NamedTuple):
 class Candidates(NamedTuple):
     """The C likeliest tokens after each row, the likeliest first, and their log-probabilities."""
 
-    tokens: Int[Array, "R C"]
-    log_probabilities: Float[Array, "R C"]
+    tokens: Int[Any, "R C"]
+    log_probabilities: Float[Any, "R C"]
 
 
 class Programs:
