@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -54,7 +55,7 @@ class Soak:
         for _ in range(streams):
             stream = self.engine.stream(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=50))
             next(stream)
-            stream.close()
+            stream.close()  # type: ignore
             ended["closed"] += 1
         return ended
 
@@ -64,7 +65,7 @@ class Soak:
             draw.choice([0.0, 0.0, 0.9]), draw.choice([0, 7]), seed=draw.randrange(1000),
             repetition_penalty=draw.choice([1.0, 1.0, 1.2]),
         )  # fmt: skip
-        settings = {"max_new_tokens": draw.randint(1, 12), "sampling": sampling}
+        settings: dict[str, Any] = {"max_new_tokens": draw.randint(1, 12), "sampling": sampling}
         text = f"<|user|>%sTell me {draw.randrange(10**6)}{' more' * draw.choice([0, 5, 60])}<|end|><|assistant|>"
         match draw.choices(["text", "image", "clip", "wrong", "long"], [80, 6, 6, 4, 4])[0]:
             case "image":
@@ -74,7 +75,7 @@ class Soak:
             case "wrong":
                 return Request(text % "<|image_1|>", [draw.randbytes(64)], **settings)
             case "long":
-                return Request(text % "", **settings | {"max_new_tokens": 10**6})
+                return Request(text % "", max_new_tokens=10**6)
         return Request(text % "", **settings)
 
     def lost(self) -> tuple[int, int]:
@@ -103,7 +104,7 @@ def main() -> int:
     wanted = parser.parse_args().requests
     compiled = 0
 
-    def count(event: str, _seconds: float, **_) -> None:
+    def count(event: str, duration_secs: float, **_) -> None:
         nonlocal compiled
         compiled += event.endswith("backend_compile_duration")
 

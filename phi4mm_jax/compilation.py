@@ -10,8 +10,8 @@ from phi4mm_jax.errors import InputError
 
 def default_folder() -> Path:
     """Where jax is told to keep compiled programs, else a folder of ours in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(jax.config.jax_compilation_cache_dir or cache / "phi4mm-jax" / "compiled")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache, "phi4mm-jax", "compiled"))
 
 
 def keep_compiled(folder: str | Path) -> None:

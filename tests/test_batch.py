@@ -316,10 +316,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, compiled):
     source, output = write(tmp_path / "in", [{"prompt": f"a {i}"} for i in range(12)]), tmp_path / "out"
     assert run(source, tmp_path / "whole", compiled, "--ordered").returncode == 0
     size = (tmp_path / "whole").stat().st_size // 2
-    limited = (
-        f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size}, {size})); import infer.batch as b; exit(b.main())"
-    )
-    full = run(source, output, "", "--ordered", program=["-c", limited])
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    program = "-c", f"{limit}; from infer import batch; sys.exit(batch.main())"
+    full = run(source, output, compiled, "--ordered", program=program)
     assert full.returncode == 2, full.stderr
     last = full.stderr.splitlines()[-1]
     assert last.startswith(f"error: {output}: cannot be written (File too large)"), full.stderr
@@ -339,6 +338,8 @@ def test_the_second_start_compiles_nothing(tmp_path):
     for output in ("first", "second"):
         result = run(source, tmp_path / output, folder)
         assert result.returncode == 0, result.stderr
+        assert "1/1" in result.stderr
+        assert "tokens/s" in result.stderr
         assert "1 answers, 0 of them errors" in result.stderr
         kept.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
     assert kept[0] == kept[1]

@@ -1,6 +1,7 @@
 """What a round costs depends on the tokens that are there: not on the cache's size, nor on how long rows may get."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ class Compiling:
 
     def __init__(self, programs):
         self._programs, self.model, self.place = programs, programs.model, programs.place
+        self.compiled: Any = None
+        self.changed: list[Any] = []
 
     def __getattr__(self, name):
         def program(*arguments, **named):
@@ -32,7 +35,7 @@ class Compiling:
 
 def compiled(tiny, config, program):
     """The compiled program, and the bytes of what it is given to change."""
-    programs = Compiling(tiny._programs)
+    programs: Any = Compiling(tiny._programs)
     engine = Engine(programs, tiny.variables, tiny.processor, config)
     nothing = np.zeros((1, 256), np.int32)
     stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(every_stack(tiny.config)))}
