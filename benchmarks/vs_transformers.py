@@ -1,0 +1,479 @@
+"""Speed beside transformers' own Phi4Multimodal on PyTorch: same weights, same answers, same threads, in one run.
+
+    python -m benchmarks.vs_transformers [--small] [--rows NAME ...] [--rounds N]
+
+The model has the release's widths and vocabulary but few layers, in float32. A ratio is PyTorch's time over ours: from
+1.0 on, ours is as fast. Both sides are warm, run in turns, and their fastest round counts. Before a row is timed both
+must give the same result. PyTorch is given its best: the faster of its two kinds of attention (the vision tower's
+SDPA, which is causal by mistake, put right), the vision layer and pooling head whose results nobody takes left out,
+media of one size in a batch, so that nothing is padded but the text.
+
+Needs `pip install '.[tests]'`.
+"""
+
+import argparse
+import dataclasses
+import json
+import lzma
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+from PIL import Image
+from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, PreTrainedTokenizerFast
+
+import phi4mm_jax
+from phi4mm_jax.checkpoint.random import write_random_checkpoint
+from phi4mm_jax.config import RELEASE_TOWER
+from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.processing.audio import log_mel
+from phi4mm_jax.processing.batch import ImageStack
+from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_image
+from phi4mm_jax.processing.processor import Row
+from tests import torch_native
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+IMAGE, AUDIO = "<|endoftext10|>", "<|endoftext11|>"  # their placeholders, as transformers' users repeat them
+RATE = 16000
+STEPS = 8  # tokens decoded at once
+Timed = Callable[[], float]  # seconds of one call
+
+
+class Sizes(NamedTuple):
+    """How large the rows are."""
+
+    crops: tuple[int, ...]
+    seconds: tuple[int, ...]
+    prompts: tuple[int, ...]
+    cached: int
+    images: tuple[int, int]
+    clip: int
+    mixed: int  # prompts
+    answers: tuple[int, int]  # tokens of theirs: from, and to below
+
+
+FULL = Sizes((1, 8), (10, 40), (256, 2048), 512, (1600, 1200), 30, 32, (8, 65))
+SMALL = Sizes((1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9))
+
+
+class Contest(NamedTuple):
+    """One row: how much both sides do, and what each takes for it."""
+
+    amount: float
+    unit: str
+    ours: Timed
+    theirs: dict[str, Timed]
+
+
+class Prompt(NamedTuple):
+    """One of the mixed batch."""
+
+    text: str
+    image: Image.Image | None
+    clip: np.ndarray | None
+    new_tokens: int
+
+    @property
+    def adapter(self) -> torch_native.Adapter | None:
+        return "vision" if self.image is not None else "speech" if self.clip is not None else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="those whose name begins so")
+    parser.add_argument("--rounds", type=int, default=5, help="of each row; the fastest counts")
+    arguments = parser.parse_args()
+    threads = len(os.sched_getaffinity(0))  # as many as XLA takes
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    print(f"{threads} threads, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
+        sides = Sides(checkpoint, SMALL if arguments.small else FULL)
+    print("| row | ours | PyTorch | its attention | ratio |\n|---|---|---|---|---|", flush=True)
+    for name, make in sides.rows():
+        if not name.startswith(tuple(arguments.rows)):
+            continue
+        contest = make()
+        ours, theirs = fastest(contest, arguments.rounds)
+        kind = min(theirs, key=lambda k: theirs[k])
+        shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
+        cells = [f"{name}, {contest.unit}/s", *shown, kind, f"{theirs[kind] / ours:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
+    """Seconds of ours, and of each of theirs."""
+    sides = {"": contest.ours, **contest.theirs}
+    best = dict.fromkeys(sides, float("inf"))
+    for _ in range(rounds):
+        for name, call in sides.items():
+            time.sleep(0.1)  # until the other side's threads have stopped spinning
+            best[name] = min(best[name], call())
+    return best.pop(""), best
+
+
+def timed(function: Callable[[], Any]) -> Timed:
+    def call() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        return time.perf_counter() - start
+
+    return call
+
+
+def agree(name: str, ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
+    """The largest difference in units of the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    if not error < tolerance:
+        raise SystemExit(f"{name}: both sides must give the same result, but differ by {error:.2g}")
+
+
+# --- the weights ---
+
+
+def wide_checkpoint(folder: str) -> Path:
+    """Random weights of the release's widths, with two layers of each stack, and the real vocabulary."""
+    config = json.loads((FIXTURES / "ms_release_config.json").read_text())
+    config["num_hidden_layers"] = 2
+    config["audio_processor"]["config"]["num_blocks"] = 2
+    config["img_processor"] = {**RELEASE_TOWER, "num_hidden_layers": 3}  # the last one is not used
+    work = Path(folder)
+    (work / "config.json").write_text(json.dumps(config))
+    (work / "tokenizer.json").write_bytes(lzma.decompress((FIXTURES / "o200k" / "tokenizer.json.xz").read_bytes()))
+    (work / "tokenizer_config.json").write_text(json.dumps({"model_max_length": config["max_position_embeddings"]}))
+    shutil.copy(FIXTURES / "ms_tiny" / "preprocessor_config.json", work)
+    write_random_checkpoint(work / "config.json", work / "checkpoint", work, shard_bytes=1 << 30, say=lambda _: None)
+    return work / "checkpoint"
+
+
+def small_checkpoint(folder: str) -> Path:
+    """The tests' own, with the rotary sets' boundary out of reach: transformers chooses one set for a whole batch."""
+    checkpoint = Path(shutil.copytree(FIXTURES / "ms_tiny", Path(folder) / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
+
+
+class Sides:
+    """Both models and all rows."""
+
+    def __init__(self, checkpoint: Path, sizes: Sizes):
+        self.sizes = sizes
+        self.native = torch_native.load_native(checkpoint)
+        self.torch: Any = self.native.model
+        loaded = phi4mm_jax.load(checkpoint, dtype="float32")
+        # No token stops an answer, on either side: lengths are given.
+        self.torch.generation_config.eos_token_id = None
+        config = dataclasses.replace(loaded.config, stop_token_ids=())
+        self.ours = phi4mm_jax.Model(Phi4MM(config, loaded.module.dtype), loaded.variables, loaded.processor)
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="<|endoftext|>", padding_side="left"
+        )
+        self.extractor = Phi4MultimodalFeatureExtractor()
+        self.random = np.random.default_rng(0)
+        self.text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+        leave_out_unused(self.torch)
+
+    def rows(self) -> Iterator[tuple[str, Callable[[], Contest]]]:
+        s = self.sizes
+        for n in s.crops:
+            yield f"image encoder, {n} crop{'s' if n > 1 else ''}", lambda n=n: self.image_encoder(n)
+        for n in s.seconds:
+            yield f"audio encoder, {n} s", lambda n=n: self.audio_encoder(n)
+        for n in s.prompts:
+            yield f"prefill, {n} tokens", lambda n=n: self.prefill(n)
+        for n in (1, 8):
+            yield f"decoding, batch {n}, {s.cached} cached", lambda n=n: self.decode(n)
+        yield f"mixed batch of {s.mixed}", self.mixed
+        yield "processing of images", self.process_images
+        yield "processing of audio", self.process_audio
+        yield "tokenizer", self.tokenize
+
+    def each_attention(self, function: Callable[[], Any]) -> dict[str, Timed]:
+        def under(kind: str) -> Timed:
+            call = timed(function)
+
+            def switched() -> float:
+                use_attention(self.torch, kind)
+                return call()
+
+            return switched
+
+        return {kind: under(kind) for kind in ("sdpa", "eager")}
+
+    # --- encoders ---
+
+    def image_encoder(self, count: int) -> Contest:
+        vision = self.ours.config.vision
+        side, patches = vision.crop_size, vision.patches_per_side
+        crops = self.random.uniform(-1, 1, (count, side, side, 3)).astype(np.float32)
+        mask = np.ones((count, patches, patches), bool)
+        stack = ImageStack(crops, mask)
+        encode = jax.jit(lambda variables, stack: self.ours.module.apply(variables, stack, method="encode_images"))
+        variables = {"params": self.ours.variables["params"]}
+        embedder = self.torch.model.embed_tokens_extend.image_embed
+        pixels, masks = torch.from_numpy(crops.transpose(0, 3, 1, 2).copy()), torch.from_numpy(mask)
+
+        def theirs() -> torch.Tensor:
+            features = embedder.get_img_features(pixels, masks)
+            return embedder.img_projection_down(torch.nn.functional.gelu(embedder.img_projection_up(features)))
+
+        for kind in ("eager", "sdpa"):
+            use_attention(self.torch, kind)
+            expected = theirs().flatten(0, 1)
+            agree(f"image encoder, {kind}", encode(variables, stack)[: len(expected)], expected)
+        return Contest(count, "crops", timed(lambda: encode(variables, stack)), self.each_attention(theirs))
+
+    def audio_encoder(self, seconds: int) -> Contest:
+        frames = log_mel(self.noise(seconds), RATE)
+        stack, rows = self.ours.processor._stack_clips([(frames, False)], 0)
+        encode = jax.jit(lambda variables, stack: self.ours.module.apply(variables, stack, method="encode_audio"))
+        variables = {"params": self.ours.variables["params"]}
+        taken = next(rows)
+        for kind in ("eager", "sdpa"):
+            use_attention(self.torch, kind)
+            expected = self.native.audio_embeds(frames, "speech")
+            agree(f"audio encoder, {kind}", np.asarray(encode(variables, stack))[taken], expected)
+        theirs = self.each_attention(lambda: self.native._audio_embeds(frames, "speech"))
+        return Contest(seconds, "seconds", timed(lambda: encode(variables, stack)), theirs)
+
+    # --- the decoder ---
+
+    def prefill(self, length: int) -> Contest:
+        engine = self.ours.engine(EngineConfig(slots=1, cache_tokens=4 * length))
+
+        def ours(row: Row) -> tuple[int, float]:
+            engine.submit(Request("", max_new_tokens=1), row)
+            answers = [u.completion for u in engine.step() if u.completion is not None]
+            return answers[0].tokens[0], answers[0].log_probabilities[0]
+
+        def theirs(row: Row) -> torch.Tensor:
+            ids = torch.from_numpy(row.tokens.astype(np.int64))[None]
+            return self.torch(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+        torch_native._use_adapter(self.torch, None)
+        row = self.random_row(length)
+        token, log_probability = ours(row)
+        agree("prefill", log_probability, torch.log_softmax(theirs(row), -1)[token])
+        agree("prefill", token, theirs(row).argmax())
+        # Other tokens each time: the engine keeps the pages of prompts that it has seen.
+        again = self.each_attention(lambda: theirs(self.random_row(length)))
+        return Contest(length, "tokens", timed(lambda: ours(self.random_row(length))), again)
+
+    def decode(self, batch: int) -> Contest:
+        cached = self.sizes.cached
+        rows = [self.random_row(cached) for _ in range(batch)]
+        answers = self.ours_decoded(rows, 2 * STEPS)
+        torch_native._use_adapter(self.torch, None)
+        cache = DynamicCache(config=self.torch.config)
+        ids = torch.from_numpy(np.stack([r.tokens for r in rows]).astype(np.int64))
+        use_attention(self.torch, "sdpa")
+        first = self.torch(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1)
+        first = first.logits[:, -1:].argmax(-1)
+
+        def theirs() -> torch.Tensor:
+            if more := cache.get_seq_length() - cached:
+                cache.crop(-more)
+            drawn = [first]
+            for _ in range(STEPS):
+                logits = self.torch(input_ids=drawn[-1], use_cache=True, past_key_values=cache).logits
+                drawn.append(logits[:, -1:].argmax(-1))
+            return torch.cat(drawn, 1)
+
+        agree("decoding", [a[: STEPS + 1] for a in answers], theirs())
+        engine = self.ours.engine(EngineConfig(slots=batch, cache_tokens=2 * batch * (cached + 512), steps=STEPS))
+        for row in rows:
+            engine.submit(Request("", max_new_tokens=500), row)
+        for _ in range(batch + 2):  # all are prefilled, and decode
+            engine.step()
+        return Contest(batch * STEPS, "tokens", timed(engine.step), self.each_attention(theirs))
+
+    def ours_decoded(self, rows: Sequence[Row], count: int) -> list[list[int]]:
+        engine = self.ours.engine(EngineConfig(slots=len(rows), cache_tokens=1024 * len(rows), steps=STEPS))
+        numbers = [engine.submit(Request("", max_new_tokens=count), row) for row in rows]
+        answers: dict[int, list[int]] = {}
+        while len(answers) < len(rows):
+            answers |= {u.id: u.completion.tokens for u in engine.step() if u.completion is not None}
+        return [answers[n] for n in numbers]
+
+    # --- end to end ---
+
+    def mixed(self) -> Contest:
+        """Prompts and answers of many lengths, a third of them with an image, a third with a clip."""
+        prompts = [self.prompt(i % 3) for i in range(self.sizes.mixed)]
+        requests = [
+            Request(
+                f"<|user|>{'<|image_1|>' if p.image else ''}{'<|audio_1|>' if p.clip is not None else ''}"
+                f"{p.text}<|end|><|assistant|>",
+                images=() if p.image is None else (p.image,),
+                audios=() if p.clip is None else ((p.clip, RATE),),
+                max_new_tokens=p.new_tokens,
+            )
+            for p in prompts
+        ]
+
+        def ours() -> list[list[int]]:
+            engine = self.ours.engine(EngineConfig(slots=16))  # a new one: nothing is in its cache
+            answers = dict(engine.run(requests))
+            return [answers[i].tokens for i in range(len(requests))]
+
+        def theirs() -> list[list[int]]:
+            answers: list[list[int]] = [[]] * len(prompts)
+            for adapter in (None, "vision", "speech"):
+                group = [i for i, p in enumerate(prompts) if p.adapter == adapter]
+                torch_native._use_adapter(self.torch, adapter)
+                for i, tokens in zip(group, self.generate([prompts[i] for i in group]), strict=True):
+                    answers[i] = tokens[: prompts[i].new_tokens]
+            return answers
+
+        use_attention(self.torch, "sdpa")
+        for i, (a, b) in enumerate(zip(ours(), theirs(), strict=True)):
+            if a != b:
+                raise SystemExit(f"mixed batch: prompt {i} ({prompts[i].adapter}) is answered {a} and {b}")
+        total = sum(p.new_tokens for p in prompts)
+        return Contest(total, "tokens", timed(ours), self.each_attention(theirs))
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """As transformers' users must: one modality, padded on the left, until the longest answer ends."""
+        media: dict[str, Any] = {}
+        before = ""
+        if prompts[0].image is not None:
+            crops, masks, grids = zip(*(plain_crops(p.image) for p in prompts if p.image is not None), strict=True)
+            media = {
+                "image_pixel_values": torch.stack(crops), "image_attention_mask": torch.stack(masks),
+                "image_sizes": torch.tensor([[448 * rows, 448 * columns] for rows, columns in grids]),
+            }  # fmt: skip
+            before = IMAGE * (256 + 16 + 1 + sum(16 * r * (16 * c + 1) for r, c in grids[:1]))
+        if prompts[0].clip is not None:
+            clips = [p.clip for p in prompts if p.clip is not None]
+            made = self.extractor(clips, sampling_rate=RATE, return_tensors="pt")
+            media = {k: made[k] for k in ("audio_input_features", "audio_embed_sizes")}
+            before = AUDIO * int(made["audio_embed_sizes"][0])
+        texts = [f"<|user|>{before}{p.text}<|end|><|assistant|>" for p in prompts]
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
+        made = self.torch.generate(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], **media,
+            max_new_tokens=max(p.new_tokens for p in prompts), do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )  # fmt: skip
+        return made[:, encoded["input_ids"].shape[1] :].tolist()
+
+    def prompt(self, kind: int) -> Prompt:
+        start = self.random.integers(len(self.text) // 2)
+        text = " ".join(self.text[start:].split()[: self.random.integers(10, 150)])
+        pixels = self.random.integers(0, 256, (448, 448, 3)).astype(np.uint8)
+        image = Image.fromarray(pixels) if kind == 1 else None
+        return Prompt(text, image, self.noise(6) if kind == 2 else None, int(self.random.integers(*self.sizes.answers)))
+
+    # --- processing ---
+
+    def process_images(self) -> Contest:
+        width, height = self.sizes.images
+        image = Image.fromarray(self.random.integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+        def ours() -> np.ndarray:
+            return preprocess_image(load_image(image)).crops
+
+        agree("processing of images", ours(), plain_crops(image)[0].numpy().transpose(0, 2, 3, 1))
+        return Contest(1, "images", timed(ours), {"plain torch": timed(lambda: plain_crops(image))})
+
+    def process_audio(self) -> Contest:
+        samples = self.noise(self.sizes.clip)
+
+        def theirs() -> torch.Tensor:
+            return self.extractor(samples, sampling_rate=RATE, return_tensors="pt")["audio_input_features"]
+
+        agree("processing of audio", log_mel(samples, RATE), theirs()[0])
+        return Contest(
+            self.sizes.clip, "seconds", timed(lambda: log_mel(samples, RATE)), {"feature extractor": timed(theirs)}
+        )
+
+    def tokenize(self) -> Contest:
+        texts = self.text.split("\n\n")
+        tokenizer = self.ours.processor.tokenizer
+
+        def ours() -> list[list[int]]:
+            return [tokenizer.encode(text) for text in texts]
+
+        def one_by_one() -> list[list[int]]:
+            return [self.tokenizer(text)["input_ids"] for text in texts]
+
+        def together() -> list[list[int]]:
+            return self.tokenizer(texts)["input_ids"]
+
+        if not ours() == one_by_one() == together():
+            raise SystemExit("tokenizer: both sides must give the same ids")
+        theirs = {"one by one": timed(one_by_one), "together": timed(together)}
+        return Contest(sum(map(len, ours())), "tokens", timed(ours), theirs)
+
+    # --- inputs ---
+
+    def noise(self, seconds: float) -> np.ndarray:
+        return (0.1 * self.random.standard_normal(int(seconds * RATE))).astype(np.float32)
+
+    def random_row(self, length: int) -> Row:
+        """Ordinary tokens."""
+        return Row(self.random.integers(0, 500, length).astype(np.int32), (), (), ())
+
+
+# --- PyTorch at its best ---
+
+
+def use_attention(model: torch.nn.Module, kind: str) -> None:
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = kind  # type: ignore[union-attr]
+
+
+def leave_out_unused(model: Any) -> None:
+    """The last vision layer and the pooling head; and the tower attends to all patches, by SDPA too."""
+    tower = model.model.embed_tokens_extend.image_embed.img_processor
+    tower.encoder.layers[-1].forward = lambda hidden, *_, **__: hidden
+    tower.post_layernorm.forward = lambda hidden: hidden
+    tower.head.forward = lambda hidden_state, attention_mask: hidden_state[:, 0]
+    for layer in tower.encoder.layers:
+        layer.self_attn.is_causal = False
+
+
+def plain_crops(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """Crops (C, 3, 448, 448), masks (C, 32, 32), and the grid, by the release's arithmetic in plain Pillow and torch.
+
+    transformers' image processor needs torchvision, which is not among the requirements of the tests.
+    """
+    side, width, height = 448, *image.size
+    columns, rows = choose_grid(width, height)
+    scale = min(columns * side / width, rows * side / height)
+    new_width, new_height = (
+        (columns * side, int(height * scale)) if columns * side / width == scale else (int(width * scale), rows * side)
+    )
+    canvas = Image.new("RGB", (columns * side, rows * side), (255, 255, 255))
+    canvas.paste(image.convert("RGB").resize((new_width, new_height), Image.Resampling.BILINEAR), (0, 0))
+    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+    whole = torch.nn.functional.interpolate(pixels[None], (side, side), mode="bicubic")
+    crops = pixels.reshape(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
+    mask = torch.ones(rows * 32, columns * 32)
+    if right := (columns * side - new_width) // 14:
+        mask[:, -right:] = 0
+    if below := (rows * side - new_height) // 14:
+        mask[-below:] = 0
+    masks = mask.reshape(rows, 32, columns, 32).transpose(1, 2).reshape(-1, 32, 32)
+    return torch.cat([whole, crops]), torch.cat([torch.ones(1, 32, 32), masks]), (rows, columns)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
