@@ -4,11 +4,12 @@ Each line of the input is an object:
 
     {"id": "a1", "prompt": "<|user|><|image_1|>What is this?<|end|><|assistant|>", "images": ["a.png"], "audios": [],
      "max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-     "seed": 0, "stop": []}
+     "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
 Without "id", a line's id is its number, from 0. Paths are relative to the input file; media may be `data:` URLs. Each
-line of the output has the id and the text, tokens, finish_reason and prompt_tokens, or the id and "error".
+line of the output has the id and the text, tokens, finish_reason and prompt_tokens, or the id and "error"; with beams
+also the "alternatives", best first, each with its text, tokens and score.
 
 A run that was stopped goes on where it was: what the output has is not answered again. With --hosts N --host I, this
 run answers the lines whose number is I modulo N; give each an output of its own.
@@ -37,6 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="of all rows together")
+    parser.add_argument("--beams", metavar="N", type=int, default=1, help="the most that a line may ask for")
+    parser.add_argument(
+        "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
+    )
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
     parser.add_argument("--hosts", metavar="N", type=int, default=1)
@@ -59,7 +64,10 @@ def main() -> int:
     lines = read_requests(
         arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host
     )
-    config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype)
+    config = EngineConfig(
+        slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
+        beams=arguments.beams,
+    )  # fmt: skip
     if arguments.output.exists() and arguments.output.samefile(arguments.input):
         raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
     if arguments.compilation_cache:
@@ -75,7 +83,7 @@ def main() -> int:
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, merge=arguments.merge, progress=advance)
     engine = model.engine(config)
     if arguments.warmup:
         with progress_bar("Compiling") as advance:

@@ -16,7 +16,7 @@ from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops"}
+_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty"}
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios"}
 
 
@@ -243,10 +243,15 @@ class AnswerFile:
 def _answer(line: Line, completion: Completion) -> dict[str, Any]:
     if completion.error is not None:
         return {"id": line.id, "error": f"line {line.number + 1}: {completion.error}"}
-    return {
+    answer = {
         "id": line.id, "text": completion.text, "tokens": completion.tokens,
         "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens,
     }  # fmt: skip
+    if completion.alternatives:
+        answer["alternatives"] = [
+            {"text": a.text, "tokens": a.tokens, "score": a.score} for a in completion.alternatives
+        ]
+    return answer
 
 
 def _key(name: Any) -> tuple[str, Any]:
