@@ -34,16 +34,14 @@ _STEPS = 8  # of a round
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_cost", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_cost", description="What a decoding step costs.")
     parser.add_argument("--layers", metavar="N", type=int, default=2, help="of the decoder and of the vision tower")
     parser.add_argument("--rounds", metavar="N", type=int, default=7, help="of 8 steps; the median counts")
     parser.add_argument("--image", metavar="PIXELS", type=int, default=896, help="side of each image")
     arguments = parser.parse_args()
     model = random_model(arguments.layers)
-    for table in (steps(model, arguments.rounds), questions(model, arguments.image)):
-        Console().print(table)
+    Console().print(steps(model, arguments.rounds))
+    Console().print(questions(model, arguments.image))
     return 0
 
 

@@ -185,6 +185,39 @@ def test_cancelling_frees_the_slot(tiny):
     assert engine._pool.available == engine.config.pages
 
 
+def test_answers_reach_who_asked(tiny):
+    """Two streams, a run and requests of their own, one between the other; closing one takes nothing from the rest."""
+    prompts = texts(5, seed=11)
+    alone = [c.text for c in tiny.generate(prompts, max_new_tokens=12)]
+    engine = tiny.engine(SMALL)
+    own = engine.submit(Request(prompts[0], max_new_tokens=12))
+    first, second = (engine.stream(Request(p, max_new_tokens=12)) for p in prompts[1:3])
+    pieces = next(first), next(second)
+    run = engine.run([Request(p, max_new_tokens=12) for p in prompts[3:]])
+    place, completion = next(run)
+    assert completion.text == alone[3 + place]
+    run.close()
+    assert pieces[1] + "".join(second) == alone[2]
+    assert pieces[0] + "".join(first) == alone[1]
+    updates = []
+    while not engine.idle:
+        updates += engine.step()
+    assert {u.id for u in updates} == {own}
+    assert "".join(u.text for u in updates) == alone[0]
+    assert engine._pool.available == engine.config.pages
+
+
+def test_a_library_that_fails_is_one_answer(tiny, monkeypatch):
+    engine = tiny.engine(SMALL)
+    row = engine._processor.row
+    monkeypatch.setattr(
+        engine._processor, "row", lambda prompt, *rest: row(prompt, *rest) if prompt != "bad" else 1 // 0
+    )
+    answers = dict(engine.run([Request("bad"), Request("fine", max_new_tokens=2)]))
+    assert "ZeroDivisionError" in answers[0].error
+    assert len(answers[1].tokens) == 2
+
+
 def test_errors_are_answers(tiny):
     requests = [Request("fine", max_new_tokens=2), Request("<|image_1|>", max_new_tokens=2), Request("x" * 200_000)]
     answers = dict(tiny.engine(SMALL).run(requests))

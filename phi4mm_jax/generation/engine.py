@@ -7,7 +7,7 @@ the device computes, with a handful of programs whose shapes never change.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -184,12 +184,29 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One round. Updates come in the order of their slots; a request that cannot be served ends with an error."""
+        self._round()
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _round(self) -> None:
         self._admit()
         self._prefill()
         self._decode()
         self._extend()
-        updates, self._updates = self._updates, []
-        return updates
+
+    def _take(self, numbers: Collection[int]) -> list[Update]:
+        """What there is for these requests, if need be after a round. What is for others stays for them."""
+        if not any(update.id in numbers for update in self._updates):
+            self._round()
+        taken = [update for update in self._updates if update.id in numbers]
+        self._updates = [update for update in self._updates if update.id not in numbers]
+        return taken
+
+    def _drop(self, numbers: Collection[int]) -> None:
+        """Cancel requests whose answers nobody waits for."""
+        for number in numbers:
+            self.cancel(number)
+        self._updates = [update for update in self._updates if update.id not in numbers]
 
     def run(self, requests: Iterable[Request], ahead: int | None = None) -> Iterator[tuple[int, Completion]]:
         """Answer requests as they come, in the order in which they end.
@@ -205,33 +222,38 @@ class Engine:
         incoming = enumerate(requests)
         places: dict[int, int] = {}
         more = True
-        while more or places:
-            while more and len(self._waiting) < ahead + sum(a is None for a in self._slots):
-                place, request = next(incoming, (None, None))
-                if request is None or place is None:
-                    more = False
-                else:
-                    places[self.submit(request)] = place
-            for update in self.step():
-                if update.completion is not None and update.id in places:
-                    yield places.pop(update.id), update.completion
+        try:
+            while more or places:
+                while more and len(self._waiting) < ahead + sum(a is None for a in self._slots):
+                    place, request = next(incoming, (None, None))
+                    if request is None or place is None:
+                        more = False
+                    else:
+                        places[self.submit(request)] = place
+                for update in self._take(places):
+                    if update.completion is not None:
+                        yield places.pop(update.id), update.completion
+        finally:
+            self._drop(list(places))
 
     def stream(self, request: Request) -> Iterator[str]:
-        """The answer in pieces of text, none of which splits a character. Closing the iterator cancels the request."""
+        """The answer in pieces of text, none of which splits a character. Closing the iterator cancels the request.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
         number, done = self.submit(request), False
         try:
             while not done:
-                for update in self.step():
-                    if update.id == number:
-                        done = update.completion is not None
-                        if update.completion is not None and update.completion.error:
-                            raise InputError(update.completion.error)
-                        if update.text:
-                            yield update.text
+                for update in self._take([number]):
+                    done = update.completion is not None
+                    if update.completion is not None and update.completion.error:
+                        raise InputError(update.completion.error)
+                    if update.text:
+                        yield update.text
         finally:
             if not done:
-                self.cancel(number)
-                self._updates = [u for u in self._updates if u.id != number]
+                self._drop([number])
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every program for every shape: no request will have to wait for a compilation.
@@ -283,9 +305,10 @@ class Engine:
                 return  # the others go on meanwhile
             try:
                 active = self._activate(number, request, *work.result())
-            except InputError as error:
+            except Exception as error:  # whatever a medium makes a library raise, the others are answered
                 self._waiting.popleft()
-                self._updates.append(Update(number, "", Completion("", [], "error", 0, error=str(error))))
+                cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                self._updates.append(Update(number, "", Completion("", [], "error", 0, error=cause)))
                 continue
             if not self._promise(active):
                 return
