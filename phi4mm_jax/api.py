@@ -168,10 +168,12 @@ class Model:
                 "shorten it"
             )
         engine = self._engine_for(rows, requests[0].max_new_tokens)
+        self._last_engine = None  # what an interruption leaves in it is not met again
         numbers = [engine.submit(request, row) for request, row in zip(requests, rows, strict=True)]
         answers: dict[int, Completion] = {}
         while len(answers) < len(numbers):
             answers |= {u.id: u.completion for u in engine.step() if u.completion is not None}
+        self._last_engine = engine
         return [answers[number] for number in numbers]
 
     def engine(self, config: EngineConfig | None = None) -> Engine:

@@ -194,7 +194,7 @@ class Engine:
         self._decode()
         self._extend()
 
-    def _take(self, numbers: Collection[int]) -> list[Update]:
+    def _updates_of(self, numbers: Collection[int]) -> list[Update]:
         """What there is for these requests, if need be after a round. What is for others stays for them."""
         if not any(update.id in numbers for update in self._updates):
             self._round()
@@ -230,7 +230,7 @@ class Engine:
                         more = False
                     else:
                         places[self.submit(request)] = place
-                for update in self._take(places):
+                for update in self._updates_of(places):
                     if update.completion is not None:
                         yield places.pop(update.id), update.completion
         finally:
@@ -245,7 +245,7 @@ class Engine:
         number, done = self.submit(request), False
         try:
             while not done:
-                for update in self._take([number]):
+                for update in self._updates_of([number]):
                     done = update.completion is not None
                     if update.completion is not None and update.completion.error:
                         raise InputError(update.completion.error)
