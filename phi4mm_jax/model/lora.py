@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, contract, declare
+from phi4mm_jax.precision import einsum
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
 ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index
