@@ -60,6 +60,13 @@ def native(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    """Each file's compiled programs are freed after it: thousands at once exceed the memory maps a process may have."""
+    yield
+    jax.clear_caches()
+
+
 _compilations: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, _seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
