@@ -42,3 +42,4 @@ class Batch(NamedTuple):
     media: Int[Any, "B T"]  # row of the features, or NO_MEDIA: the token's own embedding
     images: ImageStack | None
     audio: AudioStack | None
+    segments: Int[Any, "B T"] | None = None  # packed rows: which sample a token belongs to, from 1 on; 0 for padding
