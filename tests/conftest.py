@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import phi4mm_jax
+from phi4mm_jax.checkpoint.table import UNUSED, Tensor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "ms_tiny"
@@ -92,3 +93,16 @@ def media_of(case: dict) -> dict:
         "images": [[TINY / "inputs" / f"image_{i}.png" for i in case["images"]]],
         "audios": [[TINY / "inputs" / f"audio_{i}.flac" for i in case["audios"]]],
     }
+
+
+def original_tensor(tensor: Tensor, variables) -> np.ndarray:
+    """A tensor of the original layout, from variables with stacked layers; zeros for one that is never used."""
+    if tensor.collection == UNUSED:
+        return np.zeros(tensor.shape)
+    values = []
+    for part in tensor.parts:
+        value = variables
+        for key in part.path:
+            value = value[key]
+        values.append(np.asarray(value if tensor.layer is None else value[tensor.layer]))
+    return tensor.join(values)

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.generation.programs import _copy_pages
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
 from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedRows, Decoder, Rows
@@ -165,7 +165,7 @@ def decoder_of(layers):
     narrow = replace(
         config, num_layers=layers, embed_dim=768, num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_dim=512, vocab_size=128
     )
-    decoder = Decoder(BlockConfig(narrow, (("lora_speech", 320),)), scan=True, remat="none")
+    decoder = Decoder(BlockConfig(narrow, (("lora_speech", LoraConfig(320, 640, 0.01)),)), scan=True, remat="none")
     x, rows = inputs(narrow, BATCH, LENGTH)
     variables = jax.eval_shape(lambda key, *x: decoder.init(key, *x, None), jax.random.key(0), x, rows)
     return decoder, jax.tree.map(lambda v: shape(*v.shape), nn.unbox(variables)), narrow

@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, golden_gradient_cases, media_of
+from conftest import TINY, golden_cases, golden_gradient_cases, media_of, original_tensor
 
 from phi4mm_jax.checkpoint.original import original_table
-from phi4mm_jax.checkpoint.table import UNUSED, Tensor
 from phi4mm_jax.goldens import audio_tensors, image_tensors
 from phi4mm_jax.model import Phi4MM
 
@@ -79,7 +78,7 @@ def test_loss_and_gradients(tiny, goldens, name, remat):
 
     compared = 0
     for tensor in original_table(tiny.config):
-        gradient = tensor_of(tensor, gradients)
+        gradient = original_tensor(tensor, gradients)
         golden = goldens.get(f"{name}.grad.{tensor.name}")
         if golden is not None:
             assert np.linalg.norm(gradient - golden) <= 3e-4 * np.linalg.norm(golden), tensor.name
@@ -89,16 +88,3 @@ def test_loss_and_gradients(tiny, goldens, name, remat):
             # atol: the gradient of a key's bias is zero but for rounding, as softmax ignores it
             np.testing.assert_allclose(np.linalg.norm(gradient), norm[0], rtol=1e-3, atol=1e-6, err_msg=tensor.name)
     assert compared == len([k for k in goldens if k.startswith(f"{name}.grad.")])
-
-
-def tensor_of(tensor: Tensor, variables) -> np.ndarray:
-    """A tensor of the original layout, from variables with stacked layers; zeros for one that is never used."""
-    if tensor.collection == UNUSED:
-        return np.zeros(tensor.shape)
-    values = []
-    for part in tensor.parts:
-        value = variables
-        for key in part.path:
-            value = value[key]
-        values.append(np.asarray(value if tensor.layer is None else value[tensor.layer]))
-    return tensor.join(values)

@@ -103,9 +103,7 @@ def close(ours, theirs, relative: float) -> None:
 def test_decoder_layer_at_full_width(release, factors, adapter):
     state, run = torch_native.decoder_layer(RELEASE, seed=0)
     variables = layer_variables(release, state, "model.layers.0.")
-    config = decoder.BlockConfig(
-        release.decoder, tuple((name, c.rank) for name, c in lora.lora_configs(release).items())
-    )
+    config = decoder.BlockConfig(release.decoder, tuple(lora.lora_configs(release).items()))
     length = 96
     x = np.random.default_rng(0).standard_normal((1, length, 3072)).astype(np.float32)
     long = jnp.asarray([factors == "long"])

@@ -63,7 +63,7 @@ def _clip(index: int) -> np.ndarray:
     return load_file(TINY / "goldens.safetensors")[f"audio_{index}.features"]
 
 
-def _media(case: dict[str, Any]) -> tuple[list[NativeImage], list[np.ndarray], Adapter | None]:
+def native_media(case: dict[str, Any]) -> tuple[list[NativeImage], list[np.ndarray], Adapter | None]:
     images = [_image(index) for index in case["images"]]
     return images, [_clip(index) for index in case["audios"]], ADAPTER_OF_MODE[case["mode"]]
 
@@ -175,7 +175,7 @@ def test_audio(native: NativeModel, goldens: dict[str, np.ndarray], index: int):
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
-    logits = native.logits(goldens[f"{name}.input_ids"], *_media(CASES[name]))
+    logits = native.logits(goldens[f"{name}.input_ids"], *native_media(CASES[name]))
     tolerance = MULTI_TOLERANCE if name == "vision_multi" else LOGITS_TOLERANCE
     assert logits.dtype == np.float32
     assert _error(logits[-24:], goldens[f"{name}.logits"]) < tolerance
@@ -185,7 +185,7 @@ def test_logits(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
 @pytest.mark.parametrize("name", GENERATED)
 def test_greedy(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     recorded = goldens[f"{name}.generated"]
-    tokens = native.greedy(goldens[f"{name}.input_ids"], *_media(CASES[name]), new_tokens=len(recorded))
+    tokens = native.greedy(goldens[f"{name}.input_ids"], *native_media(CASES[name]), new_tokens=len(recorded))
     np.testing.assert_array_equal(tokens, recorded)
 
 
@@ -203,7 +203,7 @@ def _under(goldens: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 @pytest.mark.parametrize("name", GRAD_CASES)
 def test_loss_and_gradients(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     """Every gradient's norm, and some gradients whole; the names show that the same parameters take part."""
-    images, audios, adapter = _media(GRAD_CASES[name])
+    images, audios, adapter = native_media(GRAD_CASES[name])
     # The prompt is that of the case of the same name, with other media, hence other numbers of placeholders.
     prompt = goldens[f"{name.removeprefix('grad_')}.input_ids"]
     prompt = _respan(prompt, TINY_CONFIG["image_token_id"], [torch_native.image_tokens(image) for image in images])
@@ -236,7 +236,7 @@ def test_loss_and_gradients(native: NativeModel, goldens: dict[str, np.ndarray],
 def test_the_native_forward_merges_alike(native: NativeModel, goldens: dict[str, np.ndarray]):
     """One image and one clip handed to the native forward itself: its merging and its choice of projector are ours."""
     ids = goldens["vision_speech.input_ids"]
-    (image,), (clip,), adapter = _media(CASES["vision_speech"])
+    (image,), (clip,), adapter = native_media(CASES["vision_speech"])
     ours = native.logits(ids, [image], [clip], adapter)  # leaves the adapter selected
     with torch.no_grad():
         theirs = native.model(
@@ -291,7 +291,7 @@ def test_bfloat16(native: NativeModel, goldens: dict[str, np.ndarray]):
     assert {parameter.dtype for parameter in half.parameters().values()} == {torch.bfloat16}
     assert half.model.model.rotary_emb.inv_freq.dtype == torch.float32
     for name in ("text", "speech", "vision"):
-        media = _media(CASES[name])
+        media = native_media(CASES[name])
         logits = half.logits(goldens[f"{name}.input_ids"], *media)
         assert logits.dtype == np.float32
         assert 1e-3 < _relative(logits, native.logits(goldens[f"{name}.input_ids"], *media)) < 0.1

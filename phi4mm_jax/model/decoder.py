@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from phi4mm_jax.config import DecoderConfig
+from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import decode_attention, flash_attention
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
@@ -59,14 +59,15 @@ class Rows(NamedTuple):
     sin: Float[Array, "B T R"]
     scales: RowScales
     cached: CachedRows | None = None
+    segments: Int[Array, "B T"] | None = None  # tokens attend to those of the same segment
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """The decoder's sizes with the adapters' ranks; hashable, as Linen modules want their attributes."""
+    """The decoder's sizes with its adapters'; hashable, as Linen modules want their attributes."""
 
     decoder: DecoderConfig
-    ranks: tuple[tuple[str, int], ...]
+    loras: tuple[tuple[str, LoraConfig], ...]  # by collection
 
     @property
     def num_layers(self) -> int:
@@ -127,14 +128,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, layer, rows: Rows, cache: Cache | None):
-        sizes, ranks = self.config.sizes, dict(self.config.ranks)
-        q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, ranks, name="qkv")(x, rows.scales)
+        sizes, loras = self.config.sizes, dict(self.config.loras)
+        q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
         if cache is None or rows.cached is None:
-            out = flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths)
+            out = flash_attention(
+                q, k, v, causal=True, kv_lengths=rows.lengths, q_segments=rows.segments, kv_segments=rows.segments
+            )
         else:
             out, cache = attend(q, k, v, layer, rows.cached, cache)
-        (out,) = Projection("NH", {"out": "D"}, sizes, ranks, name="out")(out, rows.scales)
+        (out,) = Projection("NH", {"out": "D"}, sizes, loras, name="out")(out, rows.scales)
         return out, cache
 
 
@@ -267,6 +270,6 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, rows: Rows):
-        sizes, ranks = self.config.sizes, dict(self.config.ranks)
-        gate, up = Projection("D", {"gate": "F", "up": "F"}, sizes, ranks, name="gate_up")(x, rows.scales)
-        return Projection("F", {"down": "D"}, sizes, ranks, name="down")(gated(up, gate), rows.scales)[0]
+        sizes, loras = self.config.sizes, dict(self.config.loras)
+        gate, up = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
+        return Projection("F", {"down": "D"}, sizes, loras, name="down")(gated(up, gate), rows.scales)[0]

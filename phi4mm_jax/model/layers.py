@@ -132,7 +132,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     stacked = nn.scan(
         block,
         variable_axes=dict.fromkeys(COLLECTIONS, 0),
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=config.num_layers,
         metadata_params={nn.PARTITION_NAME: "layers"},

@@ -67,7 +67,7 @@ class Projection(nn.Module):
     inputs: str
     outputs: Mapping[str, str]
     sizes: Sizes
-    ranks: Mapping[str, int]  # collection -> rank
+    loras: Mapping[str, LoraConfig]  # by collection
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
@@ -79,11 +79,15 @@ class Projection(nn.Module):
             )
             for name, axes in self.outputs.items()
         }
-        for collection, rank in self.ranks.items():
+        for collection, lora in self.loras.items():
             if not (self.is_initializing() or self.has_variable(collection, "a")):
                 continue
+            rank = lora.rank
             a = self._declare(collection, "a", self.inputs + "R", rank)
-            hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", x, a)  # (B, T, R)
+            seen = x
+            if lora.dropout and self.has_rng("dropout"):
+                seen = dropout(x, self.make_rng("dropout"), lora.dropout)
+            hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
             hidden = hidden * scales[collection].astype(x.dtype)[:, None, None]
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)
@@ -100,3 +104,12 @@ class Projection(nn.Module):
         shape = tuple(sizes[a] for a in axes)
         variable: Any = self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
         return variable.value
+
+
+def dropout(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
+    """Zero each value with probability `rate`, and scale the others up (arXiv:1207.0580).
+
+    Drawn from 16 bits a value, half of what 32 would cost; `rate` is met within 1/65536.
+    """
+    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 65536)
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)

@@ -19,7 +19,7 @@ MediaFeatures = Float[Array, "M D"]
 
 
 class Phi4MM(nn.Module):
-    """Phi-4-multimodal. `apply(variables, batch)` gives the logits.
+    """Phi-4-multimodal. `apply(variables, batch)` gives the logits; with `rngs={"dropout": key}` as in training.
 
     Attributes:
         dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
@@ -34,8 +34,8 @@ class Phi4MM(nn.Module):
 
     def setup(self):
         config = self.config
-        ranks = tuple((name, c.rank) for name, c in lora.lora_configs(config).items())
-        self.decoder = Decoder(BlockConfig(config.decoder, ranks), self.scan, self.remat)
+        loras = tuple(lora.lora_configs(config).items())
+        self.decoder = Decoder(BlockConfig(config.decoder, loras), self.scan, self.remat)
         self.vision = VisionTower(config.vision, self.scan, self.remat)
         self.image_embedder = ImageEmbedder({"D": config.vision.embed_dim, "E": config.decoder.embed_dim})
         self.speech = SpeechEncoder(config.speech, self.scan, self.remat)
@@ -49,7 +49,7 @@ class Phi4MM(nn.Module):
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """The decoder's output for whole rows, before the head."""
         embedded = self.embed(batch.tokens, batch.media, self.encode(batch.images, batch.audio))
-        return self.decode(embedded, batch.lengths, batch.adapters)[0]
+        return self.decode(embedded, batch.lengths, batch.adapters, segments=batch.segments)[0]
 
     def encode(self, images: ImageStack | None, audio: AudioStack | None) -> MediaFeatures | None:
         """The table that `Batch.media` indexes: embeddings of all crops, of the separators, of all chunks."""
@@ -84,6 +84,7 @@ class Phi4MM(nn.Module):
         cache: Cache | None = None,
         starts: Int[Array, " B"] | None = None,
         tables: Int[Array, "B M"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Run the decoder over new tokens: over whole rows, or with a cache over what comes after its tokens.
 
@@ -93,13 +94,16 @@ class Phi4MM(nn.Module):
                 row's cached keys were made with.
             starts: tokens of each row in the cache; with T > 1, a multiple of the page size, as T is.
             tables: the pages of each row, in the order of its tokens.
+            segments: of packed rows, which are taken whole: the sample that each token belongs to.
         """
         before = jnp.zeros_like(lengths) if starts is None else starts
-        positions = before[:, None] + jnp.arange(embedded.shape[1])
+        positions, sizes = before[:, None] + jnp.arange(embedded.shape[1]), lengths
+        if segments is not None:
+            positions, sizes = rope.within_segments(segments)
         settings = self.config.decoder.rope
-        cos, sin = rope.rotations(settings, positions, rope.is_long(settings, lengths) if long is None else long)
+        cos, sin = rope.rotations(settings, positions, rope.is_long(settings, sizes) if long is None else long)
         cached = None if starts is None or tables is None else CachedRows(starts, lengths, tables)
-        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached)
+        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -1,5 +1,6 @@
 """LongRoPE (arXiv:2402.13753): rotary positions with one set of frequencies for short and one for long sequences."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -18,18 +19,34 @@ def inverse_frequencies(rope: RopeConfig) -> Float[np.ndarray, "2 R"]:
     return np.float32(1.0) / (np.asarray([rope.short_factor, rope.long_factor], np.float32) * powers)
 
 
-def is_long(rope: RopeConfig, lengths: Int[Array, " B"]) -> Bool[Array, " B"]:
+def is_long(rope: RopeConfig, lengths: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
     """Whether a sequence of that length uses the long set, for all of its positions."""
     return lengths > rope.original_length
 
 
 def rotations(
-    rope: RopeConfig, positions: Int[Array, "B T"], long: Bool[Array, " B"]
+    rope: RopeConfig, positions: Int[Array, "B T"], long: Bool[Array, "B ..."]
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """The cosines and sines, scaled, in float32, of each position with its row's set of frequencies."""
-    frequencies = jnp.asarray(inverse_frequencies(rope))[long.astype(jnp.int32)]  # (B, R)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[:, None]
+    """The cosines and sines, scaled, in float32, of each position.
+
+    Args:
+        long: which set of frequencies, for each row or for each position.
+    """
+    long = long if long.ndim == 2 else long[:, None]
+    frequencies = jnp.asarray(inverse_frequencies(rope))[long.astype(jnp.int32)]  # (B, T or 1, R)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
+
+
+def within_segments(segments: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Of each token of packed rows its position in its segment, and the segment's length."""
+    index = jnp.arange(segments.shape[1])
+    border = segments[:, 1:] != segments[:, :-1]
+    first = jnp.pad(border, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(border, ((0, 0), (0, 1)), constant_values=True)
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    stop = jax.lax.cummin(jnp.where(last, index + 1, segments.shape[1]), axis=1, reverse=True)
+    return index - start, stop - start
 
 
 def rotate(

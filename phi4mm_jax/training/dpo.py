@@ -1,0 +1,65 @@
+"""Direct preference optimization (arXiv:2305.18290): the objective of pairs of answers, one better than the other."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.training.batch import TrainingBatch
+from phi4mm_jax.training.loss import LossConfig
+from phi4mm_jax.training.step import Objective, Sums, Variables, losses_of
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Attributes:
+        beta: how strongly the policy is held to the reference.
+        label_smoothing: the share of pairs that are taken to be the wrong way round.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise InputError(f"beta is {self.beta!r}; expected a positive number")
+        if not 0.0 <= self.label_smoothing < 0.5:
+            raise InputError(f"label_smoothing is {self.label_smoothing!r}; expected a number from 0 to below 0.5")
+
+
+def preference(model: Phi4MM, reference: Variables, config: DPOConfig) -> Objective:
+    """The objective of batches whose rows are pairs, the better answer first and the worse one after it.
+
+    Args:
+        reference: what the trainable parameters are in the reference model, which is never changed.
+
+    In `Sums`, weights count pairs, correct those whose better answer gained more on the reference, and
+    log_probability sums the margins of these gains, times beta.
+    """
+
+    def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
+        # The reference sees no dropout; the policy does.
+        policy = of_answers(model, trainable, frozen, batch, key)
+        fixed = jax.lax.stop_gradient(of_answers(model, reference, frozen, batch, None))
+        gains = (policy - fixed).reshape(-1, 2)
+        margins = config.beta * (gains[:, 0] - gains[:, 1])  # (pairs,)
+        share = config.label_smoothing
+        losses = -(1.0 - share) * jax.nn.log_sigmoid(margins) - share * jax.nn.log_sigmoid(-margins)
+        pairs = jnp.asarray(batch.weights).reshape(len(losses), -1).any(1).astype(jnp.float32)
+        total, correct, margin = (jnp.sum(x * pairs) for x in (losses, margins > 0, margins))
+        return total, Sums(total, pairs.sum(), margin, correct)
+
+    return objective
+
+
+def of_answers(
+    model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None
+) -> Float[Array, " B"]:
+    """The log-probability of each row's answer."""
+    return losses_of(model, trainable, frozen, batch, LossConfig(), key).log_probability.sum(1)

@@ -1,0 +1,98 @@
+"""The loss, without ever holding the logits of all positions."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.precision import precision_of
+
+_CHUNK_LOGITS = 1 << 26  # held at once: 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross-entropy.
+
+    Attributes:
+        label_smoothing: the share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
+        z_loss: the weight of the squared log-partition (arXiv:2204.02311), which keeps the logits near zero.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise InputError(f"label_smoothing is {self.label_smoothing!r}; expected a number from 0 (off) to below 1")
+        if not self.z_loss >= 0.0:
+            raise InputError(f"z_loss is {self.z_loss!r}; expected 0 (off) or a positive number")
+
+
+class TokenLosses(NamedTuple):
+    """Of each position; zeros where its weight is 0."""
+
+    loss: Float[Array, "B T"]  # what is minimised
+    log_probability: Float[Array, "B T"]  # of the target
+    correct: Float[Array, "B T"]  # 1 where the target is the likeliest
+
+
+def token_losses(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    config: LossConfig = LossConfig(),
+) -> TokenLosses:
+    """The losses of the positions that have a weight.
+
+    Each row's such positions are gathered to its front, and the rows then go through the head some positions at a
+    time; where none has a weight any more, nothing is computed. The backward pass computes the logits again.
+    """
+    batch, length, _ = hidden.shape
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    hidden, targets, counted = (
+        jnp.take_along_axis(x, order.reshape(batch, length, *[1] * (x.ndim - 2)), 1)
+        for x in (hidden, targets, weights != 0)
+    )
+    size = max(min(length, _CHUNK_LOGITS // (batch * embedding.shape[0])), 1)
+    missing = -length % size
+
+    def chunks(x):  # (chunks, B, size, ...)
+        x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def chunk(hidden, targets, counted):
+        def losses():
+            return _losses(hidden, embedding, targets, counted, config)
+
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        return jax.lax.cond(counted.any(), losses, lambda: TokenLosses(zeros, zeros, zeros))
+
+    found: TokenLosses = jax.lax.map(lambda x: chunk(*x), (chunks(hidden), chunks(targets), chunks(counted)))
+    back = jnp.argsort(order, axis=1)
+    return TokenLosses(*(jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found))
+
+
+def _losses(hidden, embedding, targets, counted, config: LossConfig) -> TokenLosses:
+    logits = jnp.einsum(
+        "BTD,VD->BTV", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32,
+        precision=precision_of(hidden.dtype),
+    )  # fmt: skip
+    log_sum = jax.nn.logsumexp(logits, -1)
+    target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    loss = log_sum - target
+    if config.label_smoothing:
+        share = config.label_smoothing
+        loss = (1.0 - share) * loss + share * (log_sum - logits.mean(-1))
+    if config.z_loss:
+        loss = loss + config.z_loss * jnp.square(log_sum)
+    correct = (target >= logits.max(-1)).astype(jnp.float32)
+    return TokenLosses(*(jnp.where(counted, x, 0.0) for x in (loss, target - log_sum, correct)))

@@ -1,0 +1,95 @@
+"""AdamW with a schedule and clipping, by optax."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.patterns import matching
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101); the defaults are those of the published fine-tuning samples.
+
+    Attributes:
+        learning_rate: the highest.
+        warmup_steps: over which it rises from 0.
+        schedule: how it falls from there to `final_share` of it at the last step.
+        decay: patterns of the parameters that weight decay applies to.
+        clip: the most that the norm of all gradients may be; None does not clip.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    learning_rate: float = 4e-5
+    warmup_steps: int = 50
+    schedule: Schedule = "linear"
+    final_share: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-7
+    weight_decay: float = 0.01
+    decay: Sequence[str] = ("**",)
+    clip: float | None = 1.0
+
+    def __post_init__(self):
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise InputError(f"optimizer.{name} is {getattr(self, name)!r}; expected {expected}")
+
+        check("learning_rate", self.learning_rate > 0, "a positive number")
+        check("warmup_steps", self.warmup_steps >= 0, "0 or a positive whole number")
+        check("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
+        check("final_share", 0 <= self.final_share <= 1, "a number from 0 to 1")
+        check("beta1", 0 <= self.beta1 < 1, "a number from 0 to below 1")
+        check("beta2", 0 <= self.beta2 < 1, "a number from 0 to below 1")
+        check("eps", self.eps > 0, "a positive number")
+        check("weight_decay", self.weight_decay >= 0, "0 (off) or a positive number")
+        check("clip", self.clip is None or self.clip > 0, "a positive number, or null (off)")
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step, of `steps` in all.
+
+    Raises:
+        InputError: the warm-up is not over before the last step.
+    """
+    if config.warmup_steps >= steps:
+        raise InputError(
+            f"optimizer.warmup_steps is {config.warmup_steps}, and the run has {steps} steps; warm up over fewer"
+        )
+    peak, rest = config.learning_rate, steps - config.warmup_steps
+    after = {
+        "linear": optax.linear_schedule(peak, config.final_share * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_share),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any]) -> optax.GradientTransformation:
+    """The optimizer of these parameters, for a run of `steps`.
+
+    Raises:
+        InputError: the warm-up is as long as the run, or a pattern of `decay` matches no trained parameter.
+    """
+    flat = flatten_dict(trainable)
+    decayed = matching(flat.keys(), config.decay, "optimizer.decay") if config.weight_decay else set()
+    mask = unflatten_dict({path: path in decayed for path in flat})
+    adamw = optax.adamw(
+        learning_rates(config, steps),
+        config.beta1,
+        config.beta2,
+        config.eps,
+        weight_decay=config.weight_decay,
+        mask=mask,
+    )
+    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)

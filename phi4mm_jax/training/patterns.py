@@ -1,0 +1,66 @@
+"""Patterns of parameters' paths: one language for what is trained, what decays, and what is exported.
+
+A path is a parameter's names joined by "/", its collection first: "lora_speech/decoder/layers/mlp/down/a". A pattern
+stands for a path from its first name on, and for all that lies below: "*" for any part of a name, "**" for any names.
+One that begins with "!" takes away from what the patterns before it gave.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from phi4mm_jax.errors import InputError
+
+Path = tuple[str, ...]
+
+
+def matching(paths: Collection[Path], patterns: Sequence[str], what: str) -> set[Path]:
+    """The paths that the patterns stand for.
+
+    Args:
+        what: the setting that the patterns are of, for errors.
+
+    Raises:
+        InputError: a pattern that stands for no path, or takes none away.
+    """
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise InputError(f"{what} is {patterns!r}; expected a list of patterns, such as ['lora_speech']")
+    found: set[Path] = set()
+    for pattern in patterns:
+        expression = _expression(pattern.removeprefix("!"))
+        of_pattern = {path for path in paths if expression.fullmatch("/".join(path))}
+        takes = pattern.startswith("!")
+        if not (of_pattern & found if takes else of_pattern):
+            raise InputError(
+                f"{what}: the pattern {pattern!r} {'takes nothing away' if takes else 'matches no parameter'}; the "
+                f"parameters lie under {', '.join(sorted({'/'.join(path[:2]) for path in paths}))}"
+            )
+        found = found - of_pattern if takes else found | of_pattern
+    return found
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    parts = {"**": ".*", "*": "[^/]*"}
+    translated = "".join(parts.get(p) or re.escape(p) for p in re.split(r"(\*\*|\*)", pattern.strip("/")))
+    return re.compile(f"{translated}(/.*)?")
+
+
+def split(variables: dict[str, Any], patterns: Sequence[str], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The variables that the patterns stand for, and the others.
+
+    Raises:
+        InputError: as `matching`.
+    """
+    flat = flatten_dict(variables)
+    found = matching(flat.keys(), patterns, what)
+    return (
+        unflatten_dict({path: x for path, x in flat.items() if path in found}),
+        unflatten_dict({path: x for path, x in flat.items() if path not in found}),
+    )
+
+
+def join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`."""
+    return unflatten_dict({**flatten_dict(one), **flatten_dict(other)})

@@ -1,0 +1,132 @@
+"""The training step: gradients of the trainable parameters alone, summed over micro-batches, and one update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.training.batch import TrainingBatch
+from phi4mm_jax.training.loss import LossConfig, TokenLosses, token_losses
+from phi4mm_jax.training.patterns import join
+
+Variables = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """What a step changes.
+
+    The trainable parameters are float32 whatever the model computes in, which casts them where it uses them: so small
+    updates are not lost.
+    """
+
+    step: Int[Array, ""]  # updates made
+    trainable: Variables
+    optimizer: Any
+    key: Array  # of all draws; the step is folded into it
+
+
+class Sums(NamedTuple):
+    """Over the positions of a batch that have a weight. What is minimised is loss / weight."""
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    log_probability: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+class Metrics(NamedTuple):
+    """Of one step."""
+
+    loss: Float[Array, ""]  # what is minimised, a target token
+    cross_entropy: Float[Array, ""]  # without smoothing and z-loss
+    accuracy: Float[Array, ""]  # the share of targets that were the likeliest token
+    targets: Float[Array, ""]  # weight of all targets
+    gradient_norm: Float[Array, ""]  # before clipping
+
+
+Objective = Callable[[Variables, Variables, Any, Array | None], tuple[Float[Array, ""], Sums]]
+
+
+def supervised(model: Phi4MM, config: LossConfig = LossConfig()) -> Objective:  # noqa: B008 (frozen)
+    """The objective of answers that are given: their summed cross-entropy."""
+
+    def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
+        losses = losses_of(model, trainable, frozen, batch, config, key)
+        weights = jnp.asarray(batch.weights, jnp.float32)
+        total, log_probability, correct = (jnp.sum(x * weights) for x in losses)
+        return total, Sums(total, weights.sum(), log_probability, correct)
+
+    return objective
+
+
+def losses_of(
+    model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, config: LossConfig, key: Array | None
+) -> TokenLosses:
+    """The losses of a batch's positions; with a key, adapters drop out."""
+    # Cast before they are spread over the devices' layers: half of the bytes.
+    variables = join(jax.tree.map(lambda x: x.astype(model.dtype), trainable), frozen)
+    rngs = None if key is None else {"dropout": key}
+    apply: Callable[..., Any] = model.apply
+    hidden = apply(variables, batch.batch, method="hidden", rngs=rngs)
+    return token_losses(hidden, variables["params"]["decoder"]["embedding"], batch.targets, batch.weights, config)
+
+
+def gradients(
+    objective: Objective, trainable: Variables, frozen: Variables, batches: Any, key: Array | None
+) -> tuple[Variables, Sums]:
+    """The gradients of the mean loss a target, of all micro-batches together, and the sums behind it.
+
+    Args:
+        batches: micro-batches stacked along a new first axis. A sum over them is divided once, by all targets: a
+            target counts as much in a micro-batch with few as in one with many.
+    """
+    of_one = jax.grad(objective, has_aux=True)
+
+    def key_of(i):
+        return None if key is None else jax.random.fold_in(key, i)
+
+    count = jax.tree.leaves(batches)[0].shape[0]
+    if count == 1:
+        total, sums = of_one(trainable, frozen, jax.tree.map(lambda x: x[0], batches), key_of(0))
+    else:
+
+        def add(carry, numbered):
+            i, batch = numbered
+            return jax.tree.map(jnp.add, carry, of_one(trainable, frozen, batch, key_of(i))), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trainable), Sums(*[jnp.zeros(())] * len(Sums._fields))
+        (total, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batches))
+    share = 1.0 / jnp.maximum(sums.weight, 1.0)
+    return jax.tree.map(lambda x: x * share, total), sums
+
+
+def train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Variables,
+    batches: Any,
+) -> tuple[TrainState, Metrics]:
+    """One update from micro-batches that are stacked along their first axis; to be compiled, with `state` donated."""
+    found, sums = gradients(objective, state.trainable, frozen, batches, jax.random.fold_in(state.key, state.step))
+    updates, optimizer_state = optimizer.update(found, state.optimizer, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    weight = jnp.maximum(sums.weight, 1.0)
+    metrics = Metrics(
+        sums.loss / weight, -sums.log_probability / weight, sums.correct / weight, sums.weight,
+        optax.global_norm(found),
+    )  # fmt: skip
+    return TrainState(state.step + 1, trainable, optimizer_state, state.key), metrics
+
+
+def initial_state(trainable: Variables, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step, where the parameters are.
+
+    Draws are by the hardware's generator where there is one: it costs next to nothing, and repeats on the same chips.
+    """
+    masters = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jax.random.key(seed, impl="rbg"))

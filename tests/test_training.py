@@ -1,0 +1,447 @@
+"""The training step: PyTorch's gradients and updates, however the same samples are laid out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_native
+from conftest import TINY, golden_gradient_cases, media_of, original_tensor
+from flax.traverse_util import flatten_dict
+from test_torch_native import native_media
+
+import phi4mm_jax
+from phi4mm_jax import InputError
+from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.model.lora import dropout
+from phi4mm_jax.processing.batch import Batch
+from phi4mm_jax.training.batch import TrainingBatch
+from phi4mm_jax.training.dpo import DPOConfig, of_answers, preference
+from phi4mm_jax.training.loss import LossConfig, token_losses
+from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from phi4mm_jax.training.patterns import join, matching, split
+from phi4mm_jax.training.step import gradients, initial_state, supervised, train_step
+
+CASES = {c["name"]: c for c in golden_gradient_cases()}
+ADAPTERS = ["lora_vision", "lora_speech"]
+
+
+def sample(model, prompt: str, answer: str, **media) -> TrainingBatch:
+    """One row whose answer carries loss."""
+    batch = model.process([prompt + answer], **media)
+    length, answered = batch.lengths[0], len(model.processor.tokenizer.encode(answer, special=True))
+    targets = np.roll(batch.tokens, -1, 1)
+    position = np.arange(targets.shape[1])
+    weights = (position >= length - answered - 1) & (position < length - 1)
+    return TrainingBatch(batch, targets, weights[None].astype(np.float32))
+
+
+def case_sample(model, name: str) -> TrainingBatch:
+    case = CASES[name]
+    return sample(model, case["prompt"], case["answer"], **media_of(case))
+
+
+def micro_batches(*batches: TrainingBatch):
+    return jax.tree.map(lambda *x: np.stack(x), *batches)
+
+
+def relative(ours, theirs) -> float:
+    """The largest difference of a leaf, relative to its norm."""
+    ours, theirs = flatten_dict(ours), flatten_dict(theirs)
+    assert ours.keys() == theirs.keys()
+    return max(
+        float(np.linalg.norm(np.asarray(ours[p] - theirs[p])) / (np.linalg.norm(np.asarray(theirs[p])) + 1e-9))
+        for p in ours
+    )
+
+
+# Patterns.
+
+
+def test_patterns():
+    paths = [("params", "speech", "stem", "kernel"), ("params", "speech", "bias"), ("lora_speech", "down", "a")]
+    assert matching(paths, ["params/speech"], "trainable") == set(paths[:2])
+    assert matching(paths, ["**/a", "params/*/bias"], "trainable") == {paths[2], paths[1]}
+    assert matching(paths, ["**", "!params/**/kernel"], "trainable") == set(paths[1:])
+    for wrong in ("params/spe", "speech", "lora_*/up"):
+        with pytest.raises(InputError, match=r"trainable: the pattern .* matches no parameter"):
+            matching(paths, [wrong], "trainable")
+    with pytest.raises(InputError, match="takes nothing away"):
+        matching(paths, ["lora_speech", "!params"], "trainable")
+    with pytest.raises(InputError, match="expected a list of patterns"):
+        matching(paths, "lora_speech", "trainable")
+
+
+def test_split_and_join(scanned):
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    assert set(trainable) == {"lora_speech"}
+    assert set(frozen) == {"params", "lora_vision"}
+    jax.tree.map(np.testing.assert_array_equal, join(trainable, frozen), dict(scanned.variables))
+
+
+# The loss.
+
+
+@pytest.fixture(scope="module")
+def head():
+    rng = np.random.default_rng(0)
+    hidden, embedding = rng.standard_normal((3, 37, 16), np.float32), rng.standard_normal((50, 16), np.float32)
+    weights = (rng.random((3, 37)) < 0.3).astype(np.float32)
+    weights[1] = 0
+    return hidden, embedding, rng.integers(0, 50, (3, 37)), weights
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
+@pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 1e-3)])
+def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
+    """Value and gradients are those of the whole logits, by PyTorch."""
+    hidden, embedding, targets, weights = head
+    monkeypatch.setattr("phi4mm_jax.training.loss._CHUNK_LOGITS", chunk * 3 * 50)
+
+    def ours(hidden, embedding):
+        losses = token_losses(hidden, embedding, targets, weights, LossConfig(smoothing, z))
+        return (losses.loss * weights).sum(), losses
+
+    (total, losses), found = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, embedding)
+    theirs = [torch.tensor(x, requires_grad=True) for x in (hidden, embedding)]
+    logits = theirs[0] @ theirs[1].T
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.tensor(targets).flatten(), reduction="none", label_smoothing=smoothing
+    ).reshape(3, 37)
+    expected = ((each + z * logits.logsumexp(-1) ** 2) * torch.tensor(weights)).sum()
+    expected.backward()
+    np.testing.assert_allclose(total, expected.item(), rtol=1e-5)
+    for mine, parameter in zip(found, theirs, strict=True):
+        np.testing.assert_allclose(mine, parameter.grad, atol=2e-5)
+    likeliest = (logits.argmax(-1).numpy() == targets) * (weights > 0)
+    np.testing.assert_array_equal(losses.correct, likeliest)
+    log_probability = torch.log_softmax(logits, -1).detach().numpy()
+    chosen = np.take_along_axis(log_probability, targets[..., None], -1)[..., 0] * (weights > 0)
+    np.testing.assert_allclose(losses.log_probability, chosen, atol=1e-5)
+
+
+def test_the_logits_of_all_positions_are_never_held(scanned):
+    """Nothing in the compiled step has as many elements as the whole logits."""
+    vocabulary, length = 4096, 512
+    hidden, embedding = jnp.zeros((2, length, 8)), jnp.zeros((vocabulary, 8))
+    targets, weights = jnp.zeros((2, length), jnp.int32), jnp.ones((2, length))
+
+    def loss(hidden, embedding):
+        return token_losses(hidden, embedding, targets, weights).loss.sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phi4mm_jax.training.loss._CHUNK_LOGITS", 16 * vocabulary)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, embedding).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * length * vocabulary / 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 1.0), ("label_smoothing", -0.1), ("z_loss", -1.0)])
+def test_wrong_loss_settings(name, value):
+    with pytest.raises(InputError, match=name):
+        LossConfig(**{name: value})
+
+
+# Gradients.
+
+
+@pytest.fixture(scope="module")
+def case_gradients(scanned):
+    """Of each golden case alone: the gradients of all parameters, and the sums."""
+    objective = supervised(scanned.module)
+    compute = jax.jit(lambda t, b: gradients(objective, t, {}, b, None))
+    return {n: compute(scanned.variables, micro_batches(case_sample(scanned, n))) for n in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_gradients(scanned, goldens, case_gradients, name):
+    found, sums = case_gradients[name]
+    assert sums.weight == len(goldens[f"{name}.answer_ids"])
+    np.testing.assert_allclose(sums.loss / sums.weight, goldens[f"{name}.loss"][0], rtol=1e-5)
+    compared = 0
+    for tensor in original_table(scanned.config):
+        if tensor.collection == UNUSED:
+            continue
+        gradient = original_tensor(tensor, found)
+        if (golden := goldens.get(f"{name}.grad.{tensor.name}")) is not None:
+            assert np.linalg.norm(gradient - golden) <= 3e-4 * np.linalg.norm(golden), tensor.name
+            compared += 1
+        if (norm := goldens.get(f"{name}.gradnorm.{tensor.name}")) is not None:
+            np.testing.assert_allclose(np.linalg.norm(gradient), norm[0], rtol=1e-3, atol=1e-6, err_msg=tensor.name)
+    assert compared == len([k for k in goldens if k.startswith(f"{name}.grad.")])
+
+
+def pack(model, names: list[str]) -> TrainingBatch:
+    """The cases one after the other in one row."""
+    rows = [model.processor.row(CASES[n]["prompt"] + CASES[n]["answer"], **{
+        kind: of_row[0] for kind, of_row in media_of(CASES[n]).items()}) for n in names]  # fmt: skip
+    several: Batch = model.processor.batch(rows)
+    parts = [slice(0, n) for n in several.lengths]
+
+    def one_row(x, fill):
+        joined = np.concatenate([x[b, part] for b, part in enumerate(parts)])
+        return np.pad(joined, (0, 11), constant_values=fill)[None]
+
+    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(several.lengths)])
+    alone = [case_sample(model, n) for n in names]
+    batch = several._replace(
+        tokens=one_row(several.tokens, 0), media=one_row(several.media, -1), lengths=several.lengths.sum(keepdims=True),
+        adapters=several.adapters[:1], segments=np.pad(segments, (0, 11))[None],
+    )  # fmt: skip
+    targets, weights = (
+        np.pad(np.concatenate([getattr(a, field)[0, part] for a, part in zip(alone, parts, strict=True)]), (0, 11))[
+            None
+        ]
+        for field in ("targets", "weights")
+    )
+    return TrainingBatch(batch, targets, weights)
+
+
+def test_packed_rows_have_the_gradients_of_their_samples(scanned, case_gradients):
+    """Two samples in one row, each with an image, are as each alone: attention, positions, frequencies, media."""
+    names = ["grad_vision", "grad_vision_speech"]
+    found, sums = jax.jit(lambda t, b: gradients(supervised(scanned.module), t, {}, b, None))(
+        scanned.variables, micro_batches(pack(scanned, names))
+    )
+    weights = [case_gradients[n][1].weight for n in names]
+    assert sums.weight == sum(weights)
+    expected = jax.tree.map(
+        lambda *g: sum(x * w for x, w in zip(g, weights, strict=True)) / sum(weights),
+        *(case_gradients[n][0] for n in names),
+    )
+    of_adapter = {k: v for k, v in found.items() if k == "lora_vision"}
+    assert relative(of_adapter, {k: expected[k] for k in of_adapter}) <= 1e-5
+
+
+ANSWERS = [
+    "The quick brown fox.",
+    "Yes.",
+    "No, it is not.",
+    "Seven",
+    "A red fox and a dog.",
+    "Ja.",
+    "Stop now",
+    "One two",
+]
+
+
+@pytest.fixture(scope="module")
+def eight(scanned) -> list[TrainingBatch]:
+    case = CASES["grad_speech"]
+    return [sample(scanned, case["prompt"], f"{a}<|end|><|endoftext|>", **media_of(case)) for a in ANSWERS]
+
+
+def together(samples: list[TrainingBatch], model) -> TrainingBatch:
+    case = CASES["grad_speech"]
+    media = {kind: of_row * len(samples) for kind, of_row in media_of(case).items()}
+    batch = model.process([case["prompt"] + f"{a}<|end|><|endoftext|>" for a in ANSWERS], **media)
+    return TrainingBatch(batch, *(np.concatenate([getattr(s, f) for s in samples]) for f in ("targets", "weights")))
+
+
+def test_accumulation_changes_nothing(scanned, eight):
+    """Eight samples at once, and one after the other: the same gradients, though their answers differ in length."""
+    trainable, frozen = split(scanned.variables, ["lora_speech", "params/audio_projector"], "trainable")
+    compute = jax.jit(lambda b: gradients(supervised(scanned.module), trainable, frozen, b, None))
+    (one, sums), (other, other_sums) = compute(micro_batches(together(eight, scanned))), compute(micro_batches(*eight))
+    np.testing.assert_allclose(sums, other_sums, rtol=1e-6)
+    assert relative(one, other) <= 1e-5
+
+
+def test_frozen_parameters_are_not_differentiated(scanned, eight):
+    """Their gradients take no time: a step of the adapter costs less than one of everything."""
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    step = micro_batches(eight[0])
+
+    def flops(trainable, frozen):
+        def compute(t):
+            return gradients(supervised(scanned.module), t, frozen, step, None)
+
+        return jax.jit(compute).lower(trainable).compile().cost_analysis()["flops"]
+
+    assert flops(trainable, frozen) < 0.8 * flops(scanned.variables, {})
+
+
+# Updates.
+
+STEPS = 10
+
+
+@pytest.mark.parametrize("adapter", ["vision", "speech"])
+def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
+    """Losses of transformers, PEFT and torch.optim within 1e-4; the total update of each tensor within 1 %."""
+    name = f"grad_{adapter}"
+    batches = micro_batches(case_sample(scanned, name))
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.01, clip=1.0)
+    trainable, frozen = split(scanned.variables, [f"lora_{adapter}"], "trainable")
+    optimizer = make_optimizer(config, STEPS, trainable)
+    state = initial_state(trainable, optimizer, seed=0)
+    model = without_dropout(scanned)
+    step = jax.jit(lambda state: train_step(supervised(model), optimizer, state, frozen, batches))
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = step(state)
+        losses.append(float(metrics.loss))
+
+    native = torch_native.load_native(TINY)
+    parameters = {n: p for n, p in native.parameters().items() if f".{adapter}." in n and ".lora_" in n}
+    before = {n: p.detach().clone().numpy() for n, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    adamw = torch.optim.AdamW(parameters.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.01)
+    rates = learning_rates(config, STEPS)
+    inputs = native_inputs(scanned, name, goldens)
+    for i in range(STEPS):
+        adamw.param_groups[0]["lr"] = float(rates(i))
+        adamw.zero_grad()
+        loss = native.loss(*inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        adamw.step()
+        np.testing.assert_allclose(losses[i], loss.item(), rtol=1e-4, err_msg=f"step {i}")
+    assert losses[-1] < 0.9 * losses[0]
+    compared = 0
+    for tensor in original_table(scanned.config):
+        if tensor.name not in parameters:
+            continue
+        ours = original_tensor(tensor, state.trainable) - before[tensor.name]
+        theirs = parameters[tensor.name].detach().numpy() - before[tensor.name]
+        assert np.linalg.norm(ours - theirs) <= 0.01 * np.linalg.norm(theirs), tensor.name
+        compared += 1
+    assert compared == len(parameters) > 0
+
+
+def without_dropout(model) -> Phi4MM:
+    config = model.config
+    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.0) for n in ("vision_lora", "speech_lora")}
+    return Phi4MM(dataclasses.replace(config, **loras), model.module.dtype)
+
+
+def native_inputs(model, name: str, goldens):
+    """The arguments of `NativeModel.loss` for a case."""
+    batch = case_sample(model, name).batch
+    ids, answer = batch.tokens[0, : batch.lengths[0]], len(goldens[f"{name}.answer_ids"])
+    labels = np.where(np.arange(len(ids)) < len(ids) - answer, torch_native.IGNORED, ids)
+    images, audios, adapter = native_media(CASES[name])
+    return ids, labels, images, audios, adapter
+
+
+def test_dropout_is_of_the_adapters_alone(scanned, eight):
+    """Drawn by the key: the same again with it, another with another; none where no row has an adapter."""
+    config = scanned.config
+    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.5) for n in ("vision_lora", "speech_lora")}
+    model = Phi4MM(dataclasses.replace(config, **loras), scanned.module.dtype)
+    trainable, frozen = split(scanned.variables, ADAPTERS, "trainable")
+
+    @jax.jit
+    def loss(batch, key):
+        return gradients(supervised(model), trainable, frozen, batch, key)[1].loss
+
+    batch, keys = micro_batches(eight[0]), [jax.random.key(i, impl="rbg") for i in range(2)]
+    one, again, other = loss(batch, keys[0]), loss(batch, keys[0]), loss(batch, keys[1])
+    assert one == again != other
+    assert abs(one / supervised_loss(scanned, eight[0]) - 1) > 1e-3
+    text = micro_batches(sample(scanned, "<|user|>Hello<|end|><|assistant|>", "Hi.<|end|><|endoftext|>"))
+    assert loss(text, keys[0]) == loss(text, keys[1])
+
+
+def supervised_loss(model, batch: TrainingBatch) -> float:
+    return float(supervised(model.module)(model.variables, {}, batch, None)[0])
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.ones((400, 1000))
+    dropped = dropout(x, jax.random.key(0), 0.1)
+    np.testing.assert_allclose(dropped.mean(), 1.0, atol=3e-3)
+    np.testing.assert_allclose((dropped == 0).mean(), 0.1, atol=3e-3)
+
+
+def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
+    """A learning rate below bfloat16's resolution moves the float32 masters."""
+    model = phi4mm_jax.load(TINY, dtype="bfloat16", scan=True)
+    trainable, frozen = split(model.variables, ["lora_speech"], "trainable")
+    config = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, weight_decay=0.0)
+    optimizer = make_optimizer(config, STEPS, trainable)
+    state = initial_state(trainable, optimizer, 0)
+    assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
+    after, metrics = train_step(supervised(model.module), optimizer, state, frozen, micro_batches(eight[0]))
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), after.trainable, state.trainable)
+    assert 0 < max(jax.tree.leaves(moved)) <= 1.01e-6
+    assert metrics.gradient_norm > 0
+
+
+def test_the_schedule():
+    rates = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
+    np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
+    with pytest.raises(InputError, match=r"warmup_steps is 50, and the run has 20 steps"):
+        learning_rates(OptimizerConfig(), 20)
+
+
+def test_weight_decay_by_patterns(scanned):
+    trainable, _ = split(scanned.variables, ["params/audio_projector"], "trainable")
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=1.0, decay=["**", "!**/bias"])
+    optimizer = make_optimizer(config, STEPS, trainable)
+    nothing = jax.tree.map(jnp.zeros_like, trainable)
+    updates, _ = optimizer.update(nothing, optimizer.init(trainable), trainable)
+    for path, update in flatten_dict(updates).items():
+        expected = 0.0 if path[-1] == "bias" else -0.1 * flatten_dict(trainable)[path]
+        np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-8)
+    with pytest.raises(InputError, match=r"optimizer\.decay: the pattern 'lora_speech' matches no"):
+        make_optimizer(OptimizerConfig(decay=["lora_speech"]), 100, trainable)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "warmup_steps", "schedule", "beta1", "eps", "weight_decay", "clip"])
+def test_wrong_optimizer_settings(name):
+    with pytest.raises(InputError, match=rf"optimizer\.{name} is"):
+        OptimizerConfig(**{name: "steep" if name == "schedule" else -1})
+
+
+# Preferences.
+
+
+def test_dpo(scanned, eight):
+    """The loss and its gradients are those of its formula, by whole logits; nothing of it moves the reference."""
+    rows = together(eight, scanned)
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    reference = jax.tree.map(lambda x: x * 0.9, trainable)
+    config = DPOConfig(beta=0.5, label_smoothing=0.1)
+    found, sums = jax.jit(
+        lambda t: gradients(preference(scanned.module, reference, config), t, frozen, micro_batches(rows), None)
+    )(trainable)
+
+    def by_formula(trainable):
+        def log_probabilities(own):
+            logits = jax.nn.log_softmax(scanned.module.apply(join(own, frozen), rows.batch))
+            each = jnp.take_along_axis(logits, rows.targets[..., None], -1)[..., 0] * rows.weights
+            return each.sum(1)
+
+        gains = log_probabilities(trainable) - log_probabilities(reference)
+        margins = 0.5 * (gains[0::2] - gains[1::2])
+        losses = 0.9 * jnp.log1p(jnp.exp(-margins)) + 0.1 * jnp.log1p(jnp.exp(margins))
+        return losses.mean(), margins
+
+    (loss, margins), expected = jax.value_and_grad(by_formula, has_aux=True)(trainable)
+    assert sums.weight == 4
+    np.testing.assert_allclose(sums.loss / 4, loss, rtol=1e-5)
+    np.testing.assert_allclose(sums.correct, (margins > 0).sum())
+    assert relative(found, expected) <= 1e-4
+
+
+def test_dpo_prefers(scanned, eight):
+    rows = together(eight, scanned)
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), STEPS, trainable)
+    objective = preference(scanned.module, trainable, DPOConfig())
+    state = initial_state(trainable, optimizer, 0)
+    step = jax.jit(lambda state: train_step(objective, optimizer, state, frozen, micro_batches(rows)))
+    state, first = step(state)
+    np.testing.assert_allclose(first.loss, np.log(2), rtol=0.05)
+    for _ in range(STEPS - 1):
+        state, last = step(state)
+    assert last.loss < 0.5 * first.loss
+    assert last.accuracy == 1.0
+    before, after = (of_answers(scanned.module, t, frozen, rows, None) for t in (trainable, state.trainable))
+    gains = np.asarray(after - before)
+    assert (gains[0::2] > gains[1::2]).all()
