@@ -31,6 +31,12 @@ def tiny() -> phi4mm_jax.Model:
 
 
 @pytest.fixture(scope="session")
+def scanned() -> phi4mm_jax.Model:
+    """The same with its layers in stacks, as on accelerators and in training."""
+    return phi4mm_jax.load(TINY, dtype="float32", scan=True)
+
+
+@pytest.fixture(scope="session")
 def goldens() -> dict[str, np.ndarray]:
     """What the original implementation computes with the tiny checkpoint."""
     return load_file(TINY / "goldens.safetensors")

@@ -6,7 +6,6 @@ import pytest
 from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
-from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.sharding import make_mesh
 
@@ -18,11 +17,23 @@ def batch(tiny):
     return tiny.process([CASE["prompt"]], **media_of(CASE))
 
 
-def test_scan_equals_loop(tiny, batch):
-    loop = Phi4MM(tiny.config, tiny.module.dtype, scan=False)
-    unstacked = unstack_layers(tiny.variables)
-    assert "layers_2" in unstacked["lora_vision"]["decoder"]
-    np.testing.assert_allclose(jax.jit(loop.apply)(unstacked, batch), tiny.logits(batch), atol=3e-4, rtol=0)
+def test_scan_equals_loop(tiny, scanned, batch):
+    assert "layers" in scanned.variables["lora_vision"]["decoder"]
+    assert "layers_2" in tiny.variables["lora_vision"]["decoder"]
+    np.testing.assert_allclose(scanned.logits(batch), tiny.logits(batch), atol=3e-4, rtol=0)
+
+
+def test_layers_are_unstacked(tiny, scanned):
+    stacks = jax.tree.map(lambda x: x, scanned.variables)  # whose dicts are emptied
+    unstacked = unstack_layers(stacks)
+    assert not stacks
+    jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables)
+
+
+def test_scanned_layers_generate_the_same(scanned, goldens):
+    expected = goldens["vision_speech.generated"].tolist()
+    (completion,) = scanned.generate([CASE["prompt"]], **media_of(CASE), max_new_tokens=len(expected))
+    assert completion.tokens == expected
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (1, 2), (4, 2)])
