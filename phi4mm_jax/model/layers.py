@@ -54,17 +54,8 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = declare(self, "kernel", self.inputs + self.outputs, self.sizes)
         bias = declare(self, "bias", self.outputs, self.sizes, nn.initializers.zeros)
-        y = contract(x, kernel, self.inputs, self.outputs, result=jnp.float32)
-        return (y + bias.astype(jnp.float32)).astype(x.dtype)
-
-
-def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: str, outputs: str, result=None) -> Array:
-    """The sum over the last axes of x, which are the kernel's first: `inputs` and `outputs` are their letters.
-
-    Several inputs are taken as one axis: XLA for CPUs would copy the kernel to sum over two.
-    """
-    x, kernel = x.reshape(*x.shape[: -len(inputs)], -1), kernel.reshape(-1, *kernel.shape[len(inputs) :])
-    return einsum(f"...I,I{outputs}->...{outputs}", x, kernel, result=result)
+        equation = f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}"
+        return (einsum(equation, x, kernel, result=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Projector(nn.Module):

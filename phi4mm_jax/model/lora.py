@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
-from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, contract, declare
+from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
@@ -72,18 +72,22 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
         parts = {
-            name: contract(x, self._declare("params", name, self.inputs + axes, 0), self.inputs, axes)
+            name: einsum(
+                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}",
+                x,
+                self._declare("params", name, self.inputs + axes, 0),
+            )
             for name, axes in self.outputs.items()
         }
         for collection, rank in self.ranks.items():
             if not (self.is_initializing() or self.has_variable(collection, "a")):
                 continue
             a = self._declare(collection, "a", self.inputs + "R", rank)
-            hidden = contract(x, a, self.inputs, "R")  # (B, T, R)
+            hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", x, a)  # (B, T, R)
             hidden = hidden * scales[collection].astype(x.dtype)[:, None, None]
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)
-                parts[name] = parts[name] + contract(hidden, b, "R", axes)
+                parts[name] = parts[name] + einsum(f"BTR,R{axes}->BT{axes}", hidden, b)
         return tuple(parts.values())
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
