@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -20,6 +21,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batch import Batch
@@ -38,6 +40,7 @@ def load(
     *,
     fresh_adapters: bool = False,
     merge: Literal["vision", "speech"] | None = None,
+    scan: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
     """Load a checkpoint folder.
@@ -51,6 +54,9 @@ def load(
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
         merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
             the adapter's cost; others are errors.
+        scan: whether each stack's layers are one loop over stacked parameters, or are written out ("layers_0", ...):
+            the loop compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack at every
+            step. By default a loop, except on one CPU.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -69,7 +75,7 @@ def load(
         found = [name.removeprefix("lora_") for name in lora_configs(config)]
         raise InputError(f"merge is {merge!r}; expected None or one of this checkpoint's adapters: {found}")
     processor = Processor.from_folder(path, config)
-    module = Phi4MM(config, jnp.dtype(dtype))
+    module = Phi4MM(config, jnp.dtype(dtype))  # checkpoints are read in stacks
     abstract = abstract_variables(module)
     places = shardings(abstract, mesh)
     variables = load_variables(path, config, dtype, places, fresh_adapters=fresh_adapters, progress=progress)
@@ -77,8 +83,12 @@ def load(
     if merge is not None:
         variables = merged(variables, collection, lora_configs(config)[collection].scale)
         config = dataclasses.replace(config, vision_lora=None, speech_lora=None)
-        module = Phi4MM(config, jnp.dtype(dtype))
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
+    if scan is None:
+        scan = mesh is not None or jax.default_backend() != "cpu"
+    if not scan:
+        variables = unstack_layers(variables)
+    module = Phi4MM(config, jnp.dtype(dtype), scan)
     return Model(module, variables, processor)
 
 

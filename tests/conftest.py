@@ -1,12 +1,19 @@
-"""Eight host devices for all tests, set before jax is imported."""
+"""Eight host devices for all tests, set before jax is imported; what one process compiles, all can use."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi4mm-jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 << 30)  # a bound makes jax lock the folder
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -29,6 +36,12 @@ def pytest_configure() -> None:
 def tiny() -> phi4mm_jax.Model:
     """The tiny checkpoint in float32."""
     return phi4mm_jax.load(TINY, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def scanned() -> phi4mm_jax.Model:
+    """The same with its layers in stacks, as on accelerators and in training."""
+    return phi4mm_jax.load(TINY, dtype="float32", scan=True)
 
 
 @pytest.fixture(scope="session")

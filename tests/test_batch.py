@@ -106,7 +106,7 @@ BAD = [
     ({"prompt": "a", "id": 1.5}, "id is 1.5; expected a string or a whole number"),
     ({"prompt": "a", "id": None}, "id is None"),
     ({"prompt": "a", "id": True}, "id is True"),
-    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of audios, id, images"),
+    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of audios, beams, id, images"),
     ({}, "expected a prompt or messages"),
     ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
     ({"prompt": ["a"]}, "prompt is a list; expected a string"),

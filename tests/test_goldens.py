@@ -64,20 +64,20 @@ def answer_loss(model, variables, batch, prompt_tokens):
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 @pytest.mark.parametrize("name", GRADIENT_CASES)
-def test_loss_and_gradients(tiny, goldens, name, remat):
+def test_loss_and_gradients(scanned, goldens, name, remat):
     case = GRADIENT_CASES[name]
-    batch = tiny.process([case["prompt"] + case["answer"]], **media_of(case))
+    batch = scanned.process([case["prompt"] + case["answer"]], **media_of(case))
     answer = goldens[f"{name}.answer_ids"]
     prompt_tokens = batch.lengths[0] - len(answer)
     np.testing.assert_array_equal(batch.tokens[0, prompt_tokens : batch.lengths[0]], answer)
 
-    module = Phi4MM(tiny.config, tiny.module.dtype, remat=remat)
-    model = type(tiny)(module, tiny.variables, tiny.processor)
-    loss, gradients = jax.value_and_grad(lambda v: answer_loss(model, v, batch, prompt_tokens))(tiny.variables)
+    module = Phi4MM(scanned.config, scanned.module.dtype, remat=remat)
+    model = type(scanned)(module, scanned.variables, scanned.processor)
+    loss, gradients = jax.value_and_grad(lambda v: answer_loss(model, v, batch, prompt_tokens))(scanned.variables)
     np.testing.assert_allclose(loss, goldens[f"{name}.loss"][0], rtol=1e-5)
 
     compared = 0
-    for tensor in original_table(tiny.config):
+    for tensor in original_table(scanned.config):
         gradient = original_tensor(tensor, gradients)
         golden = goldens.get(f"{name}.grad.{tensor.name}")
         if golden is not None:

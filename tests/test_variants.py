@@ -6,7 +6,6 @@ import pytest
 from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
-from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.sharding import make_mesh
 
@@ -18,20 +17,32 @@ def batch(tiny):
     return tiny.process([CASE["prompt"]], **media_of(CASE))
 
 
-def test_scan_equals_loop(tiny, batch):
-    loop = Phi4MM(tiny.config, tiny.module.dtype, scan=False)
-    unstacked = unstack_layers(tiny.variables)
-    assert "layers_2" in unstacked["lora_vision"]["decoder"]
-    np.testing.assert_allclose(jax.jit(loop.apply)(unstacked, batch), tiny.logits(batch), atol=3e-4, rtol=0)
+def test_scan_equals_loop(tiny, scanned, batch):
+    assert "layers" in scanned.variables["lora_vision"]["decoder"]
+    assert "layers_2" in tiny.variables["lora_vision"]["decoder"]
+    np.testing.assert_allclose(scanned.logits(batch), tiny.logits(batch), atol=3e-4, rtol=0)
+
+
+def test_layers_are_unstacked(tiny, scanned):
+    stacks = jax.tree.map(lambda x: x, scanned.variables)  # whose dicts are emptied
+    unstacked = unstack_layers(stacks)
+    assert not stacks
+    jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables)
+
+
+def test_scanned_layers_generate_the_same(scanned, goldens):
+    expected = goldens["vision_speech.generated"].tolist()
+    (completion,) = scanned.generate([CASE["prompt"]], **media_of(CASE), max_new_tokens=len(expected))
+    assert completion.tokens == expected
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (1, 2), (4, 2)])
-def test_spread_over_devices(tiny, goldens, batch, fsdp, tensor):
+def test_spread_over_devices(scanned, goldens, batch, fsdp, tensor):
     model = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(fsdp, tensor))
     layers = model.variables["params"]["decoder"]["layers"]
     gate = layers["mlp"]["gate_up"]["gate"]
     assert gate.addressable_shards[0].data.size * fsdp * tensor == gate.size
-    np.testing.assert_allclose(model.logits(batch), tiny.logits(batch), atol=3e-4, rtol=0)
+    np.testing.assert_allclose(model.logits(batch), scanned.logits(batch), atol=3e-4, rtol=0)
     expected = goldens["vision_speech.generated"].tolist()
     (completion,) = model.generate([CASE["prompt"]], **media_of(CASE), max_new_tokens=len(expected))
     assert completion.tokens == expected

@@ -13,11 +13,11 @@ import numpy as np
 from phi4mm_jax.checkpoint import orbax, pytorch
 from phi4mm_jax.checkpoint.companions import companion_files, left_behind
 from phi4mm_jax.checkpoint.hub import local_folder
-from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, open_checkpoint, parameter_bytes
+from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, open_checkpoint
 from phi4mm_jax.checkpoint.native import adapter_table
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
-from phi4mm_jax.checkpoint.table import Path, Tensor
+from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.processor import Processor

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -105,10 +106,11 @@ class Writer:
             raise
 
     def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end, starts = 0, {}
         for name, (shape, dtype) in tensors.items():
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}  # type: ignore
+            starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +120,8 @@ class Writer:
         os.posix_fallocate(descriptor, 0, data + end)
         _write(descriptor, len(encoded).to_bytes(8, "little") + encoded, 0)
         for name, (shape, dtype) in tensors.items():
-            offset = data + header[name]["data_offsets"][0]  # type: ignore
             row = math.prod(shape[1:]) * dtype.itemsize
-            self._places[path, name] = _Place(descriptor, path, offset, row)
+            self._places[path, name] = _Place(descriptor, path, data + starts[name], row)
 
     def write(self, path: Path, name: str, first_row: int, rows: np.ndarray) -> None:
         place = self._places[path, name]

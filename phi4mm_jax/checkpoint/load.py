@@ -14,7 +14,7 @@ from phi4mm_jax.checkpoint.files import DTYPES
 from phi4mm_jax.checkpoint.orbax import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
-from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_shapes
+from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
 
@@ -89,10 +89,6 @@ def _place(checkpoint: Checkpoint, path: Path, dtype: Any, sharding: jax.shardin
 @jax.jit
 def _layers_used(stacked: jax.Array) -> jax.Array:
     return jnp.any(stacked != 0, axis=tuple(range(1, stacked.ndim)))
-
-
-def parameter_bytes(parameter: jax.ShapeDtypeStruct) -> int:
-    return parameter.size * np.dtype(parameter.dtype).itemsize
 
 
 def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.ndarray]) -> None:

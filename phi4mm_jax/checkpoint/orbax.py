@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import type_handlers
 
-from phi4mm_jax.checkpoint.table import Path
+from phi4mm_jax.checkpoint.table import Path, parameter_bytes
 from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError
 
@@ -95,7 +95,7 @@ def write(
     Raises:
         OSError: the folder cannot be written to.
     """
-    total = sum(_nbytes(p) for p in parameters.values())
+    total = sum(parameter_bytes(p) for p in parameters.values())
     done = 0
 
     class Handler(type_handlers.NumpyHandler):
@@ -109,7 +109,7 @@ def write(
                     for future in await super().serialize([array], [info], [arg]):
                         future.result()
                 del array
-                done += _nbytes(value.abstract)
+                done += parameter_bytes(value.abstract)
                 if progress is not None:
                     progress(done, total)
             return []
@@ -148,10 +148,6 @@ class _Unread:
     def __init__(self, path: Path, abstract: jax.ShapeDtypeStruct):
         self.path, self.abstract = path, abstract
         self.shape, self.dtype = abstract.shape, abstract.dtype
-
-
-def _nbytes(abstract: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(abstract.shape)) * np.dtype(abstract.dtype).itemsize
 
 
 @contextlib.contextmanager

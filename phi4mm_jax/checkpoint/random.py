@@ -59,7 +59,7 @@ def write_random_checkpoint(
             list(pool.map(fill, range(0, len(flat), _PIECE)))
         return out
 
-    size = sum(int(np.prod(t.shape)) * dtype.itemsize for t in tensors)
+    size = sum(pytorch.nbytes(t, parameters) for t in tensors)
     with staged(destination, say) as folder:
         check_room(folder, size)
         pytorch.write(folder, tensors, parameters, draw, shard_bytes=shard_bytes, progress=progress)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 _STRIP = 32  # rows; of 16, 32, 64 and 256 the fastest
@@ -77,6 +78,10 @@ def parameter_shapes(tensors: Iterable[Tensor]) -> dict[Path, Shape]:
             stacks.setdefault(part.path, []).append(tensor)
             shapes[part.path] = part.shape if tensor.layer is None else (len(stacks[part.path]), *part.shape)
     return shapes
+
+
+def parameter_bytes(parameter: jax.ShapeDtypeStruct) -> int:
+    return parameter.size * np.dtype(parameter.dtype).itemsize
 
 
 def part(path: str, view: Shape, axes: tuple[int, ...] | None = None, shape: Shape | None = None) -> Part:

@@ -140,13 +140,26 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     return stacked(config, name="layers")(carry, jnp.arange(config.num_layers), *shared)[0]
 
 
-def unstack_layers(variables: Any) -> Any:
-    """The variables of a scanned model as an unscanned one has them: "layers" becomes "layers_0", "layers_1", ..."""
-    if not isinstance(variables, Mapping):
-        return variables
-    out = {k: unstack_layers(v) for k, v in variables.items() if k != "layers"}
-    if "layers" in variables:
-        stacked = variables["layers"]
-        for i in range(jax.tree.leaves(stacked)[0].shape[0]):
-            out[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
+def unstack_layers(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a scanned model as an unscanned one has them: "layers" becomes "layers_0", "layers_1", ...
+
+    `variables` is emptied on the way, so that no more than one stack is held twice at a time.
+    """
+    out: dict[str, Any] = {}
+    while variables:
+        name, value = variables.popitem()
+        if name == "layers":
+            out |= _unstacked(value)
+        else:
+            out[name] = unstack_layers(value) if isinstance(value, dict) else value
     return out
+
+
+def _unstacked(stacked: dict[str, Any]) -> dict[str, Any]:
+    layers: dict[str, Any] = {}
+    while stacked:
+        name, value = stacked.popitem()
+        each = _unstacked(value) if isinstance(value, dict) else {f"layers_{i}": x for i, x in enumerate(value)}
+        for layer, part in each.items():
+            layers.setdefault(layer, {})[name] = part
+    return layers
