@@ -175,16 +175,15 @@ class TrainingData:
         self._augment = _augment(config)
         self._fitting = self._planner()  # says at once what cannot be divided
         order = _order(config, [len(m) for m in self._manifests])
-        self._at: Callable[[int], tuple[int, int]] = order.__getitem__
+        self._at: Any = order.__getitem__  # position -> source, number
         self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
         self._limit = Limit(config.bad_samples, min(_LEAST_SAMPLES, sum(map(len, self._manifests))))
         self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
         reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=8 * config.threads)
         measured = order.map_with_index(self._measure).to_iter_dataset(reading)
         plans = _Plans(measured, self._planner, self._limit)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(
-            plans.map(self._load), prefetch_buffer_size=config.prefetch
-        )
+        loaded = plans.map(self._load)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=config.prefetch)
         self._batches: Any = iter(ahead)
         self._steps = 0
         self._tally, self._unreadable = Tally(), Tally()

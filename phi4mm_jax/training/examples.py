@@ -1,6 +1,6 @@
 """Samples of a manifest: a conversation becomes a row with its answers marked.
 
-A sample is an object with "messages", a chat whose assistant turns are its answers, or, of preferences, with a prompt as
+A sample is an object with "messages", a chat whose assistant turns are its answers; or, a preference, with a prompt as
 "messages" and the answers "chosen" and "rejected". The tokens are those that the model sees and says when it generates:
 the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
 """
@@ -129,9 +129,7 @@ def _learnt(messages: Sequence[Mapping[str, Any]]) -> tuple[bool, ...]:
         raise BadSample("answer", f"{cause}; give a message of role assistant to be learnt")
     if messages[-1].get("role") != "assistant":
         role = messages[-1].get("role")
-        raise BadSample(
-            "answer", f"messages end with one of role {role!r:.40}; end them with an answer, or cut the rest"
-        )
+        raise BadSample("answer", f"messages end with one of role {role!r:.40}; end them with an answer")
     return learnt
 
 

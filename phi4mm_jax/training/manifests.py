@@ -50,9 +50,8 @@ def open_manifest(path: Path) -> Manifest:
         InputError: it cannot be read, has no samples, or needs a package that is not installed.
     """
     try:
-        manifest = (
-            _Dataset(path) if path.is_dir() else _Parquet(path) if path.suffix == ".parquet" else _JsonLines(path)
-        )
+        reader = _Dataset if path.is_dir() else _Parquet if path.suffix == ".parquet" else _JsonLines
+        manifest = reader(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except ImportError as error:
@@ -145,7 +144,7 @@ class _Dataset:
         except (FileNotFoundError, ValueError) as error:
             raise InputError(f"{path}: is no dataset ({error}); write one with Dataset.save_to_disk") from error
         if not isinstance(loaded, datasets.Dataset):
-            raise InputError(f"{path}: has several splits ({', '.join(loaded)}); give the folder of one")
+            raise InputError(f"{path}: has several splits ({', '.join(map(str, loaded))}); give the folder of one")
         self._rows = loaded.with_format("arrow")  # as stored: media stay undecoded
 
     def __len__(self) -> int:

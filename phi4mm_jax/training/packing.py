@@ -117,17 +117,14 @@ class Planner:
         longest, config = self.config.lengths[-1], self.config
         tokens = sum(size.tokens) if config.pack else max(size.tokens)
         if tokens > longest:
-            media = "".join(
-                f", {kind} {i}: {n}"
-                for kind in ("image", "clip")
-                for i, n in enumerate(getattr(outline, kind + "s"), 1)
-            )
+            counts = {"image": outline.images, "audio": outline.clips}
+            media = "".join(f", {kind} {i}: {n}" for kind, of_kind in counts.items() for i, n in enumerate(of_kind, 1))
             text = sum(size.tokens) - len(size.tokens) * (sum(outline.images) + sum(outline.clips))
             parts = " + ".join(map(str, size.tokens))
             raise BadSample(
                 "length",
-                f"the sample has {parts} tokens (text: {text}{media}), and a row {longest}, which would cut its answer; "
-                "shorten it, or raise lengths",
+                f"the sample has {parts} tokens (text: {text}{media}), and a row {longest}, which would cut its "
+                "answer; shorten it, or raise lengths",
             )
         share = f" a host ({self.hosts} share those of a batch)" if self.hosts > 1 else ""
         for name, needed, sizes in (("crops", size.crops, self.crops), ("chunks", size.chunks, self.chunks)):
