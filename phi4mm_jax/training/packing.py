@@ -30,7 +30,7 @@ class PackingConfig:
         crops: sizes of the stack of crops, ascending; empty if the data have no images. A batch takes the smallest one
             that is enough; its samples never need more than the largest.
         chunks: likewise, of the stack of chunks of clips: one for each 40 s of a clip.
-        chunk_tokens: what a chunk has room for, 80 ms a token. 500 takes every clip; where all clips are shorter,
+        chunk_tokens: what a chunk has room for, 80 ms a token. 512 takes every clip; where all are shorter,
             less saves computing.
         window: samples that may wait for a later batch before one is closed that they do not fit into.
 
@@ -43,7 +43,7 @@ class PackingConfig:
     pack: bool = True
     crops: tuple[int, ...] = ()
     chunks: tuple[int, ...] = ()
-    chunk_tokens: int = 500
+    chunk_tokens: int = 512
     window: int = 64
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ class Planner:
         if size.longest > config.chunk_tokens:
             raise BadSample(
                 "length",
-                f"a clip has {size.longest} tokens, and a chunk {config.chunk_tokens}; raise chunk_tokens (500 takes "
+                f"a clip has {size.longest} tokens, and a chunk {config.chunk_tokens}; raise chunk_tokens (512 takes "
                 "every clip)",
             )
 
