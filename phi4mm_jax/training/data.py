@@ -222,7 +222,7 @@ class TrainingData:
             InputError: the state is of other data, or of another number of hosts.
         """
         theirs, ours = state["data"], self._signature()
-        if different := sorted(name for name in ours if theirs.get(name) != ours[name]):
+        if different := [name for name in ours if theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
                 f"the state is of other data: {name} was {theirs.get(name)!r:.200} and is {ours[name]!r:.200}; go on "

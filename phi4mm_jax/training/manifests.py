@@ -14,6 +14,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.examples import BadSample
 
 _BLOCK = 1 << 24  # bytes
+_SHORT = 8  # bytes; longer lines are not looked at to tell whether they are empty
 _ROW_GROUPS_KEPT = 4
 
 
@@ -76,7 +77,10 @@ class _JsonLines:
             at += len(block)
         bounds = np.append(np.concatenate(starts), at)
         lengths = np.diff(bounds)
-        self._lines = np.flatnonzero(lengths > 1)  # the others are empty
+        is_empty = lengths <= 1
+        for line in np.flatnonzero((lengths > 1) & (lengths < _SHORT)):
+            is_empty[line] = not os.pread(self._file.fileno(), int(lengths[line]), int(bounds[line])).strip()
+        self._lines = np.flatnonzero(~is_empty)
         self._starts, self._lengths = bounds[self._lines], lengths[self._lines]
 
     def __len__(self) -> int:
