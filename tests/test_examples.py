@@ -60,7 +60,7 @@ def test_tokens_are_those_of_inference(processor, messages):
     """Up to each answer what a prompt of the turns before gives; then what a chat that goes on has for the answer."""
     (example,) = examples(processor, {"messages": messages})
     tokens, ids = example.row.tokens, processor.tokenizer.special_tokens
-    marked = np.zeros(len(tokens), bool)
+    marked, end = np.zeros(len(tokens), bool), 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = inferred(processor, messages[:i])
