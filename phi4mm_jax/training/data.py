@@ -51,7 +51,8 @@ class DataConfig:
     """What is learnt from, in which order and shapes.
 
     Attributes:
-        kind: what the manifests hold: conversations with answers, or preferences.
+        sources: the manifests.
+        kind: what they hold: conversations with answers, or preferences.
         packing: the shapes of batches.
         epochs: how often to go through the data: so many times as many samples as the manifests have together.
         steps: how many batches to make, whatever epochs that takes. Either this or epochs is given.
@@ -197,8 +198,7 @@ class TrainingData:
         batch, self._tally, unreadable = next(self._batches)
         self._unreadable = self._unreadable.plus(unreadable)
         self._steps += 1
-        if unreadable.skipped:
-            self._limit.check(self._tally.plus(self._unreadable))
+        self._limit.check(self._tally.plus(self._unreadable))
         return batch
 
     @property
