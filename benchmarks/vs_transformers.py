@@ -188,6 +188,7 @@ class Sides:
         self.extractor = Phi4MultimodalFeatureExtractor()
         self.random = np.random.default_rng(0)
         self.text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+        self.text = self.text.replace("<|", "<")  # special tokens in a text are text to ours, and not to theirs
         leave_out_unused(self.torch)
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Contest]]]:
