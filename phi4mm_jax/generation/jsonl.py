@@ -14,6 +14,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.engine import Engine
 from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
+from phi4mm_jax.processing.chat import path_in, with_paths
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty"}
@@ -91,33 +92,11 @@ def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Re
         given = values.get(kind, [])
         if not isinstance(given, list) or not all(isinstance(m, str) for m in given):
             raise InputError(f"{kind} is {given!r}; expected a list of paths or data URLs")
-        media[kind] = [_located(m, folder) for m in given]
-    prompt = values["prompt"] if "prompt" in values else _with_paths(values["messages"], folder)
+        media[kind] = [path_in(m, folder) for m in given]
+    prompt = values["prompt"] if "prompt" in values else with_paths(values["messages"], folder)
     rest = {key: values[key] for key in _REQUEST & values.keys()}
     sampling = Sampling(**{key: values[key] for key in _SAMPLING & values.keys()})
     return Request(prompt, **media, sampling=sampling, **{"max_new_tokens": max_new_tokens, **rest})
-
-
-def _located(source: str, folder: Path) -> str:
-    """A path relative to the input file, as one to open; a URL as it is."""
-    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
-    return source if is_url or not source else str(folder / source)
-
-
-def _with_paths(value: Any, folder: Path) -> Any:
-    """Messages, their content or one of its parts, with the paths of media located. Nothing else is touched."""
-    if isinstance(value, list):
-        return [_with_paths(item, folder) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key in ("content", "image", "audio", "video", "image_url", "url"):
-        inner = value.get(key)
-        if isinstance(inner, str) and key != "content":
-            found[key] = _located(inner, folder)
-        elif isinstance(inner, list | dict):
-            found[key] = _with_paths(inner, folder)
-    return {**value, **found}
 
 
 class AnswerFile:

@@ -166,6 +166,12 @@ def count_image_tokens(
     return rows * (columns + 1) + 1 + side * (side + 1)
 
 
+def count_crops(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> int:
+    """The crops of an image of this size, the global view among them."""
+    columns, rows = choose_grid(width, height, dynamic_hd, crop_size)
+    return 1 + columns * rows
+
+
 def check_max_crops(name: str, value: Any) -> None:
     """Raises an InputError, about what is called so, unless it is a positive whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

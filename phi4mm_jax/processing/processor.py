@@ -12,12 +12,13 @@ from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
-from phi4mm_jax.processing.chat import Media, Prompt, given_media, parse_prompt
+from phi4mm_jax.processing.chat import Kind, Media, Prompt, given_media, parse_prompt
 from phi4mm_jax.processing.images import (
     SUB_SEPARATOR,
     ImageFeatures,
     ImageSource,
     check_max_crops,
+    count_crops,
     count_image_tokens,
     image_size,
     load_image,
@@ -45,8 +46,36 @@ class Row(NamedTuple):
 
     @property
     def adapter(self) -> int:
-        """0 none, 1 vision, 2 speech: images decide, then clips."""
-        return _ADAPTER_VISION if self.images else _ADAPTER_SPEECH if self.clips else _ADAPTER_NONE
+        """0 none, 1 vision, 2 speech."""
+        return _adapter(self.images, self.clips)
+
+
+class Outline(NamedTuple):
+    """What the headers of a prompt's media tell of its `Row`."""
+
+    tokens: np.ndarray  # int32 (T,), as in the row
+    images: tuple[int, ...]  # tokens of each
+    clips: tuple[int, ...]  # tokens of each
+    crops: int  # of all images
+
+    @property
+    def adapter(self) -> int:
+        """0 none, 1 vision, 2 speech."""
+        return _adapter(self.images, self.clips)
+
+
+def _adapter(images: Sequence[Any], clips: Sequence[Any]) -> int:
+    """Images decide, then clips."""
+    return _ADAPTER_VISION if images else _ADAPTER_SPEECH if clips else _ADAPTER_NONE
+
+
+class BatchSizes(NamedTuple):
+    """What the shapes of a batch depend on, besides its number of rows."""
+
+    length: int
+    crops: int  # 0: the batch has no stack of crops
+    chunks: int  # 0: the batch has no stack of chunks
+    chunk_tokens: int  # what a chunk has room for
 
 
 class Processor:
@@ -130,20 +159,38 @@ class Processor:
         Raises:
             InputError: as in `__call__`, and when the prompt is empty or longer than the context.
         """
-        parsed = parse_prompt(prompt, self.tokenizer, images, audios)
+        return self.row_of(parse_prompt(prompt, self.tokenizer, images, audios), max_crops)
+
+    def row_of(self, prompt: Prompt, max_crops: int | None = None) -> Row:
+        """`row` of a prompt that is parsed already."""
         vision, most = self.config.vision, self._dynamic_hd(max_crops)
         # Counted before they are scaled and cut: what does not fit costs no more than loading.
-        loaded = each("image", parsed.images, lambda image: self._load_image(image, most))
-        clips = each("audio", parsed.audios, load_audio)
-        self._check_adapters(bool(loaded), bool(clips))
+        loaded = each("image", prompt.images, lambda image: self._load_image(image, most))
+        clips = each("audio", prompt.audios, load_audio)
         counts = {
             "image": [self._tokens_of_size(*image.size, crops) for image, crops in loaded],
             "audio": [num_audio_tokens(num_frames(len(samples), rate)) for samples, rate in clips],
         }
-        tokens, media = self._tokens(parsed, counts)
-        self._check_context(len(tokens), counts)
+        tokens, media = self._tokens(prompt, counts)
         features = (preprocess_image(image, crops, vision.crop_size, vision.patch_size) for image, crops in loaded)
-        return Row(np.asarray(tokens, np.int32), media, tuple(features), tuple(log_mel(*clip) for clip in clips))
+        return Row(tokens, media, tuple(features), tuple(log_mel(*clip) for clip in clips))
+
+    def outline(self, prompt: Prompt, max_crops: int | None = None) -> Outline:
+        """What `row_of` will give, without decoding the media, but for audio as `measure_audio` says, and videos, which
+        are decoded when they are parsed.
+
+        Raises:
+            InputError: as `row_of`, but for what only decoding shows.
+        """
+        vision, most = self.config.vision, self._dynamic_hd(max_crops)
+        sizes = each("image", prompt.images, lambda image: self._image_size(image, most))
+        counts = {
+            "image": [self._tokens_of_size(*size) for size in sizes],
+            "audio": each("audio", prompt.audios, lambda clip: num_audio_tokens(num_frames(*measure_audio(clip)))),
+        }
+        tokens, _ = self._tokens(prompt, counts)
+        crops = sum(count_crops(*size, vision.crop_size) for size in sizes)
+        return Outline(tokens, tuple(counts["image"]), tuple(counts["audio"]), crops)
 
     def count_image_tokens(self, image: ImageSource, max_crops: int | None = None) -> int:
         """The tokens of an image, in any form that `__call__` takes, by its size alone: nothing is decoded.
@@ -174,10 +221,17 @@ class Processor:
         vision = self.config.vision
         return count_image_tokens(width, height, max_crops, vision.crop_size, vision.patch_size)
 
+    def _image_size(self, source: Any, max_crops: int) -> tuple[int, int, int]:
+        """Width and height of an image, and how many crops it may have."""
+        source, max_crops = self._of_frame(source, max_crops)
+        return *image_size(source), max_crops
+
+    def _of_frame(self, source: Any, max_crops: int) -> tuple[Any, int]:
+        return (source.image, self._dynamic_hd(source.max_crops)) if isinstance(source, Frame) else (source, max_crops)
+
     def _load_image(self, source: Any, max_crops: int) -> tuple[Image.Image, int]:
         """An image, and how many crops it may have; refused if it is too thin."""
-        if isinstance(source, Frame):
-            source, max_crops = source.image, self._dynamic_hd(source.max_crops)
+        source, max_crops = self._of_frame(source, max_crops)
         image = load_image(source)
         self._tokens_of_size(*image.size, max_crops)
         return image, max_crops
@@ -210,7 +264,8 @@ class Processor:
             )
 
     def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):
-        """The token ids with placeholders repeated, and where each medium begins."""
+        """The token ids with placeholders repeated, and where each medium begins; refused if too many."""
+        self._check_adapters(bool(prompt.images), bool(prompt.audios))
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
         pieces = [ids[p.kind] if isinstance(p, Media) else p for p in prompt.pieces]
@@ -223,71 +278,109 @@ class Processor:
                 tokens += [token] * counts[medium.kind][medium.index]
             else:
                 tokens.append(token)
-        return tokens, tuple(media)
+        self._check_context(len(tokens), counts)
+        return np.asarray(tokens, np.int32), tuple(media)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Put processed rows together, each padded to the longest; counts and lengths are rounded up to buckets."""
-        length = min(bucket(max(len(r.tokens) for r in rows), _LEAST_LENGTH), self.context)
-        tokens = np.full((len(rows), length), self.config.pad_token_id, np.int32)
-        media = np.full((len(rows), length), NO_MEDIA, np.int32)
-        adapters = np.zeros(len(rows), np.int32)
-        images, image_rows = self._stack_images([f for r in rows for f in r.images])
-        audio, clip_rows = self._stack_clips(
-            [(c, bool(r.images)) for r in rows for c in r.clips], self._num_image_features(images)
+        crops = sum(len(f.crops) for f in _unique_images(rows).values())
+        counts = [num_audio_tokens(len(frames)) for frames, _ in _unique_clips(rows).values()]
+        most = self.config.speech.chunk_tokens
+        sizes = BatchSizes(
+            min(bucket(max(len(r.tokens) for r in rows), _LEAST_LENGTH), self.context),
+            bucket(crops) if crops else 0,
+            bucket(sum(num_chunks(n, most) for n in counts)) if counts else 0,
+            bucket(max((min(n, most) for n in counts), default=0), _LEAST_LENGTH),
         )
+        return self.assemble([[row] for row in rows], sizes)._replace(segments=None)
+
+    def assemble(self, rows: Sequence[Sequence[Row]], sizes: BatchSizes, part: int = 0, parts: int = 1) -> Batch:
+        """Put processed rows together, in each row of the batch several after one another, or none: as its segments.
+
+        Features that are the same object in several rows are stacked once.
+
+        Args:
+            rows: those of one row of the batch need the same adapter.
+            sizes: what all must fit into.
+            part, parts: the batch is this one of several that will be joined along the first axis of every array:
+                `media` counts in the joined stacks.
+        """
+        all_rows = [r for row in rows for r in row]
+        images, clips = _unique_images(all_rows), _unique_clips(all_rows)
+        features = parts * sizes.crops * self.config.vision.features_per_crop
+        image_stack, image_rows = self._stack_images(list(images.values()), sizes, part, features)
+        audio_stack, clip_rows = self._stack_clips(
+            list(clips.values()), sizes, features + (2 if sizes.crops else 0) + part * sizes.chunks * sizes.chunk_tokens
+        )
+        at_images, at_clips = dict(zip(images, image_rows, strict=True)), dict(zip(clips, clip_rows, strict=True))
+        shape = len(rows), sizes.length
+        tokens = np.full(shape, self.config.pad_token_id, np.int32)
+        media, segments = np.full(shape, NO_MEDIA, np.int32), np.zeros(shape, np.int32)
+        lengths, adapters = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.int32)
         for b, row in enumerate(rows):
-            tokens[b, : len(row.tokens)] = row.tokens
-            adapters[b] = row.adapter
-            indices = {
-                "image": [next(image_rows) for _ in row.images],
-                "audio": [next(clip_rows) for _ in row.clips],
-            }
-            for medium, start in row.media:
-                index = indices[medium.kind][medium.index]
-                media[b, start : start + len(index)] = index
-        lengths = np.asarray([len(r.tokens) for r in rows], np.int32)
-        return Batch(tokens, lengths, adapters, media, images, audio)
+            for number, r in enumerate(row, 1):
+                start, stop = lengths[b], lengths[b] + len(r.tokens)
+                tokens[b, start:stop], segments[b, start:stop] = r.tokens, number
+                adapters[b], lengths[b] = r.adapter, stop
+                indices: dict[Kind, list[np.ndarray]] = {
+                    "image": [at_images[id(f)] for f in r.images],
+                    "audio": [at_clips[id(c), bool(r.images)] for c in r.clips],
+                }
+                for medium, first in r.media:
+                    index = indices[medium.kind][medium.index]
+                    media[b, start + first : start + first + len(index)] = index
+        return Batch(tokens, lengths, adapters, media, image_stack, audio_stack, segments)
 
-    def _num_image_features(self, images: ImageStack | None) -> int:
-        return 0 if images is None else len(images.crops) * self.config.vision.features_per_crop + 2
-
-    def _stack_images(self, images: Sequence[ImageFeatures]):
-        """The stack of all crops, and for each image the rows of the features that its tokens take."""
-        if not images:
-            return None, iter(())
+    def _stack_images(self, images: Sequence[ImageFeatures], sizes: BatchSizes, part: int, separators: int):
+        """The stack of all crops, and for each image the rows of the features that its tokens take; the separators'
+        come after all crops'."""
+        if not sizes.crops:
+            return None, []
         vision = self.config.vision
-        total = bucket(sum(len(f.crops) for f in images))
         side = vision.crop_size
-        crops = np.zeros((total, side, side, 3), np.float32)
-        mask = np.zeros((total, vision.patches_per_side, vision.patches_per_side), bool)
-        rows, start, row_separator = [], 0, total * vision.features_per_crop
+        crops = np.zeros((sizes.crops, side, side, 3), np.float32)
+        mask = np.zeros((sizes.crops, vision.patches_per_side, vision.patches_per_side), bool)
+        rows, start = [], 0
         for f in images:
             stop = start + len(f.crops)
             crops[start:stop], mask[start:stop] = f.crops, f.patch_mask
-            separators = np.where(f.layout == SUB_SEPARATOR, row_separator, row_separator + 1)
-            rows.append(np.where(f.layout >= 0, f.layout + start * vision.features_per_crop, separators))
+            separator = np.where(f.layout == SUB_SEPARATOR, separators, separators + 1)
+            first = (part * sizes.crops + start) * vision.features_per_crop
+            rows.append(np.where(f.layout >= 0, f.layout + first, separator))
             start = stop
-        return ImageStack(crops, mask), iter(rows)
+        return ImageStack(crops, mask), rows
 
-    def _stack_clips(self, clips: Sequence[tuple[np.ndarray, bool]], offset: int):
+    def _stack_clips(self, clips: Sequence[tuple[np.ndarray, bool]], sizes: BatchSizes, offset: int):
         """The stack of all chunks, and for each clip the rows of the features, from `offset`, that it takes."""
-        if not clips:
-            return None, iter(())
-        speech = self.config.speech
-        most = speech.chunk_tokens
-        counts = [num_audio_tokens(len(frames)) for frames, _ in clips]
-        chunk = bucket(max(min(n, most) for n in counts), _LEAST_LENGTH)  # tokens
-        total = bucket(sum(math.ceil(n / most) for n in counts))
-        entries, rows = [], []
-        for (frames, with_images), count in zip(clips, counts, strict=True):
-            tokens = np.arange(count)
-            rows.append(offset + (len(entries) + tokens // most) * chunk + tokens % most)
-            entries += clip_chunks(frames, with_images, chunk, speech)
-        stack = AudioStack(*(np.zeros((total, *np.shape(first)), first.dtype) for first in entries[0]))
-        for a, entry in enumerate(entries):
-            for stacked, value in zip(stack, entry, strict=True):
-                stacked[a] = value
-        return stack, iter(rows)
+        if not sizes.chunks:
+            return None, []
+        speech, chunk = self.config.speech, sizes.chunk_tokens
+        shape = sizes.chunks, (_HALO_TOKENS + chunk) * speech.time_reduction, speech.num_bands
+        scalars = (np.zeros(sizes.chunks, np.int32) for _ in ("first", "last", "attended"))
+        stack = AudioStack(np.zeros(shape, np.float32), *scalars, with_images=np.zeros(sizes.chunks, bool))
+        rows, start = [], 0
+        for frames, with_images in clips:
+            tokens = np.arange(num_audio_tokens(len(frames)))
+            rows.append(offset + (start + tokens // speech.chunk_tokens) * chunk + tokens % speech.chunk_tokens)
+            for entry in clip_chunks(frames, with_images, chunk, speech):
+                for stacked, value in zip(stack, entry, strict=True):
+                    stacked[start] = value
+                start += 1
+        return stack, rows
+
+
+def _unique_images(rows: Sequence[Row]) -> dict[int, ImageFeatures]:
+    return {id(f): f for r in rows for f in r.images}
+
+
+def _unique_clips(rows: Sequence[Row]) -> dict[tuple[int, bool], tuple[np.ndarray, bool]]:
+    """Clips, and whether images are with them, which decides on their projector."""
+    return {(id(c), bool(r.images)): (c, bool(r.images)) for r in rows for c in r.clips}
+
+
+def num_chunks(tokens: int, most: int) -> int:
+    """The chunks of a clip of so many tokens."""
+    return math.ceil(tokens / most)
 
 
 def clip_chunks(frames: np.ndarray, with_images: bool, tokens: int, speech: SpeechConfig) -> Iterator[AudioStack]:

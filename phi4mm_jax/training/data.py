@@ -1,0 +1,365 @@
+"""The stream of training batches: read, shuffled, mixed, packed, and resumed exactly where it was.
+
+    manifests --shuffle, mix--> positions --measure (threads)--> sizes --plan--> batches of positions --load--> arrays
+
+Everything up to the plan is the same on every host, and cheap: texts are tokenised, of media only headers are read.
+A host then loads the samples of its own rows. The order of all samples is known by their positions in the stream, so
+the state of a run is a few numbers: the next position, and which ones wait for a batch.
+"""
+
+import contextlib
+import functools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.training.augment import CLIP_AUGMENTATIONS, IMAGE_AUGMENTATIONS, Augment, AugmentClip, AugmentImage
+from phi4mm_jax.training.batch import TrainingBatch
+from phi4mm_jax.training.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
+from phi4mm_jax.training.manifests import open_manifest
+from phi4mm_jax.training.packing import PackingConfig, Plan, Planner, Waiting, build
+
+_LEAST_SAMPLES = 100  # before a rate of bad samples means anything
+
+
+@dataclass(frozen=True)
+class Source:
+    """A manifest and its share of the stream.
+
+    Attributes:
+        path: a file of JSON lines, a Parquet file, or the folder of a Hugging Face dataset.
+        weight: of all sources' weights together, the share of samples that are this one's; None for all sources: every
+            sample comes once an epoch.
+    """
+
+    path: str
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learnt from, in which order and shapes.
+
+    Attributes:
+        sources: the manifests.
+        kind: what they hold: conversations with answers, or preferences.
+        packing: the shapes of batches.
+        epochs: how often to go through the data: so many times as many samples as the manifests have together.
+        steps: how many batches to make, whatever epochs that takes. Either this or epochs is given.
+        seed: of shuffling and augmentation.
+        shuffle: each epoch in another order; otherwise each in that of the files.
+        max_crops: the most crops of an image, besides its global view.
+        augment_image, augment_clip: "jitter" and "noise", or functions of one's own, see `Augment`.
+        bad_samples: the share of samples that may be unusable. They are skipped and counted; more of them, over all of
+            at least 100 samples or of an epoch, end the run. With 0 the first one does.
+        threads: that read and process samples.
+        prefetch: batches that are made ahead.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    sources: tuple[Source, ...]
+    packing: PackingConfig
+    kind: Kind = "answers"
+    epochs: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    shuffle: bool = True
+    max_crops: int | None = None
+    augment_image: Literal["jitter"] | AugmentImage | None = None
+    augment_clip: Literal["noise"] | AugmentClip | None = None
+    bad_samples: float = 0.0
+    threads: int = 8
+    prefetch: int = 2
+
+    def __post_init__(self):
+        weights = [s.weight for s in self.sources]
+        if not self.sources:
+            raise InputError("sources is empty; give at least one manifest")
+        if any(w is None for w in weights) and any(w is not None for w in weights):
+            raise InputError("some sources have a weight and others none; give one to all, or to none")
+        for source in self.sources:
+            if source.weight is not None and not 0 < source.weight < math.inf:
+                raise InputError(f"{source.path}: its weight is {source.weight!r:.40}; expected a positive number")
+        if (self.epochs is None) == (self.steps is None):
+            raise InputError(f"epochs is {self.epochs} and steps is {self.steps}; give one of them")
+        for name, least in (("epochs", 1), ("steps", 1), ("seed", 0), ("threads", 1), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise InputError(f"{name} is {value!r:.40}; expected a whole number from {least} on")
+        if not 0 <= self.bad_samples < 1:
+            raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a share from 0 to below 1")
+        if self.kind not in ("answers", "preferences"):
+            raise InputError(f"kind is {self.kind!r:.40}; expected answers or preferences")
+        _augment(self)
+
+
+def _augment(config: DataConfig) -> Augment:
+    def chosen(name: str, value: Any, known: Mapping[str, Any]) -> Any:
+        if value is None or callable(value):
+            return value
+        if value not in known:
+            raise InputError(f"{name} is {value!r:.40}; expected {' or '.join(known)}, or a function")
+        return known[value]
+
+    return Augment(
+        chosen("augment_image", config.augment_image, IMAGE_AUGMENTATIONS),
+        chosen("augment_clip", config.augment_clip, CLIP_AUGMENTATIONS),
+    )
+
+
+class Tally(NamedTuple):
+    """Samples that were seen, and what was skipped of them."""
+
+    seen: int = 0
+    skipped: Mapping[str, int] = {}  # by cause
+    last: str = ""  # what was wrong with the last one
+
+    def plus(self, other: "Tally") -> "Tally":
+        skipped = Counter(self.skipped) + Counter(other.skipped)
+        return Tally(self.seen + other.seen, dict(skipped), other.last or self.last)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The share of samples that may be unusable, and how many must have been seen before it means anything."""
+
+    share: float
+    least: int
+
+    def skip(self, tally: Tally, error: BadSample) -> Tally:
+        """Raises the error if none may be skipped."""
+        if not self.share:
+            raise error
+        return tally.plus(Tally(0, {error.cause: 1}, str(error)))
+
+    def check(self, tally: Tally) -> None:
+        """Raises InputError if too many were skipped."""
+        skipped = sum(tally.skipped.values())
+        if tally.seen >= self.least and skipped > self.share * tally.seen:
+            causes = ", ".join(f"{cause}: {n}" for cause, n in sorted(tally.skipped.items()))
+            raise InputError(
+                f"{skipped} of {tally.seen} samples are unusable ({causes}), more than the share of {self.share} that "
+                f"bad_samples allows; repair or remove them, or raise it. The last one: {tally.last}"
+            )
+
+
+class TrainingData:
+    """An iterator of this host's parts of the batches.
+
+    Hosts that are given the same data have as many batches, of the same shapes, and of each batch other samples. Joined
+    along the first axis of every array, their parts are the batch.
+
+    Raises:
+        InputError: when it is made: a manifest cannot be read, or the batch not be divided among the hosts. As it goes:
+            a sample is unusable (`BadSample`, naming file and line), or more of them than are allowed.
+    """
+
+    def __init__(self, config: DataConfig, processor: Processor, host: int = 0, hosts: int = 1):
+        if not 0 <= host < hosts:
+            raise InputError(f"host {host} of {hosts}; expected 0 to {hosts - 1}")
+        if config.packing.lengths[-1] > processor.context:
+            raise InputError(f"lengths is {config.packing.lengths}, beyond the model's context of {processor.context}")
+        self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
+        self._manifests = [open_manifest(Path(source.path)) for source in config.sources]
+        self._augment = _augment(config)
+        self._fitting = self._planner()  # says at once what cannot be divided
+        order = _order(config, [len(m) for m in self._manifests])
+        self._at: Any = order.__getitem__  # position -> source, number
+        self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
+        self._limit = Limit(config.bad_samples, min(_LEAST_SAMPLES, sum(map(len, self._manifests))))
+        self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
+        reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=8 * config.threads)
+        measured = order.map_with_index(self._measure).to_iter_dataset(reading)
+        plans = _Plans(measured, self._planner, self._limit)
+        loaded = plans.map(self._load)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=config.prefetch)
+        self._batches: Any = iter(ahead)
+        self._steps = 0
+        self._tally, self._unreadable = Tally(), Tally()
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        return self
+
+    def __next__(self) -> TrainingBatch:
+        if self._steps == self._config.steps:
+            raise StopIteration
+        batch, self._tally, unreadable = next(self._batches)
+        self._unreadable = self._unreadable.plus(unreadable)
+        self._steps += 1
+        self._limit.check(self._tally.plus(self._unreadable))
+        return batch
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples that were skipped so far, by cause: those of all hosts, but media that cannot be decoded only where
+        they would have been this host's."""
+        return dict(self._tally.plus(self._unreadable).skipped)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is: after the last batch that was taken. Plain values for JSON; the same on every host, but
+        for what `skipped` counts."""
+        return {
+            "data": self._signature(), "steps": self._steps, "stream": self._batches.get_state(),
+            "tally": self._tally._asdict(), "unreadable": self._unreadable._asdict(),
+        }  # fmt: skip
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `get_state` was.
+
+        Raises:
+            InputError: the state is of other data, or of another number of hosts.
+        """
+        theirs, ours = state["data"], self._signature()
+        if different := [name for name in ours if theirs.get(name) != ours[name]]:
+            name = different[0]
+            raise InputError(
+                f"the state is of other data: {name} was {theirs.get(name)!r:.200} and is {ours[name]!r:.200}; go on "
+                "with the same data, or begin anew"
+            )
+        self._batches.set_state(state["stream"])
+        self._steps = state["steps"]
+        self._tally, self._unreadable = Tally(**state["tally"]), Tally(**state["unreadable"])
+
+    def close(self) -> None:
+        """End the threads."""
+        self._batches.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _signature(self) -> dict[str, Any]:
+        """What the order and the shapes depend on."""
+        config = self._config
+        signature = {
+            "samples": [len(m) for m in self._manifests], "bytes": [m.size for m in self._manifests],
+            "weights": [s.weight for s in config.sources], "packing": asdict(config.packing), "kind": config.kind,
+            "seed": config.seed, "shuffle": config.shuffle, "max_crops": config.max_crops, "hosts": self._hosts,
+        }  # fmt: skip
+        return json.loads(json.dumps(signature))  # lists for tuples, as a state has them that was stored
+
+    def _planner(self) -> Planner:
+        return Planner(self._config.packing, self._hosts, self._sequences)
+
+    @property
+    def _sequences(self) -> int:
+        return 2 if self._config.kind == "preferences" else 1
+
+    @contextlib.contextmanager
+    def _sample(self, position: int) -> Iterator[Sample]:
+        """A sample; what is wrong with it, there or in what is done with it, is said with its place."""
+        source, number = self._at(position)
+        manifest = self._manifests[source]
+        try:
+            yield parse_sample(manifest.read(number), manifest.folder, self._processor.tokenizer, self._config.kind)
+        except BadSample as error:
+            raise BadSample(error.cause, f"{manifest.where(number)}: {error}") from error
+
+    def _measure(self, position: int, _: Any) -> Waiting | BadSample:
+        try:
+            with self._sample(position) as sample:
+                size, outline = measure(sample, self._processor, self._config.max_crops)
+                self._fitting.check(size, outline)
+                return Waiting(position, size)
+        except BadSample as error:
+            return error
+
+    def _examples(self, position: int) -> tuple[Example, ...] | BadSample:
+        rng = np.random.default_rng((self._config.seed, position))
+        try:
+            with self._sample(position) as sample:
+                return load_examples(sample, self._processor, self._config.max_crops, self._augment, rng)
+        except BadSample as error:
+            return error
+
+    def _load(self, planned: tuple[Plan, Tally]) -> tuple[TrainingBatch, Tally, Tally]:
+        """This host's part of a batch; what was seen and skipped until then; what it had to leave out itself."""
+        plan, tally = planned
+        positions = [at for slot in plan.slots[self._host] for at in slot]
+        found = dict(zip(positions, self._pool.map(self._examples, positions), strict=True))
+        unreadable = Tally()
+        for error in found.values():
+            if isinstance(error, BadSample):
+                unreadable = self._limit.skip(unreadable, error)
+        examples = {at: e for at, e in found.items() if not isinstance(e, BadSample)}
+        batch = build(self._processor, self._config.packing, plan, self._host, examples, self._sequences)
+        return batch, tally, unreadable
+
+
+def _order(config: DataConfig, lengths: Sequence[int]) -> grain.MapDataset[tuple[int, int]]:
+    """The stream: at each position a source and the number of a sample in it."""
+    sources = [
+        grain.MapDataset.range(length).map(functools.partial(_of_source, number))
+        for number, length in enumerate(lengths)
+    ]
+
+    def shuffled(data: grain.MapDataset, number: int) -> grain.MapDataset:
+        seed = np.random.SeedSequence((config.seed, number)).generate_state(1)[0]
+        return data.shuffle(seed=int(seed)) if config.shuffle else data
+
+    weights = [s.weight for s in config.sources if s.weight is not None]
+    if not weights:
+        return shuffled(grain.MapDataset.concatenate(sources), 0).repeat(config.epochs)
+    mixed = grain.MapDataset.mix([shuffled(data, i).repeat() for i, data in enumerate(sources)], weights)
+    return mixed if config.epochs is None else mixed[: config.epochs * sum(lengths)]
+
+
+def _of_source(source: int, number: int) -> tuple[int, int]:
+    return source, number
+
+
+class _Plans(grain.IterDataset[tuple[Plan, Tally]]):
+    """Plans from a stream of measured samples. The state is the stream's, and the samples that are in no plan yet."""
+
+    def __init__(self, measured: grain.IterDataset, planner: Callable[[], Planner], limit: Limit):
+        super().__init__(measured)
+        self._planner, self._limit = planner, limit
+
+    def __iter__(self) -> grain.DatasetIterator[tuple[Plan, Tally]]:
+        return _PlanIterator(iter(self.parents[0]), self._planner, self._limit)
+
+
+class _PlanIterator(grain.DatasetIterator[tuple[Plan, Tally]]):
+    def __init__(self, measured: Any, planner: Callable[[], Planner], limit: Limit):
+        super().__init__(measured)
+        self._measured, self._new_planner, self._limit = measured, planner, limit
+        self._begin([], Tally())
+
+    def _begin(self, pending: Iterable[Waiting], tally: Tally) -> None:
+        self._planner, self._tally, self._ended = self._new_planner(), tally, False
+        for sample in pending:
+            self._planner.add(sample)
+
+    def __next__(self) -> tuple[Plan, Tally]:
+        while (plan := self._planner.next(self._ended)) is None:
+            if self._ended:
+                raise StopIteration
+            measured = next(self._measured, None)
+            if measured is None:
+                self._ended = True
+                continue
+            self._tally = self._tally._replace(seen=self._tally.seen + 1)
+            if isinstance(measured, BadSample):
+                self._tally = self._limit.skip(self._tally, measured)
+            else:
+                self._planner.add(measured)
+            self._limit.check(self._tally)
+        return plan, self._tally
+
+    def get_state(self) -> dict[str, Any]:
+        pending = [[w.position, *w.size] for w in self._planner.pending]
+        return {"measured": self._measured.get_state(), "pending": pending, "tally": self._tally._asdict()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._measured.set_state(state["measured"])
+        pending = [Waiting(at, Size(tuple(tokens), *rest)) for at, tokens, *rest in state["pending"]]
+        self._begin(pending, Tally(**state["tally"]))

@@ -1,0 +1,173 @@
+"""Files of samples, read one sample at a time from anywhere in them: JSON Lines, Parquet, and Hugging Face datasets."""
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.examples import BadSample
+
+_BLOCK = 1 << 24  # bytes
+_SHORT = 8  # bytes; longer lines are not looked at to tell whether they are empty
+_ROW_GROUPS_KEPT = 4
+
+
+class Manifest(Protocol):
+    """Samples by number; threads may share it.
+
+    Attributes:
+        folder: what the paths of media are relative to.
+        size: in bytes, which tells whether the data are still the same; 0 if unknown.
+    """
+
+    folder: Path
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def where(self, number: int) -> str:
+        """What an error calls a sample."""
+        ...
+
+    def read(self, number: int) -> Any:
+        """A sample.
+
+        Raises:
+            BadSample: it is broken.
+        """
+        ...
+
+
+def open_manifest(path: Path) -> Manifest:
+    """A file of JSON lines, a Parquet file (by its ending), or a folder that `Dataset.save_to_disk` has written.
+
+    Raises:
+        InputError: it cannot be read, has no samples, or needs a package that is not installed.
+    """
+    try:
+        reader = _Dataset if path.is_dir() else _Parquet if path.suffix == ".parquet" else _JsonLines
+        manifest = reader(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except ImportError as error:
+        package = "datasets" if path.is_dir() else "pyarrow"
+        raise InputError(f"{path}: needs {package}; pip install {package}, or write it as JSON lines") from error
+    if not len(manifest):
+        raise InputError(f"{path}: has no samples; give a file with some, or leave it out")
+    return manifest
+
+
+class _JsonLines:
+    """Only the places of its lines are held in memory: 16 bytes a line."""
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, path.parent
+        self._file = path.open("rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+        starts = [np.zeros(1, np.int64)]
+        at = 0
+        while block := self._file.read(_BLOCK):
+            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            at += len(block)
+        bounds = np.append(np.concatenate(starts), at)
+        lengths = np.diff(bounds)
+        is_empty = lengths <= 1
+        for line in np.flatnonzero((lengths > 1) & (lengths < _SHORT)):
+            is_empty[line] = not os.pread(self._file.fileno(), int(lengths[line]), int(bounds[line])).strip()
+        self._lines = np.flatnonzero(~is_empty)
+        self._starts, self._lengths = bounds[self._lines], lengths[self._lines]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, number: int) -> str:
+        return f"{self.path}: line {self._lines[number] + 1}"
+
+    def read(self, number: int) -> Any:
+        try:
+            text = os.pread(self._file.fileno(), int(self._lengths[number]), int(self._starts[number]))
+            return json.loads(text.decode("utf-8-sig"))
+        except OSError as error:
+            raise BadSample("line", f"the line cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise BadSample("line", f"the line is not UTF-8 (at byte {error.start}); save the file as UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise BadSample("line", f"the line is not JSON ({error}); expected one object a line") from None
+
+
+class _Parquet:
+    """Reads a row group at a time, and keeps the last few: for a stream that is shuffled, write small ones."""
+
+    def __init__(self, path: Path):
+        from pyarrow import ArrowException, parquet
+
+        self.path, self.folder, self.size = path, path.parent, path.stat().st_size
+        try:
+            self._file = parquet.ParquetFile(path)
+        except ArrowException as error:
+            raise InputError(f"{path}: is no Parquet file ({error}); write it again") from error
+        groups = self._file.metadata.num_row_groups
+        sizes = [self._file.metadata.row_group(i).num_rows for i in range(groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._group = functools.lru_cache(_ROW_GROUPS_KEPT)(self._file.read_row_group)
+        self._lock = threading.Lock()  # a ParquetFile is not for several threads
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def where(self, number: int) -> str:
+        return f"{self.path}: row {number + 1}"
+
+    def read(self, number: int) -> Any:
+        from pyarrow import ArrowException
+
+        group = int(np.searchsorted(self._starts, number, "right")) - 1
+        try:
+            with self._lock:
+                table = self._group(group)
+        except (OSError, ArrowException) as error:
+            raise BadSample("line", f"the row cannot be read ({error})") from error
+        return _from_table(table.slice(number - int(self._starts[group]), 1).to_pylist()[0])
+
+
+class _Dataset:
+    """A Hugging Face dataset, whose Arrow files are mapped into memory."""
+
+    def __init__(self, path: Path):
+        import datasets
+
+        self.path, self.folder, self.size = path, path, 0
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"{path}: is no dataset ({error}); write one with Dataset.save_to_disk") from error
+        if not isinstance(loaded, datasets.Dataset):
+            raise InputError(f"{path}: has several splits ({', '.join(map(str, loaded))}); give the folder of one")
+        self._rows = loaded.with_format("arrow")  # as stored: media stay undecoded
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def where(self, number: int) -> str:
+        return f"{self.path}: row {number + 1}"
+
+    def read(self, number: int) -> Any:
+        table: Any = self._rows[number : number + 1]
+        return _from_table(table.to_pylist()[0])
+
+
+def _from_table(value: Any) -> Any:
+    """As JSON has it: tables give every object all keys, and images and audio as {"bytes": ..., "path": ...}."""
+    if isinstance(value, list):
+        return [_from_table(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() == {"bytes", "path"}:
+        return value["path"] if value["bytes"] is None else value["bytes"]
+    return {key: _from_table(item) for key, item in value.items() if item is not None}

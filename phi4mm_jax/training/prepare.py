@@ -1,0 +1,238 @@
+"""Before training: what of a manifest should not be learnt. Reads and writes JSON lines; both outputs are manifests."""
+
+import contextlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.chat import with_paths
+
+# Scripts without spaces between words: each character is one.
+_WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+_NOT_TEXT = {
+    "id", "role", "type", "image", "images", "audio", "audios", "video", "image_url", "input_audio", "tokens",
+    "finish_reason",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file, and the object that it holds."""
+
+    number: int  # from 0
+    values: Mapping[str, Any]
+
+    @property
+    def id(self) -> Any:
+        """As in the files of `infer.batch`: its number, where it says nothing else."""
+        return self.values.get("id", self.number)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many samples were kept and dropped, and what else the user should know."""
+
+    kept: int
+    dropped: int
+    notes: tuple[str, ...] = ()
+
+
+def decontaminate(source: Path, against: Sequence[Path], output: Path, ngram: int = 13) -> Outcome:
+    """Keep the samples that share no run of words with evaluation texts.
+
+    Words are compared as `words` has them. All texts of a sample count, but no ids, paths and media; a run does not
+    cross from one text into another. An instruction that both sides use counts too: keep it out of the evaluation
+    files.
+
+    Args:
+        source: a manifest of JSON lines.
+        against: JSON lines of evaluation samples, in any form: every text in them counts.
+        output: the manifest that is kept; what is dropped goes beside it, see `dropped_path`.
+        ngram: words in a row. Texts of fewer words are not compared: they would match anywhere.
+
+    Raises:
+        InputError: a file cannot be read or written, or a line is broken.
+    """
+    if ngram < 1:
+        raise InputError(f"ngram is {ngram}; expected a positive number of words")
+    known: set[str] = set()
+    texts = short = 0
+    for path in against:
+        for line in read_lines(path):
+            for text in _texts(line.values):
+                found = _ngrams(text, ngram)
+                texts, short = texts + 1, short + (not found)
+                known |= found
+    if not known:
+        raise InputError(f"{against[0]}: no text has {ngram} words, so nothing can be compared; lower ngram")
+    shared = Counter[str]()
+
+    def fault(line: Line) -> str | None:
+        found = set().union(*(_ngrams(text, ngram) for text in _texts(line.values))) & known
+        shared.update(found)
+        return f"shares: {min(found)}" if found else None
+
+    kept, dropped = _split(source, output, fault)
+    notes = []
+    if short:
+        notes.append(f"{short} of {texts} evaluation texts have fewer than {ngram} words and were not compared")
+    if shared:
+        run, times = shared.most_common(1)[0]
+        notes.append(f'the run that most samples share ({times} of them): "{run}"')
+    return Outcome(kept, dropped, tuple(notes))
+
+
+def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) -> Outcome:
+    """Keep the samples whose speech a recogniser understands.
+
+    Args:
+        source: a manifest of JSON lines. What was to be said is a sample's "transcript", or else its last answer.
+        hypotheses: what a recogniser heard: lines with "text", and the sample's "id" or in its place the number of its
+            line, from 0, as `infer.batch` writes them. A line with "error" instead drops its sample.
+        max_wer: the largest word error rate: wrong words for each word of the transcript, compared as in
+            `decontaminate`.
+        output: as in `decontaminate`.
+
+    Raises:
+        InputError: a file cannot be read or written, a line is broken, or a sample has no hypothesis or transcript.
+    """
+    import jiwer
+
+    if not max_wer >= 0:
+        raise InputError(f"max_wer is {max_wer}; expected a rate from 0 on")
+    heard: dict[Any, Line] = {}
+    for line in read_lines(hypotheses):
+        if (first := heard.setdefault(_key(line.id), line)) is not line:
+            raise InputError(
+                f"{hypotheses}: lines {first.number + 1} and {line.number + 1} have the same id {line.id!r:.80}; give "
+                "each its own"
+            )
+
+    def fault(line: Line) -> str | None:
+        where = f"{source}: line {line.number + 1}"
+        answer = heard.get(_key(line.id))
+        if answer is None:
+            raise InputError(f"{where} (id {line.id!r:.80}): {hypotheses} lacks it; let the recogniser finish")
+        if "error" in answer.values:
+            return "could not be heard"
+        text = answer.values.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{hypotheses}: line {answer.number + 1} has neither text nor error; expected one")
+        transcript = words(_transcript(line.values, where))
+        if not transcript:
+            raise InputError(f'{where} has no words to compare with; give it a "transcript"')
+        rate = jiwer.wer(" ".join(transcript), " ".join(words(text)))
+        return f"word error rate: {rate:.3f}" if rate > max_wer else None
+
+    return Outcome(*_split(source, output, fault))
+
+
+def dropped_path(output: Path) -> Path:
+    """Where what is not kept goes: out.jsonl -> out.dropped.jsonl. Each sample there says why, as "dropped"."""
+    return output.with_name(f"{output.stem}.dropped{output.suffix}")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, alike for comparing: without case and punctuation, in one spelling of Unicode."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The objects of a file of JSON lines; empty lines are skipped, but counted.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no object.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, text in enumerate(file):
+                if text.strip():
+                    yield Line(number, _object(text, f"{path}: line {number + 1}"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _object(text: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        values = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}); expected one object a line") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where} is a {type(values).__name__}; expected an object")
+    return values
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in an object."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in _NOT_TEXT:
+                yield from _texts(item)
+
+
+def _ngrams(text: str, n: int) -> set[str]:
+    found = words(text)
+    return {" ".join(found[i : i + n]) for i in range(len(found) - n + 1)}
+
+
+def _transcript(values: Mapping[str, Any], where: str) -> str:
+    if isinstance(values.get("transcript"), str):
+        return values["transcript"]
+    messages = values.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        raise InputError(f'{where} has neither "transcript" nor an answer at its end; say what should be heard')
+    return " ".join(_texts(last.get("content")))
+
+
+def _key(name: Any) -> tuple[str, str]:
+    """1 and "1" are different ids."""
+    return type(name).__name__, str(name)
+
+
+def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> tuple[int, int]:
+    """Write the samples without fault, and beside them the others; how many there are of both."""
+    for path in (output, dropped_path(output)):
+        if path.exists():
+            raise InputError(f"{path}: exists already; remove it, or give another output")
+    prefix = Path(os.path.relpath(source.parent, output.parent))
+    counts = [0, 0]
+    with _whole(output) as kept, _whole(dropped_path(output)) as dropped:
+        for line in read_lines(source):
+            values = {"id": line.id, **line.values}  # its number is another one now
+            if prefix != Path() and isinstance(values.get("messages"), list):  # paths are relative to the manifest
+                values["messages"] = with_paths(values["messages"], prefix)
+            why = fault(line)
+            counts[why is not None] += 1
+            if why is not None:
+                values["dropped"] = why
+            (kept if why is None else dropped).write(json.dumps(values, ensure_ascii=False) + "\n")
+    return counts[0], counts[1]
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Any]:
+    """A file that takes its name when all of it is written."""
+    aside = path.with_name(f".{path.name}.incomplete")
+    try:
+        with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); nothing was left there") from error
+    finally:
+        aside.unlink(missing_ok=True)

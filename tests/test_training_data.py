@@ -1,0 +1,395 @@
+"""The stream: what it says of bad data, that it goes on exactly where it was, and that hosts share it."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.training.data import DataConfig, Source, TrainingData
+from phi4mm_jax.training.examples import BadSample
+from phi4mm_jax.training.packing import PackingConfig
+
+INPUTS = TINY / "inputs"
+TEXTS = PackingConfig(2, (64,), window=4)
+MEDIA = PackingConfig(2, (1024,), crops=(4, 20), chunks=(2, 4), chunk_tokens=128, window=2)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_folder(TINY, Phi4MMConfig.from_folder(TINY))
+
+
+def sample(name, words: int = 3, *media) -> dict:
+    parts = [*media, {"type": "text", "text": "go " * words}]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": f"<{name}>"}]}
+
+
+def image(name="image_0.png"):
+    return {"type": "image", "image": str(INPUTS / name)}
+
+
+def clip(name="audio_0.flac"):
+    return {"type": "audio", "audio": str(INPUTS / name)}
+
+
+def manifest(path: Path, samples) -> Source:
+    lines = [s if isinstance(s, bytes) else json.dumps(s).encode() for s in samples]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return Source(str(path))
+
+
+def texts(count: int, prefix="s"):
+    rng = np.random.default_rng(0)
+    return [sample(f"{prefix}{i}", int(rng.integers(1, 12))) for i in range(count)]
+
+
+def mixed(count: int):
+    media = [(), (), (image(),), (clip(),), (), (clip("audio_2.flac"), clip("audio_2.flac"))]
+    return [sample(f"m{i}", 1 + i % 4, *media[i % len(media)]) for i in range(count)]
+
+
+def stream(processor, *sources, packing=TEXTS, host=0, hosts=1, **options) -> TrainingData:
+    options = {"threads": 2, **({} if "steps" in options else {"epochs": 1}), **options}
+    return TrainingData(DataConfig(tuple(sources), packing, **options), processor, host, hosts)
+
+
+def answers(processor, batches) -> list[str]:
+    """The names of the samples, in the order of the batches' rows."""
+    found = []
+    for b in batches:
+        for targets, weights in zip(b.targets, b.weights, strict=True):
+            text = processor.tokenizer.decode(targets[weights > 0])
+            found += [name.strip("<>") for name in text.split("<|end|><|endoftext|>") if name]
+    return found
+
+
+def leaves(value):
+    if value is None:
+        return []
+    return [leaf for item in value for leaf in leaves(item)] if isinstance(value, tuple) else [value]
+
+
+def assert_same(one, other):
+    ours, theirs = leaves(one), leaves(other)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_array_equal(a, b)
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def test_each_epoch_has_every_sample_once_in_another_order(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", texts(50))
+    packing = PackingConfig(1, (64,), pack=False)  # the order of batches is that of the stream
+    found = answers(processor, stream(processor, source, packing=packing, epochs=3, seed=5))
+    epochs = [found[i : i + 50] for i in range(0, 150, 50)]
+    assert len(found) == 150
+    everything = sorted(f"s{i}" for i in range(50))
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert answers(processor, stream(processor, source, packing=packing, epochs=3, seed=5)) == found
+    assert answers(processor, stream(processor, source, packing=packing, epochs=3, seed=6))[:50] != found[:50]
+    plain = answers(processor, stream(processor, source, packing=packing, shuffle=False))
+    assert plain == [f"s{i}" for i in range(50)]
+
+
+def test_sources_without_weights_are_one(tmp_path, processor):
+    sources = [manifest(tmp_path / f"{name}.jsonl", texts(n, name)) for name, n in (("a", 5), ("b", 30), ("c", 1))]
+    found = answers(processor, stream(processor, *sources, epochs=2))
+    assert Counter(found) == {f"{name}{i}": 2 for name, n in (("a", 5), ("b", 30), ("c", 1)) for i in range(n)}
+
+
+def test_weights_are_shares_of_the_stream(tmp_path, processor):
+    few, many = (manifest(tmp_path / f"{name}.jsonl", texts(n, name)) for name, n in (("a", 10), ("b", 90)))
+    sources = Source(few.path, 3.0), Source(many.path, 1.0)
+    counts = Counter(answers(processor, stream(processor, *sources)))
+    of_few = [n for name, n in counts.items() if name[0] == "a"]
+    assert sum(counts.values()) == 100
+    assert sum(of_few) == 75
+    assert set(of_few) <= {7, 8}  # passes over it, each whole
+    assert max(n for name, n in counts.items() if name[0] == "b") == 1
+
+
+def test_steps_go_on_as_long_as_they_are_asked_for(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", texts(7))
+    batches = list(stream(processor, source, steps=40))
+    assert len(batches) == 40
+    assert set(answers(processor, batches)) == {f"s{i}" for i in range(7)}
+
+
+def test_preferences(tmp_path, processor):
+    prompts = [{"messages": sample(i)["messages"][:1], "chosen": f"yes{i}", "rejected": f"no{i}"} for i in range(6)]
+    source = manifest(tmp_path / "m.jsonl", prompts)
+    for packing in (PackingConfig(4, (64,), pack=False), PackingConfig(2, (64,))):
+        batches = list(stream(processor, source, packing=packing, kind="preferences"))
+        found = answers(processor, batches)
+        assert sorted(found[::2]) == [f"yes{i}" for i in range(6)]
+        assert found[1::2] == [name.replace("yes", "no") for name in found[::2]]
+
+
+# ---------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("packing", [MEDIA, PackingConfig(2, (256, 1024), pack=False, crops=(20,), chunks=(4,))])
+def test_a_run_goes_on_bit_by_bit_from_every_step(tmp_path, processor, packing):
+    source = manifest(tmp_path / "m.jsonl", mixed(20))
+    options = {"packing": packing, "epochs": 2, "augment_image": "jitter", "augment_clip": "noise"}
+    whole = stream(processor, source, **options)
+    states, batches = [whole.get_state()], []
+    for batch in whole:
+        batches.append(batch)
+        states.append(whole.get_state())
+    assert len(batches) > 5
+    used = stream(processor, source, **options, prefetch=1)
+    next(used)
+    for step, state in enumerate(states):
+        stored = json.loads(json.dumps(state))
+        for again in (stream(processor, source, **options, prefetch=3), used):
+            again.set_state(stored)
+            assert again.get_state() == state
+            rest = list(again) if step % 4 == 0 or step > len(batches) - 2 else [next(again)]
+            assert len(rest) in (1, len(batches) - step)
+            for ours, theirs in zip(rest, batches[step:], strict=False):
+                assert_same(ours, theirs)
+
+
+def test_an_epoch_may_be_added(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", texts(9))
+    one = stream(processor, source)
+    first = answers(processor, one)
+    two = stream(processor, source, epochs=2)
+    two.set_state(one.get_state())
+    assert sorted(answers(processor, two)) == sorted(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 2}, "seed was 0 and is 2"),
+        ({"packing": MEDIA}, "packing was"),
+        ({"hosts": 2}, "hosts was 1 and is 2"),
+        ({"source": texts(8)}, "samples was .9. and is .8."),
+        ({"source": [*texts(8), sample("other")]}, "bytes was"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(tmp_path, processor, change, named):
+    state = stream(processor, manifest(tmp_path / "m.jsonl", texts(9))).get_state()
+    source = manifest(tmp_path / "m.jsonl", change.pop("source", texts(9)))
+    with pytest.raises(InputError, match=f"the state is of other data: {named}"):
+        stream(processor, source, **change).set_state(state)
+
+
+# ---------------------------------------------------------------------------------------------- hosts
+
+
+@pytest.mark.parametrize("packing", [
+    PackingConfig(4, (1024,), crops=(8, 40), chunks=(4, 8), chunk_tokens=128, window=2),
+    PackingConfig(4, (256, 1024), pack=False, crops=(8, 40), chunks=(4, 8), chunk_tokens=128, window=2),
+])  # fmt: skip
+def test_hosts_share_the_batches(tmp_path, processor, packing):
+    """As many batches of the same shapes, and together every sample once; the state is one."""
+    source = manifest(tmp_path / "m.jsonl", mixed(20))
+    streams = [stream(processor, source, packing=packing, host=host, hosts=2) for host in range(2)]
+    batches = [list(data) for data in streams]
+    assert len(batches[0]) == len(batches[1])
+    for one, other in zip(*batches, strict=True):
+        assert [x.shape for x in leaves(one)] == [x.shape for x in leaves(other)]
+        assert len(one.batch.tokens) == packing.rows * (1024 // one.batch.tokens.shape[1]) // 2
+    found = [answers(processor, b) for b in batches]
+    assert all(found)
+    assert sorted(found[0] + found[1]) == sorted(f"m{i}" for i in range(20))
+    assert streams[0].get_state() == streams[1].get_state()
+
+
+def test_batches_of_a_run_have_the_same_structure(tmp_path, processor):
+    """Stacks are there, and empty, where a batch has no such media."""
+    batches = list(stream(processor, manifest(tmp_path / "m.jsonl", texts(20)), packing=MEDIA))
+    for b in batches:
+        assert (len(b.batch.images.crops), len(b.batch.audio.frames)) == (4, 2)
+        assert not b.batch.images.patch_mask.any()
+        assert not b.batch.audio.attended.any()
+
+
+# ---------------------------------------------------------------------------------------------- bad data
+
+
+def damaged(tmp_path: Path) -> Path:
+    """A header that is right, and half of the pixels."""
+    content = (INPUTS / "image_0.png").read_bytes()
+    path = tmp_path / "damaged.png"
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+BAD = {
+    "broken line": (b'{"messages": [', "line", "the line is not JSON"),
+    "not UTF-8": (b'{"messages": "\xff"}', "line", "the line is not UTF-8 .at byte 14"),
+    "no object": (b"3", "line", "the sample is a int"),
+    "no messages": ({"message": []}, "messages", "messages is missing"),
+    "empty answer": ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}, "answer",
+                     "answer 1 is empty"),
+    "no answer": ({"messages": [{"role": "user", "content": "x"}]}, "answer", "messages have no answer"),
+    "missing file": (sample("x", 1, image("none.png")), "media", "none.png.*the file does not exist"),
+    "no image": (sample("x", 1, {"type": "image", "image": str(INPUTS / "audio_0.flac")}), "media", "image 1"),
+    "longer than a row": (sample("x", 2000), "length",
+                          r"the sample has \d+ tokens .text: \d+., and a row 1024, which would cut its answer"),
+    "too many crops": (sample("x", 1, image("image_3.png")), "length", "crops, and a batch 20|and a row 1024"),
+    "too long a clip": (sample("x", 1, clip("audio_4.flac")), "length", "a clip has 500 tokens|chunks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "cause", "message"), BAD.values(), ids=BAD)
+def test_bad_samples_name_file_and_line(tmp_path, processor, bad, cause, message):
+    source = manifest(tmp_path / "m.jsonl", [*texts(3), b"", bad, *texts(3)])
+    data = stream(processor, source, packing=MEDIA)
+    with pytest.raises(BadSample, match=f"m.jsonl: line 5: .*({message})") as caught:
+        list(data)
+    assert caught.value.cause == cause
+
+
+def test_media_that_only_decoding_shows_to_be_bad(tmp_path, processor):
+    bad = sample("x", 1, {"type": "image", "image": str(damaged(tmp_path))})
+    source = manifest(tmp_path / "m.jsonl", [*texts(30), bad, *texts(3)])
+    with pytest.raises(BadSample, match=r"m.jsonl: line 31: image 1 .*cannot be decoded") as caught:
+        list(stream(processor, source, packing=MEDIA))
+    assert caught.value.cause == "media"
+    data = stream(processor, source, packing=MEDIA, bad_samples=0.1)
+    assert sorted(answers(processor, data)) == sorted(answers(processor, stream(processor, manifest(
+        tmp_path / "good.jsonl", [*texts(30), *texts(3)]), packing=MEDIA)))  # fmt: skip
+    assert data.skipped == {"media": 1}
+
+
+def test_some_bad_samples_may_be_skipped(tmp_path, processor):
+    """They are counted by cause, also across a stop; all others come once."""
+    bad = [b"oops", b"{}", sample("x", 1, image("none.png")), sample("x", 2000), b"[]"]
+    good = texts(60)
+    lines = [line for i, g in enumerate(good) for line in ([bad[i // 12], g] if i % 12 == 5 else [g])]
+    source = manifest(tmp_path / "m.jsonl", lines)
+    data = stream(processor, source, packing=MEDIA, bad_samples=0.1)
+    states, batches = [], []
+    for batch in data:
+        batches.append(batch)
+        states.append((data.get_state(), data.skipped))
+    assert sorted(answers(processor, batches)) == sorted(f"s{i}" for i in range(60))
+    assert data.skipped == {"line": 2, "messages": 1, "media": 1, "length": 1}
+    for state, skipped in states:
+        again = stream(processor, source, packing=MEDIA, bad_samples=0.1)
+        again.set_state(state)
+        assert again.skipped == skipped
+        list(again)
+        assert again.skipped == data.skipped
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path, processor):
+    lines = [b"oops" if i % 10 == 9 else g for i, g in enumerate(texts(300))]
+    source = manifest(tmp_path / "m.jsonl", lines)
+    assert len(answers(processor, stream(processor, source, bad_samples=0.1, shuffle=False))) == 270
+    with pytest.raises(InputError, match=r"\d+ of 1\d\d samples are unusable .line: \d+., more than the share of 0.05"):
+        list(stream(processor, source, bad_samples=0.05, shuffle=False))
+
+
+def test_few_samples_are_judged_at_the_end_of_an_epoch(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", [b"oops", *texts(19)])
+    assert len(answers(processor, stream(processor, source, bad_samples=0.05, shuffle=False))) == 19
+    with pytest.raises(InputError, match=r"1 of 20 samples are unusable .*The last one: .*m.jsonl: line 1: the line"):
+        list(stream(processor, source, bad_samples=0.04, shuffle=False, steps=1000))
+
+
+def test_nothing_but_bad_samples_ends(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", [b"oops"] * 3)
+    with pytest.raises(InputError, match="3 of 3 samples are unusable"):
+        next(stream(processor, source, bad_samples=0.9, steps=10))
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def test_lines_of_any_shape(tmp_path, processor):
+    """A byte order mark, empty lines, Windows line ends, no end of the last line; paths relative to the file."""
+    shutil.copy(INPUTS / "image_0.png", tmp_path / "here.png")
+    lines = [json.dumps(s).encode() for s in (*texts(3), sample("i", 1, {"type": "image", "image": "here.png"}))]
+    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\n\r\n" + b"\n".join(lines[1:]))
+    found = answers(processor, stream(processor, Source(str(tmp_path / "m.jsonl")), packing=MEDIA))
+    assert sorted(found) == ["i", "s0", "s1", "s2"]
+
+
+def test_tables_are_the_same_stream(tmp_path, processor):
+    """Parquet in several row groups, a dataset of the Hub's library, and media as their columns have it."""
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    rows = [{"id": i, "messages": s["messages"]} for i, s in enumerate(mixed(9))]
+    content = (INPUTS / "image_0.png").read_bytes()
+    for row in rows:
+        for message in row["messages"]:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = {"bytes": content, "path": None}
+                if part["type"] == "audio":
+                    part["audio"] = {"bytes": None, "path": part["audio"]}
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "m.parquet", row_group_size=2)
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "dataset"))
+    strings = [{"messages": json.dumps(s["messages"])} for s in mixed(9)]
+    parquet.write_table(pyarrow.Table.from_pylist(strings), tmp_path / "strings.parquet")
+    lines = list(stream(processor, manifest(tmp_path / "m.jsonl", mixed(9)), packing=MEDIA))
+    for name in ("m.parquet", "dataset", "strings.parquet"):
+        found = list(stream(processor, Source(str(tmp_path / name)), packing=MEDIA))
+        assert len(found) == len(lines)
+        for ours, theirs in zip(found, lines, strict=True):
+            assert_same(ours, theirs)
+
+
+def test_sources_that_cannot_be_opened(tmp_path, processor, monkeypatch):
+    (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
+    (tmp_path / "broken.parquet").write_bytes(b"no")
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("none.jsonl", "none.jsonl: cannot be read .No such file"),
+        ("empty.jsonl", "empty.jsonl: has no samples"),
+        ("broken.parquet", "broken.parquet: is no Parquet file"),
+        ("folder", "folder: is no dataset"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stream(processor, Source(str(tmp_path / name)))
+    for module, name in (("pyarrow", "broken.parquet"), ("datasets", "folder")):
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+        with pytest.raises(InputError, match=f"needs {module}; pip install {module}"):
+            stream(processor, Source(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": None}, "epochs is None and steps is None; give one"),
+        ({"epochs": 1, "steps": 1}, "give one"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"bad_samples": 1.0}, "bad_samples is 1.0"),
+        ({"kind": "dpo"}, "kind is 'dpo'"),
+        ({"augment_image": "blur"}, "augment_image is 'blur'; expected jitter"),
+        ({"hosts": 2, "host": 2}, "host 2 of 2"),
+        ({"packing": PackingConfig(1, (1 << 20,))}, "beyond the model's context"),
+        ({"packing": PackingConfig(3, (64,)), "hosts": 2}, "rows is 3"),
+    ],
+)
+def test_settings_are_checked(tmp_path, processor, options, message):
+    with pytest.raises(InputError, match=message):
+        stream(processor, manifest(tmp_path / "m.jsonl", texts(2)), **options)
+
+
+def test_weights_are_for_all_or_none(processor):
+    for weights, message in (((1.0, None), "others none"), ((1.0, 0.0), "its weight is 0.0")):
+        with pytest.raises(InputError, match=message):
+            stream(processor, *(Source("a", w) for w in weights))

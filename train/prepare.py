@@ -1,0 +1,50 @@
+"""Leave out of a manifest what should not be learnt.
+
+    python -m train.prepare decontaminate --input M.jsonl --against eval.jsonl ... --output OUT.jsonl [--ngram 13]
+    python -m train.prepare filter-speech --input M.jsonl --hypotheses H.jsonl --max-wer 0.1 --output OUT.jsonl
+
+The first drops samples that share a run of words with evaluation texts. The second keeps speech, such as synthetic one,
+that a recogniser understands: H.jsonl is what it heard, for instance the output of infer.batch. What is dropped goes to
+OUT.dropped.jsonl. An output is written whole or not at all.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from phi4mm_jax.programs import ends_well
+from phi4mm_jax.training.prepare import decontaminate, dropped_path, filter_speech
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    clean = commands.add_parser("decontaminate", help="drop samples that share texts with evaluations")
+    speech = commands.add_parser("filter-speech", help="keep speech that a recogniser understands")
+    for command in (clean, speech):
+        command.add_argument("--input", metavar="FILE", type=Path, required=True)
+        command.add_argument("--output", metavar="FILE", type=Path, required=True)
+    clean.add_argument("--against", metavar="FILE", type=Path, nargs="+", required=True, help="evaluation samples")
+    clean.add_argument("--ngram", metavar="N", type=int, default=13, help="words in a row that must not be shared")
+    speech.add_argument("--hypotheses", metavar="FILE", type=Path, required=True, help="what a recogniser heard")
+    speech.add_argument("--max-wer", metavar="RATE", type=float, required=True, help="the largest word error rate")
+    return parser.parse_args()
+
+
+@ends_well
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.command == "decontaminate":
+        outcome = decontaminate(arguments.input, arguments.against, arguments.output, arguments.ngram)
+    else:
+        outcome = filter_speech(arguments.input, arguments.hypotheses, arguments.max_wer, arguments.output)
+    for note in outcome.notes:
+        print(note, file=sys.stderr)
+    print(f"{arguments.output}: {outcome.kept} kept; {dropped_path(arguments.output)}: {outcome.dropped} dropped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
