@@ -1,7 +1,7 @@
 """Progress bars for programs."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -50,5 +50,25 @@ def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Ca
             nonlocal units
             units += more
             progress.update(task, advance=items, speed=f"{units / (time.monotonic() - start):.1f} {unit}/s")
+
+        yield advance
+
+
+@contextmanager
+def step_bar(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A bar of training steps on standard error, with the loss, the speed, and the time that is left.
+
+    Yields:
+        A function to call with the number of a step and its metrics.
+    """
+    columns = TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, completed=done, told="")
+
+        def advance(step: int, values: Mapping[str, float]) -> None:
+            told = [f"loss {values['loss']:.4f}"]
+            told += [f"{values['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in values else []
+            told += [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
+            progress.update(task, completed=step, told=", ".join(told))
 
         yield advance

@@ -24,7 +24,7 @@ from phi4mm_jax.training.dpo import DPOConfig, of_answers, preference
 from phi4mm_jax.training.loss import LossConfig, token_losses
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import join, matching, split
-from phi4mm_jax.training.step import gradients, initial_state, supervised, train_step
+from phi4mm_jax.training.step import dropout_key, gradients, initial_state, supervised, train_step
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
 ADAPTERS = ["lora_vision", "lora_speech"]
@@ -277,9 +277,8 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.01, clip=1.0)
     trainable, frozen = split(scanned.variables, [f"lora_{adapter}"], "trainable")
     optimizer = make_optimizer(config, STEPS, trainable)
-    state = initial_state(trainable, optimizer, seed=0)
-    model = without_dropout(scanned)
-    step = jax.jit(lambda state: train_step(supervised(model), optimizer, state, frozen, batches))
+    state = initial_state(trainable, optimizer)
+    step = jax.jit(lambda state: train_step(supervised(scanned.module), optimizer, state, frozen, batches, None))
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state)
@@ -313,12 +312,6 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     assert compared == len(parameters) > 0
 
 
-def without_dropout(model) -> Phi4MM:
-    config = model.config
-    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.0) for n in ("vision_lora", "speech_lora")}
-    return Phi4MM(dataclasses.replace(config, **loras), model.module.dtype)
-
-
 def native_inputs(model, name: str, goldens):
     """The arguments of `NativeModel.loss` for a case."""
     batch = case_sample(model, name).batch
@@ -339,7 +332,7 @@ def test_dropout_is_of_the_adapters_alone(scanned, eight):
     def loss(batch, key):
         return gradients(supervised(model), trainable, frozen, batch, key)[1].loss
 
-    batch, keys = micro_batches(eight[0]), [jax.random.key(i, impl="rbg") for i in range(2)]
+    batch, keys = micro_batches(eight[0]), [dropout_key(i) for i in range(2)]
     one, again, other = loss(batch, keys[0]), loss(batch, keys[0]), loss(batch, keys[1])
     assert one == again != other
     assert abs(one / supervised_loss(scanned, eight[0]) - 1) > 1e-3
@@ -364,9 +357,9 @@ def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
     trainable, frozen = split(model.variables, ["lora_speech"], "trainable")
     config = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, weight_decay=0.0)
     optimizer = make_optimizer(config, STEPS, trainable)
-    state = initial_state(trainable, optimizer, 0)
+    state = initial_state(trainable, optimizer)
     assert {x.dtype for x in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
-    after, metrics = train_step(supervised(model.module), optimizer, state, frozen, micro_batches(eight[0]))
+    after, metrics = train_step(supervised(model.module), optimizer, state, frozen, micro_batches(eight[0]), None)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), after.trainable, state.trainable)
     assert 0 < max(jax.tree.leaves(moved)) <= 1.01e-6
     assert metrics.gradient_norm > 0
@@ -434,8 +427,8 @@ def test_dpo_prefers(scanned, eight):
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), STEPS, trainable)
     objective = preference(scanned.module, trainable, DPOConfig())
-    state = initial_state(trainable, optimizer, 0)
-    step = jax.jit(lambda state: train_step(objective, optimizer, state, frozen, micro_batches(rows)))
+    state = initial_state(trainable, optimizer)
+    step = jax.jit(lambda state: train_step(objective, optimizer, state, frozen, micro_batches(rows), None))
     state, first = step(state)
     np.testing.assert_allclose(first.loss, np.log(2), rtol=0.05)
     for _ in range(STEPS - 1):

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -75,6 +75,7 @@ def to_torch(
     *,
     adapters_only: bool = False,
     fresh_adapters: bool = False,
+    trained: Mapping[Path, np.ndarray] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
@@ -84,6 +85,7 @@ def to_torch(
     Args:
         layout: "original" (as published) or "native" (as transformers and PEFT save it).
         adapters_only: write the folders vision-lora and speech-lora alone, for PEFT.
+        trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
         shard_bytes: the largest file, unless a single tensor is larger.
         The others, and what is raised, are as in `to_orbax`.
     """
@@ -99,7 +101,7 @@ def to_torch(
             raise CheckpointError(f"{source}: has no adapters to write")
         check_room(folder, sum(pytorch.nbytes(t, checkpoint.parameters) for t in tensors))
         files = companion_files(source, layout, adapters_only=adapters_only)
-        read = _finite(checkpoint, tensors_of(layout_of(source), config))
+        read = _finite(_Tuned(checkpoint, trained or {}), tensors_of(layout_of(source), config))
         pytorch.write(folder, tensors, checkpoint.parameters, read, shard_bytes=shard_bytes, progress=progress)
         _write_files(folder, files, None)
         if not adapters_only:
@@ -122,7 +124,21 @@ def _staged(
         yield local_folder(source), aside
 
 
-def _finite(checkpoint: Checkpoint, table: Iterable[Tensor], dtype: str | None = None) -> Callable[[Path], np.ndarray]:
+class _Tuned(NamedTuple):
+    """A checkpoint with some of its parameters replaced."""
+
+    checkpoint: Checkpoint
+    trained: Mapping[Path, np.ndarray]
+
+    def read(self, path: Path, dtype: str | None = None) -> np.ndarray:
+        if path not in self.trained:
+            return self.checkpoint.read(path, dtype)
+        return self.trained[path].astype(dtype or self.checkpoint.parameters[path].dtype)
+
+
+def _finite(
+    checkpoint: "Checkpoint | _Tuned", table: Iterable[Tensor], dtype: str | None = None
+) -> Callable[[Path], np.ndarray]:
     """Reads parameters, and checks that they are numbers.
 
     Args:

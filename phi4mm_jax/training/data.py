@@ -175,14 +175,12 @@ class TrainingData:
         self._manifests = [open_manifest(Path(source.path)) for source in config.sources]
         self._augment = _augment(config)
         self._fitting = self._planner()  # says at once what cannot be divided
-        order = _order(config, [len(m) for m in self._manifests])
-        self._at: Any = order.__getitem__  # position -> source, number
+        self._order = _order(config, [len(m) for m in self._manifests])
+        self._at: Any = self._order.__getitem__  # position -> source, number
         self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
         self._limit = Limit(config.bad_samples, min(_LEAST_SAMPLES, sum(map(len, self._manifests))))
         self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
-        reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=8 * config.threads)
-        measured = order.map_with_index(self._measure).to_iter_dataset(reading)
-        plans = _Plans(measured, self._planner, self._limit)
+        plans = _Plans(self._measured(), self._planner, self._limit)
         loaded = plans.map(self._load)
         ahead = grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=config.prefetch)
         self._batches: Any = iter(ahead)
@@ -200,6 +198,13 @@ class TrainingData:
         self._steps += 1
         self._limit.check(self._tally.plus(self._unreadable))
         return batch
+
+    def count_batches(self) -> int:
+        """How many there are in all. With `epochs`, every sample's text is read, and the headers of its media."""
+        if self._config.steps is not None:
+            return self._config.steps
+        plans = _Plans(self._measured(), self._planner, self._limit)
+        return sum(1 for _ in iter(plans))
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -246,6 +251,11 @@ class TrainingData:
             "seed": config.seed, "shuffle": config.shuffle, "max_crops": config.max_crops, "hosts": self._hosts,
         }  # fmt: skip
         return json.loads(json.dumps(signature))  # lists for tuples, as a state has them that was stored
+
+    def _measured(self) -> grain.IterDataset:
+        threads = self._config.threads
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+        return self._order.map_with_index(self._measure).to_iter_dataset(reading)
 
     def _planner(self) -> Planner:
         return Planner(self._config.packing, self._hosts, self._sequences)

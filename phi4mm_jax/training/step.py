@@ -26,7 +26,6 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # updates made
     trainable: Variables
     optimizer: Any
-    key: Array  # of all draws; the step is folded into it
 
 
 class Sums(NamedTuple):
@@ -110,9 +109,15 @@ def train_step(
     state: TrainState,
     frozen: Variables,
     batches: Any,
+    key: Array | None,
 ) -> tuple[TrainState, Metrics]:
-    """One update from micro-batches that are stacked along their first axis; to be compiled, with `state` donated."""
-    found, sums = gradients(objective, state.trainable, frozen, batches, jax.random.fold_in(state.key, state.step))
+    """One update from micro-batches that are stacked along their first axis; to be compiled, with `state` donated.
+
+    Args:
+        key: of all draws of the run; the step is folded into it. None draws nothing: no adapter drops out.
+    """
+    own = None if key is None else jax.random.fold_in(key, state.step)
+    found, sums = gradients(objective, state.trainable, frozen, batches, own)
     updates, optimizer_state = optimizer.update(found, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
     weight = jnp.maximum(sums.weight, 1.0)
@@ -120,13 +125,15 @@ def train_step(
         sums.loss / weight, -sums.log_probability / weight, sums.correct / weight, sums.weight,
         optax.global_norm(found),
     )  # fmt: skip
-    return TrainState(state.step + 1, trainable, optimizer_state, state.key), metrics
+    return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
 
-def initial_state(trainable: Variables, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, where the parameters are.
-
-    Draws are by the hardware's generator where there is one: it costs next to nothing, and repeats on the same chips.
-    """
+def initial_state(trainable: Variables, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, where the parameters are."""
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters), jax.random.key(seed, impl="rbg"))
+    return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters))
+
+
+def dropout_key(seed: int) -> Array:
+    """Its bits are drawn by the hardware where it can: they cost next to nothing, and repeat on the same chips."""
+    return jax.random.key(seed, impl="rbg")

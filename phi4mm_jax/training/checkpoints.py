@@ -1,0 +1,126 @@
+"""What a run saves and goes on from: the last checkpoints and the best one, each whole or not there."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.training.step import TrainState
+
+_SCORE = "score"
+
+
+class Checkpoints:
+    """Of a run, by step. Writing goes on in the background; `close` waits for it.
+
+    Args:
+        folder: is made if it is not there.
+        keep: the last ones that are kept; None keeps all.
+        greater: whether a greater score is the better one. The best checkpoint is kept besides the last ones.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, greater: bool = False):
+        self._folder = folder.absolute()
+        policies = checkpoint_managers.AnyPreservationPolicy([
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=_score, reverse=not greater, n=1, keep_checkpoints_without_metrics=False
+            ),
+        ])  # fmt: skip
+        mode = "max" if greater else "min"
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies, cleanup_tmp_directories=True, best_fn=_score, best_mode=mode
+        )
+        with _quiet():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    @property
+    def last(self) -> int | None:
+        """The step of the last checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step of the one with the best score; of the last one, if none has a score."""
+        best = self._manager.best_step()
+        return self.last if best is None else best
+
+    def save(self, state: TrainState, data: Mapping[str, Any], score: float | None = None) -> None:
+        """Save after a step, in the background. The state may be donated at once.
+
+        Args:
+            data: where the data are, as `TrainingData.get_state` gives it.
+            score: how good the state is.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(dict(data)))
+        with _quiet():
+            self._manager.save(int(state.step), args=items, metrics=None if score is None else {_SCORE: score})
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state, placed as `like` is, and where the data were.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another model, other trained parameters or another optimizer.
+        """
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        with self._readable(step), _quiet():
+            found = self._manager.restore(step, args=items)
+            return TrainState(**found["state"]), found["data"]
+
+    def trained(self, step: int) -> dict[str, Any]:
+        """The trained parameters of a checkpoint, as numpy arrays.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        with self._readable(step), _quiet():
+            folder = self._folder / str(step) / "state"
+            metadata: Any = ocp.PyTreeCheckpointer().metadata(folder).item_metadata
+            item = {"trainable": dict(metadata.tree)["trainable"]}
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), item)
+            args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+            return ocp.PyTreeCheckpointer().restore(folder, args=args)["trainable"]
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        with _quiet():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds
+            cause = str(error.__cause__ or error)[:400]
+            raise CheckpointError(
+                f"{self._folder / str(step)}: cannot be read as a checkpoint of this run ({cause}); if it is damaged, "
+                "remove it, to go on from the one before; if the recipe has changed, give another output"
+            ) from error
+
+
+def _score(metrics: Mapping[str, Any]) -> float:
+    return metrics[_SCORE]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax tells of every step that it takes."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,277 @@
+"""A run, from its recipe to its report: load, go on where it was, step, log, evaluate, save."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from phi4mm_jax.api import Model, load
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.mesh import ROWS
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.progress import progress_bar, step_bar
+from phi4mm_jax.sharding import jit_beside, make_mesh
+from phi4mm_jax.training.batch import TrainingBatch
+from phi4mm_jax.training.checkpoints import Checkpoints
+from phi4mm_jax.training.data import TrainingData
+from phi4mm_jax.training.evaluation import Evaluation
+from phi4mm_jax.training.flops import peak_flops, step_flops
+from phi4mm_jax.training.metrics import Log, draw, report
+from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
+from phi4mm_jax.training.patterns import split
+from phi4mm_jax.training.recipe import Recipe, save_recipe
+from phi4mm_jax.training.step import (
+    Metrics,
+    Objective,
+    TrainState,
+    Variables,
+    dropout_key,
+    initial_state,
+    train_step,
+)
+
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
+STOPPED = 143  # the status of a program that SIGTERM ended
+
+
+class Run(NamedTuple):
+    """What a run is made of, before its first step."""
+
+    recipe: Recipe
+    model: Model  # as it was loaded; its parameters are spread over the mesh
+    module: Phi4MM  # with the recipe's way of computing again
+    trainable: Variables  # of the model
+    frozen: Variables
+    objective: Objective
+    data: TrainingData
+    steps: int
+    mesh: Mesh | None
+
+
+def prepare(recipe: Recipe, objective_of: Callable[[Phi4MM, Variables], Objective]) -> Run:
+    """Load what a recipe names.
+
+    Args:
+        objective_of: gives the objective of a model and its trainable parameters, as they are before the first step.
+
+    Raises:
+        InputError, CheckpointError, ConfigError: something in the recipe, the data or the checkpoint cannot be used.
+    """
+    mesh = _mesh(recipe)
+    _check_rows(recipe, mesh)
+    with progress_bar("Reading the weights", size=True) as advance:
+        model = load(
+            recipe.model, recipe.dtype, mesh, scan=True, fresh_adapters=recipe.fresh_adapters, progress=advance
+        )
+    data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
+    with progress_bar("Counting the batches"):
+        steps = math.ceil(data.count_batches() / recipe.accumulate)
+    trainable, frozen = split(model.variables, recipe.trainable, "trainable")
+    for adapter, stacks in (("lora_vision", recipe.data.packing.crops), ("lora_speech", recipe.data.packing.chunks)):
+        if not stacks:  # no row will need it
+            frozen.pop(adapter, None)
+    module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
+    objective = objective_of(module, trainable)
+    return Run(recipe, model, module, trainable, frozen, objective, data, steps, mesh)
+
+
+def train(run: Run, say: Callable[[str], None] = print) -> int:
+    """Train to the last step, or until SIGTERM or Ctrl-C: then save, and end; the same command goes on from there.
+
+    Returns:
+        The status to end the program with.
+    """
+    recipe, folder = run.recipe, Path(run.recipe.output)
+    optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
+    state = initial_state(run.trainable, optimizer)
+    rates, key = learning_rates(recipe.optimizer, run.steps), dropout_key(recipe.seed)
+    evaluation = recipe.evaluation and Evaluation(recipe.evaluation, recipe.data, run.model, run.module)
+    greater = recipe.evaluation is not None and recipe.evaluation.greater
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / RECIPE)
+    with closing(run.data), closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints:
+        if checkpoints.last is not None:
+            state, data_state = checkpoints.restore(checkpoints.last, state)
+            run.data.set_state(data_state)
+            say(f"Going on after step {checkpoints.last} of {run.steps}.")
+        number = int(state.step)
+        step = compiled_step(run, optimizer, state)
+        speed = _Speed(run)
+        with _stopping() as stopped, closing(Log(folder, number)) as log, step_bar(run.steps, number) as advance:
+
+            def tell(number: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
+                values = _values(metrics) | {"learning_rate": float(rates(number - 1))} | speed.of(number, batches)
+                _check_finite(number, values)
+                log.write(number, values)
+                advance(number, values)
+
+            untold = []
+            for batches in _steps(run, number):
+                state, metrics = step(state, run.frozen, place(batches, mesh=run.mesh), key)
+                number += 1
+                for earlier in untold:  # while the devices are busy with this one
+                    tell(*earlier)
+                untold = [(number, metrics, batches)] if number % recipe.log_every == 0 else []
+                end = stopped(number) or number == run.steps
+                due = evaluation is not None and (number % recipe.evaluation.every == 0 or number == run.steps)
+                if not (end or due or number % recipe.save_every == 0):
+                    continue
+                tell(number, metrics, batches)  # what has diverged is not saved
+                untold, score = [], None
+                if due:
+                    found = evaluation(state.trainable, run.frozen, run.objective, partial(place, mesh=run.mesh))
+                    log.write(number, found)
+                    score = found[f"evaluation_{recipe.evaluation.metric}"]
+                checkpoints.save(state, run.data.get_state(), score)
+                speed.leave_out()
+                if end:
+                    break
+    if number < run.steps:
+        say(f"Stopped and saved after step {number} of {run.steps}; the same command goes on from there.")
+        return STOPPED
+    if run.data.skipped:
+        say(f"Unusable samples that were skipped: {run.data.skipped}")
+    draw(folder)
+    report(folder, _facts(run, checkpoints))
+    say(f"{folder}: trained; see report.md, and write a checkpoint with python -m train.export")
+    return 0
+
+
+def compiled_step(run: Run, optimizer: Any, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The training step on the run's mesh. The state is donated, and comes back where it was."""
+
+    def step(state: TrainState, frozen: Variables, batches: Any, key: jax.Array):
+        return train_step(run.objective, optimizer, state, frozen, batches, key)
+
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jit_beside(run.trainable, step, donate_argnums=0, out_shardings=(places, None))
+
+
+def place(batches: Sequence[TrainingBatch], *, mesh: Mesh | None) -> Any:
+    """Micro-batches, stacked, on the devices: rows, crops and chunks are spread like rows."""
+    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+    if mesh is None:
+        return stacked
+    count = math.prod(mesh.shape[axis] for axis in ROWS if axis in mesh.shape)
+    axes = tuple(axis for axis in ROWS if axis in mesh.shape)
+
+    def on_devices(x: np.ndarray) -> jax.Array:
+        divides = x.shape[1] * jax.process_count() % count == 0
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, jax.P(None, axes if divides else None)), x)
+
+    return jax.tree.map(on_devices, stacked)
+
+
+def _mesh(recipe: Recipe) -> Mesh | None:
+    devices = jax.device_count()
+    fsdp = recipe.fsdp or devices // recipe.tensor
+    return None if fsdp * recipe.tensor == 1 else make_mesh(fsdp, recipe.tensor)
+
+
+def _check_rows(recipe: Recipe, mesh: Mesh | None) -> None:
+    packing = recipe.data.packing
+    fsdp = 1 if mesh is None else mesh.shape["fsdp"]
+    for name, sizes in (("rows", (packing.rows,)), ("crops", packing.crops), ("chunks", packing.chunks)):
+        for size in sizes:
+            if size % fsdp:
+                raise InputError(
+                    f"data.packing.{name} is {size}, which {fsdp} devices cannot share; give a multiple of {fsdp}, or "
+                    "set fsdp"
+                )
+
+
+def _steps(run: Run, first: int) -> Iterator[list[TrainingBatch]]:
+    """The micro-batches of each step. The last step's may be fewer than the others': it is filled with empty ones."""
+    count = run.recipe.accumulate
+    for _ in range(first, run.steps):
+        batches = [batch for batch, _ in zip(run.data, range(count), strict=False)]
+        empty = batches[-1]._replace(weights=np.zeros_like(batches[-1].weights))
+        yield batches + [empty] * (count - len(batches))
+
+
+def _values(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics._asdict().items()}
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
+        raise InputError(
+            f"the loss of step {step} is {values['loss']}, its gradients' norm {values['gradient_norm']}: the run has "
+            "diverged, and nothing of this step was saved. Go on from the last checkpoint with a lower "
+            "optimizer.learning_rate, or clip"
+        )
+
+
+class _Speed:
+    """Tokens a second and the use of the chips since the last lines of metrics."""
+
+    def __init__(self, run: Run):
+        self._run, self._since, self._at = run, time.monotonic(), 0
+        self._left_out, self._begun = False, False
+
+    def leave_out(self) -> None:
+        """What has passed since is no training."""
+        self._left_out = True
+
+    def of(self, step: int, batches: Sequence[TrainingBatch]) -> dict[str, float]:
+        now = time.monotonic()
+        seconds, steps = now - self._since, step - self._at
+        timed = self._begun and not self._left_out
+        self._since, self._at, self._left_out, self._begun = now, step, False, True
+        if not timed:  # the first step was compiled
+            return {}
+        tokens = sum(int(batch.batch.lengths.sum()) for batch in batches) * jax.process_count() * steps
+        values = {"seconds": seconds / steps, "tokens_per_second": tokens / seconds}
+        if peak := peak_flops():
+            flops = step_flops(self._run.module.config, self._run.trainable, batches) * jax.process_count() * steps
+            values["mfu"] = flops / seconds / peak / jax.device_count()
+        return values
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that tells after a step whether to stop: all hosts alike, once any was told to."""
+    told = False
+
+    def stop(*_: Any) -> None:
+        nonlocal told
+        told = True
+
+    def reached(step: int) -> bool:
+        if jax.process_count() == 1:
+            return told
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step) or bool(
+            multihost_utils.process_allgather(np.asarray(told)).any()
+        )
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield reached
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _facts(run: Run, checkpoints: Checkpoints) -> dict[str, Any]:
+    recipe, packing = run.recipe, run.recipe.data.packing
+    count = sum(x.size for x in jax.tree.leaves(run.trainable))
+    return {
+        "model": recipe.model,
+        "manifests": ", ".join(source.path for source in recipe.data.sources),
+        "trained": f"{', '.join(recipe.trainable)}: {count:,} parameters",
+        "steps": f"{run.steps} of {recipe.accumulate} x {packing.rows} rows of {packing.lengths[-1]}",
+        "optimizer": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(recipe.optimizer).items()),
+        "best checkpoint": f"step {checkpoints.best}",
+        "skipped samples": run.data.skipped or "none",
+    }  # fmt: skip

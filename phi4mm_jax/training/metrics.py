@@ -1,0 +1,81 @@
+"""What a run tells while it goes: lines of JSON, TensorBoard, and in the end a picture and a report."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+LINES = "metrics.jsonl"
+
+
+class Log:
+    """Metrics by step, in the run's folder.
+
+    Args:
+        step: the run goes on from here; what an earlier process has logged after it is taken out.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self._path = folder / LINES
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(folder) if line["step"] <= step]
+        aside = self._path.with_suffix(".incomplete")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(aside, self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines so far; one that a killed process has left half-written is left out."""
+    path = folder / LINES
+    if not path.exists():
+        return []
+    content = path.read_text()
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+def draw(folder: Path) -> None:
+    """loss.png: the loss by step, and that of the evaluations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = read_log(folder)
+    for name, style in (("loss", {"linewidth": 0.8}), ("evaluation_loss", {"marker": "o"})):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="loss a target token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+
+
+def report(folder: Path, facts: Mapping[str, Any]) -> None:
+    """report.md: what was trained, on what, and how it ended."""
+    lines = read_log(folder)
+    steps = [line for line in lines if "loss" in line]
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    if steps:
+        rows += [f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |"]
+        rows += [f"| target tokens | {sum(line['targets'] for line in steps):,.0f} |"]
+    evaluations = [line for line in lines if "evaluation_loss" in line]
+    for name in sorted({key for line in evaluations for key in line if key != "step"}):
+        values = [line[name] for line in evaluations if name in line]
+        rows += [f"| {name.replace('_', ' ')}, first and last | {values[0]:.4f}, {values[-1]:.4f} |"]
+    skeleton = ["# Report", "", "| | |", "|---|---|", *rows, "", "![loss](loss.png)", ""]
+    (folder / "report.md").write_text("\n".join(skeleton))

@@ -1,0 +1,162 @@
+"""A recipe: all settings of a run in one YAML file, which arguments may override."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.model.layers import Remat
+from phi4mm_jax.training.data import DataConfig, Source
+from phi4mm_jax.training.dpo import DPOConfig
+from phi4mm_jax.training.loss import LossConfig
+from phi4mm_jax.training.optimizer import OptimizerConfig
+from phi4mm_jax.training.packing import PackingConfig
+
+Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
+Metric = Literal["loss", "wer", "cer", "bleu", "exact"]
+
+
+def _at_least(value: int, least: int) -> int:
+    if value < least:
+        raise ValueError(f"expected a whole number from {least} on")
+    return value
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on other data during the run.
+
+    Attributes:
+        sources: manifests, of which each sample counts once.
+        every: steps.
+        metric: decides which checkpoint is the best one: the loss, or by generating answers word or character error
+            rate, BLEU, or the share that is exactly right.
+        samples: how many answers are generated at most, for metrics that need them.
+        max_new_tokens: of a generated answer.
+    """
+
+    sources: tuple[Source, ...]
+    every: Count
+    metric: Metric = "loss"
+    samples: Count = 200
+    max_new_tokens: Count = 256
+
+    @property
+    def greater(self) -> bool:
+        """Whether a greater value of the metric is the better one."""
+        return self.metric in ("bleu", "exact")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run.
+
+    Attributes:
+        model: the checkpoint to begin with, as `phi4mm_jax.load` takes it.
+        output: the run's folder. Where it has checkpoints, the run goes on from the last one.
+        trainable: patterns of the parameters that are trained; see `phi4mm_jax.training.patterns`.
+        data: what is learnt from. `data.packing.rows` are those of a micro-batch.
+        accumulate: micro-batches of a step.
+        fresh_adapters: begin with adapters that change nothing yet, where the checkpoint's are all zero.
+        dtype: what is computed in; trained parameters are float32 besides.
+        remat: what the backward pass computes again.
+        fsdp, tensor: devices that parameters and rows, and heads are spread over; fsdp 0 takes all that are left.
+        seed: of dropout. That of the data is `data.seed`.
+        save_every: steps between checkpoints.
+        keep: the last checkpoints that are kept, besides the best one.
+        log_every: steps between lines of metrics.
+    """
+
+    model: str
+    output: str
+    trainable: tuple[str, ...]
+    data: DataConfig
+    accumulate: Count = 1
+    fresh_adapters: bool = False
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Remat = "full"
+    fsdp: int = 0
+    tensor: Count = 1
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    evaluation: EvaluationConfig | None = None
+    save_every: Count = 500
+    keep: Count = 2
+    log_every: Count = 1
+
+    def __post_init__(self):
+        packing = self.data.packing
+        if self.accumulate > 1 and (len(packing.lengths), *map(len, (packing.crops, packing.chunks))) > (1, 1, 1):
+            raise InputError(
+                "accumulate is above 1, and data.packing gives several sizes; micro-batches of one step need one size "
+                "of lengths, crops and chunks"
+            )
+
+
+for _strict in (Recipe, EvaluationConfig, DataConfig, Source, PackingConfig, OptimizerConfig, LossConfig, DPOConfig):
+    setattr(_strict, "__pydantic_config__", ConfigDict(extra="forbid", arbitrary_types_allowed=True))  # noqa: B010
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        overrides: settings as "key=value", parts of a key joined by dots, values in YAML: "optimizer.clip=null".
+
+    Raises:
+        InputError: the file cannot be read, or a setting is unknown, missing or has a value that cannot be.
+    """
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as a recipe ({error})") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: is no recipe; expected settings, such as 'model: FOLDER'")
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(settings)
+    except ValidationError as error:
+        raise InputError(f"{path}: {'; '.join(map(_said, error.errors()))}") from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with all settings that it came to have; `load_recipe` reads it."""
+    settings = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    aside = path.with_name(f".{path.name}.incomplete")
+    aside.write_text(yaml.safe_dump(settings, sort_keys=False))
+    os.replace(aside, path)
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not key or not equals:
+        raise InputError(f"{override!r}: expected key=value, such as optimizer.learning_rate=1e-4")
+    *parents, last = key.split(".")
+    inner: Any = settings
+    for parent in parents:
+        inner = inner.setdefault(parent, {}) if isinstance(inner, dict) else None
+        inner = inner if inner is not None else {}
+    if not isinstance(inner, dict):
+        raise InputError(f"{override!r}: {'.'.join(parents)} has no settings of its own")
+    try:
+        inner[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"{override!r}: the value is not YAML ({error})") from error
+
+
+def _said(error: Mapping[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{place}: is missing; give it"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{place}: is no setting of a recipe"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r:.60})"

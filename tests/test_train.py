@@ -1,0 +1,265 @@
+"""Runs of training, as their users start them: recipes, resuming, stopping, evaluation, export."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conftest import TINY
+from flax.traverse_util import flatten_dict
+
+import phi4mm_jax
+from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.training.checkpoints import Checkpoints
+from phi4mm_jax.training.command import trainable_table
+from phi4mm_jax.training.export import export
+from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
+from phi4mm_jax.training.metrics import read_log
+from phi4mm_jax.training.recipe import load_recipe
+from phi4mm_jax.training.step import supervised
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def message(role, *content):
+    return {"role": role, "content": content[0] if len(content) == 1 and isinstance(content[0], str) else list(content)}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def speech_samples(count):
+    clips = [TINY / "inputs" / f"audio_{i}.flac" for i in range(2)]
+    for i in range(count):
+        question = message("user", {"type": "audio", "audio": str(clips[i % 2])}, text(f"Number {i}?"))
+        yield {"messages": [question, message("assistant", " ".join(WORDS[: i % 5 + 1]))]}
+
+
+def write(path: Path, samples) -> Path:
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """Sixteen clips, two epochs of packed rows: the speech adapter."""
+    manifest = write(tmp_path / "train.jsonl", speech_samples(16))
+    settings = {
+        "model": str(TINY), "output": str(tmp_path / "run"), "trainable": ["lora_speech"], "dtype": "float32",
+        "fsdp": 1,
+        "data": {
+            "sources": [{"path": str(manifest)}], "epochs": 2,
+            "packing": {"rows": 2, "lengths": [192], "chunks": [4], "chunk_tokens": 64, "window": 4},
+        },
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}, "save_every": 2, "keep": 2,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(path, *overrides):
+    recipe = load_recipe(path, overrides)
+    return train(prepare(recipe, lambda module, _: supervised(module, recipe.loss)))
+
+
+def final(folder: Path):
+    checkpoints = Checkpoints(folder / CHECKPOINTS, None)
+    return checkpoints.last, flatten_dict(checkpoints.trained(checkpoints.last))
+
+
+def test_a_run(recipe, tmp_path, capsys):
+    assert run(recipe) == 0
+    lines = read_log(tmp_path / "run")
+    steps = [line["step"] for line in lines]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > 4
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["learning_rate"] == 0.0
+    assert sum(line["targets"] for line in lines) == 2 * sum(
+        len(phi4mm_jax.load(TINY).processor.tokenizer.encode(s["messages"][1]["content"])) + 2
+        for s in speech_samples(16)
+    )
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "lora_speech" in report
+    assert str(tmp_path / "train.jsonl") in report
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert "trained; see report.md" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).steps == [steps[-2] // 2 * 2, steps[-1]]
+
+
+def command(recipe, *arguments):
+    return [sys.executable, "-m", "train.sft", str(recipe), *arguments]
+
+
+ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device
+
+
+def test_killed_ten_times(recipe, tmp_path):
+    """The weights are those of the run that nobody interrupted, bit by bit, and so is what was logged."""
+    whole = subprocess.run(
+        command(recipe, f"output={tmp_path / 'whole'}"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert whole.returncode == 0, whole.stderr
+    draw, kills, terms = random.Random(0), 0, 0
+    while True:
+        process = subprocess.Popen(
+            command(recipe, f"output={tmp_path / 'cut'}", "save_every=1"), cwd=ROOT, env=ENVIRONMENT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if kills < 10:
+            log = tmp_path / "cut" / "metrics.jsonl"
+            lines = len(read_log(log.parent))
+            while process.poll() is None and len(read_log(log.parent)) <= lines:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.3))  # while a step is taken, or saved
+            number = signal.SIGTERM if kills == 5 else signal.SIGKILL
+            process.send_signal(number)
+            kills += 1
+        out, error = process.communicate()
+        if kills == 6 and process.returncode == STOPPED:
+            terms += 1
+            assert "Stopped and saved after step" in out
+        if process.returncode == 0:
+            break
+        assert process.returncode in (STOPPED, -signal.SIGKILL), error
+    assert kills >= 5
+    (step, weights), (other_step, other) = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert step == other_step
+    assert weights.keys() == other.keys()
+    for path, value in weights.items():
+        np.testing.assert_array_equal(value, other[path], err_msg="/".join(path))
+    losses = [[(line["step"], line["loss"]) for line in read_log(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_spread_over_devices(recipe, tmp_path):
+    """Eight devices, rows and parameters spread: the losses of one."""
+    shared = ["data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
+    assert run(recipe, *shared) == 0
+    assert run(recipe, *shared, "fsdp=4", "tensor=2", f"output={tmp_path / 'spread'}") == 0
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("run", "spread")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["original", "native"])
+def test_export(recipe, tmp_path, layout):
+    """What comes out is what was trained, in place of what it began with, and the rest is as it was."""
+    assert run(recipe, "data.steps=3", "data.epochs=null") == 0
+    export(tmp_path / "run", tmp_path / "out", layout)
+    tuned, before = (phi4mm_jax.load(p, dtype="float32", scan=True) for p in (tmp_path / "out", TINY))
+    _, weights = final(tmp_path / "run")
+    flat, old = flatten_dict(tuned.variables), flatten_dict(before.variables)
+    for path, value in flat.items():
+        if path[0] == "lora_speech":
+            np.testing.assert_array_equal(value, weights[path])
+            assert not np.array_equal(value, old[path])
+        else:
+            np.testing.assert_array_equal(value, old[path])
+    with pytest.raises(InputError, match=r"has no checkpoint '77'; those that it has: 2, 3"):
+        export(tmp_path / "run", tmp_path / "other", layout, step="77")
+
+
+def test_evaluation_decides_which_is_best(recipe, tmp_path):
+    manifest = write(tmp_path / "held.jsonl", speech_samples(3))
+    evaluation = [f"evaluation.sources=[{{path: {manifest}}}]", "evaluation.every=2", "evaluation.metric=exact"]
+    limits = ["evaluation.max_new_tokens=4", "data.steps=4", "data.epochs=null", "keep=1"]
+    assert run(recipe, *evaluation, *limits) == 0
+    lines = [line for line in read_log(tmp_path / "run") if "evaluation_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["evaluation_exact"] >= 0 for line in lines)
+    assert lines[1]["evaluation_loss"] < lines[0]["evaluation_loss"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_every_recipe_trains(path, tmp_path):
+    """Two steps on the tiny model, with data of its kind."""
+    settings = yaml.safe_load(path.read_text())
+    packing = settings["data"]["packing"]
+    image = {"type": "image", "image": str(TINY / "inputs" / "image_2.png")}
+    clip = {"type": "audio", "audio": str(TINY / "inputs" / "audio_0.flac")}
+    media = ([image] if "crops" in packing else []) + ([clip] if "chunks" in packing else [])
+    prompt = [message("user", *media, text("What?"))]
+    if settings["data"].get("kind") == "preferences":
+        sample = {"messages": prompt, "chosen": "Yes, this.", "rejected": "No."}
+    else:
+        sample = {"messages": [*prompt, message("assistant", "This.")]}
+    manifest = write(tmp_path / "data.jsonl", [sample] * 4)
+    overrides = [
+        f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
+        f"data.steps={2 * settings.get('accumulate', 1)}", "data.packing.rows=2", "data.packing.lengths=[1024]",
+        "fsdp=1", "optimizer.warmup_steps=1", *(["data.packing.crops=[4]"] if "crops" in packing else []),
+        *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
+    ]  # fmt: skip
+    program = "dpo" if "kind" in settings["data"] else "sft"
+    module = __import__(f"train.{program}", fromlist=["main"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, str(path), *overrides])
+        assert module.main() == 0
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
+
+
+def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
+    from train import sft
+
+    monkeypatch.setattr(sys, "argv", ["sft", str(recipe), "--dry-run"])
+    assert sft.main() == 0
+    shown = capsys.readouterr().out
+    assert "lora_speech/decoder/layers/mlp/down/a" in shown
+    assert "GiB besides" in shown
+    assert "media tokens>Number" in shown
+    assert "[[one<|end|><|endoftext|>]]" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", r"optimizer\.learning_rat: is no setting of a recipe"),
+        ("optimizer.learning_rate=-1", r"optimizer\.learning_rate is -1"),
+        ("optimizer=5", r"optimizer"),
+        ("seed=x", r"seed: .* \(it is 'x'\)"),
+        ("trainable=[lora_sound]", r"trainable: the pattern 'lora_sound' matches no parameter"),
+        ("data.packing.rows=3", r"data\.packing\.rows is 3, which 2 devices cannot share"),
+        ("accumulate=0", "accumulate: expected a whole number from 1 on"),
+        ("no", "expected key=value"),
+        ("model=/nowhere", "/nowhere"),
+    ],
+)
+def test_wrong_settings(recipe, override, message):
+    overrides = [override, "fsdp=2"] if "rows" in override else [override]
+    with pytest.raises((InputError, CheckpointError), match=message):
+        run(recipe, *overrides)
+
+
+def test_a_damaged_checkpoint_is_named(recipe, tmp_path):
+    assert run(recipe, "data.steps=2", "data.epochs=null") == 0
+    for file in (tmp_path / "run" / CHECKPOINTS / "2" / "state").rglob("*"):
+        if file.is_file() and file.stat().st_size > 500:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/2: cannot be read .* remove it, to go on from the one before"
+    ):
+        run(recipe, "data.steps=4", "data.epochs=null")
+
+
+def test_a_run_that_diverges_says_so(recipe):
+    with pytest.raises(InputError, match="has diverged"):
+        run(recipe, "optimizer.learning_rate=1e30", "optimizer.clip=null", "optimizer.warmup_steps=0")
+
+
+def test_the_table_of_trained_parameters():
+    table = trainable_table({"lora_speech": {"a": jax.ShapeDtypeStruct((2, 3), np.float32)}})
+    assert table.split("\n")[0].split() == ["lora_speech/a", "(2,", "3)", "6"]

@@ -1,0 +1,44 @@
+"""Write what a run has trained as a checkpoint that PyTorch's tools load.
+
+    python -m train.export RUN DESTINATION --layout original|native [--adapters-only] [--step N|best|last]
+
+RUN is a recipe's output. The whole checkpoint is the model that the run began with, with what was trained in place of
+its own; --adapters-only writes the folders vision-lora and speech-lora, for PEFT.
+"""
+
+import argparse
+import sys
+from typing import get_args
+
+from phi4mm_jax.checkpoint.pytorch import Layout
+from phi4mm_jax.programs import ends_well
+from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.training.export import export
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="the output of a recipe")
+    parser.add_argument("destination", metavar="DESTINATION", help="a folder that does not exist")
+    parser.add_argument("--layout", choices=get_args(Layout), required=True)
+    parser.add_argument("--adapters-only", action="store_true")
+    parser.add_argument("--step", default="best", help="of the checkpoint (best)")
+    return parser.parse_args()
+
+
+@ends_well
+def main() -> int:
+    arguments = parse_arguments()
+    with progress_bar("Writing", size=True) as advance:
+        step = export(
+            arguments.run, arguments.destination, arguments.layout, step=arguments.step,
+            adapters_only=arguments.adapters_only, progress=advance,
+        )  # fmt: skip
+    print(f"{arguments.destination}: written, of step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
