@@ -34,7 +34,6 @@ import phi4mm_jax
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
 from phi4mm_jax.generation import EngineConfig, Request
-from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.processing.audio import log_mel, num_audio_tokens
 from phi4mm_jax.processing.batch import ImageStack
 from phi4mm_jax.processing.chat import Media
@@ -181,7 +180,7 @@ class Sides:
         # No token stops an answer, on either side: lengths are given.
         self.torch.generation_config.eos_token_id = None
         config = dataclasses.replace(loaded.config, stop_token_ids=())
-        self.ours = phi4mm_jax.Model(Phi4MM(config, loaded.module.dtype), loaded.variables, loaded.processor)
+        self.ours = phi4mm_jax.Model(loaded.module.clone(config=config), loaded.variables, loaded.processor)
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="<|endoftext|>", padding_side="left"
         )

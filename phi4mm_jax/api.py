@@ -54,9 +54,9 @@ def load(
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
         merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
             the adapter's cost; others are errors.
-        scan: whether each stack's layers are one loop over stacked parameters, or are written out ("layers_0", ...):
-            the loop compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack at every
-            step. By default a loop, except on one CPU.
+        scan: whether the decoder's layers are one loop over stacked parameters, or are written out ("layers_0", ...).
+            The loop compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack for every
+            token. By default a loop, except on one CPU.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -87,7 +87,8 @@ def load(
     if scan is None:
         scan = mesh is not None or jax.default_backend() != "cpu"
     if not scan:
-        variables = unstack_layers(variables)
+        for collection in variables.values():
+            collection["decoder"] = unstack_layers(collection["decoder"])
     module = Phi4MM(config, jnp.dtype(dtype), scan)
     return Model(module, variables, processor)
 

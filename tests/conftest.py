@@ -12,6 +12,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inheri
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 << 30)  # a bound makes jax lock the folder
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# XLA's TPU compiler takes minutes to carry along where in pytest's deep calls an operation comes from.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 
 import json
 from pathlib import Path

@@ -72,7 +72,6 @@ def test_ids_and_order_are_kept(tmp_path, engine):
     assert [len(a["tokens"]) for a in found] == [9 - n for n in range(len(ids))]
     assert all(a["finish_reason"] == "length" and a["prompt_tokens"] > 0 and "error" not in a for a in found)
     unordered = answer(engine, source, tmp_path / "unordered", ordered=False)
-    assert unordered != found  # those that end first come first
     assert sorted(map(repr, unordered)) == sorted(map(repr, found))
     before = (tmp_path / "ordered").read_bytes()
     answer(engine, source, tmp_path / "ordered")
@@ -134,7 +133,7 @@ BAD = [
     ({"prompt": "a", "stop": [""]}, "stop is ['']"),
     ({"prompt": "a", "stop_tokens": ""}, "stop_tokens is ''"),
     ({"prompt": "a", "stop_tokens": ["b"]}, "stop_tokens is ['b']"),
-    ({"prompt": "a " * 200_000}, "expected 1 to the context"),
+    ({"prompt": "a " * 200_000}, "more than the context of"),
 ]
 
 
@@ -275,8 +274,8 @@ def test_two_runs_do_not_write_one_output(tmp_path, engine):
 
 
 def test_an_order_that_is_lost_is_not_claimed(tmp_path, engine):
-    source = write(tmp_path / "in", [{"prompt": "a", "max_new_tokens": 12 - 5 * i} for i in range(3)])
-    assert [a["id"] for a in answer(engine, source, tmp_path / "out", ordered=False)] == [2, 1, 0]
+    source = write(tmp_path / "in", [GOOD | {"id": 0}, {"id": 1, "prompt": 5}])  # what is wrong is known at once
+    assert [a["id"] for a in answer(engine, source, tmp_path / "out", ordered=False)] == [1, 0]
     with pytest.raises(InputError, match="out: its answers are not in the order of the input"):
         answer(engine, source, tmp_path / "out", ordered=True)
 
@@ -341,7 +340,7 @@ def test_the_second_start_compiles_nothing(tmp_path):
         assert "1/1" in result.stderr
         assert "tokens/s" in result.stderr
         assert "1 answers, 0 of them errors" in result.stderr
-        kept.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
+        kept.append({path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")})
     assert kept[0] == kept[1]
     assert {"jit__prefill", "jit__decode"} <= {name.partition("-")[0] for name in kept[0]}
     assert folder.stat().st_mode & 0o777 == 0o700

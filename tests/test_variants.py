@@ -24,10 +24,18 @@ def test_scan_equals_loop(tiny, scanned, batch):
 
 
 def test_layers_are_unstacked(tiny, scanned):
-    stacks = jax.tree.map(lambda x: x, scanned.variables)  # whose dicts are emptied
+    stacks = jax.tree.map(lambda x: x, scanned.variables["params"]["decoder"])  # whose dicts are emptied
     unstacked = unstack_layers(stacks)
     assert not stacks
-    jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables)
+    jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables["params"]["decoder"])
+
+
+def test_encoders_written_out(scanned, batch):
+    module = scanned.module.clone(scan=False, scan_encoders=False)
+    variables = unstack_layers(jax.tree.map(lambda x: x, scanned.variables))
+    assert "layers_2" in variables["params"]["vision"]
+    found = jax.jit(module.apply)(variables, batch)
+    np.testing.assert_allclose(found, scanned.logits(batch), atol=3e-4, rtol=0)
 
 
 def test_scanned_layers_generate_the_same(scanned, goldens):

@@ -23,22 +23,24 @@ class Phi4MM(nn.Module):
 
     Attributes:
         dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
-        scan: whether each stack's layers are one loop over stacked parameters, or are written out.
+        scan: whether the decoder's layers are one loop over stacked parameters, or are written out.
+        scan_encoders: likewise those of the two encoders.
         remat: what the backward pass computes again: "none", "full", or all but the matrix products ("dots").
     """
 
     config: Phi4MMConfig
     dtype: Any = jnp.bfloat16
     scan: bool = True
+    scan_encoders: bool = True
     remat: Remat = "none"
 
     def setup(self):
         config = self.config
         loras = tuple(lora.lora_configs(config).items())
         self.decoder = Decoder(BlockConfig(config.decoder, loras), self.scan, self.remat)
-        self.vision = VisionTower(config.vision, self.scan, self.remat)
+        self.vision = VisionTower(config.vision, self.scan_encoders, self.remat)
         self.image_embedder = ImageEmbedder({"D": config.vision.embed_dim, "E": config.decoder.embed_dim})
-        self.speech = SpeechEncoder(config.speech, self.scan, self.remat)
+        self.speech = SpeechEncoder(config.speech, self.scan_encoders, self.remat)
         sizes = {"D": config.speech.embed_dim, "E": config.decoder.embed_dim}
         self.audio_projector = Projector(sizes)
         self.audio_projector_with_images = Projector(sizes)

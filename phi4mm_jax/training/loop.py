@@ -94,8 +94,9 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
     state = initial_state(run.trainable, optimizer)
     rates, key = learning_rates(recipe.optimizer, run.steps), dropout_key(recipe.seed)
-    evaluation = recipe.evaluation and Evaluation(recipe.evaluation, recipe.data, run.model, run.module)
-    greater = recipe.evaluation is not None and recipe.evaluation.greater
+    asked = recipe.evaluation
+    evaluation = None if asked is None else Evaluation(asked, recipe.data, run.model, run.module)
+    greater = asked is not None and asked.greater
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
     with closing(run.data), closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints:
@@ -122,15 +123,15 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
                     tell(*earlier)
                 untold = [(number, metrics, batches)] if number % recipe.log_every == 0 else []
                 end = stopped(number) or number == run.steps
-                due = evaluation is not None and (number % recipe.evaluation.every == 0 or number == run.steps)
+                due = asked is not None and (number % asked.every == 0 or number == run.steps)
                 if not (end or due or number % recipe.save_every == 0):
                     continue
                 tell(number, metrics, batches)  # what has diverged is not saved
                 untold, score = [], None
-                if due:
+                if due and evaluation is not None and asked is not None:
                     found = evaluation(state.trainable, run.frozen, run.objective, partial(place, mesh=run.mesh))
                     log.write(number, found)
-                    score = found[f"evaluation_{recipe.evaluation.metric}"]
+                    score = found[f"evaluation_{asked.metric}"]
                 checkpoints.save(state, run.data.get_state(), score)
                 speed.leave_out()
                 if end:

@@ -55,10 +55,10 @@ def draw(folder: Path) -> None:
     figure = Figure((8, 4.5), layout="constrained")
     axes = figure.subplots()
     lines = read_log(folder)
-    for name, style in (("loss", {"linewidth": 0.8}), ("evaluation_loss", {"marker": "o"})):
+    for name, style in (("loss", "-"), ("evaluation_loss", "o-")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **style)
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss a target token")
     axes.grid(alpha=0.3)
     axes.legend()
