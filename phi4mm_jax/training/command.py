@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def start(arguments: argparse.Namespace, recipe: Recipe, objective_of: Callable[
 
 def trainable_table(trainable: Variables) -> str:
     """The trained parameters, a line each."""
-    flat = flatten_dict(trainable)
+    flat: dict[Any, Any] = flatten_dict(trainable)
     names = {"/".join(path): x for path, x in flat.items()}
     width = max(map(len, names))
     lines = [f"{name:{width}}  {x.shape!s:24} {x.size:>15,}" for name, x in sorted(names.items())]
@@ -67,7 +68,7 @@ def memory(run: Run, batch: TrainingBatch) -> str:
     optimizer = make_optimizer(run.recipe.optimizer, run.steps, run.trainable)
     state = initial_state(run.trainable, optimizer)
     batches = place([batch] * run.recipe.accumulate, mesh=run.mesh)
-    step = compiled_step(run, optimizer, state)
+    step: Any = compiled_step(run, optimizer, state)
     found = step.lower(state, run.frozen, batches, dropout_key(run.recipe.seed)).compile().memory_analysis()
     share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(run.frozen))
     return (

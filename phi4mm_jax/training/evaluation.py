@@ -20,7 +20,7 @@ from phi4mm_jax.training.data import DataConfig, TrainingData
 from phi4mm_jax.training.manifests import open_manifest
 from phi4mm_jax.training.patterns import join
 from phi4mm_jax.training.recipe import EvaluationConfig
-from phi4mm_jax.training.step import Objective, Sums, Variables
+from phi4mm_jax.training.step import Objective, Variables
 
 
 def wer(references: Sequence[str], answers: Sequence[str]) -> float:
@@ -91,13 +91,13 @@ class Evaluation:
         """evaluation_loss, and the recipe's metric."""
         if self._compiled is None:
             self._compiled = jit_beside(trainable, lambda t, f, b: objective(t, f, b, None)[1])
-        sums = Sums(*np.zeros(len(Sums._fields)))
+        loss = weight = 0.0
         data = TrainingData(self._data, self._model.processor, jax.process_index(), jax.process_count())
         for batch in data:
             found = self._compiled(trainable, frozen, jax.tree.map(lambda x: x[0], place([batch])))
-            sums = Sums(*(a + float(b) for a, b in zip(sums, found, strict=True)))
+            loss, weight = loss + float(found.loss), weight + float(found.weight)
         data.close()
-        values = {"evaluation_loss": sums.loss / max(sums.weight, 1.0)}
+        values = {"evaluation_loss": loss / max(weight, 1.0)}
         if self._requests:
             score = METRICS[self._config.metric](self._references, self._answers(trainable, frozen))
             values[f"evaluation_{self._config.metric}"] = score

@@ -32,7 +32,7 @@ def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequ
     at all.
     """
     decoder, vision, speech = config.decoder, config.vision, config.speech
-    flat = flatten_dict(dict(trainable))
+    flat: dict[Any, Any] = flatten_dict(dict(trainable))
     trained = {"/".join(path[:2]) for path in flat}
     head = decoder.embed_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_size
     block = head + 3 * decoder.embed_dim * decoder.mlp_dim
