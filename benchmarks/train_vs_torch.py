@@ -1,0 +1,152 @@
+"""A step of adapter tuning beside transformers and PEFT on PyTorch: same weights, losses and threads, in one run.
+
+    python -m benchmarks.train_vs_torch [--small] [--rounds N]
+
+The model has the release's widths and vocabulary but two decoder layers, in float32. A step is the forward and backward
+pass of the speech adapter over rows of text, clipping, and AdamW; half of the positions carry loss. Each side runs in a
+process of its own, in turns; its fastest step counts, and the most memory that it held while stepping. Ratios are
+PyTorch's figure over ours: from 1.0 on, ours is as fast, or needs as little. PyTorch is given the faster of its two
+kinds of attention.
+
+Needs `pip install '.[tests]'`.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RATE, WARM = 1e-4, 2  # learning rate; steps before any counts
+SIDES = ("ours", "sdpa", "eager")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, Path(arguments.checkpoint), arguments.small)))
+        return 0
+    from benchmarks.vs_transformers import small_checkpoint, wide_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = (small_checkpoint if arguments.small else wide_checkpoint)(folder)
+        found = {
+            side: [in_process(side, checkpoint, arguments.small) for _ in range(arguments.rounds)] for side in SIDES
+        }
+    losses = {side: np.asarray(runs[0]["losses"]) for side, runs in found.items()}
+    for side in SIDES[1:]:
+        np.testing.assert_allclose(losses["ours"], losses[side], rtol=1e-3)
+    print("| | ours | PyTorch | its attention | ratio |\n|---|---|---|---|---|")
+    for name, key, unit in (("step", "seconds", "s"), ("peak memory", "bytes", "GiB")):
+        best = {side: min(run[key] for run in runs) / (1 if unit == "s" else 2**30) for side, runs in found.items()}
+        kind = min(SIDES[1:], key=lambda side: best[side])
+        print(f"| {name}, {unit} | {best['ours']:.3f} | {best[kind]:.3f} | {kind} | {best[kind] / best['ours']:.2f} |")
+    return 0
+
+
+def in_process(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.train_vs_torch", "--side", side, "--checkpoint", str(checkpoint)]
+    run = subprocess.run([*command, *["--small"] * small], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
+    """Seconds of the fastest step, the most bytes held while stepping, the losses of all steps."""
+    rows, length = (2, 64) if small else (4, 512)
+    tokens = np.random.default_rng(0).integers(0, 600, (rows, length)).astype(np.int32)
+    step = ours(checkpoint, tokens) if side == "ours" else theirs(checkpoint, tokens, side)
+    losses = [step() for _ in range(WARM)]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        losses.append(step())
+        times.append(time.perf_counter() - start)
+    status = Path("/proc/self/status").read_text()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return {"seconds": min(times), "bytes": int(peak[1]) * 1024 if peak else 0, "losses": losses}
+
+
+def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
+    import jax
+
+    import phi4mm_jax
+    from phi4mm_jax.model.lora import SPEECH
+    from phi4mm_jax.processing.batch import NO_MEDIA, Batch
+    from phi4mm_jax.training.batch import TrainingBatch
+    from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from phi4mm_jax.training.patterns import split
+    from phi4mm_jax.training.step import initial_state, supervised, train_step
+
+    model = phi4mm_jax.load(checkpoint, dtype="float32", scan=True)
+    trainable, frozen = split(model.variables, ["lora_speech"], "trainable")
+    frozen.pop("lora_vision")
+    optimizer = make_optimizer(OptimizerConfig(RATE, 0, "constant"), 100, trainable)
+    rows, length = tokens.shape
+    whole = np.full(rows, length, np.int32)
+    batch = Batch(tokens, whole, np.full(rows, SPEECH, np.int32), np.full_like(tokens, NO_MEDIA), None, None)
+    position = np.arange(length)
+    weights = np.broadcast_to((position >= length // 2) & (position < length - 1), tokens.shape).astype(np.float32)
+    batches = jax.tree.map(lambda x: x[None], TrainingBatch(batch, np.roll(tokens, -1, 1), weights))
+    state, module = initial_state(trainable, optimizer), model.module
+    del model, trainable
+    step = jax.jit(
+        lambda state, frozen, batches: train_step(supervised(module), optimizer, state, frozen, batches, None),
+        donate_argnums=0,
+    )
+
+    def one() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batches)
+        return float(metrics.loss)
+
+    return one
+
+
+def theirs(checkpoint: Path, tokens: np.ndarray, attention: str) -> Callable[[], float]:
+    import torch
+
+    from benchmarks.vs_transformers import use_attention
+    from tests import torch_native
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
+    native = torch_native.load_native(checkpoint)
+    use_attention(native.model, attention)
+    torch_native._use_adapter(native.model, "speech")
+    trained = [p.requires_grad_(True) for n, p in native.parameters().items() if ".lora_" in n and ".speech." in n]
+    adamw = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.01)
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    labels = ids.clone()
+    labels[:, : tokens.shape[1] // 2 + 1] = torch_native.IGNORED
+
+    def one() -> float:
+        adamw.zero_grad()
+        # The head only where it counts, as ours; the answer is the last half.
+        kept = tokens.shape[1] - tokens.shape[1] // 2
+        logits = native.model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, -kept + 1 :].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adamw.step()
+        return loss.item()
+
+    return one
+
+
+if __name__ == "__main__":
+    sys.exit(main())
