@@ -147,7 +147,7 @@ def test_killed_ten_times(recipe, tmp_path):
 
 def test_spread_over_devices(recipe, tmp_path):
     """Eight devices, rows and parameters spread: the losses of one."""
-    shared = ["data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
+    shared = ["dropout=false", "data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
     assert run(recipe, *shared) == 0
     assert run(recipe, *shared, "fsdp=4", "tensor=2", f"output={tmp_path / 'spread'}") == 0
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("run", "spread")]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
     state = initial_state(run.trainable, optimizer)
     rates: Any = learning_rates(recipe.optimizer, run.steps)
-    key = dropout_key(recipe.seed)
+    key = dropout_key(recipe.seed) if recipe.dropout else None
     asked = recipe.evaluation
     evaluation = None if asked is None else Evaluation(asked, recipe.data, run.model, run.module)
     greater = asked is not None and asked.greater
@@ -195,7 +196,7 @@ def _steps(run: Run, first: int) -> Iterator[list[TrainingBatch]]:
     """The micro-batches of each step. The last step's may be fewer than the others': it is filled with empty ones."""
     count = run.recipe.accumulate
     for _ in range(first, run.steps):
-        batches = [batch for batch, _ in zip(run.data, range(count), strict=False)]
+        batches = list(islice(run.data, count))
         empty = batches[-1]._replace(weights=np.zeros_like(batches[-1].weights))
         yield batches + [empty] * (count - len(batches))
 

@@ -63,6 +63,7 @@ class Recipe:
         data: what is learnt from. `data.packing.rows` are those of a micro-batch.
         accumulate: micro-batches of a step.
         fresh_adapters: begin with adapters that change nothing yet, where the checkpoint's are all zero.
+        dropout: whether adapters drop out, as the checkpoint's config says.
         dtype: what is computed in; trained parameters are float32 besides.
         remat: what the backward pass computes again.
         fsdp, tensor: devices that parameters and rows, and heads are spread over; fsdp 0 takes all that are left.
@@ -78,6 +79,7 @@ class Recipe:
     data: DataConfig
     accumulate: Count = 1
     fresh_adapters: bool = False
+    dropout: bool = True
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
     fsdp: int = 0
