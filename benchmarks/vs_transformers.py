@@ -153,11 +153,21 @@ def wide_checkpoint(folder: str) -> Path:
     config["img_processor"] = {**RELEASE_TOWER, "num_hidden_layers": 3}  # the last one is not used
     work = Path(folder)
     (work / "config.json").write_text(json.dumps(config))
-    (work / "tokenizer.json").write_bytes(lzma.decompress((FIXTURES / "o200k" / "tokenizer.json.xz").read_bytes()))
+    (work / "tokenizer.json").write_text(json.dumps(whole_tokenizer()))
     (work / "tokenizer_config.json").write_text(json.dumps({"model_max_length": config["max_position_embeddings"]}))
     shutil.copy(FIXTURES / "ms_tiny" / "preprocessor_config.json", work)
     write_random_checkpoint(work / "config.json", work / "checkpoint", work, shard_bytes=1 << 30, say=lambda _: None)
     return work / "checkpoint"
+
+
+def whole_tokenizer() -> dict[str, Any]:
+    """tokenizer.json without gaps among its ids, which transformers would close by numbering special tokens anew."""
+    tokenizer = json.loads(lzma.decompress((FIXTURES / "o200k" / "tokenizer.json.xz").read_bytes()))
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    for number in set(range(len(tokenizer["model"]["vocab"]), max(added))) - set(added):
+        added[number] = {"id": number, "content": f"<|dummy_{number}|>", **flags}
+    return tokenizer | {"added_tokens": [added[number] for number in sorted(added)]}
 
 
 def small_checkpoint(folder: str) -> Path:

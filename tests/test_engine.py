@@ -45,14 +45,14 @@ def test_goldens(tiny, goldens, slots):
 
 
 def test_many_mixed_requests_are_as_each_alone(tiny):
-    """Text, images and clips with settings of their own, in slots that are refilled."""
+    """200 texts, images and clips with settings of their own, in slots that are refilled."""
     draw = random.Random(1)
     media = [c for c in CASES if c["tokens"] < 100 or c["name"] == "vision"]
     requests = []
-    for prompt in texts(48):
+    for prompt in texts(160):
         settings = Sampling(draw.choice([0.0, 0.8]), draw.choice([0, 5]), seed=draw.randrange(100))
         requests.append(Request(prompt, max_new_tokens=draw.randint(1, 24), sampling=settings))
-    requests += [request_of(draw.choice(media), draw.randint(1, 12)) for _ in range(12)]
+    requests += [request_of(draw.choice(media), draw.randint(1, 12)) for _ in range(40)]
     draw.shuffle(requests)
     together = dict(tiny.engine(dataclasses.replace(SMALL, slots=8)).run(requests))
     alone = tiny.engine(dataclasses.replace(SMALL, slots=1))
