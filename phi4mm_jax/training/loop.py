@@ -93,7 +93,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     """
     recipe, folder = run.recipe, Path(run.recipe.output)
     optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
-    state = initial_state(run.trainable, optimizer)
+    state = first_state(run, optimizer)
     rates: Any = learning_rates(recipe.optimizer, run.steps)
     key = dropout_key(recipe.seed) if recipe.dropout else None
     asked = recipe.evaluation
@@ -147,6 +147,15 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     report(folder, _facts(run, checkpoints))
     say(f"{folder}: trained; see report.md, and write a checkpoint with python -m train.export")
     return 0
+
+
+def first_state(run: Run, optimizer: Any) -> TrainState:
+    """The state before the first step: as the parameters are spread, and what is a number on every device."""
+    state = initial_state(run.trainable, optimizer)
+    if run.mesh is None:
+        return state
+    everywhere = NamedSharding(run.mesh, jax.P())
+    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state)
 
 
 def compiled_step(run: Run, optimizer: Any, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
