@@ -4,12 +4,13 @@ Each line of the input is an object:
 
     {"id": "a1", "prompt": "<|user|><|image_1|>What is this?<|end|><|assistant|>", "images": ["a.png"], "audios": [],
      "max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-     "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0}
+     "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0, "adapter": "vision"}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
-Without "id", a line's id is its number, from 0. Paths are relative to the input file; media may be `data:` URLs. Each
-line of the output has the id and the text, tokens, finish_reason and prompt_tokens, or the id and "error"; with beams
-also the "alternatives", best first, each with its text, tokens and score.
+Without "id", a line's id is its number, from 0; without "adapter" ("none", "vision" or "speech"), it has that of its
+media. Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
+text, tokens, finish_reason and prompt_tokens, or the id and "error"; with beams also the "alternatives", best first,
+each with its text, tokens and score.
 
 A run that was stopped goes on where it was: what the output has is not answered again. With --hosts N --host I, this
 run answers the lines whose number is I modulo N; give each an output of its own.

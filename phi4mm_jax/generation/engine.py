@@ -24,7 +24,7 @@ from phi4mm_jax.generation.pages import Key, PagePool, page_keys
 from phi4mm_jax.generation.programs import Beams, Candidates, Chunk, Drawn, Programs, Slots
 from phi4mm_jax.generation.request import Completion, FinishReason, Request, Text
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows
-from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.batch import NO_MEDIA
 from phi4mm_jax.processing.processor import Processor, Row
@@ -108,7 +108,8 @@ class _Active:
 
     @property
     def adapter(self) -> int:
-        return self.row.adapter
+        asked = self.request.adapter
+        return self.row.adapter if asked is None else ADAPTERS.get(f"lora_{asked}", NONE)
 
     @property
     def prompt_tokens(self) -> int:
@@ -332,6 +333,7 @@ class Engine:
             raise InputError(
                 f"the prompt has {length} tokens, which leaves no room in the context of {self._context}; shorten it"
             )
+        self._check_adapter(request.adapter)
         limit = min(int(request.max_new_tokens), self._context - length)
         shared = length // size if request.beams > 1 else 0  # by all its beams
         needed = shared + request.beams * (math.ceil((length + limit) / size) - shared)
@@ -346,6 +348,15 @@ class Engine:
         active.group = self._group(request, limit)
         self._begin(active)
         return active
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and self._processor.merged is not None:
+            raise InputError(
+                f"adapter is {adapter!r}, but the {self._processor.merged} adapter is merged into the weights; load "
+                "the checkpoint without merge"
+            )
+        if adapter not in (None, "none") and f"lora_{adapter}" not in self._variables:
+            raise InputError(f"adapter is {adapter!r}, which this checkpoint lacks; use a checkpoint with it")
 
     def _begin(self, active: _Active) -> None:
         """Everything has to be prefilled: at first, and when the row is about to outgrow the short rotary set."""

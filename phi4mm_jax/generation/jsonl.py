@@ -17,15 +17,16 @@ from phi4mm_jax.generation.sampling import Sampling
 from phi4mm_jax.processing.chat import path_in, with_paths
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty"}
+_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter"}
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input: what it asks, or what is wrong with it."""
+    """A line of the input: what it asks, or what is wrong with it; `where` is what an error calls it."""
 
     number: int
+    where: str
     id: Any
     request: Request | None
     error: str | None = None
@@ -60,21 +61,25 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
 
 def _line(number: int, text: bytes, folder: Path, max_new_tokens: int) -> Line:
     where = f"line {number + 1}"
+
+    def bad(error: str, name: Any = number) -> Line:
+        return Line(number, where, name, None, f"{where}{error}")
+
     try:
         values = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Line(number, number, None, f"{where} is not UTF-8 (at byte {error.start}); save the file as UTF-8")
+        return bad(f" is not UTF-8 (at byte {error.start}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        return Line(number, number, None, f"{where} is not JSON ({error}); expected one object a line")
+        return bad(f" is not JSON ({error}); expected one object a line")
     if not isinstance(values, dict):
-        return Line(number, number, None, f"{where} is a {type(values).__name__}; expected an object with a prompt")
+        return bad(f" is a {type(values).__name__}; expected an object with a prompt")
     name = values.get("id", number)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        return Line(number, number, None, f"{where}: id is {name!r:.80}; expected a string or a whole number")
+        return bad(f": id is {name!r:.80}; expected a string or a whole number")
     try:
-        return Line(number, name, _request(values, folder, max_new_tokens))
+        return Line(number, where, name, _request(values, folder, max_new_tokens))
     except InputError as error:
-        return Line(number, name, None, f"{where}: {error}")
+        return bad(f": {error}", name)
 
 
 def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Request:
@@ -221,7 +226,7 @@ class AnswerFile:
 
 def _answer(line: Line, completion: Completion) -> dict[str, Any]:
     if completion.error is not None:
-        return {"id": line.id, "error": f"line {line.number + 1}: {completion.error}"}
+        return {"id": line.id, "error": f"{line.where}: {completion.error}"}
     answer = {
         "id": line.id, "text": completion.text, "tokens": completion.tokens,
         "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens,

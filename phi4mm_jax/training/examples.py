@@ -82,7 +82,7 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     """
     if not isinstance(values, Mapping):
         raise BadSample("line", f"the sample is a {type(values).__name__}; expected an object with messages")
-    messages = _messages(values.get("messages"))
+    messages = parse_messages(values.get("messages"))
     rejected = None
     if kind == "preferences":
         answer, rejected = (_answer_text(values, key) for key in ("chosen", "rejected"))
@@ -98,7 +98,12 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     return Sample(prompt, learnt, rejected)
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """The "messages" of a line, or what they are in a table.
+
+    Raises:
+        BadSample: they are no list of objects, or it is empty.
+    """
     if isinstance(messages, str):  # as tables have it, whose columns are of one type
         try:
             messages = json.loads(messages)

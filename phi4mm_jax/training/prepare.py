@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.processing.chat import with_paths
 
 # Scripts without spaces between words: each character is one.
@@ -103,10 +104,9 @@ def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) 
     Raises:
         InputError: a file cannot be read or written, a line is broken, or a sample has no hypothesis or transcript.
     """
-    import jiwer
-
     if not max_wer >= 0:
         raise InputError(f"max_wer is {max_wer}; expected a rate from 0 on")
+    metric = make_metric("wer")
     heard: dict[Any, Line] = {}
     for line in read_lines(hypotheses):
         if (first := heard.setdefault(_key(line.id), line)) is not line:
@@ -128,7 +128,7 @@ def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) 
         transcript = words(_transcript(line.values, where))
         if not transcript:
             raise InputError(f'{where} has no words to compare with; give it a "transcript"')
-        rate = jiwer.wer(" ".join(transcript), " ".join(words(text)))
+        rate = corpus_score(metric, [[" ".join(transcript)]], [" ".join(words(text))])
         return f"word error rate: {rate:.3f}" if rate > max_wer else None
 
     return Outcome(*_split(source, output, fault))

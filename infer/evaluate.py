@@ -1,0 +1,140 @@
+"""Measure a model on benchmarks: python -m infer.evaluate --model PATH --task asr MANIFEST...
+
+A manifest has an item a line, as in training: "messages", whose last one is the answer that is expected. Others that
+are accepted as well are in "answers". The tasks:
+
+    asr     word and character error rates, of texts that are normalised as Whisper does it
+    ast     sacreBLEU; of an answer with <sep>, what comes after it
+    ocr     exact match, and ANLS
+    vqa     likewise
+    exact   exact match
+
+Items that fail count as wrong, and are named. With --output, the folder gets report.json (all figures), items.jsonl
+(each item with its answer and metrics) and answers.jsonl, from which the same command goes on after it was stopped.
+docs/evaluation.md tells how to get the benchmarks.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import phi4mm_jax
+from phi4mm_jax.compilation import default_folder, keep_compiled
+from phi4mm_jax.evaluation.answers import AUTO, answer_file, check_adapter, read_answers, settings_of
+from phi4mm_jax.evaluation.items import Item, read_items
+from phi4mm_jax.evaluation.metrics import NORMALIZERS
+from phi4mm_jax.evaluation.published import PUBLISHED
+from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
+from phi4mm_jax.generation import EngineConfig
+from phi4mm_jax.programs import ends_well
+from phi4mm_jax.progress import count_bar, progress_bar
+
+_WIDTH = 120  # of the table, where the output is no terminal
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m infer.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="each is a set of its own")
+    parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="a folder for the files; without, there is the table"
+    )
+    parser.add_argument(
+        "--adapter", choices=(AUTO, "none", "speech", "vision"), default=AUTO,
+        help="answer all items with this one; auto: each with that of its media (default)",
+    )  # fmt: skip
+    parser.add_argument("--normalizer", choices=NORMALIZERS, help="default: english for asr, none for the others")
+    parser.add_argument("--tokenize", metavar="NAME", help="sacreBLEU's tokeniser, for ast (default: 13a)")
+    parser.add_argument("--reference", choices=PUBLISHED, help="show the published figures of this benchmark")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
+    parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="of all rows together")
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", default=str(default_folder()),
+        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+@ends_well
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.max_new_tokens < 1:
+        raise phi4mm_jax.InputError(
+            f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
+        )  # fmt: skip
+    if arguments.tokenize is not None and arguments.task != "ast":
+        raise phi4mm_jax.InputError(f"--tokenize is for the task ast; leave it out for {arguments.task}")
+    config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens)
+    measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
+    published = PUBLISHED[arguments.reference] if arguments.reference else None
+    names = named(arguments.manifests)
+    if published is not None:
+        for name in names:
+            published.check(name, list(measure.metrics))
+    sets = {name: read_items(path) for name, path in names.items()}
+    for name, path in names.items():
+        measure.check(path, sets[name])
+    if arguments.compilation_cache:
+        keep_compiled(arguments.compilation_cache)
+    with tempfile.TemporaryDirectory() as nowhere:
+        return evaluate(arguments, config, measure, sets, arguments.output or Path(nowhere, "run"))
+
+
+def named(manifests: Sequence[Path]) -> dict[str, Path]:
+    """Manifests by the names of their sets: the files' without the ending."""
+    names = {path.stem: path for path in manifests}
+    if len(names) < len(manifests):
+        twice = next(p for p in manifests if names[p.stem] is not p)
+        raise phi4mm_jax.InputError(f"{twice} and {names[twice.stem]}: two sets have the same name; rename one")
+    return names
+
+
+def evaluate(
+    arguments: argparse.Namespace, config: EngineConfig, measure: Measure, sets: Mapping[str, list[Item]], folder: Path
+) -> int:
+    """Ask what is not answered yet, then measure."""
+    items = [item for of_set in sets.values() for item in of_set]
+    adapter = None if arguments.adapter == AUTO else arguments.adapter
+    check_adapter(arguments.model, adapter)
+    settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items)
+    with answer_file(folder, settings, items) as file:
+        if file.answered:
+            print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
+        if file.answered < len(items):
+            with progress_bar("Reading the weights", size=True) as advance:
+                model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+            engine = model.engine(config)
+            with count_bar("Answering", "tokens", len(items), file.answered) as advance:
+                for _, tokens in file.run(engine):
+                    advance(1, tokens)
+    answers = read_answers(folder, items)
+    starts = iter(answers)
+    answered = {name: (of_set, [next(starts) for _ in of_set]) for name, of_set in sets.items()}
+    report = measure(answered, PUBLISHED[arguments.reference] if arguments.reference else None)
+    if arguments.output:
+        write_report(folder, report, measure, settings, answered)
+    show(table(report, measure), notes(report, answers, arguments.max_new_tokens))
+    return 0
+
+
+def show(made: Table, lines: Iterable[str]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    console.print(made)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks: items with references, metrics with intervals, published figures beside them."""

@@ -1,0 +1,154 @@
+"""Asking a model all items, in a folder where a run that was stopped goes on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.evaluation.items import Item
+from phi4mm_jax.generation import Engine, Request
+from phi4mm_jax.generation.jsonl import AnswerFile, Line
+from phi4mm_jax.generation.request import Adapter
+from phi4mm_jax.model.lora import lora_configs
+
+ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
+AUTO: Literal["auto"] = "auto"
+_INCOMPLETE = ".incomplete"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of an item.
+
+    Attributes:
+        text: None if it failed.
+        error: why, with its file and line.
+        cut: it reached the most tokens.
+    """
+
+    text: str | None
+    error: str | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What answers depend on, besides the files of media."""
+
+    model: str
+    weights: str
+    dtype: str
+    adapter: Adapter | Literal["auto"]
+    max_new_tokens: int
+    prompts: str
+
+
+def check_adapter(model: str | Path, adapter: Adapter | None) -> None:
+    """Raise an InputError where a checkpoint lacks the adapter; another where its config.json cannot be read."""
+    present = [name.removeprefix("lora_") for name in lora_configs(Phi4MMConfig.from_folder(local_folder(model)))]
+    if adapter not in (None, "none", *present):
+        found = " and ".join(present) or "none"
+        raise InputError(f"{model}: has no {adapter} adapter (it has {found}); choose another, or another checkpoint")
+
+
+def settings_of(
+    model: str | Path, dtype: str, adapter: Adapter | None, max_new_tokens: int, items: Sequence[Item]
+) -> Settings:
+    """The settings of a run; weights and prompts by their digests.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    folder = local_folder(model)
+    files = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    weights = _digest((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path, stat in files)
+    prompts = _digest((item.where, item.prompt) for item in items)
+    return Settings(str(model), weights, dtype, adapter or AUTO, max_new_tokens, prompts)
+
+
+def _digest(parts: Iterator[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def ask(engine: Engine, items: Sequence[Item], max_new_tokens: int, adapter: Adapter | None = None) -> list[Answer]:
+    """The answers of an engine, in the order of the items.
+
+    Args:
+        adapter: that all items are answered with; by default each with that of its media.
+    """
+    answers: dict[int, Answer] = {}
+    for i, completion in engine.run(_request(item, max_new_tokens, adapter) for item in items):
+        if completion.error is not None:
+            answers[i] = Answer(None, f"{items[i].where}: {completion.error}")
+        else:
+            answers[i] = Answer(completion.text, cut=completion.finish_reason == "length")
+    return [answers[i] for i in range(len(items))]
+
+
+@contextmanager
+def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iterator[AnswerFile]:
+    """The answers of the items in a folder that is made this run's.
+
+    Raises:
+        InputError: the folder holds something else, such as another run's answers, or cannot be written to.
+    """
+    _claim(folder, settings)
+    adapter = None if settings.adapter == AUTO else settings.adapter
+    requests = (_request(item, settings.max_new_tokens, adapter) for item in items)
+    lines = [Line(i, x.where, x.where, request) for i, (x, request) in enumerate(zip(items, requests, strict=True))]
+    with AnswerFile(folder / ANSWERS, lines) as answers:
+        yield answers
+
+
+def _request(item: Item, max_new_tokens: int, adapter: Adapter | None) -> Request:
+    return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter)
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    path, now = folder / SETTINGS, asdict(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = path.read_text() if path.exists() else None
+        is_empty = all(p.name.endswith(_INCOMPLETE) for p in folder.iterdir())
+        if is_empty:
+            write_whole(path, json.dumps(now, indent=1))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+    if is_empty:
+        return
+    try:
+        found = json.loads(before or "")
+        key = next((key for key in now if found[key] != now[key]), None)
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{folder}: holds something else; give another folder") from None
+    if key is not None:
+        raise InputError(f"{folder}: holds answers of other {key} ({found[key]}, now {now[key]}); give another folder")
+
+
+def read_answers(folder: Path, items: Sequence[Item]) -> list[Answer]:
+    """The answers in a folder whose run has come to its end."""
+    answers: dict[str, Answer] = {}
+    for line in (folder / ANSWERS).read_bytes().splitlines():
+        found = json.loads(line)
+        if "error" in found:
+            answers[found["id"]] = Answer(None, found["error"])
+        else:
+            answers[found["id"]] = Answer(found["text"], cut=found["finish_reason"] == "length")
+    return [answers[item.where] for item in items]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f".{path.name}{_INCOMPLETE}")
+    aside.write_text(text, errors="backslashreplace")
+    os.replace(aside, path)

@@ -1,0 +1,73 @@
+"""What is asked, and what is accepted: the items of a manifest, in the form that training reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.chat import with_paths
+from phi4mm_jax.training.examples import parse_messages
+from phi4mm_jax.training.manifests import open_manifest
+
+_MOST_TOLD = 5
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question.
+
+    Attributes:
+        where: its file and line.
+        id: what its line calls it, if it does.
+        prompt: chat messages, up to the answer.
+        references: the answers that are accepted, one or more.
+    """
+
+    where: str
+    id: Any
+    prompt: list[dict[str, Any]]
+    references: tuple[str, ...]
+
+
+def read_items(path: Path, most: int | None = None) -> list[Item]:
+    """The items of a manifest: "messages", whose last one, of role assistant, is the reference; "answers" has others
+    that are accepted as well, and may stand for it.
+
+    Args:
+        most: how many are read at most.
+
+    Raises:
+        InputError: the manifest cannot be read, or lines have no reference: what cannot be measured is not left out.
+    """
+    manifest = open_manifest(path)
+    items, faults = [], []
+    for number in range(len(manifest) if most is None else min(most, len(manifest))):
+        where = manifest.where(number)
+        try:
+            items.append(_item(where, manifest.read(number), manifest.folder))
+        except InputError as error:
+            faults.append(f"{where}: {error}")
+    if faults:
+        more = f"; and {len(faults) - _MOST_TOLD} more lines" if len(faults) > _MOST_TOLD else ""
+        raise InputError(f"{'; '.join(faults[:_MOST_TOLD])}{more}. Repair what has no reference, or take it out")
+    return items
+
+
+def _item(where: str, values: Any, folder: Path) -> Item:
+    if not isinstance(values, Mapping):
+        raise InputError(f"the item is a {type(values).__name__}; expected an object with messages")
+    messages = parse_messages(values.get("messages"))
+    accepted = values.get("answers", [])
+    if not isinstance(accepted, list) or not all(isinstance(a, str) for a in accepted):
+        raise InputError(f"answers is {accepted!r:.60}; expected a list of strings")
+    if messages[-1].get("role") == "assistant":
+        *messages, last = messages
+        if not isinstance(last.get("content"), str):
+            raise InputError("the answer is not plain text")
+        accepted = [last["content"], *accepted]
+    if not accepted:
+        raise InputError('no reference; end the messages with one of role assistant, or give "answers"')
+    if not messages:
+        raise InputError("the messages have nothing before the answer")
+    return Item(where, values.get("id"), with_paths(messages, folder), tuple(dict.fromkeys(accepted)))

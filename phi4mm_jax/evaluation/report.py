@@ -1,0 +1,226 @@
+"""From answers to figures: what is measured in which task, the table, and the files."""
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.evaluation.answers import Answer, Settings, write_whole
+from phi4mm_jax.evaluation.intervals import interval, mean_interval
+from phi4mm_jax.evaluation.items import Item
+from phi4mm_jax.evaluation.metrics import (
+    Metric,
+    MetricName,
+    NormalizerName,
+    counts_of,
+    make_metric,
+    make_normalizer,
+)
+from phi4mm_jax.evaluation.published import Published
+
+TASKS: Mapping[str, tuple[tuple[MetricName, ...], NormalizerName]] = {  # metrics, normaliser
+    "asr": (("wer", "cer"), "english"),
+    "ast": (("bleu",), "none"),
+    "ocr": (("exact", "anls"), "none"),
+    "vqa": (("exact", "anls"), "none"),
+    "exact": (("exact",), "none"),
+}
+_SEPARATOR = "<sep>"  # of a translation by chain of thought from the transcript before it
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a set, as reports show it, with its interval of 95% confidence and what is published, if anything."""
+
+    value: float
+    low: float
+    high: float
+    published: float | None = None
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """A manifest's figures.
+
+    Attributes:
+        errors: items that failed and count as wrong.
+        cut: answers that reached the most tokens.
+    """
+
+    name: str
+    items: int
+    errors: int
+    cut: int
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sets' figures, and where there are several their mean, each set counting as much."""
+
+    task: str
+    normalizer: str
+    signatures: dict[str, str]
+    sets: tuple[SetReport, ...]
+    mean: dict[str, Figure] | None
+    source: str | None
+
+
+class Measure:
+    """What a task measures.
+
+    Raises:
+        InputError: a package is missing, or there is no such tokeniser.
+    """
+
+    def __init__(self, task: str, normalizer: NormalizerName | None = None, tokenize: str = "13a"):
+        names, usual = TASKS[task]
+        self.task, self.normalizer = task, normalizer or usual
+        self.metrics: dict[str, Metric] = {name: make_metric(name, tokenize) for name in names}
+        if self.normalizer == "letters":  # they have no words
+            self.metrics.pop("wer", None)
+        self._normalize = functools.cache(make_normalizer(self.normalizer))
+
+    def check(self, path: Path, items: Sequence[Item]) -> None:
+        """Raise an InputError where nothing could be measured by the references."""
+        by_length = {"wer", "cer"} & self.metrics.keys()
+        if by_length and not any(self._normalize(r) for item in items for r in item.references):
+            raise InputError(
+                f"{path}: nothing is left of any reference by the normaliser {self.normalizer!r}; repair the "
+                "references, or choose another normaliser"
+            )
+
+    def counts(self, metric: Metric, items: Sequence[Item], answers: Sequence[Answer]) -> np.ndarray:
+        """What each item adds to the metric's sums."""
+        return counts_of(metric, [item.references for item in items], list(map(self._said, answers)), self._normalize)
+
+    def _said(self, answer: Answer) -> str | None:
+        if self.task == "ast" and answer.text is not None:
+            return answer.text.rpartition(_SEPARATOR)[2]
+        return answer.text
+
+    def __call__(
+        self, sets: Mapping[str, tuple[Sequence[Item], Sequence[Answer]]], published: Published | None = None
+    ) -> Report:
+        """The report of sets, by their names."""
+        counts = {
+            metric: {name: self.counts(self.metrics[metric], *of_set) for name, of_set in sets.items()}
+            for metric in self.metrics
+        }
+
+        def figure(metric: str, name: str) -> Figure:
+            found, scale = counts[metric][name], self.metrics[metric].scale
+            low, high = interval(self.metrics[metric], found)
+            known = None if published is None else published.figure(name, metric)
+            return Figure(self.metrics[metric].score(found.sum(0).tolist()) * scale, low * scale, high * scale, known)
+
+        reports = tuple(
+            SetReport(
+                name, len(items), sum(a.text is None for a in answers), sum(a.cut for a in answers),
+                {metric: figure(metric, name) for metric in self.metrics},
+            )
+            for name, (items, answers) in sets.items()
+        )  # fmt: skip
+        mean = None
+        if len(reports) > 1:
+            mean = {
+                name: _mean(metric, [r.figures[name] for r in reports], list(counts[name].values()))
+                for name, metric in self.metrics.items()
+            }
+        references = [item.references for items, _ in sets.values() for item in items]
+        signatures = {n: m.signature(references) for n, m in self.metrics.items() if m.signature is not None}
+        source = None if published is None else published.source
+        return Report(self.task, self.normalizer, signatures, reports, mean, source)
+
+
+def _mean(metric: Metric, figures: Sequence[Figure], counts: Sequence[np.ndarray]) -> Figure:
+    low, high = mean_interval(metric, counts)
+    known = [f.published for f in figures if f.published is not None]
+    published = float(np.mean(known)) if len(known) == len(figures) else None
+    return Figure(float(np.mean([f.value for f in figures])), low * metric.scale, high * metric.scale, published)
+
+
+def table(report: Report, measure: Measure) -> Table:
+    """A row a set, and their mean."""
+    made = Table(title=f"{report.task}, texts normalised: {report.normalizer}", title_justify="left")
+    made.add_column("set")
+    for column in ("items", "errors"):
+        made.add_column(column, justify="right")
+    rows = [(escape(s.name), str(s.items), str(s.errors), s.figures) for s in report.sets]
+    rows += [("mean of sets", "", "", report.mean)] if report.mean is not None else []
+    shown = [(name, any(figures[name].published is not None for *_, figures in rows)) for name in measure.metrics]
+    for name, has_published in shown:
+        metric = measure.metrics[name]
+        made.add_column(f"{metric.title}{' %' if metric.scale == 100 else ''}", justify="right")
+        made.add_column("95% interval", justify="right")
+        if has_published:
+            made.add_column("published", justify="right")
+    for *labels, figures in rows:
+        cells = list(labels)
+        for name, has_published in shown:
+            found = figures[name]
+            cells += [f"{found.value:.2f}", f"{found.low:.2f} to {found.high:.2f}"]
+            cells += [("" if found.published is None else f"{found.published:.2f}")] if has_published else []
+        made.add_row(*cells)
+    return made
+
+
+def notes(report: Report, answers: Sequence[Answer], max_new_tokens: int, most: int = 10) -> Iterator[str]:
+    """What belongs beside the table: errors, answers that were cut, signatures, the source of what is published."""
+    errors = [a.error for a in answers if a.error is not None]
+    if errors:
+        yield f"{len(errors)} of {len(answers)} items failed and count as wrong:"
+        yield from (f"  {error}" for error in errors[:most])
+        if len(errors) > most:
+            yield f"  and {len(errors) - most} more"
+    if cut := sum(a.cut for a in answers):
+        yield f"{cut} answers were cut at {max_new_tokens} tokens"
+    yield from report.signatures.values()
+    if report.source is not None:
+        yield f"published: {report.source}"
+
+
+def write_report(
+    folder: Path,
+    report: Report,
+    measure: Measure,
+    settings: Settings,
+    sets: Mapping[str, tuple[Sequence[Item], Sequence[Answer]]],
+) -> None:
+    """report.json, the figures with their settings; and items.jsonl, a line for each item with its own metrics."""
+    lines = []
+    for name, (items, answers) in sets.items():
+        counts = {n: (m, measure.counts(m, items, answers)) for n, m in measure.metrics.items()}
+        for i, (item, answer) in enumerate(zip(items, answers, strict=True)):
+            values = {
+                "set": name, "where": item.where, "id": item.id, "prompt": _shown(item.prompt),
+                "references": item.references, "answer": answer.text,
+                "metrics": {n: _of_item(metric, of_set[i].tolist()) for n, (metric, of_set) in counts.items()},
+            }  # fmt: skip
+            lines.append(json.dumps(values | ({} if answer.error is None else {"error": answer.error})))
+    write_whole(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
+    write_whole(folder / "report.json", json.dumps({**asdict(report), "settings": asdict(settings)}, indent=1) + "\n")
+
+
+def _of_item(metric: Metric, counts: Sequence[float]) -> float | None:
+    score = (metric.item or metric.score)(counts)
+    return None if math.isnan(score) else score * metric.scale
+
+
+def _shown(value: Any) -> Any:
+    """A prompt without the bytes of its media."""
+    if isinstance(value, Mapping):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return f"{value[:40]}..." if isinstance(value, str) and value.startswith("data:") else value
