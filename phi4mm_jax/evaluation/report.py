@@ -24,7 +24,7 @@ from phi4mm_jax.evaluation.metrics import (
     make_metric,
     make_normalizer,
 )
-from phi4mm_jax.evaluation.published import Published
+from phi4mm_jax.evaluation.published import Published, published_mean
 
 TASKS: Mapping[str, tuple[tuple[MetricName, ...], NormalizerName]] = {  # metrics, normaliser
     "asr": (("wer", "cer"), "english"),
@@ -144,7 +144,7 @@ class Measure:
 def _mean(metric: Metric, figures: Sequence[Figure], counts: Sequence[np.ndarray]) -> Figure:
     low, high = mean_interval(metric, counts)
     known = [f.published for f in figures if f.published is not None]
-    published = float(np.mean(known)) if len(known) == len(figures) else None
+    published = published_mean(known) if len(known) == len(figures) else None
     return Figure(float(np.mean([f.value for f in figures])), low * metric.scale, high * metric.scale, published)
 
 
