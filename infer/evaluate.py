@@ -53,7 +53,10 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--normalizer", choices=NORMALIZERS, help="default: english for asr, none for the others")
     parser.add_argument("--tokenize", metavar="NAME", help="sacreBLEU's tokeniser, for ast (default: 13a)")
-    parser.add_argument("--reference", choices=PUBLISHED, help="show the published figures of this benchmark")
+    parser.add_argument(
+        "--reference", metavar="NAME", choices=PUBLISHED,
+        help=f"show the published figures of a benchmark: {', '.join(PUBLISHED)}",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
