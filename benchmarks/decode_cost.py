@@ -1,7 +1,7 @@
 """What a decoding step depends on, and what a shared image saves: python -m benchmarks.decode_cost.
 
 With random weights at the release's widths and few layers, in float32. First the time of a step of all slots for
-the same rows in caches of 2K and 32K tokens (whose tables have 16 and 256 pages a row), and for longer rows in the
+the same rows in caches of 2K and 32K tokens (whose tables have 32 and 512 pages a row), and for longer rows in the
 large one. Then ten questions about one image beside ten questions about ten images.
 """
 

@@ -43,9 +43,10 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = (small_checkpoint if arguments.small else wide_checkpoint)(folder)
-        found = {
-            side: [in_process(side, checkpoint, arguments.small) for _ in range(arguments.rounds)] for side in SIDES
-        }
+        found = {side: [] for side in SIDES}
+        for _ in range(arguments.rounds):
+            for side in SIDES:
+                found[side].append(in_process(side, checkpoint, arguments.small))
     losses = {side: np.asarray(runs[0]["losses"]) for side, runs in found.items()}
     for side in SIDES[1:]:
         np.testing.assert_allclose(losses["ours"], losses[side], rtol=1e-3)

@@ -1,5 +1,6 @@
 """The mesh, and the table from logical axes to mesh axes."""
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -11,24 +12,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from phi4mm_jax.errors import InputError
 
-RULES: tuple[tuple[str, str | None], ...] = (  # logical axis of a parameter -> mesh axis
-    ("vocab", "tensor"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("channels", "tensor"),
-    ("embed", "fsdp"),
-    ("embed_out", "fsdp"),
-    ("rank", "fsdp"),
-    ("head", None),
-    ("layers", None),
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
+    ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("channels", ("tensor",)),
+    ("embed", ("fsdp",)),
+    ("embed_out", ("fsdp",)),
+    ("rank", ("fsdp",)),
+    ("head", ()),
+    ("layers", ()),
 )
 
 
 def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh of fsdp * tensor devices, with automatic axes.
 
-    fsdp splits every weight along its embedding axis; tensor splits heads, MLP and vocabulary.
+    fsdp splits every weight along its embedding axis; tensor splits heads and MLP; both split the vocabulary.
 
     Raises:
         InputError: a size below 1, or more devices asked for than there are.
@@ -44,12 +45,12 @@ def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:
     """Where each parameter lies, by path; on the first device without a mesh.
 
-    An axis that its mesh axis does not divide is not split, and a mesh axis splits the first axis it can.
+    An axis that its mesh axes do not divide is not split, and a mesh axis splits the first axis it can.
 
     Raises:
         InputError: a mesh without any axis of `RULES`, over which nothing would be split.
     """
-    if mesh is not None and not (isinstance(mesh, Mesh) and set(mesh.axis_names) & {axis for _, axis in RULES}):
+    if mesh is not None and not (isinstance(mesh, Mesh) and set(mesh.axis_names) & {a for _, axes in RULES for a in axes}):
         raise InputError(f"mesh is {mesh!r}; expected one with the axes fsdp and tensor: use make_mesh(fsdp, tensor)")
     boxed = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
     if mesh is None:
@@ -58,12 +59,12 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
 
     def spec(leaf) -> NamedSharding:
         axes = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
-        split: list[str | None] = []
+        split: list[tuple[str, ...]] = []
         for axis, size in zip(axes, nn.unbox(leaf).shape, strict=True):
-            name = table[axis] if axis is not None else None
-            fits = name in mesh.shape and name not in split and size % mesh.shape[name] == 0
-            split.append(name if fits else None)
-        return NamedSharding(mesh, jax.P(*split))
+            taken = {name for names in split for name in names}
+            names = tuple(n for n in (table[axis] if axis is not None else ()) if n in mesh.shape and n not in taken)
+            split.append(names if size % math.prod(mesh.shape[n] for n in names) == 0 else ())
+        return NamedSharding(mesh, jax.P(*(names or None for names in split)))
 
     return {path: spec(leaf) for path, leaf in boxed.items()}
 

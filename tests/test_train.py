@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import torch_native
 import yaml
-from conftest import TINY
+from conftest import TINY, media_of
 from flax.traverse_util import flatten_dict
+from peft import PeftModel
+from test_parity import CASES, native_inputs
+from transformers import AutoModelForCausalLM
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
@@ -172,6 +177,25 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
+def test_a_tuned_adapter_in_peft(recipe, native, tmp_path):
+    """PEFT puts it into transformers' model: the logits are ours, and not those from before."""
+    assert run(recipe, "data.steps=4", "data.epochs=null") == 0
+    export(tmp_path / "run", tmp_path / "whole", "original")
+    export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(native, attn_implementation="eager")
+    PeftModel.from_pretrained(model, str(tmp_path / "adapters" / "speech-lora"), adapter_name="speech")
+    case = CASES["speech"]
+    before, ours = (phi4mm_jax.load(folder, dtype="float32") for folder in (TINY, tmp_path / "whole"))
+    tokens, *rest = native_inputs(ours, case)
+    theirs = torch_native.NativeModel(model.eval()).logits(tokens, *rest)
+
+    def logits(of):
+        return np.asarray(of.logits(of.process([case["prompt"]], **media_of(case))))[0, : len(tokens)]
+
+    np.testing.assert_allclose(theirs, logits(ours), atol=3e-4, rtol=0)
+    assert np.abs(theirs - logits(before)).max() > 0.03
+
+
 def test_evaluation_decides_which_is_best(recipe, tmp_path):
     manifest = write(tmp_path / "held.jsonl", speech_samples(3))
     evaluation = [f"evaluation.sources=[{{path: {manifest}}}]", "evaluation.every=2", "evaluation.metric=exact"]
@@ -253,6 +277,20 @@ def test_a_damaged_checkpoint_is_named(recipe, tmp_path):
         CheckpointError, match=r"checkpoints/2: cannot be read .* remove it, to go on from the one before"
     ):
         run(recipe, "data.steps=4", "data.epochs=null")
+
+
+def test_bad_data_end_a_run_or_are_counted(recipe, tmp_path):
+    manifest = tmp_path / "train.jsonl"
+    lines = manifest.read_text().splitlines()
+    clip = {"type": "audio", "audio": "gone.flac"}
+    lines[3] = json.dumps({"messages": [message("user", clip), message("assistant", "Gone.")]})
+    lines[5] = '{"messages": ['
+    manifest.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"train\.jsonl: line (4: .*gone\.flac|6: .*JSON)"):
+        run(recipe)
+    assert not (tmp_path / "run").exists()
+    assert run(recipe, "data.bad_samples=0.2") == 0
+    assert "{'line': 2, 'media': 2}" in (tmp_path / "run" / "report.md").read_text()  # two epochs
 
 
 def test_a_run_that_diverges_says_so(recipe):
