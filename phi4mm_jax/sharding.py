@@ -50,7 +50,9 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
     Raises:
         InputError: a mesh without any axis of `RULES`, over which nothing would be split.
     """
-    if mesh is not None and not (isinstance(mesh, Mesh) and set(mesh.axis_names) & {a for _, axes in RULES for a in axes}):
+    if mesh is not None and not (
+        isinstance(mesh, Mesh) and set(mesh.axis_names) & {a for _, axes in RULES for a in axes}
+    ):
         raise InputError(f"mesh is {mesh!r}; expected one with the axes fsdp and tensor: use make_mesh(fsdp, tensor)")
     boxed = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
     if mesh is None:

@@ -271,10 +271,13 @@ STEPS = 10
 
 @pytest.mark.parametrize("adapter", ["vision", "speech"])
 def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
-    """Losses of transformers, PEFT and torch.optim within 1e-4; the total update of each tensor within 1 %."""
+    """Losses of transformers, PEFT and torch.optim within 1e-4; the total update of each tensor within 1 %.
+
+    At twice this learning rate PyTorch itself, begun with weights that differ by 1e-7, comes to losses 3e-4 apart.
+    """
     name = f"grad_{adapter}"
     batches = micro_batches(case_sample(scanned, name))
-    config = OptimizerConfig(learning_rate=2e-4, warmup_steps=2, weight_decay=0.01, clip=1.0)
+    config = OptimizerConfig(learning_rate=1e-4, warmup_steps=2, weight_decay=0.01, clip=1.0)
     trainable, frozen = split(scanned.variables, [f"lora_{adapter}"], "trainable")
     optimizer = make_optimizer(config, STEPS, trainable)
     state = initial_state(trainable, optimizer)
