@@ -399,6 +399,8 @@ def with_paths(value: Any, folder: Path) -> Any:
         inner = value.get(key)
         if isinstance(inner, str) and key != "content":
             found[key] = path_in(inner, folder)
+        elif isinstance(inner, list) and key == "video":  # frames
+            found[key] = [path_in(frame, folder) if isinstance(frame, str) else frame for frame in inner]
         elif isinstance(inner, list | dict):
             found[key] = with_paths(inner, folder)
     return {**value, **found}
