@@ -222,7 +222,7 @@ def _streams(rows: Sequence[Row]) -> list[int]:
     streams = []
     for row in rows:
         media = *(image.crops for image in row.images), *row.clips
-        prompt = b"".join(hashlib.blake2b(np.ascontiguousarray(x)).digest() for x in (row.tokens, *media))
+        prompt = b"".join(hashlib.blake2b(np.asarray(x).tobytes()).digest() for x in (row.tokens, *media))
         streams.append(earlier[prompt])
         earlier[prompt] += 1
     return streams
