@@ -117,6 +117,8 @@ def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
     np.testing.assert_allclose(total, expected.item(), rtol=1e-5)
     for mine, parameter in zip(found, theirs, strict=True):
         np.testing.assert_allclose(mine, np.asarray(parameter.grad), atol=2e-5)
+    with_frozen_head = jax.jit(jax.grad(lambda hidden: ours(hidden, embedding)[0]))(hidden)
+    np.testing.assert_allclose(with_frozen_head, np.asarray(theirs[0].grad), atol=2e-5)
     likeliest = (logits.argmax(-1).numpy() == targets) * (weights > 0)
     np.testing.assert_array_equal(losses.correct, likeliest)
     log_probability = torch.log_softmax(logits, -1).detach().numpy()

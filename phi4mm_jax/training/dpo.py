@@ -62,4 +62,4 @@ def of_answers(
     model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None
 ) -> Float[Array, " B"]:
     """The log-probability of each row's answer."""
-    return losses_of(model, trainable, frozen, batch, LossConfig(), key).log_probability.sum(1)
+    return -losses_of(model, trainable, frozen, batch, LossConfig(), key).loss.sum(1)

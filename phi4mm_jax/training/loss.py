@@ -1,7 +1,8 @@
 """The loss, without ever holding the logits of all positions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class LossConfig:
 
 
 class TokenLosses(NamedTuple):
-    """Of each position; zeros where its weight is 0."""
+    """Of each position; zeros where its weight is 0. The loss alone has gradients."""
 
     loss: Float[Array, "B T"]  # what is minimised
     log_probability: Float[Array, "B T"]  # of the target
@@ -53,7 +54,9 @@ def token_losses(
     """The losses of the positions that have a weight.
 
     Each row's such positions are gathered to its front, and the rows then go through the head some positions at a
-    time; where none has a weight any more, nothing is computed. The backward pass computes the logits again.
+    time; where none has a weight any more, nothing is computed. While their logits are there, the gradients of the
+    positions' own losses are taken, which the backward pass only scales; where the embedding is trained too, it
+    computes the logits again.
     """
     batch, length, _ = hidden.shape
     order = jnp.argsort(weights == 0, axis=1, stable=True)
@@ -68,17 +71,54 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def chunk(hidden, targets, counted):
-        def losses():
-            return _losses(hidden, embedding, targets, counted, config)
-
-        zeros = jnp.zeros(targets.shape, jnp.float32)
-        return jax.lax.cond(counted.any(), losses, lambda: TokenLosses(zeros, zeros, zeros))
-
-    found: TokenLosses = jax.lax.map(lambda x: chunk(*x), (chunks(hidden), chunks(targets), chunks(counted)))
+    of_chunk = _of_chunk(config)
+    found: TokenLosses = jax.lax.map(
+        lambda x: of_chunk(x[0], embedding, *x[1:]), (chunks(hidden), chunks(targets), chunks(counted))
+    )
     back = jnp.argsort(order, axis=1)
     return TokenLosses(*(jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found))
+
+
+def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
+    """The losses of some positions; nothing is computed where none counts."""
+
+    def losses(hidden, embedding, targets, counted) -> TokenLosses:
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        return jax.lax.cond(
+            counted.any(),
+            lambda: _losses(hidden, embedding, targets, counted, config),
+            lambda: TokenLosses(zeros, zeros, zeros),
+        )
+
+    def forward(hidden, embedding, targets, counted):
+        given = hidden.value, embedding.value, targets.value, counted.value
+        if embedding.perturbed:
+            return losses(*given), (given, None)
+
+        def with_gradient():
+            def own(h):
+                found = _losses(h, *given[1:], config)
+                return found.loss, found
+
+            loss, pull, found = jax.vjp(own, hidden.value, has_aux=True)
+            return found, pull(jnp.ones_like(loss))[0]  # no loss depends on another position
+
+        zeros = jnp.zeros(targets.value.shape, jnp.float32)
+        nothing = TokenLosses(zeros, zeros, zeros), jnp.zeros_like(hidden.value)
+        found, gradient = jax.lax.cond(counted.value.any(), with_gradient, lambda: nothing)
+        return found, (None, gradient)
+
+    def backward(kept, cotangents: Any):
+        given, gradient = kept
+        scale = cotangents.loss
+        if given is None:
+            return gradient * scale[..., None].astype(gradient.dtype), None, None, None
+        _, pull = jax.vjp(lambda h, e: losses(h, e, *given[2:]).loss, *given[:2])
+        return *pull(scale), None, None
+
+    of_chunk = jax.custom_vjp(losses)
+    of_chunk.defvjp(forward, backward, symbolic_zeros=True)
+    return of_chunk
 
 
 def _losses(hidden, embedding, targets, counted, config: LossConfig) -> TokenLosses:
