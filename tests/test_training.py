@@ -1,6 +1,7 @@
 """The training step: PyTorch's gradients and updates, however the same samples are laid out."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from flax.traverse_util import flatten_dict
 from test_torch_native import native_media
 
 import phi4mm_jax
+from benchmarks.training_static import CASES as COMPILED
+from benchmarks.training_static import compile_step, held
 from phi4mm_jax import InputError
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
@@ -395,6 +398,19 @@ def test_weight_decay_by_patterns(scanned):
 def test_wrong_optimizer_settings(name):
     with pytest.raises(InputError, match=rf"optimizer\.{name} is"):
         OptimizerConfig(**{name: "steep" if name == "schedule" else -1})
+
+
+# At full size.
+
+
+def test_tuning_the_speech_adapter_fits_eight_chips():
+    """Compiled by the TPU's compiler, without one."""
+    compiled = compile_step(COMPILED["speech adapter"])
+    assert held(compiled) < 12.0
+    text = compiled.as_text()
+    assert text is not None
+    assert "phi4mm_flash" in text
+    assert not re.search(r"\[200064,3072\]|\[3072,200064\]", text), "a chip holds the whole embedding"
 
 
 # Preferences.
