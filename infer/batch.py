@@ -4,12 +4,15 @@ Each line of the input is an object:
 
     {"id": "a1", "prompt": "<|user|><|image_1|>What is this?<|end|><|assistant|>", "images": ["a.png"], "audios": [],
      "max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-     "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0}
+     "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0, "adapter": "vision",
+     "logprobs": false}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
-Without "id", a line's id is its number, from 0. Paths are relative to the input file; media may be `data:` URLs. Each
-line of the output has the id and the text, tokens, finish_reason and prompt_tokens, or the id and "error"; with beams
-also the "alternatives", best first, each with its text, tokens and score.
+Without "id", a line's id is its number, from 0; without "adapter" ("none", "vision" or "speech"), it has that of its
+media. Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
+text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; with beams
+also the "alternatives", best first, each with its text, tokens and score. "request" tells requests apart, so that no
+answer is taken for that of a line which has changed. A line that is no JSON has no id; its answer has its "line".
 
 A run that was stopped goes on where it was: what the output has is not answered again. With --hosts N --host I, this
 run answers the lines whose number is I modulo N; give each an output of its own.
@@ -17,6 +20,7 @@ run answers the lines whose number is I modulo N; give each an output of its own
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import phi4mm_jax
@@ -68,8 +72,9 @@ def main() -> int:
         slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
         beams=arguments.beams,
     )  # fmt: skip
-    if arguments.output.exists() and arguments.output.samefile(arguments.input):
-        raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
+    with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
+        if arguments.output.samefile(arguments.input):
+            raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
     if arguments.compilation_cache:
         keep_compiled(arguments.compilation_cache)
     with AnswerFile(arguments.output, lines, ordered=arguments.ordered) as answers:

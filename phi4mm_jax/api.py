@@ -1,6 +1,7 @@
 """The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
 import dataclasses
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -198,7 +199,7 @@ class Model:
     def _engine_for(self, rows: Sequence[Row], max_new_tokens: int) -> Engine:
         """The engine of the last call, where it has room for this one."""
         slots = min(1 << (len(rows) - 1).bit_length(), _MOST_SLOTS)
-        page = EngineConfig.page_size
+        page = EngineConfig().page_size
         lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
         pages = sum(-(-length // page) for length in lengths[-slots:])
         last = self._last_engine
@@ -220,7 +221,8 @@ def _streams(rows: Sequence[Row]) -> list[int]:
     earlier: Counter[bytes] = Counter()
     streams = []
     for row in rows:
-        prompt = row.tokens.tobytes()
+        media = *(image.crops for image in row.images), *row.clips
+        prompt = b"".join(hashlib.blake2b(np.asarray(x).tobytes()).digest() for x in (row.tokens, *media))
         streams.append(earlier[prompt])
         earlier[prompt] += 1
     return streams

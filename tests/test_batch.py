@@ -127,7 +127,7 @@ BAD = [
     ({"prompt": "a", "id": 1.5}, "id is 1.5; expected a string or a whole number"),
     ({"prompt": "a", "id": None}, "id is None"),
     ({"prompt": "a", "id": True}, "id is True"),
-    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of audios, beams, id, images"),
+    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of adapter, audios, beams, id, images"),
     ({}, "expected a prompt or messages"),
     ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
     ({"prompt": ["a"]}, "prompt is a list; expected a string"),
@@ -151,6 +151,7 @@ BAD = [
     (b'{"prompt": "a", "temperature": NaN}', "temperature is nan"),
     ({"prompt": "a", "top_k": 1.5}, "top_k is 1.5"),
     ({"prompt": "a", "seed": -1}, "seed is -1"),
+    ({"prompt": "a", "adapter": "voice"}, "adapter is 'voice'; expected one of none, vision, speech"),
     ({"prompt": "a", "stop": "end"}, "stop is 'end'"),
     ({"prompt": "a", "stop": [""]}, "stop is ['']"),
     ({"prompt": "a", "stop_tokens": ""}, "stop_tokens is ''"),
@@ -162,13 +163,48 @@ BAD = [
 def test_a_bad_line_is_an_error_of_its_own(tmp_path, engine):
     lines = [GOOD | {"id": "first"}, *(line for line, _ in BAD), GOOD | {"id": "last"}]
     found = answer(engine, write(tmp_path / "in", lines), tmp_path / "out")
-    assert [a["id"] for a in found] == ["first", *range(1, len(BAD) + 1), "last"]
+    broken = 10  # lines that have no id
+    assert [a["id"] for a in found] == ["first", *[None] * broken, *range(broken + 1, len(BAD) + 1), "last"]
+    assert [a["line"] for a in found[1 : broken + 1]] == list(range(2, broken + 2))
     assert found[0]["tokens"] == found[-1]["tokens"]
     for number, (result, (line, cause)) in enumerate(zip(found[1:-1], BAD, strict=True), 2):
-        assert set(result) == {"id", "error"}, line
+        assert set(result) - {"line"} == {"id", "request", "error"}, line
         assert result["error"].startswith(f"line {number}"), result
         assert cause in result["error"], result
         assert "Traceback" not in result["error"]
+
+
+def test_a_broken_line_takes_no_id(tmp_path, engine):
+    """Not even that of another line."""
+    lines = [{"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b"}, b'{"id": 3, "prompt":', {"id": 4, "prompt": "d"}]
+    source = write(tmp_path / "in", lines)
+    found = answer(engine, source, tmp_path / "out")
+    assert [(a["id"], a.get("line"), "error" in a) for a in found] == [
+        (1, None, False), (2, None, False), (None, 3, True), (4, None, False)
+    ]  # fmt: skip
+    assert answer(engine, source, tmp_path / "out") == found
+
+
+def test_answers_to_other_requests_are_not_taken(tmp_path, engine):
+    """A line that has changed, or that has another's number now, is not answered already."""
+    source = write(tmp_path / "in", [{"prompt": "a"}, {"prompt": "b"}])
+    found = answer(engine, source, tmp_path / "out")
+    for changed in ([{"prompt": "new"}, {"prompt": "a"}, {"prompt": "b"}], [{"prompt": "a"}, {"prompt": "c"}]):
+        write(source, changed)
+        with pytest.raises(InputError, match=r"out: its answer with id [01] is to another request than line [12]"):
+            answer(engine, source, tmp_path / "out")
+        assert answers_of(tmp_path / "out") == found
+    write(source, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
+    assert answer(engine, source, tmp_path / "out")[:2] == found
+
+
+def test_log_probabilities_on_demand(tmp_path, engine):
+    first, second = answer(
+        engine, write(tmp_path / "in", [{"prompt": "a", "logprobs": True}, {"prompt": "a"}]), tmp_path / "out"
+    )
+    assert len(first["logprobs"]) == len(first["tokens"])
+    assert all(x <= 0 for x in first["logprobs"])
+    assert "logprobs" not in second
 
 
 @pytest.mark.parametrize("ids", [["a", "a"], [1, 1], [1, None], [None, 0]])
@@ -236,6 +272,13 @@ def test_only_media_are_paths(tmp_path):
     assert line.request.prompt == messages
 
 
+def test_frames_are_paths(tmp_path):
+    messages = [{"role": "user", "content": [{"type": "video", "video": ["frames/1.png", str(IMAGE)]}]}]
+    (line,) = read_requests(write(tmp_path / "in", [{"messages": messages}]), max_new_tokens=3)
+    ((message,),) = [line.request.prompt]
+    assert message["content"][0]["video"] == [str(tmp_path / "frames" / "1.png"), str(IMAGE)]
+
+
 # ---------------------------------------------------------------------------------------------- the output
 
 
@@ -269,6 +312,7 @@ def test_errors_are_kept_and_counted(tmp_path, engine):
     [
         (b"a novel", 1),
         (b'{"id": "good", "prompt": "a"}\n', 1),
+        (b'{"id": null, "error": ""}\n', 1),
         (b'{"id": "good", "text": "", "tokens": []}\n\n', 2),
         (b'{"id": "good", "error": ""}\n\xff\xfe', 2),
         (b"[]\n", 1),

@@ -65,7 +65,7 @@ def test_many_mixed_requests_are_as_each_alone(tiny):
 
 def test_nothing_compiles_after_a_while(tiny):
     """Whatever comes: the shapes are those of the first requests."""
-    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4, chunk=128))
     engine.warm_up()
     before = count_compilations()
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
@@ -125,6 +125,39 @@ def test_chunks_behind_the_prompt(tiny):
     (whole,) = tiny.generate([request.prompt], max_new_tokens=100)
     assert len(answer.tokens) == 100
     assert answer.tokens == whole.tokens
+
+
+def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
+    """A row that is computed anew beyond the LongRoPE boundary still knows all of its tokens."""
+    engine = tiny.engine(SMALL)
+    settings = Sampling(repetition_penalty=3.0)
+    engine.submit(Request(f"<|user|>{'a b ' * 40}<|end|><|assistant|>", max_new_tokens=60, sampling=settings))
+    for _ in range(6):
+        engine.step()
+    (row,) = (a for a in engine._slots if a is not None)
+    assert row.prompt_tokens < 90
+    assert row.long
+    known = set(np.flatnonzero(engine._seen[row.slot]).tolist())
+    assert known == {*row.row.tokens.tolist(), *row.tokens[:-1]}  # the last one is yet to be decoded from
+
+
+def test_media_that_have_no_room_together_are_an_error(tiny):
+    """A page of this image takes features of five crops: too many for 16 blocks. Others are served."""
+    engine = tiny.engine(dataclasses.replace(SMALL, feature_blocks=16))
+    wide = Request("<|user|><|image_1|>What?<|end|><|assistant|>", [np.zeros((100, 3600, 3), np.uint8)])
+    (_, refused), (_, served) = sorted(engine.run([wide, Request("a b c", max_new_tokens=3)]))
+    assert "more media than feature_blocks=16 hold together; give the engine more" in refused.error
+    assert len(served.tokens) == 3
+
+
+def test_an_engine_that_was_stopped_in_a_round_says_so(tiny, monkeypatch):
+    engine = tiny.engine(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_run_decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.run([Request("a b c", max_new_tokens=3)]))
+    with pytest.raises(InputError, match=r"stopped in the middle of a round.* make another"):
+        list(engine.run([Request("a b c")]))
 
 
 def test_int8_cache(tiny):

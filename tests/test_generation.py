@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import count_compilations
+from conftest import TINY, count_compilations
 
 from phi4mm_jax import InputError
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows, restrict, sample
@@ -63,6 +63,7 @@ def test_settings_do_not_compile_again(tiny):
 
     before = count_compilations()
     run(0.5, 3)
+    run(0.5, 3)  # shares the first one's page, and prefills the rest
     once = count_compilations()
     assert once > before
     for temperature in (0.0, 0.1, 1.0, 2.0):
@@ -101,6 +102,14 @@ def test_sampling_is_repeatable_and_seeded(tiny):
     assert len({tuple(c.tokens) for c in once}) == 3  # rows draw for themselves
     assert once != tiny.generate([PROMPT] * 3, **arguments, seed=6)
     assert once[0] == tiny.generate([PROMPT], **arguments, seed=5)[0]
+
+
+def test_equal_prompts_about_other_images_draw_as_alone(tiny):
+    prompt, settings = "<|user|><|image_1|>What?<|end|><|assistant|>", {"temperature": 1.0, "seed": 3}
+    images = [[TINY / "inputs" / f"image_{i}.png"] for i in (0, 1)]
+    together = tiny.generate([prompt] * 2, images=images, max_new_tokens=6, **settings)
+    alone = tiny.generate([prompt], images=images[1:], max_new_tokens=6, **settings)
+    assert together[1].tokens == alone[0].tokens
 
 
 def test_top_k_one_is_greedy(tiny):

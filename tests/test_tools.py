@@ -32,6 +32,7 @@ def test_calls(inside, calls):
      '{"name": "a", "arguments": "no json"}', '{"name": "a", "arguments": [1]}', '[{"name": "a"', "[" * 100_000,
      '[{"name": "a", "arguments": null}]', '[{"name": 1, "arguments": {}}]', '{"name": "a"} and', "[[]]", '["a"]',
      '{"name": "a", "arguments": {"x": NaN}}', '{"name": "a", "arguments": "{\\"x\\": Infinity}"}', "\x00",
+     '{"name": "a", "arguments": {"x": 1e999}}',
      '{"function": {}}', '[{"name": "a"}, []]', '[{"name": "a"},]', "{'name': 'a'}", '[{"name": "a"}][{"name": "b"}]'],
 )  # fmt: skip
 def test_malformed_calls_are_text(inside):

@@ -24,7 +24,7 @@ from phi4mm_jax.generation.pages import Key, PagePool, page_keys
 from phi4mm_jax.generation.programs import Beams, Candidates, Chunk, Drawn, Programs, Slots
 from phi4mm_jax.generation.request import Completion, FinishReason, Request, Text
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows
-from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.batch import NO_MEDIA
 from phi4mm_jax.processing.processor import Processor, Row
@@ -109,7 +109,8 @@ class _Active:
 
     @property
     def adapter(self) -> int:
-        return self.row.adapter
+        asked = self.request.adapter
+        return self.row.adapter if asked is None else ADAPTERS.get(f"lora_{asked}", NONE)
 
     @property
     def prompt_tokens(self) -> int:
@@ -148,6 +149,7 @@ class Engine:
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
         self._next_id = 0
         self._updates: list[Update] = []
+        self._broken = False  # a round was left before its end
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -190,10 +192,14 @@ class Engine:
         return updates
 
     def _round(self) -> None:
+        if self._broken:
+            raise InputError("this engine was stopped in the middle of a round, by Ctrl-C or an error; make another")
+        self._broken = True
         self._admit()
         self._prefill()
         self._decode()
         self._extend()
+        self._broken = False
 
     def _updates_of(self, numbers: Collection[int]) -> list[Update]:
         """What there is for these requests, if need be after a round. What is for others stays for them."""
@@ -315,10 +321,14 @@ class Engine:
                 return
             self._waiting.popleft()
             self._slots[active.slot] = active
-            if request.sampling.repetition_penalty != 1.0:
-                seen = np.zeros(self._seen.shape[1], bool)
-                seen[active.row.tokens] = True
-                self._seen = self._programs.mark(self._seen, np.int32(active.slot), seen)
+            self._mark(active)
+
+    def _mark(self, active: _Active) -> None:
+        """Tell the device which tokens a row has, where they count; decoding adds those that it is given itself."""
+        if active.request.sampling.repetition_penalty != 1.0:
+            seen = np.zeros(self._seen.shape[1], bool)
+            seen[active.sequence(active.target)] = True
+            self._seen = self._programs.mark(self._seen, np.int32(active.slot), seen)
 
     def _promise(self, active: _Active) -> bool:
         if active.needed > self._pool.available:
@@ -333,6 +343,8 @@ class Engine:
             raise InputError(
                 f"the prompt has {length} tokens, which leaves no room in the context of {self._context}; shorten it"
             )
+        self._check_adapter(request.adapter)
+        self._check_room(media, length)
         limit = min(int(request.max_new_tokens), self._context - length)
         shared = length // size if request.beams > 1 else 0  # by all its beams
         needed = shared + request.beams * (math.ceil((length + limit) / size) - shared)
@@ -347,6 +359,26 @@ class Engine:
         active.group = self._group(request, limit)
         self._begin(active)
         return active
+
+    def _check_room(self, media: RowMedia, length: int) -> None:
+        """A chunk is a page at least, whose media must be in the table together."""
+        size = self.config.page_size
+        for start in range(0, length, size) if media.units else ():
+            stop = min(start + size, length)
+            if self._features.fit(media, start, stop) < stop:
+                raise InputError(
+                    f"tokens {start} to {stop} of the prompt take features of more media than feature_blocks="
+                    f"{self.config.feature_blocks} hold together; give the engine more"
+                )
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and self._processor.merged is not None:
+            raise InputError(
+                f"adapter is {adapter!r}, but the {self._processor.merged} adapter is merged into the weights; load "
+                "the checkpoint without merge"
+            )
+        if adapter not in (None, "none") and f"lora_{adapter}" not in self._variables:
+            raise InputError(f"adapter is {adapter!r}, which this checkpoint lacks; use a checkpoint with it")
 
     def _begin(self, active: _Active) -> None:
         """Everything has to be prefilled: at first, and when the row is about to outgrow the short rotary set."""
@@ -475,6 +507,7 @@ class Engine:
                     if room == 0:
                         self._give_back(active)
                         self._begin(active)
+                        self._mark(active)
                 steps[i] = min(room, self.config.steps)
             if active is not None and steps[i]:
                 self._grow(active, active.cached + int(steps[i]))

@@ -2,6 +2,7 @@
 
 import codecs
 import fcntl
+import hashlib
 import json
 import os
 import stat
@@ -14,20 +15,42 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.engine import Engine
 from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
+from phi4mm_jax.processing.chat import path_in, with_paths
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty"}
-_KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios"}
+_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter"}
+_KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input: what it asks, or what is wrong with it."""
+    """A line of the input: what it asks, or what is wrong with it.
+
+    Attributes:
+        where: what an error calls it.
+        id: None where the line is too broken to have one; its answer then has its number as "line".
+        digest: of the line and of what its request depends on besides; None: nobody compares it.
+        logprobs: whether the answer has those of its tokens.
+    """
 
     number: int
+    where: str
     id: Any
     request: Request | None
     error: str | None = None
+    digest: str | None = None
+    logprobs: bool = False
+
+    @property
+    def key(self) -> tuple[str, Any]:
+        """1 and "1" are different ids."""
+        return ("line", self.number + 1) if self.id is None else (type(self.id).__name__, self.id)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What its answer begins with."""
+        named = {"id": self.id} if self.id is not None else {"id": None, "line": self.number + 1}
+        return named if self.digest is None else named | {"request": self.digest}
 
 
 def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int = 0) -> list[Line]:
@@ -37,7 +60,7 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
         InputError: the file cannot be read, two lines have the same id, or there is no such host.
     """
     if not 0 <= host < hosts:
-        raise InputError(f"host {host} of {hosts}; expected 0 to {hosts - 1}")
+        raise InputError(f"host {host} of {hosts}; expected 1 or more, and hosts counted from 0")
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -48,7 +71,7 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
         if not line.strip():
             continue
         parsed = _line(number, line, path.parent, max_new_tokens)
-        if (first := places.setdefault(_key(parsed.id), number)) != number:
+        if (first := places.setdefault(parsed.key, number)) != number:
             raise InputError(
                 f"{path}: lines {first + 1} and {number + 1} have the same id {parsed.id!r:.80}; give each its own (a "
                 "line without one has its number, from 0)"
@@ -59,21 +82,27 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
 
 def _line(number: int, text: bytes, folder: Path, max_new_tokens: int) -> Line:
     where = f"line {number + 1}"
+    digest = hashlib.blake2b(b"%d %s" % (max_new_tokens, text.strip()), digest_size=8).hexdigest()
+
+    def bad(error: str, name: Any = None) -> Line:
+        return Line(number, where, name, None, f"{where}{error}", digest)
+
     try:
         values = json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Line(number, number, None, f"{where} is not UTF-8 (at byte {error.start}); save the file as UTF-8")
+        return bad(f" is not UTF-8 (at byte {error.start}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        return Line(number, number, None, f"{where} is not JSON ({error}); expected one object a line")
+        return bad(f" is not JSON ({error}); expected one object a line")
     if not isinstance(values, dict):
-        return Line(number, number, None, f"{where} is a {type(values).__name__}; expected an object with a prompt")
+        return bad(f" is a {type(values).__name__}; expected an object with a prompt")
     name = values.get("id", number)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        return Line(number, number, None, f"{where}: id is {name!r:.80}; expected a string or a whole number")
+        return bad(f": id is {name!r:.80}; expected a string or a whole number")
     try:
-        return Line(number, name, _request(values, folder, max_new_tokens))
+        request = _request(values, folder, max_new_tokens)
+        return Line(number, where, name, request, digest=digest, logprobs=values.get("logprobs", False))
     except InputError as error:
-        return Line(number, name, None, f"{where}: {error}")
+        return bad(f": {error}", name)
 
 
 def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Request:
@@ -86,38 +115,18 @@ def _request(values: Mapping[str, Any], folder: Path, max_new_tokens: int) -> Re
         raise InputError(f"prompt is a {type(values['prompt']).__name__}; expected a string (a chat is messages)")
     if not isinstance(values.get("messages", []), list):
         raise InputError(f"messages is a {type(values['messages']).__name__}; expected a list of chat messages")
+    if not isinstance(values.get("logprobs", False), bool):
+        raise InputError(f"logprobs is {values['logprobs']!r:.60}; expected true or false")
     media = {}
     for kind in ("images", "audios"):
         given = values.get(kind, [])
         if not isinstance(given, list) or not all(isinstance(m, str) for m in given):
             raise InputError(f"{kind} is {given!r}; expected a list of paths or data URLs")
-        media[kind] = [_located(m, folder) for m in given]
-    prompt = values["prompt"] if "prompt" in values else _with_paths(values["messages"], folder)
+        media[kind] = [path_in(m, folder) for m in given]
+    prompt = values["prompt"] if "prompt" in values else with_paths(values["messages"], folder)
     rest = {key: values[key] for key in _REQUEST & values.keys()}
     sampling = Sampling(**{key: values[key] for key in _SAMPLING & values.keys()})
     return Request(prompt, **media, sampling=sampling, **{"max_new_tokens": max_new_tokens, **rest})
-
-
-def _located(source: str, folder: Path) -> str:
-    """A path relative to the input file, as one to open; a URL as it is."""
-    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
-    return source if is_url or not source else str(folder / source)
-
-
-def _with_paths(value: Any, folder: Path) -> Any:
-    """Messages, their content or one of its parts, with the paths of media located. Nothing else is touched."""
-    if isinstance(value, list):
-        return [_with_paths(item, folder) for item in value]
-    if not isinstance(value, dict):
-        return value
-    found = {}
-    for key in ("content", "image", "audio", "video", "image_url", "url"):
-        inner = value.get(key)
-        if isinstance(inner, str) and key != "content":
-            found[key] = _located(inner, folder)
-        elif isinstance(inner, list | dict):
-            found[key] = _with_paths(inner, folder)
-    return {**value, **found}
 
 
 class AnswerFile:
@@ -157,14 +166,24 @@ class AnswerFile:
             raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it") from None
         except OSError as error:
             raise self._unwritable(error) from error
-        known = {_key(line.id) for line in self._lines}
-        done = {key: failed for key, failed in self._read() if key in known}
-        if self._ordered and list(done) != [_key(line.id) for line in self._lines[: len(done)]]:
+        known = {line.key: line for line in self._lines}
+        done = {}
+        for key, digest, failed in self._read():
+            if key not in known:
+                continue
+            if digest is not None and digest != known[key].digest:
+                raise InputError(
+                    f"{self.path}: its answer with id {known[key].id!r:.80} is to another request than "
+                    f"{known[key].where} is now; give another output, or restore the input (a line without an id goes "
+                    "by its number)"
+                )
+            done[key] = failed
+        if self._ordered and list(done) != [line.key for line in self._lines[: len(done)]]:
             raise InputError(
                 f"{self.path}: its answers are not in the order of the input; leave --ordered out, or give another "
                 "output"
             )
-        self._todo = [line for line in self._lines if _key(line.id) not in done]
+        self._todo = [line for line in self._lines if line.key not in done]
         self.answered, self.errors = len(done), sum(done.values())
 
     def _unwritable(self, error: OSError) -> InputError:
@@ -176,20 +195,22 @@ class AnswerFile:
     def __exit__(self, *exception) -> None:
         self._file.close()
 
-    def _read(self) -> Iterator[tuple[Any, bool]]:
-        """The ids of whole lines, and whether they are errors; what a killed run left of a last line is cut off."""
+    def _read(self) -> Iterator[tuple[tuple[str, Any], str | None, bool]]:
+        """Of whole lines their key, their request's digest, and whether they are errors; what a killed run left of a
+        last line is cut off."""
         self._file.seek(0)
         content = self._file.readall()
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 answer = json.loads(line)
-                name, failed = answer["id"], "error" in answer
+                name, failed, digest = answer["id"], "error" in answer, answer.get("request")
+                key = ("line", answer["line"]) if name is None else (type(name).__name__, name)
                 if not failed and not {"text", "tokens"} <= answer.keys():
                     raise self._foreign(number)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._foreign(number) from None
-            yield _key(name), failed
+            yield key, digest, failed
         rest, start = content[whole:], b'{"id": '
         if not (rest.startswith(start) or start.startswith(rest)):
             raise self._foreign(content.count(b"\n") + 1)
@@ -220,7 +241,7 @@ class AnswerFile:
         asked = [(i, line.request) for i, line in enumerate(self._todo) if line.request is not None]
         for i, line in enumerate(self._todo):
             if line.request is None:
-                yield i, {"id": line.id, "error": line.error}
+                yield i, line.named | {"error": line.error}
         for n, completion in engine.run(request for _, request in asked):
             i = asked[n][0]
             yield i, _answer(self._todo[i], completion)
@@ -242,18 +263,15 @@ class AnswerFile:
 
 def _answer(line: Line, completion: Completion) -> dict[str, Any]:
     if completion.error is not None:
-        return {"id": line.id, "error": f"line {line.number + 1}: {completion.error}"}
-    answer = {
-        "id": line.id, "text": completion.text, "tokens": completion.tokens,
+        return line.named | {"error": f"{line.where}: {completion.error}"}
+    answer = line.named | {
+        "text": completion.text, "tokens": completion.tokens,
         "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens,
     }  # fmt: skip
+    if line.logprobs:
+        answer["logprobs"] = completion.log_probabilities
     if completion.alternatives:
         answer["alternatives"] = [
             {"text": a.text, "tokens": a.tokens, "score": a.score} for a in completion.alternatives
         ]
     return answer
-
-
-def _key(name: Any) -> tuple[str, Any]:
-    """1 and "1" are different ids."""
-    return type(name).__name__, name

@@ -3,13 +3,15 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.sampling import Sampling, is_whole
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
+
+Adapter = Literal["none", "vision", "speech"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Request:
             stop strings, and only in an engine whose `EngineConfig.beams` allows them.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
         max_crops: the most crops of an image; by default what the checkpoint says.
+        adapter: "none", "vision" or "speech", whatever the media; by default the one that they ask for. What the media
+            are encoded to stays the same.
 
     Raises:
         InputError: an argument out of range.
@@ -42,6 +46,7 @@ class Request:
     beams: int = 1
     length_penalty: float = 1.0
     max_crops: int | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self):
         stop = self.stop
@@ -65,6 +70,8 @@ class Request:
             self._check_beams()
         if self.max_crops is not None:
             check_max_crops("max_crops", self.max_crops)
+        if self.adapter is not None and self.adapter not in get_args(Adapter):
+            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(get_args(Adapter))}")
 
     def _check_beams(self) -> None:
         plain = Sampling()

@@ -47,11 +47,15 @@ class Sampling:
                 raise InputError(f"{name} is {str(getattr(self, name))[:40]}; expected {expected}")
 
         check("temperature", 0.0 <= _real(self.temperature) <= 1e30, "0 (greedy) or a positive number")
-        check("top_k", is_whole(self.top_k) and 0 <= self.top_k < 2**31, "0 (off) or a positive whole number")
+        check("top_k", is_whole(self.top_k) and 0 <= self.top_k < 2**31, "0 (off) or a whole number below 2**31")
         check("top_p", 0.0 < _real(self.top_p) <= 1.0, "a number above 0, at most 1 (off)")
         check("min_p", 0.0 <= _real(self.min_p) <= 1.0, "a number from 0 (off) to 1")
-        check("repetition_penalty", 1e-3 <= _real(self.repetition_penalty) <= 1e3, "a number about 1 (off)")
-        check("seed", is_whole(self.seed) and 0 <= self.seed < 2**31, "a whole number from 0 to 2**31 - 1")
+        check(
+            "repetition_penalty", 1e-3 <= _real(self.repetition_penalty) <= 1e3, "a number from 0.001 to 1000; 1 is off"
+        )
+        for name in ("seed", "stream"):
+            value = getattr(self, name)
+            check(name, is_whole(value) and 0 <= value < 2**31, "a whole number from 0 to 2**31 - 1")
 
 
 class SamplingRows(NamedTuple):

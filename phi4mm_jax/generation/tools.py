@@ -1,6 +1,7 @@
 """Tool calls in an answer: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -72,4 +73,9 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)  # NaN and the infinities
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)  # no NaN, no infinities: JSON has none

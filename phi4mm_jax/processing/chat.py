@@ -377,3 +377,30 @@ def _json(where: str, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where} cannot be written as JSON ({error}): use dicts, lists and plain values") from None
+
+
+# Files of chats.
+
+
+def path_in(source: str, folder: Path) -> str:
+    """A path relative to the folder, as one to open; a URL as it is."""
+    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
+    return source if is_url or not source else str(folder / source)
+
+
+def with_paths(value: Any, folder: Path) -> Any:
+    """Messages, their content or one of its parts, with the paths of media located. Nothing else is touched."""
+    if isinstance(value, list):
+        return [with_paths(item, folder) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key in ("content", "image", "audio", "video", "image_url", "url"):
+        inner = value.get(key)
+        if isinstance(inner, str) and key != "content":
+            found[key] = path_in(inner, folder)
+        elif isinstance(inner, list) and key == "video":  # frames
+            found[key] = [path_in(frame, folder) if isinstance(frame, str) else frame for frame in inner]
+        elif isinstance(inner, list | dict):
+            found[key] = with_paths(inner, folder)
+    return {**value, **found}
