@@ -169,6 +169,7 @@ def test_ctrl_c_at_the_prompt(tiny, engine):
 
 def test_ctrl_c_stops_the_answer(tiny, engine):
     """What was said stays; the engine is as good as before."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background begins with it ignored
     steps = 0
     step = engine.step
 
