@@ -1,7 +1,6 @@
 """The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
 import dataclasses
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
+from phi4mm_jax.generation.media import media_of
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
@@ -171,7 +171,7 @@ class Model:
         rows = self.processor.rows(prompts, images, audios, max_crops)
         requests = [
             Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
-            for stream in _streams(rows)
+            for stream in _streams(rows, self.config)
         ]
         full = [i for i, row in enumerate(rows) if len(row.tokens) >= self.processor.context]
         if full:
@@ -215,14 +215,16 @@ class Model:
         return {name: v for name, v in self.variables.items() if ADAPTERS.get(name) in {None, *used}}
 
 
-def _streams(rows: Sequence[Row]) -> list[int]:
+def _streams(rows: Sequence[Row], config: Phi4MMConfig) -> list[int]:
     """For each row how many rows before it have the same prompt: equal prompts draw for themselves, and no row's draw
     depends on other prompts."""
-    earlier: Counter[bytes] = Counter()
+    texts = Counter(row.tokens.tobytes() for row in rows)
+    earlier: Counter[Any] = Counter()
     streams = []
     for row in rows:
-        media = *(image.crops for image in row.images), *row.clips
-        prompt = b"".join(hashlib.blake2b(np.asarray(x).tobytes()).digest() for x in (row.tokens, *media))
+        prompt: Any = row.tokens.tobytes()
+        if texts[prompt] > 1:  # only then are their media looked at
+            prompt = prompt, media_of(row, config).spans
         streams.append(earlier[prompt])
         earlier[prompt] += 1
     return streams

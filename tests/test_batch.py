@@ -313,6 +313,7 @@ def test_errors_are_kept_and_counted(tmp_path, engine):
         (b"a novel", 1),
         (b'{"id": "good", "prompt": "a"}\n', 1),
         (b'{"id": null, "error": ""}\n', 1),
+        (b'{"id": [1], "error": ""}\n', 1),
         (b'{"id": "good", "text": "", "tokens": []}\n\n', 2),
         (b'{"id": "good", "error": ""}\n\xff\xfe', 2),
         (b"[]\n", 1),

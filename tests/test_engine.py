@@ -65,7 +65,7 @@ def test_many_mixed_requests_are_as_each_alone(tiny):
 
 def test_nothing_compiles_after_a_while(tiny):
     """Whatever comes: the shapes are those of the first requests."""
-    engine = tiny.engine(dataclasses.replace(SMALL, slots=4, chunk=128))
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
     engine.warm_up()
     before = count_compilations()
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]

@@ -362,8 +362,10 @@ class Engine:
 
     def _check_room(self, media: RowMedia, length: int) -> None:
         """A chunk is a page at least, whose media must be in the table together."""
+        if self._features.fit(media, 0, length) == length:
+            return
         size = self.config.page_size
-        for start in range(0, length, size) if media.units else ():
+        for start in range(0, length, size):
             stop = min(start + size, length)
             if self._features.fit(media, start, stop) < stop:
                 raise InputError(

@@ -43,8 +43,8 @@ class Line:
 
     @property
     def key(self) -> tuple[str, Any]:
-        """1 and "1" are different ids."""
-        return ("line", self.number + 1) if self.id is None else (type(self.id).__name__, self.id)
+        """What tells it from all others, in its answer as well."""
+        return _key(self.named)
 
     @property
     def named(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def read_requests(path: Path, *, max_new_tokens: int, hosts: int = 1, host: int 
         InputError: the file cannot be read, two lines have the same id, or there is no such host.
     """
     if not 0 <= host < hosts:
-        raise InputError(f"host {host} of {hosts}; expected 1 or more, and hosts counted from 0")
+        raise InputError(f"host {host} of {hosts}; expected one or more hosts, the first of which is host 0")
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -204,8 +204,8 @@ class AnswerFile:
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
                 answer = json.loads(line)
-                name, failed, digest = answer["id"], "error" in answer, answer.get("request")
-                key = ("line", answer["line"]) if name is None else (type(name).__name__, name)
+                key, failed, digest = _key(answer), "error" in answer, answer.get("request")
+                hash(key)  # a list is no id
                 if not failed and not {"text", "tokens"} <= answer.keys():
                     raise self._foreign(number)
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -275,3 +275,9 @@ def _answer(line: Line, completion: Completion) -> dict[str, Any]:
             {"text": a.text, "tokens": a.tokens, "score": a.score} for a in completion.alternatives
         ]
     return answer
+
+
+def _key(named: Mapping[str, Any]) -> tuple[str, Any]:
+    """1 and "1" are different ids."""
+    name = named["id"]
+    return ("line", named["line"]) if name is None else (type(name).__name__, name)

@@ -124,7 +124,7 @@ class FeatureStore:
 
     @property
     def capacity(self) -> int:
-        return len(self._free) + sum(map(len, self._blocks.values()))
+        return len(self.table) // _BLOCK - 1
 
     def warm_up(self, stack: ImageStack | AudioStack, features: int) -> None:
         """Encode a stack, and keep nothing of it."""
