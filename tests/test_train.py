@@ -84,8 +84,10 @@ def final(folder: Path):
     return checkpoints.last, flatten_dict(checkpoints.trained(checkpoints.last))
 
 
-def test_a_run(recipe, tmp_path, capsys):
-    assert run(recipe) == 0
+def test_a_run(recipe, tmp_path, capsys, caplog):
+    with jax.log_compiles():
+        assert run(recipe) == 0
+    assert caplog.text.count("XLA compilation of jit(step)") == 1
     lines = read_log(tmp_path / "run")
     steps = [line["step"] for line in lines]
     assert steps == list(range(1, len(steps) + 1))
@@ -150,11 +152,13 @@ def test_killed_ten_times(recipe, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_spread_over_devices(recipe, tmp_path):
+def test_spread_over_devices(recipe, tmp_path, caplog):
     """Eight devices, rows and parameters spread: the losses of one."""
     shared = ["dropout=false", "data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
-    assert run(recipe, *shared) == 0
-    assert run(recipe, *shared, "fsdp=4", "tensor=2", f"output={tmp_path / 'spread'}") == 0
+    with jax.log_compiles():
+        assert run(recipe, *shared) == 0
+        assert run(recipe, *shared, "fsdp=4", "tensor=2", f"output={tmp_path / 'spread'}") == 0
+    assert caplog.text.count("XLA compilation of jit(step)") == 2
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("run", "spread")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 

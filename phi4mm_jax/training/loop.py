@@ -152,10 +152,14 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
 def first_state(run: Run, optimizer: Any) -> TrainState:
     """The state before the first step: as the parameters are spread, and what is a number on every device."""
     state = initial_state(run.trainable, optimizer)
-    if run.mesh is None:
-        return state
-    everywhere = NamedSharding(run.mesh, jax.P())
-    return jax.tree.map(lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state)
+    everywhere = None if run.mesh is None else NamedSharding(run.mesh, jax.P())
+
+    def placed(x: jax.Array) -> jax.Array:
+        # Where the step's results will be, in jax's eyes too: else the second step is compiled once more.
+        stays = everywhere is None or isinstance(x.sharding, NamedSharding)
+        return jax.device_put(x, x.sharding if stays else everywhere)
+
+    return jax.tree.map(placed, state)
 
 
 def compiled_step(run: Run, optimizer: Any, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
