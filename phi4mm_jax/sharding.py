@@ -1,7 +1,7 @@
 """The mesh, and the table from logical axes to mesh axes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -9,8 +9,10 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jaxtyping import Array, Float
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.mesh import automatic_axes
 
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
     ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
@@ -57,18 +59,35 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
     boxed = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
     if mesh is None:
         return dict.fromkeys(boxed, SingleDeviceSharding(jax.devices()[0]))
-    table = dict(RULES)
 
     def spec(leaf) -> NamedSharding:
         axes = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim
-        split: list[tuple[str, ...]] = []
-        for axis, size in zip(axes, nn.unbox(leaf).shape, strict=True):
-            taken = {name for names in split for name in names}
-            names = tuple(n for n in (table[axis] if axis is not None else ()) if n in mesh.shape and n not in taken)
-            split.append(names if size % math.prod(mesh.shape[n] for n in names) == 0 else ())
-        return NamedSharding(mesh, jax.P(*(names or None for names in split)))
+        return NamedSharding(mesh, _split(axes, nn.unbox(leaf).shape, mesh.shape))
 
     return {path: spec(leaf) for path, leaf in boxed.items()}
+
+
+def keep_split(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
+    """A parameter where it is used, told to lie as `shardings` says, on the mesh in context if there is one.
+
+    So does its gradient then: of a stack of layers each device adds up its own part, layer by layer, where XLA would
+    else hold the gradients of the whole stack on every device.
+    """
+    sizes = automatic_axes()
+    if math.prod(sizes.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _split(axes, x.shape, sizes))
+
+
+def _split(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> jax.P:
+    """The mesh axes that split each axis of an array."""
+    table = dict(RULES)
+    split: list[tuple[str, ...]] = []
+    for axis, size in zip(axes, shape, strict=True):
+        taken = {name for names in split for name in names}
+        names = tuple(n for n in (table[axis] if axis is not None else ()) if n in mesh and n not in taken)
+        split.append(names if size % math.prod(mesh[n] for n in names) == 0 else ())
+    return jax.P(*(names or None for names in split))
 
 
 def jit_beside(variables: Any, function: Callable[..., Any], **options: Any) -> Any:

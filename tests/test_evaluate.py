@@ -452,7 +452,7 @@ def said(tiny) -> dict[str, list]:
     engine = tiny.engine(SMALL)
     answers = {"auto": ask(engine, items, 1)}
     answers |= {name: ask(engine, items[1:2], 1, name) for name in ("none", "speech", "vision")}
-    return {name: [answer.text for answer in of_all] for name, of_all in answers.items()}
+    return {name: [answer.text for answer in of_all or []] for name, of_all in answers.items()}
 
 
 def lines_of(path: Path) -> list[dict]:

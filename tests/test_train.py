@@ -1,5 +1,6 @@
 """Runs of training, as their users start them: recipes, resuming, stopping, evaluation, export."""
 
+import fcntl
 import json
 import os
 import random
@@ -76,7 +77,7 @@ def recipe(tmp_path) -> Path:
 
 def run(path, *overrides):
     recipe = load_recipe(path, overrides)
-    return train(prepare(recipe, lambda module, _: supervised(module, recipe.loss)))
+    return train(prepare(recipe, lambda module: supervised(module, recipe.loss)))
 
 
 def final(folder: Path):
@@ -265,6 +266,111 @@ def test_wrong_settings(recipe, override, message):
     overrides = [override, "fsdp=2"] if "rows" in override else [override]
     with pytest.raises((InputError, CheckpointError), match=message):
         run(recipe, *overrides)
+
+
+def test_overrides_reach_settings_that_are_not_there(recipe):
+    """A saved recipe says null where there is nothing."""
+    found = load_recipe(recipe, ["evaluation=null", "evaluation.every=3", "evaluation.sources=[{path: held.jsonl}]"])
+    assert found.evaluation is not None
+    assert found.evaluation.every == 3
+
+
+def test_a_run_is_not_gone_on_with_otherwise(recipe, tmp_path, capsys):
+    """What was begun stays as it was said; and what is done is not done again."""
+    assert run(recipe, "data.epochs=null", "data.steps=3") == 0
+    kept = {p: p.read_bytes() for p in (tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "report.md")}
+    for override, named in [
+        ("trainable=[params/audio_projector]", "trainable"), ("accumulate=2", "accumulate"), ("seed=4", "seed"),
+        ("model=elsewhere", "model"), ("data.packing.rows=4", "data.packing.rows"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=f"the run was begun with {named}="):
+            run(recipe, "data.epochs=null", "data.steps=3", override)
+    capsys.readouterr()
+    assert (
+        run(recipe, "data.epochs=null", "data.steps=2", "optimizer.learning_rate=0.5", "optimizer.warmup_steps=0") == 0
+    )
+    assert "all done" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in kept} == kept
+    assert run(recipe, "data.epochs=null", "data.steps=4", "optimizer.clip=null") == 0
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_two_at_once(recipe, tmp_path):
+    """A second run is refused; an export reads beside a run, and touches nothing."""
+    assert run(recipe, "data.epochs=null", "data.steps=3") == 0
+    begun = tmp_path / "run" / CHECKPOINTS / "7.orbax-checkpoint-tmp"
+    begun.mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        export(tmp_path / "run", tmp_path / "tuned", "original")
+        with pytest.raises(InputError, match="another process is training here"):
+            run(recipe, "data.epochs=null", "data.steps=5")
+    assert begun.exists()
+    with pytest.raises(InputError, match="has this run saved anything"):
+        Checkpoints(tmp_path / "nowhere", None, read_only=True)
+
+
+def test_adapters_alone_are_not_all(recipe, tmp_path):
+    assert run(recipe, "data.epochs=null", "data.steps=3", "trainable=[lora_speech, params/audio_projector]") == 0
+    with pytest.raises(InputError, match=r"params/audio_projector/.* besides adapters"):
+        export(tmp_path / "run", tmp_path / "tuned", "original", adapters_only=True)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_a_bad_sample_costs_no_step(recipe, tmp_path):
+    """What was learnt before it is saved; repaired, the run ends as if it had never been bad."""
+    manifest = tmp_path / "train.jsonl"
+    good = manifest.read_bytes()
+    steps = ["data.epochs=null", "data.steps=6", "data.shuffle=false", "save_every=100", "data.packing.window=1"]
+    assert run(recipe, *steps, f"output={tmp_path / 'whole'}") == 0
+    lines = good.splitlines(keepends=True)
+    manifest.write_bytes(b"".join([*lines[:12], b"broken\n", *lines[13:]]))
+    with pytest.raises(InputError, match=r"train\.jsonl: line 13"):
+        run(recipe, *steps)
+    saved = Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last
+    assert saved is not None
+    assert 0 < saved < 6
+    manifest.write_bytes(good)
+    assert run(recipe, *steps) == 0
+    (_, weights), (_, other) = final(tmp_path / "whole"), final(tmp_path / "run")
+    for path, value in weights.items():
+        np.testing.assert_array_equal(value, other[path])
+
+
+def test_data_that_do_not_reach_what_is_trained(recipe, tmp_path):
+    question = [message("user", "What?"), message("assistant", "This.")]
+    write(tmp_path / "train.jsonl", [{"messages": question}] * 16)
+    with pytest.raises(InputError, match=r"gradients of all steps .* are 0: .*lora_speech"):
+        run(recipe, "data.epochs=null", "data.steps=3")
+
+
+def test_evaluation_is_checked_before_the_first_step(recipe, tmp_path):
+    bad = {"messages": [message("user", {"type": "audio", "audio": "gone.flac"}), message("assistant", "a")]}
+    held = write(tmp_path / "held.jsonl", [*speech_samples(2), bad])
+    with pytest.raises(InputError, match=r"held\.jsonl: line 3"):
+        run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 2}}")
+    with pytest.raises(InputError, match="have no weights"):
+        run(recipe, f"evaluation={{sources: [{{path: {held}, weight: 1}}], every: 2}}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch):
+    """There may be half a minute left."""
+    held = write(tmp_path / "held.jsonl", speech_samples(2))
+
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("phi4mm_jax.training.metrics.Log.write", told)
+    assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == STOPPED
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == 1
+
+
+@pytest.mark.parametrize("beside", ["", "/below"])
+def test_an_output_that_is_a_file(recipe, tmp_path, beside):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is a file; give a folder"):
+        run(recipe, f"output={tmp_path / 'file'}{beside}")
 
 
 def test_a_damaged_checkpoint_is_named(recipe, tmp_path):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import re
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import torch_native
@@ -23,8 +25,9 @@ from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.lora import dropout
 from phi4mm_jax.processing.batch import Batch
+from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.dpo import DPOConfig, of_answers, preference
+from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.loss import LossConfig, token_losses
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import join, matching, split
@@ -255,6 +258,27 @@ def test_accumulation_changes_nothing(scanned, eight):
     assert relative(one, other) <= 1e-5
 
 
+@pytest.mark.parametrize("mesh", [None, make_mesh(4, 2)], ids=["one device", "eight"])
+def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
+    """What would be too much to hold for all clips is computed for some, forward and backward; on devices, for their
+    own."""
+    trainable, frozen = split(scanned.variables, ["params/speech/stem", "params/speech/layers"], "trainable")
+    batches = micro_batches(together(eight, scanned))
+    compute = partial(gradients, supervised(scanned.module), batches=batches, key=None)
+    whole, sums = jax.jit(compute)(trainable, frozen)
+    monkeypatch.setattr("phi4mm_jax.model.speech._MAP_BYTES", 1)
+    if mesh is not None:
+        spread = phi4mm_jax.load(TINY, dtype="float32", mesh=mesh, scan=True)
+        trainable, frozen = split(spread.variables, ["params/speech/stem", "params/speech/layers"], "trainable")
+    found, found_sums = jit_beside(trainable, lambda t, f: compute(t, f))(trainable, frozen)
+    np.testing.assert_allclose(found_sums, sums, rtol=1e-5)
+    difference = jax.tree.map(lambda a, b: jax.device_get(a) - jax.device_get(b), found, whole)
+    bound = 1e-5 if mesh is None else 1e-4  # sums over devices round otherwise
+    assert optax.tree.norm(difference) <= bound * optax.tree.norm(whole)  # of keys' biases the gradients are 0
+    if mesh is not None:  # a stack's gradients lie as its parameters do
+        jax.tree.map(lambda g, p: np.testing.assert_equal(g.sharding, p.sharding), found, trainable)
+
+
 def test_frozen_parameters_are_not_differentiated(scanned, eight):
     """Their gradients take no time: a step of the adapter costs less than one of everything."""
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
@@ -423,7 +447,9 @@ def test_dpo(scanned, eight):
     reference = jax.tree.map(lambda x: x * 0.9, trainable)
     config = DPOConfig(beta=0.5, label_smoothing=0.1)
     found, sums = jax.jit(
-        lambda t: gradients(preference(scanned.module, reference, config), t, frozen, micro_batches(rows), None)
+        lambda t: gradients(
+            preference(scanned.module, config), t, frozen | {REFERENCE: reference}, micro_batches(rows), None
+        )
     )(trainable)
 
     def by_formula(trainable):
@@ -448,9 +474,10 @@ def test_dpo_prefers(scanned, eight):
     rows = together(eight, scanned)
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), STEPS, trainable)
-    objective = preference(scanned.module, trainable, DPOConfig())
+    objective = preference(scanned.module, DPOConfig())
     state = initial_state(trainable, optimizer)
-    step = jax.jit(lambda state: train_step(objective, optimizer, state, frozen, micro_batches(rows), None))
+    known = frozen | {REFERENCE: trainable}
+    step = jax.jit(lambda state: train_step(objective, optimizer, state, known, micro_batches(rows), None))
     state, first = step(state)
     np.testing.assert_allclose(first.loss, np.log(2), rtol=0.05)
     last = first

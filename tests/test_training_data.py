@@ -178,7 +178,6 @@ def test_an_epoch_may_be_added(tmp_path, processor):
         ({"packing": MEDIA}, "packing was"),
         ({"hosts": 2}, "hosts was 1 and is 2"),
         ({"source": texts(8)}, "samples was .9. and is .8."),
-        ({"source": [*texts(8), sample("other")]}, "bytes was"),
     ],
 )
 def test_a_state_of_other_data_is_refused(tmp_path, processor, change, named):

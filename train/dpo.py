@@ -15,7 +15,7 @@ from phi4mm_jax.training.dpo import preference
 @ends_well
 def main() -> int:
     arguments, recipe = parse_arguments("train.dpo", __doc__, "preferences")
-    return start(arguments, recipe, lambda module, trainable: preference(module, trainable, recipe.dpo))
+    return start(arguments, recipe, lambda module: preference(module, recipe.dpo))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from phi4mm_jax.training.step import supervised
 @ends_well
 def main() -> int:
     arguments, recipe = parse_arguments("train.sft", __doc__, "answers")
-    return start(arguments, recipe, lambda module, _: supervised(module, recipe.loss))
+    return start(arguments, recipe, lambda module: supervised(module, recipe.loss))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,14 +80,23 @@ def _digest(parts: Iterator[Any]) -> str:
     return digest.hexdigest()
 
 
-def ask(engine: Engine, items: Sequence[Item], max_new_tokens: int, adapter: Adapter | None = None) -> list[Answer]:
+def ask(
+    engine: Engine,
+    items: Sequence[Item],
+    max_new_tokens: int,
+    adapter: Adapter | None = None,
+    ended: Callable[[], bool] = lambda: False,
+) -> list[Answer] | None:
     """The answers of an engine, in the order of the items.
 
     Args:
         adapter: that all items are answered with; by default each with that of its media.
+        ended: asked after each answer; once it says so, there is no result.
     """
     answers: dict[int, Answer] = {}
     for i, completion in engine.run(_request(item, max_new_tokens, adapter) for item in items):
+        if ended():
+            return None
         if completion.error is not None:
             answers[i] = Answer(None, f"{items[i].where}: {completion.error}")
         else:

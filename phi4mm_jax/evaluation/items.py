@@ -35,14 +35,15 @@ def read_items(path: Path, most: int | None = None) -> list[Item]:
     that are accepted as well, and may stand for it.
 
     Args:
-        most: how many are read at most.
+        most: how many are read at most, from all over the manifest.
 
     Raises:
         InputError: the manifest cannot be read, or lines have no reference: what cannot be measured is not left out.
     """
     manifest = open_manifest(path)
     items, faults = [], []
-    for number in range(len(manifest) if most is None else min(most, len(manifest))):
+    count = len(manifest) if most is None else min(most, len(manifest))
+    for number in (i * len(manifest) // count for i in range(count)):
         where = manifest.where(number)
         try:
             items.append(_item(where, manifest.read(number), manifest.folder))

@@ -17,14 +17,13 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
         inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads" or None.
         rows, heads: how many there are. What a mesh axis does not divide is not split over it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
-    if math.prod(mesh.shape[n] for n in automatic) == 1:
+    automatic = automatic_axes()
+    if math.prod(automatic.values()) == 1:
         return function(*arguments)
     axes: dict[str | None, Any] = {None: None}
     for name, candidates, count in (("rows", ROWS, rows), ("heads", HEADS, heads)):
         present = tuple(n for n in candidates if n in automatic)
-        axes[name] = present if present and count % math.prod(mesh.shape[n] for n in present) == 0 else None
+        axes[name] = present if present and count % math.prod(automatic[n] for n in present) == 0 else None
 
     def specs(tree):
         return jax.tree.map(lambda a: jax.P(*(axes[n] for n in a)), tree, is_leaf=lambda a: isinstance(a, Axes))
@@ -32,6 +31,13 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
     return jax.shard_map(
         function, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=set(automatic), check_vma=False
     )(*arguments)
+
+
+def automatic_axes() -> dict[str, int]:
+    """The axes of the mesh in context over which XLA splits arrays, and how many devices each has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
 
 
 class Axes(tuple[str | None, ...]):

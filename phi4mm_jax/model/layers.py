@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from phi4mm_jax.precision import einsum, row_mean
+from phi4mm_jax.sharding import keep_split
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",
@@ -38,9 +39,10 @@ _WEIGHT = nn.initializers.normal(0.02)
 
 def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Float[Array, "..."]:
     """Declare the parameter `name` of `module`, whose axes are the letters of `axes`."""
-    boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
+    logical = tuple(LOGICAL_AXES[a] for a in axes)
+    boxed = nn.with_logical_partitioning(init, logical)
     value: Any = module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
-    return value  # unboxed by Linen
+    return keep_split(value, logical)  # unboxed by Linen
 
 
 class Linear(nn.Module):

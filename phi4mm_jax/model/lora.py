@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
+from phi4mm_jax.sharding import keep_split
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
 ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index
@@ -100,10 +101,11 @@ class Projection(nn.Module):
         if collection == "params":
             return declare(self, name, axes, sizes)
         init = nn.initializers.normal(0.02) if name == "a" else nn.initializers.zeros
-        boxed = nn.with_logical_partitioning(init, tuple(LOGICAL_AXES[a] for a in axes))
+        logical = tuple(LOGICAL_AXES[a] for a in axes)
+        boxed = nn.with_logical_partitioning(init, logical)
         shape = tuple(sizes[a] for a in axes)
         variable: Any = self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
-        return variable.value
+        return keep_split(variable.value, logical)
 
 
 def dropout(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:

@@ -4,6 +4,7 @@ Works on chunks of clips (see `processing.batch.AudioStack`). Padding never reac
 the stem's convolutions, masked in attention, and the blocks' own convolution looks only back.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
+from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
 from phi4mm_jax.precision import gated, precision_of, row_sum
 
@@ -188,8 +190,21 @@ def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array,
 
 
 def _map_rows(function, bytes_per_row: int, *rows):
-    """`function(*rows)`, computed a few rows at a time where all at once would hold more than `_MAP_BYTES`."""
+    """`function(*rows)`, computed a few rows at a time where all at once would hold more than `_MAP_BYTES`.
+
+    Of a mesh's devices, each takes as many of its own rows at a time. The backward pass computes again what would be as
+    much to hold.
+    """
+    count, axes = rows[0].shape[0], automatic_axes()
+    devices = math.prod(axes[name] for name in ROWS if name in axes)
+    devices = 1 if count % devices else devices
     at_once = max(1, _MAP_BYTES // bytes_per_row)
-    if rows[0].shape[0] <= at_once:
+    if count <= at_once * devices:
         return function(*rows)
-    return jax.lax.map(lambda row: function(*(x[None] for x in row))[0], rows, batch_size=at_once)
+
+    def dealt(x):  # (rows of a device, devices, ...)
+        return x.reshape(devices, -1, *x.shape[1:]).swapaxes(0, 1)
+
+    of_some = jax.checkpoint(lambda some: function(*some))
+    found = jax.lax.map(of_some, tuple(map(dealt, rows)), batch_size=at_once)
+    return found.swapaxes(0, 1).reshape(count, *found.shape[2:])

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.training.step import TrainState
 
 _SCORE = "score"
@@ -23,9 +23,13 @@ class Checkpoints:
         folder: is made if it is not there.
         keep: the last ones that are kept; None keeps all.
         greater: whether a greater score is the better one. The best checkpoint is kept besides the last ones.
+        read_only: leave the folder as it is, in which a run may be writing.
+
+    Raises:
+        InputError: there is no such folder to read, or none can be made.
     """
 
-    def __init__(self, folder: Path, keep: int | None, greater: bool = False):
+    def __init__(self, folder: Path, keep: int | None, greater: bool = False, read_only: bool = False):
         self._folder = folder.absolute()
         policies = checkpoint_managers.AnyPreservationPolicy([
             checkpoint_managers.LatestN(keep),
@@ -35,9 +39,12 @@ class Checkpoints:
         ])  # fmt: skip
         mode = "max" if greater else "min"
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies, cleanup_tmp_directories=True, best_fn=_score, best_mode=mode
-        )
-        with _quiet():
+            preservation_policy=policies, best_fn=_score, best_mode=mode, read_only=read_only, create=not read_only,
+            cleanup_tmp_directories=not read_only,
+        )  # fmt: skip
+        if read_only and not folder.is_dir():
+            raise InputError(f"{folder}: is not there; has this run saved anything yet?")
+        with self._writable(), _quiet():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
@@ -63,7 +70,7 @@ class Checkpoints:
             score: how good the state is.
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(dict(data)))
-        with _quiet():
+        with self._writable(), _quiet():
             self._manager.save(int(state.step), args=items, metrics=None if score is None else {_SCORE: score})
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -94,9 +101,19 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until all is written."""
-        with _quiet():
+        with self._writable(), _quiet():
             self._manager.wait_until_finished()
             self._manager.close()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's of a full disk are of the latter kind
+            raise CheckpointError(
+                f"{self._folder}: cannot be written ({str(error)[:300]}); make room, then run the same command again, "
+                "which goes on from the last whole checkpoint"
+            ) from error
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:

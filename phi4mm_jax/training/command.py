@@ -33,14 +33,14 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, its memory, a batch; end")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.data.kind != kind:
         raise InputError(f"{arguments.recipe}: data.kind is {recipe.data.kind!r}; {program} needs {kind!r}")
     return arguments, recipe
 
 
-def start(arguments: argparse.Namespace, recipe: Recipe, objective_of: Callable[[Phi4MM, Variables], Objective]) -> int:
+def start(arguments: argparse.Namespace, recipe: Recipe, objective_of: Callable[[Phi4MM], Objective]) -> int:
     """Train, or show what would be; returns the program's status."""
     run = prepare(recipe, objective_of)
     if not arguments.dry_run:

@@ -33,11 +33,12 @@ class DPOConfig:
             raise InputError(f"label_smoothing is {self.label_smoothing!r}; expected a number from 0 to below 0.5")
 
 
-def preference(model: Phi4MM, reference: Variables, config: DPOConfig) -> Objective:
-    """The objective of batches whose rows are pairs, the better answer first and the worse one after it.
+REFERENCE = "reference"  # among the frozen parameters: what the trainable ones are in the model that never changes
 
-    Args:
-        reference: what the trainable parameters are in the reference model, which is never changed.
+
+def preference(model: Phi4MM, config: DPOConfig) -> Objective:
+    """The objective of batches whose rows are pairs, the better answer first and the worse one after it. The frozen
+    parameters have the reference besides.
 
     In `Sums`, weights count pairs, correct those whose better answer gained more on the reference, and
     log_probability sums the margins of these gains, times beta.
@@ -45,8 +46,9 @@ def preference(model: Phi4MM, reference: Variables, config: DPOConfig) -> Object
 
     def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
         # The reference sees no dropout; the policy does.
-        policy = of_answers(model, trainable, frozen, batch, key)
-        fixed = jax.lax.stop_gradient(of_answers(model, reference, frozen, batch, None))
+        others = {name: value for name, value in frozen.items() if name != REFERENCE}
+        policy = of_answers(model, trainable, others, batch, key)
+        fixed = jax.lax.stop_gradient(of_answers(model, frozen[REFERENCE], others, batch, None))
         gains = (policy - fixed).reshape(-1, 2)
         margins = config.beta * (gains[:, 0] - gains[:, 1])  # (pairs,)
         share = config.label_smoothing

@@ -1,7 +1,9 @@
 """Evaluation during a run: the loss on other data, and the errors of generated answers."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +18,67 @@ from phi4mm_jax.generation import Engine, EngineConfig, Programs
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.sharding import jit_beside
 from phi4mm_jax.training.data import DataConfig, TrainingData
+from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.patterns import join
 from phi4mm_jax.training.recipe import EvaluationConfig
 from phi4mm_jax.training.step import Objective, Variables
 
 
 class Evaluation:
-    """To be called with the parameters of a step."""
+    """To be called with the parameters of a step.
+
+    Raises:
+        InputError: the data cannot be used.
+    """
 
     def __init__(self, config: EvaluationConfig, data: DataConfig, model: Model, module: Phi4MM):
         self._config, self._model = config, model
         self._data = dataclasses.replace(
             data, sources=config.sources, epochs=1, steps=None, shuffle=False, augment_image=None, augment_clip=None
         )
+        with closing(self._stream()) as stream:
+            stream.count_batches()  # reads all samples: now, and not when the first evaluation is due
         self._programs = Programs(Phi4MM(module.config, module.dtype), model.variables)
         self._compiled: Any = None
         self._metric = None if config.metric == "loss" else make_metric(config.metric)
         self._items: list[Item] = []
         for source in config.sources if self._metric is not None else ():
-            self._items += read_items(Path(source.path), config.samples - len(self._items))
+            self._items += read_items(Path(source.path), math.ceil(config.samples / len(config.sources)))
 
     def __call__(
-        self, trainable: Variables, frozen: Variables, objective: Objective, place: Callable[[list], Any]
-    ) -> dict[str, float]:
-        """evaluation_loss, and the recipe's metric."""
+        self,
+        trainable: Variables,
+        frozen: Variables,
+        objective: Objective,
+        place: Callable[[list], Any],
+        ended: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
+        """evaluation_loss, and the recipe's metric; None as soon as `ended` says so."""
         if self._compiled is None:
             self._compiled = jit_beside(trainable, lambda t, f, b: objective(t, f, b, None)[1])
         loss = weight = 0.0
-        data = TrainingData(self._data, self._model.processor, jax.process_index(), jax.process_count())
-        for batch in data:
-            found = self._compiled(trainable, frozen, jax.tree.map(lambda x: x[0], place([batch])))
-            loss, weight = loss + float(found.loss), weight + float(found.weight)
-        data.close()
+        with closing(self._stream()) as stream:
+            for batch in stream:
+                found = self._compiled(trainable, frozen, jax.tree.map(lambda x: x[0], place([batch])))
+                loss, weight = loss + float(found.loss), weight + float(found.weight)
+                if ended():
+                    return None
         values = {"evaluation_loss": loss / max(weight, 1.0)}
         if self._metric is not None:
-            answers = [answer.text for answer in self._answers(trainable, frozen)]
+            found = self._answers(trainable, frozen, ended)
+            if found is None:
+                return None
+            answers = [answer.text for answer in found]
             score = corpus_score(self._metric, [item.references for item in self._items], answers)
             values[f"evaluation_{self._config.metric}"] = score
         return values
 
-    def _answers(self, trainable: Variables, frozen: Variables) -> list[Answer]:
+    def _stream(self) -> TrainingData:
+        return TrainingData(self._data, self._model.processor, jax.process_index(), jax.process_count())
+
+    def _answers(self, trainable: Variables, frozen: Variables, ended: Callable[[], bool]) -> list[Answer] | None:
         dtype = self._programs.model.dtype
-        variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), frozen)
+        known = {name: value for name, value in frozen.items() if name != REFERENCE}
+        variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), known)
         engine = Engine(self._programs, variables, self._model.processor, EngineConfig())
-        return ask(engine, self._items, self._config.max_new_tokens)
+        return ask(engine, self._items, self._config.max_new_tokens, ended=ended)

@@ -1,7 +1,9 @@
 """A run, from its recipe to its report: load, go on where it was, step, log, evaluate, save."""
 
 import dataclasses
+import fcntl
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -23,13 +26,14 @@ from phi4mm_jax.progress import progress_bar, step_bar
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.checkpoints import Checkpoints
-from phi4mm_jax.training.data import TrainingData
+from phi4mm_jax.training.data import Kind, TrainingData
+from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.flops import peak_flops, step_flops
-from phi4mm_jax.training.metrics import Log, draw, report
+from phi4mm_jax.training.metrics import REPORT, Log, draw, report
 from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import split
-from phi4mm_jax.training.recipe import Recipe, save_recipe
+from phi4mm_jax.training.recipe import Recipe, check_same_run, save_recipe
 from phi4mm_jax.training.step import (
     Metrics,
     Objective,
@@ -41,6 +45,7 @@ from phi4mm_jax.training.step import (
 )
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
+_IDLE = 10  # as many steps without any gradient are no chance
 STOPPED = 143  # the status of a program that SIGTERM ended
 
 
@@ -58,17 +63,21 @@ class Run(NamedTuple):
     mesh: Mesh | None
 
 
-def prepare(recipe: Recipe, objective_of: Callable[[Phi4MM, Variables], Objective]) -> Run:
+def prepare(recipe: Recipe, objective_of: Callable[[Phi4MM], Objective]) -> Run:
     """Load what a recipe names.
 
     Args:
-        objective_of: gives the objective of a model and its trainable parameters, as they are before the first step.
+        objective_of: gives a model's objective.
 
     Raises:
         InputError, CheckpointError, ConfigError: something in the recipe, the data or the checkpoint cannot be used.
     """
     mesh = _mesh(recipe)
     _check_rows(recipe, mesh)
+    folder = Path(recipe.output)
+    _check_folder(folder)
+    if (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists():
+        check_same_run(recipe, folder / RECIPE)
     with progress_bar("Reading the weights", size=True) as advance:
         model = load(
             recipe.model, recipe.dtype, mesh, scan=True, fresh_adapters=recipe.fresh_adapters, progress=advance
@@ -81,8 +90,9 @@ def prepare(recipe: Recipe, objective_of: Callable[[Phi4MM, Variables], Objectiv
         if not stacks:  # no row will need it
             frozen.pop(adapter, None)
     module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
-    objective = objective_of(module, trainable)
-    return Run(recipe, model, module, trainable, frozen, objective, data, steps, mesh)
+    if recipe.data.kind == "preferences":
+        frozen[REFERENCE] = jax.tree.map(jnp.copy, trainable)  # what is trained is donated to the step
+    return Run(recipe, model, module, trainable, frozen, objective_of(module), data, steps, mesh)
 
 
 def train(run: Run, say: Callable[[str], None] = print) -> int:
@@ -100,41 +110,74 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     evaluation = None if asked is None else Evaluation(asked, recipe.data, run.model, run.module)
     greater = asked is not None and asked.greater
     folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, folder / RECIPE)
-    with closing(run.data), closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints:
+    with (
+        _alone(folder),
+        closing(run.data),
+        closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints,
+    ):
         if checkpoints.last is not None:
+            if checkpoints.last >= run.steps and (folder / REPORT).exists():
+                say(f"{folder}: has taken {checkpoints.last} steps, and the recipe asks for {run.steps}: all done")
+                return 0
             state, data_state = checkpoints.restore(checkpoints.last, state)
             run.data.set_state(data_state)
             say(f"Going on after step {checkpoints.last} of {run.steps}.")
+            if data_state["data"]["bytes"] != run.data.get_state()["data"]["bytes"]:
+                say(
+                    "The data's files have changed since; they have as many samples, and each is taken to be as it was."
+                )
+        save_recipe(recipe, folder / RECIPE)
         number = int(state.step)
         step = compiled_step(run, optimizer, state)
         speed = _Speed(run)
-        with _stopping() as stopped, closing(Log(folder, number)) as log, step_bar(run.steps, number) as advance:
+        with _stopping() as signals, closing(Log(folder, number)) as log, step_bar(run.steps, number) as advance:
+            idle = 0 if number == 0 else None  # steps from the first on that changed nothing
 
             def tell(number: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
-                values = _values(metrics) | {"learning_rate": float(rates(number - 1))} | speed.of(number, batches)
+                values = _values(metrics, recipe.data.kind) | {"learning_rate": float(rates(number - 1))}
+                values |= speed.of(number, batches)
                 _check_finite(number, values)
+                nonlocal idle
+                if idle is not None:
+                    idle = idle + 1 if values["gradient_norm"] == 0 else None
+                    _check_reached(idle or 0, number, run)
                 log.write(number, values)
                 advance(number, values)
 
-            untold = []
-            for batches in _steps(run, number):
+            untold: list[tuple[int, Metrics, Sequence[TrainingBatch]]] = []
+            steps = _steps(run, number)
+            taken = run.data.get_state()  # after the last whole step
+            while number < run.steps:
+                try:
+                    batches = next(steps)
+                except InputError:  # the steps before are kept
+                    for earlier in untold:
+                        tell(*earlier)
+                    if number and checkpoints.last != number:
+                        checkpoints.save(state, taken)
+                    raise
+                taken = run.data.get_state()
                 state, metrics = step(state, run.frozen, place(batches, mesh=run.mesh), key)
                 number += 1
                 for earlier in untold:  # while the devices are busy with this one
                     tell(*earlier)
                 untold = [(number, metrics, batches)] if number % recipe.log_every == 0 else []
-                end = stopped(number) or number == run.steps
-                due = asked is not None and (number % asked.every == 0 or number == run.steps)
+                stop = signals.reached(number)
+                end = stop or number == run.steps
+                due = asked is not None and not stop and (number % asked.every == 0 or number == run.steps)
                 if not (end or due or number % recipe.save_every == 0):
                     continue
                 tell(number, metrics, batches)  # what has diverged is not saved
                 untold, score = [], None
                 if due and evaluation is not None and asked is not None:
-                    found = evaluation(state.trainable, run.frozen, run.objective, partial(place, mesh=run.mesh))
-                    log.write(number, found)
-                    score = found[f"evaluation_{asked.metric}"]
-                checkpoints.save(state, run.data.get_state(), score)
+                    found = evaluation(
+                        state.trainable, run.frozen, run.objective, partial(place, mesh=run.mesh), signals.told
+                    )
+                    if found is not None:
+                        log.write(number, found)
+                        score = found[f"evaluation_{asked.metric}"]
+                    end = end or signals.told()
+                checkpoints.save(state, taken, score)
                 speed.leave_out()
                 if end:
                     break
@@ -187,6 +230,31 @@ def place(batches: Sequence[TrainingBatch], *, mesh: Mesh | None) -> Any:
     return jax.tree.map(on_devices, stacked)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise InputError if a run could not write its folder: before the weights are read, and not after."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"output is {folder}, and {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"output is {folder}, and {there} may not be written to; give another one")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two processes would write the same files. Hosts of one run are one: the first."""
+    if jax.process_index():
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: another process is training here; wait for it, or give another output"
+            ) from error
+        yield
+
+
 def _mesh(recipe: Recipe) -> Mesh | None:
     devices = jax.device_count()
     fsdp = recipe.fsdp or devices // recipe.tensor
@@ -214,8 +282,19 @@ def _steps(run: Run, first: int) -> Iterator[list[TrainingBatch]]:
         yield batches + [empty] * (count - len(batches))
 
 
-def _values(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics._asdict().items()}
+def _values(metrics: Metrics, kind: Kind) -> dict[str, float]:
+    values = {name: float(value) for name, value in metrics._asdict().items()}
+    if kind == "preferences":
+        values |= {"margin": -values.pop("cross_entropy"), "pairs": values.pop("targets")}
+    return values
+
+
+def _check_reached(idle: int, number: int, run: Run) -> None:
+    if idle == min(_IDLE, run.steps):
+        raise InputError(
+            f"the gradients of all steps up to {number} are 0: the data do not reach what is trained "
+            f"({', '.join(run.recipe.trainable)}); an adapter needs samples with its media"
+        )
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:
@@ -253,27 +332,37 @@ class _Speed:
         return values
 
 
-@contextmanager
-def _stopping() -> Iterator[Callable[[int], bool]]:
-    """Yields a function that tells after a step whether to stop: all hosts alike, once any was told to."""
-    told = False
+class _Signals:
+    """Whether the run was told to end."""
 
-    def stop(*_: Any) -> None:
-        nonlocal told
-        told = True
+    def __init__(self):
+        self._told = False
 
-    def reached(step: int) -> bool:
+    def tell(self, *_: Any) -> None:
+        self._told = True
+
+    def reached(self, step: int) -> bool:
+        """After a step: all hosts alike, once any was told."""
         if jax.process_count() == 1:
-            return told
+            return self._told
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step) or bool(
-            multihost_utils.process_allgather(np.asarray(told)).any()
+            multihost_utils.process_allgather(np.asarray(self._told)).any()
         )
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    def told(self) -> bool:
+        """At any time; among several hosts only `reached` can tell."""
+        return self._told and jax.process_count() == 1
+
+
+@contextmanager
+def _stopping() -> Iterator[_Signals]:
+    """SIGTERM and Ctrl-C are told instead of ending the process."""
+    signals = _Signals()
+    before = {s: signal.signal(s, signals.tell) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield reached
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -8,7 +8,9 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-LINES = "metrics.jsonl"
+from phi4mm_jax.errors import InputError
+
+LINES, REPORT = "metrics.jsonl", "report.md"
 
 
 class Log:
@@ -26,7 +28,10 @@ class Log:
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(aside, self._path)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        try:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -44,8 +49,13 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / LINES
     if not path.exists():
         return []
-    content = path.read_text()
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+    content, lines = path.read_bytes(), []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is no line of metrics; take it out") from error
+    return lines
 
 
 def draw(folder: Path) -> None:
@@ -59,7 +69,7 @@ def draw(folder: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss a target token")
+    axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
@@ -72,10 +82,11 @@ def report(folder: Path, facts: Mapping[str, Any]) -> None:
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
     if steps:
         rows += [f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |"]
-        rows += [f"| target tokens | {sum(line['targets'] for line in steps):,.0f} |"]
+        counted = "pairs" if "pairs" in steps[0] else "targets"
+        rows += [f"| {counted} | {sum(line[counted] for line in steps):,.0f} |"]
     evaluations = [line for line in lines if "evaluation_loss" in line]
     for name in sorted({key for line in evaluations for key in line if key != "step"}):
         values = [line[name] for line in evaluations if name in line]
         rows += [f"| {name.replace('_', ' ')}, first and last | {values[0]:.4f}, {values[-1]:.4f} |"]
     skeleton = ["# Report", "", "| | |", "|---|---|", *rows, "", "![loss](loss.png)", ""]
-    (folder / "report.md").write_text("\n".join(skeleton))
+    (folder / REPORT).write_text("\n".join(skeleton))

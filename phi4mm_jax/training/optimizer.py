@@ -1,5 +1,6 @@
 """AdamW with a schedule and clipping, by optax."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -41,7 +42,8 @@ class OptimizerConfig:
 
     def __post_init__(self):
         def check(name: str, valid: bool, expected: str) -> None:
-            if not valid:
+            value = getattr(self, name)
+            if not valid or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"optimizer.{name} is {getattr(self, name)!r}; expected {expected}")
 
         check("learning_rate", self.learning_rate > 0, "a positive number")
@@ -92,4 +94,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any
         weight_decay=config.weight_decay,
         mask=mask,
     )
-    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    # Without clipping the state has the same structure, so that a run can go on with it changed.
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    return optax.chain(clip, adamw)

@@ -235,4 +235,5 @@ def _whole(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); nothing was left there") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()

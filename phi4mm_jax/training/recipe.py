@@ -1,12 +1,14 @@
 """A recipe: all settings of a run in one YAML file, which arguments may override."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import MinLen
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from phi4mm_jax.errors import InputError
@@ -18,6 +20,7 @@ from phi4mm_jax.training.optimizer import OptimizerConfig
 from phi4mm_jax.training.packing import PackingConfig
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
+Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
 Metric = Literal["loss", "wer", "cer", "bleu", "exact"]
 
 
@@ -25,6 +28,12 @@ def _at_least(value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"expected a whole number from {least} on")
     return value
+
+
+def _without_weights(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    if any(source.weight is not None for source in sources):
+        raise ValueError("sources of an evaluation have no weights: each sample counts once")
+    return sources
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,12 @@ class EvaluationConfig:
         every: steps.
         metric: decides which checkpoint is the best one: the loss, or by generating answers word or character error
             rate, BLEU, or the share that is exactly right.
-        samples: how many answers are generated at most, for metrics that need them.
+        samples: how many answers are generated at most, for metrics that need them; of each source as many, from all
+            over it.
         max_new_tokens: of a generated answer.
     """
 
-    sources: tuple[Source, ...]
+    sources: Annotated[tuple[Source, ...], AfterValidator(lambda sources: _without_weights(sources))]
     every: Count
     metric: Metric = "loss"
     samples: Count = 200
@@ -75,7 +85,7 @@ class Recipe:
 
     model: str
     output: str
-    trainable: tuple[str, ...]
+    trainable: Annotated[tuple[str, ...], MinLen(1)]
     data: DataConfig
     accumulate: Count = 1
     fresh_adapters: bool = False
@@ -84,7 +94,7 @@ class Recipe:
     remat: Remat = "full"
     fsdp: int = 0
     tensor: Count = 1
-    seed: int = 0
+    seed: Seed = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -100,6 +110,14 @@ class Recipe:
                 "accumulate is above 1, and data.packing gives several sizes; micro-batches of one step need one size "
                 "of lengths, crops and chunks"
             )
+        preferences = self.data.kind == "preferences"
+        if preferences and packing.pack:
+            raise InputError(
+                "data.kind is preferences, and data.packing.pack is true; a row is one answer there: set it to false"
+            )
+        for name, default in (("loss", LossConfig()), ("dpo", DPOConfig())):
+            if (name == "loss") == preferences and getattr(self, name) != default:
+                raise InputError(f"{name} has settings, which data.kind={self.data.kind} does not use; leave them out")
 
 
 for _strict in (Recipe, EvaluationConfig, DataConfig, Source, PackingConfig, OptimizerConfig, LossConfig, DPOConfig):
@@ -138,6 +156,34 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     os.replace(aside, path)
 
 
+# What a run may go on with another value of. All else decides what the steps before would have been.
+_MAY_CHANGE = re.compile(
+    r"output|fsdp|tensor|remat|save_every|keep|log_every|optimizer\..*|evaluation(?!\.metric)(\..*)?"
+    r"|data\.(sources|epochs|steps|bad_samples|threads|prefetch)(\..*)?"
+)
+
+
+def check_same_run(recipe: Recipe, path: Path) -> None:
+    """Raise InputError if a run of the recipe that was saved at `path` cannot go on with this one."""
+    before, now = (_flat(TypeAdapter(Recipe).dump_python(r, mode="json")) for r in (load_recipe(path), recipe))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if name == "evaluation.metric" and None in (old, new):
+            continue  # there was none, or is none any more
+        if old != new and not _MAY_CHANGE.fullmatch(name):
+            raise InputError(
+                f"{path}: the run was begun with {name}={old!r:.80}, and cannot go on with {new!r:.80}; set it back, "
+                "or give another output"
+            )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _override(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not key or not equals:
@@ -145,8 +191,9 @@ def _override(settings: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     inner: Any = settings
     for parent in parents:
-        inner = inner.setdefault(parent, {}) if isinstance(inner, dict) else None
-        inner = inner if inner is not None else {}
+        if isinstance(inner, dict) and inner.get(parent) is None:
+            inner[parent] = {}
+        inner = inner[parent] if isinstance(inner, dict) else None
     if not isinstance(inner, dict):
         raise InputError(f"{override!r}: {'.'.join(parents)} has no settings of its own")
     try:

@@ -71,7 +71,9 @@ def losses_of(
     rngs = None if key is None else {"dropout": key}
     apply: Callable[..., Any] = model.apply
     hidden = apply(variables, batch.batch, method="hidden", rngs=rngs)
-    return token_losses(hidden, variables["params"]["decoder"]["embedding"], batch.targets, batch.weights, config)
+    # Of the head not the cast one: its gradient is a sum over all positions, which float32 has room for.
+    embedding = join(trainable, frozen)["params"]["decoder"]["embedding"]
+    return token_losses(hidden, embedding, batch.targets, batch.weights, config)
 
 
 def gradients(
@@ -123,7 +125,7 @@ def train_step(
     weight = jnp.maximum(sums.weight, 1.0)
     metrics = Metrics(
         sums.loss / weight, -sums.log_probability / weight, sums.correct / weight, sums.weight,
-        optax.global_norm(found),
+        optax.tree.norm(found),
     )  # fmt: skip
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
