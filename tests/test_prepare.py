@@ -61,14 +61,17 @@ def test_words_are_compared_without_their_clothes():
     assert words("東京は 2024年") == ["東", "京", "は", "2024", "年"]
 
 
-def test_media_are_found_from_another_folder(tmp_path):
+@pytest.mark.parametrize("stored", [list, json.dumps])
+def test_media_are_found_from_another_folder(tmp_path, stored):
     (tmp_path / "a").mkdir()
     (tmp_path / "b" / "c").mkdir(parents=True)
     parts = [{"type": "image", "image": "x/1.png"}, {"type": "audio", "audio": "/abs.wav"}]
-    source = write(tmp_path / "a" / "m.jsonl", [sample(parts)])
+    made = sample(parts)
+    source = write(tmp_path / "a" / "m.jsonl", [{**made, "messages": stored(made["messages"])}])
     evaluation = write(tmp_path / "eval.jsonl", [{"text": SECRET}])
     decontaminate(source, [evaluation], tmp_path / "b" / "c" / "out.jsonl")
-    image, audio = read(tmp_path / "b" / "c" / "out.jsonl")[0]["messages"][0]["content"]
+    messages = read(tmp_path / "b" / "c" / "out.jsonl")[0]["messages"]
+    image, audio = (json.loads(messages) if isinstance(messages, str) else messages)[0]["content"]
     assert image["image"] == os.path.join("..", "..", "a", "x", "1.png")
     assert audio["audio"] == "/abs.wav"
 

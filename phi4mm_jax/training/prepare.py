@@ -212,14 +212,22 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
     with _whole(output) as kept, _whole(dropped_path(output)) as dropped:
         for line in read_lines(source):
             values = {"id": line.id, **line.values}  # its number is another one now
-            if prefix != Path() and isinstance(values.get("messages"), list):  # paths are relative to the manifest
-                values["messages"] = with_paths(values["messages"], prefix)
+            if prefix != Path():  # paths are relative to the manifest
+                values["messages"] = _moved(values.get("messages"), prefix)
             why = fault(line)
             counts[why is not None] += 1
             if why is not None:
                 values["dropped"] = why
             (kept if why is None else dropped).write(json.dumps(values, ensure_ascii=False) + "\n")
     return counts[0], counts[1]
+
+
+def _moved(messages: Any, prefix: Path) -> Any:
+    """Messages, which may be a string of JSON, with the paths of their media below `prefix`."""
+    if isinstance(messages, str):
+        with contextlib.suppress(ValueError):
+            return json.dumps(_moved(json.loads(messages), prefix), ensure_ascii=False)
+    return with_paths(messages, prefix) if isinstance(messages, list) else messages
 
 
 @contextlib.contextmanager
