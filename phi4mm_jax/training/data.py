@@ -216,7 +216,7 @@ class TrainingData:
         """Where the stream is: after the last batch that was taken. Plain values for JSON; the same on every host, but
         for what `skipped` counts."""
         return {
-            "data": self._signature(), "steps": self._steps, "stream": self._batches.get_state(),
+            "data": self._signature, "steps": self._steps, "stream": self._batches.get_state(),
             "tally": self._tally._asdict(), "unreadable": self._unreadable._asdict(),
         }  # fmt: skip
 
@@ -227,7 +227,7 @@ class TrainingData:
             InputError: the state is of other data, or of another number of hosts. Files of another size with as many
                 samples are taken to be repaired ones.
         """
-        theirs, ours = state["data"], self._signature()
+        theirs, ours = state["data"], self._signature
         if different := [name for name in ours if name != "bytes" and theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
@@ -243,6 +243,7 @@ class TrainingData:
         self._batches.close()
         self._pool.shutdown(cancel_futures=True)
 
+    @functools.cached_property
     def _signature(self) -> dict[str, Any]:
         """What the order and the shapes depend on."""
         config = self._config

@@ -46,7 +46,7 @@ def preference(model: Phi4MM, config: DPOConfig) -> Objective:
 
     def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
         # The reference sees no dropout; the policy does.
-        others = {name: value for name, value in frozen.items() if name != REFERENCE}
+        others = without_reference(frozen)
         policy = of_answers(model, trainable, others, batch, key)
         fixed = jax.lax.stop_gradient(of_answers(model, frozen[REFERENCE], others, batch, None))
         gains = (policy - fixed).reshape(-1, 2)
@@ -58,6 +58,11 @@ def preference(model: Phi4MM, config: DPOConfig) -> Objective:
         return total, Sums(total, pairs.sum(), margin, correct)
 
     return objective
+
+
+def without_reference(frozen: Variables) -> Variables:
+    """The frozen parameters of the model itself."""
+    return {name: value for name, value in frozen.items() if name != REFERENCE}
 
 
 def of_answers(

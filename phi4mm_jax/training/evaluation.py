@@ -18,7 +18,7 @@ from phi4mm_jax.generation import Engine, EngineConfig, Programs
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.sharding import jit_beside
 from phi4mm_jax.training.data import DataConfig, TrainingData
-from phi4mm_jax.training.dpo import REFERENCE
+from phi4mm_jax.training.dpo import without_reference
 from phi4mm_jax.training.patterns import join
 from phi4mm_jax.training.recipe import EvaluationConfig
 from phi4mm_jax.training.step import Objective, Variables
@@ -78,7 +78,6 @@ class Evaluation:
 
     def _answers(self, trainable: Variables, frozen: Variables, ended: Callable[[], bool]) -> list[Answer] | None:
         dtype = self._programs.model.dtype
-        known = {name: value for name, value in frozen.items() if name != REFERENCE}
-        variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), known)
+        variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
         engine = Engine(self._programs, variables, self._model.processor, EngineConfig())
         return ask(engine, self._items, self._config.max_new_tokens, ended=ended)

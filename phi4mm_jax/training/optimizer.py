@@ -44,7 +44,7 @@ class OptimizerConfig:
         def check(name: str, valid: bool, expected: str) -> None:
             value = getattr(self, name)
             if not valid or (isinstance(value, float) and not math.isfinite(value)):
-                raise InputError(f"optimizer.{name} is {getattr(self, name)!r}; expected {expected}")
+                raise InputError(f"optimizer.{name} is {value!r}; expected {expected}")
 
         check("learning_rate", self.learning_rate > 0, "a positive number")
         check("warmup_steps", self.warmup_steps >= 0, "0 or a positive whole number")

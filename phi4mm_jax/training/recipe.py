@@ -50,7 +50,7 @@ class EvaluationConfig:
         max_new_tokens: of a generated answer.
     """
 
-    sources: Annotated[tuple[Source, ...], AfterValidator(lambda sources: _without_weights(sources))]
+    sources: Annotated[tuple[Source, ...], AfterValidator(_without_weights)]
     every: Count
     metric: Metric = "loss"
     samples: Count = 200
