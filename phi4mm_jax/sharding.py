@@ -70,8 +70,7 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
 def keep_split(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
     """A parameter where it is used, told to lie as `shardings` says, on the mesh in context if there is one.
 
-    So does its gradient then: of a stack of layers each device adds up its own part, layer by layer, where XLA would
-    else hold the gradients of the whole stack on every device.
+    So does its gradient then, which XLA else places as it sees fit, and some of them otherwise.
     """
     sizes = automatic_axes()
     if math.prod(sizes.values()) == 1:
