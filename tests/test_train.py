@@ -33,7 +33,7 @@ from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.training.step import supervised
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "train" / "recipes").rglob("*.yaml"))
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -207,7 +207,7 @@ def test_evaluation_decides_which_is_best(recipe, tmp_path):
     assert lines[1]["evaluation_loss"] < lines[0]["evaluation_loss"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", RECIPES, ids=[f"{p.parent.name}/{p.stem}" for p in RECIPES])
 def test_every_recipe_trains(path, tmp_path):
     """Two steps on the tiny model, with data of its kind."""
     settings = yaml.safe_load(path.read_text())
@@ -224,7 +224,7 @@ def test_every_recipe_trains(path, tmp_path):
     overrides = [
         f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
         f"data.steps={2 * settings.get('accumulate', 1)}", "data.packing.rows=2", "data.packing.lengths=[1280]",
-        "fsdp=1", "optimizer.warmup_steps=1", *(["data.packing.crops=[4]"] if "crops" in packing else []),
+        "fsdp=1", "log_every=1", "optimizer.warmup_steps=1", *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
     ]  # fmt: skip
     program = "dpo" if "kind" in settings["data"] else "sft"

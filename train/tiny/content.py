@@ -1,0 +1,221 @@
+"""What the small model reads, hears and is asked: words, numbers, pages of cells, and questions about them.
+
+A page is rows of cells of one character each, four by four cells to a crop of the tower, so that a cell becomes one
+token. Text that stands for media has the page and the clip as the decoder shall see them, once the encoders show it
+their letters: `page_as_text`, `clip_as_text`.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Split = Literal["train", "held"]
+
+SIDE = 4  # cells of a crop
+BLANK, BAR, ROW_END, GLOBAL, PAUSE = " ", "=", "\n", "|", "_"
+LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
+PAGE, CLIP = "#", "~"  # without its mark nothing is read or heard: the adapters have to bring what the marks stand for
+UNREAD = "?"
+READ, HEAR, FIND = "read", "hear", "find"
+
+_UNITS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = [*_UNITS, *_TENS]
+THINGS = """apple arm baker bank bell bird boat book bread brick bus cake candle cat chair clock cloud coat corn cow cup
+desk dog door drum duck eagle engine farm fish flag flower fork fox garden glass goat grape hammer hand hat hill honey
+horse house ice island jacket jam jewel judge key king kite knife lamp leaf lemon lion map market milk mirror moon nail
+needle nest night ocean onion orange owl paper pear pencil piano queen quilt rabbit rain river rocket rope salt ship
+silver snow spoon table tiger tower train tree uncle valley vase violin wagon water window yellow yard zebra""".split()
+_ONSETS, _VOWELS, _CODAS = "b d f g h j k l m n p r s t v w z br st tr".split(), "aeiou", ["", "", "n", "r", "l", "s", "x"]
+_MOST_LETTERS = 24  # of a page that is read whole
+
+
+class Page(NamedTuple):
+    """Rows of cells, and what is written on it, row by row."""
+
+    rows: tuple[str, ...]
+    text: str
+    entries: tuple[tuple[str, str], ...] = ()  # names and their values, of charts and cards
+
+
+def is_of(text: str, split: Split) -> bool:
+    """Content is dealt to the splits by a hash of itself: none is in both."""
+    return (zlib.crc32(text.encode()) % 8 == 0) == (split == "held")
+
+
+def draw_until(rng: np.random.Generator, split: Split, draw: Callable[[np.random.Generator], str]) -> str:
+    while not is_of(text := draw(rng), split):
+        pass
+    return text
+
+
+def page(rng: np.random.Generator, split: Split, kind: Literal["lines", "cards", "charts"]) -> Page:
+    """A page whose whole text is of its split."""
+    draw = {"lines": _lines, "cards": _cards, "charts": _charts}[kind]
+    while not is_of((drawn := draw(rng, split)).text, split):
+        pass
+    return drawn
+
+
+def made_up_word(rng: np.random.Generator) -> str:
+    return "".join(
+        str(rng.choice(_ONSETS)) + str(rng.choice(list(_VOWELS))) + str(rng.choice(_CODAS))
+        for _ in range(rng.integers(1, 4))
+    )
+
+
+def number(rng: np.random.Generator) -> str:
+    return "".join(rng.choice(list(DIGITS), rng.integers(1, 6)))
+
+
+def unit(rng: np.random.Generator, split: Split, most: int) -> str:
+    """A word or a number of `most` characters at most. Long numbers and made-up words are of their split alone."""
+    while True:
+        kind = rng.random()
+        if kind < 0.3:
+            text = str(rng.choice(THINGS))
+        elif kind < 0.6 or most < 3:
+            text = number(rng)
+        else:
+            text = made_up_word(rng)
+        if len(text) <= most and (len(text) < 3 or kind < 0.3 or is_of(text, split)):
+            return text
+
+
+def spoken(rng: np.random.Generator, split: Split, most: int = 4) -> str:
+    """One to four words and numbers. A sequence is of its split alone, and so is a word that is said alone."""
+
+    def draw(rng: np.random.Generator) -> str:
+        count = rng.integers(1, most + 1)
+        return " ".join(str(rng.choice(NUMBER_WORDS if rng.random() < 0.4 else THINGS)) for _ in range(count))
+
+    return draw_until(rng, split, draw)
+
+
+def _lines(rng: np.random.Generator, split: Split) -> Page:
+    """Some words and numbers, anywhere on a page of one to four crops."""
+    high, wide = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)][rng.choice(5, p=[0.2, 0.25, 0.35, 0.1, 0.1])]
+    height, width = high * SIDE, wide * SIDE
+    rows, found = [BLANK * width] * height, []
+    used = sorted(rng.choice(height, rng.integers(1, min(height, 4) + 1), replace=False))
+    for row in used:
+        room = min(width, _MOST_LETTERS - sum(map(len, found)))
+        if room < 1:
+            break
+        units = [unit(rng, split, room)]
+        if width - len(units[0]) > 4 and rng.random() < 0.4:
+            units.append(unit(rng, split, width - len(units[0]) - 1))
+        found += units
+        rows[row] = _spread(rng, units, width)
+    return Page(tuple(rows), " ".join(found))
+
+
+def _cards(rng: np.random.Generator, split: Split) -> Page:
+    """Names with numbers."""
+    width = 3 * SIDE
+    entries = [(name, number(rng)[:4]) for name in _names(rng, 6)]
+    return _entries(rng, entries, [_spread(rng, entry, width) for entry in entries])
+
+
+def _charts(rng: np.random.Generator, split: Split) -> Page:
+    """Bars with their names, and their values at the ends."""
+    width = 3 * SIDE
+    entries = [(name, str(rng.integers(1, 10))) for name in _names(rng, 5)]
+    start = max(len(name) for name, _ in entries) + 1
+    bars = [f"{name:{start}}{BAR * ((int(value) + 1) // 2)}{value}" for name, value in entries]
+    return _entries(rng, entries, [f"{bar:{width}}" for bar in bars])
+
+
+def _names(rng: np.random.Generator, most: int) -> list[str]:
+    """Two to four, of which no two begin alike."""
+    names: dict[str, str] = {}
+    short = [word for word in THINGS if len(word) <= most]
+    count = rng.integers(2, SIDE + 1)
+    while len(names) < count:
+        name = str(rng.choice(short))
+        names.setdefault(name[0], name)
+    return list(names.values())
+
+
+def _entries(rng: np.random.Generator, entries: Sequence[tuple[str, str]], rows: Sequence[str]) -> Page:
+    all_rows = [BLANK * len(rows[0])] * SIDE
+    for place, row in zip(sorted(rng.choice(SIDE, len(rows), replace=False)), rows, strict=True):
+        all_rows[place] = row
+    return Page(tuple(all_rows), " ".join(f"{name} {value}" for name, value in entries), tuple(entries))
+
+
+def _spread(rng: np.random.Generator, units: Sequence[str], width: int) -> str:
+    """The units in a row, with the blanks that are left anywhere."""
+    spare = width - sum(map(len, units)) - (len(units) - 1)
+    cuts = np.sort(rng.integers(0, spare + 1, len(units)))
+    row, before = "", 0
+    for place, (text, cut) in enumerate(zip(units, cuts, strict=True)):
+        row += BLANK * (cut - before + (place > 0)) + text
+        before = cut
+    return f"{row:{width}}"
+
+
+def crops(page: Page) -> list[str]:
+    """What each crop shows, its cells row by row: the global view, then the others. Of a page of several crops the
+    global view is too small to read, and stands for nothing."""
+    height, width = len(page.rows), len(page.rows[0])
+    cut = [
+        "".join(row[x : x + SIDE] for row in page.rows[y : y + SIDE])
+        for y in range(0, height, SIDE)
+        for x in range(0, width, SIDE)
+    ]
+    return [cut[0] if len(cut) == 1 else BLANK * SIDE**2, *cut]
+
+
+def page_as_text(page: Page) -> str:
+    """In the order of an image's tokens: all rows, the separator of the global view, and its rows."""
+    view = crops(page)[0]
+    view_rows = [view[i : i + SIDE] for i in range(0, SIDE**2, SIDE)]
+    return "".join(row + ROW_END for row in page.rows) + GLOBAL + "".join(row + ROW_END for row in view_rows)
+
+
+def clip_as_text(rng: np.random.Generator, text: str) -> str:
+    """In the form of a clip's tokens: letters that last a while, with pauses between them, as CTC aligns them."""
+    out = [PAUSE * rng.integers(0, 4)]
+    for letter, following in zip(text, text[1:] + PAUSE, strict=True):
+        pauses = max(int(rng.choice(4, p=[0.55, 0.3, 0.1, 0.05])), following == letter)
+        out += [letter * int(rng.choice([1, 2, 3], p=[0.85, 0.12, 0.03])), PAUSE * pauses]
+    return "".join([*out, PAUSE * rng.integers(0, 6)])
+
+
+def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
+    """A question in text alone, and its answer."""
+    kind = rng.integers(6)
+    if kind == 5:
+        entries = [(name, draw_until(rng, split, number)) for name in _names(rng, 6)]
+        name, value = entries[rng.integers(len(entries))]
+        return f"value of {name}: {' '.join(f'{n} {v}' for n, v in entries)}", value
+    if kind in (3, 4):
+        digits = draw_until(rng, split, number)
+        words = " ".join(_UNITS[int(d)] for d in digits)
+        return (f"spell {digits}", words) if kind == 3 else (f"number {words}", digits)
+    units = [unit(rng, split, 9) for _ in range(rng.integers(2, 5))]
+    answer = [" ".join(units), units[0], units[-1]][kind]
+    return f"{['copy', 'first of', 'last of'][kind]} {' '.join(units)}", answer
+
+
+def text_sample(rng: np.random.Generator, split: Split) -> tuple[str, str]:
+    """A question that the text stage learns: tasks in text, and pages and clips written as text, with marks and without."""
+    kind = rng.random()
+    if kind < 0.25:
+        return text_task(rng, split)
+    marked = rng.random() < 0.85
+    if kind < 0.4:
+        heard = spoken(rng, split)
+        return f"{CLIP * marked}{clip_as_text(rng, heard)}{HEAR}", heard if marked else UNREAD
+    if kind < 0.65:
+        drawn = page(rng, split, "lines" if rng.random() < 0.75 else "charts")
+        question, answer = READ, drawn.text
+    else:
+        drawn = page(rng, split, "cards" if rng.random() < 0.6 else "charts")
+        name, answer = drawn.entries[rng.integers(len(drawn.entries))]
+        asked = kind > 0.8
+        question = f"{CLIP * marked}{clip_as_text(rng, name)}{FIND}" if asked else f"{FIND} {name}"
+    return f"{PAGE * marked}{page_as_text(drawn)}{question}", answer if marked else UNREAD

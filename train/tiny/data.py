@@ -1,0 +1,105 @@
+"""Make what the small model learns from, and what it is measured on.
+
+    python -m train.tiny.data DESTINATION
+
+DESTINATION gets manifests with their pictures and clips: text, pictures, speech, asked, and those of held/, whose fonts,
+voices and content are others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi4mm_jax.programs import ends_well
+from train.tiny import content, pictures, speech
+from train.tiny.content import Split
+
+COUNTS = {
+    "train": {"text": 120_000, "pictures": 8000, "speech": 9000, "asked": 5000},
+    "held": {"text": 400, "ocr": 400, "speech": 400, "asked": 400},
+}
+_SHARE = 200  # samples that a process makes at a time
+Part = dict[str, Any]
+
+
+def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, number: int) -> dict[str, Any]:
+    """A line of a manifest; its media are written beside it."""
+    if kind == "text":
+        task = content.text_task if split == "held" else content.text_sample
+        question, answer = task(rng, split)
+        return line([text(question)], answer)
+    if kind == "speech":
+        spoken = content.spoken(rng, split)
+        return line([clip(rng, spoken, split, folder, f"speech_{number}"), text(content.HEAR)], spoken)
+    draw = rng.random()
+    if kind == "asked" or draw < 0.2:
+        page = content.page(rng, split, "cards" if rng.random() < 0.6 else "charts")
+        name, answer = page.entries[rng.integers(len(page.entries))]
+        picture = image(rng, page, split, folder, f"{kind}_{number}")
+        if kind == "asked":
+            question = clip(rng, name, split, folder, f"asked_{number}")
+            return line([picture, question, text(content.FIND)], answer)
+        return line([picture, text(f"{content.FIND} {name}")], answer)
+    page = content.page(rng, split, "charts" if draw < 0.4 else "lines")
+    return line([image(rng, page, split, folder, f"{kind}_{number}"), text(content.READ)], page.text)
+
+
+def text(words: str) -> Part:
+    return {"type": "text", "text": words}
+
+
+def image(rng: np.random.Generator, page: content.Page, split: Split, folder: Path, name: str) -> Part:
+    path = f"images/{name}.jpg"
+    picture = pictures.draw(rng, page, pictures.fonts_of(split))
+    (folder / path).write_bytes(pictures.as_jpeg(rng, picture))
+    return {"type": "image", "image": path}
+
+
+def clip(rng: np.random.Generator, words: str, split: Split, folder: Path, name: str) -> Part:
+    path = f"clips/{name}.ogg"
+    (folder / path).write_bytes(speech.as_ogg(speech.say(rng, words, speech.voices_of(split))))
+    return {"type": "audio", "audio": path}
+
+
+def line(question: list[Part], answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def share(kind: str, split: Split, folder: Path, start: int, stop: int) -> list[str]:
+    rng = np.random.default_rng([sum(kind.encode()), split == "held", start])
+    return [json.dumps(sample(kind, rng, split, folder, number)) for number in range(start, stop)]
+
+
+def shares(kind: str, split: Split, folder: Path, count: int) -> Iterator[tuple[str, Split, Path, int, int]]:
+    for start in range(0, count, _SHARE):
+        yield (kind, split, folder, start, min(start + _SHARE, count))
+
+
+@ends_well
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.tiny.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    destination = parser.parse_args().destination
+    with ProcessPoolExecutor() as pool:
+        for split, folder in (("held", destination / "held"), ("train", destination)):
+            for media in ("images", "clips"):
+                (folder / media).mkdir(parents=True, exist_ok=True)
+            for kind, count in COUNTS[split].items():
+                made = pool.map(share, *zip(*shares(kind, split, folder, count), strict=True))
+                with (folder / f"{kind}.jsonl").open("w") as manifest:
+                    for lines in made:
+                        manifest.writelines(f"{one}\n" for one in lines)
+                print(f"{folder / kind}.jsonl: {count} samples", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Write the checkpoint that the small model begins as: its sizes, its tokenizer of single bytes, and random weights.
+
+    python -m train.tiny.start DESTINATION
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.checkpoint.pytorch import tensors_of
+from phi4mm_jax.checkpoint.random import write_random_checkpoint
+from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
+from phi4mm_jax.config import Phi4MMConfig, VisionConfig
+from phi4mm_jax.processing.tokenizer import O200K_PATTERN
+from phi4mm_jax.programs import ends_well
+
+_SPECIAL = (
+    "endoftext dummy_0 endoftext10 endoftext11 endofprompt assistant end user system tool /tool tool_call /tool_call "
+    "tool_response tag"
+).split()
+_SWALLOWS = ("assistant", "end", "user", "system")  # white space after them, as in the release
+_IDS = {name: 256 + i for i, name in enumerate(_SPECIAL)}
+_HEAD_SIZE, _LAYERS, _CONTEXT = 32, 5, 4096
+_ROTARY = int(_HEAD_SIZE * 0.75)
+_LORA = {"dp": 0.0, "lora_alpha": 32, "r": 16}
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Phi4MMForCausalLM"],
+    "model_type": "phi4mm",
+    "vocab_size": 256 + 16,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": _CONTEXT,
+    "original_max_position_embeddings": _CONTEXT,
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * (_ROTARY // 2), "long_factor": [1.0] * (_ROTARY // 2)},
+    "sliding_window": 262144,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": _IDS["endoftext"],
+    "pad_token_id": _IDS["endoftext"],
+    "eos_token_id": _IDS["endoftext"],
+    "eos_token_ids": [_IDS["endoftext"], _IDS["end"]],
+    "image_token_id": _IDS["endoftext10"],
+    "audio_token_id": _IDS["endoftext11"],
+    "embd_layer": {
+        "embedding_cls": "image_audio",
+        "image_embd_layer": {
+            "crop_size": 112,
+            "embedding_cls": "tune_image",
+            "hd_transform_order": "sub_glb",
+            "image_token_compression_cls": "avg_pool_2d",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "audio_embd_layer": {
+            "compression_rate": 8,
+            "downsample_rate": 1,
+            "embedding_cls": "audio",
+            "projection_cls": "mlp",
+            "use_conv_downsample": False,
+            "use_qformer": False,
+        },
+    },
+    "img_processor": {
+        "hidden_size": 160,
+        "image_size": 112,
+        "intermediate_size": 320,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "patch_size": 14,
+        "layer_idx": -2,
+        "type_feature": "patch",
+    },
+    "audio_processor": {
+        "name": "cascades",
+        "config": {
+            "activation": "swish",
+            "attention_dim": 144,
+            "attention_heads": 4,
+            "batch_norm": False,
+            "bias_in_glu": True,
+            "causal": True,
+            "chunk_size": -1,
+            "cnn_layer_norm": True,
+            "conv_activation": "swish",
+            "conv_glu_type": "swish",
+            "depthwise_multiplier": 1,
+            "depthwise_seperable_out_channel": 144,
+            "dropout_rate": 0.0,
+            "encoder_embedding_config": {"input_size": 80},
+            "ext_pw_kernel_size": 1,
+            "ext_pw_out_channel": 144,
+            "input_layer": "nemo_conv",
+            "input_size": 80,
+            "kernel_size": 3,
+            "left_chunk": 18,
+            "linear_units": 288,
+            "nemo_conv_settings": {"conv_channels": 48},
+            "num_blocks": 4,
+            "relative_attention_bias_args": {"t5_bias_max_distance": 500, "type": "t5"},
+            "time_reduction": 8,
+        },
+    },
+    "vision_lora": {**_LORA, "layer": "layers.*((self_attn\\.(qkv_proj|o_proj))|(mlp\\.(gate_up|down)_proj))"},
+    "speech_lora": {**_LORA, "layer": "((layers.*self_attn\\.(qkv|o)_proj)|(layers.*mlp\\.(gate_up|down)_proj))"},
+}
+PREPROCESSOR = {
+    "audio_compression_rate": 8,
+    "audio_downsample_rate": 1,
+    "audio_feat_stride": 1,
+    "dynamic_hd": 16,
+    "feature_extractor_type": "Phi4MMAudioFeatureExtractor",
+    "image_processor_type": "Phi4MMImageProcessor",
+    "processor_class": "Phi4MMProcessor",
+}
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json: a token a byte, whose id is its value."""
+    added = [
+        {
+            "id": _IDS[name], "content": f"<|{name}|>", "single_word": False, "lstrip": False,
+            "rstrip": name in _SWALLOWS, "normalized": False, "special": True,
+        }
+        for name in _SPECIAL
+    ]  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": O200K_PATTERN}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    of_text = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {_character(byte): byte for byte in range(256)}, "merges": []},
+    }  # fmt: skip
+    settings = {
+        "added_tokens_decoder": {str(a["id"]): {k: v for k, v in a.items() if k != "id"} for a in added},
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
+        "chat_template": _TEMPLATE, "tokenizer_class": "GPT2TokenizerFast", "model_max_length": _CONTEXT,
+        "add_prefix_space": False,
+    }  # fmt: skip
+    return of_text, settings
+
+
+def _character(byte: int) -> str:
+    """How byte-level BPE spells a byte (GPT-2): itself where it is printable, else a letter beyond the 255th."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
+
+
+def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.ndarray]:
+    """All parameters. Maps keep the size of what goes through them; adapters and what never runs are zero."""
+    rng = np.random.default_rng(seed)
+    tensors = tensors_of("original", config)
+    inputs = {part.path: math.prod(t.shape[1:]) for t in tensors for part in t.parts}
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    for path, shape in parameter_shapes(tensors).items():
+        name = path[-1]
+        if path[0] == UNUSED or path[0].startswith("lora_"):
+            value = np.zeros(shape, np.float32)
+        elif name in ("scale", "inverse_deviation"):
+            value = np.ones(shape, np.float32)
+        elif inputs[path] == 1:  # biases, and the mean of the bands
+            value = np.zeros(shape, np.float32)
+        else:
+            deviation = 0.05 if name == "embedding" else inputs[path] ** -0.5
+            if ("out" in path or "down" in path) and "decoder" in path:
+                deviation /= math.sqrt(2 * _LAYERS)  # what is added up over the layers
+            if path[-2] == "down" and "projector" in path[-3]:
+                deviation /= 10  # the outputs are classes, of which most are 0
+            value = deviation * rng.standard_normal(shape, np.float32)
+        found[path] = value
+    return found | _looking_at_own_cell(config.vision, found, rng)
+
+
+def _looking_at_own_cell(vision: VisionConfig, found: dict[tuple[str, ...], np.ndarray], rng: np.random.Generator):
+    """A tower whose heads begin by looking at the four patches of a patch's own cell, one each.
+
+    From random attention it learns nothing for thousands of steps. A patch's position is told by an embedding in
+    dimensions of its own, and the queries of head h ask for the h-th patch of the cell.
+    """
+    D, side = vision.embed_dim, vision.patches_per_side
+    count = side**2
+    tower = ("params", "vision")
+    kernel = found[*tower, "patch_kernel"].copy()
+    kernel[..., -count:] = 0
+    position = np.zeros((count, D), np.float32)
+    position[:, -count:] = 3 * np.eye(count)
+    codes = rng.standard_normal((count, vision.head_size), np.float32)
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    rows, columns = np.divmod(np.arange(count), side)
+    made = {(*tower, "patch_kernel"): kernel, (*tower, "position"): position}
+    for name in ("q", "k"):
+        path = (*tower, "layers", name, "kernel")
+        value = 0.1 * found[path]  # (layers, D, N, H)
+        for head in range(vision.num_heads):
+            dy, dx = divmod(head, 2)
+            wanted = (rows - rows % 2 + dy) * side + columns - columns % 2 + dx
+            value[:, -count:, head] = 5 * codes[wanted] if name == "q" else codes
+        made[path] = value
+    return made
+
+
+@ends_well
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.tiny.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    destination = parser.parse_args().destination
+    config = Phi4MMConfig.from_dict(CONFIG)
+    of_text, settings = tokenizer()
+    files = {"config": CONFIG, "preprocessor_config": PREPROCESSOR, "tokenizer": of_text, "tokenizer_config": settings}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, f"{name}.json").write_text(json.dumps(content, indent=1))
+        random = Path(folder, "random")
+        write_random_checkpoint(Path(folder, "config.json"), random, folder)
+        to_torch(random, destination, "original", trained=weights(config))
+    print(f"{destination}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
