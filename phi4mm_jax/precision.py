@@ -20,9 +20,7 @@ def einsum(equation: str, *operands: Float[Array, "..."], result=None) -> Float[
     return jnp.einsum(equation, *cast, precision=precision_of(dtype), preferred_element_type=result or dtype)
 
 
-def linear(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1, *, result=None
-) -> Float[Array, "..."]:
+def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1, *, result=None) -> Float[Array, "..."]:
     """x @ kernel over the last `inputs` axes of x and the first of the kernel; dtypes as in `einsum`.
 
     As a product of two matrices: of more axes XLA's CPU backend copies the operands of the kernel's gradient an element

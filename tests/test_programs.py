@@ -127,7 +127,9 @@ def test_an_answer_that_cannot_be_written():
 def test_demo_answers_what_is_expected():
     result = run("infer.demo")
     assert result.returncode == 0, result.stderr
-    said = {kind: re.findall(rf"^{kind} +(.*)$", result.stdout, re.M) for kind in ("answer", "expected", "image", "audio")}
+    said = {
+        kind: re.findall(rf"^{kind} +(.*)$", result.stdout, re.M) for kind in ("answer", "expected", "image", "audio")
+    }
     assert said["answer"] == said["expected"]
     assert len(said["answer"]) == 4
     media = said["image"] + said["audio"]

@@ -11,6 +11,8 @@ import pytest
 from conftest import FIXTURES
 
 from infer import evaluate
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.loop import prepare, train
 from phi4mm_jax.training.recipe import load_recipe
@@ -70,6 +72,18 @@ def test_fonts_and_voices_of_the_sets_differ():
 
     assert not set(speech.voices_of("train")) & set(speech.voices_of("held"))
     assert not [a for a in pictures.HELD_OUT if any(a.startswith(b) or b.startswith(a) for b in pictures.TRAINED)]
+
+
+def test_a_page_has_a_token_a_cell():
+    """Whatever its size in pixels, a picture has the tokens that the page has as text."""
+    rng, processor = np.random.default_rng(0), Processor.from_folder(MODEL, Phi4MMConfig.from_folder(MODEL))
+    shapes = set()
+    for _ in range(40):
+        page = content.page(rng, "train", "lines")
+        picture = pictures.draw(rng, page, (NEW_FONT,))
+        assert processor.count_image_tokens(picture) == len(content.page_as_text(page))
+        shapes.add((len(page.rows), len(page.rows[0])))
+    assert len(shapes) == 5
 
 
 def test_pages_and_clips_as_text_are_what_they_show():

@@ -224,7 +224,8 @@ def test_every_recipe_trains(path, tmp_path):
     overrides = [
         f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
         f"data.steps={2 * settings.get('accumulate', 1)}", "data.packing.rows=2", "data.packing.lengths=[1280]",
-        "fsdp=1", "log_every=1", "optimizer.warmup_steps=1", *(["data.packing.crops=[4]"] if "crops" in packing else []),
+        "fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
+        *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
     ]  # fmt: skip
     program = "dpo" if "kind" in settings["data"] else "sft"

@@ -20,15 +20,17 @@ PAGE, CLIP = "#", "~"  # without its mark nothing is read or heard: the adapters
 UNREAD = "?"
 READ, HEAR, FIND = "read", "hear", "find"
 
-_UNITS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = str.split("zero one two three four five six seven eight nine ten eleven twelve")
+_TENS = str.split("twenty thirty forty fifty sixty seventy eighty ninety")
 NUMBER_WORDS = [*_UNITS, *_TENS]
-THINGS = """apple arm baker bank bell bird boat book bread brick bus cake candle cat chair clock cloud coat corn cow cup
+THINGS = str.split("""
+apple arm baker bank bell bird boat book bread brick bus cake candle cat chair clock cloud coat corn cow cup
 desk dog door drum duck eagle engine farm fish flag flower fork fox garden glass goat grape hammer hand hat hill honey
 horse house ice island jacket jam jewel judge key king kite knife lamp leaf lemon lion map market milk mirror moon nail
 needle nest night ocean onion orange owl paper pear pencil piano queen quilt rabbit rain river rocket rope salt ship
-silver snow spoon table tiger tower train tree uncle valley vase violin wagon water window yellow yard zebra""".split()
-_ONSETS, _VOWELS, _CODAS = "b d f g h j k l m n p r s t v w z br st tr".split(), "aeiou", ["", "", "n", "r", "l", "s", "x"]
+silver snow spoon table tiger tower train tree uncle valley vase violin wagon water window yellow yard zebra""")
+_ONSETS = str.split("b d f g h j k l m n p r s t v w z br st tr")
+_VOWELS, _CODAS = list("aeiou"), ["", "", "n", "r", "l", "s", "x"]
 _MOST_LETTERS = 24  # of a page that is read whole
 
 
@@ -61,8 +63,7 @@ def page(rng: np.random.Generator, split: Split, kind: Literal["lines", "cards",
 
 def made_up_word(rng: np.random.Generator) -> str:
     return "".join(
-        str(rng.choice(_ONSETS)) + str(rng.choice(list(_VOWELS))) + str(rng.choice(_CODAS))
-        for _ in range(rng.integers(1, 4))
+        str(rng.choice(_ONSETS)) + str(rng.choice(_VOWELS)) + str(rng.choice(_CODAS)) for _ in range(rng.integers(1, 4))
     )
 
 
@@ -96,7 +97,8 @@ def spoken(rng: np.random.Generator, split: Split, most: int = 4) -> str:
 
 def _lines(rng: np.random.Generator, split: Split) -> Page:
     """Some words and numbers, anywhere on a page of one to four crops."""
-    high, wide = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)][rng.choice(5, p=[0.2, 0.25, 0.35, 0.1, 0.1])]
+    shapes = (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)
+    high, wide = shapes[int(rng.choice(5, p=[0.2, 0.25, 0.35, 0.1, 0.1]))]
     height, width = high * SIDE, wide * SIDE
     rows, found = [BLANK * width] * height, []
     used = sorted(rng.choice(height, rng.integers(1, min(height, 4) + 1), replace=False))
@@ -202,7 +204,7 @@ def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
 
 
 def text_sample(rng: np.random.Generator, split: Split) -> tuple[str, str]:
-    """A question that the text stage learns: tasks in text, and pages and clips written as text, with marks and without."""
+    """A question of the text stage: tasks in text, and pages and clips written as text, with marks and without."""
     kind = rng.random()
     if kind < 0.25:
         return text_task(rng, split)

@@ -2,8 +2,8 @@
 
     python -m train.tiny.data DESTINATION
 
-DESTINATION gets manifests with their pictures and clips: text, pictures, speech, asked, and those of held/, whose fonts,
-voices and content are others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
+DESTINATION gets manifests with their pictures and clips: text, pictures, speech, asked, and those of held/, whose
+fonts, voices and content are others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from phi4mm_jax.programs import ends_well
 from train.tiny import content, pictures, speech
 from train.tiny.content import Split
 
-COUNTS = {
+COUNTS: dict[Split, dict[str, int]] = {
     "train": {"text": 120_000, "pictures": 8000, "speech": 9000, "asked": 5000},
     "held": {"text": 400, "ocr": 400, "speech": 400, "asked": 400},
 }
@@ -89,10 +89,11 @@ def main() -> int:
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
     destination = parser.parse_args().destination
     with ProcessPoolExecutor() as pool:
-        for split, folder in (("held", destination / "held"), ("train", destination)):
+        for split, counts in COUNTS.items():
+            folder = destination / "held" if split == "held" else destination
             for media in ("images", "clips"):
                 (folder / media).mkdir(parents=True, exist_ok=True)
-            for kind, count in COUNTS[split].items():
+            for kind, count in counts.items():
                 made = pool.map(share, *zip(*shares(kind, split, folder, count), strict=True))
                 with (folder / f"{kind}.jsonl").open("w") as manifest:
                     for lines in made:

@@ -2,9 +2,9 @@
 
     python -m train.tiny.letters pages|clips START DATA DESTINATION
 
-Each place of a page is classified by its cell, each clip by connectionist temporal classification (Graves et al., 2006).
-The classes are the first dimensions of the projector's output, so that `train.tiny.join` can put the decoder's own
-embeddings in their place: the decoder then sees media as the text that it has learnt to read.
+Each place of a page is classified by its cell, each clip by connectionist temporal classification (Graves et
+al., 2006). The classes are the first dimensions of the projector's output, so that `train.tiny.join` can put the
+decoder's own embeddings in their place: the decoder then sees media as the text that it has learnt to read.
 
 DESTINATION gets encoder.npz and metrics.jsonl.
 """
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 import phi4mm_jax
-from phi4mm_jax.processing.audio import log_mel, load_audio, num_audio_tokens
+from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
 from phi4mm_jax.processing.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
 from phi4mm_jax.programs import ends_well
+from phi4mm_jax.training.metrics import Log
 from phi4mm_jax.training.patterns import join, split
 from train.tiny import content, pictures
 
@@ -45,6 +47,7 @@ _CLIPS = 32  # of a step
 _LENGTHS = (24, 36, 48, 72)  # of batches of clips, in tokens
 
 Batch = Any
+Clip = tuple[np.ndarray, list[int]]
 Metrics = dict[str, Array]
 Loss = Callable[[Callable[..., Any], Any, Batch], tuple[Array, Metrics]]
 
@@ -63,7 +66,9 @@ def clip_loss(apply: Callable[..., Any], variables: Any, batch: tuple[AudioStack
     """CTC by letter, and the squared distance of the outputs from the probabilities that they mean."""
     audio, labels = batch
     count = len(CLIP_CLASSES)
-    outputs = apply(variables, audio, method="encode_audio")[:, :count].reshape(len(labels), -1, count)  # (A, T, classes)
+    outputs = apply(variables, audio, method="encode_audio")[:, :count].reshape(
+        len(labels), -1, count
+    )  # (A, T, classes)
     empty = jnp.arange(outputs.shape[1]) >= audio.attended[:, None]
     lost = optax.ctc_loss(_SHARPNESS * outputs, empty.astype(jnp.float32), labels, (labels == 0).astype(jnp.float32))
     letters = (labels > 0).sum()
@@ -108,26 +113,23 @@ def _page(rng: np.random.Generator) -> content.Page:
     return content.page(rng, "train", "lines" if kind < 0.75 else "cards" if kind < 0.85 else "charts")
 
 
-def read_clips(manifests: list[Path]) -> list[tuple[np.ndarray, list[int]]]:
-    """Frames of each clip, and its letters as classes: those of the transcripts, and of the spoken questions."""
+def read_clips(manifest: Path) -> list[Clip]:
+    """Frames of each clip, and its letters as classes."""
     found = []
-    for manifest in manifests:
-        for line in manifest.read_text().splitlines():
-            question, answer = json.loads(line)["messages"]
-            path = next(part["audio"] for part in question["content"] if part["type"] == "audio")
-            samples, rate = load_audio(manifest.parent / path)
-            letters = [CLIP_CLASSES.index(c) for c in answer["content"]]
-            found.append((log_mel(samples, rate).astype(np.float16), letters))
+    for line in manifest.read_text().splitlines():
+        (clip, _), transcript = (message["content"] for message in json.loads(line)["messages"])
+        samples, rate = load_audio(manifest.parent / clip["audio"])
+        found.append((log_mel(samples, rate).astype(np.float16), [CLIP_CLASSES.index(c) for c in transcript]))
     return found
 
 
-def clip_batches(model: phi4mm_jax.Model, clips: list[tuple[np.ndarray, list[int]]], seed: int = 0):
+def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> Iterator[tuple[AudioStack, np.ndarray]]:
     """Clips of like lengths together."""
     rng, speech = np.random.default_rng(seed), model.config.speech
-    by_length: dict[int, list[tuple[np.ndarray, list[int]]]] = {length: [] for length in _LENGTHS}
+    by_length: dict[int, list[Clip]] = {length: [] for length in _LENGTHS}
     for frames, letters in clips:
         tokens = num_audio_tokens(len(frames))
-        repeats = sum(a == b for a, b in zip(letters, letters[1:], strict=False))
+        repeats = sum(a == b for a, b in pairwise(letters))
         if len(letters) + repeats <= tokens <= _LENGTHS[-1]:
             by_length[next(n for n in _LENGTHS if tokens <= n)].append((frames, letters))
     most = max(len(letters) for _, letters in clips)
@@ -150,7 +152,7 @@ def teach(
     batches: Iterator[Batch],
     steps: int,
     rate: float,
-    log: Callable[[dict[str, float]], None],
+    log: Log,
 ) -> Any:
     """The encoder's variables after so many steps of AdamW."""
     trained, frozen = split(model.variables, patterns, "the encoder")
@@ -169,7 +171,7 @@ def teach(
         since.append(metrics)
         if number % 50 == 0 or number == steps:
             means = {name: float(np.mean([m[name] for m in since])) for name in metrics}
-            log({"step": number, **means, "minutes": (time.monotonic() - begun) / 60})
+            log.write(number, {**means, "minutes": (time.monotonic() - begun) / 60})
             since = []
     return trained
 
@@ -187,25 +189,21 @@ def main() -> int:
     parser.add_argument("--rate", metavar="X", type=float, default=7e-4, help="of learning, at most")
     arguments = parser.parse_args()
     model = phi4mm_jax.load(arguments.start, dtype="float32", fresh_adapters=True)
-    arguments.destination.mkdir(parents=True, exist_ok=True)
-    kept = {}
-    with (arguments.destination / "metrics.jsonl").open("w", buffering=1) as file:
-
-        def log(values: dict[str, float]) -> None:
-            file.write(json.dumps(values) + "\n")
-
-        if arguments.medium == "pages":
-            loss, batches = page_loss, page_batches(model)
-        else:
-            clips = read_clips([arguments.data / "speech.jsonl"])
-            frames = np.concatenate([frames for frames, _ in clips]).astype(np.float32)
-            statistics = {"mean": frames.mean(0), "inverse_deviation": 1 / frames.std(0)}
-            model.variables["params"]["speech"] |= statistics
-            kept = {f"params/speech/{name}": value for name, value in statistics.items()}
-            loss, batches = clip_loss, clip_batches(model, clips)
-        trained = teach(model, ENCODERS[arguments.medium], loss, batches, arguments.steps, arguments.rate, log)
+    kept: dict[str, np.ndarray] = {}
+    log = Log(arguments.destination, step=0)
+    if arguments.medium == "pages":
+        loss, batches = page_loss, page_batches(model)
+    else:
+        clips = read_clips(arguments.data / "speech.jsonl")
+        frames = np.concatenate([frames for frames, _ in clips]).astype(np.float32)
+        statistics = {"mean": frames.mean(0), "inverse_deviation": 1 / frames.std(0)}
+        model.variables["params"]["speech"] |= statistics
+        kept = {f"params/speech/{name}": value for name, value in statistics.items()}
+        loss, batches = clip_loss, clip_batches(model, clips)
+    trained = teach(model, ENCODERS[arguments.medium], loss, batches, arguments.steps, arguments.rate, log)
+    log.close()
     found = {"/".join(path): np.asarray(value) for path, value in flatten_dict(trained).items()}
-    np.savez(arguments.destination / "encoder.npz", **found, **kept)
+    np.savez(arguments.destination / "encoder.npz", allow_pickle=False, **found, **kept)
     return 0
 
 

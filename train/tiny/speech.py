@@ -11,11 +11,13 @@ from phi4mm_jax.errors import InputError
 from train.tiny.content import Split
 
 RATE = 16000
-HELD_OUT = "Alicia Benjamin Max Mike female4 male3 klatt2 Pedro".split()
-TRAINED = """Adam Alex Andrea Andy Annie Antonio Auntie Belinda Boris Caleb David Denis Diogo Ed Edward Gene Gustave Henrique
-Hugo Iven Iven2 Jacky John Lee Linda Marcelo Marco Mario Michael Michel Miguel Mr_Serious Nguyen Pablo Paul Quincy
-RicishayMax Rob Robert Steph Steph2 Zac anika female2 female3 female5 grandma klatt klatt3 male1 male2 male4 male5 male6
-male7 norbert sandro shelby travis victor""".split()
+HELD_OUT = str.split("Alicia Benjamin Max Mike female4 male3 klatt2 Pedro")
+TRAINED = str.split(
+    """Adam Alex Andrea Andy Annie Antonio Auntie Belinda Boris Caleb David Denis Diogo Ed Edward Gene Gustave Henrique
+    Hugo Iven Iven2 Jacky John Lee Linda Marcelo Marco Mario Michael Michel Miguel Mr_Serious Nguyen Pablo Paul Quincy
+    RicishayMax Rob Robert Steph Steph2 Zac anika female2 female3 female5 grandma klatt klatt3 male1 male2 male4 male5
+    male6 male7 norbert sandro shelby travis victor"""
+)
 _ACCENTS = ("en-us", "en-gb", "en-us", "en-gb-x-rp")
 
 
@@ -30,7 +32,17 @@ def say(rng: np.random.Generator, text: str, voices: list[str]) -> np.ndarray:
         InputError: there is no espeak-ng.
     """
     voice = f"{rng.choice(_ACCENTS)}+{rng.choice(voices)}"
-    command = ["espeak-ng", "-v", voice, "-s", rng.integers(85, 116), "-p", rng.integers(25, 76), "-g", rng.integers(0, 3)]
+    command = [
+        "espeak-ng",
+        "-v",
+        voice,
+        "-s",
+        rng.integers(85, 116),
+        "-p",
+        rng.integers(25, 76),
+        "-g",
+        rng.integers(0, 3),
+    ]
     try:
         spoken = subprocess.run([*map(str, command), "--stdout", text], capture_output=True, check=True).stdout
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Write the checkpoint that the small model begins as: its sizes, its tokenizer of single bytes, and random weights.
 
-    python -m train.tiny.start DESTINATION
+python -m train.tiny.start DESTINATION
 """
 
 import argparse
@@ -21,10 +21,10 @@ from phi4mm_jax.config import Phi4MMConfig, VisionConfig
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
 from phi4mm_jax.programs import ends_well
 
-_SPECIAL = (
+_SPECIAL = str.split(
     "endoftext dummy_0 endoftext10 endoftext11 endofprompt assistant end user system tool /tool tool_call /tool_call "
     "tool_response tag"
-).split()
+)
 _SWALLOWS = ("assistant", "end", "user", "system")  # white space after them, as in the release
 _IDS = {name: 256 + i for i, name in enumerate(_SPECIAL)}
 _HEAD_SIZE, _LAYERS, _CONTEXT = 32, 5, 4096
@@ -207,7 +207,7 @@ def _looking_at_own_cell(vision: VisionConfig, found: dict[tuple[str, ...], np.n
     codes = rng.standard_normal((count, vision.head_size), np.float32)
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
     rows, columns = np.divmod(np.arange(count), side)
-    made = {(*tower, "patch_kernel"): kernel, (*tower, "position"): position}
+    made: dict[tuple[str, ...], np.ndarray] = {(*tower, "patch_kernel"): kernel, (*tower, "position"): position}
     for name in ("q", "k"):
         path = (*tower, "layers", name, "kernel")
         value = 0.1 * found[path]  # (layers, D, N, H)

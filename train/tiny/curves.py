@@ -1,0 +1,40 @@
+"""Draw the losses of all stages as one picture: python -m train.tiny.curves RUNS PICTURE.png"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from phi4mm_jax.programs import ends_well
+from phi4mm_jax.training.metrics import read_log
+
+STAGES = {
+    "text": "decoder: text, pages and clips as text",
+    "pages": "tower: letters of pages",
+    "clips": "speech encoder: letters of clips (CTC)",
+    "speech": "speech adapter",
+    "vision": "vision adapter",
+}
+
+
+@ends_well
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.tiny.curves", description=__doc__)
+    parser.add_argument("runs", metavar="RUNS", type=Path, help="the folder of the stages' outputs")
+    parser.add_argument("picture", metavar="PICTURE", type=Path)
+    arguments = parser.parse_args()
+    figure = Figure((3 * len(STAGES), 3), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(STAGES)), STAGES.items(), strict=True):
+        points = [(line["step"], line["loss"]) for line in read_log(arguments.runs / name)]
+        axes.semilogy(*zip(*points, strict=True), linewidth=0.9)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("loss a letter")
+    figure.savefig(arguments.picture, dpi=90)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
