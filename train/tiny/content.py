@@ -31,6 +31,10 @@ needle nest night ocean onion orange owl paper pear pencil piano queen quilt rab
 silver snow spoon table tiger tower train tree uncle valley vase violin wagon water window yellow yard zebra""")
 _ONSETS = str.split("b d f g h j k l m n p r s t v w z br st tr")
 _VOWELS, _CODAS = list("aeiou"), ["", "", "n", "r", "l", "s", "x"]
+_SHARES = {  # of the text stages: the second one learns what the first one is slow to learn
+    "text": {"task": 0.25, "hear": 0.15, "read": 0.25, "find": 0.15, "asked": 0.2},
+    "more": {"task": 0.1, "hear": 0.08, "read": 0.12, "find": 0.35, "asked": 0.35},
+}
 _MOST_LETTERS = 24  # of a page that is read whole
 
 
@@ -39,7 +43,7 @@ class Page(NamedTuple):
 
     rows: tuple[str, ...]
     text: str
-    entries: tuple[tuple[str, str], ...] = ()  # names and their values, of charts and cards
+    entries: tuple[str, ...] = ()  # names with their values, of charts and cards
 
 
 def is_of(text: str, split: Split) -> bool:
@@ -145,7 +149,7 @@ def _entries(rng: np.random.Generator, entries: Sequence[tuple[str, str]], rows:
     all_rows = [BLANK * len(rows[0])] * SIDE
     for place, row in zip(sorted(rng.choice(SIDE, len(rows), replace=False)), rows, strict=True):
         all_rows[place] = row
-    return Page(tuple(all_rows), " ".join(f"{name} {value}" for name, value in entries), tuple(entries))
+    return Page(tuple(all_rows), " ".join(map(" ".join, entries)), tuple(map(" ".join, entries)))
 
 
 def _spread(rng: np.random.Generator, units: Sequence[str], width: int) -> str:
@@ -189,11 +193,7 @@ def clip_as_text(rng: np.random.Generator, text: str) -> str:
 
 def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
     """A question in text alone, and its answer."""
-    kind = rng.integers(6)
-    if kind == 5:
-        entries = [(name, draw_until(rng, split, number)) for name in _names(rng, 6)]
-        name, value = entries[rng.integers(len(entries))]
-        return f"value of {name}: {' '.join(f'{n} {v}' for n, v in entries)}", value
+    kind = rng.integers(5)
     if kind in (3, 4):
         digits = draw_until(rng, split, number)
         words = " ".join(_UNITS[int(d)] for d in digits)
@@ -203,21 +203,21 @@ def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
     return f"{['copy', 'first of', 'last of'][kind]} {' '.join(units)}", answer
 
 
-def text_sample(rng: np.random.Generator, split: Split) -> tuple[str, str]:
-    """A question of the text stage: tasks in text, and pages and clips written as text, with marks and without."""
-    kind = rng.random()
-    if kind < 0.25:
+def text_sample(rng: np.random.Generator, split: Split, stage: Literal["text", "more"]) -> tuple[str, str]:
+    """A question of a text stage: tasks in text, and pages and clips written as text, with marks and without."""
+    kind = str(rng.choice(list(_SHARES[stage]), p=list(_SHARES[stage].values())))
+    if kind == "task":
         return text_task(rng, split)
     marked = rng.random() < 0.85
-    if kind < 0.4:
+    if kind == "hear":
         heard = spoken(rng, split)
         return f"{CLIP * marked}{clip_as_text(rng, heard)}{HEAR}", heard if marked else UNREAD
-    if kind < 0.65:
+    if kind == "read":
         drawn = page(rng, split, "lines" if rng.random() < 0.75 else "charts")
         question, answer = READ, drawn.text
     else:
         drawn = page(rng, split, "cards" if rng.random() < 0.6 else "charts")
-        name, answer = drawn.entries[rng.integers(len(drawn.entries))]
-        asked = kind > 0.8
-        question = f"{CLIP * marked}{clip_as_text(rng, name)}{FIND}" if asked else f"{FIND} {name}"
+        answer = drawn.entries[rng.integers(len(drawn.entries))]
+        name = answer.split()[0]
+        question = f"{FIND} {name}" if kind == "find" else f"{CLIP * marked}{clip_as_text(rng, name)}{FIND}"
     return f"{PAGE * marked}{page_as_text(drawn)}{question}", answer if marked else UNREAD

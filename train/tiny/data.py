@@ -2,7 +2,7 @@
 
     python -m train.tiny.data DESTINATION
 
-DESTINATION gets manifests with their pictures and clips: text, pictures, speech, asked, and those of held/, whose
+DESTINATION gets manifests with their pictures and clips: text, more, pictures, speech, asked, and those of held/, whose
 fonts, voices and content are others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
 """
 
@@ -21,7 +21,7 @@ from train.tiny import content, pictures, speech
 from train.tiny.content import Split
 
 COUNTS: dict[Split, dict[str, int]] = {
-    "train": {"text": 120_000, "pictures": 8000, "speech": 9000, "asked": 5000},
+    "train": {"text": 120_000, "more": 60_000, "pictures": 8000, "speech": 7000, "asked": 3500},
     "held": {"text": 400, "ocr": 400, "speech": 400, "asked": 400},
 }
 _SHARE = 200  # samples that a process makes at a time
@@ -30,9 +30,9 @@ Part = dict[str, Any]
 
 def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, number: int) -> dict[str, Any]:
     """A line of a manifest; its media are written beside it."""
-    if kind == "text":
-        task = content.text_task if split == "held" else content.text_sample
-        question, answer = task(rng, split)
+    if kind in ("text", "more"):
+        held = split == "held"
+        question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split, kind)
         return line([text(question)], answer)
     if kind == "speech":
         spoken = content.spoken(rng, split)
@@ -40,7 +40,8 @@ def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, numb
     draw = rng.random()
     if kind == "asked" or draw < 0.2:
         page = content.page(rng, split, "cards" if rng.random() < 0.6 else "charts")
-        name, answer = page.entries[rng.integers(len(page.entries))]
+        answer = page.entries[rng.integers(len(page.entries))]
+        name = answer.split()[0]
         picture = image(rng, page, split, folder, f"{kind}_{number}")
         if kind == "asked":
             question = clip(rng, name, split, folder, f"asked_{number}")

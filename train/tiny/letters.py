@@ -104,13 +104,13 @@ def page_batches(model: phi4mm_jax.Model, seed: int = 0) -> Iterator[tuple[Image
 
 
 def _page(rng: np.random.Generator) -> content.Page:
-    """Half of them full of letters of all kinds, as often each."""
-    kind = rng.random()
-    if kind < 0.5:
+    """Half of them full of letters, each as often."""
+    if rng.random() < 0.5:
+        height, width = content.SIDE * rng.integers(1, 3), content.SIDE * rng.integers(1, 4)
         characters = list(content.LETTERS + content.DIGITS + content.BLANK)
-        rows = tuple("".join(rng.choice(characters, content.SIDE)) for _ in range(content.SIDE))
-        return content.Page(rows, "")
-    return content.page(rng, "train", "lines" if kind < 0.75 else "cards" if kind < 0.85 else "charts")
+        return content.Page(tuple("".join(rng.choice(characters, width)) for _ in range(height)), "")
+    kinds = ("lines", "cards", "charts")
+    return content.page(rng, "train", kinds[int(rng.choice(3, p=[0.5, 0.25, 0.25]))])
 
 
 def read_clips(manifest: Path) -> list[Clip]:
@@ -138,11 +138,24 @@ def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> I
         length = int(rng.choice(_LENGTHS, p=share / share.sum()))
         some = by_length[length]
         chosen = [some[i] for i in rng.integers(len(some), size=_CLIPS)]
-        entries = [next(clip_chunks(frames.astype(np.float32), False, length, speech)) for frames, _ in chosen]
+        entries = [next(clip_chunks(_varied(rng, frames), False, length, speech)) for frames, _ in chosen]
         labels = np.zeros((_CLIPS, most), np.int32)
         for row, (_, letters) in zip(labels, chosen, strict=True):
             row[: len(letters)] = letters
         yield AudioStack(*map(np.stack, zip(*entries, strict=True))), labels
+
+
+def _varied(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+    """The clip as of another speaker: bands stretched, as by a vocal tract of another length; tilted; some lost."""
+    bands = np.arange(frames.shape[1], dtype=np.float32)
+    source = np.clip(bands * rng.uniform(0.85, 1.15), 0, len(bands) - 1)
+    low = source.astype(int).clip(max=len(bands) - 2)
+    share = source - low
+    warped = frames[:, low] * (1 - share) + frames[:, low + 1] * share + rng.normal(0, 0.4) * (bands / len(bands) - 0.5)
+    for _ in range(2):
+        first, count = rng.integers(len(bands)), rng.integers(0, 12)
+        warped[:, first : first + count] = warped.mean()
+    return warped.astype(np.float32)
 
 
 def teach(

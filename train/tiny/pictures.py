@@ -59,7 +59,7 @@ def draw(rng: np.random.Generator, page: Page, fonts: Sequence[Path]) -> Image.I
     paper, ink, bar = _colours(rng)
     image = Image.new("RGB", (width, height), paper)
     pen = ImageDraw.Draw(image)
-    font = _font(fonts[int(rng.integers(len(fonts)))], round(cell * rng.uniform(0.9, 1.15)))
+    font = _font(fonts[int(rng.integers(len(fonts)))], round(cell * rng.uniform(0.85, 1.05)))
     dx, dy, thick = *rng.uniform(-0.05, 0.05, 2), rng.uniform(0.5, 0.8)
     for y, row in enumerate(page.rows):
         for x, character in enumerate(row):
@@ -81,9 +81,9 @@ def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _worn(rng: np.random.Generator, image: Image.Image, paper: tuple[int, ...]) -> Image.Image:
-    """Turned by up to a degree, blurred a little, with noise."""
+    """Turned by up to half a degree, blurred a little, with noise."""
     if rng.random() < 0.5:
-        image = image.rotate(rng.uniform(-1, 1), Image.Resampling.BILINEAR, fillcolor=paper)
+        image = image.rotate(rng.uniform(-0.4, 0.4), Image.Resampling.BILINEAR, fillcolor=paper)
     if rng.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.5)))
     pixels = np.asarray(image, np.float32) + rng.normal(0, rng.uniform(0, 8), (image.height, image.width, 1))
