@@ -167,14 +167,15 @@ def _character(byte: int) -> str:
 
 
 def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.ndarray]:
-    """All parameters. Maps keep the size of what goes through them; adapters and what never runs are zero."""
+    """All parameters. Maps keep the size of what goes through them; adapters do nothing yet, for their B
+    is zero, as is what never runs."""
     rng = np.random.default_rng(seed)
     tensors = tensors_of("original", config)
     inputs = {part.path: math.prod(t.shape[1:]) for t in tensors for part in t.parts}
     found: dict[tuple[str, ...], np.ndarray] = {}
     for path, shape in parameter_shapes(tensors).items():
         name = path[-1]
-        if path[0] == UNUSED or path[0].startswith("lora_"):
+        if path[0] == UNUSED or (path[0].startswith("lora_") and name != "a"):
             value = np.zeros(shape, np.float32)
         elif name in ("scale", "inverse_deviation"):
             value = np.ones(shape, np.float32)
