@@ -89,11 +89,11 @@ def unit(rng: np.random.Generator, split: Split, most: int) -> str:
             return text
 
 
-def spoken(rng: np.random.Generator, split: Split, most: int = 4) -> str:
+def spoken(rng: np.random.Generator, split: Split) -> str:
     """One to four words and numbers. A sequence is of its split alone, and so is a word that is said alone."""
 
     def draw(rng: np.random.Generator) -> str:
-        count = rng.integers(1, most + 1)
+        count = rng.integers(1, 5)
         return " ".join(str(rng.choice(NUMBER_WORDS if rng.random() < 0.4 else THINGS)) for _ in range(count))
 
     return draw_until(rng, split, draw)

@@ -16,8 +16,16 @@ import numpy as np
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import tensors_of
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
+from phi4mm_jax.checkpoint.settings import original_config
 from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
-from phi4mm_jax.config import Phi4MMConfig, VisionConfig
+from phi4mm_jax.config import (
+    DecoderConfig,
+    LoraConfig,
+    Phi4MMConfig,
+    RopeConfig,
+    SpeechConfig,
+    VisionConfig,
+)
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
 from phi4mm_jax.programs import ends_well
 
@@ -27,98 +35,35 @@ _SPECIAL = str.split(
 )
 _SWALLOWS = ("assistant", "end", "user", "system")  # white space after them, as in the release
 _IDS = {name: 256 + i for i, name in enumerate(_SPECIAL)}
-_HEAD_SIZE, _LAYERS, _CONTEXT = 32, 5, 4096
-_ROTARY = int(_HEAD_SIZE * 0.75)
-_LORA = {"dp": 0.0, "lora_alpha": 32, "r": 16}
+_CONTEXT = 4096
+_LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.0)
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["Phi4MMForCausalLM"],
-    "model_type": "phi4mm",
-    "vocab_size": 256 + 16,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": _CONTEXT,
-    "original_max_position_embeddings": _CONTEXT,
-    "partial_rotary_factor": 0.75,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * (_ROTARY // 2), "long_factor": [1.0] * (_ROTARY // 2)},
-    "sliding_window": 262144,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": _IDS["endoftext"],
-    "pad_token_id": _IDS["endoftext"],
-    "eos_token_id": _IDS["endoftext"],
-    "eos_token_ids": [_IDS["endoftext"], _IDS["end"]],
-    "image_token_id": _IDS["endoftext10"],
-    "audio_token_id": _IDS["endoftext11"],
-    "embd_layer": {
-        "embedding_cls": "image_audio",
-        "image_embd_layer": {
-            "crop_size": 112,
-            "embedding_cls": "tune_image",
-            "hd_transform_order": "sub_glb",
-            "image_token_compression_cls": "avg_pool_2d",
-            "projection_cls": "mlp",
-            "use_hd_transform": True,
-            "with_learnable_separator": True,
-        },
-        "audio_embd_layer": {
-            "compression_rate": 8,
-            "downsample_rate": 1,
-            "embedding_cls": "audio",
-            "projection_cls": "mlp",
-            "use_conv_downsample": False,
-            "use_qformer": False,
-        },
-    },
-    "img_processor": {
-        "hidden_size": 160,
-        "image_size": 112,
-        "intermediate_size": 320,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "patch_size": 14,
-        "layer_idx": -2,
-        "type_feature": "patch",
-    },
-    "audio_processor": {
-        "name": "cascades",
-        "config": {
-            "activation": "swish",
-            "attention_dim": 144,
-            "attention_heads": 4,
-            "batch_norm": False,
-            "bias_in_glu": True,
-            "causal": True,
-            "chunk_size": -1,
-            "cnn_layer_norm": True,
-            "conv_activation": "swish",
-            "conv_glu_type": "swish",
-            "depthwise_multiplier": 1,
-            "depthwise_seperable_out_channel": 144,
-            "dropout_rate": 0.0,
-            "encoder_embedding_config": {"input_size": 80},
-            "ext_pw_kernel_size": 1,
-            "ext_pw_out_channel": 144,
-            "input_layer": "nemo_conv",
-            "input_size": 80,
-            "kernel_size": 3,
-            "left_chunk": 18,
-            "linear_units": 288,
-            "nemo_conv_settings": {"conv_channels": 48},
-            "num_blocks": 4,
-            "relative_attention_bias_args": {"t5_bias_max_distance": 500, "type": "t5"},
-            "time_reduction": 8,
-        },
-    },
-    "vision_lora": {**_LORA, "layer": "layers.*((self_attn\\.(qkv_proj|o_proj))|(mlp\\.(gate_up|down)_proj))"},
-    "speech_lora": {**_LORA, "layer": "((layers.*self_attn\\.(qkv|o)_proj)|(layers.*mlp\\.(gate_up|down)_proj))"},
-}
+CONFIG = Phi4MMConfig(
+    decoder=DecoderConfig(
+        vocab_size=256 + 16, embed_dim=128, num_layers=5, num_heads=4, num_kv_heads=2, head_size=32, mlp_dim=384,
+        norm_eps=1e-5,
+        rope=RopeConfig(
+            theta=10000.0, rotary_size=24, short_factor=(1.0,) * 12, long_factor=(1.0,) * 12,
+            original_length=_CONTEXT, max_length=_CONTEXT,
+        ),
+    ),
+    vision=VisionConfig(embed_dim=160, num_layers=2, num_heads=4, mlp_dim=320, crop_size=112, patch_size=14),
+    speech=SpeechConfig(
+        num_bands=80, conv_channels=48, embed_dim=144, num_layers=4, num_heads=4, mlp_dim=288, kernel_size=3,
+        bias_distance=500,
+    ),
+    vision_lora=_LORA,
+    speech_lora=_LORA,
+    image_token_id=_IDS["endoftext10"],
+    audio_token_id=_IDS["endoftext11"],
+    pad_token_id=_IDS["endoftext"],
+    stop_token_ids=(_IDS["endoftext"], _IDS["end"]),
+)  # fmt: skip
+# What config.json has besides.
+_SOURCE = {
+    "torch_dtype": "bfloat16", "bos_token_id": _IDS["endoftext"], "eos_token_id": _IDS["endoftext"],
+    "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope"}, "sliding_window": 262144,
+}  # fmt: skip
 PREPROCESSOR = {
     "audio_compression_rate": 8,
     "audio_downsample_rate": 1,
@@ -184,7 +129,7 @@ def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.nda
         else:
             deviation = 0.05 if name == "embedding" else inputs[path] ** -0.5
             if ("out" in path or "down" in path) and "decoder" in path:
-                deviation /= math.sqrt(2 * _LAYERS)  # what is added up over the layers
+                deviation /= math.sqrt(2 * config.decoder.num_layers)  # what is added up over the layers
             if path[-2] == "down" and "projector" in path[-3]:
                 deviation /= 10  # the outputs are classes, of which most are 0
             value = deviation * rng.standard_normal(shape, np.float32)
@@ -227,15 +172,19 @@ def main() -> int:
     )
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
     destination = parser.parse_args().destination
-    config = Phi4MMConfig.from_dict(CONFIG)
     of_text, settings = tokenizer()
-    files = {"config": CONFIG, "preprocessor_config": PREPROCESSOR, "tokenizer": of_text, "tokenizer_config": settings}
+    files = {
+        "config": {**original_config(CONFIG, _SOURCE, code=False), "eos_token_ids": CONFIG.stop_token_ids},
+        "preprocessor_config": PREPROCESSOR,
+        "tokenizer": of_text,
+        "tokenizer_config": settings,
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, f"{name}.json").write_text(json.dumps(content, indent=1))
         random = Path(folder, "random")
         write_random_checkpoint(Path(folder, "config.json"), random, folder)
-        to_torch(random, destination, "original", trained=weights(config))
+        to_torch(random, destination, "original", trained=weights(CONFIG))
     print(f"{destination}: written")
     return 0
 
