@@ -157,10 +157,15 @@ def test_wrong_loss_settings(name, value):
 
 
 @pytest.fixture(scope="module")
-def case_gradients(scanned):
-    """Of each golden case alone: the gradients of all parameters, and the sums."""
+def compute(scanned):
+    """The gradients of all parameters, and the sums."""
     objective = supervised(scanned.module)
-    compute = jax.jit(lambda t, b: gradients(objective, t, {}, b, None))
+    return jax.jit(lambda t, b: gradients(objective, t, {}, b, None))
+
+
+@pytest.fixture(scope="module")
+def case_gradients(scanned, compute):
+    """Of each golden case alone."""
     return {n: compute(scanned.variables, micro_batches(case_sample(scanned, n))) for n in CASES}
 
 
@@ -208,17 +213,22 @@ def pack(model, names: list[str]) -> TrainingBatch:
     return TrainingBatch(batch, targets, weights)
 
 
-def test_packed_rows_have_the_gradients_of_their_samples(scanned, case_gradients):
-    """Two samples in one row, each with an image, are as each alone: attention, positions, frequencies, media."""
-    names = ["grad_vision", "grad_vision_speech"]
-    found, sums = jax.jit(lambda t, b: gradients(supervised(scanned.module), t, {}, b, None))(
-        scanned.variables, micro_batches(pack(scanned, names))
+def test_packed_rows_have_the_gradients_of_their_samples(scanned, compute):
+    """Two samples in one row, each with an image, are as each alone: attention, positions, frequencies, media.
+
+    Queries are a quarter as long: where random attention is as sharp as the checkpoint's, rounding alone moves the
+    gradients by 1e-5, more on some processors.
+    """
+    calm = jax.tree_util.tree_map_with_path(
+        lambda path, x: x / 4 if "q" in [step.key for step in path] else x, scanned.variables
     )
-    weights = [case_gradients[n][1].weight for n in names]
+    names = ["grad_vision", "grad_vision_speech"]
+    found, sums = compute(calm, micro_batches(pack(scanned, names)))
+    alone = [compute(calm, micro_batches(case_sample(scanned, n))) for n in names]
+    weights = [of_sample.weight for _, of_sample in alone]
     assert sums.weight == sum(weights)
     expected = jax.tree.map(
-        lambda *g: sum(x * w for x, w in zip(g, weights, strict=True)) / sum(weights),
-        *(case_gradients[n][0] for n in names),
+        lambda *g: sum(x * w for x, w in zip(g, weights, strict=True)) / sum(weights), *(g for g, _ in alone)
     )
     of_adapter = {k: v for k, v in found.items() if k == "lora_vision"}
     assert relative(of_adapter, {k: expected[k] for k in of_adapter}) <= 1e-5
