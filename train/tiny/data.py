@@ -2,8 +2,8 @@
 
     python -m train.tiny.data DESTINATION
 
-DESTINATION gets manifests with their pictures and clips: text, more, pictures, speech, asked, and those of held/, whose
-fonts, voices and content are others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
+DESTINATION gets manifests with their pictures and clips, and those of held/, whose fonts, voices and content are
+others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
 """
 
 import argparse
@@ -21,34 +21,38 @@ from train.tiny import content, pictures, speech
 from train.tiny.content import Split
 
 COUNTS: dict[Split, dict[str, int]] = {
-    "train": {"text": 120_000, "more": 60_000, "pictures": 8000, "speech": 7000, "asked": 3500},
+    "train": {
+        "text": 180_000, "speech": 9000, "pictures": 4000, "asked": 3000,
+        "speech_refused": 1500, "vision_refused": 1500,
+    },
     "held": {"text": 400, "ocr": 400, "speech": 400, "asked": 400},
-}
+}  # fmt: skip
 _SHARE = 200  # samples that a process makes at a time
 Part = dict[str, Any]
 
 
 def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, number: int) -> dict[str, Any]:
     """A line of a manifest; its media are written beside it."""
-    if kind in ("text", "more"):
+    if kind == "text":
         held = split == "held"
-        question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split, kind)
+        question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split)
         return line([text(question)], answer)
     if kind == "speech":
         spoken = content.spoken(rng, split)
-        return line([clip(rng, spoken, split, folder, f"speech_{number}"), text(content.HEAR)], spoken)
-    draw = rng.random()
-    if kind == "asked" or draw < 0.2:
-        page = content.page(rng, split, "cards" if rng.random() < 0.6 else "charts")
-        answer = page.entries[rng.integers(len(page.entries))]
-        name = answer.split()[0]
-        picture = image(rng, page, split, folder, f"{kind}_{number}")
-        if kind == "asked":
-            question = clip(rng, name, split, folder, f"asked_{number}")
-            return line([picture, question, text(content.FIND)], answer)
-        return line([picture, text(f"{content.FIND} {name}")], answer)
-    page = content.page(rng, split, "charts" if draw < 0.4 else "lines")
-    return line([image(rng, page, split, folder, f"{kind}_{number}"), text(content.READ)], page.text)
+        return line([clip(rng, spoken, split, folder, f"{kind}_{number}"), text(content.HEAR)], spoken)
+    asks = {"asked": "asked", "vision_refused": "asked", "speech_refused": str(rng.choice(["read", "find", "asked"]))}
+    asked = asks.get(kind, "find" if rng.random() < 0.2 else "read")
+    page, name, answer = content.question_of_page(rng, split, asked)
+    question = {"read": content.READ, "find": f"{content.FIND} {name}", "asked": content.FIND}[asked]
+    if kind == "speech_refused":  # each adapter is asked for what is the other's, lest it gives that too
+        spoken = clip(rng, name or str(rng.choice(content.THINGS)), split, folder, f"{kind}_{number}")
+        return line([text(content.page_as_text(page)), spoken, text(question)], content.UNREAD)
+    parts = [image(rng, page, split, folder, f"{kind}_{number}")]
+    if asked == "asked":
+        parts.append(clip(rng, name, split, folder, f"{kind}_{number}"))
+    if kind == "vision_refused":
+        return line([*parts, text(content.HEAR)], content.UNREAD)
+    return line([*parts, text(question)], answer)
 
 
 def text(words: str) -> Part:

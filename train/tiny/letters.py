@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("start", metavar="START", type=Path, help="the checkpoint to begin with")
     parser.add_argument("data", metavar="DATA", type=Path, help="of train.tiny.data")
     parser.add_argument("destination", metavar="DESTINATION", type=Path)
-    parser.add_argument("--steps", metavar="N", type=int, default=2500)
+    parser.add_argument("--steps", metavar="N", type=int, required=True)
     parser.add_argument("--rate", metavar="X", type=float, default=7e-4, help="of learning, at most")
     arguments = parser.parse_args()
     model = phi4mm_jax.load(arguments.start, dtype="float32", fresh_adapters=True)

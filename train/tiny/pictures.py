@@ -15,17 +15,21 @@ _FOLDERS = Path("/usr/share/fonts")
 # Families by the beginnings of their files' names. No held-out one is like one of the others.
 HELD_OUT = ("Lato-", "Cabin-", "C059-", "Hack-", "Caladea-", "OpenSans-", "P052-", "JetBrainsMono-")
 TRAINED = (
-    "Arimo-", "Cantarell-", "Carlito-", "Comfortaa-", "Cousine-", "DejaVuSans", "DejaVuSerif",
-    "FiraCode-", "FreeMono", "FreeSans", "FreeSerif", "GFSDidot", "Inconsolata", "LiberationMono-", "LiberationSans",
-    "LiberationSerif-", "LinBiolinum_R", "LinLibertine_R", "NimbusMonoPS-", "NimbusRoman-", "NimbusSans-", "NotoMono-",
-    "NotoSansMono-", "Quicksand-", "Roboto-", "Tinos-", "URWBookman-",
+    "Andika-", "Anonymous Pro", "Arimo-", "B612-", "B612Mono-", "Cantarell-", "Carlito-", "Comfortaa-", "Courier Prime",
+    "Cousine-", "DejaVuSans", "DejaVuSerif", "FantasqueSansMono-", "FiraCode-", "FreeMono", "FreeSans", "FreeSerif",
+    "GFSDidot", "Gentium-", "Go-Mono", "Go-Regular", "Hermit-", "Inconsolata", "Inter-", "LiberationMono-",
+    "LiberationSans", "LiberationSerif-", "LinBiolinum_R", "LinLibertine_R", "Monoid-", "Mplus1-", "Mplus1Code-",
+    "NimbusMonoPS-", "NimbusRoman-", "NimbusSans-", "NotoMono-", "NotoSansMono-", "Oxygen-Sans", "OxygenMono-",
+    "Quicksand-", "Roboto-", "RobotoSlab-", "Tinos-", "URWBookman-", "agave-", "mononoki-",
 )  # fmt: skip
-_HARD_TO_READ = ("Thin", "Hairline", "Light", "Black", "Cond", "Narrow", "Math")
+_HARD_TO_READ = ("Thin", "Hairline", "Light", "light", "Black", "Cond", "Narrow", "Math", "Display")
 PACKAGES = (
     "fonts-dejavu-core fonts-dejavu-extra fonts-liberation fonts-freefont-ttf fonts-urw-base35 fonts-lato "
     "fonts-roboto-unhinted fonts-open-sans fonts-cantarell fonts-crosextra-carlito fonts-crosextra-caladea "
     "fonts-inconsolata fonts-hack fonts-firacode fonts-linuxlibertine fonts-quicksand fonts-comfortaa fonts-croscore "
-    "fonts-cabin fonts-gfs-didot fonts-noto-mono fonts-jetbrains-mono"
+    "fonts-cabin fonts-gfs-didot fonts-noto-mono fonts-jetbrains-mono fonts-sil-andika fonts-anonymous-pro fonts-b612 "
+    "fonts-courier-prime fonts-fantasque-sans fonts-sil-gentium fonts-go fonts-hermit fonts-inter fonts-monoid "
+    "fonts-mplus fonts-oxygen fonts-roboto-slab fonts-agave fonts-mononoki"
 )
 
 
