@@ -109,7 +109,8 @@ def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.nd
             if not any(used[part.path][tensor.layer] for part in tensor.parts):
                 raise CheckpointError(
                     f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
-                    "wrongly; pass fresh_adapters=True (--fresh-adapters) if an untrained adapter is meant."
+                    "wrongly; if an untrained adapter is meant, pass fresh_adapters=True to load, write "
+                    "fresh_adapters: true in a recipe, give --fresh-adapters to a converter."
                 )
 
 
