@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 Split = Literal["train", "held"]
+Stage = Literal["text", "more"]
 
 SIDE = 4  # cells of a crop
 BLANK, BAR, ROW_END, GLOBAL, PAUSE = " ", "=", "\n", "|", "_"
@@ -31,7 +32,11 @@ needle nest night ocean onion orange owl paper pear pencil piano queen quilt rab
 silver snow spoon table tiger tower train tree uncle valley vase violin wagon water window yellow yard zebra""")
 _ONSETS = str.split("b d f g h j k l m n p r s t v w z br st tr")
 _VOWELS, _CODAS = list("aeiou"), ["", "", "n", "r", "l", "s", "x"]
-_SHARES = {"task": 0.13, "hear": 0.15, "read": 0.25, "find": 0.22, "asked": 0.25}  # of what the decoder learns from
+_SHARES = {  # of the text stages: the second one learns more of what the first one is slow to learn
+    "text": {"task": 0.13, "hear": 0.15, "read": 0.25, "find": 0.22, "asked": 0.25},
+    "more": {"task": 0.1, "hear": 0.45, "read": 0.3, "find": 0.05, "asked": 0.1},
+}
+_LOST = {"text": 1, "more": 4}  # of 5 and 8 letters that are misheard
 _MOST_LETTERS = 24  # of a page that is read whole
 
 
@@ -188,7 +193,7 @@ def clip_as_text(rng: np.random.Generator, text: str) -> str:
     return "".join([*out, PAUSE * rng.integers(0, 6)])
 
 
-def misheard(rng: np.random.Generator, text: str) -> str:
+def misheard(rng: np.random.Generator, text: str, stage: Stage) -> str:
     """As the encoder spells an unknown voice; the decoder, which knows the words, learns to tell them nevertheless.
 
     Half of the texts as they are; of the others up to every fifth letter changed, lost or followed by another.
@@ -200,7 +205,7 @@ def misheard(rng: np.random.Generator, text: str) -> str:
     for letter in text:
         if rng.random() < rate:
             like = _VOWELS if letter in _VOWELS else list(LETTERS + BLANK)
-            letter = str(rng.choice(["", letter + rng.choice(like), *rng.choice(like, 3)]))
+            letter = str(rng.choice([*[""] * _LOST[stage], letter + rng.choice(like), *rng.choice(like, 3)]))
         out.append(letter)
     return "".join(out) or text
 
@@ -217,8 +222,8 @@ def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
     return f"{['copy', 'first of', 'last of'][kind]} {' '.join(units)}", answer
 
 
-def question_of_page(rng: np.random.Generator, split: Split, kind: Literal["read", "find", "asked"]):
-    """A page, the name that is asked for (empty where all is to be read), and the answer."""
+def question_of_page(rng: np.random.Generator, split: Split, kind: str) -> tuple[Page, str, str]:
+    """A page that is asked to `read`, to `find` a name on, or is `asked` for a name by a clip; the name; the answer."""
     if kind == "read":
         drawn = page(rng, split, "lines" if rng.random() < 0.75 else "charts")
         return drawn, "", drawn.text
@@ -227,17 +232,17 @@ def question_of_page(rng: np.random.Generator, split: Split, kind: Literal["read
     return drawn, answer.split()[0], answer
 
 
-def text_sample(rng: np.random.Generator, split: Split) -> tuple[str, str]:
-    """A question of the text stage: a task in text, or a page and a clip written as text, with marks or without."""
-    kind = str(rng.choice(list(_SHARES), p=list(_SHARES.values())))
+def text_sample(rng: np.random.Generator, split: Split, stage: Stage) -> tuple[str, str]:
+    """A question of a text stage: a task in text, or a page and a clip written as text, with marks or without."""
+    kind = str(rng.choice(list(_SHARES[stage]), p=list(_SHARES[stage].values())))
     if kind == "task":
         return text_task(rng, split)
     marked = rng.random() < 0.85
     if kind == "hear":
         heard = spoken(rng, split)
-        return f"{CLIP * marked}{clip_as_text(rng, misheard(rng, heard))}{HEAR}", heard if marked else UNREAD
+        return f"{CLIP * marked}{clip_as_text(rng, misheard(rng, heard, stage))}{HEAR}", heard if marked else UNREAD
     drawn, name, answer = question_of_page(rng, split, kind)
     question = f"{FIND} {name}" if kind == "find" else READ
     if kind == "asked":
-        question = f"{CLIP * marked}{clip_as_text(rng, misheard(rng, name))}{FIND}"
+        question = f"{CLIP * marked}{clip_as_text(rng, misheard(rng, name, stage))}{FIND}"
     return f"{PAGE * marked}{page_as_text(drawn)}{question}", answer if marked else UNREAD

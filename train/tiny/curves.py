@@ -11,7 +11,7 @@ from phi4mm_jax.training.metrics import read_log
 
 STAGES = {
     "text": "decoder: text, pages and clips as text",
-    "more": "decoder: more of what is found on pages",
+    "more": "decoder: more of misheard clips, and pages",
     "pages": "tower: letters of pages",
     "clips": "speech encoder: letters of clips (CTC)",
     "speech": "speech adapter",

@@ -22,8 +22,8 @@ from train.tiny.content import Split
 
 COUNTS: dict[Split, dict[str, int]] = {
     "train": {
-        "text": 180_000, "speech": 9000, "pictures": 4000, "asked": 3000,
-        "speech_refused": 1500, "vision_refused": 1500,
+        "text": 180_000, "more": 60_000, "speech": 9000, "pictures": 12_000, "asked": 3000,
+        "speech_hard": 5000, "speech_refused": 1500, "vision_refused": 1500,
     },
     "held": {"text": 400, "ocr": 400, "speech": 400, "asked": 400},
 }  # fmt: skip
@@ -33,11 +33,11 @@ Part = dict[str, Any]
 
 def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, number: int) -> dict[str, Any]:
     """A line of a manifest; its media are written beside it."""
-    if kind == "text":
+    if kind in ("text", "more"):
         held = split == "held"
-        question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split)
+        question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split, kind)
         return line([text(question)], answer)
-    if kind == "speech":
+    if kind in ("speech", "speech_hard"):
         spoken = content.spoken(rng, split)
         return line([clip(rng, spoken, split, folder, f"{kind}_{number}"), text(content.HEAR)], spoken)
     asks = {"asked": "asked", "vision_refused": "asked", "speech_refused": str(rng.choice(["read", "find", "asked"]))}
@@ -67,8 +67,8 @@ def image(rng: np.random.Generator, page: content.Page, split: Split, folder: Pa
 
 
 def clip(rng: np.random.Generator, words: str, split: Split, folder: Path, name: str) -> Part:
-    path = f"clips/{name}.ogg"
-    (folder / path).write_bytes(speech.as_ogg(speech.say(rng, words, speech.voices_of(split))))
+    path, hard = f"clips/{name}.ogg", name.startswith("speech_hard")
+    (folder / path).write_bytes(speech.as_ogg(speech.say(rng, words, speech.voices_of(split), hard=hard)))
     return {"type": "audio", "audio": path}
 
 

@@ -45,17 +45,22 @@ def _run(command: list[str]) -> bytes:
         raise InputError("espeak-ng is not installed; apt-get install espeak-ng") from None
 
 
-def say(rng: np.random.Generator, text: str, voices: list[str]) -> np.ndarray:
-    """A clip of 16 kHz: a voice at 85 to 115 words a minute, of any pitch and loudness, in some noise."""
+def say(rng: np.random.Generator, text: str, voices: list[str], *, hard: bool = False) -> np.ndarray:
+    """A clip of 16 kHz: a voice at 85 to 115 words a minute, of any pitch and loudness, in some noise.
+
+    A hard one is faster, of more extreme pitch, stretched more, in more noise.
+    """
     voice = f"{rng.choice(_ACCENTS)}+{rng.choice(voices)}"
-    options = ["-s", rng.integers(85, 116), "-p", rng.integers(25, 76), "-g", rng.integers(0, 3)]
+    fastest, pitch, stretch, loudest = (135, 20, 0.2, -1.9) if hard else (116, 0, 0.1, -2.3)
+    options = ["-s", rng.integers(85, fastest), "-p", rng.integers(25 - pitch, 76 + pitch), "-g", rng.integers(0, 3)]
     spoken = _run(["espeak-ng", "-v", voice, *map(str, options), "--stdout", text])
     samples, rate = soundfile.read(io.BytesIO(spoken), dtype="float32")
-    samples = resample_poly(samples, RATE, round(rate * rng.uniform(0.9, 1.1))).astype(np.float32)
+    stretched = rate * rng.uniform(1 - stretch, 1 + stretch)
+    samples = resample_poly(samples, RATE, round(stretched)).astype(np.float32)
     samples *= rng.uniform(0.2, 0.9) / max(np.abs(samples).max(), 1e-3)
     silence = [np.zeros(int(RATE * s), np.float32) for s in rng.uniform(0, 0.15, 2)]
     clip = np.concatenate([silence[0], samples, silence[1]])
-    return clip + rng.normal(0, 10 ** rng.uniform(-4, -2.3), len(clip)).astype(np.float32)
+    return clip + rng.normal(0, 10 ** rng.uniform(-4, loudest), len(clip)).astype(np.float32)
 
 
 def as_ogg(samples: np.ndarray) -> bytes:
