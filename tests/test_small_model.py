@@ -59,7 +59,7 @@ def test_the_speech_adapter_carries_it(adapter, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ocr", "speech"])
-def test_held_out_content_is_of_no_training(name):
+def test_what_is_read_and_heard_is_of_no_training(name):
     """What is written or said on the fixture's media hashes into the held-out split."""
     for item in map(json.loads, (HELD / f"{name}.jsonl").read_text().splitlines()):
         answer = item["messages"][-1]["content"]

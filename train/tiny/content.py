@@ -92,7 +92,7 @@ def unit(rng: np.random.Generator, split: Split, most: int) -> str:
 
 
 def spoken(rng: np.random.Generator, split: Split) -> str:
-    """One to four words and numbers. A sequence is of its split alone, and so is a word that is said alone."""
+    """One to four words and numbers, which as a whole are of their split."""
 
     def draw(rng: np.random.Generator) -> str:
         count = rng.integers(1, 5)

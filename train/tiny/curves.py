@@ -11,7 +11,7 @@ from phi4mm_jax.training.metrics import read_log
 
 STAGES = {
     "text": "decoder: text, pages and clips as text",
-    "more": "decoder: more of misheard clips, and pages",
+    "more": "decoder: misheard clips, pages",
     "pages": "tower: letters of pages",
     "clips": "speech encoder: letters of clips (CTC)",
     "speech": "speech adapter",
@@ -32,7 +32,7 @@ def main() -> int:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("loss a letter")
+    figure.axes[0].set_ylabel("loss")
     figure.savefig(arguments.picture, dpi=90)
     return 0
 

@@ -13,7 +13,7 @@ from train.tiny.content import Split
 
 RATE = 16000
 # Variants by the names of espeak-ng's files. Those that whisper, croak or imitate machines are in neither set.
-HELD_OUT = str.split("Alex Mike benjamin f4 m3 max pedro victor")
+HELD_OUT = str.split("Alex Mike benjamin f4 m3 pedro victor")  # max is RicishayMax, which is trained, with less echo
 TRAINED = str.split(
     """Alicia Andrea Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario Michael Nguyen RicishayMax
     adam anika antonio aunty belinda boris caleb david ed edward edward2 f1 f2 f3 f5 grandma grandpa gustave iven iven2
@@ -43,10 +43,12 @@ def _run(command: list[str]) -> bytes:
         return subprocess.run(command, capture_output=True, check=True).stdout
     except FileNotFoundError:
         raise InputError("espeak-ng is not installed; apt-get install espeak-ng") from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{' '.join(command)} failed: {error.stderr.decode(errors='replace').strip()}") from None
 
 
 def say(rng: np.random.Generator, text: str, voices: list[str], *, hard: bool = False) -> np.ndarray:
-    """A clip of 16 kHz: a voice at 85 to 115 words a minute, of any pitch and loudness, in some noise.
+    """A clip of 16 kHz: a voice at 85 to 115 words a minute, of middling pitch and any loudness, in some noise.
 
     A hard one is faster, of more extreme pitch, stretched more, in more noise.
     """
