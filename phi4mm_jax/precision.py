@@ -1,7 +1,5 @@
 """Matrix products at the precision that the dtype promises."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,18 +16,6 @@ def einsum(equation: str, *operands: Float[Array, "..."], result=None) -> Float[
     dtype = operands[0].dtype
     cast = (x.astype(dtype) for x in operands)
     return jnp.einsum(equation, *cast, precision=precision_of(dtype), preferred_element_type=result or dtype)
-
-
-def linear(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int = 1, *, result=None) -> Float[Array, "..."]:
-    """x @ kernel over the last `inputs` axes of x and the first of the kernel; dtypes as in `einsum`.
-
-    As a product of two matrices: of more axes XLA's CPU backend copies the operands of the kernel's gradient an element
-    at a time.
-    """
-    rows, out = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    width = math.prod(kernel.shape[:inputs])
-    product = einsum("MI,IO->MO", x.reshape(-1, width), kernel.reshape(width, -1), result=result)
-    return product.reshape(*rows, *out)
 
 
 def row_sum(x: Float[Array, "... D"]) -> Float[Array, "..."]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from phi4mm_jax.precision import linear, row_mean
+from phi4mm_jax.precision import einsum, row_mean
 from phi4mm_jax.sharding import keep_split
 
 LOGICAL_AXES: Mapping[str, str | None] = {
@@ -56,8 +56,8 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = declare(self, "kernel", self.inputs + self.outputs, self.sizes)
         bias = declare(self, "bias", self.outputs, self.sizes, nn.initializers.zeros)
-        product = linear(x, kernel, len(self.inputs), result=jnp.float32)
-        return (product + bias.astype(jnp.float32)).astype(x.dtype)
+        equation = f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}"
+        return (einsum(equation, x, kernel, result=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Projector(nn.Module):

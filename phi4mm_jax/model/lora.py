@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
-from phi4mm_jax.precision import linear
+from phi4mm_jax.precision import einsum
 from phi4mm_jax.sharding import keep_split
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
@@ -55,7 +55,9 @@ def _added(weight: Float[Array, "L ..."], a: Float[Array, "L ... R"], b: Float[A
 
     def layer(arrays):
         weight, a, b = arrays
-        return (weight.astype(jnp.float32) + scale * linear(a.astype(jnp.float32), b)).astype(weight.dtype)
+        rank = a.shape[-1]
+        product = einsum("IR,RO->IO", a.astype(jnp.float32).reshape(-1, rank), b.reshape(rank, -1))
+        return (weight.astype(jnp.float32) + scale * product.reshape(weight.shape)).astype(weight.dtype)
 
     return jax.lax.map(layer, (weight, a, b))
 
@@ -71,7 +73,11 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
         parts = {
-            name: linear(x, self._declare("params", name, self.inputs + axes, 0), len(self.inputs))
+            name: einsum(
+                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}",
+                x,
+                self._declare("params", name, self.inputs + axes, 0),
+            )
             for name, axes in self.outputs.items()
         }
         for collection, lora in self.loras.items():
@@ -82,11 +88,11 @@ class Projection(nn.Module):
             seen = x
             if lora.dropout and self.has_rng("dropout"):
                 seen = dropout(x, self.make_rng("dropout"), lora.dropout)
-            hidden = linear(seen, a, len(self.inputs))  # (B, T, R)
+            hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
             hidden = hidden * scales[collection].astype(x.dtype)[:, None, None]
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)
-                parts[name] = parts[name] + linear(hidden, b)
+                parts[name] = parts[name] + einsum(f"BTR,R{axes}->BT{axes}", hidden, b)
         return tuple(parts.values())
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
