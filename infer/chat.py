@@ -28,7 +28,7 @@ from typing import Any, Literal, TextIO
 
 import phi4mm_jax
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling
+from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
@@ -52,6 +52,8 @@ class Turn:
     text: str
     media: tuple[Attachment, ...] = ()
     answer: str | None = None
+    calls: tuple[ToolCall, ...] = ()  # of tools, in the answer
+    content: str = ""  # the answer without them
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,10 @@ def messages_of(conversation: Conversation, part: Callable[[Attachment], dict[st
     for turn in conversation.turns:
         text = {"type": "text", "text": turn.text}
         messages.append({"role": "user", "content": [*map(part, turn.media), text] if turn.media else turn.text})
-        if turn.answer is not None:
+        if turn.calls:  # with their marks as special tokens, as the model wrote them
+            calls = [{"function": {"name": call.name, "arguments": call.arguments}} for call in turn.calls]
+            messages.append({"role": "assistant", "content": turn.content, "tool_calls": calls})
+        elif turn.answer is not None:
             messages.append({"role": "assistant", "content": turn.answer})
     return messages
 
@@ -271,7 +276,8 @@ def take_turn(
     if completion.error is not None:
         raise InputError(completion.error)
     tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
-    return replace(asked, turns=(*conversation.turns, replace(turn, answer=completion.text)))
+    turn = replace(turn, answer=completion.text, calls=completion.tool_calls, content=completion.content)
+    return replace(asked, turns=(*conversation.turns, turn))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,5 +4,8 @@ from phi4mm_jax.generation.engine import Engine, EngineConfig, Update
 from phi4mm_jax.generation.programs import Programs
 from phi4mm_jax.generation.request import Completion, Hypothesis, Request
 from phi4mm_jax.generation.sampling import Sampling
+from phi4mm_jax.generation.tools import ToolCall
 
-__all__ = ["Completion", "Engine", "EngineConfig", "Hypothesis", "Programs", "Request", "Sampling", "Update"]
+__all__ = [
+    "Completion", "Engine", "EngineConfig", "Hypothesis", "Programs", "Request", "Sampling", "ToolCall", "Update",
+]  # fmt: skip

@@ -147,8 +147,9 @@ class Group:
             return Completion("", [], reason or "cancelled", prompt_tokens)
         first = found[0]
         reason = reason or ("stop" if first.tokens[-1] in search.stops else "length")
-        return Completion(
-            first.text, first.tokens, reason, prompt_tokens, first.log_probabilities, alternatives=found
+        return Completion.of(
+            tokenizer, first.text, first.tokens, reason, prompt_tokens, log_probabilities=first.log_probabilities,
+            alternatives=found,
         )  # fmt: skip
 
 

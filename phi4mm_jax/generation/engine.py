@@ -561,13 +561,10 @@ class Engine:
         if active.group is not None:
             return self._finish_beams(active, active.group, reason)
         rest = active.text.end()
-        completion = Completion(
-            active.text.whole,
-            active.tokens,
-            reason,
-            active.prompt_tokens,
-            tuple(active.log_probabilities),
-        )
+        completion = Completion.of(
+            self._processor.tokenizer, active.text.whole, active.tokens, reason, active.prompt_tokens,
+            log_probabilities=tuple(active.log_probabilities),
+        )  # fmt: skip
         self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
         self._give_back(active)
         self._slots[active.slot] = None

@@ -268,6 +268,8 @@ def _answer(line: Line, completion: Completion) -> dict[str, Any]:
         "text": completion.text, "tokens": completion.tokens,
         "finish_reason": completion.finish_reason, "prompt_tokens": completion.prompt_tokens,
     }  # fmt: skip
+    if completion.tool_calls:
+        answer["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in completion.tool_calls]
     if line.logprobs:
         answer["logprobs"] = completion.log_probabilities
     if completion.alternatives:

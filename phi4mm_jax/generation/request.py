@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation.sampling import Sampling, is_whole
+from phi4mm_jax.generation.tools import ToolCall, parse_tool_calls
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -124,6 +125,8 @@ class Completion:
         log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
             sizes, so they do not count when completions are compared.
         error: what was wrong.
+        tool_calls: the functions that the answer calls, by its special tokens; text that spells a call is text.
+        content: the text without its tool calls.
         alternatives: of a request with several beams the best answers, as many as beams, the best first; the first is
             what `text` and `tokens` are. Of a cancelled one, what it had so far.
     """
@@ -135,6 +138,17 @@ class Completion:
     log_probabilities: tuple[float, ...] = field(default=(), compare=False)
     error: str | None = None
     alternatives: tuple[Hypothesis, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    content: str = ""
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, text: str, tokens: list[int], finish_reason: FinishReason, prompt_tokens: int,
+        **rest: Any,
+    ) -> "Completion":  # fmt: skip
+        """A completion with the tool calls that its tokens have, as far as its text goes."""
+        content, calls = parse_tool_calls(tokens, tokenizer, len(text))
+        return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
 
 
 class Text:

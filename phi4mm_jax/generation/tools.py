@@ -1,9 +1,17 @@
-"""Tool calls in an answer: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`."""
+"""Tool calls in an answer: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`.
+
+The marks are special tokens. An answer that spells one, as where it quotes a document, has other ids there, and calls
+nothing.
+"""
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.tokenizer import Tokenizer
 
 _BEGIN, _END = "<|tool_call|>", "<|/tool_call|>"
 _SPACE = " \t\n\r"  # of JSON
@@ -15,28 +23,62 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
-def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """Take the tool calls out of an answer.
+def parse_tool_calls(
+    answer: Sequence[int] | str, tokenizer: Tokenizer | None = None, length: int | None = None
+) -> tuple[str, list[ToolCall]]:
+    """Take the tool calls out of an answer; a `Completion` has them as `tool_calls`.
 
     A call is an object with a name and arguments, or one with these below "function", as in the OpenAI API; arguments
     may be an object or JSON in a string. What is between the marks but is no such call, or a list of them, stays text,
     marks included. A mark within a string of the JSON is part of that string.
 
+    Args:
+        answer: its token ids. A string holds no special tokens: whatever it spells, it has no calls.
+        tokenizer: whose ids they are.
+        length: characters of the answer's text that count; by default all. An end mark right behind them counts too,
+            since it may be what ended the answer.
+
     Returns:
         The text without the calls, and the calls in their order.
+
+    Raises:
+        InputError: ids without their tokenizer.
     """
+    if isinstance(answer, str):
+        return answer, []
+    if tokenizer is None:
+        raise InputError("parse_tool_calls was given ids without their tokenizer; pass model.processor.tokenizer")
+    text, begins, ends = _marked(answer, tokenizer)
+    length = len(text) if length is None else length
+    ends = {end for end in ends if end <= length}
     pieces: list[str] = []
     calls: list[ToolCall] = []
     at = 0
-    while (begin := text.find(_BEGIN, at)) >= 0:
-        found, stop = _block(text, begin + len(_BEGIN))
-        pieces.append(text[at:begin] if found else text[at:stop])
-        calls += found
-        at = stop
-    return "".join([*pieces, text[at:]]), calls
+    for begin in begins:
+        if begin < at or begin >= length:
+            continue  # within a call, or behind the answer's end
+        found, stop = _block(text, begin + len(_BEGIN), ends)
+        if found:
+            pieces.append(text[at:begin])
+            calls += found
+            at = stop
+    return "".join([*pieces, text[at:length]]), calls
 
 
-def _block(text: str, start: int) -> tuple[list[ToolCall], int]:
+def _marked(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int], list[int]]:
+    """The text of the ids, and where in it the special tokens begin that begin and end calls."""
+    marks = {tokenizer.special_tokens.get(name): name for name in (_BEGIN, _END)}
+    text, places, start = "", {_BEGIN: [], _END: []}, 0
+    for i, token in enumerate(tokens):
+        if token in marks:
+            text += tokenizer.decode(tokens[start:i])
+            places[marks[token]].append(len(text))
+            text += marks[token]
+            start = i + 1
+    return text + tokenizer.decode(tokens[start:]), places[_BEGIN], places[_END]
+
+
+def _block(text: str, start: int, ends: Collection[int]) -> tuple[list[ToolCall], int]:
     """The calls from `start` on with the place after their end mark; for what is malformed none, and `start`."""
     try:
         values, stop = _DECODER.raw_decode(text, _skip(text, start))
@@ -44,7 +86,7 @@ def _block(text: str, start: int) -> tuple[list[ToolCall], int]:
         return [], start
     stop = _skip(text, stop)
     calls = [_call(value) for value in (values if isinstance(values, list) else [values])]
-    if not text.startswith(_END, stop) or None in calls:
+    if stop not in ends or None in calls:
         return [], start
     return [call for call in calls if call is not None], stop + len(_END)
 
