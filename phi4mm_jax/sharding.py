@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels.mesh import automatic_axes
+from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
 
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
     ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
@@ -67,26 +67,64 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
     return {path: spec(leaf) for path, leaf in boxed.items()}
 
 
-def keep_split(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
-    """A parameter where it is used, told to lie as `shardings` says, on the mesh in context if there is one.
+def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
+    """A parameter where it is used: split as `shardings` says, then gathered over the mesh axes that split the batch.
 
-    So does its gradient then, which XLA else places as it sees fit, and some of them otherwise.
+    Said of both, XLA gathers one layer's weights, where else it would sum activations of the whole batch over those
+    axes. The gradient lies as the parameter does. Without a mesh in context, just the parameter.
     """
     sizes = automatic_axes()
     if math.prod(sizes.values()) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _split(axes, x.shape, sizes))
+    split = _split(axes, x.shape, sizes)
+    batch = () if "vocab" in axes else batch_axes()  # each device has the logits of its own part of the vocabulary
+    whole = _split(axes, x.shape, sizes, gathered=batch)
+    return _constrain(x, split, whole) if whole != split else jax.lax.with_sharding_constraint(x, split)
 
 
-def _split(axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> jax.P:
-    """The mesh axes that split each axis of an array."""
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrain(x: Float[Array, "..."], split: jax.P, whole: jax.P) -> Float[Array, "..."]:
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
+
+
+_constrain.defvjp(
+    lambda x, split, whole: (_constrain(x, split, whole), None),
+    lambda split, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
+
+
+def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    """An activation with its rows over the mesh axes that split the batch; its other axes lie as XLA sees fit."""
+    sizes = automatic_axes()
+    names = tuple(n for n in batch_axes() if n in sizes)
+    devices = math.prod(sizes[n] for n in names)
+    if devices == 1 or x.shape[0] % devices:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(names, *[jax.P.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The mesh axes that split the batch, by the rules in context: none but within `split_batch`."""
+    axes = dict(nn.get_logical_axis_rules()).get("batch") or ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def split_batch() -> Any:
+    """A context in which activations are split by rows, as in training: weights are gathered where they are used."""
+    return nn.logical_axis_rules((("batch", ROWS),))
+
+
+def _split(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], gathered: Sequence[str] = ()
+) -> jax.P:
+    """The mesh axes that split each axis of an array, but for those over which it is gathered."""
     table = dict(RULES)
     split: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
         taken = {name for names in split for name in names}
         names = tuple(n for n in (table[axis] if axis is not None else ()) if n in mesh and n not in taken)
         split.append(names if size % math.prod(mesh[n] for n in names) == 0 else ())
-    return jax.P(*(names or None for names in split))
+    return jax.P(*(tuple(n for n in names if n not in gathered) or None for names in split))
 
 
 def jit_beside(variables: Any, function: Callable[..., Any], **options: Any) -> Any:

@@ -62,7 +62,7 @@ def answer_loss(model, variables, batch, prompt_tokens):
     return -log_probabilities[np.arange(len(positions)), batch.tokens[0, positions]].mean()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_gradients_with_remat(scanned, goldens, remat):
     """Without it, and of the other cases, they are in test_training.py."""
     name = "grad_vision_speech"

@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict
 from test_torch_native import native_media
 
 import phi4mm_jax
-from benchmarks.training_static import CASES as COMPILED
-from benchmarks.training_static import compile_step, held
+from benchmarks.compiled import CHIPS, cost, size
+from benchmarks.tpu_aot import CASES as COMPILED
+from benchmarks.tpu_aot import compile_step, held, work
 from phi4mm_jax import InputError
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
@@ -290,6 +291,25 @@ def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
         assert all(jax.tree.leaves(alike))
 
 
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)], ids=str)
+def test_gradients_on_a_mesh_are_those_of_one_device(scanned, eight, mesh):
+    """With dropout: what drops out depends on no device, weights are gathered where used, rows stay where they are."""
+    trained = ["lora_speech", "params/audio_projector"]
+    batches = micro_batches(together(eight, scanned))
+
+    def compute(trainable, frozen):
+        return gradients(supervised(scanned.module), trainable, frozen, batches, dropout_key(7))
+
+    expected, expected_sums = jax.jit(compute)(*split(scanned.variables, trained, "trainable"))
+    spread = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(*mesh), scan=True)
+    trainable, frozen = split(spread.variables, trained, "trainable")
+    found, sums = jit_beside(trainable, lambda t, f: compute(t, f))(trainable, frozen)
+    np.testing.assert_allclose(sums, expected_sums, rtol=1e-5)
+    assert relative(jax.device_get(found), jax.device_get(expected)) <= 1e-4
+    alike = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim), found, trainable)
+    assert all(jax.tree.leaves(alike))
+
+
 def test_frozen_parameters_are_not_differentiated(scanned, eight):
     """Their gradients take no time: a step of the adapter costs less than one of everything."""
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
@@ -439,13 +459,24 @@ def test_wrong_optimizer_settings(name):
 
 
 def test_tuning_the_speech_adapter_fits_eight_chips():
-    """Compiled by the TPU's compiler, without one."""
-    compiled = compile_step(COMPILED["speech adapter"])
+    """Compiled by the TPU's compiler, without one: what a chip holds, gathers and sums, and the estimated time."""
+    case = COMPILED["speech adapter"]
+    compiled = compile_step(case)
     assert held(compiled) < 12.0
     text = compiled.as_text()
     assert text is not None
     assert "phi4mm_flash" in text
     assert not re.search(r"\[200064,3072\]|\[3072,200064\]", text), "a chip holds the whole embedding"
+    found = cost(text, CHIPS["v5e"])
+    # Each of the decoder's weights is gathered twice (8.0 GB each time) and each of the encoder's once, no activation
+    # is summed over the chips but in the loss, and the gradients are summed once.
+    assert 14e9 < found.bytes["all-gather"] < 18e9
+    assert found.bytes["all-reduce"] < 0.6e9
+    assert found.bytes["reduce-scatter"] < 2e9
+    weights = [line for line in text.splitlines() if " all-gather(" in line and "sharding_constraint" in line]
+    largest = max(size(line.split(" all-gather(")[0]) for line in weights)
+    assert largest <= 2 * 8192 * 3072, "more than one layer's weight is gathered at a time"
+    assert work(case) / 8 / CHIPS["v5e"].peak / found.seconds > 0.5
 
 
 # Preferences.

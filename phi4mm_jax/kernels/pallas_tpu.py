@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
@@ -75,7 +76,8 @@ def _attend(q, k, v, limits: Limits, call: _Call):
 
 
 def _attend_forward(q, k, v, limits: Limits, call: _Call):
-    out, log_sum = _forward(q, k, v, limits, call)
+    q, k, v = (checkpoint_name(x, "attention") for x in (q, k, v))
+    out, log_sum = (checkpoint_name(x, "attention") for x in _forward(q, k, v, limits, call))
     return (out, log_sum), (q, k, v, limits, out, log_sum)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from phi4mm_jax.errors import InputError
@@ -105,8 +106,9 @@ def _forward(q, k, v, limits: Limits, tiling: _Tiling):
 
 
 def _attend_forward(q, k, v, limits: Limits, tiling: _Tiling):
-    out, log_sum = results = _attended(q, k, v, limits, tiling)
-    return results, (q, k, v, limits, out, log_sum)
+    q, k, v = (checkpoint_name(x, "attention") for x in (q, k, v))
+    out, log_sum = (checkpoint_name(x, "attention") for x in _attended(q, k, v, limits, tiling))
+    return (out, log_sum), (q, k, v, limits, out, log_sum)
 
 
 def _attend_backward(tiling: _Tiling, residuals, cotangents):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
@@ -18,6 +19,7 @@ from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
+from phi4mm_jax.sharding import constrain_batch
 
 _CACHED_KEYS = 2048  # of earlier tokens, that a chunk attends to at once
 
@@ -114,11 +116,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, rows: Rows):
         x, cache = carry
+        x = constrain_batch(x)
         sizes, eps = self.config.sizes, self.config.decoder.norm_eps
         attended, cache = Attention(self.config, name="attention")(
             RMSNorm(sizes, eps, name="attention_norm")(x), layer, rows, cache
         )
-        x = x + attended
+        x = checkpoint_name(x + attended, "residual")
         x = x + MLP(self.config, name="mlp")(RMSNorm(sizes, eps, name="mlp_norm")(x), rows)
         return (x, cache), None
 
@@ -271,5 +274,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, rows: Rows):
         sizes, loras = self.config.sizes, dict(self.config.loras)
-        gate, up = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
-        return Projection("F", {"down": "D"}, sizes, loras, name="down")(gated(up, gate), rows.scales)[0]
+        parts = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
+        gate, up = (checkpoint_name(part, "mlp") for part in parts)
+        # Behind a barrier, or else XLA's compiler for TPUs computes it, and its gradient, inside of the products.
+        hidden = jax.lax.optimization_barrier(gated(up, gate))
+        return Projection("F", {"down": "D"}, sizes, loras, name="down")(hidden, rows.scales)[0]

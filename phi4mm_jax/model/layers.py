@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from phi4mm_jax.precision import einsum, row_mean
-from phi4mm_jax.sharding import keep_split
+from phi4mm_jax.sharding import constrain_param
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",
@@ -32,7 +32,12 @@ LOGICAL_AXES: Mapping[str, str | None] = {
 }
 COLLECTIONS = ("params", "lora_vision", "lora_speech")  # adapters are stacked like the layers they belong to
 Sizes = Mapping[str, int]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots"]
+_SAVED = {  # what the backward pass finds, by the names that `checkpoint_name` gives; it computes the rest again
+    "full": (),
+    "attention": ("attention", "residual", "lora"),
+    "dots": ("attention", "residual", "lora", "mlp"),
+}
 
 _WEIGHT = nn.initializers.normal(0.02)
 
@@ -42,7 +47,7 @@ def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT)
     logical = tuple(LOGICAL_AXES[a] for a in axes)
     boxed = nn.with_logical_partitioning(init, logical)
     value: Any = module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
-    return keep_split(value, logical)  # unboxed by Linen
+    return constrain_param(value, logical)  # unboxed by Linen
 
 
 class Linear(nn.Module):
@@ -124,7 +129,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     A block is called as `block(config)(carry, layer, *shared)` and returns the new carry and None.
     """
     if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
         block = nn.remat(block, prevent_cse=not scan, policy=policy)
     if not scan:
         for i in range(config.num_layers):

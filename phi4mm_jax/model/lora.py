@@ -4,20 +4,23 @@ y = x W + (alpha / rank) x A B, where A is shared by the parts of a fused matrix
 collection is absent from the variables costs nothing; where several are present, each row's scales choose among them.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, UInt32
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
-from phi4mm_jax.sharding import keep_split
+from phi4mm_jax.sharding import constrain_param
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
 ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index
@@ -89,10 +92,12 @@ class Projection(nn.Module):
             if lora.dropout and self.has_rng("dropout"):
                 seen = dropout(x, self.make_rng("dropout"), lora.dropout)
             hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
-            hidden = hidden * scales[collection].astype(x.dtype)[:, None, None]
+            hidden = checkpoint_name(hidden * scales[collection].astype(x.dtype)[:, None, None], "lora")
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)
-                parts[name] = parts[name] + einsum(f"BTR,R{axes}->BT{axes}", hidden, b)
+                # Behind a barrier, or else XLA adds the large product to this small one, not this to that.
+                added = jax.lax.optimization_barrier(einsum(f"BTR,R{axes}->BT{axes}", hidden, b))
+                parts[name] = parts[name] + added
         return tuple(parts.values())
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
@@ -105,13 +110,24 @@ class Projection(nn.Module):
         boxed = nn.with_logical_partitioning(init, logical)
         shape = tuple(sizes[a] for a in axes)
         variable: Any = self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
-        return keep_split(variable.value, logical)
+        return constrain_param(variable.value, logical)
 
 
-def dropout(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
+def dropout(x: Float[Array, "... D"], key: Array, rate: float) -> Float[Array, "... D"]:
     """Zero each value with probability `rate`, and scale the others up (arXiv:1207.0580).
 
-    Drawn from 16 bits a value, half of what 32 would cost; `rate` is met within 1/65536.
+    A value's draw is a hash of the key and of its place in x: the same however x lies on a mesh, and never held in
+    memory, as bits that a generator writes would be.
     """
-    kept = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 65536)
-    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
+    first, second = jax.random.bits(key, (2,), jnp.uint32)
+    rows = _hash(jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1) ^ first)
+    columns = _hash(jnp.arange(x.shape[-1], dtype=jnp.uint32) ^ second)
+    bits = (rows ^ columns) * (_hash(rows) | 1)  # a factor of each row's own: two rows never drop alike
+    return jnp.where(bits >= np.uint32(round(rate * 2**32)), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A permutation of the 32-bit numbers that looks random (lowbias32, nullprogram.com/blog/2018/07/31)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)

@@ -25,7 +25,8 @@ class Phi4MM(nn.Module):
         dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
         scan: whether the decoder's layers are one loop over stacked parameters, or are written out.
         scan_encoders: likewise those of the two encoders.
-        remat: what the backward pass computes again: "none", "full", or all but the matrix products ("dots").
+        remat: what the backward pass computes again of each layer: "none"; all of it ("full"); all but attention and
+            its projections ("attention"); or all but the matrix products that it needs ("dots").
     """
 
     config: Phi4MMConfig

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
 from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
 from phi4mm_jax.precision import gated, precision_of, row_sum
+from phi4mm_jax.sharding import constrain_batch
 
 HALO_FRAMES = 8  # frames before a chunk: more than the stem's three convolutions look back, and one whole token
 _MAP_BYTES = 1 << 28  # larger intermediates are computed a few chunks at a time
@@ -88,12 +90,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "A T D"], layer, bias: Float[Array, "N T T"], mask):
+        x = constrain_batch(x)
         sizes, eps = sizes_of(self.config), self.config.norm_eps
         x = x + 0.5 * FeedForward(self.config, name="mlp_in")(x)
         normal = LayerNorm(sizes, eps, name="attention_norm")(x)
-        q, k, v = (Linear("D", "NH", sizes, name=name)(normal) for name in ("q", "k", "v"))
+        q, k, v = (
+            checkpoint_name(Linear("D", "NH", sizes, name=name)(normal), "attention") for name in ("q", "k", "v")
+        )
         x = x + Linear("NH", "D", sizes, name="out")(biased_attention(q, k, v, bias, mask))
-        x = x + Convolution(self.config, name="conv")(x)
+        x = checkpoint_name(x + Convolution(self.config, name="conv")(x), "residual")
         x = x + 0.5 * FeedForward(self.config, name="mlp_out")(x)
         return LayerNorm(sizes, eps, name="norm")(x), None
 
@@ -105,7 +110,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "A T D"]) -> Float[Array, "A T D"]:
         sizes = sizes_of(self.config)
         x = LayerNorm(sizes, self.config.norm_eps, name="norm")(x)
-        value, gate = (Linear("D", "F", sizes, name=name)(x) for name in ("value", "gate"))
+        value, gate = (checkpoint_name(Linear("D", "F", sizes, name=name)(x), "mlp") for name in ("value", "gate"))
         return Linear("F", "D", sizes, name="down")(gated(value, gate))
 
 

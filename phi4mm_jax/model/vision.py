@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.kernels import flash_attention
 from phi4mm_jax.model.layers import LayerNorm, Linear, Projector, Remat, Sizes, declare, gelu_tanh, run_layers
 from phi4mm_jax.precision import precision_of
+from phi4mm_jax.sharding import constrain_batch
 
 
 def sizes_of(config: VisionConfig) -> Sizes:
@@ -42,11 +44,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "C S D"], layer, mask: Bool[Array, "C S"]):
+        x = constrain_batch(x)
         sizes, eps = sizes_of(self.config), self.config.norm_eps
         normal = LayerNorm(sizes, eps, name="attention_norm")(x)
         q, k, v = (Linear("D", "NH", sizes, name=name)(normal) for name in ("q", "k", "v"))
         x = x + Linear("NH", "D", sizes, name="out")(flash_attention(q, k, v, causal=False, kv_mask=mask))
+        x = checkpoint_name(x, "residual")
         hidden = Linear("D", "F", sizes, name="up")(LayerNorm(sizes, eps, name="mlp_norm")(x))
+        hidden = checkpoint_name(hidden, "mlp")
         return x + Linear("F", "D", sizes, name="down")(gelu_tanh(hidden)), None
 
 

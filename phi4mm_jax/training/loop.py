@@ -39,6 +39,7 @@ from phi4mm_jax.training.step import (
     Objective,
     TrainState,
     Variables,
+    compiler_options,
     dropout_key,
     initial_state,
     train_step,
@@ -212,7 +213,8 @@ def compiled_step(run: Run, optimizer: Any, state: TrainState) -> Callable[..., 
         return train_step(run.objective, optimizer, state, frozen, batches, key)
 
     places = jax.tree.map(lambda x: x.sharding, state)
-    return jit_beside(run.trainable, step, donate_argnums=0, out_shardings=(places, None))
+    options = compiler_options(jax.default_backend())
+    return jit_beside(run.trainable, step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
 
 
 def place(batches: Sequence[TrainingBatch], *, mesh: Mesh | None) -> Any:

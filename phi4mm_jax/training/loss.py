@@ -1,5 +1,6 @@
 """The loss, without ever holding the logits of all positions."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.mesh import automatic_axes
 from phi4mm_jax.precision import precision_of
 
-_CHUNK_LOGITS = 1 << 26  # held at once: 256 MiB in float32
+_CHUNK_LOGITS = 1 << 26  # held at once by one device: 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def token_losses(
         jnp.take_along_axis(x, order.reshape(batch, length, *[1] * (x.ndim - 2)), 1)
         for x in (hidden, targets, weights != 0)
     )
-    size = max(min(length, _CHUNK_LOGITS // (batch * embedding.shape[0])), 1)
+    # A mesh holds more, but not ever more: a chunk in which a single position counts costs as much as a full one.
+    held = _CHUNK_LOGITS * min(math.prod(automatic_axes().values()), 4)
+    size = max(min(length, held // (batch * embedding.shape[0])), 1)
     missing = -length % size
 
     def chunks(x):  # (chunks, B, size, ...)

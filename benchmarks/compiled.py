@@ -1,0 +1,243 @@
+"""What a program compiled for TPUs costs, by its text: cycles, collectives and kernels, loops times their trip counts.
+
+Cycles are the compiler's estimates. Kernels have none: they are counted by their products and the static measure of
+docs/kernels.md. Of a conditional the dearer branch counts.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+    "u64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device.
+
+    Attributes:
+        clock: cycles a second.
+        macs: multiply-adds a cycle of one core.
+        cores: that work as one device.
+        hbm: GiB that a program may take.
+        bandwidth: bytes a second of its memory.
+        link: bytes a second to both neighbours along one axis of the torus (jax-ml.github.io/scaling-book).
+        kernels: multiply-adds of attention at the static measure of docs/kernels.md, over `macs`: forward, gradient of
+            the queries, gradient of keys and values.
+    """
+
+    clock: float
+    macs: int
+    cores: int
+    hbm: float
+    bandwidth: float
+    link: float
+    kernels: tuple[float, float, float]
+
+    @property
+    def peak(self) -> float:
+        """Operations a second."""
+        return 2 * self.clock * self.macs * self.cores
+
+
+CHIPS = {
+    "v5e": Chip(1.503e9, 65536, 1, 15.75, 0.82e12, 9.0e10, (0.98, 0.96, 0.95)),
+    "v5p": Chip(1.75e9, 65536, 2, 95.0, 2.77e12, 1.8e11, (0.97, 0.97, 0.94)),
+    "v6e": Chip(1.75e9, 262144, 1, 31.25, 1.64e12, 1.8e11, (0.475, 0.465, 0.452)),
+}
+
+
+class Instruction(NamedTuple):
+    name: str
+    type: str
+    op: str
+    text: str
+
+    @property
+    def cycles(self) -> int:
+        found = re.search(r'estimated_cycles":"(\d+)"', self.text)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def origin(self) -> str:
+        """Where in the model it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found.group(1) if found else ""
+
+
+@dataclass
+class Cost:
+    """Of a program on one device.
+
+    Attributes:
+        cycles: of everything but kernels and collectives; `products` of these, of fusions with a matrix product.
+        kernels: cycles of each kernel.
+        counts, bytes: of collectives by kind; results for gathers, operands for sums.
+        overlapped: bytes moved while products are computed; `exposed`: while nothing else is done.
+        seconds: estimated: in each loop what is longer, work or overlapped transfers, and all that is exposed.
+        dear: cycles by place in the model.
+    """
+
+    cycles: float = 0.0
+    products: float = 0.0
+    kernels: Any = field(default_factory=Counter)
+    counts: Any = field(default_factory=Counter)
+    bytes: Any = field(default_factory=Counter)
+    overlapped: float = 0.0
+    exposed: float = 0.0
+    seconds: float = 0.0
+    dear: Any = field(default_factory=Counter)
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        for name in ("cycles", "products", "overlapped", "exposed", "seconds"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        for name in ("kernels", "counts", "bytes", "dear"):
+            mine = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                mine[key] += times * value
+
+
+def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The computations of a compiled module, and the name of the first."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if (head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)) and not line.startswith(" "):
+            current = computations[head.group(2)] = []
+            entry = head.group(2) if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (found := re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)):
+            current.append(_instruction(*found.groups()))
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    depth, end = 0, rest.find(" ")
+    if rest.startswith("("):
+        for end, letter in enumerate(rest):  # noqa: B007
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                break
+        end += 1
+    return Instruction(name, rest[:end], rest[end:].strip().split("(")[0], rest)
+
+
+def size(type_: str) -> float:
+    """Bytes of an array, or of a tuple of arrays."""
+    total = 0
+    for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_):
+        count = BYTES.get(dtype, 0)
+        for length in filter(None, shape.split(",")):
+            count *= int(length)
+        total += count
+    return total
+
+
+def cost(text: str, chip: Chip) -> Cost:
+    """What one device does in one run of the program."""
+    computations, entry = read(text)
+
+    @cache
+    def of(name: str) -> Cost:
+        total, own = Cost(), Cost()
+        for x in computations.get(name, ()):
+            if x.op == "while":
+                total.add(of(_called(x, "body")), _trips(computations, _called(x, "condition")))
+            elif x.op == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", x.text)
+                names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
+                total.add(max(map(of, names), key=lambda branch: branch.seconds, default=Cost()))
+            elif x.op == "call":
+                total.add(of(_called(x, "to_apply")))
+            else:
+                _add_one(own, x, computations, chip)
+        work = (own.cycles + sum(own.kernels.values())) / chip.clock
+        own.seconds = max(work, own.overlapped / chip.link) + own.exposed / chip.link
+        total.add(own)
+        return total
+
+    return of(entry)
+
+
+def _add_one(total: Cost, x: Instruction, computations: Mapping[str, list[Instruction]], chip: Chip) -> None:
+    total.cycles += x.cycles
+    inside = computations.get(_called(x, "calls"), []) if x.op == "fusion" else []
+    if any(i.op in ("convolution", "dot") for i in inside):
+        total.products += x.cycles
+    if x.cycles:
+        total.dear[_place(x)] += x.cycles
+    if x.op == "custom-call" and "phi4mm" in x.name:
+        name = re.sub(r"\.\d+$", "", x.name)
+        cycles = _kernel_cycles(name, x, chip)
+        total.kernels[name] += cycles
+        total.dear[name] += cycles
+    base = x.op.removesuffix("-start")
+    if base in COLLECTIVES:
+        _add_collective(total, base, x, overlapped=x.op.endswith("-start"))
+    elif inside:
+        root = inside[-1]
+        if "AsyncCollectiveStart" in root.text:
+            for i in inside:
+                if i.op in COLLECTIVES:
+                    _add_collective(total, i.op, i, overlapped=True)
+        elif _called(x, "calls").startswith("all-reduce-scatter"):
+            for i in inside:
+                if i.op == "all-reduce":
+                    _add_collective(total, "reduce-scatter", i, overlapped=False)
+
+
+def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool) -> None:
+    moved = size(x.type) / (2 if x.op.endswith("-start") else 1)  # a start has its operand beside its result
+    total.counts[kind] += 1
+    total.bytes[kind] += moved
+    crossing = moved * (2 if kind == "all-reduce" else 1)
+    if overlapped:
+        total.overlapped += crossing
+    else:
+        total.exposed += crossing
+
+
+def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
+    """By the products of an attention kernel over the causal half of its pairs, or over all in the image encoder."""
+    shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"\bbf16\[([\d,]+)\]", x.text.split("metadata=")[0])]
+    keys = next((s for s in shapes if len(s) == 4), None)
+    queries = next((s for s in shapes if len(s) == 5), None)
+    kinds = {"phi4mm_flash_fwd": (2, 0), "phi4mm_flash_bwd_dq": (3, 1), "phi4mm_flash_bwd_dkv": (4, 2)}
+    if name not in kinds or keys is None or queries is None:
+        return 0.0
+    products, place = kinds[name]
+    batch, kv_heads, group, length, head = queries
+    visited = keys[2] if "vision" in x.origin else min(keys[2] / 2 + 384, keys[2])  # blocks on the diagonal are whole
+    macs = products * batch * kv_heads * group * length * visited * head
+    return macs / (chip.macs * chip.cores * chip.kernels[place])
+
+
+def _place(x: Instruction) -> str:
+    """A short name of where in the model an instruction comes from."""
+    parts = [p for p in x.origin.split("/") if p and not re.match(r"jit|while|body|closed_call|checkpoint|vmap", p)]
+    backward = "gradient of " if "transpose(" in x.origin else ""
+    return backward + "/".join(p for p in parts[-4:] if "(" not in p)
+
+
+def _called(x: Instruction, attribute: str) -> str:
+    found = re.search(attribute + r"=%?([\w.\-]+)", x.text)
+    return found.group(1) if found else ""
+
+
+def _trips(computations: Mapping[str, list[Instruction]], condition: str) -> int:
+    """By the one constant that a loop's counter is compared with, there or in what is called there; 1 if unknown."""
+    names = [condition, *(_called(x, "calls") for x in computations[condition])]
+    for name in names:
+        texts = [x.text for x in computations.get(name, ())]
+        constants = [int(n) for t in texts for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", t)]
+        if len(constants) == 1:
+            return constants[0]
+    return 1
