@@ -8,8 +8,9 @@ Each line of the input is an object:
      "logprobs": false}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
-Without "id", a line's id is its number, from 0; without "adapter" ("none", "vision" or "speech"), it has that of its
-media. Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
+Without "id", a line's id is its number, from 0; without "seed", it draws by its id, whatever stands beside it; without
+"adapter" ("none", "vision" or "speech"), it has that of its media.
+Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with
 its text, tokens and score. "request" tells requests apart, so that no answer is taken for that of a line which has

@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-k", metavar="N", type=int, default=0)
     parser.add_argument("--top-p", metavar="X", type=float, default=1.0)
-    parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     return parser.parse_args()
 

@@ -143,7 +143,7 @@ class Model:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         stop: Sequence[str] = (),
         max_crops: int | None = None,
     ) -> list[Completion]:
@@ -157,8 +157,9 @@ class Model:
             temperature: 0 chooses the likeliest token.
             top_k: sample from this many likeliest tokens; 0 from all.
             top_p: sample from the fewest tokens whose probabilities reach this.
-            seed: of the sampling; the same call gives the same answers. A row draws what it would draw alone; rows
-                with equal prompts draw for themselves.
+            seed: of the sampling. By default each row draws for itself, by its prompt and media: the same again in
+                any other call, and equal prompts each something else. A seed is every row's: each draws what a
+                request with that seed draws, so that rows with different prompts meet the same noise.
             stop: strings that end an answer; they are not part of its text.
             max_crops: the most crops of an image, see `Processor.__call__`.
 
@@ -168,10 +169,11 @@ class Model:
         if isinstance(prompts, Batch):
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
         sampling = Sampling(temperature, top_k, top_p, seed=seed)
+        earlier: Counter[bytes] | None = Counter() if seed is None else None
         rows = self.processor.rows(prompts, images, audios, max_crops)
         requests = [
             Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
-            for stream in _streams(rows, self.config)
+            for stream in (_streams(rows, self.config) if seed is not None else [None] * len(rows))
         ]
         full = [i for i, row in enumerate(rows) if len(row.tokens) >= self.processor.context]
         if full:
@@ -181,7 +183,7 @@ class Model:
             )
         engine = self._engine_for(rows, requests[0].max_new_tokens)
         self._last_engine = None  # what an interruption leaves in it is not met again
-        numbers = [engine.submit(request, row) for request, row in zip(requests, rows, strict=True)]
+        numbers = [engine.submit(request, row, earlier=earlier) for request, row in zip(requests, rows, strict=True)]
         answers: dict[int, Completion] = {}
         while len(answers) < len(numbers):
             answers |= {u.id: u.completion for u in engine.step() if u.completion is not None}

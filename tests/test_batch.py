@@ -214,6 +214,19 @@ def test_an_id_is_one_lines(tmp_path, ids):
         read_requests(source, max_new_tokens=3)
 
 
+def test_copies_of_a_prompt_draw_by_their_ids(tmp_path, engine):
+    """Whatever their order, and whichever run answers them; a seed of a line's own means the same in every line."""
+    sampled = {"prompt": "<|user|>name any letter<|end|><|assistant|>", "temperature": 30.0}
+    lines = [sampled | {"id": f"copy {i}"} for i in range(6)] + [sampled | {"id": i, "seed": 5} for i in range(2)]
+    found = {a["id"]: a["tokens"] for a in answer(engine, write(tmp_path / "in", lines), tmp_path / "out")}
+    assert len({tuple(found[f"copy {i}"]) for i in range(6)}) == 6
+    assert found[0] == found[1]
+    (tmp_path / "again").write_bytes((tmp_path / "out").read_bytes().splitlines(True)[3])  # a run that was stopped
+    write(tmp_path / "in", lines[::-1])
+    again = answer(engine, tmp_path / "in", tmp_path / "again", ordered=False)
+    assert {a["id"]: a["tokens"] for a in again} == found
+
+
 def test_an_empty_input_has_no_answers(tmp_path, engine):
     assert answer(engine, write(tmp_path / "in", []), tmp_path / "out") == []
 

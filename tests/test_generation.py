@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, count_compilations
 
 from phi4mm_jax import InputError
+from phi4mm_jax.generation import EngineConfig, Request
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows, restrict, sample
 
 PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
@@ -194,3 +196,50 @@ def test_prompts_must_be_a_list(tiny):
         tiny.generate([], max_new_tokens=1)
     with pytest.raises(InputError, match="list"):
         tiny.generate([{"role": "user", "content": "Hello"}], max_new_tokens=1)
+
+
+def noise_of(identities):
+    """Draws of 64 equally likely tokens at 6 positions, one row of them for each request."""
+    rows = SamplingRows.of([Sampling(1.0).for_identity(identity) for identity in identities])
+    count = len(identities)
+    return np.stack([sample(jnp.zeros((count, 64)), jnp.full(count, at, jnp.int32), rows) for at in range(6)], 1)
+
+
+def test_draws_of_different_requests_are_independent():
+    """As those of numpy's generator: of 3000 requests, two neighbours agree as often, and whole sequences never."""
+    found = noise_of([b"%d" % i for i in range(3000)])
+    plain = np.random.default_rng(0).integers(0, 64, found.shape)
+    agreements = [int((tokens[1:] == tokens[:-1]).sum()) for tokens in (found, plain)]
+    expected = 2999 * 6 / 64
+    assert all(abs(n - expected) < 4.5 * expected**0.5 for n in agreements), agreements
+    assert len({tuple(row) for row in found.tolist()}) == 3000
+    np.testing.assert_allclose(np.bincount(found.ravel(), minlength=64) / found.size, 1 / 64, atol=0.005)
+    assert (noise_of([b"7"]) == found[7]).all()
+
+
+def test_a_seed_is_as_it_was():
+    """Its draws follow from the seed, the stream (0 if there is none) and the position alone."""
+    given = [Sampling(1.0, seed=5), Sampling(1.0, seed=5, stream=0), Sampling(1.0, seed=5, stream=3)]
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+    for settings, stream in zip(given, (0, 0, 3), strict=True):
+        settings = settings.for_identity(b"whatever")
+        for position in range(3):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), stream), position)
+            gumbel = np.asarray(jax.random.gumbel(key, (64,)))
+            token = sample(logits[None], jnp.asarray([position]), SamplingRows.of([settings]))
+            assert int(token[0]) == int(np.argmax(np.asarray(logits) + gumbel))
+
+
+def test_rows_draw_for_themselves(tiny):
+    """Different prompts, and equal ones: at this temperature all tokens are about as likely."""
+    prompts = [f"<|user|>Question {i}: name any letter.<|end|><|assistant|>" for i in range(5)] + [PROMPT] * 3
+    together = tiny.generate(prompts, max_new_tokens=4, temperature=30.0)
+    at = [[c.tokens[i] for c in together if len(c.tokens) > i] for i in range(3)]
+    assert all(len(set(tokens)) >= len(tokens) - 1 for tokens in at)  # 8 of 648 agree once in 4 %, twice in 0.1 %
+    for i in (1, 4, 5):  # as in other company, whichever the slot
+        assert tiny.generate([prompts[i]], max_new_tokens=4, temperature=30.0) == [together[i]]
+    engine = tiny.engine(EngineConfig(slots=3, cache_tokens=1024))
+    requests = [Request(p, max_new_tokens=4, sampling=Sampling(30.0)) for p in reversed(prompts)]
+    found = dict(engine.run(requests))
+    assert [found[7 - i].tokens for i in range(5)] == [c.tokens for c in together[:5]]
+    assert [found[i].tokens for i in range(3)] == [c.tokens for c in together[5:]]

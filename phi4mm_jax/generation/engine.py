@@ -5,8 +5,9 @@ all others some steps in one compiled program. Only then does the host look at t
 the device computes, with a handful of programs whose shapes never change.
 """
 
+import hashlib
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ class _Active:
     started: bool = False  # it has looked for pages to share
     long: bool = False
     group: Group | None = None  # where it has several beams; their tokens are not among its own
+    sampling: Sampling = field(default_factory=Sampling)  # the request's, with its seed
 
     @property
     def adapter(self) -> int:
@@ -147,17 +149,21 @@ class Engine:
         self._slots: list[_Active | None] = [None] * config.slots
         self._waiting: deque[tuple[int, Request, Future[tuple[Row, RowMedia]]]] = deque()
         self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
+        self._earlier: dict[int, Counter[bytes]] = {}  # of waiting requests, see `submit`
         self._next_id = 0
         self._updates: list[Update] = []
         self._broken = False  # a round was left before its end
 
     # ------------------------------------------------------------------------------------------ requests
 
-    def submit(self, request: Request, row: Row | None = None) -> int:
+    def submit(self, request: Request, row: Row | None = None, *, earlier: Counter[bytes] | None = None) -> int:
         """Queue a request; returns the id that its updates carry. Its prompt is processed in the background.
+
+        Without a seed a request draws by its prompt and media: the same again whenever it is asked.
 
         Args:
             row: the prompt and its media, where they are processed already.
+            earlier: one of all requests that belong together; of equal ones each then draws for itself.
         """
 
         def process() -> tuple[Row, RowMedia]:
@@ -166,6 +172,8 @@ class Engine:
             return made, media_of(made, self._processor.config)
 
         number, self._next_id = self._next_id, self._next_id + 1
+        if earlier is not None:
+            self._earlier[number] = earlier
         self._waiting.append((number, request, self._workers.submit(process)))
         return number
 
@@ -175,6 +183,7 @@ class Engine:
             if entry[0] == number:
                 entry[2].cancel()
                 self._waiting.remove(entry)
+                self._earlier.pop(number, None)
                 self._updates.append(Update(number, "", Completion("", [], "cancelled", 0)))
                 return
         for active in self._slots:
@@ -219,7 +228,8 @@ class Engine:
         """Answer requests as they come, in the order in which they end.
 
         Args:
-            requests: read as slots become free, and some more whose media are processed meanwhile.
+            requests: read as slots become free, and some more whose media are processed meanwhile. Equal ones that
+                have no seed draw each for itself.
             ahead: how many more; by default as many as there are slots.
 
         Yields:
@@ -228,6 +238,7 @@ class Engine:
         ahead = self.config.slots if ahead is None else ahead
         incoming = enumerate(requests)
         places: dict[int, int] = {}
+        earlier: Counter[bytes] = Counter()
         more = True
         try:
             while more or places:
@@ -236,7 +247,7 @@ class Engine:
                     if request is None or place is None:
                         more = False
                     else:
-                        places[self.submit(request)] = place
+                        places[self.submit(request, earlier=earlier)] = place
                 for update in self._updates_of(places):
                     if update.completion is not None:
                         yield places.pop(update.id), update.completion
@@ -314,14 +325,28 @@ class Engine:
                 active = self._activate(number, request, *work.result())
             except Exception as error:  # whatever a medium makes a library raise, the others are answered
                 self._waiting.popleft()
+                self._earlier.pop(number, None)
                 cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                 self._updates.append(Update(number, "", Completion("", [], "error", 0, error=cause)))
                 continue
             if not self._promise(active):
                 return
             self._waiting.popleft()
+            active.sampling = self._draws(active)
             self._slots[active.slot] = active
             self._mark(active)
+
+    def _draws(self, active: _Active) -> Sampling:
+        """How it draws. The identity of a request is its prompt, and how many equal ones came before."""
+        earlier, settings = self._earlier.pop(active.id, None), active.request.sampling
+        if settings.temperature == 0 or settings.seed is not None or settings.stream is not None:
+            return settings
+        content = active.row.tokens.tobytes() + b"".join(digest for *_, digest in active.media.spans)
+        identity = hashlib.blake2b(content, digest_size=16).digest()
+        count = 0
+        if earlier is not None:
+            count, earlier[identity] = earlier[identity], earlier[identity] + 1
+        return settings.for_identity(b"%s %d" % (identity, count))
 
     def _mark(self, active: _Active) -> None:
         """Tell the device which tokens a row has, where they count; decoding adds those that it is given itself."""
@@ -711,5 +736,5 @@ def _padded(values: Sequence[int], count: int) -> np.ndarray:
 
 
 def _settings(rows: Sequence[_Active | None], count: int) -> SamplingRows:
-    settings = [Sampling() if a is None else a.request.sampling for a in rows]
+    settings = [Sampling() if a is None else a.sampling for a in rows]
     return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ def _line(number: int, text: bytes, folder: Path, max_new_tokens: int) -> Line:
         return bad(f": id is {name!r:.80}; expected a string or a whole number")
     try:
         request = _request(values, folder, max_new_tokens)
+        # Its own draws, wherever the line stands and whichever run answers it.
+        request = replace(
+            request, sampling=request.sampling.for_identity(repr(name).encode("utf-8", "backslashreplace"))
+        )
         return Line(number, where, name, request, digest=digest, logprobs=values.get("logprobs", False))
     except InputError as error:
         return bad(f": {error}", name)

@@ -1,8 +1,9 @@
 """The choice of the next token, on the device, each row with its own settings."""
 
+import hashlib
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +27,9 @@ class Sampling:
         min_p: leave out tokens less likely than this share of the likeliest's probability (arXiv:2407.01082); 0 none.
         repetition_penalty: divides positive logits of tokens that the sequence has, and multiplies negative ones
             (arXiv:1909.05858); 1 changes nothing.
-        seed: of the draws.
-        stream: tells apart draws that share a seed.
+        seed: of the draws. By default they are a request's own (see `for_identity`): those of different requests are
+            independent, and a request draws the same whenever and beside whatever it is asked.
+        stream: tells apart draws that share a seed; by default 0 where there is a seed.
 
     Raises:
         InputError: a value out of range.
@@ -38,8 +40,8 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    seed: int = 0
-    stream: int = 0
+    seed: int | None = None
+    stream: int | None = None
 
     def __post_init__(self):
         def check(name: str, valid: bool, expected: str) -> None:
@@ -55,7 +57,15 @@ class Sampling:
         )
         for name in ("seed", "stream"):
             value = getattr(self, name)
-            check(name, is_whole(value) and 0 <= value < 2**31, "a whole number from 0 to 2**31 - 1")
+            check(name, value is None or (is_whole(value) and 0 <= value < 2**31), "a whole number from 0 to 2**31 - 1")
+
+    def for_identity(self, identity: bytes) -> "Sampling":
+        """With a seed and a stream that follow from what tells a request from all others, unless either is given."""
+        if self.seed is not None or self.stream is not None:
+            return self
+        digest = hashlib.blake2b(identity, digest_size=8).digest()
+        seed, stream = (int.from_bytes(half, "little") & 0x7FFFFFFF for half in (digest[:4], digest[4:]))
+        return replace(self, seed=seed, stream=stream)
 
 
 class SamplingRows(NamedTuple):
@@ -72,7 +82,7 @@ class SamplingRows(NamedTuple):
     @classmethod
     def of(cls, settings: Sequence[Sampling]) -> "SamplingRows":
         def column(name: str, dtype: type) -> np.ndarray:
-            return np.asarray([getattr(s, name) for s in settings], dtype)
+            return np.asarray([getattr(s, name) or 0 for s in settings], dtype)
 
         reals = {n: column(n, np.float32) for n in ("temperature", "min_p", "repetition_penalty")}
         wholes = {n: column(n, np.int32) for n in ("top_k", "seed", "stream")}
