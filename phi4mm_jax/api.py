@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
+from phi4mm_jax.compilation import keep_compiled_by_default
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
@@ -46,6 +47,9 @@ def load(
 ) -> "Model":
     """Load a checkpoint folder.
 
+    Programs that are compiled from now on are kept for the next start, in the user's cache, unless jax is configured
+    otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE).
+
     Args:
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
             converted one; or a repository on the Hub, "org/name", which is downloaded. Of the adapters' two copies in
@@ -69,6 +73,7 @@ def load(
         raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
+    keep_compiled_by_default()
     path = local_folder(path)
     config = Phi4MMConfig.from_folder(path)
     collection = f"lora_{merge}"

@@ -1,5 +1,6 @@
 """Compiled programs that outlive the process."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,6 +13,14 @@ def default_folder() -> Path:
     """Where jax is told to keep compiled programs, else a folder of ours in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache, "phi4mm-jax", "compiled"))
+
+
+def keep_compiled_by_default() -> None:
+    """Keep compiled programs in the default folder, unless jax was told where or not to, or it cannot be written to."""
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    with contextlib.suppress(InputError):
+        keep_compiled(default_folder())
 
 
 def keep_compiled(folder: str | Path) -> None:

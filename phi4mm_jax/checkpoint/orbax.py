@@ -9,9 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from orbax.checkpoint import type_handlers
 
 from phi4mm_jax.checkpoint.table import Path, parameter_bytes
 from phi4mm_jax.config import read_json
@@ -33,7 +31,9 @@ class OrbaxCheckpoint:
     """
 
     def __init__(self, folder: FilePath, expected: Iterable[Path]):
-        self._folder = folder
+        import orbax.checkpoint as ocp  # takes a while, and most checkpoints are PyTorch's
+
+        self._ocp, self._folder = ocp, folder
         self.files = {folder}
         self._checkpointer = ocp.PyTreeCheckpointer()
         read_json(folder / "_METADATA")
@@ -49,16 +49,16 @@ class OrbaxCheckpoint:
 
     def read(self, path: Path, dtype: Any = None) -> np.ndarray:
         """A parameter, whole, in memory; in its own dtype by default."""
-        return self._restore(path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+        return self._restore(path, self._ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
 
     def place(self, path: Path, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """A parameter on the devices; each host reads only the chunks that its devices hold a share of."""
         shape = self.parameters[path].shape
-        return self._restore(path, ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype))
+        return self._restore(path, self._ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype))
 
-    def _restore(self, path: Path, how: ocp.RestoreArgs) -> Any:
+    def _restore(self, path: Path, how: Any) -> Any:
         item = unflatten_dict({path: self.parameters[path]})
-        args = ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
+        args = self._ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
         with _readable(_folder_of(self._folder, path), "/".join(path)):
             return flatten_dict(self._checkpointer.restore(self._folder, args=args))[path]
 
@@ -95,6 +95,9 @@ def write(
     Raises:
         OSError: the folder cannot be written to.
     """
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers
+
     total = sum(parameter_bytes(p) for p in parameters.values())
     done = 0
 
