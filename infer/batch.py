@@ -16,19 +16,29 @@ where it calls functions, each with its name and arguments; with beams also the 
 its text, tokens and score. "request" tells requests apart, so that no answer is taken for that of a line which has
 changed. A line that is no JSON has no id; its answer has its "line".
 
-A run that was stopped goes on where it was: what the output has is not answered again. With --hosts N --host I, this
-run answers the lines whose number is I modulo N; give each an output of its own.
+Lines of OpenAI's batch files ("custom_id" and "body", as for /v1/chat/completions) are taken as well; without
+"temperature" they are greedy, as all lines are. With --format openai all answers have the form of OpenAI's output
+files.
+
+Rerun the same command to resume a run that was stopped. What has been answered is not answered again, and what failed
+is: repair its line or its media before, if they are at fault. Another model, setting or medium than that of answers
+which are there is an error; OUTPUT.settings.json, beside the output, has what they depend on. The exit status is 1 if
+a line has failed. With --hosts N --host I, this run answers the lines whose number is I modulo N; give each an output
+of its own.
 """
 
 import argparse
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import phi4mm_jax
 from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
-from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
+from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
+from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import count_bar, progress_bar
 
@@ -48,8 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
     )
+    parser.add_argument(
+        "--adapter", choices=get_args(Adapter), help="for lines that do not say; by default that of a line's media"
+    )
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
+    parser.add_argument(
+        "--format", choices=get_args(Format), default="plain", help="of the answers (default: %(default)s)"
+    )
     parser.add_argument("--hosts", metavar="N", type=int, default=1)
     parser.add_argument("--host", metavar="I", type=int, default=0)
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
@@ -68,24 +84,33 @@ def main() -> int:
             f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
         )  # fmt: skip
     lines = read_requests(
-        arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host
-    )
+        arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host,
+        adapter=arguments.adapter,
+    )  # fmt: skip
     config = EngineConfig(
         slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-        beams=arguments.beams,
+        beams=arguments.beams, cli=True,
     )  # fmt: skip
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):
             raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
     if arguments.compilation_cache:
         keep_compiled(arguments.compilation_cache)
-    with AnswerFile(arguments.output, lines, ordered=arguments.ordered) as answers:
+    with AnswerFile(
+        arguments.output, lines, ordered=arguments.ordered, settings=partial(settings, arguments), form=arguments.format
+    ) as answers:
         if answers.answered:
             print(f"{answers.answered} of {len(lines)} lines are answered already; going on", file=sys.stderr)
         if answers.answered < len(lines):
             answer(arguments, config, answers, len(lines))
     print(f"{arguments.output}: {answers.answered} answers, {answers.errors} of them errors", file=sys.stderr)
-    return 0
+    return 1 if answers.errors else 0
+
+
+def settings(arguments: argparse.Namespace) -> Settings:
+    """What answers depend on besides their lines."""
+    names = ("dtype", "merge", "adapter", "cache_dtype", "max_new_tokens")
+    return settings_of(arguments.model, **{name: getattr(arguments, name) for name in names})
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:

@@ -4,21 +4,25 @@ import base64
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import TINY
 
 from infer import batch
 from phi4mm_jax import InputError
 from phi4mm_jax.compilation import keep_compiled
-from phi4mm_jax.generation import EngineConfig, Request
-from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
+from phi4mm_jax.generation import Completion, EngineConfig, Request
+from phi4mm_jax.generation.jsonl import AnswerFile, read_requests, settings_of
 
 ROOT = Path(__file__).parents[1]
 SMALL = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=256, steps=4)
@@ -208,10 +212,14 @@ def test_log_probabilities_on_demand(tmp_path, engine):
 
 
 @pytest.mark.parametrize("ids", [["a", "a"], [1, 1], [1, None], [None, 0]])
-def test_an_id_is_one_lines(tmp_path, ids):
-    source = write(tmp_path / "in", [{"prompt": "x"} | ({} if i is None else {"id": i}) for i in ids])
-    with pytest.raises(InputError, match=r"in: lines 1 and 2 have the same id .* give each its own"):
-        read_requests(source, max_new_tokens=3)
+def test_an_id_is_one_lines(tmp_path, engine, ids):
+    """Of the first that has it; the others are errors, and go by their numbers."""
+    lines = [{"prompt": "x"} | ({} if i is None else {"id": i}) for i in ids] + [GOOD]
+    source = write(tmp_path / "in", lines)
+    found = answer(engine, source, tmp_path / "out")
+    assert [("error" in a, a.get("line")) for a in found] == [(False, None), (True, 2), (False, None)]
+    assert found[1]["error"].startswith("line 2: lines 1 and 2 have the same id")
+    assert answer(engine, source, tmp_path / "out") == found
 
 
 def test_copies_of_a_prompt_draw_by_their_ids(tmp_path, engine):
@@ -312,12 +320,164 @@ def test_a_cut_last_line_is_answered_again(tmp_path, engine):
                 assert output.read_bytes() == whole
 
 
-def test_errors_are_kept_and_counted(tmp_path, engine):
-    source = write(tmp_path / "in", [GOOD, b"oops", {"prompt": "<|image_1|>"}])
-    answer(engine, source, tmp_path / "out")
+def test_errors_are_counted_and_asked_again(tmp_path, engine):
+    """But for a line that cannot be asked; what was answered is not touched, and each line is there once."""
+    image = {"id": "i", "prompt": "<|user|><|image_1|>?<|end|>", "images": ["later.png"]}
+    source = write(tmp_path / "in", [GOOD, b"oops", image, {"id": "c", "prompt": "c", "max_tokens": 2}])
+    first = answer(engine, source, tmp_path / "out")
+    assert [("error" in a) for a in first] == [False, True, True, True]
+    with AnswerFile(tmp_path / "out", read_requests(source, max_new_tokens=3), ordered=True) as answers:
+        assert (answers.total, answers.answered, answers.errors) == (4, 3, 2)
+        assert [a["id"] for a, _ in answers.run(engine)] == ["i"]
+    assert answers_of(tmp_path / "out") == first
+    (tmp_path / "later.png").write_bytes(IMAGE.read_bytes())
+    write(source, [GOOD, {"id": "b", "prompt": "b"}, image, {"id": "c", "prompt": "c", "max_new_tokens": 2}])
     with AnswerFile(tmp_path / "out", read_requests(source, max_new_tokens=3)) as answers:
-        assert (answers.answered, answers.errors) == (3, 2)
-        assert list(answers.run(engine)) == []
+        asked = answers.run(engine)
+        next(asked)
+        assert len(answers_of(tmp_path / "out")) == 4  # the stale error is gone, one answer is new
+    with AnswerFile(tmp_path / "out", read_requests(source, max_new_tokens=3)) as answers:  # that one was stopped
+        assert answers.answered == 2
+        assert len(list(answers.run(engine))) == 2
+    found = {a["id"]: a for a in answers_of(tmp_path / "out")}
+    assert len(answers_of(tmp_path / "out")) == 4
+    expected = {a["id"]: a for a in answer(engine, source, tmp_path / "expected")}
+    assert found == expected
+    assert not any("error" in a for a in found.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "in", "later.png", "out"]
+
+
+def test_repaired_lines_keep_the_order(tmp_path, engine):
+    lines = [{"id": str(i), "prompt": f"a {i}"} for i in range(5)]
+    broken = [*lines[:1], lines[1] | {"max_tokens": 1}, *lines[2:4]]
+    answer(engine, write(tmp_path / "in", broken), tmp_path / "out")
+    whole = answer(engine, write(tmp_path / "in", lines), tmp_path / "whole")
+    assert answer(engine, tmp_path / "in", tmp_path / "out") == whole
+
+
+def test_answers_of_another_model_or_setting_are_not_mixed(tmp_path, engine):
+    """Whatever of them has changed is named; a copy of the model is the same."""
+    source, output = write(tmp_path / "in", [GOOD, {"id": "b", "prompt": "b"}]), tmp_path / "out"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(3 << 20))
+    given = {"model": tmp_path / "model", "dtype": "float32", "merge": None, "adapter": None, "cache_dtype": None}
+
+    def begin(**changed):
+        with AnswerFile(
+            output, read_requests(source, max_new_tokens=3), settings=lambda: settings_of(**given | changed)
+        ) as answers:
+            list(answers.run(engine))
+        return output.read_bytes()
+
+    whole = begin()
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "model", copy)
+    os.utime(copy / "model.safetensors", (0, 0))
+    assert begin(model=copy) == whole
+    with (copy / "model.safetensors").open("r+b") as file:  # one value of 786,432
+        file.seek(2 << 20)
+        file.write(b"\x01")
+    for changed in ({"dtype": "bfloat16"}, {"cache_dtype": "int8"}, {"adapter": "none"}, {"model": copy}):
+        (name,) = changed
+        with pytest.raises(InputError, match=rf"out: its answers are of another {name} \(was .*, now .*\); give"):
+            begin(**changed)
+    assert output.read_bytes() == whole
+    (tmp_path / "out.settings.json").unlink()
+    with pytest.raises(InputError, match=r"out.settings.json, which tells .* is missing"):
+        begin()
+
+
+def test_answers_about_other_media_are_not_kept(tmp_path, engine):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(IMAGE.read_bytes())
+    chat = [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}]
+    lines = [{"prompt": "<|image_1|>", "images": ["a.png"]}, {"messages": chat}]
+    source = write(tmp_path / "in", lines)
+    found = answer(engine, source, tmp_path / "out")
+    assert answer(engine, source, tmp_path / "out") == found
+    for name, line in (("a.png", 1), ("b.png", 2)):
+        (tmp_path / name).write_bytes((TINY / "inputs" / "image_1.png").read_bytes())
+        with pytest.raises(InputError, match=f"is about other media than line {line} has now"):
+            answer(engine, source, tmp_path / "out")
+        (tmp_path / name).unlink()  # what is gone cannot be compared
+        assert answer(engine, source, tmp_path / "out") == found
+
+
+def test_lines_of_openai(tmp_path, engine):
+    """Taken as they are in OpenAI's batch files, and answered in that form; a run goes on in it."""
+    messages = [{"role": "user", "content": "Hello"}]
+
+    def line(name, **body):
+        return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m"} | body}
+
+    lines = [
+        line("a", messages=messages, max_tokens=4, temperature=0, stop=None, n=1),
+        line("b", messages=messages, max_completion_tokens=2, logprobs=True, stream=False),
+        line("c", messages=messages, presence_penalty=0.5),
+        line("d", messages=messages) | {"url": "/v1/embeddings"},
+        b"oops",
+    ]
+    source, output = write(tmp_path / "in", lines), tmp_path / "out"
+
+    def run_all():
+        lines = read_requests(source, max_new_tokens=3)
+        with AnswerFile(output, lines, ordered=True, form="openai") as answers:
+            list(answers.run(engine))
+        return answers_of(output)
+
+    found = run_all()
+    ((_, expected),) = engine.run([Request(messages, max_new_tokens=4)])
+    body = found[0]["response"]["body"]
+    assert [a["custom_id"] for a in found] == ["a", "b", "c", "d", None]
+    assert found[0]["error"] is None
+    assert found[0]["response"]["status_code"] == 200
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"] == {
+        "prompt_tokens": expected.prompt_tokens, "completion_tokens": 4, "total_tokens": expected.prompt_tokens + 4
+    }  # fmt: skip
+    logprobs = [x["logprob"] for x in found[1]["response"]["body"]["choices"][0]["logprobs"]["content"]]
+    np.testing.assert_allclose(logprobs, expected.log_probabilities[:2], atol=1e-4)
+    messages = [a["error"]["message"] for a in found[2:]]
+    assert all(a["response"] is None for a in found[2:])
+    assert "body.presence_penalty is 0.5, which is not supported; expected 0" in messages[0]
+    assert "POST /v1/embeddings; only POST /v1/chat/completions" in messages[1]
+    assert "is not JSON" in messages[2]
+    before = output.read_bytes()
+    output.write_bytes(before[: before.index(b"\n") + 20])
+    assert run_all() == found
+    with pytest.raises(InputError, match="out: has answers of --format openai; give that format"):
+        answer(engine, source, output)
+    plain = answer(engine, source, tmp_path / "plain")
+    assert [a["id"] for a in plain] == ["a", "b", "c", "d", None]
+    assert plain[0]["tokens"] == expected.tokens
+
+
+def test_memory_grows_with_ids_alone(tmp_path):
+    """Lines are read as they are asked for: those of 40 MB leave less than 1 MB."""
+    with (tmp_path / "in").open("w") as file:
+        for i in range(2000):
+            file.write(json.dumps({"id": i, "prompt": f"{i} " + "x" * 20_000}) + "\n")
+    tracemalloc.start()
+    with AnswerFile(tmp_path / "out", read_requests(tmp_path / "in", max_new_tokens=3)) as answers:
+        engine = SimpleNamespace(run=lambda requests: ((i, DONE) for i, _ in enumerate(requests)))
+        assert len([None for _ in answers.run(engine)]) == 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert (tmp_path / "out").read_bytes().count(b"\n") == 2000
+
+
+DONE = Completion("", [], "stop", 1)
+
+
+def test_json_is_strict(tmp_path):
+    """A log-probability that is not finite is null: NaN is no JSON."""
+    nan = Completion("a", [1, 2], "stop", 1, (float("nan"), -1.0))
+    engine = SimpleNamespace(run=lambda requests: ((i, nan) for i, _ in enumerate(requests)))
+    found = answer(engine, write(tmp_path / "in", [{"prompt": "a", "logprobs": True}]), tmp_path / "out")
+    assert found[0]["logprobs"] == [None, -1.0]
 
 
 @pytest.mark.parametrize(
@@ -490,7 +650,7 @@ def test_killed_ten_times(tmp_path, compiled, tiny):
     assert len(set(progress[3:])) == 7
     assert 0 < progress[-1] < 500
     last = run(source, output, compiled)
-    assert last.returncode == 0, last.stderr
+    assert last.returncode == 1, last.stderr  # there are lines that are no JSON
     found = answers_of(output)
     expected = answer(tiny.engine(EngineConfig(cache_tokens=4096)), source, tmp_path / "expected")
     assert len(found) == 500

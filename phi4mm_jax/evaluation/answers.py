@@ -115,7 +115,7 @@ def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iter
     adapter = None if settings.adapter == AUTO else settings.adapter
     requests = (_request(item, settings.max_new_tokens, adapter) for item in items)
     lines = [Line(i, x.where, x.where, request) for i, (x, request) in enumerate(zip(items, requests, strict=True))]
-    with AnswerFile(folder / ANSWERS, lines) as answers:
+    with AnswerFile(folder / ANSWERS, lines, retry=False) as answers:
         yield answers
 
 

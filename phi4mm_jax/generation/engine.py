@@ -49,6 +49,7 @@ class EngineConfig:
         feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
         beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
             to need as many for its answer as n others.
+        cli: messages name the sizes as the options of a program (`--beams`).
     """
 
     slots: int = 8
@@ -59,6 +60,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     feature_blocks: int = 512
     beams: int = 1
+    cli: bool = False
 
     def __post_init__(self):
         for name in ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams"):
@@ -69,6 +71,10 @@ class EngineConfig:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.feature_blocks < 16:
             raise InputError(f"feature_blocks is {self.feature_blocks}; expected at least 16")
+
+    def named(self, size: str) -> str:
+        """What a message calls a size."""
+        return f"--{size.replace('_', '-')}" if self.cli else f"EngineConfig({size}=...)"
 
     @property
     def pages(self) -> int:
@@ -377,7 +383,8 @@ class Engine:
             each = f" of each of {request.beams} beams" if request.beams > 1 else ""
             raise InputError(
                 f"the prompt's {length} tokens and {limit} new ones{each} need {needed} pages of {size} tokens, but "
-                f"the cache has {self._pool.num_pages}; give it more tokens, or ask for fewer"
+                f"the cache has {self._pool.num_pages}; give it more tokens, or ask for fewer ("
+                f"{self.config.named('cache_tokens')})"
             )
         text = Text(self._processor.tokenizer, request.stop)
         active = _Active(number, request, row, media, limit, self._slots.index(None), needed, text)
@@ -602,7 +609,7 @@ class Engine:
         if request.beams > self.config.beams:
             raise InputError(
                 f"the request asks for {request.beams} beams, but the engine allows {self.config.beams}; ask for "
-                "fewer, or give EngineConfig more beams"
+                f"fewer, or allow more with {self.config.named('beams')}"
             )
         stops = frozenset({*self._stops, *request.stop_tokens})
         most = self._candidates - self.config.beams
