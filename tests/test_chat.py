@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt, parse_raw, render_chat
+from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt, parse_raw, path_in, render_chat
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "fixtures" / "ms_tiny"
@@ -336,7 +336,6 @@ def test_no_tool_calls(tokenizer: Tokenizer, calls: Any):
         ([call("{}"), call("{")], r"tool_calls\[1\]\.function\.arguments is not JSON"),
         ([call("[" * 100_000)], r"arguments is not JSON"),
         ([call("[1]")], r"arguments is list: pass a JSON object"),
-        ([call(None)], r"arguments is NoneType"),
         ([call({"a": object()})], r"messages\[0\]\.tool_calls cannot be written as JSON"),
         ([call("{}", None)], r"function\.name is NoneType"),
         ([{"function": {"arguments": "{}"}}], r"function\.name is missing"),
@@ -356,6 +355,8 @@ def test_tool_calls_of_another_role(tokenizer: Tokenizer):
 
 PNG = b"\x89PNG not really"
 DATA = base64.b64encode(PNG).decode()
+LONG = b"\x89PNG\r\n\x1a\n" + bytes(60)  # as files are
+BARE = base64.b64encode(LONG).decode()
 
 
 @pytest.mark.parametrize(
@@ -377,14 +378,153 @@ DATA = base64.b64encode(PNG).decode()
         ({"type": "input_audio", "input_audio": {"data": DATA}}, PNG),
         ({"type": "audio", "audio": "a.wav"}, "a.wav"),
         ({"type": "audio", "audio": PNG}, PNG),
+        ({"type": "image", "url": "a.png"}, "a.png"),
+        ({"type": "image", "url": "file:///tmp/a.png", "image": None}, Path("/tmp/a.png")),
+        ({"type": "image", "path": Path("a.png")}, Path("a.png")),
+        ({"type": "image", "base64": DATA}, PNG),
+        ({"type": "image", "base64": f"data:image/png;base64,{DATA}"}, PNG),
+        ({"type": "image", "image": {"bytes": PNG, "path": "a.png"}}, PNG),
+        ({"type": "image", "image": {"bytes": None, "path": "a.png"}}, "a.png"),
+        ({"type": "image", "image": {"url": f"data:image/png;base64,{DATA}"}}, PNG),
+        ({"type": "image_pil", "image_pil": "a.png"}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": BARE, "detail": None}, "text": None}, LONG),
+        ({"type": "image", "image": BARE}, LONG),
+        ({"type": "input_image", "image_url": "a.png", "detail": "high"}, "a.png"),
+        ({"image_url": "a.png"}, "a.png"),
+        ({"type": "audio", "url": "a.wav", "audio": None, "text": None}, "a.wav"),
+        ({"type": "audio", "base64": DATA}, PNG),
+        ({"type": "audio", "audio": {"bytes": PNG, "path": None}}, PNG),
+        ({"type": "audio", "audio": {"array": [0.5], "sampling_rate": 16000, "path": None}}, ([0.5], 16000)),
+        ({"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{DATA}"}}, PNG),
+        ({"type": "audio_url", "audio_url": "a.wav"}, "a.wav"),
+        ({"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{DATA}", "format": None}}, PNG),
     ],
 )
 def test_media_parts(tokenizer: Tokenizer, part: dict[str, Any], expected: Any):
     prompt = render_chat(user(part), tokenizer)
-    image = part["type"].startswith("image")
+    image = "audio" not in part.get("type", "image")
     assert spelled(prompt, tokenizer)[1] == (IMAGE if image else AUDIO)
     assert (prompt.images, prompt.audios) == (((expected,), ()) if image else ((), (expected,)))
     assert type((prompt.images + prompt.audios)[0]) is type(expected)
+
+
+def test_low_detail_is_one_crop(tokenizer: Tokenizer):
+    """OpenAI's "detail": as `Frame`, whose crops are capped."""
+    for part in (
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+        {"type": "input_image", "image_url": "a.png", "detail": "low"},
+        {"type": "image", "image": "a.png", "detail": "low"},
+    ):
+        (frame,) = render_chat(user(part), tokenizer).images
+        assert (frame.image, frame.max_crops) == ("a.png", 1)
+
+
+@pytest.mark.parametrize(
+    "path", ["/9j/a.png", "UklGR/" + "a" * 60 + ".wav", "iVBORw0KGgo", "//server/share/" + "frames/" * 9, "a" * 4096]
+)
+def test_what_is_no_base64_is_a_path(tokenizer: Tokenizer, path: str):
+    assert render_chat(user({"type": "image", "image": path}), tokenizer).images == (path,)
+    assert path_in(path, Path("/data")) == str(Path("/data") / path)
+
+
+def test_base64_is_no_path(tokenizer: Tokenizer):
+    for text in (BARE, "A" * 4100, BARE[:40] + "\n" + BARE[40:]):
+        assert path_in(text, Path("/data")) == text
+        assert isinstance(render_chat(user({"type": "image", "image": text}), tokenizer).images[0], bytes)
+
+
+def test_videos_by_other_names(tokenizer: Tokenizer):
+    frames = [TINY / "inputs" / f"image_{i}.png" for i in range(2)]
+    for part in (
+        {"type": "video", "path": frames},
+        {"type": "video", "video": [{"bytes": f.read_bytes(), "path": None} for f in frames]},
+        {"type": "video", "video": [base64.b64encode(f.read_bytes()).decode() for f in frames]},
+    ):
+        prompt = render_chat(user(part), tokenizer)
+        assert [frame.image.size for frame in prompt.images] == [Image.open(f).size for f in frames]
+
+
+@pytest.mark.parametrize(
+    ("messages", "same"),
+    [
+        ([{"role": "developer", "content": "s", "tools": "[]"}], [{"role": "system", "content": "s", "tools": "[]"}]),
+        ([{"role": "function", "name": "f", "content": "4"}], [{"role": "tool", "content": "4"}]),
+        ([{"role": "user", "content": ["a", {"text": "b"}]}], [{"role": "user", "content": "ab"}]),
+        ([{"role": "user", "content": [{"type": "input_text", "text": "a"}]}], [{"role": "user", "content": "a"}]),
+        (
+            [{"role": "assistant", "content": [{"type": "refusal", "refusal": "a", "text": None}]}],
+            [{"role": "assistant", "content": "a"}],
+        ),
+        (
+            [{"role": "user", "content": "a", "name": None, "tool_calls": None, "tools": None, "function_call": None}],
+            [{"role": "user", "content": "a"}],
+        ),
+        (
+            [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}],
+            [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}],
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}],
+        ),
+    ],
+)
+def test_other_spellings_of_messages(tokenizer: Tokenizer, messages: Any, same: Any):
+    ours, expected = render_chat(messages, tokenizer), render_chat(same, tokenizer)
+    assert ids_of(ours, tokenizer) == ids_of(expected, tokenizer)
+
+
+@pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": " "}, {"arguments": None}, {}])
+def test_empty_arguments_of_a_call(tokenizer: Tokenizer, arguments: dict[str, Any]):
+    """As clients write calls without arguments."""
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", **arguments}}]}
+    assert spelled(render_chat([message], tokenizer), tokenizer)[2] == '[{"name": "f", "arguments": {}}]'
+
+
+# Answers that have begun.
+
+BEGUN = [
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "th"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  the \n"}],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}],
+    [{"role": "system", "content": "s"}, *CHATS[0], {"role": "assistant", "content": "a"}, *CHATS[0],
+     {"role": "assistant", "content": "Hello"}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages", BEGUN, ids=range(len(BEGUN)))
+def test_a_final_message_is_continued_as_in_transformers(
+    tokenizer: Tokenizer, library: tokenizers.Tokenizer, messages: list[dict[str, Any]]
+):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    text = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
+    (expected,), _ = render_jinja_template([messages], chat_template=text, continue_final_message=True)
+    prompt = parse_prompt(messages, tokenizer, continue_final_message=True)
+    assert ids_of(prompt, tokenizer) == library.encode(expected).ids
+    parts = [*messages[:-1], {**messages[-1], "content": [{"type": "text", "text": messages[-1]["content"]}]}]
+    assert ids_of(render_chat(parts, tokenizer, continue_final_message=True), tokenizer) == ids_of(prompt, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        (CHATS[0], r"messages\[0\]\.role is 'user': continue_final_message continues an answer"),
+        (
+            [{"role": "assistant", "content": "a", "tool_calls": [call({})]}],
+            r"messages\[0\]\.tool_calls: an answer that",
+        ),
+        ([{"role": "assistant", "content": [{"type": "image", "image": "a"}]}], r"content does not end with a text"),
+        ([{"role": "assistant", "content": None}], r"content does not end with a text"),
+        ("<|user|>a<|end|><|assistant|>b", "a raw prompt is continued where it ends"),
+        ([], "messages is empty"),
+    ],
+)
+def test_what_cannot_be_continued(tokenizer: Tokenizer, prompt: Any, error: str):
+    with pytest.raises(InputError, match=error):
+        parse_prompt(prompt, tokenizer, continue_final_message=True)
+    with pytest.raises(InputError, match="continue_final_message is 'yes'"):
+        parse_prompt(prompt, tokenizer, continue_final_message="yes")
 
 
 def test_media_are_collected_as_they_are(tokenizer: Tokenizer):
@@ -442,12 +582,21 @@ def url(value: Any) -> dict[str, Any]:
     ("part", "error"),
     [
         (5, r" is int: pass a dict"),
-        ("text", r" is str: pass a dict"),
         (None, r" is NoneType"),
         ({}, r"\.type is None: it must be text, image_url, input_audio, image, audio or video"),
         ({"type": "movie"}, r"\.type is 'movie'"),
         ({"type": ["text"]}, r"\.type is \['text'\]"),
-        ({"text": "a"}, r"\.type is None"),
+        ({"text": "a", "image": "b"}, r"\.type is None"),
+        ({"type": "text", "text": "a", "image": "b.png"}, r"\.image is not taken in a part of type text"),
+        ({"type": "input_audio", "input_audio": {"data": DATA}, "audio_path": "a"}, r"\.audio_path is not taken"),
+        ({"type": "image", "image": "a.png", "url": "b.png"}, r" has both image and url: give the image once"),
+        ({"type": "image", "image": {"bytes": None, "path": None}}, r"\.image is an object with bytes, path"),
+        ({"type": "image", "path": "a.png", "detail": "tiny"}, r"\.detail is 'tiny'"),
+        ({"type": "image", "detail": "low"}, r"\.detail: an image that is given beside the messages"),
+        ({"type": "image", "base64": "@@"}, r"\.base64 is not base64"),
+        ({"type": "audio_url", "audio_url": {"url": "https://a.b"}}, r"\.audio_url\.url is .*nothing is downloaded"),
+        ({"type": "image_embeds", "image_embeds": "a"}, r"\.type is 'image_embeds'"),
+        ({"type": "video", "video": None}, r"\.video is NoneType: pass a path"),
         ({"type": "text"}, r"\.text is missing"),
         ({"type": "text", "text": None}, r"\.text is NoneType"),
         ({"type": "text", "text": b"a"}, r"\.text is bytes"),
@@ -480,11 +629,9 @@ def url(value: Any) -> dict[str, Any]:
         ({"type": "input_audio", "input_audio": {"format": "wav"}}, r"\.input_audio\.data is missing"),
         ({"type": "input_audio", "input_audio": {"data": PNG}}, r"\.input_audio\.data is bytes"),
         ({"type": "input_audio", "input_audio": {"data": "@@"}}, r"\.input_audio\.data is not base64"),
-        ({"type": "image", "image": None}, r"\.image is None"),
-        ({"type": "image", "url": "a.png"}, r"\.url: a part of type image has only the key \"image\""),
+        ({"type": "image", "uri": "a.png"}, r"\.uri: a part of type image has only the key \"image\", or url, path"),
         ({"type": "image", "image": "https://example.com/a.png"}, r"\.image is .*nothing is downloaded"),
         ({"type": "audio", "audio": "http://example.com/a.wav"}, r"\.audio is .*nothing is downloaded"),
-        ({"type": "audio", "audio": None}, r"\.audio is None"),
         ({"type": "audio", "data": DATA}, r"\.data: a part of type audio"),
     ],
 )
@@ -503,7 +650,7 @@ def test_errors_do_not_repeat_the_data(tokenizer: Tokenizer):
         {"type": "input_audio", "input_audio": {"data": "@" * 10**6}},
         {"type": "input_audio", "input_audio": "x" * 10**6},
         {"type": "x" * 10**6},
-        "x" * 10**6,
+        {"type": "image", "image": {"x" * 10**6: 1}},
     ):
         with pytest.raises(InputError) as error:
             render_chat(user(part), tokenizer)
@@ -523,7 +670,11 @@ def test_errors_do_not_repeat_the_data(tokenizer: Tokenizer):
         (None, r"^messages is NoneType"),
         ([*user(), "a"], r"^messages\[1\] is str: pass a dict"),
         ([*user(), {"content": "a"}], r"^messages\[1\]\.role is None: it must be one of system, user, assistant, tool"),
-        ([{"role": "developer", "content": "a"}], r"^messages\[0\]\.role is 'developer'"),
+        ([{"role": "human", "content": "a"}], r"^messages\[0\]\.role is 'human'"),
+        (
+            [{"role": "user", "content": "a", "images": ["b.png"]}],
+            r"^messages\[0\]\.images is not taken: media of a mes",
+        ),
         ([{"role": "end", "content": "a"}], r"^messages\[0\]\.role is 'end'"),
         ([{"role": ["user"], "content": "a"}], r"^messages\[0\]\.role is \['user'\]"),
         ([*user(), {"role": "user"}], r"^messages\[1\]\.content is missing"),
@@ -559,7 +710,7 @@ def test_roles_are_those_of_the_tokenizer(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("name", ["<|end|>", "<|tool|>"])
 def test_tokenizer_without_the_tokens_of_chats(tokenizer: Tokenizer, name: str):
-    with pytest.raises(CheckpointError, match=re.escape(f"{name} is not one of its special tokens")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is not one of its added tokens")):
         render_chat(user(), Other(tokenizer, [name]), tools="[]")
 
 

@@ -298,6 +298,30 @@ def test_items(tmp_path):
     assert len(read_items(tmp_path / "m.jsonl", 2)) == 2
 
 
+def test_items_in_the_forms_of_other_tools(tmp_path):
+    tool = {"type": "function", "function": {"name": "f"}}
+    shown = [{"type": "image"}, {"type": "text", "text": "A?", "image": None}]
+    lines = [
+        {"messages": [{"role": "user", "content": "<image>A?"}, assistant("a")], "images": ["a.png"], "answers": None},
+        {"conversations": [{"from": "human", "value": "<image>A?"}, {"from": "gpt", "value": "a"}], "image": "a.png"},
+        {"messages": [{"role": "user", "content": shown}, assistant([{"type": "text", "text": "a"}])],
+         "images": [{"bytes": None, "path": "a.png"}]},
+        {"messages": [user("A?"), assistant("a")], "tools": [tool], "system": "s"},
+    ]  # fmt: skip
+    items = read_items(write(tmp_path / "m.jsonl", lines))
+    assert all(item.references == ("a",) for item in items)
+    image = {"type": "image", "image": str(tmp_path / "a.png")}
+    plain = [{"role": "user", "content": [image, {"type": "text", "text": "A?"}]}]
+    assert items[0].prompt == items[1].prompt == plain
+    (asked,) = items[2].prompt
+    stored = {"type": "image", "image": {"bytes": None, "path": str(tmp_path / "a.png")}}
+    assert asked["content"] == [stored, {"type": "text", "text": "A?", "image": None}]
+    assert items[3].prompt == [{"role": "system", "content": "s", "tools": [tool]}, user("A?")]
+    broken = [{**lines[0], "images": []}, {**lines[0], "images": None, "image_path": "a.png"}]
+    with pytest.raises(InputError, match=r"line 1: .*1 place.*0 image.*line 2: 'image_path' looks like media"):
+        read_items(write(tmp_path / "broken.jsonl", broken))
+
+
 @pytest.mark.parametrize(
     ("line", "cause"),
     [

@@ -1,5 +1,8 @@
 """Samples: the tokens are those of inference, and the answers alone are marked."""
 
+import base64
+import json
+
 import numpy as np
 import pytest
 from conftest import TINY
@@ -98,6 +101,167 @@ def marked_text(processor, example):
     return processor.tokenizer.decode(example.row.tokens[example.answers])
 
 
+PNG = (TINY / "inputs" / "image_0.png").read_bytes()
+TOOL = {"type": "function", "function": {"name": "f"}}
+TOOL_TEXT = '[{"type": "function", "function": {"name": "f"}}]'
+END = "<|end|><|endoftext|>"
+ONE = "<|user|><|image_1|>what<|end|><|assistant|>x"
+CLIP_LINE = "<|user|><|audio_1|>hear<|end|><|assistant|>x"
+QX = [user("q"), says("x")]
+PLAIN = "<|user|>q<|end|><|assistant|>x"
+ASKED = [user("<image>what"), says("x")]
+FROM = [{"from": "human", "value": "<image>what"}, {"from": "gpt", "value": "x"}]
+TYPED = [user({"type": "image", "text": None}, {"type": "text", "text": "what", "image": None}), says("x")]
+# A line as others write it; the same as a raw prompt, with its images and clips; and what carries loss.
+OTHERS = {
+    "places in texts": ({"messages": ASKED, "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "one image": ({"messages": ASKED, "image": "image_0.png", "audios": None, "videos": []}, ONE, [0], 0, "x"),
+    "an image as datasets store it": (
+        {"messages": ASKED, "images": [{"bytes": None, "path": "image_0.png"}]}, ONE, [0], 0, "x"),
+    "its bytes": ({"messages": ASKED, "images": [{"bytes": PNG, "path": "gone.png"}]}, ONE, [0], 0, "x"),
+    "its bytes in JSON": (
+        {"messages": ASKED, "image": {"bytes": base64.b64encode(PNG).decode(), "path": None}}, ONE, [0], 0, "x"),
+    "bare base64": ({"messages": ASKED, "images": [base64.b64encode(PNG).decode()]}, ONE, [0], 0, "x"),
+    "a data URL": (
+        {"messages": ASKED, "images": ["data:image/png;base64," + base64.b64encode(PNG).decode()]}, ONE, [0], 0, "x"),
+    "places as parts": ({"messages": TYPED, "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "parts make texts plain": (
+        {"messages": [user({"type": "image"}, text("<image>")), says("<video>")], "images": ["image_0.png"]},
+        None, [0], 0, "<video>"),
+    "places in text parts": (
+        {"messages": [user(text("<image>wh"), text("at")), says("x")], "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "two images and a clip": (
+        {"messages": [user("a <image> b<audio>"), says("1"), user("<image>\n<image>c"), says("x")],
+         "images": ["image_0.png", "image_1.png", "image_0.png"], "audio": "audio_0.flac"},
+        "<|user|>a <|image_1|> b<|audio_1|><|end|><|assistant|>1<|end|><|user|><|image_2|>\n<|image_3|>c<|end|>"
+        "<|assistant|>x", [0, 1, 0], 1, "1<|end|>x"),
+    "a clip": ({"messages": [user("<audio>hear"), says("x")], "audios": ["audio_0.flac"]}, CLIP_LINE, [], 1, "x"),
+    "a video": (
+        {"messages": [user("<video>what"), says("x")], "videos": [["image_0.png", "image_1.png"]]},
+        "<|user|><|image_1|><|image_2|>what<|end|><|assistant|>x", [0, 1], 0, "x"),
+    "from and value": ({"conversations": FROM, "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "as JSON": ({"conversations": json.dumps(FROM), "messages": None, "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "no media, and a word in brackets": ({"messages": [user("<image>"), says("x")]}, None, [], 0, "x"),
+    "system beside": ({"conversations": QX, "system": "s"}, f"<|system|>s<|end|>{PLAIN}", [], 0, "x"),
+    "no system": ({"messages": QX, "system": None, "tools": ""}, PLAIN, [], 0, "x"),
+    "tools": ({"messages": QX, "tools": [TOOL], "parallel_tool_calls": False},
+              f"<|system|><|tool|>{TOOL_TEXT}<|/tool|><|end|>{PLAIN}", [], 0, "x"),
+    "tools as JSON": (
+        {"messages": [{"role": "developer", "content": "s"}, user("q"), says("x")], "tools": TOOL_TEXT},
+        f"<|system|>s<|tool|>{TOOL_TEXT}<|/tool|><|end|>{PLAIN}", [], 0, "x"),
+    "no tools": ({"messages": QX, "tools": "[]"}, PLAIN, [], 0, "x"),
+    "calls as messages": (
+        {"conversations": [
+            {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "4"}, {"from": "gpt", "value": "x"}]},
+        '<|user|>q<|end|><|assistant|><|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|><|end|><|tool|>4'
+        "<|end|><|assistant|>x", [], 0, '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|><|end|>x'),
+    "calls after an answer": (
+        {"messages": [user("q"), says("I ask"), {"role": "tool_call", "content": '{"name": "f", "arguments": ""}'},
+                      {"role": "tool_call", "content": '{"name": "g", "arguments": {}}'},
+                      {"role": "tool_response", "content": "4"}, says("x")]},
+        '<|user|>q<|end|><|assistant|>I ask<|tool_call|>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": '
+        "{}}]<|/tool_call|><|end|><|tool|>4<|end|><|assistant|>x", [], 0,
+        'I ask<|tool_call|>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]<|/tool_call|><|end|>x'),
+    "weight": ({"messages": [user("q"), says("y", weight=0), user("q"), says("x", weight=1)]},
+               f"<|user|>q<|end|><|assistant|>y<|end|>{PLAIN}", [], 0, "x"),
+    "train": ({"messages": [user("q"), says("y", train=False), {**user("q"), "train": 0}, says("x", training=True)]},
+              f"<|user|>q<|end|><|assistant|>y<|end|>{PLAIN}", [], 0, "x"),
+    "nulls": ({"messages": [{**user("q"), "tool_calls": None, "loss": None, "name": None}, says("x", weight=None)],
+               "images": None, "image_path": None, "weight": None, "functions": []}, PLAIN, [], 0, "x"),
+    "about media": ({"messages": QX, "image_id": "a.png", "num_images": 2, "audio_duration": 1.5,
+                     "image_size": [640, 480], "has_image": False, "id": "train/5"}, PLAIN, [], 0, "x"),
+    "prompt and completion": ({"prompt": [user("q"), says("y"), user("q")], "completion": [says("x")]},
+                              f"<|user|>q<|end|><|assistant|>y<|end|>{PLAIN}", [], 0, "x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "raw", "images", "clips", "learnt"), OTHERS.values(), ids=OTHERS)
+def test_lines_of_other_tools(processor, values, raw, images, clips, learnt):
+    """ms-swift's, LLaMA-Factory's, TRL's and OpenAI's forms have the tokens of the raw prompt that they stand for."""
+    (example,) = examples(processor, values)
+    assert marked_text(processor, example) == learnt + END
+    files = [TINY / "inputs" / f"image_{i}.png" for i in images], [TINY / "inputs" / "audio_0.flac"] * clips
+    assert (len(example.row.images), len(example.row.clips)) == (len(images), clips)
+    spelled = raw + END if raw else None
+    if spelled is None:  # where a text holds what would be a place
+        assert "<image>" in processor.tokenizer.decode(example.row.tokens)
+        return
+    expected = processor.row(spelled, *files)
+    np.testing.assert_array_equal(example.row.tokens, expected.tokens)
+    for ours, theirs in zip(example.row.images, expected.images, strict=True):
+        np.testing.assert_array_equal(ours.crops, theirs.crops)
+
+
+NOT_TAKEN = {
+    "more places": ({"messages": [user("<image><image>"), says("x")], "images": ["a.png"]},
+                    "2 place.s. <image>, and 1 image.s. stand beside"),
+    "fewer places": ({"messages": QX, "images": ["a.png"]}, "0 place.s. <image>, and 1 image.s."),
+    "no clip": ({"messages": [user("<audio>"), says("x")], "audios": []}, "1 place.s. <audio>, and 0 audio"),
+    "another kind": ({"messages": [user("<image><video>"), says("x")], "images": ["a.png"]},
+                     "1 place.s. <video>, and 0 video.s. stand"),
+    "parts and images": ({"messages": [user({"type": "image"}, text("<image>")), says("x")], "images": ["a", "b"]},
+                         '1 place.s. ."type": "image"., and 2 image'),
+    "image and images": ({"messages": ASKED, "images": ["a.png"], "image": "b.png"}, "both images and image"),
+    "a null image": ({"messages": ASKED, "images": [None]}, "images.0. is null"),
+    "an empty object": ({"messages": ASKED, "images": [{"bytes": None, "path": None}]}, "object with bytes, path"),
+    "videos or frames": ({"messages": [user("<video>"), says("x")], "video": ["a", "b"]}, "video is a list"),
+    "image_path": ({"messages": ASKED, "image_path": "a.png"}, "'image_path' looks like media and is not taken"),
+    "imgs": ({"messages": ASKED, "imgs": ["a.png"]}, "'imgs' looks like media"),
+    "audioFile": ({"messages": QX, "audioFile": "a.wav"}, "'audioFile' looks like media"),
+    "video_url": ({"messages": QX, "video_url": {"url": "a"}}, "'video_url' looks like media"),
+    "pixel_values": ({"messages": QX, "pixel_values": [[0.5]]}, "'pixel_values' looks like media"),
+    "bytes": ({"messages": QX, "jpg": {"bytes": b"x", "path": None}}, "'jpg' looks like media"),
+    "functions": ({"messages": QX, "functions": [{"name": "f"}]}, "'functions' looks like tools"),
+    "tools of another name": ({"messages": QX, "tool_list": "[{}]"}, "'tool_list' looks like tools"),
+    "tools twice": ({"messages": [{"role": "system", "content": "", "tools": "[]"}, user("q"), says("x")],
+                     "tools": [TOOL]}, "tools are given beside the messages and in the system message"),
+    "tool_choice": ({"messages": QX, "tools": [TOOL], "tool_choice": "none"}, "tool_choice is 'none'"),
+    "loss_mask": ({"messages": QX, "loss_mask": [0, 1]}, "'loss_mask' looks like a loss mask"),
+    "weight of a line": ({"messages": QX, "weight": 0.5}, "'weight' looks like a loss mask"),
+    "loss_scale": ({"messages": [user("q"), says("x", loss_scale=1.0)]}, r"messages\[1\].loss_scale looks like a loss"),
+    "train_detail": ({"messages": [user("q"), says("x", train_detail=[{"end": 0}])]}, "train_detail looks like"),
+    "half a weight": ({"messages": [user("q"), says("x", weight=0.5)]}, r"messages\[1\].weight is 0.5"),
+    "weights that differ": ({"messages": [user("q"), says("x", weight=0, loss=True)]}, "loss and weight contradict"),
+    "loss of a question": ({"messages": [{**user("q"), "train": True}, says("x")]}, "role 'user' and asks for loss"),
+    "images of a message": ({"messages": [{**user("q"), "images": ["a.png"]}, says("x")]}, "images looks like media"),
+    "an image in a text part": ({"messages": [user({**text("q"), "image": "a.png"}), says("x")]}, "image is not taken"),
+    "two systems": ({"messages": [{"role": "system", "content": "a"}, user("q"), says("x")], "system": "b"},
+                    "there is another system message"),
+    "two conversations": ({"messages": ASKED, "conversations": FROM}, "both messages and conversations"),
+    "a bad answer": ({"messages": QX, "label": False}, "only KTO"),
+    "boxes": ({"messages": [user("<bbox>"), says("x")], "objects": {"bbox": [[1, 2]]}}, "objects are not"),
+    "calls that differ": ({"messages": [user("q"), says("I ask", loss=False),
+                                        {"role": "tool_call", "content": '{"name": "f"}'}]}, "make them alike"),
+    "no call": ({"messages": [user("q"), {"role": "function_call", "content": "f()"}]}, "tool call is not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), NOT_TAKEN.values(), ids=NOT_TAKEN)
+def test_what_is_not_taken_is_an_error(processor, values, message):
+    with pytest.raises(BadSample, match=message) as caught:
+        parse(processor, values)
+    assert caught.value.cause == "messages"
+
+
+ASKS = [user("q")]
+OTHER_PREFERENCES = {
+    "messages": {"messages": ASKS, "chosen": says("a"), "rejected": {"from": "gpt", "value": "b"}},
+    "lists": {"prompt": ASKS, "chosen": [says("a")], "rejected": [says([text("b")])]},
+    "whole chats": {"chosen": [*ASKS, says("a")], "rejected": [*ASKS, says("b")]},
+    "ms-swift": {"messages": [*ASKS, says("a")], "rejected_response": "b"},
+    "OpenAI": {"input": {"messages": ASKS}, "preferred_output": [says("a")], "non_preferred_output": [says("b")]},
+}
+
+
+@pytest.mark.parametrize("values", OTHER_PREFERENCES.values(), ids=OTHER_PREFERENCES)
+def test_preferences_of_other_tools(processor, values):
+    pair = examples(processor, values, "preferences")
+    for example, answer in zip(pair, "ab", strict=True):
+        expected = processor.row(f"<|user|>q<|end|><|assistant|>{answer}{END}").tokens
+        np.testing.assert_array_equal(example.row.tokens, expected)
+
+
 def test_an_answer_may_be_left_out(processor):
     chat = [user("1"), says("one", loss=False), user("2"), says("two"), user("3"), says("three", loss=False)]
     (example,) = examples(processor, {"messages": chat})
@@ -133,7 +297,7 @@ BAD = {
     "empty answer": ({"messages": [user("x"), says("")]}, "answer", "answer 1 is empty"),
     "white answer": ({"messages": [user("x"), says("a"), user("y"), says(" \n")]}, "answer", "answer 2 is empty"),
     "none learnt": ({"messages": [user("x"), says("y", loss=False)]}, "answer", "every answer says"),
-    "loss no bool": ({"messages": [user("x"), says("y", loss=0)]}, "messages", "messages.1..loss is 0"),
+    "loss no bool": ({"messages": [user("x"), says("y", loss=2)]}, "messages", "messages.1..loss is 2"),
     "media to learn": ({"messages": [user("x"), {"role": "assistant", "content": [IMAGE]}]}, "messages", "has media"),
     "missing file": ({"messages": [user({"type": "image", "image": "no.png"}), says("x")]}, "media",
                      "image 1 .*no.png.*does not exist"),

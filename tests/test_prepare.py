@@ -76,6 +76,27 @@ def test_media_are_found_from_another_folder(tmp_path, stored):
     assert audio["audio"] == "/abs.wav"
 
 
+def test_media_beside_the_messages_are_found_from_another_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    turns = [{"from": "human", "value": "<image><image><video>"}, {"from": "gpt", "value": "yes"}]
+    line = {"conversations": turns, "images": ["x/1.png", {"bytes": None, "path": "2.png"}], "videos": [["f.png"]]}
+    source = write(tmp_path / "a" / "m.jsonl", [line, {**line, "images": None, "image": "https://a.b/c.png"}])
+    decontaminate(source, [write(tmp_path / "eval.jsonl", [{"text": SECRET}])], tmp_path / "out.jsonl")
+    first, second = read(tmp_path / "out.jsonl")
+    assert first["images"] == ["a/x/1.png", {"bytes": None, "path": "a/2.png"}]
+    assert first["videos"] == [["a/f.png"]]
+    assert first["conversations"] == turns
+    assert (second["images"], second["image"]) == (None, "https://a.b/c.png")
+
+
+def test_an_answer_in_another_form_was_to_be_said(tmp_path):
+    turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": "one two"}]
+    source = write(tmp_path / "m.jsonl", [{"conversations": turns, "audios": ["a.wav"]}])
+    hypotheses = write(tmp_path / "h.jsonl", [{"text": "one three"}])
+    assert filter_speech(source, hypotheses, 0.5, tmp_path / "out.jsonl").kept == 1
+    assert filter_speech(source, hypotheses, 0.4, tmp_path / "strict.jsonl").dropped == 1
+
+
 def test_speech_that_is_understood_is_kept(tmp_path):
     clip = [{"type": "audio", "audio": "a.wav"}]
     source = write(tmp_path / "m.jsonl", [

@@ -7,7 +7,7 @@ from typing import Any
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import with_paths
-from phi4mm_jax.training.examples import parse_messages
+from phi4mm_jax.training.conversation import read_conversation
 from phi4mm_jax.training.manifests import open_manifest
 
 _MOST_TOLD = 5
@@ -31,8 +31,8 @@ class Item:
 
 
 def read_items(path: Path, most: int | None = None) -> list[Item]:
-    """The items of a manifest: "messages", whose last one, of role assistant, is the reference; "answers" has others
-    that are accepted as well, and may stand for it.
+    """The items of a manifest: conversations in any form that training reads, whose last message, of role assistant,
+    is the reference; "answers" has others that are accepted as well, and may stand for it.
 
     Args:
         most: how many are read at most, from all over the manifest.
@@ -58,17 +58,24 @@ def read_items(path: Path, most: int | None = None) -> list[Item]:
 def _item(where: str, values: Any, folder: Path) -> Item:
     if not isinstance(values, Mapping):
         raise InputError(f"the item is a {type(values).__name__}; expected an object with messages")
-    messages = parse_messages(values.get("messages"))
-    accepted = values.get("answers", [])
+    messages = read_conversation(values).messages
+    accepted = [] if values.get("answers") is None else values["answers"]
     if not isinstance(accepted, list) or not all(isinstance(a, str) for a in accepted):
         raise InputError(f"answers is {accepted!r:.60}; expected a list of strings")
     if messages[-1].get("role") == "assistant":
         *messages, last = messages
-        if not isinstance(last.get("content"), str):
-            raise InputError("the answer is not plain text")
-        accepted = [last["content"], *accepted]
+        accepted = [_text(last), *accepted]
     if not accepted:
         raise InputError('no reference; end the messages with one of role assistant, or give "answers"')
     if not messages:
         raise InputError("the messages have nothing before the answer")
     return Item(where, values.get("id"), with_paths(messages, folder), tuple(dict.fromkeys(accepted)))
+
+
+def _text(answer: Mapping[str, Any]) -> str:
+    content = answer.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if not texts or answer.get("tool_calls") or not all(isinstance(text, str) for text in texts):
+        raise InputError("the answer is not plain text")
+    return "".join(text for text in texts if text is not None)

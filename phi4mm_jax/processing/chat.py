@@ -22,6 +22,17 @@ from phi4mm_jax.processing.video import MAX_FRAMES, Frame, crops_per_frame, vide
 Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ROLES = ("system", "user", "assistant", "tool")
+_ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An answer as the ids that were drawn: in a chat the content of a message, or a part of it.
+
+    A class, and no form of JSON: only the caller's program can put ids into a chat, which may be special tokens.
+    """
+
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,13 +45,14 @@ class Media:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A parsed prompt: plain text (str), ids of special tokens (int) and media, in order.
+    """A parsed prompt: plain text (str), ids of special tokens (int), drawn tokens and media, in order.
 
     `images[i]` and `audios[i]` are what `Media("image", i)` and `Media("audio", i)` stand for, as the caller passed
-    them, but for base64, which is decoded to bytes, file URLs, which become paths, and videos, which become `Frame`s.
+    them, but for base64, which is decoded to bytes, file URLs, which become paths, and videos and images of low detail,
+    which become `Frame`s.
     """
 
-    pieces: tuple[str | int | Media, ...]
+    pieces: tuple[str | int | Tokens | Media, ...]
     images: tuple[Any, ...]
     audios: tuple[Any, ...]
 
@@ -50,12 +62,19 @@ def parse_prompt(
     tokenizer: Tokenizer,
     images: Sequence[Any] | None = (),
     audios: Sequence[Any] | None = (),
+    *,
+    continue_final_message: bool = False,
 ) -> Prompt:
-    """A string goes to `parse_raw`, a list of messages to `render_chat`; anything else raises InputError."""
+    """A string goes to `parse_raw`, a list of messages to `render_chat`; anything else raises InputError, and so does a
+    string that is to be continued as a message."""
+    if not isinstance(continue_final_message, bool):
+        raise InputError(f"continue_final_message is {continue_final_message!r:.60}: pass True or False")
     if isinstance(prompt, str):
+        if continue_final_message:
+            raise InputError("continue_final_message is for chat messages: a raw prompt is continued where it ends")
         return parse_raw(prompt, tokenizer, images, audios)
     if isinstance(prompt, list | tuple):
-        return render_chat(prompt, tokenizer, images, audios)
+        return render_chat(prompt, tokenizer, images, audios, continue_final_message=continue_final_message)
     raise InputError(f"prompt is {type(prompt).__name__}: pass a raw string, or a list of chat messages")
 
 
@@ -134,20 +153,30 @@ def render_chat(
     *,
     tools: str | Sequence[Any] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> Prompt:
     """Renders chat messages by the published template: `<|role|>content<|end|>` for each, then `<|assistant|>`, or
     `<|endoftext|>` without a generation prompt. Nothing is trimmed here: tokens swallow white space by their flags.
 
-    A message has a "role" (system, user, assistant or tool) and a "content": a string, or a list of parts, joined with
-    nothing between them:
+    With `continue_final_message` the last message, which is the assistant's and ends with a text, is the beginning of
+    the answer: nothing follows it.
 
-        {"type": "text", "text": str}
+    A message has a "role" (system, user, assistant or tool; developer is system) and a "content": a string, or a list
+    of parts, joined with nothing between them. A part is a string, or one of
+
+        {"type": "text", "text": str}                              also input_text, output_text
         {"type": "image_url", "image_url": {"url": URL} or URL}    data:image/...;base64,..., file://... or a path
-        {"type": "input_audio", "input_audio": {"data": base64, "format": "wav"}}
-        {"type": "image", "image": PIL image, path or bytes}       without "image": the next of `images`
+        {"type": "input_audio", "input_audio": {"data": base64 or data URL, "format": "wav"}}
+        {"type": "image", "image": PIL image, path, URL or bytes}  without "image": the next of `images`
         {"type": "audio", "audio": (samples, rate), path or bytes} without "audio": the next of `audios`
         {"type": "video", "video": path, bytes, or list of images} as that many images, one after the other; of a file,
                                                                    a folder or a list, see `video_frames`
+
+    As transformers has it, "url", "path" or "base64" may stand for the last three's own key; as vLLM has it, there are
+    audio_url and video_url like image_url, and "type" may be left out. A medium may be an object as data sets store it:
+    {"bytes": ..., "path": ...}, {"url": ...}, {"array": ..., "sampling_rate": ...}. A string of base64 is told from a
+    path. A key that is None is taken as absent. "detail": "low" is one crop. Whatever else looks like a medium is an
+    error.
 
     A video may have "frames", how many at most (64), and "max_crops" of each (by default 64 // their number).
 
@@ -162,6 +191,8 @@ def render_chat(
     Raises InputError, naming the message and the key, for whatever does not fit the above, and if the parts without
     media of their own are not as many as the media given beside the messages.
     """
+    if continue_final_message:
+        _check_continued(messages)
     if not isinstance(messages, list | tuple) or not messages:
         cause = "empty" if isinstance(messages, list | tuple) else type(messages).__name__
         raise InputError(f"messages is {cause}: pass a list of at least one message with role and content")
@@ -169,7 +200,7 @@ def render_chat(
     roles = [_role(f"messages[{i}]", message, tokenizer) for i, message in enumerate(messages)]
     owner = roles.index("system") if "system" in roles else None
 
-    pieces: list[str | int | Media] = []
+    pieces: list[str | int | Tokens | Media] = []
     media: dict[Kind, list[Any]] = {kind: [] for kind in KINDS}
     if tools is not None and owner is None:
         pieces += [_id(tokenizer, "<|system|>"), *_tools("tools", tools, tokenizer), _id(tokenizer, "<|end|>")]
@@ -177,7 +208,7 @@ def render_chat(
         where = f"messages[{i}]"
         pieces.append(_id(tokenizer, f"<|{role}|>"))
         for piece in _content(where, message):
-            if isinstance(piece, str):
+            if isinstance(piece, str | Tokens):
                 pieces.append(piece)
             else:
                 kind, payload = piece
@@ -191,22 +222,44 @@ def render_chat(
             pieces += _tools(f"{where}.tools", message["tools"], tokenizer)
         elif tools is not None and i == owner:
             pieces += _tools("tools", tools, tokenizer)
-        if message.get("tool_calls"):
+        if calls := _called(message):
             if role != "assistant":
                 raise InputError(f"{where}.tool_calls: only an assistant message calls tools; remove them")
-            calls = _json(f"{where}.tool_calls", list(_calls(f"{where}.tool_calls", message["tool_calls"])))
-            pieces += [_id(tokenizer, "<|tool_call|>"), calls, _id(tokenizer, "<|/tool_call|>")]
+            text = _json(f"{where}.tool_calls", list(_calls(f"{where}.tool_calls", calls)))
+            pieces += [_id(tokenizer, "<|tool_call|>"), text, _id(tokenizer, "<|/tool_call|>")]
         pieces.append(_id(tokenizer, "<|end|>"))
-    pieces.append(_id(tokenizer, "<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
+    if continue_final_message:
+        pieces.pop()
+    else:
+        pieces.append(_id(tokenizer, "<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
     taken = {kind: _fill(kind, media[kind], given[kind]) for kind in KINDS}
     return Prompt(tuple(pieces), taken["image"], taken["audio"])
+
+
+def _check_continued(messages: Any) -> None:
+    last = messages[-1] if isinstance(messages, list | tuple) and messages else None
+    if not isinstance(last, Mapping):
+        return  # as will be said
+    where = f"messages[{len(messages) - 1}]"
+    if last.get("role") != "assistant":
+        raise InputError(
+            f"{where}.role is {last.get('role')!r:.60}: continue_final_message continues an answer; end the messages "
+            "with one of role assistant"
+        )
+    if _called(last):
+        raise InputError(f"{where}.tool_calls: an answer that ends with tool calls is not continued; remove them")
+    content = last.get("content")
+    final = content[-1] if isinstance(content, list | tuple) and content else content
+    is_text = isinstance(final, str | Tokens) or (isinstance(final, Mapping) and isinstance(final.get("text"), str))
+    if not is_text:
+        raise InputError(f"{where}.content does not end with a text: continue_final_message continues a text")
 
 
 def _id(tokenizer: Tokenizer, content: str) -> int:
     if content not in tokenizer.special_tokens:
         raise CheckpointError(
-            f"tokenizer: {content} is not one of its special tokens, so the chat cannot be rendered. Use the tokenizer "
-            "files of the published checkpoint."
+            f"tokenizer: {content} is not one of its added tokens, so the chat cannot be rendered. Copy tokenizer.json "
+            "of the published checkpoint into the folder; where tokens were added to it, add them to the published one"
         )
     return tokenizer.special_tokens[content]
 
@@ -216,9 +269,22 @@ def _role(where: str, message: Any, tokenizer: Tokenizer) -> str:
         raise InputError(f"{where} is {type(message).__name__}: pass a dict with role and content")
     allowed = [role for role in ROLES if f"<|{role}|>" in tokenizer.special_tokens]
     role = message.get("role")
-    if role not in allowed:
+    known = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    if known not in allowed:
         raise InputError(f"{where}.role is {role!r:.60}: it must be one of {', '.join(allowed)}")
-    return role
+    for key, value in message.items():
+        if key not in _MESSAGE_KEYS and looks_like_media(key, value):
+            raise InputError(
+                f'{where}.{key} is not taken: media of a message are parts of its content, such as {{"type": "image", '
+                '"image": ...}'
+            )
+    return known
+
+
+def _called(message: Mapping[str, Any]) -> Any:
+    """The tool calls of a message, also in OpenAI's older form, which has one."""
+    one = message.get("function_call")
+    return message.get("tool_calls") or ([{"function": one}] if one else None)
 
 
 def _fill(kind: Kind, media: Sequence[Any], given: Sequence[Any]) -> tuple[Any, ...]:
@@ -233,46 +299,97 @@ def _fill(kind: Kind, media: Sequence[Any], given: Sequence[Any]) -> tuple[Any, 
     return tuple(next(rest) if payload is _NEXT else payload for payload in media)
 
 
-def _content(where: str, message: Mapping[str, Any]) -> Iterator[str | tuple[Kind, Any]]:
+def _content(where: str, message: Mapping[str, Any]) -> Iterator[str | Tokens | tuple[Kind, Any]]:
     content = message.get("content")
-    if isinstance(content, str):
+    if isinstance(content, str | Tokens):
         yield content
     elif isinstance(content, list | tuple):
         for j, part in enumerate(content):
-            yield from _part(f"{where}.content[{j}]", part)
-    elif content is not None or not message.get("tool_calls"):
+            if isinstance(part, str | Tokens):
+                yield part
+            else:
+                yield from _part(f"{where}.content[{j}]", part)
+    elif content is not None or not _called(message):
         raise InputError(f"{where}.content is {_kind_of(message, 'content')}: pass a string, or a list of parts")
 
 
+# What stands for a part's own key, as transformers has it.
+_SOURCES = ("url", "path", "base64")
+_URLS = {"image_url": "image", "input_image": "image", "audio_url": "audio", "video_url": "video"}
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_TYPES = ("text", *_URLS, "input_audio", "image", "audio", "video")
+_DETAILS = ("low", "high", "auto", "original")
+
+
 def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
-    match part:
-        case {"type": "text"}:
-            yield _string(where, part, "text")
-        case {"type": "image_url"}:
-            inner = part.get("image_url")
-            if isinstance(inner, Mapping):
-                yield "image", _located(f"{where}.image_url.url", _string(f"{where}.image_url", inner, "url"), "image")
-            else:
-                yield "image", _located(f"{where}.image_url", _string(where, part, "image_url"), "image")
-        case {"type": "input_audio"}:
-            inner = part.get("input_audio")
-            if not isinstance(inner, Mapping):
-                raise InputError(
-                    f'{where}.input_audio is {_kind_of(part, "input_audio")}: pass {{"data": base64, "format": "wav"}}'
-                )
-            yield "audio", _base64(f"{where}.input_audio.data", _string(f"{where}.input_audio", inner, "data"))
-        case {"type": "image" | "audio" as kind}:
-            yield kind, _payload(where, part, kind)
-        case {"type": "video"}:
-            for frame in _frames(where, part):
+    if not isinstance(part, Mapping):
+        raise InputError(f'{where} is {type(part).__name__}: pass a dict such as {{"type": "text", "text": ...}}')
+    given = {key: value for key, value in part.items() if value is not None}  # tables give every part all keys
+    kind = given.get("type")
+    if kind is None:
+        found = [key for key in _TYPES if key in given]
+        kind = found[0] if len(found) == 1 else None
+    if not isinstance(kind, str):
+        kind = None
+    if kind in _TEXTS:
+        _check_keys(where, given, _TEXTS[kind])
+        yield _string(where, part, _TEXTS[kind])
+    elif kind in _URLS:
+        key = "image_url" if kind == "input_image" else kind
+        _check_keys(where, given, key, "detail", "frames", "max_crops")
+        inner = given.get(key)
+        at, url = (f"{where}.{key}.url", _string(f"{where}.{key}", inner, "url")) if isinstance(inner, Mapping) else (
+            f"{where}.{key}", _string(where, part, key)
+        )  # fmt: skip
+        source = _located(at, url, _URLS[kind])
+        if _URLS[kind] == "video":
+            for frame in _frames(at, source, given):
                 yield "image", frame
-        case Mapping():
+        elif _URLS[kind] == "image":
+            yield "image", _detailed(f"{where}.{key}", source, given | (dict(inner) if inner is not url else {}))
+        else:
+            yield "audio", source
+    elif kind == "input_audio":
+        _check_keys(where, given, kind)
+        inner = given.get(kind)
+        if not isinstance(inner, Mapping):
+            raise InputError(f'{where}.input_audio is {_kind_of(part, kind)}: pass {{"data": base64, "format": "wav"}}')
+        at, data = f"{where}.input_audio.data", _string(f"{where}.input_audio", inner, "data")
+        yield "audio", _located(at, data, "audio") if data[:5].lower() == "data:" else _base64(at, data)
+    elif kind == "image_pil":
+        yield "image", _payload(where, {"image": given.get(kind, _NEXT)}, "image")
+    elif kind in KINDS:
+        payload = _payload(where, given, kind)
+        yield kind, payload if kind == "audio" else _detailed(where, payload, given)
+    elif kind == "video":
+        payload = _payload(where, given, kind)
+        if payload is _NEXT:
             raise InputError(
-                f"{where}.type is {part.get('type')!r:.60}: "
-                "it must be text, image_url, input_audio, image, audio or video"
+                f"{where}.video is {_kind_of(part, kind)}: pass a path, a file's bytes or a list of images"
             )
-        case _:
-            raise InputError(f'{where} is {type(part).__name__}: pass a dict such as {{"type": "text", "text": ...}}')
+        for frame in _frames(f"{where}.video", payload, given):
+            yield "image", frame
+    else:
+        raise InputError(
+            f"{where}.type is {part.get('type')!r:.60}: it must be text, image_url, input_audio, image, audio or video"
+        )
+
+
+def _check_keys(where: str, given: Mapping[str, Any], *known: str) -> None:
+    """A part that has a medium besides what its type says would lose it."""
+    for key, value in given.items():
+        if key not in ("type", *known) and looks_like_media(key, value):
+            raise InputError(f"{where}.{key} is not taken in a part of type {given.get('type', known[0])}: make it one")
+
+
+def _detailed(where: str, source: Any, given: Mapping[str, Any]) -> Any:
+    """An image with the detail that OpenAI's form asks for: "low" is one crop besides the global view."""
+    detail = given.get("detail")
+    if detail not in (None, *_DETAILS):
+        raise InputError(f"{where}.detail is {detail!r:.60}: it must be one of {', '.join(_DETAILS)}")
+    if detail == "low" and source is _NEXT:
+        raise InputError(f"{where}.detail: an image that is given beside the messages has none; use max_crops")
+    return Frame(source, 1) if detail == "low" else source
 
 
 def _string(where: str, mapping: Mapping[str, Any], key: str) -> str:
@@ -286,36 +403,55 @@ def _kind_of(mapping: Mapping[str, Any], key: str) -> str:
     return type(mapping[key]).__name__ if key in mapping else "missing"
 
 
-def _payload(where: str, part: Mapping[str, Any], kind: Kind) -> Any:
-    unknown = [key for key in part if key not in ("type", kind)]
-    if unknown:
-        raise InputError(f'{where}.{unknown[0]}: a part of type {kind} has only the key "{kind}"; put the {kind} there')
-    payload = part.get(kind, _NEXT)
-    if payload is None:
-        raise InputError(f"{where}.{kind} is None: pass the {kind}, or leave the key out to take the next of {kind}s")
-    return _located(f"{where}.{kind}", payload, kind)
+_PART_KEYS = {
+    "image": ("detail", "uuid", "cache_control"),
+    "audio": ("uuid", "cache_control"),
+    "video": ("frames", "max_crops", "uuid", "cache_control"),
+}
 
 
-def _frames(where: str, part: Mapping[str, Any]) -> list[Frame]:
-    unknown = [key for key in part if key not in ("type", "video", "frames", "max_crops")]
-    if unknown:
-        raise InputError(f'{where}.{unknown[0]}: a part of type video has only the keys "video", "frames", "max_crops"')
-    if part.get("video") is None:
-        raise InputError(f"{where}.video is {_kind_of(part, 'video')}: pass a path, a file's bytes or a list of images")
-    max_crops = part.get("max_crops")
+def _payload(where: str, given: Mapping[str, Any], kind: str) -> Any:
+    """The medium of a part of type image, audio or video, or `_NEXT`."""
+    sources = (kind, *_SOURCES)
+    for key in given:
+        if key not in ("type", *sources, *_PART_KEYS[kind]):
+            raise InputError(
+                f'{where}.{key}: a part of type {kind} has only the key "{kind}", or {", ".join(_SOURCES)}; put the '
+                f"{kind} there"
+            )
+    found = [key for key in sources if key in given]
+    if len(found) > 1:
+        raise InputError(f"{where} has both {found[0]} and {found[1]}: give the {kind} once")
+    if not found:
+        return _NEXT
+    source, at = given[found[0]], f"{where}.{found[0]}"
+    if found[0] == "base64" and isinstance(source, str) and source[:5].lower() != "data:":
+        return _base64(at, source)
+    return source if source is _NEXT else _located(at, source, kind)
+
+
+def _frames(where: str, source: Any, given: Mapping[str, Any]) -> list[Frame]:
+    max_crops = given.get("max_crops")
     if max_crops is not None:
-        check_max_crops(f"{where}.max_crops", max_crops)
+        check_max_crops(f"{where.removesuffix('.video')}.max_crops", max_crops)
     try:
-        frames = video_frames(_located(f"{where}.video", part["video"], "video"), part.get("frames", MAX_FRAMES))
+        frames = video_frames(source, given.get("frames", MAX_FRAMES))
     except InputError as error:
-        raise InputError(f"{where}.video: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]
 
 
 def _located(where: str, url: Any, kind: str) -> Any:
-    """What a URL points to: the bytes of a data URL, the path of a file URL; a path, or what is no string, as it is."""
+    """What a URL points to: the bytes of a data URL or of base64, the path of a file URL, what an object of a data set
+    holds; a path, or anything else, as it is."""
+    if isinstance(url, Mapping):
+        return _stored(where, url, kind)
+    if isinstance(url, list) and kind == "video":
+        return [_located(f"{where}[{i}]", frame, "image") for i, frame in enumerate(url)]
     if not isinstance(url, str):
         return url
+    if is_base64(url):
+        return _base64(where, url)
     scheme = url[: url.find(":") + 1].lower()
     if scheme == "data:":
         header, comma, data = url.partition(",")
@@ -333,6 +469,46 @@ def _located(where: str, url: Any, kind: str) -> Any:
     if not url:
         raise InputError(f"{where} is an empty string: pass a data URL, a file URL or a path")
     return url
+
+
+def _stored(where: str, found: Mapping[str, Any], kind: str) -> Any:
+    """The medium in an object such as those in which `datasets` stores images, audio and video."""
+    given = {key: value for key, value in found.items() if value is not None}
+    if kind == "audio" and {"array", "sampling_rate"} <= given.keys():
+        return given["array"], given["sampling_rate"]
+    for key in ("bytes", "base64", "path", "url", kind):
+        if key in given:
+            source = given[key]
+            is_text = key in ("bytes", "base64") and isinstance(source, str) and source[:5].lower() != "data:"
+            return _base64(f"{where}.{key}", source) if is_text else _located(f"{where}.{key}", source, kind)
+    keys = ", ".join(map(str, found)) or "no keys"
+    raise InputError(f"{where} is an object with {keys:.80}: give it bytes, path, url or base64")
+
+
+# How the base64 of files begins: PNG, JPEG, GIF, RIFF (WebP, WAV), TIFF, BMP, FLAC, Ogg, MP3, MP4, Matroska.
+_BEGINNINGS = (
+    "iVBORw0KGgo",
+    "/9j/",
+    "R0lGOD",
+    "UklGR",
+    "SUkq",
+    "TU0A",
+    "Qk",
+    "ZkxhQ",
+    "T2dnU",
+    "SUQz",
+    "AAAA",
+    "GkXf",
+)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST_FILE, _LONGEST_PATH = 48, 4096  # characters
+
+
+def is_base64(source: str) -> bool:
+    """Whether a string is the base64 of a file, and no path: it begins like one, or is longer than paths are."""
+    if len(source) < _SHORTEST_FILE or not (source.startswith(_BEGINNINGS) or len(source) > _LONGEST_PATH):
+        return False
+    return _BASE64.fullmatch(source) is not None
 
 
 def _base64(where: str, data: str) -> bytes:
@@ -358,13 +534,14 @@ def _calls(where: str, calls: Any) -> Iterator[dict[str, Any]]:
         raise InputError(f"{where} is {type(calls).__name__}: pass a list of calls")
     for i, call in enumerate(calls):
         at = f"{where}[{i}]"
-        function = call.get("function") if isinstance(call, Mapping) else None
+        function = call.get("function", call if "name" in call else None) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             raise InputError(f'{at}.function is missing: pass {{"function": {{"name": ..., "arguments": ...}}}}')
         arguments = function.get("arguments")
+        arguments = {} if arguments is None else arguments
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{at}.function.arguments is not JSON ({error}): pass a JSON object") from None
         if not isinstance(arguments, Mapping):
@@ -379,13 +556,48 @@ def _json(where: str, value: Any) -> str:
         raise InputError(f"{where} cannot be written as JSON ({error}): use dicts, lists and plain values") from None
 
 
+# What would be lost.
+
+_MESSAGE_KEYS = {"role", "content", "name", "tools", "tool_calls", "tool_call_id", "function_call"}
+_MEDIA_WORDS = {
+    "image", "img", "picture", "pic", "photo", "pixel", "frame", "video", "clip", "audio", "sound", "speech", "wav",
+    "media", "medium",
+}  # fmt: skip
+# A key that ends with one of these tells something about a medium.
+_ABOUT = {
+    "id", "ids", "size", "sizes", "width", "height", "duration", "length", "seconds", "rate", "format", "type",
+    "caption", "description", "title", "alt", "text", "transcript", "transcription", "language", "lang", "source",
+    "license", "author", "hash", "md5", "sha1", "sha256", "count", "number", "index",
+}  # fmt: skip
+
+
+def words_of(key: Any) -> list[str]:
+    """The words of a key, however it is written: image_path, imagePath and image-path have two."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", str(key)).lower().split()
+
+
+def looks_like_media(key: Any, value: Any) -> bool:
+    """Whether a key that is not taken seems to hold a medium: by its name, or because it holds bytes. Numbers, switches
+    and what is empty are none."""
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+        return any(v is not None for v in value.values())
+    if value is None or isinstance(value, bool | int | float):
+        return False
+    if isinstance(value, str | bytes | list | tuple | Mapping) and not value:
+        return False
+    words = words_of(key)
+    named = any(word.removesuffix("s") in _MEDIA_WORDS for word in words) and words[-1] not in _ABOUT
+    numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value) and "pixel" not in key
+    return isinstance(value, bytes) or (named and not numbers)
+
+
 # Files of chats.
 
 
 def path_in(source: str, folder: Path) -> str:
-    """A path relative to the folder, as one to open; a URL as it is."""
+    """A path relative to the folder, as one to open; a URL, or base64, as it is."""
     is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
-    return source if is_url or not source else str(folder / source)
+    return source if is_url or not source or is_base64(source) else str(folder / source)
 
 
 def with_paths(value: Any, folder: Path) -> Any:
@@ -395,12 +607,14 @@ def with_paths(value: Any, folder: Path) -> Any:
     if not isinstance(value, dict):
         return value
     found = {}
-    for key in ("content", "image", "audio", "video", "image_url", "url"):
+    for key in ("content", "image", "audio", "video", "image_url", "audio_url", "video_url", "url", "path"):
         inner = value.get(key)
         if isinstance(inner, str) and key != "content":
             found[key] = path_in(inner, folder)
         elif isinstance(inner, list) and key == "video":  # frames
-            found[key] = [path_in(frame, folder) if isinstance(frame, str) else frame for frame in inner]
+            found[key] = [
+                path_in(frame, folder) if isinstance(frame, str) else with_paths(frame, folder) for frame in inner
+            ]
         elif isinstance(inner, list | dict):
             found[key] = with_paths(inner, folder)
     return {**value, **found}

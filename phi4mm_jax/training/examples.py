@@ -1,11 +1,11 @@
 """Samples of a manifest: a conversation becomes a row with its answers marked.
 
-A sample is an object with "messages", a chat whose assistant turns are its answers; or, a preference, with a prompt as
-"messages" and the answers "chosen" and "rejected". The tokens are those that the model sees and says when it generates:
-the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
+A sample is a conversation (see `conversation`) whose assistant turns are its answers; or, a preference, one that ends
+with a prompt, and the answers "chosen" and "rejected". The tokens are those that the model sees and says when it
+generates: the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.processing.video import Frame
 from phi4mm_jax.training.augment import Augment, Clip
+from phi4mm_jax.training.conversation import read_conversation
 
 # line: not an object; messages: no conversation to learn from; answer: nothing to say; media: cannot be read;
 # length: exceeds a row or a batch.
@@ -72,7 +73,7 @@ class Size(NamedTuple):
 
 
 def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "answers") -> Sample:
-    """A line of a manifest. Keys that it does not use are ignored.
+    """A line of a manifest.
 
     Args:
         folder: what the paths of media are relative to.
@@ -82,60 +83,72 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     """
     if not isinstance(values, Mapping):
         raise BadSample("line", f"the sample is a {type(values).__name__}; expected an object with messages")
-    messages = parse_messages(values.get("messages"))
-    rejected = None
+    answers = None
     if kind == "preferences":
-        answer, rejected = (_answer_text(values, key) for key in ("chosen", "rejected"))
+        values, *answers = _preference(values)
+    elif isinstance(values.get("prompt"), list) and isinstance(values.get("completion"), list):  # TRL's other form
+        asked = [{**m, "loss": False} if isinstance(m, Mapping) else m for m in values["prompt"]]
+        values = {**values, "messages": [*asked, *values["completion"]]}
+    try:
+        messages, loss_mask = (found := read_conversation(values)).messages, found.loss_mask
+    except InputError as error:
+        raise BadSample("messages", str(error)) from error
+    rejected = None
+    if answers is not None:
+        answer, rejected = answers
         if messages[-1].get("role") == "assistant":
             raise BadSample("messages", "messages end with an answer; a preference's are the prompt alone")
-        messages = [*({**m, "loss": False} for m in messages), {"role": "assistant", "content": answer}]
-    learnt = _learnt(messages)
+        messages = [*messages, {"role": "assistant", "content": answer}]
+        loss_mask = (*(False for _ in loss_mask), True)
+    _check_answers(messages, loss_mask)
     try:
         prompt = render_chat(with_paths(messages, folder), tokenizer, add_generation_prompt=False)
     except InputError as error:
-        is_media = ".video: " in str(error)  # the only media that are opened here
+        is_media = re.match(r"\S+\.video\S*: ", str(error))  # the only media that are opened here
         raise BadSample("media" if is_media else "messages", str(error)) from error
-    return Sample(prompt, learnt, rejected)
+    return Sample(prompt, loss_mask, rejected)
 
 
-def parse_messages(messages: Any) -> list[dict[str, Any]]:
-    """The "messages" of a line, or what they are in a table.
+def _preference(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
+    """The prompt's line and the answers chosen and rejected, of our form, TRL's, LLaMA-Factory's, ms-swift's and
+    OpenAI's."""
+    if isinstance(values.get("input"), Mapping) and "preferred_output" in values:
+        outputs = {"chosen": values["preferred_output"], "rejected": values.get("non_preferred_output")}
+        values = {**values, **values["input"], **outputs}
+    if isinstance(values.get("prompt"), list) and values.get("messages") is None:
+        values = {**values, "messages": values["prompt"]}
+    chosen, rejected = values.get("chosen"), values.get("rejected")
+    messages = values.get("messages")
+    if messages is None and isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] == rejected[:-1]:
+        values, chosen, rejected = {**values, "messages": chosen[:-1]}, chosen[-1:], rejected[-1:]
+    elif values.get("rejected_response") is not None and chosen is None and isinstance(messages, list) and messages:
+        values, chosen, rejected = {**values, "messages": messages[:-1]}, messages[-1], values["rejected_response"]
+    return values, _answer_text(values, "chosen", chosen), _answer_text(values, "rejected", rejected)
 
-    Raises:
-        BadSample: they are no list of objects, or it is empty.
-    """
-    if isinstance(messages, str):  # as tables have it, whose columns are of one type
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("messages", f"messages is a string, but not JSON ({error})") from None
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        found = type(messages).__name__ if messages else "missing or empty"
-        raise BadSample("messages", f"messages is {found}; expected a list of messages with role and content")
-    return messages
 
-
-def _answer_text(values: Mapping[str, Any], key: str) -> str:
-    text = values.get(key)
+def _answer_text(values: Mapping[str, Any], key: str, answer: Any) -> str:
+    """The text of an answer: a string, a message, or a list of one message."""
+    message = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    text = message
+    if isinstance(message, Mapping):
+        if message.get("tool_calls"):
+            raise BadSample("answer", f"{key} calls tools; expected a text")
+        text = message.get("content", message.get("value"))
+    if isinstance(text, list) and len(text) == 1 and isinstance(text[0], Mapping):
+        text = text[0].get("text")
     if not isinstance(text, str) or not text.strip():
-        found = "empty" if isinstance(text, str) else type(text).__name__ if key in values else "missing"
+        found = "empty" if isinstance(text, str) else type(answer).__name__ if key in values else "missing"
         raise BadSample("answer", f"{key} is {found}; expected the answer as a string")
     return text
 
 
-def _learnt(messages: Sequence[Mapping[str, Any]]) -> tuple[bool, ...]:
-    for i, message in enumerate(messages):
-        loss = message.get("loss", True)
-        if not isinstance(loss, bool):
-            raise BadSample("messages", f"messages[{i}].loss is {loss!r:.40}; expected true or false")
-    learnt = tuple(m.get("loss", True) for m in messages if m.get("role") == "assistant")
-    if not any(learnt):
-        cause = "every answer says that it carries no loss" if learnt else "messages have no answer"
+def _check_answers(messages: Sequence[Mapping[str, Any]], loss_mask: Sequence[bool]) -> None:
+    if not any(loss_mask):
+        cause = "every answer says that it carries no loss" if loss_mask else "messages have no answer"
         raise BadSample("answer", f"{cause}; give a message of role assistant to be learnt")
     if messages[-1].get("role") != "assistant":
         role = messages[-1].get("role")
         raise BadSample("answer", f"messages end with one of role {role!r:.40}; end them with an answer")
-    return learnt
 
 
 def measure(sample: Sample, processor: Processor, max_crops: int | None = None) -> tuple[Size, Outline]:

@@ -13,13 +13,14 @@ from typing import Any
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
-from phi4mm_jax.processing.chat import with_paths
+from phi4mm_jax.processing.chat import path_in, with_paths
+from phi4mm_jax.training.conversation import MEDIA, MESSAGES, read_conversation
 
 # Scripts without spaces between words: each character is one.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
 _NOT_TEXT = {
-    "id", "role", "type", "image", "images", "audio", "audios", "video", "image_url", "input_audio", "tokens",
-    "finish_reason",
+    "id", "role", "from", "type", "image", "images", "audio", "audios", "video", "videos", "image_url", "audio_url",
+    "video_url", "input_audio", "url", "path", "base64", "bytes", "tokens", "finish_reason",
 }  # fmt: skip
 
 
@@ -190,9 +191,13 @@ def _ngrams(text: str, n: int) -> set[str]:
 def _transcript(values: Mapping[str, Any], where: str) -> str:
     if isinstance(values.get("transcript"), str):
         return values["transcript"]
-    messages = values.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or last.get("role") != "assistant":
+    try:
+        last: Any = read_conversation(values).messages[-1]
+    except InputError as error:
+        raise InputError(
+            f'{where} has neither "transcript" nor an answer at its end ({error}); say what should be heard'
+        ) from error
+    if last.get("role") != "assistant":
         raise InputError(f'{where} has neither "transcript" nor an answer at its end; say what should be heard')
     return " ".join(_texts(last.get("content")))
 
@@ -213,7 +218,8 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
         for line in read_lines(source):
             values = {"id": line.id, **line.values}  # its number is another one now
             if prefix != Path():  # paths are relative to the manifest
-                values["messages"] = _moved(values.get("messages"), prefix)
+                values |= {key: _moved(values[key], prefix) for key in _CHATS if key in values}
+                values |= {key: _moved_media(values[key], prefix) for key in _BESIDE if key in values}
             why = fault(line)
             counts[why is not None] += 1
             if why is not None:
@@ -224,10 +230,21 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
 
 def _moved(messages: Any, prefix: Path) -> Any:
     """Messages, which may be a string of JSON, with the paths of their media below `prefix`."""
-    if isinstance(messages, str):
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             return json.dumps(_moved(json.loads(messages), prefix), ensure_ascii=False)
     return with_paths(messages, prefix) if isinstance(messages, list) else messages
+
+
+_CHATS = [*MESSAGES, "prompt", "completion"]
+_BESIDE = [key for keys in MEDIA.values() for key in keys]
+
+
+def _moved_media(media: Any, prefix: Path) -> Any:
+    """Media beside the messages, likewise."""
+    if isinstance(media, list):
+        return [_moved_media(medium, prefix) for medium in media]
+    return path_in(media, prefix) if isinstance(media, str) else with_paths(media, prefix)
 
 
 @contextlib.contextmanager

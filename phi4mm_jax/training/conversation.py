@@ -1,0 +1,300 @@
+"""Lines of manifests as conversations in one form, whoever's tool they were written for.
+
+Besides our own chats these are ms-swift's, LLaMA-Factory's and TRL's, with media beside the messages and their places
+in the texts, and OpenAI's, with tools and weights beside them. What changes what is learnt is taken or refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.chat import looks_like_media, words_of
+
+MESSAGES = ("messages", "conversations", "conversation")
+MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
+_SYSTEM = ("system", "system_prompt")
+_LOSS = ("loss", "weight", "train", "training")
+_SETTINGS = ("parallel_tool_calls", "tool_choice")  # of OpenAI's format; they are not part of the prompt
+_LINE_KEYS = {*MESSAGES, *_SYSTEM, *(key for keys in MEDIA.values() for key in keys), *_SETTINGS, "tools", "transcript"}
+_MESSAGE_KEYS = {
+    "role", "from", "content", "value", "name", "tools", "tool_calls", "tool_call_id", "function_call", *_LOSS,
+}  # fmt: skip
+_ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "observation": "tool",
+    "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles of messages that are tool calls alone
+_TOOL_WORDS = {"tool", "tools", "function", "functions"}
+_LOSS_WORDS = {"loss", "losses", "weight", "weights", "mask", "masks", "masked", "train", "training", "trainable"}
+_PLACE = re.compile(r"<(image|audio|video)>")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat messages as `render_chat` takes them, with their media and tools.
+
+    Attributes:
+        loss_mask: for each message of role assistant whether it carries loss.
+    """
+
+    messages: list[dict[str, Any]]
+    loss_mask: tuple[bool, ...]
+
+
+def read_conversation(values: Mapping[str, Any]) -> Conversation:
+    """The conversation of a line.
+
+    Raises:
+        InputError: it has none, its media are not as many as their places, or a key that looks like media, tools or a
+            loss mask is not taken.
+    """
+    name, given = _messages(values)
+    _check_line(values)
+    messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
+    roles = [message["role"] for message in messages]
+    loss = [_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
+    for i, (role, said) in enumerate(zip(roles, loss, strict=True)):
+        if said and role not in ("assistant", *_CALLS):
+            raise InputError(f"{name}[{i}] is of role {role!r:.40} and asks for loss; only answers carry loss")
+    messages, mask = _joined(name, messages, [said is not False for said in loss])
+    messages = _with_system(values, messages)
+    messages = _with_tools(values, messages)
+    return Conversation(_with_media(values, messages), mask)
+
+
+def _messages(values: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    found = [key for key in MESSAGES if values.get(key) is not None] or ["messages"]
+    if len(found) > 1:
+        raise InputError(f"the line has both {found[0]} and {found[1]}; leave one out")
+    name, messages = found[0], values.get(found[0])
+    if isinstance(messages, str):  # as tables have it, whose columns are of one type
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{name} is a string, but not JSON ({error})") from None
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        kind = type(messages).__name__ if messages else "missing or empty"
+        raise InputError(f"{name} is {kind}; expected a list of messages with role and content")
+    return name, messages
+
+
+# Keys that are not taken.
+
+
+def _check_line(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in _LINE_KEYS and (what := _looks_like(key, value)):
+            raise InputError(
+                f"{key!r} looks like {what} and is not taken; expected images, audios or videos beside the messages, "
+                'tools, or "loss" in a message. Rename it, or take it out'
+            )
+    choice = values.get("tool_choice")
+    if choice not in (None, "auto"):
+        raise InputError(f'tool_choice is {choice!r:.60} and has no place in the prompt; leave it out, or say "auto"')
+    if values.get("kto_tag") is False or values.get("label") is False:
+        raise InputError("the answer is marked as a bad one, which only KTO learns from; take the line out")
+    objects = values.get("objects")
+    if isinstance(objects, Mapping) and (objects.get("bbox") or objects.get("ref")):
+        raise InputError("objects are not put into the texts; write names and boxes there, and take objects out")
+
+
+def _looks_like(key: str, value: Any) -> str | None:
+    if looks_like_media(key, value):
+        return "media"
+    if value is None or (isinstance(value, str | list | Mapping) and not value):
+        return None
+    words = words_of(key)
+    if not _TOOL_WORDS.isdisjoint(words):
+        is_list = isinstance(value, list | Mapping) or (isinstance(value, str) and value.lstrip()[:1] in ("[", "{"))
+        return "tools" if is_list else None
+    if not _LOSS_WORDS.isdisjoint(words) and words[-1] not in ("id", "source", "set", "split", "name"):
+        return "a loss mask"
+    return None
+
+
+# Messages.
+
+
+def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with role and content, without nulls and loss."""
+    for key, value in given.items():
+        if key not in _MESSAGE_KEYS and (what := _looks_like(key, value)):
+            raise InputError(f"{where}.{key} looks like {what} and is not taken; rename it, or take it out")
+    message = {key: value for key, value in given.items() if value is not None and key not in ("from", "value", *_LOSS)}
+    role = message.get("role", given.get("from"))
+    message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
+    if "content" not in message and given.get("value") is not None:
+        message["content"] = given["value"]
+    return message
+
+
+def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
+    """What a message says of its loss: true or false, or 1 or 0, by one of several names."""
+    said = {}
+    for key in _LOSS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise InputError(f"{where}.{key} is {value!r:.40}; expected true or false, or 1 or 0")
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise InputError(f"{where}: {' and '.join(said)} contradict each other; leave one out")
+    return next(iter(said.values()), None)
+
+
+def _joined(
+    name: str, messages: Sequence[dict[str, Any]], loss: Sequence[bool]
+) -> tuple[list[dict[str, Any]], tuple[bool, ...]]:
+    """Messages that are tool calls alone become part of the answer before them, or one of their own."""
+    joined: list[dict[str, Any]] = []
+    mask: list[bool] = []
+    for i, (message, carries) in enumerate(zip(messages, loss, strict=True)):
+        if message["role"] not in _CALLS:
+            joined.append(message)
+            mask += [carries] if message["role"] == "assistant" else []
+            continue
+        calls = [*_spoken_calls(f"{name}[{i}]", message.get("content"))]
+        if joined and joined[-1]["role"] == "assistant":
+            if mask[-1] != carries:
+                raise InputError(f"{name}[{i}]: a part of an answer carries loss and another does not; make them alike")
+            joined[-1] = {**joined[-1], "tool_calls": [*(joined[-1].get("tool_calls") or []), *calls]}
+        else:
+            joined.append({"role": "assistant", "tool_calls": calls})
+            mask.append(carries)
+    return joined, tuple(mask)
+
+
+def _spoken_calls(where: str, content: Any) -> Iterator[dict[str, Any]]:
+    """Calls that are written as JSON: an object with name and arguments, or a list of them."""
+    try:
+        found = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: the tool call is not JSON ({error})") from None
+    for call in found if isinstance(found, list) else [found]:
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise InputError(f"{where}: a tool call is an object with name and arguments")
+        yield {"function": dict(call)}
+
+
+def _with_system(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    given = [key for key in _SYSTEM if values.get(key)]
+    if not given:
+        return messages
+    text = values[given[0]]
+    if not isinstance(text, str):
+        raise InputError(f"{given[0]} is a {type(text).__name__}; expected the system message as a string")
+    if len(given) > 1 or any(message["role"] in ("system", "developer") for message in messages):
+        raise InputError(f"{given[0]} is given beside the messages, and there is another system message; leave one out")
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tools beside the messages in the first system message, as `render_chat` puts them."""
+    tools = values.get("tools")
+    if not tools or (isinstance(tools, str) and tools.split() in ([], ["[]"])):
+        return messages
+    if not isinstance(tools, str | list):
+        raise InputError(f"tools is a {type(tools).__name__}; expected a list of tools, or its JSON as a string")
+    at = next((i for i, message in enumerate(messages) if message["role"] in ("system", "developer")), None)
+    if at is None:
+        return [{"role": "system", "content": "", "tools": tools}, *messages]
+    if messages[at].get("tools"):
+        raise InputError("tools are given beside the messages and in the system message; leave one out")
+    return [*messages[:at], {**messages[at], "tools": tools}, *messages[at + 1 :]]
+
+
+# Media beside the messages.
+
+
+def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the media that stand beside them in their places: parts without a medium of their own or, where
+    there are none, `<image>`, `<audio>` and `<video>` in the texts."""
+    beside = {kind: _beside(values, kind) for kind in MEDIA}
+    if all(media is None for media in beside.values()):
+        return messages
+    kinds = [kind for message in messages for kind in _empty_parts(message)]
+    in_texts = not kinds
+    if in_texts:
+        messages = [{**message, **_split(message)} for message in messages]
+        kinds = [kind for message in messages for kind in _empty_parts(message)]
+    for kind, media in beside.items():
+        count, places = len(media or ()), kinds.count(kind)
+        if count != places:
+            places_of = f"<{kind}>" if in_texts else f'{{"type": "{kind}"}}'
+            raise InputError(
+                f"messages have {places} place(s) {places_of}, and {count} {kind}(s) stand beside them; put one where "
+                f"each {kind} belongs"
+            )
+    rest = {kind: iter(media or ()) for kind, media in beside.items()}
+    return [_filled(message, rest) for message in messages]
+
+
+def _beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
+    """The media of a kind; None if the line has no such key."""
+    plural, singular = MEDIA[kind]
+    given = [key for key in (plural, singular) if values.get(key) is not None]
+    if len(given) > 1:
+        raise InputError(f"the line has both {plural} and {singular}; leave one out")
+    if not given:
+        return [] if plural in values or singular in values else None
+    media = values[given[0]]
+    if not isinstance(media, list):
+        return [media] if media else []
+    if given[0] == "video" and len(media) > 1:
+        raise InputError('video is a list; write "videos": [[frame, ...]] for one of frames, or "videos": [file, ...]')
+    if None in media:
+        raise InputError(f"{given[0]}[{media.index(None)}] is null; give a path, or take it out")
+    return media
+
+
+def _empty_parts(message: Mapping[str, Any]) -> Iterator[str]:
+    """The kinds of the parts that have no medium of their own."""
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, Mapping) and _is_empty(part):
+            yield part["type"]
+
+
+def _is_empty(part: Mapping[str, Any]) -> bool:
+    kind = part.get("type")
+    return kind in MEDIA and all(part.get(key) is None for key in (kind, "url", "path", "base64"))
+
+
+def _split(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a message, its texts cut where media belong."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {"content": _parts(content)} if _PLACE.search(content) else {}
+    if not isinstance(content, list):
+        return {}
+    parts: list[Any] = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        parts += _parts(part["text"]) if is_text and _PLACE.search(part["text"]) else [part]
+    return {"content": parts}
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    pieces = _PLACE.split(text)  # texts, with the kinds between them
+    return [
+        {"type": piece} if i % 2 else {"type": "text", "text": piece}
+        for i, piece in enumerate(pieces)
+        if i % 2 or piece
+    ]
+
+
+def _filled(message: dict[str, Any], rest: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": [_taking(part, rest) for part in content]}
+
+
+def _taking(part: Any, rest: Mapping[str, Iterator[Any]]) -> Any:
+    if not isinstance(part, Mapping) or not _is_empty(part):
+        return part
+    return {**part, part["type"]: next(rest[part["type"]])}
