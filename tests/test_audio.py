@@ -2,12 +2,14 @@
 
 import io
 import math
+import os
+import sys
 import tracemalloc
 import warnings
 from pathlib import Path
 from typing import Any
 
-import audioread
+import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from transformers import Phi4MultimodalFeatureExtractor
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing import audio
-from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens, num_frames
+from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
 
 TINY = Path(__file__).parent / "fixtures" / "ms_tiny"
 
@@ -467,43 +469,92 @@ def test_mp3_without_a_length() -> None:
     assert abs(len(load_audio(stream)[0]) - len(x)) < 2000
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3])
+def in_container(samples: np.ndarray, rate: int, container: str, codec: str) -> bytes:
+    """Samples (n, channels) of 16 bits, encoded by FFmpeg."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        layout = {1: "mono", 2: "stereo", 3: "2.1"}[samples.shape[1]]
+        stream: Any = file.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.reshape(1, -1)), format="s16", layout=layout)
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate, frame_size=1024)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            file.mux(stream.encode(piece))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("as_bytes", [False, True])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:audioread")
-def test_what_soundfile_cannot_open(
-    channels: int, as_bytes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """audioread takes over; here it has WAV to read, which it knows by itself, in buffers that split samples."""
-    x = np.round(noise(20_000 * channels).reshape(-1, channels) * 32768) / 32768
-    path = tmp_path / "clip"
-    path.write_bytes(encoded(x, 22050, "WAV", "PCM_16"))
-
-    def refuse(*_: Any) -> None:
-        raise soundfile.LibsndfileError(1)
-
-    audio_open = audioread.audio_open
-
-    class Reader:
-        """audioread's, with buffers of 1021 bytes."""
-
-        def __init__(self, path: str) -> None:
-            with audio_open(path) as file:
-                self.samplerate, self.channels, self.data = file.samplerate, file.channels, b"".join(file)
-
-        def __enter__(self) -> "Reader":
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def __iter__(self):
-            return (self.data[i : i + 1021] for i in range(0, len(self.data), 1021))
-
-    monkeypatch.setattr(audio, "_Stream", refuse)
-    monkeypatch.setattr(audioread, "audio_open", Reader)
-    samples, rate = load_audio(path.read_bytes() if as_bytes else path)
+def test_what_soundfile_cannot_open(channels: int, as_bytes: bool, tmp_path: Path) -> None:
+    """ALAC in MP4 is lossless."""
+    x = np.round(noise(20_000 * channels).reshape(-1, channels) * 32768).astype(np.int16)
+    path = tmp_path / "http:clip|1.bin"  # known by its content; a name is not a URL
+    path.write_bytes(in_container(x, 22050, "ipod", "alac"))
+    with pytest.raises(soundfile.LibsndfileError):
+        soundfile.info(path)
+    source = path.read_bytes() if as_bytes else path
+    samples, rate = load_audio(source)
     assert rate == 22050
-    np.testing.assert_allclose(samples, x.mean(axis=1), rtol=0, atol=3e-8)
+    np.testing.assert_allclose(samples, x.mean(axis=1) / 32768, rtol=0, atol=3e-8)
+    assert measure_audio(source) == (20_000, 22050)
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [("ipod", "aac"), ("adts", "aac"), ("webm", "libopus"), ("mp4", "aac")]
+)
+def test_lossy_containers(container: str, codec: str) -> None:
+    x = np.round(sound(48000) * 32768).astype(np.int16)[:, None]
+    samples, rate = load_audio(in_container(x, 48000, container, codec))
+    assert rate == 48000
+    delay = 1024 if codec == "aac" else 0  # the encoder's, which is not told here
+    assert abs(len(samples) - delay - len(x)) < 2048
+    both = min(len(samples) - delay, len(x))
+    assert np.corrcoef(samples[delay : delay + both], x[:both, 0])[0, 1] > 0.98
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "message"),
+    [("ipod", "aac", "cannot be read"), ("webm", "libopus", "is cut off: it holds less than it announces")],
+)
+def test_a_container_that_is_cut_off(container: str, codec: str, message: str) -> None:
+    x = np.round(sound(48000, 8.0) * 32768).astype(np.int16)[:, None]
+    data = in_container(x, 48000, container, codec)
+    assert abs(len(load_audio(data)[0]) - len(x)) < 2048
+    with pytest.raises(InputError, match=f"the audio clip {message}"):
+        load_audio(data[: int(0.7 * len(data))])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{path}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{path}'\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 9 RTP/AVP 0\n",
+    ],
+)
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_nothing_else_is_opened_or_started(
+    text: str, as_bytes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A playlist must not lead to another file, and no program decodes it."""
+    (tmp_path / "clip.aac").write_bytes(in_container(np.zeros((8000, 1), np.int16), 16000, "adts", "aac"))
+    playlist, started = tmp_path / "list.m3u8", tmp_path / "started"
+    playlist.write_text(text.format(path=tmp_path / "clip.aac"))
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(InputError, match="the audio clip cannot be read"):
+        load_audio(playlist.read_bytes() if as_bytes else playlist)
+    assert not started.exists()
+
+
+def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = in_container(np.zeros((8000, 1), np.int16), 16000, "ipod", "alac")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"needs PyAV: pip install 'phi4mm-jax\[video\]'; or pass WAV, FLAC"):
+        load_audio(data)
 
 
 # Bad input
@@ -637,6 +688,15 @@ def test_decompression_bomb() -> None:
     assert len(part) < 300_000
     with pytest.raises(InputError, match="longer than 600 seconds"):
         load_audio(part, max_seconds=600)
+
+
+def test_samples_at_high_rates_are_bounded() -> None:
+    """A clip of an allowed length whose samples would take 25 GB."""
+    part = encoded(np.zeros(4096 * 2000, np.float32), 192_000, "FLAC")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audio, "_MAX_SAMPLES", 4096 * 1000)
+        with pytest.raises(InputError, match=r"more than 4096000 samples at 192000 Hz; resample it to 16 kHz"):
+            load_audio(part)
 
 
 @pytest.mark.parametrize(

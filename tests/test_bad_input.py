@@ -5,8 +5,11 @@ import copy
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import socket
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +17,12 @@ from conftest import TINY
 from PIL import Image
 
 from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.generation import engine as engine_module
+from phi4mm_jax.processing.audio import load_audio, measure_audio
+from phi4mm_jax.processing.images import image_size, load_image
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.video import video_frames
 
 INPUTS = TINY / "inputs"
 IMAGE, CLIP = INPUTS / "image_0.png", INPUTS / "audio_0.flac"
@@ -124,6 +132,61 @@ def test_urls_beside_a_prompt_are_those_of_a_chat(tiny):
         tiny.process([IMAGE_PROMPT], [["https://a.b/c.png"]])
     with pytest.raises(InputError, match=r"^prompt 0: audios\[0\] is not base64"):
         tiny.process([AUDIO_PROMPT], None, [["data:;base64,@"]])
+
+
+@pytest.mark.parametrize("load", [load_image, image_size, load_audio, measure_audio, video_frames])
+def test_only_regular_files_are_opened(load, tmp_path, monkeypatch):
+    """At once: nobody writes into the FIFO, and the device never ends."""
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    os.mkfifo("fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        found = []
+
+        def attempt():
+            for path in ("fifo", "socket", "/dev/zero"):
+                with pytest.raises(InputError) as caught:
+                    load(path)
+                found.append(str(caught.value).partition(";")[0])
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(60)
+    assert found == [f"the file is a {kind}, not a regular file" for kind in ("FIFO", "socket", "device")]
+
+
+class Slow(io.BytesIO):
+    """An image that can be read only once it is released."""
+
+    def __init__(self):
+        super().__init__(IMAGE.read_bytes())
+        self.released = threading.Event()
+
+    def read(self, *args):
+        self.released.wait()
+        return super().read(*args)
+
+
+def test_a_slow_medium_holds_up_no_other_request(tiny, monkeypatch):
+    monkeypatch.setattr(engine_module, "_PATIENCE", 0.05)
+    good = Request("<|user|>Hello<|end|><|assistant|>", max_new_tokens=3)
+    (expected,) = tiny.generate([good.prompt], max_new_tokens=3)
+    engine = tiny.engine(EngineConfig(slots=1, cache_tokens=2048, workers=2, media_seconds=2))
+    slow, stuck = Slow(), Slow()
+    ends = []
+    try:
+        for place, completion in engine.run([Request(IMAGE_PROMPT, images=[slow], max_new_tokens=1), good], ahead=4):
+            ends.append((place, completion.tokens[:3], completion.error))
+            slow.released.set()
+        assert ends[0] == (1, expected.tokens, None)
+        assert ends[1][0] == 0
+        assert ends[1][2] is None
+        answers = dict(engine.run([Request(IMAGE_PROMPT, images=[stuck], max_new_tokens=1), good], ahead=4))
+        assert answers[0].error == "its media took longer than 2 seconds to process; pass smaller ones"
+        assert answers[1].tokens == expected.tokens
+    finally:
+        slow.released.set()
+        stuck.released.set()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import os
 import random
 import warnings
 import zlib
@@ -466,10 +467,31 @@ def test_image_closed_before_it_was_decoded(tmp_path: Path) -> None:
         load_image(image)
 
 
-def test_missing_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)
-    with pytest.raises(InputError, match=r"Ghostscript.* or convert it to PNG"):
-        load_image(encoded(noise(60, 40), "EPS"))
+def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives EPS to Ghostscript, however the file came here."""
+    program, started = tmp_path / "gs", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\ntouch {started}\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    data = encoded(noise(60, 40), "EPS")
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    for source in (data, path, io.BytesIO(data), Image.open(path)):
+        with pytest.raises(InputError, match=r"in the format EPS, which is not decoded here.*one of PNG, JPEG, WEBP"):
+            load_image(source)
+    assert not started.exists()
+
+
+def test_other_formats_are_refused_by_name() -> None:
+    for file_format in ("PCX", "SGI", "ICNS"):
+        with pytest.raises(InputError, match=f"in the format {file_format}, which is not decoded here"):
+            load_image(encoded(picture(64, 64), file_format))
+    opened = Image.open(io.BytesIO(encoded(picture(64, 64), "PCX")))
+    with pytest.raises(InputError, match=r"format PCX, which is not decoded here; call its load\(\) before"):
+        load_image(opened)
+    opened.load()
+    np.testing.assert_array_equal(np.asarray(load_image(opened)), np.asarray(picture(64, 64)))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -13,7 +13,9 @@ from PIL import Image
 
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request
-from phi4mm_jax.processing import video
+from phi4mm_jax.processing import containers, video
+from phi4mm_jax.processing.images import preprocess_image
+from phi4mm_jax.processing.sources import Deadline
 from phi4mm_jax.processing.video import (
     crops_per_frame,
     evenly_spaced,
@@ -161,6 +163,81 @@ def test_only_what_is_near_a_frame_is_decoded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(video, "_timed", counted)
     assert numbers(video_frames(made(3000), 4)) == [375, 1125, 1875, 2625]
     assert decoded < 4 * 25
+
+
+# Sizes
+
+
+def detailed(width: int, height: int, number: int) -> np.ndarray:
+    """Something with details, which differs from frame to frame."""
+    rng = np.random.default_rng(number)
+    small = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def large(count: int, width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream: Any = file.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(detailed(width, height, i % 3), format="rgb24")
+            frame.pts = i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "size"), [(3, 64, (3200, 1800)), (12, 12, (904, 1208)), (1, 1, (3200, 1800))]
+)
+def test_shrunk_frames_are_seen_as_whole_ones(count: int, frames: int, size: tuple[int, int]):
+    """The model's crops are to the last bit those of the frames at their full size, whose number is known only when
+    all are decoded."""
+    data = large(count, *size)
+    source: Any = av.open(io.BytesIO(data))
+    with source as file:
+        whole = [frame.to_image() for frame in file.decode(video=0)]
+    crops = min(crops_per_frame(count), 36)
+    shrunk = video_frames(data, frames)
+    assert len(shrunk) == count
+    for a, b in zip(shrunk, whole, strict=True):
+        assert a.width < b.width
+        seen, expected = preprocess_image(a, crops), preprocess_image(b, crops)
+        for name in ("crops", "patch_mask", "layout"):
+            np.testing.assert_array_equal(getattr(seen, name), getattr(expected, name))
+
+
+def resident() -> float:
+    """MiB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def test_memory_is_bounded_by_the_frames_kept():
+    """64 frames of 1536 x 1536 take 576 MiB in Pillow, and what is seen of them 49."""
+    data = large(64, 1536, 1536)
+    video_frames(data, 1)  # what libraries take once
+    before = resident()
+    frames = video_frames(data)
+    assert [frame.size for frame in frames] == [(448, 448)] * 64
+    assert resident() - before < 200
+
+
+def test_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before a frame is decoded, by FFmpeg itself, and by what the container says."""
+    data = made(10)
+    monkeypatch.setattr(video, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(InputError, match="the video has 96x64 pixels, more than 6143; shrink it"):
+        video_frames(data)
+    monkeypatch.setattr(containers, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(InputError, match="frames have no size, or more than 6143 pixels; shrink it"):
+        video_frames(data)
+
+
+def test_decoding_takes_no_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Deadline.__init__, "__defaults__", (-1,))
+    with pytest.raises(InputError, match=r"decoding the video takes longer than -1 seconds; pass a shorter one"):
+        video_frames(made(30))
 
 
 # Folders and lists

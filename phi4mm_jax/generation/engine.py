@@ -7,9 +7,10 @@ the device computes, with a handful of programs whose shapes never change.
 
 import hashlib
 import math
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -32,6 +33,7 @@ from phi4mm_jax.processing.processor import Processor, Row
 
 _BLOCK = 64  # features, see `FeatureStore`
 _ROWS = (4, 1)  # rows that are prefilled at once
+_PATIENCE = 1.0  # seconds that the first request is waited for before it is overtaken
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class EngineConfig:
         beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
             to need as many for its answer as n others.
         cli: messages name the sizes as the options of a program (`--beams`).
+        workers: threads that process prompts and their media: so many slow ones hold up no other.
+        media_seconds: that this may take for one request, which else ends with an error.
     """
 
     slots: int = 8
@@ -61,9 +65,12 @@ class EngineConfig:
     feature_blocks: int = 512
     beams: int = 1
     cli: bool = False
+    workers: int = 4
+    media_seconds: int = 300
 
     def __post_init__(self):
-        for name in ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams"):
+        sizes = ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams")
+        for name in (*sizes, "workers", "media_seconds"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a positive whole number")
@@ -154,7 +161,8 @@ class Engine:
         self._candidates = config.beams + max(MOST_STOPS, len(self._stops)) if config.beams > 1 else 0
         self._slots: list[_Active | None] = [None] * config.slots
         self._waiting: deque[tuple[int, Request, Future[tuple[Row, RowMedia]]]] = deque()
-        self._workers = ThreadPoolExecutor(1, thread_name_prefix="phi4mm-process")
+        self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="phi4mm-process")
+        self._started: dict[int, float] = {}  # when the processing of each waiting request began
         self._earlier: dict[int, Counter[bytes]] = {}  # of waiting requests, see `submit`
         self._next_id = 0
         self._updates: list[Update] = []
@@ -173,6 +181,7 @@ class Engine:
         """
 
         def process() -> tuple[Row, RowMedia]:
+            self._started[number] = time.monotonic()
             asked = request.prompt, request.images, request.audios, request.max_crops
             made = self._processor.row(*asked) if row is None else row
             return made, media_of(made, self._processor.config)
@@ -188,6 +197,7 @@ class Engine:
         for entry in self._waiting:
             if entry[0] == number:
                 entry[2].cancel()
+                self._started.pop(number, None)
                 self._waiting.remove(entry)
                 self._earlier.pop(number, None)
                 self._updates.append(Update(number, "", Completion("", [], "cancelled", 0)))
@@ -324,28 +334,55 @@ class Engine:
             if not self._promise(active):
                 return
         while self._waiting and None in self._slots:
-            number, request, work = self._waiting[0]
-            if not work.done() and any(a is not None for a in self._slots):
+            at = self._next_processed()
+            if at is None:
                 return  # the others go on meanwhile
+            number, request, work = self._waiting[at]
             try:
+                if not work.done():
+                    limit = self.config.media_seconds
+                    raise InputError(f"its media took longer than {limit} seconds to process; pass smaller ones")
                 active = self._activate(number, request, *work.result())
             except Exception as error:  # whatever a medium makes a library raise, the others are answered
-                self._waiting.popleft()
+                del self._waiting[at]
                 self._earlier.pop(number, None)
+                self._started.pop(number, None)
                 cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
                 self._updates.append(Update(number, "", Completion("", [], "error", 0, error=cause)))
                 continue
             if not self._promise(active):
                 return
-            self._waiting.popleft()
+            del self._waiting[at]
+            self._started.pop(number, None)
             active.sampling = self._draws(active)
             self._slots[active.slot] = active
             self._mark(active)
 
+    def _next_processed(self) -> int | None:
+        """The place of the first waiting request whose prompt is processed, or whose time for that is over.
+
+        Requests keep their order as long as their media take about a second; what takes longer is overtaken.
+        """
+        head, _, work = self._waiting[0]
+        if not any(a is not None for a in self._slots):
+            wait([work], timeout=_PATIENCE)
+        now = time.monotonic()
+        if not work.done() and now - self._started.get(head, now) < _PATIENCE:
+            return None
+        counted = False  # one is overtaken on whose identity that of others depends
+        for at, (number, request, work) in enumerate(self._waiting):
+            by_order = number in self._earlier and _draws_by_identity(request.sampling)
+            if work.done() and not (by_order and counted):
+                return at
+            if now - self._started.get(number, now) > self.config.media_seconds:
+                return at
+            counted |= by_order
+        return None
+
     def _draws(self, active: _Active) -> Sampling:
         """How it draws. The identity of a request is its prompt, and how many equal ones came before."""
         earlier, settings = self._earlier.pop(active.id, None), active.request.sampling
-        if settings.temperature == 0 or settings.seed is not None or settings.stream is not None:
+        if not _draws_by_identity(settings):
             return settings
         content = active.row.tokens.tobytes() + b"".join(digest for *_, digest in active.media.spans)
         identity = hashlib.blake2b(content, digest_size=16).digest()
@@ -745,3 +782,7 @@ def _padded(values: Sequence[int], count: int) -> np.ndarray:
 def _settings(rows: Sequence[_Active | None], count: int) -> SamplingRows:
     settings = [Sampling() if a is None else a.sampling for a in rows]
     return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))
+
+
+def _draws_by_identity(settings: Sampling) -> bool:
+    return settings.temperature != 0 and settings.seed is None and settings.stream is None

@@ -6,29 +6,33 @@ treats as if they were 8 or 16 kHz, or refuses.)
 """
 
 import functools
-import io
+import itertools
 import math
 import numbers
 import os
 import re
-import tempfile
+import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.signal
 import scipy.sparse
 import soundfile
-from jaxtyping import Float, Int16
+from jaxtyping import Float
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.sources import plain, to_array
+from phi4mm_jax.processing.containers import open_container
+from phi4mm_jax.processing.sources import Deadline, open_file, plain, to_array
 
 NUM_BANDS = 80
 TIME_REDUCTION = 8  # frames a token
 
 # Longer clips exceed the context: 131,072 tokens of 80 ms are 2.9 hours.
 MAX_SECONDS = 3 * 3600
+# At higher rates than 48 kHz the limit is lower: a file of a megabyte may hold hours of silence at any rate.
+_MAX_SAMPLES = MAX_SECONDS * 48000
 
 _RATE = 16000
 _HALF_RATE = 8000  # the one other rate that has features of its own
@@ -46,6 +50,11 @@ _FRAMES_AT_ONCE = 256  # so that a block and its spectrum stay in the processor'
 _SAMPLES_AT_ONCE = 1 << 20
 _UNKNOWN_LENGTH = 2**62  # libsndfile then says 2**63 - 1
 
+# What a WAV header says before its writer knows the length: nothing, nearly all that the field holds, or a round number
+# of such a size. A file that was cut off says its exact length.
+_NEARLY_ALL = 0x7FFF0000
+_LEAST_ROUND, _ROUND, _HEADER_BYTES = 2**28, (2**20, 10**6), 128
+
 AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 
@@ -54,15 +63,18 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
 
     Args:
         source: a path, an open binary file or the bytes of one, or (samples, rate). Files are opened by soundfile, and
-            what it does not know (m4a, webm, ...) by audioread, which needs ffmpeg. Samples are an array, a tensor or a
-            list of shape (n,), or of two axes of which the shorter one is the channels (the second, if they are equal).
-            Floats, bfloat16 and float16 among them, are taken as they are, also outside of [-1, 1]; int8, int16 and
-            int32 are divided by their full scale (2**7, 2**15, 2**31); uint8 is centred at 128.
+            what it does not know (m4a, webm, ...) by PyAV, if it is installed, in the formats of
+            `phi4mm_jax.processing.containers`. (Not by librosa, which for such files has audioread start ffmpeg: it
+            would follow playlists to other files and to the network.) A WAV file whose header was written before its
+            length was known is read to its end. Samples are an array, a tensor or a list of shape (n,), or of two axes
+            of which the shorter one is the channels (the second, if they are equal). Floats, bfloat16 and float16 among
+            them, are taken as they are, also outside of [-1, 1]; int8, int16 and int32 are divided by their full scale
+            (2**7, 2**15, 2**31); uint8 is centred at 128.
         max_seconds: longer clips are refused, files before they are read to their end.
 
     Raises:
-        InputError: a file is missing, unreadable or cut off (which WAV, RF64, W64, AIFF, AU, FLAC and Ogg tell, and MP3
-            of a variable bit rate); samples are NaN, infinite or of an unsuitable type or shape; the rate is
+        InputError: a file is missing, unreadable or cut off (which WAV, RF64, W64, AIFF, AU, FLAC, Ogg and MP4 tell,
+            and MP3 of a variable bit rate); samples are NaN, infinite or of an unsuitable type or shape; the rate is
             impossible; the clip is shorter than a frame of 25 ms, or too long.
     """
     match plain(source):
@@ -79,8 +91,8 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
 def measure_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[int, int]:
     """The number of samples and the sampling rate in Hz of what `load_audio` loads, mostly from a file's header alone.
 
-    The header does not tell, or not exactly, in MP3, in files that are left to audioread, and in FLAC that was written
-    to a pipe: these are decoded.
+    The header does not tell, or not exactly, in MP3, in files that are left to PyAV, and in FLAC that was written to a
+    pipe: these are decoded.
 
     Raises:
         InputError: a file is missing or unreadable; the rate is impossible; the clip is shorter than a frame of 25 ms,
@@ -279,6 +291,10 @@ def _check_channels(channels: int) -> None:
 def _check_duration(num_samples: int, rate: int, max_seconds: float) -> None:
     if num_samples > rate * max_seconds:
         raise InputError(f"the audio clip is longer than {max_seconds:g} seconds; cut it into several")
+    if num_samples > _MAX_SAMPLES:
+        raise InputError(
+            f"the audio clip has more than {_MAX_SAMPLES} samples at {rate} Hz; resample it to 16 kHz, or cut it"
+        )
 
 
 def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
@@ -332,27 +348,34 @@ def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"]) -> Float[
 
 
 def _from_file(source: str | bytes, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
-    try:
-        file = _Stream(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except Exception as error:  # of many types, where a header is malformed
-        return _from_other_file(source, max_seconds, error)
-    with file:
-        rate = _check_rate(file.samplerate)
-        _check_channels(file.channels)
+    deadline = Deadline("audio clip")
+    with open_file(source) as opened:
+        length = _wav_length(opened)
         try:
-            samples = _join(_blocks(file), rate, max_seconds)
-        except soundfile.SoundFileError as error:
-            raise InputError("the audio clip is damaged or cut off; pass a whole audio file") from error
-        if _is_cut_off(file, len(samples)):
-            raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
+            file = _stream(opened, length)
+        except Exception as error:  # of many types, where a header is malformed
+            return _from_container(source, max_seconds, error)
+        with file:
+            rate = _check_rate(file.samplerate)
+            _check_channels(file.channels)
+            try:
+                samples = _join(_blocks(file, deadline), rate, max_seconds)
+            except soundfile.SoundFileError as error:
+                raise InputError("the audio clip is damaged or cut off; pass a whole audio file") from error
+            told = length is not None and length.patches  # then libsndfile's log is of the patches
+            if (length is not None and length.is_cut_off) or (not told and _is_cut_off(file, len(samples))):
+                raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
     return samples, rate
 
 
 def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
-    try:
-        header = soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except Exception:  # of many types, where a header is malformed
-        header = None
+    with open_file(source) as opened:
+        length = _wav_length(opened)
+        try:
+            header = _stream(opened, length)
+            header.close()
+        except Exception:  # of many types, where a header is malformed
+            header = None
     if header is None or header.format == "MP3" or header.frames > _UNKNOWN_LENGTH:
         samples, rate = _from_file(source, max_seconds)
         return len(samples), rate
@@ -360,6 +383,109 @@ def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
     _check_channels(header.channels)
     _check_duration(header.frames, rate, max_seconds)
     return header.frames, rate
+
+
+def _stream(opened: BinaryIO, length: "_WavLength | None") -> "_Stream":
+    file: Any = opened if length is None else _Mended(opened, length.patches)
+    return _Stream(file)
+
+
+@dataclass(frozen=True)
+class _WavLength:
+    """What a WAV file's header says about its length.
+
+    Attributes:
+        patches: bytes to read instead, by where they are, if the length was not known when the header was written.
+        is_cut_off: whether it holds less than it announces.
+    """
+
+    patches: dict[int, bytes]
+    is_cut_off: bool
+
+
+def _wav_length(file: BinaryIO) -> _WavLength | None:
+    """The length that a WAV or RF64 file announces, beside the one that it has; None for other files.
+
+    A length is taken as unknown, and the file read to its end, if it is 0 with something other than chunks behind it,
+    or reaches beyond the file's end and is 0x7FFF0000 or more (in 64 bits 2**62), or a round number (within 128 bytes
+    of a multiple of 2**20 or of 10**6) from 2**28 on. Any other length beyond the end, by more than 1 % and a kilobyte
+    (some programs count the header in), is that of a file that was cut off.
+    """
+    try:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        magic = file.read(12)
+        if magic[:4] not in (b"RIFF", b"RIFX", b"RF64") or magic[8:] != b"WAVE":
+            return None
+        order = ">" if magic[:4] == b"RIFX" else "<"
+        at, wide = 12, None  # `wide`: where the 64-bit sizes are
+        for name, start, size in _chunks_of(file, at, end, order):
+            if name == b"ds64" and size >= 24:
+                wide = start
+            if name == b"data":
+                return _compared(file, order, start, size, wide, end)
+        return None
+    finally:
+        file.seek(0)
+
+
+def _chunks_of(file: BinaryIO, at: int, end: int, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """The name, start and size of each chunk from here to the file's end."""
+    while at + 8 <= end:
+        file.seek(at)
+        name, size = struct.unpack(f"{order}4sI", file.read(8))
+        yield name, at + 8, size
+        at += 8 + size + size % 2
+
+
+def _compared(file: BinaryIO, order: str, start: int, size: int, wide: int | None, end: int) -> _WavLength:
+    """The length of the samples that begin at `start`."""
+    announced = size
+    if wide is not None and size == 0xFFFFFFFF:
+        file.seek(wide + 8)
+        announced = struct.unpack("<Q", file.read(8))[0]
+    present = end - start
+    if announced == 0:
+        unknown = present > 0 and not _are_chunks(file, start, end, order)
+    else:
+        largest = _NEARLY_ALL if wide is None else 2**62
+        unknown = announced > present and (announced >= largest or _is_round(announced))
+    if not unknown:
+        return _WavLength({}, announced > present * 1.01 + 1024)
+    patches = {start - 4: struct.pack(f"{order}I", min(present, 0xFFFFFFFF)), 4: struct.pack(f"{order}I", end - 8)}
+    if wide is not None:
+        patches = {wide: struct.pack("<QQ", end - 8, present), start - 4: b"\xff" * 4}
+    return _WavLength(patches, False)
+
+
+def _is_round(size: int) -> bool:
+    return size >= _LEAST_ROUND and any((size + _HEADER_BYTES) % unit <= 2 * _HEADER_BYTES for unit in _ROUND)
+
+
+def _are_chunks(file: BinaryIO, at: int, end: int, order: str) -> bool:
+    """Whether there are whole chunks from here to the file's end: then nothing of it is sound."""
+    for name, start, size in _chunks_of(file, at, end, order):
+        at = start + size + size % 2
+        if not name.isascii() or not name.decode("ascii").isprintable():
+            return False
+    return at in (end, end + 1)
+
+
+class _Mended:
+    """A file of which some bytes are read as others."""
+
+    def __init__(self, file: BinaryIO, patches: dict[int, bytes]):
+        self._file, self._patches = file, patches
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._file.tell()
+        data = bytearray(self._file.read(size))
+        for at, patch in self._patches.items():
+            for i, value in enumerate(patch, at - start):
+                if 0 <= i < len(data):
+                    data[i] = value
+        return bytes(data)
 
 
 class _Stream(soundfile.SoundFile):
@@ -370,8 +496,9 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[Float[np.ndarray, "S C"]]:
+def _blocks(file: soundfile.SoundFile, deadline: Deadline) -> Iterator[Float[np.ndarray, "S C"]]:
     while len(block := file.read(_SAMPLES_AT_ONCE, "float32", always_2d=True)):
+        deadline.check()
         yield block
 
 
@@ -401,41 +528,63 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     if sizes is None:
         return False
     announced, present = int(sizes[1]), int(sizes[2])
-    unknown = 2**62 if file.format in ("W64", "RF64") else 0x7FFF0000
+    if file.format == "WAV" and _is_round(announced):
+        return False
+    unknown = 2**62 if file.format in ("W64", "RF64") else _NEARLY_ALL
     return present * 1.01 + 1024 < announced < unknown
 
 
-def _from_other_file(source: str | bytes, max_seconds: float, cause: Exception) -> tuple[Float[np.ndarray, " S"], int]:
-    """What soundfile cannot open, by the programs that audioread finds."""
-    import audioread
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "clip")
-        if isinstance(source, bytes):
-            with open(path, "wb") as file:
-                file.write(source)
-        else:
-            path = os.path.abspath(source)  # begins with no "-" and no "http:"
-        try:
-            with audioread.audio_open(path) as file:
-                rate = _check_rate(file.samplerate)
-                blocks = (_as_float(block) for block in _whole_blocks(file, file.channels))
-                return _join(blocks, rate, max_seconds), rate
-        except InputError:
+def _from_container(source: str | bytes, max_seconds: float, cause: Exception) -> tuple[Float[np.ndarray, " S"], int]:
+    """What soundfile cannot open, by PyAV."""
+    try:
+        with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3") as (container, deadline):
+            stream = container.streams.best("audio")
+            if stream is None:
+                raise InputError("the file has no audio; choose another")
+            frames = _decoded(container, stream, deadline)
+            first = next(frames, None)
+            if first is None:
+                raise InputError("the file has no audio; check that it is whole")
+            rate = _check_rate(first.sample_rate)
+            samples = _join(_frame_samples(first, frames), rate, max_seconds)
+            announced = _announced_seconds(container, stream)
+            if announced is not None and announced > 1.01 * len(samples) / rate + 0.5:
+                raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
+            return samples, rate
+    except (InputError, MemoryError) as error:
+        if "PyAV" not in str(error):
             raise
-        except Exception as error:
-            raise InputError(
-                f"the audio clip cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; "
-                f"audioread: {error!r:.200}). "
-                "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg or MP3; others need ffmpeg"
-            ) from error
+        failure: Exception = error
+    except Exception as error:  # decoders raise errors of many types
+        failure = error
+    told = str(failure) if isinstance(failure, InputError) else f"PyAV: {failure!r:.200}"
+    raise InputError(
+        f"the audio clip cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; {told}). "
+        "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg, MP3 or, with PyAV, M4A"
+    ) from failure
 
 
-def _whole_blocks(buffers: Iterable[bytes], channels: int) -> Iterator[Int16[np.ndarray, "S C"]]:
-    """16-bit samples from buffers that may end anywhere."""
-    rest = b""
-    for buffer in buffers:
-        data = rest + buffer
-        end = len(data) - len(data) % (2 * channels)
-        yield np.frombuffer(data[:end], "<i2").reshape(-1, channels)
-        rest = data[end:]
+def _decoded(container: Any, stream: Any, deadline: Deadline) -> Iterator[Any]:
+    for packet in container.demux(stream):
+        deadline.check()
+        yield from packet.decode()
+
+
+def _frame_samples(first: Any, rest: Iterable[Any]) -> Iterator[Float[np.ndarray, "S C"]]:
+    """Floats of full scale 1."""
+    import av
+
+    _check_channels(first.layout.nb_channels)
+    resampler = av.AudioResampler(format="fltp", layout=first.layout, rate=first.sample_rate)
+    for frame in itertools.chain([first], rest):
+        for converted in resampler.resample(frame):
+            yield converted.to_ndarray().T
+
+
+def _announced_seconds(container: Any, stream: Any) -> float | None:
+    """How long the header of MP4, or of Matroska with nothing else in it, says that the clip is; others estimate."""
+    if container.format.name.startswith("mov,") and stream.duration:
+        return float(stream.duration * stream.time_base)
+    if "matroska" in container.format.name and len(container.streams) == 1 and container.duration:
+        return container.duration / 1_000_000
+    return None

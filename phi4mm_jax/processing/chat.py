@@ -435,7 +435,7 @@ def _frames(where: str, source: Any, given: Mapping[str, Any]) -> list[Frame]:
     if max_crops is not None:
         check_max_crops(f"{where.removesuffix('.video')}.max_crops", max_crops)
     try:
-        frames = video_frames(source, given.get("frames", MAX_FRAMES))
+        frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]

@@ -6,7 +6,6 @@ crops comes the global view: the whole grid, scaled to a single crop.
 """
 
 import functools
-import io
 import math
 import os
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.sources import plain
+from phi4mm_jax.processing.sources import open_file, plain
 
 # What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
 SUB_SEPARATOR = -1  # ends a row of features
@@ -26,6 +25,12 @@ GLOBAL_SEPARATOR = -2  # stands between the sub-crops and the global view
 
 # As many as Pillow takes without a warning: 256 MiB of RGB. The model sees 36 crops at most, a twelfth of it.
 MAX_PIXELS = 89_478_485
+
+# Formats, by Pillow's names, that are decoded within this process, by well-kept decoders. Others start programs (EPS),
+# are documents, or are seen by nobody who would find their faults. HEIF is there once pillow-heif is registered.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "QOI", "HEIF",
+)  # fmt: skip
 
 _LEAST_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
@@ -89,7 +94,7 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     Raises:
         InputError: as `load_image`, but for what only decoding shows.
     """
-    return _opened(source, lambda image: _checked_size(image, max_pixels))
+    return _opened(source, lambda image: check_size(*image.size, max_pixels))
 
 
 def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result:
@@ -106,17 +111,71 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result
     try:
         if isinstance(source, Image.Image):
             remedy = "pass an image that is not closed, and whose file is whole"
+            _check_format(source)
             return use(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with open_file(source) as file, Image.open(file, formats=_formats()) as image:
             return use(image)
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"the image is too large: {error}; shrink it") from error
     except UnidentifiedImageError:
-        raise InputError(f"the file is in no format that Pillow reads; {remedy}") from None
+        refused = [] if isinstance(source, Image.Image) else _refused(source)
+        what = f"in the format {refused[0]}, which is not decoded here" if refused else "in no format that Pillow reads"
+        raise InputError(f"the file is {what}; {remedy}. {_expected()}") from None
     except Exception as error:  # decoders raise errors of any type
         raise InputError(f"the image cannot be decoded ({error!r:.200}); {remedy}") from error
+
+
+@functools.cache
+def _initialised() -> None:
+    Image.init()
+
+
+def _formats() -> list[str]:
+    """Those of the allowed formats that this Pillow reads."""
+    _initialised()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def registered_suffixes() -> set[str]:
+    """Endings of the names of files in allowed formats, such as ".png"."""
+    formats = _formats()
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+
+
+def _expected() -> str:
+    return f"Expected is one of {', '.join(_formats())}"
+
+
+def _refused(source: str | bytes) -> list[str]:
+    """Formats of Pillow's, of those that are not allowed, in which a file may be by its beginning."""
+    with open_file(source) as file:
+        start = file.read(16).ljust(16)
+    others = {name: accepts for name, (_, accepts) in Image.OPEN.items() if name not in FORMATS and accepts is not None}
+    return [name for name, accepts in others.items() if accepts(start) is True]
+
+
+def _check_format(image: Image.Image) -> None:
+    """Refuse an image that its caller opened, but that nobody has decoded yet, if its format is not allowed."""
+    # MPO is JPEG with more pictures behind it.
+    if getattr(image, "tile", None) and image.format not in (None, "MPO", *FORMATS):
+        raise InputError(
+            f"the image is in the format {image.format}, which is not decoded here; call its load() before, if you "
+            f"trust it. {_expected()}"
+        )
+
+
+def shrink(image: Image.Image, max_crops: int, crop_size: int = 448) -> Image.Image:
+    """An image at the size at which it is seen in so many crops, if it is larger: `preprocess_image` then gives the
+    same. What is refused later stays as it is."""
+    try:
+        grid = _lay_out(*image.size, max_crops, crop_size, patch_size=14)
+    except InputError:
+        return image
+    if grid.width >= image.width and grid.height >= image.height:
+        return image
+    return image.resize((grid.width, grid.height), Image.Resampling.BILINEAR)
 
 
 def preprocess_image(
@@ -288,17 +347,21 @@ def _end_rows(ids: Int[np.ndarray, "H W"]) -> Int[np.ndarray, " T"]:
     return np.pad(ids, ((0, 0), (0, 1)), constant_values=SUB_SEPARATOR).ravel()
 
 
-def _checked_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
-    width, height = image.size
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, what: str = "image") -> tuple[int, int]:
+    """Width and height, of which there is at least one pixel and no more than so many.
+
+    Raises:
+        InputError: otherwise.
+    """
     if width * height > max_pixels:
-        raise InputError(f"the image has {width}x{height} pixels, more than {max_pixels}; shrink it")
+        raise InputError(f"the {what} has {width}x{height} pixels, more than {max_pixels}; shrink it")
     if width * height == 0:
-        raise InputError(f"the image has {width}x{height} pixels; expected at least one")
+        raise InputError(f"the {what} has {width}x{height} pixels; expected at least one")
     return width, height
 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    _checked_size(image, max_pixels)
+    check_size(*image.size, max_pixels)
     if image.mode == "La":  # of which Pillow makes nothing else
         image = image.convert("LA")
     return image.convert("RGB")

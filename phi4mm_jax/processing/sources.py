@@ -3,9 +3,13 @@
 The loaders' errors say what is wrong; `each` adds which medium it is.
 """
 
+import errno
+import io
 import os
+import stat
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -13,6 +17,16 @@ from PIL import Image
 from phi4mm_jax.errors import InputError
 
 T = TypeVar("T")
+
+# Decoding one file takes no longer; what the limits of sizes let through needs a small part of it.
+MAX_DECODE_SECONDS = 300
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def each(kind: str, sources: Sequence[Any], process: Callable[[Any], T]) -> tuple[T, ...]:
@@ -35,11 +49,11 @@ def plain(source: Any) -> Any:
     else as it is.
 
     Raises:
-        InputError: a file is missing, empty or cannot be opened; a tensor cannot be copied.
+        InputError: a file is missing, empty, no regular file or cannot be opened; a tensor cannot be copied.
     """
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
-        _check_opens(path)
+        open_file(path).close()
         return path
     if hasattr(source, "read"):
         source = _content(source)
@@ -65,15 +79,59 @@ def to_array(values: Any) -> np.ndarray:
         raise InputError(f"the values make no array ({error!r:.200}); pass a numpy array") from error
 
 
-def _check_opens(path: str) -> None:
+def open_file(source: str | bytes) -> BinaryIO:
+    """Open a path, or the bytes of a file, for reading. Only regular files are opened, and never waited for.
+
+    Raises:
+        InputError: a file is missing, cannot be opened, or is a folder, a FIFO, a socket or a device.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
     try:
-        with open(path, "rb"):
-            pass
+        _check_regular(os.stat(source))  # before it is opened, which some devices answer to
+        file = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            _check_regular(os.fstat(file))  # it may be another by now
+            return os.fdopen(file, "rb")
+        except BaseException:
+            os.close(file)
+            raise
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError("the file does not exist; check the path") from None
     except (OSError, ValueError) as error:  # a folder, forbidden, a name too long; a null byte
         cause = getattr(error, "strerror", None) or error
         raise InputError(f"the file cannot be opened ({cause}); check the path") from error
+
+
+def _check_regular(status: os.stat_result) -> None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if kind != stat.S_IFREG:
+        what = _KINDS.get(kind, "of another kind")
+        raise InputError(f"the file is {what}, not a regular file; pass its content as a file or as bytes")
+
+
+class Deadline:
+    """A time limit for the decoding of one file.
+
+    Args:
+        what: the medium, for the error.
+        seconds: from now on.
+    """
+
+    def __init__(self, what: str, seconds: float = MAX_DECODE_SECONDS):
+        self._what, self._seconds, self._end = what, seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise an InputError when the time is over."""
+        if time.monotonic() > self._end:
+            raise InputError(
+                f"decoding the {self._what} takes longer than {self._seconds:g} seconds; pass a shorter one, or "
+                "convert it before"
+            )
 
 
 def _content(file: Any) -> bytes:

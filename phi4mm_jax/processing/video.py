@@ -5,7 +5,6 @@ is seen. Training knew 64 crops in a prompt; here the frames of a clip share the
 each (and the global view, as any image), 16 have four. A clip then takes 34,880 tokens at most.
 """
 
-import io
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,14 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.images import ImageSource, load_image
-from phi4mm_jax.processing.sources import each, plain
+from phi4mm_jax.processing.containers import open_container
+from phi4mm_jax.processing.images import MAX_PIXELS, ImageSource, check_size, load_image, registered_suffixes, shrink
+from phi4mm_jax.processing.sources import Deadline, each, plain
 
 MAX_FRAMES = 64
 _CROPS = 64  # of all frames together
+_MAX_CROPS = 36  # of one frame, as of any image
+_PARALLEL_PIXELS = 1920 * 1088  # larger frames are decoded one at a time: each thread holds some
 
 # What lies closer ahead is decoded on the way; beyond it, decoding from the key frame before is expected to be less.
 _SEEK_SECONDS = 5
@@ -39,20 +41,23 @@ class Frame:
     max_crops: int
 
 
-def video_frames(source: VideoSource, frames: int = MAX_FRAMES) -> list[Image.Image]:
+def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int | None = None) -> list[Image.Image]:
     """Evenly spaced frames: of so many equal parts of the clip, what is shown in the middle of each.
 
-    A clip of fewer frames gives each of them once. Files are searched, not read as a whole: what is in memory at once
-    are the chosen frames, of 3 bytes a pixel. Frames are turned as a player turns them.
+    A clip of fewer frames gives each of them once. Files are searched, not read as a whole. Frames are turned as a
+    player turns them, and scaled down, as they are decoded, to what the model sees of them: memory is bounded by the
+    frames that are kept, of 0.6 MB a crop, and one more at its full size.
 
     Args:
-        source: a video file (a path, an open binary file or its bytes), for which PyAV must be installed; a folder of
-            images, in the order of their names, numbers by their value; or a list of images in any form of
-            `load_image`'s.
+        source: a video file (a path, an open binary file or its bytes) in one of the formats of
+            `phi4mm_jax.processing.containers`, for which PyAV must be installed; a folder of images, in the order of
+            their names, numbers by their value; or a list of images in any form of `load_image`'s.
         frames: how many at most, 1 to 64.
+        max_crops: what each frame will be given at most, where it is not its share, `crops_per_frame`.
 
     Raises:
-        InputError: `frames` is out of range; a file is missing, unreadable or without video; a folder has no images.
+        InputError: `frames` is out of range; a file is missing, unreadable or without video, or has frames that are too
+            large; decoding takes too long; a folder has no images.
     """
     check_frames(frames)
     if isinstance(source, str | os.PathLike) and os.path.isdir(source):
@@ -60,7 +65,9 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES) -> list[Image.Im
     if isinstance(source, list | tuple):
         if not source:
             raise InputError("the video is an empty list; expected one image at least")
-        return list(each("frame", [source[i] for i in evenly_spaced(len(source), frames)], load_image))
+        chosen = [source[i] for i in evenly_spaced(len(source), frames)]
+        crops = _crops_seen(max_crops, len(chosen))
+        return list(each("frame", chosen, lambda image: shrink(load_image(image), crops)))
     source = plain(source)
     if not isinstance(source, str | bytes):
         raise InputError(
@@ -68,10 +75,22 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES) -> list[Image.Im
         )
     start, length = _span(source)
     times = [start + length * (2 * i + 1) / (2 * frames) for i in range(frames)]
+    images = _decoded(source, times, _crops_seen(max_crops, frames))
+    if _crops_seen(max_crops, len(images)) > _crops_seen(max_crops, frames):
+        # A clip of fewer frames than asked for, so that decoding it again is little: each is seen at a larger size.
+        images = _decoded(source, times, _crops_seen(max_crops, len(images)))
+    return images
+
+
+def _crops_seen(max_crops: int | None, frames: int) -> int:
+    return min(max_crops or crops_per_frame(frames), _MAX_CROPS)
+
+
+def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int) -> list[Image.Image]:
     try:
-        return list(_shown_at(source, times, seek=True))
+        return list(_shown_at(source, times, crops, seek=True))
     except _SeekError:
-        return list(_shown_at(source, times, seek=False))
+        return list(_shown_at(source, times, crops, seek=False))
 
 
 def check_frames(frames: Any) -> None:
@@ -100,7 +119,7 @@ def video_placeholders(frames: int, first: int = 1) -> str:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    known = Image.registered_extensions()
+    known = registered_suffixes()
     paths = [p for p in folder.iterdir() if p.suffix.lower() in known and not p.name.startswith(".")]
     if not paths:
         raise InputError(f"the folder {str(folder)!r:.200} has no images; expected the frames of a video")
@@ -121,26 +140,20 @@ class _SeekError(Exception):
 
 
 @contextmanager
-def _opened(source: str | bytes) -> Iterator[tuple[Any, Any]]:
-    """The file and its video stream; what goes wrong with it becomes an InputError."""
+def _opened(source: str | bytes) -> Iterator[tuple[Any, Any, Deadline]]:
+    """The file, its video stream and the deadline; what goes wrong with it becomes an InputError."""
     try:
-        import av
-    except ImportError:
-        raise InputError(
-            "video files need PyAV: pip install 'phi4mm-jax[video]'; or pass a folder, or a list, of frames"
-        ) from None
-    # A playlist must not lead to the network, and one that came as bytes to no file either.
-    if isinstance(source, bytes):
-        file, protocols = io.BytesIO(source), "none"
-    else:
-        file, protocols = f"file:{os.path.abspath(source)}", "file"
-    try:
-        with av.open(file, options={"protocol_whitelist": protocols}) as container:
+        with open_container(source, "video", "pass a folder, or a list, of frames") as (container, deadline):
             stream: Any = container.streams.best("video")
             if stream is None:
                 raise InputError("the file has no video; pass it as audio, or choose another")
-            stream.thread_type = "AUTO"
-            yield container, stream
+            context = stream.codec_context
+            if context.width * context.height == 0:
+                raise InputError(f"the video's frames have no size, or more than {MAX_PIXELS} pixels; shrink it")
+            check_size(context.width, context.height, MAX_PIXELS, "video")
+            context.options = {"max_pixels": str(MAX_PIXELS)}  # where a frame is larger than the header says
+            context.thread_type = "AUTO" if context.width * context.height <= _PARALLEL_PIXELS else "NONE"
+            yield container, stream, deadline
     except (InputError, MemoryError, _SeekError):
         raise
     except Exception as error:  # decoders raise errors of many types
@@ -151,7 +164,7 @@ def _opened(source: str | bytes) -> Iterator[tuple[Any, Any]]:
 
 def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
     """When the video begins, and how long it is, in seconds."""
-    with _opened(source) as (container, stream):
+    with _opened(source) as (container, stream, _):
         start = (stream.start_time or 0) * stream.time_base
         if (stream.duration or 0) > 0:
             return start, stream.duration * stream.time_base
@@ -165,46 +178,55 @@ def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
         return first * stream.time_base, (max(map(sum, packets)) - first) * stream.time_base
 
 
-def _shown_at(source: str | bytes, times: Sequence[Fraction], *, seek: bool) -> Iterator[Image.Image]:
-    """What a player shows at these times, which rise; each frame once.
+def _shown_at(source: str | bytes, times: Sequence[Fraction], crops: int, *, seek: bool) -> Iterator[Image.Image]:
+    """What a player shows at these times, which rise, at the size that is seen in so many crops; each frame once.
 
     Raises:
         _SeekError: seeking leads past a time.
     """
-    with _opened(source) as (container, stream):
-        frames = _timed(container, stream)
+    with _opened(source) as (container, stream, deadline):
+        frames = _timed(container, stream, deadline)
         shown, after, given = None, next(frames, None), None
         if after is None:
             raise InputError("the video has no frames; check that it is whole")
         for time in times:
             if seek and after is not None and time - after[0] > _SEEK_SECONDS:
-                frames, after = _jump(container, stream, time)
+                frames, after = _jump(container, stream, time, deadline)
                 shown = None
             while after is not None and after[0] <= time:
                 shown, after = after, next(frames, None)
             chosen = shown or after
             if chosen is not None and chosen[0] != given:
                 given, frame = chosen
-                image = frame.to_image()
-                yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                yield shrink(_upright(frame), crops)
 
 
-def _jump(container: Any, stream: Any, time: Fraction) -> tuple[Iterator[tuple[Fraction, Any]], tuple[Fraction, Any]]:
+def _upright(frame: Any) -> Image.Image:
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _jump(
+    container: Any, stream: Any, time: Fraction, deadline: Deadline
+) -> tuple[Iterator[tuple[Fraction, Any]], tuple[Fraction, Any]]:
     """Frames from a key frame before a time on: the rest, and the first."""
     for earlier in _EARLIER_SECONDS:
         try:
             container.seek(int((time - earlier) / stream.time_base), stream=stream)
         except Exception as error:
             raise _SeekError from error
-        frames = _timed(container, stream)
+        frames = _timed(container, stream, deadline)
         first = next(frames, None)
         if first is not None and first[0] <= time:
             return frames, first
     raise _SeekError
 
 
-def _timed(container: Any, stream: Any) -> Iterator[tuple[Fraction, Any]]:
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            raise InputError("the video has frames without a time; convert it to MP4")
-        yield frame.pts * frame.time_base, frame
+def _timed(container: Any, stream: Any, deadline: Deadline) -> Iterator[tuple[Fraction, Any]]:
+    for packet in container.demux(stream):
+        deadline.check()
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise InputError("the video has frames without a time; convert it to MP4")
+            check_size(frame.width, frame.height, MAX_PIXELS, "video")
+            yield frame.pts * frame.time_base, frame
