@@ -169,7 +169,7 @@ def tokens_of(attachment: Attachment, processor: Processor) -> int:
 
 
 def save(conversation: Conversation, path: str) -> None:
-    text = json.dumps({"messages": messages_of(conversation, as_path)}, ensure_ascii=False) + "\n"
+    text = json.dumps({"messages": messages_of(conversation, as_path)}, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)

@@ -245,7 +245,9 @@ def write_goldens(
         "grad_cases": [],
         "tokenizer": [],
     }
-    (folder / "goldens.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "goldens.json").write_text(
+        json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+    )
 
 
 # What is kept of a medium.

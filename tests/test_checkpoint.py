@@ -1,9 +1,11 @@
 """Loading: what is wrong with a checkpoint is an error that names the file or tensor."""
 
 import json
+import re
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TINY
@@ -12,11 +14,15 @@ from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError
+from phi4mm_jax.checkpoint import orbax
+from phi4mm_jax.checkpoint.convert import to_orbax
+from phi4mm_jax.checkpoint.load import is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
+from phi4mm_jax.sharding import make_mesh
 
 SHARD = "model-00002-of-00003.safetensors"
 LORA_B = "model.layers.1.mlp.down_proj.lora_B.vision.weight"  # in that shard or another
@@ -131,3 +137,52 @@ def test_pickles_are_not_read(copy):
     (copy / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickle"):
         phi4mm_jax.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.self_attn.qkv_proj.base_layer.weight", np.nan),
+        ("model.layers.1.mlp.down_proj.lora_A.speech.weight", -np.inf),
+        ("model.norm.weight", np.inf),
+    ],
+)
+def test_a_value_that_is_not_finite_is_named(copy, name, value):
+    def one_of_them(array):
+        array = array.copy()
+        array.flat[-1] = value
+        return array
+
+    rewrite(copy, replace(name, one_of_them))
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}.*: holds NaN or infinity; the checkpoint is dam"):
+        phi4mm_jax.load(copy, dtype="float32")
+
+
+def test_a_converted_value_that_is_not_finite_is_named(copy):
+    """Where it lies on several devices, too."""
+    to_orbax(TINY, copy / "converted")
+    folder = copy / "converted" / orbax.FOLDER
+    config = Phi4MMConfig.from_folder(TINY)
+    converted = open_checkpoint(copy / "converted", config)
+    name = ("params", "decoder", "norm", "scale")
+    values = {path: converted.read(path) for path in converted.parameters}
+    values[name] = values[name] * np.float32(np.nan).astype(values[name].dtype)
+    parameters = dict(converted.parameters)
+    shutil.rmtree(folder)
+    orbax.write(folder, parameters, values.__getitem__)
+    for mesh in (None, make_mesh(fsdp=4)):
+        with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN or infinity"):
+            phi4mm_jax.load(copy / "converted", dtype="float32", mesh=mesh)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_finite_values(dtype):
+    """As numpy tells, of every pattern of bits that there is in 16, and of the borders in 32."""
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if dtype.itemsize == 2:
+        values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    else:
+        limits = [0.0, np.finfo(np.float32).max, np.finfo(np.float32).tiny, np.inf, np.nan, 1e-45]
+        values = np.asarray([*limits, *(-x for x in limits)], np.float32)
+    expected = np.isfinite(values.astype(np.float64))
+    assert [is_finite(values[i : i + 1]) for i in range(len(values))] == expected.tolist()

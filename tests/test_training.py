@@ -1,6 +1,7 @@
 """The training step: PyTorch's gradients and updates, however the same samples are laid out."""
 
 import dataclasses
+import json
 import re
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.loss import LossConfig, token_losses
+from phi4mm_jax.training.metrics import Log, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import join, matching, split
 from phi4mm_jax.training.step import dropout_key, gradients, initial_state, supervised, train_step
@@ -530,3 +532,14 @@ def test_dpo_prefers(scanned, eight):
     before, after = (of_answers(scanned.module, t, frozen, rows, None) for t in (trainable, state.trainable))
     gains = np.asarray(after - before)
     assert (gains[0::2] > gains[1::2]).all()
+
+
+def test_metrics_are_strict_json(tmp_path):
+    """A loss that is NaN is null there, and NaN again where it is read."""
+    log = Log(tmp_path, 0)
+    log.write(1, {"loss": float("nan"), "targets": 3.0})
+    log.close()
+    (path,) = tmp_path.glob("*.jsonl")
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"step": 1, "loss": None, "targets": 3.0}
+    (line,) = read_log(tmp_path)
+    assert np.isnan(line["loss"])

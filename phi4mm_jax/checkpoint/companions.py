@@ -19,7 +19,7 @@ from phi4mm_jax.checkpoint.settings import (
     whole,
 )
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
-from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.processing.processor import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -271,4 +271,7 @@ def _optional(path: Path) -> Json:
 
 
 def _json(values: Json) -> bytes:
-    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+    try:
+        return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except ValueError as error:
+        raise ConfigError(f"a setting is NaN or infinite, which JSON cannot say ({error}); repair the files") from error

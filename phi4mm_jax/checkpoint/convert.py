@@ -13,18 +13,16 @@ import numpy as np
 from phi4mm_jax.checkpoint import orbax, pytorch
 from phi4mm_jax.checkpoint.companions import companion_files, left_behind
 from phi4mm_jax.checkpoint.hub import local_folder
-from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, open_checkpoint
+from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.native import adapter_table
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
 from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.processing.processor import Processor
 
 Progress = Callable[[int, int], None]
-
-_PIECE = 1 << 18  # values, which stay in a cache
 
 
 def to_orbax(
@@ -156,15 +154,6 @@ def _finite(
     return read
 
 
-def is_finite(values: np.ndarray) -> bool:
-    """Whether none is NaN or infinite, from their bits, a piece at a time: nine times as fast as numpy's."""
-    signed, unsigned = np.dtype(f"i{values.itemsize}"), np.dtype(f"u{values.itemsize}")
-    positive, negative = np.array([np.inf, -np.inf], values.dtype).view(unsigned)
-    flat = values.reshape(-1)
-    pieces = (flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE))
-    return not any(x.view(signed).max() >= positive or x.view(unsigned).max() >= negative for x in pieces)
-
-
 def _say_left(source: FilePath, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
     if names := left_behind(source, checkpoint.files):
         say(f"Not carried along: {', '.join(names)}")
@@ -200,4 +189,7 @@ def _with_dtype(config: bytes, dtype: str) -> bytes:
     """config.json tells PyTorch's loaders which dtype to make; unchanged where it already says this."""
     values = json.loads(config)
     changed = {key: dtype for key in ("torch_dtype", "dtype") if key in values and values[key] != dtype}
-    return json.dumps(values | changed, indent=2).encode() + b"\n" if changed else config
+    try:
+        return json.dumps(values | changed, indent=2, allow_nan=False).encode() + b"\n" if changed else config
+    except ValueError as error:
+        raise ConfigError(f"config.json: a value is NaN or infinite, which JSON cannot say ({error})") from error

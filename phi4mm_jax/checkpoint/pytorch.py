@@ -260,5 +260,5 @@ def _files(folder: FilePath, tensors: list[Tensor], sizes: Mapping[str, int], li
     if len(shards) > 1:
         total = sum(sizes[name] for name in where)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
     return files | {tensor: folder / name for tensor, name in where.items()}

@@ -17,6 +17,7 @@ from phi4mm_jax.generation import Engine, Request
 from phi4mm_jax.generation.jsonl import AnswerFile, Line
 from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.model.lora import lora_configs
+from phi4mm_jax.strict_json import strict_json
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 AUTO: Literal["auto"] = "auto"
@@ -130,7 +131,7 @@ def _claim(folder: Path, settings: Settings) -> None:
         before = path.read_text() if path.exists() else None
         is_empty = all(p.name.endswith(_INCOMPLETE) for p in folder.iterdir())
         if is_empty:
-            write_whole(path, json.dumps(now, indent=1))
+            write_whole(path, strict_json(now, indent=1))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
     if is_empty:

@@ -1,7 +1,6 @@
 """From answers to figures: what is measured in which task, the table, and the files."""
 
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from phi4mm_jax.evaluation.metrics import (
     make_normalizer,
 )
 from phi4mm_jax.evaluation.published import Published, published_mean
+from phi4mm_jax.strict_json import strict_json
 
 TASKS: Mapping[str, tuple[tuple[MetricName, ...], NormalizerName]] = {  # metrics, normaliser
     "asr": (("wer", "cer"), "english"),
@@ -205,9 +205,9 @@ def write_report(
                 "references": item.references, "answer": answer.text,
                 "metrics": {n: _of_item(metric, of_set[i].tolist()) for n, (metric, of_set) in counts.items()},
             }  # fmt: skip
-            lines.append(json.dumps(values | ({} if answer.error is None else {"error": answer.error})))
+            lines.append(strict_json(values | ({} if answer.error is None else {"error": answer.error})))
     write_whole(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
-    write_whole(folder / "report.json", json.dumps({**asdict(report), "settings": asdict(settings)}, indent=1) + "\n")
+    write_whole(folder / "report.json", strict_json({**asdict(report), "settings": asdict(settings)}, indent=1) + "\n")
 
 
 def _of_item(metric: Metric, counts: Sequence[float]) -> float | None:

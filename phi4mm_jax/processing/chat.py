@@ -551,7 +551,7 @@ def _calls(where: str, calls: Any) -> Iterator[dict[str, Any]]:
 
 def _json(where: str, value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{where} cannot be written as JSON ({error}): use dicts, lists and plain values") from None
 

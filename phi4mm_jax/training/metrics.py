@@ -1,6 +1,7 @@
 """What a run tells while it goes: lines of JSON, TensorBoard, and in the end a picture and a report."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.strict_json import strict_json
 
 LINES, REPORT = "metrics.jsonl", "report.md"
 
@@ -25,7 +27,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if line["step"] <= step]
         aside = self._path.with_suffix(".incomplete")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.write_text("".join(strict_json(line) + "\n" for line in kept))
         os.replace(aside, self._path)
         self._file = self._path.open("a")
         try:
@@ -34,7 +36,7 @@ class Log:
             raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(strict_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -45,14 +47,15 @@ class Log:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines so far; one that a killed process has left half-written is left out."""
+    """The lines so far, with NaN for null; one that a killed process has left half-written is left out."""
     path = folder / LINES
     if not path.exists():
         return []
     content, lines = path.read_bytes(), []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            lines.append(dict(json.loads(line)))
+            found = dict(json.loads(line))
+            lines.append({key: math.nan if value is None else value for key, value in found.items()})
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: line {number} is no line of metrics; take it out") from error
     return lines

@@ -14,6 +14,7 @@ from typing import Any
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.processing.chat import path_in, with_paths
+from phi4mm_jax.strict_json import strict_json
 from phi4mm_jax.training.conversation import MEDIA, MESSAGES, read_conversation
 
 # Scripts without spaces between words: each character is one.
@@ -224,7 +225,7 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
             counts[why is not None] += 1
             if why is not None:
                 values["dropped"] = why
-            (kept if why is None else dropped).write(json.dumps(values, ensure_ascii=False) + "\n")
+            (kept if why is None else dropped).write(strict_json(values, ensure_ascii=False) + "\n")
     return counts[0], counts[1]
 
 
@@ -232,7 +233,7 @@ def _moved(messages: Any, prefix: Path) -> Any:
     """Messages, which may be a string of JSON, with the paths of their media below `prefix`."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
-            return json.dumps(_moved(json.loads(messages), prefix), ensure_ascii=False)
+            return strict_json(_moved(json.loads(messages), prefix), ensure_ascii=False)
     return with_paths(messages, prefix) if isinstance(messages, list) else messages
 
 
