@@ -27,6 +27,7 @@ from phi4mm_jax.processing.images import (
     ImageFeatures,
     choose_grid,
     count_image_tokens,
+    image_size,
     load_image,
     preprocess_image,
 )
@@ -332,15 +333,15 @@ def test_arrays() -> None:
     np.testing.assert_array_equal(np.asarray(load_image(pixels[::2, ::-1])), pixels[::2, ::-1])
     for grey in (pixels[:, :, 0], pixels[:, :, :1]):
         np.testing.assert_array_equal(np.asarray(load_image(grey)), np.repeat(pixels[:, :, :1], 3, 2))
-    with_alpha = np.concatenate([pixels, pixels[:, :, :1]], 2)
-    for source in (with_alpha, torch.tensor(pixels), jnp.asarray(pixels)):
+    opaque = np.concatenate([pixels, np.full_like(pixels[:, :, :1], 255)], 2)
+    for source in (opaque, torch.tensor(pixels), jnp.asarray(pixels)):
         np.testing.assert_array_equal(np.asarray(load_image(source)), pixels)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_modes_convert_as_pillow_does(mode: str) -> None:
     image = picture(40, 30)
-    image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+    image = image.convert(mode)
     assert image.mode == mode
     loaded = load_image(image)
     assert loaded.mode == "RGB"
@@ -353,24 +354,98 @@ def test_premultiplied_transparency() -> None:
     np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(grey.convert("RGB")))
 
 
-def test_transparency_is_dropped() -> None:
-    image = picture(20, 20).convert("RGBA")
-    image.putalpha(0)
-    np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(picture(20, 20)))
+def with_alpha(mode: str) -> Image.Image:
+    """Pixels of which some are transparent, half or not at all."""
+    image = picture(40, 30).convert(mode[:-1])
+    image.putalpha(Image.fromarray(np.tile(np.array([0, 128, 255, 77, 3], np.uint8), (30, 8))))
+    return image
 
 
-def test_wide_modes_are_clipped() -> None:
-    grey = np.array([[0, 100, 255, 256, 40000, 65535]])
-    expected = [0, 100, 255, 255, 255, 255]
-    for image in (Image.fromarray(grey.astype(np.uint16)), Image.fromarray(grey.astype(np.float32))):
-        for source in (image, encoded(image, "TIFF")):
-            assert np.asarray(load_image(source))[0, :, 1].tolist() == expected
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_is_flattened_on_white(mode: str) -> None:
+    """However it comes: a PIL image, premultiplied, an array, a file."""
+    image = with_alpha(mode)
+    assert image.mode == mode
+    rgba = np.asarray(image.convert("RGBA"), np.float64)
+    expected = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+    sources: list[Any] = [image, np.asarray(image.convert("RGBA")), torch.tensor(np.asarray(image.convert("RGBA")))]
+    sources += [encoded(image.convert("RGBA"), file_format) for file_format in ("PNG", "TIFF")]
+    for source in sources:
+        seen = np.asarray(load_image(source), np.float64)
+        assert np.abs(seen - expected).max() <= 1
+        np.testing.assert_array_equal(seen[:, 0::5], 255)
+        np.testing.assert_array_equal(seen[:, 2::5], rgba[:, 2::5, :3])
+    if mode != "PA":
+        premultiplied = image.convert({"RGBA": "RGBa", "LA": "La"}[mode])
+        assert np.abs(np.asarray(load_image(premultiplied), np.float64) - expected)[:, 1::5].max() <= 3
 
 
-def test_orientation_is_not_applied() -> None:
+@pytest.mark.parametrize(
+    ("image", "transparent"),
+    [
+        (Image.fromarray(np.array([[7, 8, 9]], np.uint8)), 8),
+        (Image.fromarray(np.array([[7 * 257, 8 * 257, 9 * 257]], np.uint16)), 8 * 257),
+        (Image.fromarray(np.repeat(np.array([[7, 8, 9]], np.uint8)[..., None], 3, 2)), (8, 8, 8)),
+        (Image.fromarray(np.repeat(np.array([[7, 8, 9]], np.uint8)[..., None], 3, 2)).quantize(3), "palette"),
+    ],
+)
+def test_a_transparent_colour(image: Image.Image, transparent: Any) -> None:
+    """PNG and GIF may name one colour, or an opacity for each of the palette."""
+    if transparent == "palette":
+        transparent = bytes(0 if image.getpalette()[3 * i] == 8 else 255 for i in range(3))
+    data = encoded(image, "PNG", transparency=transparent)
+    assert np.asarray(load_image(data))[0].tolist() == [[7] * 3, [255] * 3, [9] * 3]
+
+
+def test_wide_greys_are_scaled() -> None:
+    """16 bits by their range; integers and floats by the smallest usual one."""
+    for dtype, grey, expected in [
+        (np.uint16, [0, 128, 129, 257, 40000, 65535], [0, 0, 1, 1, 156, 255]),
+        (np.uint16, [0, 0, 0, 0, 0, 255], [0, 0, 0, 0, 0, 1]),
+        (np.int32, [-5, 0, 100, 200, 254, 255], [0, 0, 100, 200, 254, 255]),
+        (np.int32, [-5, 0, 257, 25700, 256, 65535], [0, 0, 1, 100, 1, 255]),
+        (np.int32, [0, 0, 2**30, 2**29, 1, 2**31 - 1], [0, 0, 128, 64, 0, 255]),
+        (np.float32, [-1, 0, 0.5, 0.25, 0.001, 1], [0, 0, 128, 64, 0, 255]),
+        (np.float32, [0, 1, 100.4, 100.5, 254, 255], [0, 1, 100, 100, 254, 255]),
+        (np.float32, [0, 0, 257, 25700, 514, 65535], [0, 0, 1, 100, 2, 255]),
+    ]:
+        image = Image.fromarray(np.array([grey], dtype))
+        sources = [image, encoded(image, "TIFF")] + ([encoded(image, "PNG")] if dtype == np.uint16 else [])
+        for source in sources:
+            assert np.asarray(load_image(source))[0].tolist() == [[value] * 3 for value in expected]
+    for value in (np.nan, np.inf):
+        with pytest.raises(InputError, match="pixels that are NaN or infinite"):
+            load_image(Image.fromarray(np.array([[0, value]], np.float32)))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(file_format: str, orientation: int) -> None:
+    """By what the standard says of the stored rows and columns: where the first of each is in the picture."""
+    corner = {1: "tl", 2: "tr", 3: "br", 4: "bl", 5: "tl", 6: "tr", 7: "br", 8: "bl"}[orientation]
+    stored = np.full((32, 48, 3), 255, np.uint8)
+    stored[:8, :16] = 0  # at the first row and the first column, longer along the row
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    assert load_image(encoded(picture(40, 20), "JPEG", exif=exif)).size == (40, 20)
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(stored), file_format, exif=exif)
+    expected = np.full((32, 48) if orientation < 5 else (48, 32), 255)
+    height, width = (8, 16) if orientation < 5 else (16, 8)
+    rows = slice(0, height) if corner[0] == "t" else slice(-height, None)
+    columns = slice(0, width) if corner[1] == "l" else slice(-width, None)
+    expected[rows, columns] = 0
+    for source in (data, Image.open(io.BytesIO(data))):
+        assert image_size(source) == expected.shape[::-1]
+        loaded = load_image(source)
+        assert loaded.size == expected.shape[::-1]
+        assert np.abs(np.asarray(loaded.convert("L"), np.int32) - expected).mean() < 8
+
+
+def test_damaged_exif_says_nothing() -> None:
+    for value in (0, 9, 700):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        assert load_image(encoded(picture(40, 20), "JPEG", exif=exif)).size == (40, 20)
+    assert load_image(encoded(picture(40, 20), "JPEG", exif=b"Exif\0\0II*\0\xff\xff")).size == (40, 20)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF", "PNG"])

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.sources import open_file, plain
@@ -34,6 +34,18 @@ FORMATS = (
 
 _LEAST_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
+
+# What shows an image upright, by its EXIF orientation; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 Result = TypeVar("Result")
 ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray
@@ -69,11 +81,12 @@ class _Grid(NamedTuple):
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Open an image and convert it to RGB, as Pillow's `convert("RGB")` does and the original has it.
+    """Open an image and convert it to RGB as it looks: a picture without the following is that of Pillow's
+    `convert("RGB")`, to the last bit.
 
-    So transparency is dropped, not blended; 16-bit, integer and float pixels are clipped at 255, not scaled; an EXIF
-    orientation is not applied (call `PIL.ImageOps.exif_transpose` before, where it matters). Of a file with several
-    frames it is the first.
+    An EXIF orientation is applied. Transparency is flattened on white. Greys of 16 bits are scaled by their full range.
+    Those of 32 bits and of floats, whose full range no file tells, are scaled by the smallest of 1 (floats alone), 255,
+    65535 and 2**31 - 1 that holds their largest pixel; below 0 is black. Of a file with several frames it is the first.
 
     Args:
         source: a PIL image; a path, an open binary file or the bytes of one, in any format of Pillow's; or an array or
@@ -94,7 +107,7 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     Raises:
         InputError: as `load_image`, but for what only decoding shows.
     """
-    return _opened(source, lambda image: check_size(*image.size, max_pixels))
+    return _opened(source, lambda image: _oriented_size(image, max_pixels))
 
 
 def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result:
@@ -362,9 +375,61 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, what: str 
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     check_size(*image.size, max_pixels)
-    if image.mode == "La":  # of which Pillow makes nothing else
-        image = image.convert("LA")
-    return image.convert("RGB")
+    turn = _TURNS.get(_orientation(image))  # before decoding, as for its size
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        rgb = _on_white(_grey(image)) if "transparency" in image.info else _grey(image).convert("RGB")
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgb = _on_white(image.convert("LA") if image.mode == "La" else image)
+    else:
+        rgb = image.convert("RGB")
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _oriented_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    width, height = check_size(*image.size, max_pixels)
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, which is still to be applied."""
+    if image.format == "TIFF" and getattr(image, "tile", None):
+        return 1  # Pillow applies it as it decodes; the size is that after it
+    try:
+        # The base class's: that of PNG would decode the image to look behind it.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF that is damaged says nothing
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits, scaled to 8: L, or LA where the file names a grey that is transparent.
+
+    Raises:
+        InputError: a pixel is NaN or infinite.
+    """
+    pixels = np.asarray(image)
+    if image.mode.startswith("I;16"):
+        full = 65535
+    else:
+        peak = float(pixels.max())
+        if not np.isfinite(pixels).all():
+            raise InputError("the image has pixels that are NaN or infinite; repair it")
+        full = next(n for n in (1, 255, 65535, 2**31 - 1, math.inf) if peak <= n and (n > 1 or image.mode == "F"))
+        if full == math.inf:
+            raise InputError(f"the image has pixels of {peak:g}, beyond the largest scale of 2**31 - 1; rescale it")
+    if full == 255:  # as Pillow has it
+        return image.convert("L")
+    grey = np.floor(pixels.clip(0, full) * (255 / full) + 0.5).astype(np.uint8)
+    if "transparency" not in image.info:
+        return Image.fromarray(grey)
+    opaque = np.where(pixels == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(opaque)])
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
