@@ -100,11 +100,15 @@ def with_gradients(attention, q, k, v, d_out, d_lse):
     return jax.jit(program, compiler_options=QUICK)(q, k, v, d_out, d_lse)
 
 
-def check(implementation, shape, options, seed=0):
+def check(implementation, shape, options, seed=0, garbage=None):
+    """`garbage`: a value, and where it stands among the keys (B, S)."""
     arrays = random_qkv(seed, *shape)
     arrays += random(seed + 1, arrays[0].shape, arrays[0].shape[:3])
     with jax.enable_x64(True):
         expected = with_gradients(lambda *x: reference(*x, **options), *(x.astype(np.float64) for x in arrays))
+    if garbage is not None:
+        value, at = garbage
+        arrays[1][at], arrays[2][at] = value, -value
     results = with_gradients(
         lambda *x: flash_attention(*x, return_lse=True, implementation=implementation, **options), *arrays
     )
@@ -145,6 +149,15 @@ class TestEveryImplementation:
     @pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
     def test_values_and_gradients(self, implementation, shape, options):
         check(implementation, shape, options)
+
+    @pytest.mark.parametrize(("option", "causal"), [("kv_lengths", True), ("kv_lengths", False), ("kv_mask", False)])
+    def test_masked_keys_may_hold_any_value(self, implementation, option, causal):
+        """Forwards and backwards. Of three rows, one ends with a tile and one has no key."""
+        valid = np.arange(300) < np.array([[256], [70], [0]])
+        valid = valid if option == "kv_lengths" else valid[:, ::-1].copy()
+        options = {option: valid.sum(1) if option == "kv_lengths" else valid, "causal": causal}
+        garbage = np.resize([np.nan, np.inf, -np.inf], np.sum(~valid))[:, None, None]
+        check(implementation, (3, 40, 300, 2, 1, 8), options, garbage=(garbage, ~valid))
 
     def test_bfloat16_is_as_good_as_its_inputs(self, implementation):
         q, k, v = random_qkv(3, 2, 640, 640, 6, 2, 16)
@@ -261,10 +274,18 @@ def test_decode_without_tables_reads_each_rows_own_length():
     capacity, lengths = 1024, np.array([1, 700, 1024, 129])
     k, v = (rng.standard_normal((2, 4, 2, capacity, 16)).astype(np.float32) for _ in range(2))
     q = rng.standard_normal((4, 6, 16)).astype(np.float32)
+    behind = np.arange(capacity) >= lengths[:, None, None]
+    expected_k, expected_v = k.copy(), v.copy()
+    for x in (k, v):
+        np.putmask(x, np.broadcast_to(behind[None, ..., None], x.shape), np.nan)
     for layer in (0, 1):
         out = decode_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), layer=jnp.int32(layer), lengths=lengths)
         expected, _ = reference(
-            q[:, None], k[layer].swapaxes(1, 2), v[layer].swapaxes(1, 2), causal=False, kv_lengths=lengths
+            q[:, None],
+            expected_k[layer].swapaxes(1, 2),
+            expected_v[layer].swapaxes(1, 2),
+            causal=False,
+            kv_lengths=lengths,
         )
         np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
 

@@ -38,8 +38,8 @@ def flash_attention(
         causal: query t of row b attends to keys s <= t + q_offset[b] only.
         scale: of the scores; H**-0.5 by default.
         q_offset: the position of each row's first query among its keys; 0 by default.
-        kv_lengths: keys from this index on are not attended to.
-        kv_mask: keys where it is False are not attended to.
+        kv_lengths: keys from this index on are not attended to; they may hold any value, NaN included.
+        kv_mask: keys where it is False are not attended to, likewise.
         q_segments: a query attends to the keys with the same id only; ids are not negative. Needs `kv_segments`.
         kv_segments: ids of the keys. Needs `q_segments`.
         return_lse: also return the logarithm of the sum of the exponentials of each query's scores.
@@ -81,6 +81,7 @@ def flash_attention(
         if not jnp.issubdtype(argument.dtype, jnp.bool_ if name == "kv_mask" else jnp.integer):
             raise InputError(f"flash_attention: {name} has dtype {argument.dtype}")
     if kv_mask is not None:  # masked keys are a segment without queries
+        k, v = _cleared(kv_mask, k, v)
         q_segments = jnp.zeros((batch, q_len), jnp.int32) if q_segments is None else q_segments
         kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
     segments = None
@@ -105,6 +106,8 @@ def flash_attention(
             heads=k.shape[2],
         )
     else:
+        if kv_lengths is not None:
+            k, v = _cleared(jnp.arange(kv_len) < kv_lengths[:, None], k, v)
         out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=factor)
     return (out, lse) if return_lse else out
 
@@ -131,7 +134,8 @@ def decode_attention(
     Args:
         k, v: pages (L, P, K, S, H): of each layer P pages of S tokens, those of one page in one piece. In q's dtype,
             or int8 with scales.
-        tables: row b's tokens from S * i on lie in page tables[b, i]. What lies behind a row's length is not read.
+        tables: row b's tokens from S * i on lie in page tables[b, i]. What lies behind a row's length may hold any
+            value, NaN included.
             Without tables, k and v are (L, B, K, S, H): one page a row.
         k_scales, v_scales: float32 (L, P, K, S), by which the int8 values of a token and head are multiplied.
         scale: of the scores; H**-0.5 by default.
@@ -199,6 +203,14 @@ def merge_partials(
     greatest = m.max(0)
     weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
     return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
+
+
+def _cleared(
+    valid: Bool[Array, "B S"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Zero the keys and values that no query may attend to: a weight of 0 times NaN would be NaN."""
+    valid = valid[:, :, None, None]
+    return jnp.where(valid, k, 0), jnp.where(valid, v, 0)
 
 
 def _tpu(function: str, implementation: str | None, unsupported: str | None) -> tpu.Target | None:

@@ -231,6 +231,12 @@ def _columns(row):
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
+def _cleared(x, length):
+    """Zero the rows from `length` on, which may hold any value: a weight of 0 times NaN would be NaN."""
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row < length, x.astype(jnp.float32), 0.0).astype(x.dtype)  # v5e selects in float32 only
+
+
 def _positions(group: int, block: int, width: int):
     """Of each row of a block the position of its query in the block, (group * block, width)."""
     return lax.broadcasted_iota(jnp.int32, (group, block, width), 1).reshape(group * block, width)
@@ -334,7 +340,8 @@ def _forward_kernel(
             decay = jnp.exp2(old - new)
             max_ref[...] = new
             sum_ref[...] = sum_ref[...] * decay + _folded(weights, jnp.add)
-            acc_ref[...] = acc_ref[...] * _wide(decay, size) + _dot(weights.astype(v_ref.dtype), v_ref[slot, keys], _NN)
+            values = _cleared(v_ref[slot, keys], length - tile * bk - c * chunk)
+            acc_ref[...] = acc_ref[...] * _wide(decay, size) + _dot(weights.astype(v_ref.dtype), values, _NN)
 
         needed = lax.div(jnp.minimum(last - tile * bk, bk) + chunk - 1, chunk)
         lax.fori_loop(0, needed, one_chunk, None)
@@ -505,6 +512,7 @@ def _dq_kernel(
                 allowed &= key <= start + _positions(group, bq, chunk)
             if segments is not None:
                 allowed &= _wide(segment_scratch[1][...], chunk) == segment_scratch[0][slot, :, keys]
+            v, k = (_cleared(x, length - tile * bk - c * chunk) for x in (v, k))
             weights = jnp.where(allowed, weights, 0.0)
         d_weights = _dot(d_out_ref[...].reshape(group * bq, size), v, _NT)
         d_scores = weights * (d_weights - _wide(row_sum_ref[...], chunk))
@@ -582,7 +590,9 @@ def _dkv_kernel(
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
     _stream_tiles(grid, plan, free_slot, copies, visit)
-    dk_ref[...] = (dk_acc[...] * call.scale).astype(dk_ref.dtype)
+    # A key that nobody attends to is met with weights of 0; its value may be NaN, and its own gradient with it.
+    dk = jnp.where(i * bk + lax.broadcasted_iota(jnp.int32, dk_acc.shape, 0) < length, dk_acc[...], 0.0)
+    dk_ref[...] = (dk * call.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 
 

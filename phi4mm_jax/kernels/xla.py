@@ -204,9 +204,8 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -
         new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        v_j = values(v, v_scales, j)
-        if table is not None:  # what lies behind a row's length may be anything, and 0 * NaN is not 0
-            v_j = jnp.where(allowed[:, 0, :, :, None], v_j, 0)
+        # What lies behind a row's length may be anything, and 0 * NaN is not 0.
+        v_j = jnp.where(allowed[:, 0, :, :, None], values(v, v_scales, j), 0)
         out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v_j)
         return new_maximum, total * decay + row_sum(weights), out
 
