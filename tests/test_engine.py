@@ -15,6 +15,7 @@ from phi4mm_jax.generation.request import Text
 
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
+WARMED = dataclasses.replace(SMALL, slots=4, chunk=192)  # widths of 1, 2 and 3 pages
 
 
 def request_of(case, tokens, **settings):
@@ -65,7 +66,7 @@ def test_many_mixed_requests_are_as_each_alone(tiny):
 
 def test_nothing_compiles_after_a_while(tiny):
     """Whatever comes: the shapes are those of the first requests."""
-    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
+    engine = tiny.engine(WARMED)
     engine.warm_up()
     before = count_compilations()
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
@@ -139,6 +140,21 @@ def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
     assert row.long
     known = set(np.flatnonzero(engine._seen[row.slot]).tolist())
     assert known == {*row.row.tokens.tolist(), *row.tokens[:-1]}  # the last one is yet to be decoded from
+
+
+def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
+    """The tokens that a row's penalty counts stay marked, its keys and values and all features as they were."""
+    engine = tiny.engine(WARMED)
+    settings = Sampling(repetition_penalty=1000.0)
+    engine.submit(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=12, sampling=settings))
+    engine.step()
+    before = jax.device_get((engine._seen, engine._cache.k[:, :-1], engine._cache.v[:, :-1], engine._features.table))
+    engine.warm_up()
+    after = jax.device_get((engine._seen, engine._cache.k[:, :-1], engine._cache.v[:, :-1], engine._features.table))
+    for ours, theirs in zip(after, before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    (row,) = (a for a in engine._slots if a is not None)
+    assert set(np.flatnonzero(engine._seen[row.slot]).tolist()) == {*row.row.tokens.tolist(), *row.tokens[:-1]}
 
 
 def test_media_that_have_no_room_together_are_an_error(tiny):
@@ -258,6 +274,51 @@ def test_errors_are_answers(tiny):
     assert "image" in answers[1].error
 
 
+@pytest.fixture
+def poisoned(tiny):
+    """Answers by an engine in which the first request's cached values become NaN after a round."""
+    engine = tiny.engine(EngineConfig(slots=2, cache_tokens=2048, page_size=64, chunk=64, steps=2, beams=2))
+
+    def run(*requests):
+        numbers = [engine.submit(request) for request in requests]
+        updates = engine.step()
+        first = engine._slots[0]
+        pages = [*first.pages, *(page for beam in (first.group.pages if first.group else []) for page in beam)]
+        engine._cache = engine._cache._replace(v=engine._cache.v.at[:, pages].set(np.nan))
+        while not engine.idle:
+            updates += engine.step()
+        assert engine._pool.available == engine.config.pages
+        answers = {u.id: u.completion for u in updates if u.completion}
+        return [answers[n] for n in numbers], engine._pool.find(first.keys)
+
+    return run
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_row_whose_logits_are_not_finite_ends_alone(tiny, poisoned, beams):
+    """While it decodes; what it drew before the fault stays its answer. The row beside it is as without it."""
+    prompts = texts(2, seed=21)
+    (bad, good), _ = poisoned(*(Request(p, max_new_tokens=9, beams=beams) for p in prompts))
+    expected = dict(tiny.engine(EngineConfig(cache_tokens=2048, beams=2)).run(
+        [Request(p, max_new_tokens=9, beams=beams) for p in prompts]
+    ))  # fmt: skip
+    assert bad.finish_reason == "error"
+    assert "not finite" in bad.error
+    assert 0 < len(bad.tokens) < 9
+    assert np.isfinite(bad.log_probabilities).all()
+    if beams == 1:
+        assert bad.tokens == expected[0].tokens[: len(bad.tokens)]
+    assert (good.tokens, good.error) == (expected[1].tokens, None)
+
+
+def test_pages_of_a_prompt_that_is_not_finite_are_not_shared(poisoned):
+    """The second of three chunks attends to NaN."""
+    (bad, good), shared = poisoned(Request("<|tag|>" * 150, max_new_tokens=2), Request("a b", max_new_tokens=2))
+    assert (bad.finish_reason, bad.tokens) == ("error", [])
+    assert good.error is None
+    assert shared == 1  # of the first chunk
+
+
 def test_settings_of_a_request(tiny):
     prompt = "<|user|>Tell me<|end|><|assistant|>"
     engine = tiny.engine(SMALL)
@@ -281,6 +342,12 @@ def test_log_probabilities(tiny):
         logits = jax.nn.log_softmax(tiny.logits(batch)[0])
         expected = logits[np.arange(len(tokens) - 1, len(tokens) + 5), np.asarray(answer.tokens)]
         np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["int4", "float16", "bfloat16", 8])
+def test_a_cache_dtype_that_does_not_fit_is_named(tiny, dtype):
+    with pytest.raises(InputError, match=rf"cache_dtype is {dtype!r}.*; expected None.*int8"):
+        tiny.engine(EngineConfig(cache_dtype=dtype))
 
 
 @pytest.mark.parametrize("size", ["slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks"])

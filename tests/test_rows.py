@@ -1,9 +1,11 @@
 """A row never depends on its batch, and LongRoPE is exact wherever a row crosses its boundary."""
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, golden_cases, media_of
 
+from phi4mm_jax.model.lora import SPEECH
 from phi4mm_jax.processing.batch import Batch
 
 INPUTS = TINY / "inputs"
@@ -72,6 +74,15 @@ def test_padding_is_never_read(tiny, rows):
     clean, soiled = np.asarray(tiny.logits(batch)), np.asarray(tiny.logits(dirty))
     for i, length in enumerate(batch.lengths):
         np.testing.assert_array_equal(clean[i, :length], soiled[i, :length])
+
+
+def test_a_diverged_adapter_reaches_its_own_rows_only(tiny, rows):
+    batch = tiny.process(*map(list, zip(*rows, strict=True)))
+    speech = jax.tree.map(lambda x: x * np.nan, tiny.variables["lora_speech"])
+    clean, diverged = tiny.logits(batch), tiny._logits(tiny.variables | {"lora_speech": speech}, batch)
+    for i, (adapter, length) in enumerate(zip(batch.adapters, batch.lengths, strict=True)):
+        expected = np.full_like(clean[i, :length], np.nan) if adapter == SPEECH else clean[i, :length]
+        np.testing.assert_array_equal(diverged[i, :length], expected)
 
 
 def greedy_from_scratch(model, tokens, steps):

@@ -11,7 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -34,6 +34,7 @@ from phi4mm_jax.processing.processor import Processor, Row
 _BLOCK = 64  # features, see `FeatureStore`
 _ROWS = (4, 1)  # rows that are prefilled at once
 _PATIENCE = 1.0  # seconds that the first request is waited for before it is overtaken
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class EngineConfig:
             kernel asks for that, and 64 elsewhere, where a short prompt then costs half as much.
         chunk: tokens of a row that are prefilled at once, at most; a multiple of the page size.
         steps: tokens that are decoded before the host looks at them.
-        cache_dtype: the model's by default, or "int8".
+        cache_dtype: the model's by default, else "int8".
         feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
         beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
             to need as many for its answer as n others.
@@ -76,6 +77,11 @@ class EngineConfig:
                 raise InputError(f"{name} is {value!r}; expected a positive whole number")
         if self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise InputError(
+                f"cache_dtype is {self.cache_dtype!r}; expected None, for the model's, or one of "
+                f"{', '.join(CACHE_DTYPES)}"
+            )
         if self.feature_blocks < 16:
             raise InputError(f"feature_blocks is {self.feature_blocks}; expected at least 16")
 
@@ -150,9 +156,15 @@ class Engine:
         self._boundary = processor.config.decoder.rope.original_length
         model = programs.model.config
         self._pool = PagePool(config.pages)
+        dtype = jnp.dtype(programs.model.dtype)
+        cache_dtype = jnp.dtype(config.cache_dtype or dtype)
+        if cache_dtype not in (dtype, jnp.int8):
+            raise InputError(
+                f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
+                f"{dtype.name!r} or 'int8'"
+            )
         self._table_size = min(config.pages, math.ceil(self._context / config.page_size))
-        dtype = programs.model.dtype
-        self._cache = programs.place(empty_cache(model, config.pages, config.page_size, config.cache_dtype or dtype))
+        self._cache = programs.place(empty_cache(model, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
         self._features = FeatureStore(lambda *arguments: programs.encode(base, *arguments), features)
@@ -292,12 +304,14 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every program for every shape: no request will have to wait for a compilation.
 
+        Requests that are being answered meanwhile lose nothing.
+
         Args:
             progress: called with how many programs are compiled, and of how many.
         """
         present = [ADAPTERS[name] for name in self._variables if name in ADAPTERS]
-        sizes = [self.config.page_size << i for i in range((self.config.chunk // self.config.page_size).bit_length())]
-        widths = sorted({min(size, self.config.chunk) for size in sizes})
+        pages = self.config.chunk // self.config.page_size
+        widths = sorted({self._width(count * self.config.page_size) for count in range(1, pages + 1)})
         prefills = [(adapter, count, width) for adapter in [0, *present] for count in _ROWS for width in widths]
         together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
         stacks = list(every_stack(self._processor.config))
@@ -323,7 +337,8 @@ class Engine:
         for adapters, size in extends:
             self._run_extend(adapters, [], size)
             compiled()
-        self._seen = self._programs.mark(self._seen, np.int32(0), np.zeros(self._seen.shape[1], bool))
+        nobody = np.int32(self.config.slots)
+        self._seen = self._programs.mark(self._seen, nobody, np.zeros(self._seen.shape[1], bool))
         compiled()
 
     # ------------------------------------------------------------------------------------------ admission
@@ -535,6 +550,9 @@ class Engine:
             self._grow(active, stop)
         drawn, candidates = self._run_prefill({a.adapter for a in chosen}, chosen, count, tokens, media, stops)
         for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
+            if not drawn.finite[i]:  # its pages may hold NaN, which nobody shall share
+                self._fail(active)
+                continue
             size = self.config.page_size
             for page in range(active.cached // size, min(stop // size, len(active.keys))):
                 self._pool.publish(active.pages[page], active.keys[page])
@@ -588,10 +606,12 @@ class Engine:
         if not steps.any():
             return
         drawn = self._run_decode({a.adapter for a in rows if a is not None}, rows, steps)
-        for active, tokens, log_probabilities, n in zip(rows, *drawn, strict=True):
+        for active, tokens, log_probabilities, n, finite in zip(rows, *drawn, strict=True):
             if active is not None:
                 active.cached += int(n)
                 self._append(active, tokens[:n], log_probabilities[:n])
+                if not finite:
+                    self._fail(active)
 
     def _run_decode(self, adapters: set[int], rows: Sequence[_Active | None], steps: np.ndarray) -> Drawn:
         count = len(rows)
@@ -626,13 +646,24 @@ class Engine:
         if text := "".join(pieces):
             self._updates.append(Update(active.id, text))
 
-    def _finish(self, active: _Active, reason: FinishReason, pieces: Sequence[str] = ()) -> None:
+    def _fail(self, active: _Active) -> None:
+        """End a row whose logits are NaN or infinite with an error; it keeps the tokens before."""
+        drawn = len(active.tokens) if active.group is None else active.group.search.drawn
+        error = (
+            f"the model's logits are not finite (NaN or infinity) at token {active.prompt_tokens + drawn + 1} of the "
+            "sequence; the weights or the media hold such values, or overflow: check both, or load with float32"
+        )
+        self._finish(active, "error", error=error)
+
+    def _finish(
+        self, active: _Active, reason: FinishReason, pieces: Sequence[str] = (), error: str | None = None
+    ) -> None:
         if active.group is not None:
-            return self._finish_beams(active, active.group, reason)
+            return self._finish_beams(active, active.group, reason, error)
         rest = active.text.end()
         completion = Completion.of(
             self._processor.tokenizer, active.text.whole, active.tokens, reason, active.prompt_tokens,
-            log_probabilities=tuple(active.log_probabilities),
+            log_probabilities=tuple(active.log_probabilities), error=error,
         )  # fmt: skip
         self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
         self._give_back(active)
@@ -681,7 +712,9 @@ class Engine:
                 stop = first + len(group.search.beams)
                 active.cached += 1
                 group.copies = []
-                if active.cached == active.prompt_tokens + group.search.drawn:
+                if not found.finite[first:stop].all():
+                    self._fail(active)
+                elif active.cached == active.prompt_tokens + group.search.drawn:
                     self._select(active, group, Candidates(*(x[first:stop] for x in found)))
                 first = stop
 
@@ -721,7 +754,7 @@ class Engine:
             self._select(active, group, candidates)
 
     def _select(self, active: _Active, group: Group, candidates: Candidates) -> None:
-        group.search, parents = advance(group.search, *candidates)
+        group.search, parents = advance(group.search, candidates.tokens, candidates.log_probabilities)
         if group.search.over:
             self._finish_beams(active, group)
         else:
@@ -742,8 +775,11 @@ class Engine:
             if (len(active.pages) + len(pages)) * self.config.page_size == active.cached:
                 pages.append(self._take(active))
 
-    def _finish_beams(self, active: _Active, group: Group, reason: FinishReason | None = None) -> None:
+    def _finish_beams(
+        self, active: _Active, group: Group, reason: FinishReason | None = None, error: str | None = None
+    ) -> None:
         completion = group.completion(self._processor.tokenizer, active.prompt_tokens, reason)
+        completion = replace(completion, error=error)
         self._updates.append(Update(active.id, completion.text, completion))
         self._give_back(active)
         self._slots[active.slot] = None

@@ -47,11 +47,15 @@ class Slots(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Tokens chosen in a round, and their log-probabilities, before any setting of the sampling."""
+    """Tokens chosen in a round, and their log-probabilities, before any setting of the sampling.
+
+    A row whose logits are not finite draws nothing from them, and rests.
+    """
 
     tokens: Int[Array, "N W"]
     log_probabilities: Float[Array, "N W"]
     counts: Int[Array, " N"]
+    finite: Bool[Array, " N"]  # whether all logits were
 
 
 class Beams(NamedTuple):
@@ -72,6 +76,7 @@ class Candidates(NamedTuple):
 
     tokens: Int[Any, "R C"]
     log_probabilities: Float[Any, "R C"]
+    finite: Bool[Any, " R"]  # whether all logits were
 
 
 class Programs:
@@ -107,7 +112,7 @@ class Programs:
         return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
 
     def _mark(self, seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]) -> Bool[Array, "N V"]:
-        return self._kept(seen.at[slot].set(row))
+        return self._kept(seen.at[slot].set(row, mode="drop"))
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
@@ -128,7 +133,8 @@ class Programs:
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, hidden, method="logits")
         tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
-        drawn = Drawn(tokens[:, None], _log_probability(logits, tokens)[:, None], jnp.ones_like(tokens))
+        log_probabilities = _log_probability(logits, tokens)
+        drawn = Drawn(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
         return self._kept(cache), drawn, _likeliest(logits, candidates) if candidates else None
 
     def _decode(
@@ -138,8 +144,9 @@ class Programs:
         count = len(slots.last)
         every = jnp.arange(count)
         drawn = Drawn(
-            jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32)
-        )
+            jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
+            jnp.ones(count, bool),
+        )  # fmt: skip
 
         def going_on(carry):
             return (carry[-1] > 0).any()
@@ -156,11 +163,14 @@ class Programs:
             )  # fmt: skip
             logits = self._apply(variables, hidden[:, 0], method="logits")
             tokens = sample(logits, slots.drawn + drawn.counts, slots.settings, seen)
+            finite = drawn.finite & (_finite(logits) | ~active)
+            active &= finite
             at = every, jnp.where(active, drawn.counts, width)  # out of range: dropped
             drawn = Drawn(
                 drawn.tokens.at[at].set(tokens, mode="drop"),
                 drawn.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
                 drawn.counts + active,
+                finite,
             )
             stopped = (tokens[:, None] == self._stops).any(-1)
             left = jnp.where(active & ~stopped, left - 1, 0)
@@ -188,9 +198,13 @@ def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> F
     return chosen - jax.nn.logsumexp(logits, -1)
 
 
+def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    return jnp.isfinite(logits).all(-1)
+
+
 def _likeliest(logits: Float[Array, "R V"], count: int) -> Candidates:
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
-    return Candidates(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True))
+    return Candidates(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
 
 
 def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:

@@ -120,7 +120,7 @@ class Completion:
         text: the answer, without stop tokens; cut before a stop string.
         tokens: the generated ids, a final stop token included.
         finish_reason: "stop" by a stop token or string, "length" by max_new_tokens or the context; "cancelled", and
-            "error" for a request that could not be served.
+            "error" for a request that could not be served, or whose logits became NaN or infinite.
         prompt_tokens: the prompt's length.
         log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
             sizes, so they do not count when completions are compared.

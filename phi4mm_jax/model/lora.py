@@ -93,11 +93,13 @@ class Projection(nn.Module):
                 seen = dropout(x, self.make_rng("dropout"), lora.dropout)
             hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
             hidden = checkpoint_name(hidden * scales[collection].astype(x.dtype)[:, None, None], "lora")
+            chosen = scales[collection] != 0
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)
                 # Behind a barrier, or else XLA adds the large product to this small one, not this to that.
                 added = jax.lax.optimization_barrier(einsum(f"BTR,R{axes}->BT{axes}", hidden, b))
-                parts[name] = parts[name] + added
+                # Selected, for a diverged adapter may hold NaN, and rows of others are multiplied by 0 only.
+                parts[name] += jnp.where(chosen.reshape(-1, *[1] * (added.ndim - 1)), added, 0)
         return tuple(parts.values())
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
