@@ -30,6 +30,7 @@ import phi4mm_jax
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
@@ -54,6 +55,7 @@ class Turn:
     answer: str | None = None
     calls: tuple[ToolCall, ...] = ()  # of tools, in the answer
     content: str = ""  # the answer without them
+    tokens: tuple[int, ...] = ()  # of the answer, without the stop token
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,19 @@ class Settings:
         return Request("", max_new_tokens=limit, sampling=replace(self.sampling, stream=turn), stop=self.stop)
 
 
-def messages_of(conversation: Conversation, part: Callable[[Attachment], dict[str, Any]]) -> list[dict[str, Any]]:
-    """As chat messages; `part` is what stands for a medium."""
+def messages_of(
+    conversation: Conversation, part: Callable[[Attachment], dict[str, Any]], *, drawn: bool = False
+) -> list[dict[str, Any]]:
+    """As chat messages; `part` is what stands for a medium, and answers are texts or, where asked for, drawn tokens."""
     messages: list[dict[str, Any]] = []
     if conversation.system:
         messages.append({"role": "system", "content": conversation.system})
     for turn in conversation.turns:
         text = {"type": "text", "text": turn.text}
         messages.append({"role": "user", "content": [*map(part, turn.media), text] if turn.media else turn.text})
-        if turn.calls:  # with their marks as special tokens, as the model wrote them
+        if drawn and turn.tokens:
+            messages.append({"role": "assistant", "content": Tokens(turn.tokens)})
+        elif turn.calls:  # with their marks as special tokens, as the model wrote them
             calls = [{"function": {"name": call.name, "arguments": call.arguments}} for call in turn.calls]
             messages.append({"role": "assistant", "content": turn.content, "tool_calls": calls})
         elif turn.answer is not None:
@@ -188,7 +194,7 @@ def prepare(conversation: Conversation, processor: Processor, engine: Engine) ->
     Raises:
         InputError: it does not fit.
     """
-    row = processor.row(messages_of(conversation, as_medium))
+    row = processor.row(messages_of(conversation, as_medium, drawn=True))
     room = min(processor.context, engine.config.pages * engine.config.page_size)
     if len(row.tokens) >= room:
         limit = "the context is" if room == processor.context else "--cache-tokens are"
@@ -276,7 +282,10 @@ def take_turn(
     if completion.error is not None:
         raise InputError(completion.error)
     tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
-    turn = replace(turn, answer=completion.text, calls=completion.tool_calls, content=completion.content)
+    tokens = tuple(completion.tokens)
+    if completion.finish_reason == "stop":  # by a token, or by a text, which the tokens would have in them
+        tokens = tokens[:-1] if tokens[-1] in processor.config.stop_token_ids else ()
+    turn = replace(turn, answer=completion.text, calls=completion.tool_calls, content=completion.content, tokens=tokens)
     return replace(asked, turns=(*conversation.turns, turn))
 
 

@@ -124,9 +124,10 @@ class Model:
         audios: MediaLists | None = None,
         *,
         max_crops: int | None = None,
+        continue_final_message: bool = False,
     ) -> Batch:
         """Prompts, images and audio as a static-shaped batch; see `Processor.__call__`."""
-        return self.processor(prompts, images, audios, max_crops)
+        return self.processor(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
 
     def logits(self, batch: Batch) -> Float[Array, "B T V"]:
         """The float32 logits of every position; those past a row's length have no meaning.
@@ -151,6 +152,7 @@ class Model:
         seed: int | None = None,
         stop: Sequence[str] = (),
         max_crops: int | None = None,
+        continue_final_message: bool = False,
     ) -> list[Completion]:
         """Answer the prompts, all in one batch, in their order.
 
@@ -167,6 +169,7 @@ class Model:
                 request with that seed draws, so that rows with different prompts meet the same noise.
             stop: strings that end an answer; they are not part of its text.
             max_crops: the most crops of an image, see `Processor.__call__`.
+            continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
 
         Raises:
             InputError: a prompt, medium or argument that cannot be used.
@@ -175,7 +178,7 @@ class Model:
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
         sampling = Sampling(temperature, top_k, top_p, seed=seed)
         earlier: Counter[bytes] | None = Counter() if seed is None else None
-        rows = self.processor.rows(prompts, images, audios, max_crops)
+        rows = self.processor.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
         requests = [
             Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
             for stream in (_streams(rows, self.config) if seed is not None else [None] * len(rows))

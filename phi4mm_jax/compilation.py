@@ -17,7 +17,7 @@ def default_folder() -> Path:
 
 def keep_compiled_by_default() -> None:
     """Keep compiled programs in the default folder, unless jax was told where or not to, or it cannot be written to."""
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
         return
     with contextlib.suppress(InputError):
         keep_compiled(default_folder())

@@ -44,7 +44,7 @@ def ids_of(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_pieces([token[p.kind] if isinstance(p, Media) else p for p in prompt.pieces])
 
 
-def spelled(prompt: Prompt, tokenizer: Tokenizer) -> list[str | Media]:
+def spelled(prompt: Prompt, tokenizer: Tokenizer) -> list[Any]:
     """The pieces, with special tokens by name."""
     names = {i: content for content, i in tokenizer.special_tokens.items()}
     return [names[piece] if isinstance(piece, int) else piece for piece in prompt.pieces]

@@ -16,9 +16,10 @@ from conftest import TINY
 from PIL import Image
 
 from infer import chat
-from infer.chat import Conversation, Settings, converse
+from infer.chat import Conversation, Settings, Turn, converse, prepare
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.processor import Processor
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,8 @@ def answers(engine, *turns: Any, system: str | None = None) -> list[str]:
         ((_, completion),) = engine.run([Request(list(messages), max_new_tokens=6)])
         assert completion.error is None
         said.append(completion.text)
-        messages.append({"role": "assistant", "content": completion.text})
+        drawn = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
+        messages.append({"role": "assistant", "content": Tokens(tuple(drawn))})
     return said
 
 
@@ -220,7 +222,7 @@ def test_a_conversation_that_outgrows_the_cache(tiny, engine, monkeypatch: pytes
     conversation = terminal.talk(tiny.processor, engine)
     assert [turn.text for turn in conversation.turns] == ["a", "c"]
     assert len(terminal.errors) == 2
-    messages = chat.messages_of(replace(conversation, turns=conversation.turns[:1]), chat.as_medium)
+    messages = chat.messages_of(replace(conversation, turns=conversation.turns[:1]), chat.as_medium, drawn=True)
     parts = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]
     for error, content in zip(terminal.errors, [("b " * 600).strip(), parts], strict=True):
         tokens = len(tiny.processor.row([*messages, {"role": "user", "content": content}]).tokens)
@@ -262,6 +264,21 @@ def test_saved_conversations_are_lines_for_batch(tiny, engine, tmp_path: Path, m
     row = tiny.processor.row(line.request.prompt)
     expected = tiny.processor.row(chat.messages_of(conversation, chat.as_medium))
     np.testing.assert_array_equal(row.tokens, expected.tokens)
+
+
+def test_earlier_answers_come_back_as_the_tokens_that_were_drawn(tiny):
+    """Special tokens among them, and pieces that their text would be cut into otherwise; a placeholder is no medium."""
+    special = tiny.processor.tokenizer.special_tokens
+    drawn = (special["<|tool_call|>"], special["<|endoftext10|>"], *tiny.processor.tokenizer.encode("h"), 104)
+    turns = Turn("Hello", answer="h", tokens=drawn), Turn("And?")
+    row, _ = prepare(Conversation(turns=turns), tiny.processor, tiny.engine(EngineConfig(slots=1, cache_tokens=512)))
+    encode = tiny.processor.tokenizer.encode
+    expected = [
+        *encode("<|user|>Hello<|end|><|assistant|>", special=True), *drawn,
+        *encode("<|end|><|user|>And?<|end|><|assistant|>", special=True),
+    ]  # fmt: skip
+    assert row.tokens.tolist() == expected
+    assert row.media == ()
 
 
 def test_each_turn_draws_anew():

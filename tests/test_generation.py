@@ -243,3 +243,17 @@ def test_rows_draw_for_themselves(tiny):
     found = dict(engine.run(requests))
     assert [found[7 - i].tokens for i in range(5)] == [c.tokens for c in together[:5]]
     assert [found[i].tokens for i in range(3)] == [c.tokens for c in together[5:]]
+
+
+def test_an_answer_that_was_begun_is_continued(tiny):
+    """As the raw prompt that ends there, by generate and by an engine."""
+    raw = "<|user|>Say it.<|end|><|assistant|>It is"
+    chat = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is"}]
+    (expected,) = tiny.generate([raw], max_new_tokens=4)
+    (found,) = tiny.generate([chat], max_new_tokens=4, continue_final_message=True)
+    assert (found.tokens, found.prompt_tokens) == (expected.tokens, expected.prompt_tokens)
+    request = Request(chat, max_new_tokens=4, continue_final_message=True)
+    ((_, answered),) = tiny.engine(EngineConfig(slots=1, cache_tokens=512)).run([request])
+    assert answered.tokens == expected.tokens
+    with pytest.raises(InputError, match="continue_final_message is for chat messages"):
+        tiny.generate([raw], max_new_tokens=4, continue_final_message=True)

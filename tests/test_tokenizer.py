@@ -678,3 +678,33 @@ def test_bad_file_beside_vocab_and_merges(tmp_path: Path, name: str, content: st
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.from_folder(tmp_path)
+
+
+ADDED = ["<loc_1>", "<loc_12>", "[cell]", "naïve"]
+
+
+@pytest.mark.parametrize("text", ["a <loc_1> b", "<loc_12><loc_1>", "x[cell]y <|end|> z", " naïve naïve", "none"])
+def test_added_tokens_are_vocabulary_as_in_transformers(tmp_path: Path, text: str):
+    """In plain text, where tokens that structure a prompt stay text; the folder is as transformers 5 saves it."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
+    theirs.add_tokens(ADDED)
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    expected = theirs(text, split_special_tokens=False)["input_ids"]
+    assert ours.encode(text, special=True) == expected
+    if "<|end|>" not in text:
+        assert ours.encode(text) == expected
+    else:
+        end = ours.special_tokens["<|end|>"]
+        assert end in expected
+        assert end not in ours.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_ids_are_taken_as_they_are_between_texts(tiny: Tokenizer):
+    """Neither merged with the texts beside them nor read again."""
+    call = tiny.special_tokens["<|tool_call|>"]
+    drawn = (*tiny.encode("a"), *tiny.encode("b"), call)  # one token each, which "ab" need not be
+    assert tiny.encode_pieces(["x ", drawn, " y"]) == [*tiny.encode("x "), *drawn, *tiny.encode(" y")]

@@ -194,7 +194,9 @@ class Engine:
 
         def process() -> tuple[Row, RowMedia]:
             self._started[number] = time.monotonic()
-            asked = request.prompt, request.images, request.audios, request.max_crops
+            asked = (
+                request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message
+            )  # fmt: skip
             made = self._processor.row(*asked) if row is None else row
             return made, media_of(made, self._processor.config)
 

@@ -29,7 +29,10 @@ from phi4mm_jax.processing.chat import path_in, with_paths
 from phi4mm_jax.strict_json import strict_json
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
-_REQUEST = {"max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter"}
+_REQUEST = {
+    "max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter",
+    "continue_final_message",
+}  # fmt: skip
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 _NEVER_MEDIA = ("text", "role", "type")  # keys of a message's parts
 

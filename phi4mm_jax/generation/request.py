@@ -32,6 +32,7 @@ class Request:
         max_crops: the most crops of an image; by default what the checkpoint says.
         adapter: "none", "vision" or "speech", whatever the media; by default the one that they ask for. What the media
             are encoded to stays the same.
+        continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
 
     Raises:
         InputError: an argument out of range.
@@ -48,6 +49,7 @@ class Request:
     length_penalty: float = 1.0
     max_crops: int | None = None
     adapter: Adapter | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self):
         stop = self.stop
@@ -71,6 +73,8 @@ class Request:
             self._check_beams()
         if self.max_crops is not None:
             check_max_crops("max_crops", self.max_crops)
+        if not isinstance(self.continue_final_message, bool):
+            raise InputError(f"continue_final_message is {self.continue_final_message!r:.60}; expected true or false")
         if self.adapter is not None and self.adapter not in get_args(Adapter):
             raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(get_args(Adapter))}")
 

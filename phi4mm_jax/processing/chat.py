@@ -346,7 +346,8 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
             for frame in _frames(at, source, given):
                 yield "image", frame
         elif _URLS[kind] == "image":
-            yield "image", _detailed(f"{where}.{key}", source, given | (dict(inner) if inner is not url else {}))
+            beside = {str(k): v for k, v in inner.items()} if isinstance(inner, Mapping) else {}
+            yield "image", _detailed(f"{where}.{key}", source, {**given, **beside})
         else:
             yield "audio", source
     elif kind == "input_audio":

@@ -12,7 +12,7 @@ from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
-from phi4mm_jax.processing.chat import Kind, Media, Prompt, given_media, parse_prompt
+from phi4mm_jax.processing.chat import Kind, Media, Prompt, Tokens, given_media, parse_prompt
 from phi4mm_jax.processing.images import (
     SUB_SEPARATOR,
     ImageFeatures,
@@ -108,6 +108,8 @@ class Processor:
         images: Sequence[Sequence[Any] | None] | None = None,
         audios: Sequence[Sequence[Any] | None] | None = None,
         max_crops: int | None = None,
+        *,
+        continue_final_message: bool = False,
     ) -> Batch:
         """Process one prompt a row.
 
@@ -121,11 +123,13 @@ class Processor:
                 integers of 8 (uint8 is centred at 128), 16 or 32 bits: (n,), (n, channels) or (channels, n).
             max_crops: the most crops of an image, besides its global view; what the checkpoint says (36) is the most
                 that it can be. Frames of a video part have their own.
+            continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
 
         Raises:
             InputError: anything that cannot be processed; it names the row, and the medium by its number in the row.
         """
-        return self.batch(self.rows(prompts, images, audios, max_crops))
+        rows = self.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
+        return self.batch(rows)
 
     def rows(
         self,
@@ -133,6 +137,8 @@ class Processor:
         images: Sequence[Sequence[Any] | None] | None = None,
         audios: Sequence[Sequence[Any] | None] | None = None,
         max_crops: int | None = None,
+        *,
+        continue_final_message: bool = False,
     ) -> list[Row]:
         """The prompts, each by itself; as in `__call__`."""
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
@@ -142,7 +148,7 @@ class Processor:
         for i, prompt in enumerate(prompts):
             try:
                 media = _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")
-                rows.append(self.row(prompt, *media, max_crops))
+                rows.append(self.row(prompt, *media, max_crops, continue_final_message))
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from error
         return rows
@@ -153,13 +159,15 @@ class Processor:
         images: Sequence[Any] = (),
         audios: Sequence[Any] = (),
         max_crops: int | None = None,
+        continue_final_message: bool = False,
     ) -> Row:
         """Process one prompt by itself.
 
         Raises:
             InputError: as in `__call__`, and when the prompt is empty or longer than the context.
         """
-        return self.row_of(parse_prompt(prompt, self.tokenizer, images, audios), max_crops)
+        parsed = parse_prompt(prompt, self.tokenizer, images, audios, continue_final_message=continue_final_message)
+        return self.row_of(parsed, max_crops)
 
     def row_of(self, prompt: Prompt, max_crops: int | None = None) -> Row:
         """`row` of a prompt that is parsed already."""
@@ -268,12 +276,23 @@ class Processor:
         self._check_adapters(bool(prompt.images), bool(prompt.audios))
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
-        pieces = [ids[p.kind] if isinstance(p, Media) else p for p in prompt.pieces]
-        waiting = [p for p in prompt.pieces if isinstance(p, Media)][::-1]
+        pieces: list[str | int | tuple[int, ...]] = []
+        waiting: list[Media | None] = []  # for each placeholder the medium it stands for; drawn ones are just tokens
+        for p in prompt.pieces:
+            if isinstance(p, Media):
+                pieces.append(ids[p.kind])
+                waiting.append(p)
+            elif isinstance(p, Tokens):
+                pieces.append(p.ids)
+                waiting += [None for token in p.ids if token in ids.values()]
+            else:
+                pieces.append(p)
+                waiting += [None] if p in ids.values() else []
+        waiting.reverse()
         tokens, media = [], []
         for token in self.tokenizer.encode_pieces(pieces):
-            if token in ids.values() and waiting:
-                medium = waiting.pop()
+            medium = waiting.pop() if token in ids.values() else None
+            if medium is not None:
                 media.append((medium, len(tokens)))
                 tokens += [token] * counts[medium.kind][medium.index]
             else:

@@ -59,6 +59,33 @@ class SpecialToken:
     late: bool = False
 
 
+# Tokens of the published tokenizers that structure a prompt, some of which their files do not mark as special.
+_CONTROL = re.compile(
+    r"<\|/?(endoftext\d*|endofprompt|end|assistant|user|system|tool|tool_call|tool_response|tag|dummy_\d+)\|>"
+)
+
+
+def _finders(tokens: Sequence[SpecialToken]) -> list[re.Pattern[str]]:
+    """Patterns that find tokens in texts, one after the other. The longest comes first: where two tokens begin at one
+    place, the longer is meant."""
+    return [
+        re.compile("|".join(re.escape(content) for content in sorted(contents, key=len, reverse=True)))
+        for late in (False, True)
+        if (contents := [token.content for token in tokens if token.late is late])
+    ]
+
+
+def _joined(pieces: Iterable[Any]) -> list[Any]:
+    """Pieces with neighbouring texts as one."""
+    joined: list[Any] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
+
+
 class Tokenizer:
     """The tokenizer of one checkpoint, made by `Tokenizer.from_folder`. It never changes: threads may share it.
 
@@ -78,12 +105,8 @@ class Tokenizer:
         self._special = {token.id: token for token in special}
         self._bytes = dict(token_bytes) | {token.id: token.content.encode() for token in special}
         self._skipped = frozenset(token.id for token in special if token.skip)
-        # Longest first: where two special tokens begin at one place, the longer is meant.
-        self._finders = [
-            re.compile("|".join(re.escape(content) for content in sorted(contents, key=len, reverse=True)))
-            for late in (False, True)
-            if (contents := [token.content for token in special if token.late is late])
-        ]
+        self._finders = _finders(special)
+        self._added = _finders([t for t in special if not t.skip and not _CONTROL.fullmatch(t.content)])
         self._ids = {token.content: token.id for token in special}
         self.vocab_size: int = max(self._bytes) + 1
         self._id_range = max(self.vocab_size, model_vocab_size)
@@ -121,7 +144,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of `text`. With `special` the special tokens in it are recognised; otherwise all of it is plain text,
-        `<|end|>` too. Raises InputError as `encode_pieces` does."""
+        `<|end|>` too, but for tokens that a fine-tuner added as vocabulary. Raises InputError as `encode_pieces`."""
         return self.encode_pieces(self.split_special(text) if special else [text])
 
     def split_special(self, text: str) -> list[str | int]:
@@ -129,13 +152,15 @@ class Tokenizer:
         is left for `encode_pieces` to swallow."""
         if not isinstance(text, str):
             raise InputError(f"text is {type(text).__name__}, not a string: pass a str")
-        pieces: list[str | int] = [text]
-        for finder in self._finders:
-            pieces = [part for piece in pieces for part in self._split(finder, piece)]
-        return pieces
+        return self._split_by(self._finders, [text])
 
-    def _split(self, finder: re.Pattern[str], piece: str | int) -> Iterable[str | int]:
-        if isinstance(piece, int):
+    def _split_by(self, finders: Sequence[re.Pattern[str]], pieces: Sequence[Any]) -> list[Any]:
+        for finder in finders:
+            pieces = [part for piece in pieces for part in self._split(finder, piece)]
+        return list(pieces)
+
+    def _split(self, finder: re.Pattern[str], piece: Any) -> Iterable[Any]:
+        if not isinstance(piece, str):
             yield piece
             return
         end = 0
@@ -147,19 +172,27 @@ class Tokenizer:
         if end < len(piece):
             yield piece[end:]
 
-    def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
-        """The ids of a sequence of plain texts (str) and special tokens (int).
+    def encode_pieces(self, pieces: Sequence[str | int | tuple[int, ...]]) -> list[int]:
+        """The ids of a sequence of plain texts (str), special tokens (int) and ids that are taken as they are (tuple).
 
-        Neighbouring texts are one text: tokens form across their boundary. A special token swallows the white space of
+        Neighbouring texts are one text: tokens form across their boundary, and added tokens that are not special are
+        found in it, as transformers does. A special token swallows the white space of
         neighbouring text as its flags say. Raises InputError for an id that is no special token, and for a text that is
         not valid Unicode or has a run of white space too long for the regular expression engine (over half a million).
         """
+        if self._added:
+            pieces = self._split_by(self._added, _joined(pieces))
         ids: list[int] = []
         texts: list[str] = []
         swallow = ""  # what the last special token takes from the text after it
         for piece in pieces:
             if isinstance(piece, str):
                 texts.append(piece)
+                continue
+            if isinstance(piece, tuple):
+                ids += self._encode_text("".join(texts).lstrip(swallow))
+                ids += piece
+                texts, swallow = [], ""
                 continue
             token = self._special_token(piece)
             text = "".join(texts).lstrip(swallow)
