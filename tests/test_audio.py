@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 import sys
 import tracemalloc
 import warnings
@@ -433,12 +434,68 @@ def test_flac_of_unknown_length() -> None:
     np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
 
 
-@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
-def test_wav_of_unknown_length(size: int) -> None:
-    data = bytearray(encoded(noise(5000), 16000, "WAV"))
-    expected, _ = load_audio(bytes(data))
-    data[40:44] = size.to_bytes(4, "little")
-    np.testing.assert_array_equal(load_audio(bytes(data))[0], expected)
+def wav(
+    samples: np.ndarray, size: int | None = None, before: bytes = b"", after: bytes = b"", magic: str = "RIFF"
+) -> bytes:
+    """A file written by hand: int16 at 16 kHz, its size as announced, chunks before and behind its samples."""
+    order = ">" if magic == "RIFX" else "<"
+    data = samples.astype(f"{order}i2").tobytes()
+    form = struct.pack(f"{order}4sIHHIIHH", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
+    body = before + form + struct.pack(f"{order}4sI", b"data", len(data) if size is None else size) + data + after
+    whole = len(body) + 4 if size is None else min(size + 36, 0xFFFFFFFF)
+    return magic.encode() + struct.pack(f"{order}I", whole) + b"WAVE" + body
+
+
+LIST = b"LIST" + (5).to_bytes(4, "little") + b"INFO?" + b"\0"  # of an odd size, and so padded
+UNKNOWN_SIZES = [
+    0,
+    2**28,
+    2**30,
+    2**30 - 44,
+    10**9,
+    2 * 10**9,
+    0x7FFFFFFF - 36,
+    0x7FFFFFFF,
+    2**31,
+    0xFFFFFFDB,
+    0xFFFFFFFF,
+]
+
+
+@pytest.mark.parametrize("size", UNKNOWN_SIZES)
+def test_wav_of_unknown_length(size: int, tmp_path: Path) -> None:
+    """Read to its end, whatever comes before the samples."""
+    values = np.round(noise(5000) * 32768).astype(np.int16)
+    path = tmp_path / "clip"
+    for before in (b"", LIST):
+        for magic in ("RIFF", "RIFX") if not before else ("RIFF",):
+            data = wav(values, size, before, magic=magic)
+            path.write_bytes(data)
+            for source in (data, path):
+                np.testing.assert_array_equal(load_audio(source)[0], values / np.float32(32768))
+                assert measure_audio(source) == (5000, 16000)
+
+
+@pytest.mark.parametrize("size", [0, 2**30, 2**62, 2**63 - 1])
+def test_rf64_of_unknown_length(size: int) -> None:
+    values = np.round(noise(5000) * 32768).astype(np.int16)
+    sizes = struct.pack("<4sIQQQI", b"ds64", 28, min(size + 72, 2**63 - 1), size, size // 2, 0)
+    data = wav(values, 0xFFFFFFFF, sizes, magic="RF64")
+    np.testing.assert_array_equal(load_audio(data)[0], values / np.float32(32768))
+    assert measure_audio(data) == (5000, 16000)
+
+
+@pytest.mark.parametrize("size", [12_000, 40_000, 123_456_789, 2**30 + 5000, 1_234_567_890])
+def test_wav_that_is_cut_off(size: int) -> None:
+    """It announces the exact size that it had."""
+    with pytest.raises(InputError, match="cut off: it holds less than it announces"):
+        load_audio(wav(noise(5000) * 32768, size))
+
+
+def test_wav_of_no_samples() -> None:
+    """A length of 0 is true where chunks follow to the file's end: they are no sound."""
+    with pytest.raises(InputError, match="has 0 samples"):
+        load_audio(wav(noise(0), after=LIST * 400))
 
 
 @pytest.mark.parametrize(("file_format", "at"), [("W64", 16), ("RF64", 20)])
