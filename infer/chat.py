@@ -24,11 +24,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 import phi4mm_jax
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
+from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.images import load_image
@@ -77,6 +78,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     frames: int = MAX_FRAMES
+    adapter: Adapter | None = None
 
     def __post_init__(self):
         check_frames(self.frames)
@@ -84,7 +86,8 @@ class Settings:
 
     def request(self, turn: int, room: int) -> Request:
         limit = min(self.max_new_tokens, room)
-        return Request("", max_new_tokens=limit, sampling=replace(self.sampling, stream=turn), stop=self.stop)
+        sampling = replace(self.sampling, stream=turn)
+        return Request("", max_new_tokens=limit, sampling=sampling, stop=self.stop, adapter=self.adapter)
 
 
 def messages_of(
@@ -295,6 +298,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
+    parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="how long it may get")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
@@ -311,7 +315,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
-    settings = Settings(arguments.max_new_tokens, sampling, tuple(arguments.stop), arguments.frames)
+    settings = Settings(arguments.max_new_tokens, sampling, tuple(arguments.stop), arguments.frames, arguments.adapter)
     config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)

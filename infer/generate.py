@@ -1,14 +1,20 @@
-"""Answer one prompt: python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"."""
+"""Answer one prompt: python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT".
+
+With --beams the likeliest answers come one after the other, the likeliest first, each with its score.
+"""
 
 import argparse
 import sys
+from typing import get_args
 
 import phi4mm_jax
-from phi4mm_jax.generation import Sampling
+from phi4mm_jax.generation import Request, Sampling
+from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
+from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
@@ -19,6 +25,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be given several times")
     parser.add_argument("--audio", metavar="FILE", action="append", default=[], help="may be given several times")
+    parser.add_argument("--video", metavar="FILE", action="append", default=[], help="or a folder of images")
+    parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--raw", action="store_true", help="TEXT is a whole prompt with placeholders, no chat message")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -26,6 +34,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-k", metavar="N", type=int, default=0)
     parser.add_argument("--top-p", metavar="X", type=float, default=1.0)
+    parser.add_argument("--min-p", metavar="X", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
+    parser.add_argument("--beams", metavar="N", type=int, default=1, help="answers to search for")
+    parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     return parser.parse_args()
@@ -33,7 +45,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise an InputError for what is wrong whatever the checkpoint: reading that takes minutes."""
-    Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
+    sampling = Sampling(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
+        arguments.seed,
+    )  # fmt: skip
+    try:
+        Request("", sampling=sampling, beams=arguments.beams, stop=arguments.stop if arguments.beams > 1 else ())
+    except phi4mm_jax.InputError as error:
+        raise phi4mm_jax.InputError(f"--{error}") from error
+    check_frames(arguments.frames)
+    if arguments.raw and arguments.video:
+        raise phi4mm_jax.InputError("--video does not go with --raw; give its frames as --image")
     if arguments.max_new_tokens < 1:
         raise phi4mm_jax.InputError(f"max_new_tokens is {arguments.max_new_tokens}; expected a positive whole number")
     if arguments.raw and arguments.system is not None:
@@ -46,6 +68,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
+    each("video", arguments.video, lambda source: video_frames(source, arguments.frames))
 
 
 def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
@@ -54,6 +77,7 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
         return arguments.text
     media = [{"type": "image", "image": path} for path in arguments.image]
     media += [{"type": "audio", "audio": path} for path in arguments.audio]
+    media += [{"type": "video", "video": path, "frames": arguments.frames} for path in arguments.video]
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     return [*system, {"role": "user", "content": [*media, {"type": "text", "text": arguments.text}]}]
 
@@ -73,6 +97,10 @@ def main() -> int:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            beams=arguments.beams,
+            adapter=arguments.adapter,
             seed=arguments.seed,
             stop=arguments.stop,
         )
@@ -80,7 +108,10 @@ def main() -> int:
         # A stream of its own: what standard output's could not write would be tried again at the program's end.
         descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
         with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
-            print(completion.text, file=out)
+            for found in completion.alternatives:
+                print(f"[{found.score:.4f}] {found.text}", file=out)
+            if not completion.alternatives:
+                print(completion.text, file=out)
     except OSError as error:
         print(f"error: the answer cannot be written to standard output: {error.strerror}", file=sys.stderr)
         return 2

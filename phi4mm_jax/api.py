@@ -20,8 +20,10 @@ from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.compilation import keep_compiled_by_default
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation import Completion, Engine, EngineConfig, Programs, Request, Sampling
+from phi4mm_jax.generation import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.generation.media import media_of
+from phi4mm_jax.generation.request import Adapter
+from phi4mm_jax.generation.sampling import is_whole
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
@@ -149,8 +151,16 @@ class Model:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        n: int = 1,
+        adapter: Adapter | None = None,
+        logprobs: bool = True,
         max_crops: int | None = None,
         continue_final_message: bool = False,
     ) -> list[Completion]:
@@ -164,10 +174,18 @@ class Model:
             temperature: 0 chooses the likeliest token.
             top_k: sample from this many likeliest tokens; 0 from all.
             top_p: sample from the fewest tokens whose probabilities reach this.
+            min_p: leave out tokens less likely than this share of the likeliest's probability.
+            repetition_penalty: divides positive logits of tokens that the row has, and multiplies negative ones.
             seed: of the sampling. By default each row draws for itself, by its prompt and media: the same again in
                 any other call, and equal prompts each something else. A seed is every row's: each draws what a
                 request with that seed draws, so that rows with different prompts meet the same noise.
             stop: strings that end an answer; they are not part of its text.
+            stop_tokens: ids that end an answer, besides the model's own.
+            beams: search for so many answers of a row at once; they are its completion's `alternatives`.
+            length_penalty: see `Request`.
+            n: draw so many answers of each row, which are its completion's `alternatives`; the first is its own.
+            adapter: "none", "vision" or "speech" for all rows; by default each has that of its media.
+            logprobs: whether completions have the log-probabilities of their tokens.
             max_crops: the most crops of an image, see `Processor.__call__`.
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
 
@@ -176,27 +194,44 @@ class Model:
         """
         if isinstance(prompts, Batch):
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
-        sampling = Sampling(temperature, top_k, top_p, seed=seed)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         earlier: Counter[bytes] | None = Counter() if seed is None else None
-        rows = self.processor.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
+        if not is_whole(n) or n < 1:
+            raise InputError(f"n is {n!r:.60}; expected a positive whole number")
+        if n > 1 and (beams != 1 or temperature == 0):
+            raise InputError(f"n is {n}, which draws by chance; give a temperature above 0, and 1 beam")
+        each = self.processor.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
+        rows = [row for row in each for _ in range(n)]
         requests = [
-            Request("", max_new_tokens=max_new_tokens, sampling=dataclasses.replace(sampling, stream=stream), stop=stop)
+            Request(
+                "",
+                max_new_tokens=max_new_tokens,
+                sampling=dataclasses.replace(sampling, stream=stream),
+                stop=stop,
+                stop_tokens=stop_tokens,
+                beams=beams,
+                length_penalty=length_penalty,
+                adapter=adapter,
+            )
             for stream in (_streams(rows, self.config) if seed is not None else [None] * len(rows))
         ]
-        full = [i for i, row in enumerate(rows) if len(row.tokens) >= self.processor.context]
+        full = [i for i, row in enumerate(each) if len(row.tokens) >= self.processor.context]
         if full:
             raise InputError(
                 f"prompt {full[0]} fills the context of {self.processor.context}, with no room for an answer; "
                 "shorten it"
             )
-        engine = self._engine_for(rows, requests[0].max_new_tokens)
+        engine = self._engine_for(rows, requests[0].max_new_tokens, int(beams))
+        engine._check_adapter(adapter)
         self._last_engine = None  # what an interruption leaves in it is not met again
         numbers = [engine.submit(request, row, earlier=earlier) for request, row in zip(requests, rows, strict=True)]
         answers: dict[int, Completion] = {}
         while len(answers) < len(numbers):
-            answers |= {u.id: u.completion for u in engine.step() if u.completion is not None}
+            answers |= {u.id: u.completion for u in engine._updates_of(set(numbers)) if u.completion is not None}
         self._last_engine = engine
-        return [answers[number] for number in numbers]
+        found = [answers[number] for number in numbers]
+        found = found if n == 1 else [_together(found[i : i + n]) for i in range(0, len(found), n)]
+        return found if logprobs else [_without_logprobs(completion) for completion in found]
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
         """An engine for many requests; see `phi4mm_jax.generation`."""
@@ -206,23 +241,36 @@ class Model:
     def _programs(self) -> Programs:
         return Programs(self.module, self.variables)
 
-    def _engine_for(self, rows: Sequence[Row], max_new_tokens: int) -> Engine:
+    def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, beams: int = 1) -> Engine:
         """The engine of the last call, where it has room for this one."""
         slots = min(1 << (len(rows) - 1).bit_length(), _MOST_SLOTS)
         page = EngineConfig().page_size
         lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
-        pages = sum(-(-length // page) for length in lengths[-slots:])
+        pages = beams * sum(-(-length // page) for length in lengths[-slots:])
         last = self._last_engine
-        if last is None or last.config.slots != slots or last.config.pages < pages:
+        if last is None or (last.config.slots, last.config.beams) != (slots, beams) or last.config.pages < pages:
             self._last_engine = None  # its memory is free before the next takes its own
             tokens = page * (1 << (pages - 1).bit_length())
-            self._last_engine = last = self.engine(EngineConfig(slots=slots, cache_tokens=tokens))
+            self._last_engine = last = self.engine(EngineConfig(slots=slots, cache_tokens=tokens, beams=beams))
         return last
 
     def _variables_for(self, batch: Batch) -> dict[str, Any]:
         """Without the adapters that no row uses, which then cost nothing."""
         used = set(np.unique(batch.adapters).tolist())
         return {name: v for name, v in self.variables.items() if ADAPTERS.get(name) in {None, *used}}
+
+
+def _together(drawn: Sequence[Completion]) -> Completion:
+    """One completion of all answers that were drawn for a prompt."""
+    found = tuple(
+        Hypothesis(c.text, c.tokens, float(np.mean(c.log_probabilities or (0.0,))), c.log_probabilities) for c in drawn
+    )
+    return dataclasses.replace(drawn[0], alternatives=found)
+
+
+def _without_logprobs(completion: Completion) -> Completion:
+    others = tuple(dataclasses.replace(found, log_probabilities=()) for found in completion.alternatives)
+    return dataclasses.replace(completion, log_probabilities=(), alternatives=others)
 
 
 def _streams(rows: Sequence[Row], config: Phi4MMConfig) -> list[int]:

@@ -1,7 +1,9 @@
 """Sampling, stopping, and the arguments of `generate`."""
 
+import asyncio
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from conftest import TINY, count_compilations
 
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.generation import AsyncEngine, EngineConfig, Request
 from phi4mm_jax.generation.sampling import Sampling, SamplingRows, restrict, sample
 
 PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
@@ -257,3 +259,96 @@ def test_an_answer_that_was_begun_is_continued(tiny):
     assert answered.tokens == expected.tokens
     with pytest.raises(InputError, match="continue_final_message is for chat messages"):
         tiny.generate([raw], max_new_tokens=4, continue_final_message=True)
+
+
+def test_arguments_are_those_of_a_request(tiny):
+    """Each changes what a request with it is answered, and generate answers the same."""
+    (plain,) = tiny.generate([PROMPT], max_new_tokens=6)
+    engine = tiny.engine(EngineConfig(slots=1, cache_tokens=1024, beams=2))
+    for arguments, request in (
+        ({"temperature": 5.0, "min_p": 0.9, "seed": 3}, {"sampling": Sampling(5.0, min_p=0.9, seed=3)}),
+        ({"repetition_penalty": 50.0}, {"sampling": Sampling(repetition_penalty=50.0)}),
+        ({"stop_tokens": [plain.tokens[2]]}, {"stop_tokens": [plain.tokens[2]]}),
+        ({"beams": 2, "length_penalty": 0.5}, {"beams": 2, "length_penalty": 0.5}),
+        ({"adapter": "vision"}, {"adapter": "vision"}),
+    ):
+        (found,) = tiny.generate([PROMPT], max_new_tokens=6, **arguments)
+        ((_, expected),) = engine.run([Request(PROMPT, max_new_tokens=6, **request)])
+        assert found.tokens == expected.tokens, arguments
+        assert [a.tokens for a in found.alternatives] == [a.tokens for a in expected.alternatives]
+        assert (found.tokens, len(found.alternatives)) != (plain.tokens, 0), arguments
+    (bare,) = tiny.generate([PROMPT], max_new_tokens=6, logprobs=False)
+    assert (bare.tokens, bare.log_probabilities) == (plain.tokens, ())
+
+
+def test_n_answers_of_a_prompt(tiny):
+    """Each draws for itself, by a seed as well; the first is what one alone would be."""
+    for seed in (None, 5):
+        settings = {"max_new_tokens": 4, "temperature": 30.0, "seed": seed}
+        (found,) = tiny.generate([PROMPT], n=3, **settings)
+        assert len({tuple(a.tokens) for a in found.alternatives}) == 3
+        assert found.tokens == found.alternatives[0].tokens == tiny.generate([PROMPT], **settings)[0].tokens
+    for wrong in ({"n": 0}, {"n": 2, "temperature": 0.0}, {"n": 2, "beams": 2, "temperature": 0.0}):
+        with pytest.raises(InputError, match="n is"):
+            tiny.generate([PROMPT], max_new_tokens=1, **wrong)
+
+
+def test_a_request_alone_is_streamed_token_by_token(tiny):
+    """Others come in steps; the tokens are the same."""
+    config = EngineConfig(slots=2, cache_tokens=1024, steps=4)
+    request = Request(PROMPT, max_new_tokens=9)
+
+    def drawn(count):
+        """How many tokens the first has after each round."""
+        engine, known = tiny.engine(config), []
+        for _ in range(count):
+            engine.submit(request)
+        while not engine.idle:
+            engine.step()
+            known += [len(engine._slots[0].tokens)] if engine._slots[0] is not None else []
+        return known
+
+    assert drawn(1) == [2, 3, 4, 5, 6, 7, 8]  # the first comes with the prompt
+    assert drawn(2)[0] == 5
+
+
+def test_an_engine_for_threads_and_coroutines(tiny):
+    """Asked from four threads and a loop at once, everybody gets what the request gets alone."""
+    prompts = [f"<|user|>Tell me {i}<|end|><|assistant|>" for i in range(8)]
+    alone = [c.text for c in tiny.generate(prompts, max_new_tokens=6)]
+    with AsyncEngine(tiny.engine(EngineConfig(slots=3, cache_tokens=2048))) as engine:
+        requests = [Request(p, max_new_tokens=6) for p in prompts]
+
+        async def ask():
+            whole = [engine.generate(r) for r in requests[4:6]]
+            texts = [c.text for c in await asyncio.gather(*whole)]
+            streamed = [piece async for piece in engine.stream(requests[6])]
+            async for _ in engine.stream(dataclasses.replace(requests[7], max_new_tokens=500)):
+                break  # which cancels it
+            with pytest.raises(InputError, match="image"):
+                [piece async for piece in engine.stream(Request("<|image_1|>"))]
+            return [*texts, "".join(streamed)], len(streamed)
+
+        with ThreadPoolExecutor(4) as pool:
+            threads = [pool.submit(lambda r: engine.submit(r).result(60).text, r) for r in requests[:4]]
+            texts, pieces = asyncio.run(ask())
+            assert [t.result(60) for t in threads] == alone[:4]
+        assert texts == alone[4:7]
+        assert pieces > 2
+        long = engine.submit(Request(prompts[0], max_new_tokens=900))
+        long.cancel()
+        assert long.result(60).finish_reason == "cancelled"
+        left = engine.submit(Request(prompts[1], max_new_tokens=900))
+    assert left.result(1).finish_reason == "cancelled"
+    with pytest.raises(InputError, match="this engine is closed; make another"):
+        engine.submit(requests[0])
+
+
+def test_an_engine_that_stops_tells_who_waits(tiny, monkeypatch):
+    inner = tiny.engine(EngineConfig(slots=1, cache_tokens=1024))
+    monkeypatch.setattr(inner, "_run_decode", lambda *_: 1 // 0)
+    with AsyncEngine(inner) as engine:
+        found = engine.submit(Request(PROMPT, max_new_tokens=5)).result(60)
+        assert "stopped by ZeroDivisionError" in found.error
+        with pytest.raises(InputError, match="was stopped by ZeroDivisionError"):
+            engine.submit(Request(PROMPT))

@@ -177,6 +177,7 @@ class Engine:
         self._started: dict[int, float] = {}  # when the processing of each waiting request began
         self._earlier: dict[int, Counter[bytes]] = {}  # of waiting requests, see `submit`
         self._next_id = 0
+        self._steps = config.steps  # of this round
         self._updates: list[Update] = []
         self._broken = False  # a round was left before its end
 
@@ -225,25 +226,31 @@ class Engine:
         return not self._waiting and not self._updates and all(a is None for a in self._slots)
 
     def step(self) -> list[Update]:
-        """One round. Updates come in the order of their slots; a request that cannot be served ends with an error."""
-        self._round()
+        """One round. Updates come in the order of their slots; a request that cannot be served ends with an error.
+
+        A request that is alone is told of after every token, others after `EngineConfig.steps`.
+        """
+        self._round(watched=True)
         updates, self._updates = self._updates, []
         return updates
 
-    def _round(self) -> None:
+    def _round(self, watched: bool = False) -> None:
+        """Args: watched: somebody wants to see each token as soon as it is there."""
         if self._broken:
             raise InputError("this engine was stopped in the middle of a round, by Ctrl-C or an error; make another")
         self._broken = True
         self._admit()
+        alone = not self._waiting and sum(a is not None for a in self._slots) == 1
+        self._steps = 1 if watched and alone else self.config.steps
         self._prefill()
         self._decode()
         self._extend()
         self._broken = False
 
-    def _updates_of(self, numbers: Collection[int]) -> list[Update]:
+    def _updates_of(self, numbers: Collection[int], watched: bool = False) -> list[Update]:
         """What there is for these requests, if need be after a round. What is for others stays for them."""
         if not any(update.id in numbers for update in self._updates):
-            self._round()
+            self._round(watched)
         taken = [update for update in self._updates if update.id in numbers]
         self._updates = [update for update in self._updates if update.id not in numbers]
         return taken
@@ -293,7 +300,7 @@ class Engine:
         number, done = self.submit(request), False
         try:
             while not done:
-                for update in self._updates_of([number]):
+                for update in self._updates_of([number], watched=True):
                     done = update.completion is not None
                     if update.completion is not None and update.completion.error:
                         raise InputError(update.completion.error)
@@ -599,7 +606,7 @@ class Engine:
                         self._give_back(active)
                         self._begin(active)
                         self._mark(active)
-                steps[i] = min(room, self.config.steps)
+                steps[i] = min(room, self._steps)
             if active is not None and steps[i]:
                 self._grow(active, active.cached + int(steps[i]))
                 rows.append(active)

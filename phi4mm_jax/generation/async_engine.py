@@ -1,0 +1,206 @@
+"""An engine for servers and notebooks: asked from any thread, answering threads and coroutines."""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation.engine import Engine
+from phi4mm_jax.generation.request import Completion, Request
+
+
+class Answer:
+    """An answer that is on its way.
+
+    Attributes:
+        future: becomes the completion; also one with an error, or of a cancelled request.
+    """
+
+    def __init__(self, engine: "AsyncEngine", listen: Callable[[str | None], None] | None):
+        self._engine, self._listen = engine, listen
+        self.future: Future[Completion] = Future()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the whole answer, in a thread. Raises TimeoutError; the request goes on then."""
+        return self.future.result(timeout)
+
+    def cancel(self) -> None:
+        """End the request soon; what it has drawn so far is its answer. From any thread, any number of times."""
+        self._engine._call(lambda: self._engine._cancel(self))
+
+
+class AsyncEngine:
+    """Owns an engine in one thread; a context manager, whose end cancels what is not answered.
+
+        with AsyncEngine(model.engine(EngineConfig(slots=16))) as engine:
+            answer = engine.submit(Request(chat))          # from any thread
+            print(answer.result().text)
+            async for piece in engine.stream(Request(chat)):  # in a coroutine
+                print(piece, end="", flush=True)
+
+    The engine must not be used by anybody else meanwhile.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._answers: dict[int, Answer] = {}  # by the engine's ids; of its thread alone
+        self._lock = threading.Lock()
+        self._closed: str | None = None  # why nothing is taken any more
+        self._thread = threading.Thread(target=self._serve, name="phi4mm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Answer:
+        """Queue a request, from any thread.
+
+        Raises:
+            InputError: the engine is closed, or has stopped by an error.
+        """
+        return self._submit(request, None)
+
+    async def generate(self, request: Request) -> Completion:
+        """The whole answer. Cancelling the coroutine cancels the request."""
+        answer = self.submit(request)
+        try:
+            return await asyncio.wrap_future(_uncancelled(answer.future))
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+
+    async def stream(self, request: Request) -> AsyncIterator[str]:
+        """The answer in pieces of text, none of which splits a character. Leaving the loop cancels the request.
+
+        Raises:
+            InputError: the request cannot be served.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def listen(piece: str | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so that nobody listens
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        answer = self._submit(request, listen)
+        try:
+            while (piece := await pieces.get()) is not None:
+                if piece:
+                    yield piece
+            if error := answer.future.result().error:
+                raise InputError(error)
+        finally:
+            if not answer.future.done():
+                answer.cancel()
+
+    def close(self) -> None:
+        """Cancel what is not answered, and end the thread. From any thread, any number of times."""
+        with self._lock:
+            if self._closed is None:
+                self._closed = "is closed; make another"
+                self._calls.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "AsyncEngine":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    # What follows runs in the thread, but for `_submit` and `_call`.
+
+    def _submit(self, request: Request, listen: Callable[[str | None], None] | None) -> Answer:
+        answer = Answer(self, listen)
+
+        def begin() -> None:
+            self._answers[self._engine.submit(request)] = answer
+
+        with self._lock:
+            if self._closed is not None:
+                raise InputError(f"this engine {self._closed}")
+            self._calls.put(begin)
+        return answer
+
+    def _call(self, call: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed is None:
+                self._calls.put(call)
+
+    def _serve(self) -> None:
+        error = None
+        try:
+            while self._take_calls():
+                for update in self._engine.step():
+                    if (answer := self._answers.get(update.id)) is not None:
+                        self._tell(update.id, answer, update.text, update.completion)
+        except BaseException as caught:
+            error = caught
+            with self._lock:
+                self._closed = f"was stopped by {type(caught).__name__} ({caught}); make another"
+        self._end(error)
+
+    def _take_calls(self) -> bool:
+        """All that there are; waits for one where there is nothing else to do. False at the end."""
+        calls: deque[Callable[[], None] | None] = deque()
+        if self._engine.idle:
+            calls.append(self._calls.get())
+        while True:
+            try:
+                calls.append(self._calls.get_nowait())
+            except queue.Empty:
+                break
+        for call in calls:
+            if call is None:
+                return False
+            call()
+        return True
+
+    def _cancel(self, answer: Answer) -> None:
+        for number, other in self._answers.items():
+            if other is answer:
+                return self._engine.cancel(number)
+
+    def _tell(self, number: int, answer: Answer, text: str, completion: Completion | None) -> None:
+        if completion is not None:
+            del self._answers[number]
+            if answer.future.set_running_or_notify_cancel():  # else nobody waits for it
+                answer.future.set_result(completion)
+        if answer._listen is not None:
+            answer._listen(text)
+            if completion is not None:
+                answer._listen(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Whoever waits is told, those too whose requests were not begun."""
+        if error is None:
+            for number in list(self._answers):
+                self._engine.cancel(number)
+            while self._answers:
+                for update in self._engine._updates_of(set(self._answers)):
+                    self._tell(update.id, self._answers[update.id], update.text, update.completion)
+        else:
+            cause = f"the engine was stopped by {type(error).__name__}: {error}"
+            while True:
+                try:
+                    if (call := self._calls.get_nowait()) is not None:
+                        call()
+                except queue.Empty:
+                    break
+            for number, answer in list(self._answers.items()):
+                self._tell(number, answer, "", Completion("", [], "error", 0, error=cause))
+
+
+def _uncancelled(future: Future[Completion]) -> Future[Completion]:
+    """One that may be cancelled by who waits for it, without the other's being so."""
+    other: Future[Completion] = Future()
+
+    def done(found: Future[Completion]) -> None:
+        if not found.cancelled() and other.set_running_or_notify_cancel():
+            other.set_result(found.result())
+
+    future.add_done_callback(done)
+    return other
