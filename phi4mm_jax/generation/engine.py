@@ -41,6 +41,8 @@ CACHE_DTYPES = ("float32", "bfloat16", "int8")
 class EngineConfig:
     """Sizes; all memory is taken at the start.
 
+        model.engine(EngineConfig(slots=16, cache_tokens=65536, cache_dtype="int8"))
+
     Attributes:
         slots: rows that are decoded at once.
         cache_tokens: what the cache holds, of all rows together.

@@ -19,6 +19,9 @@ Adapter = Literal["none", "vision", "speech"]
 class Request:
     """One prompt and how to answer it.
 
+        Request("<|user|><|image_1|>What is this?<|end|><|assistant|>", images=["a.png"], max_new_tokens=64)
+        Request([{"role": "user", "content": "Name a colour."}], sampling=Sampling(temperature=0.8), stop=["."])
+
     Attributes:
         prompt: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
         images: PIL images, paths, bytes or arrays.

@@ -20,6 +20,10 @@ _GREEDY = 1e-5  # below this temperature float32 cannot tell the result from the
 class Sampling:
     """How to draw a token. Restrictions may be combined; each applies to what the ones before it left.
 
+        Sampling()                                         # greedy
+        Sampling(temperature=0.7, top_p=0.9)               # draws of the request's own
+        Sampling(temperature=1.0, min_p=0.05, seed=7)      # the draws of seed 7, whatever the request
+
     Attributes:
         temperature: divides the logits; 0 chooses the likeliest token.
         top_k: draw from this many likeliest tokens; 0 from all.
