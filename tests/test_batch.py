@@ -131,7 +131,10 @@ BAD = [
     ({"prompt": "a", "id": 1.5}, "id is 1.5; expected a string or a whole number"),
     ({"prompt": "a", "id": None}, "id is None"),
     ({"prompt": "a", "id": True}, "id is True"),
-    ({"prompt": "a", "promt": "b"}, "'promt' is not known; expected some of adapter, audios, beams, id, images"),
+    (
+        {"prompt": "a", "promt": "b"},
+        "'promt' is not known; expected some of adapter, audios, beams, continue_final_message, id",
+    ),
     ({}, "expected a prompt or messages"),
     ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
     ({"prompt": ["a"]}, "prompt is a list; expected a string"),
