@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_native
@@ -24,13 +26,15 @@ from transformers import AutoModelForCausalLM
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.training import loop
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.command import trainable_table
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
 from phi4mm_jax.training.metrics import read_log
 from phi4mm_jax.training.recipe import load_recipe
-from phi4mm_jax.training.step import supervised
+from phi4mm_jax.training.step import TrainState, supervised
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "train" / "recipes").rglob("*.yaml"))
@@ -355,12 +359,13 @@ def test_evaluation_is_checked_before_the_first_step(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch):
-    """There may be half a minute left."""
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch, sent):
+    """There may be half a minute left. Ctrl-C ends a run like SIGTERM: the step is saved."""
     held = write(tmp_path / "held.jsonl", speech_samples(2))
 
     def told(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), sent)
 
     monkeypatch.setattr("phi4mm_jax.training.metrics.Log.write", told)
     assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == STOPPED
@@ -407,3 +412,162 @@ def test_a_run_that_diverges_says_so(recipe):
 def test_the_table_of_trained_parameters():
     table = trainable_table({"lora_speech": {"a": jax.ShapeDtypeStruct((2, 3), np.float32)}})
     assert table.split("\n")[0].split() == ["lora_speech/a", "(2,", "3)", "6"]
+
+
+# Text alone: quick runs.
+
+
+def texts(path: Path, sizes: list[int]) -> Path:
+    """One sample for each size, which is about the tokens of its answer."""
+    return write(path, [{"messages": [message("user", "q"), message("assistant", "x " * n)]} for n in sizes])
+
+
+@pytest.fixture
+def quick(tmp_path) -> Path:
+    """A norm is trained on packed texts, in the order of their file."""
+    manifest = texts(tmp_path / "train.jsonl", [5] * 12)
+    settings = {
+        "model": str(TINY), "output": str(tmp_path / "run"), "trainable": ["params/decoder/norm"], "dtype": "float32",
+        "fsdp": 1,
+        "data": {
+            "sources": [{"path": str(manifest)}], "epochs": 1, "shuffle": False, "threads": 1,
+            "packing": {"rows": 1, "lengths": [64], "window": 1},
+        },
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1}, "save_every": 1000,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def loss_tokens(size: int) -> int:
+    """Of an answer: its tokens, <|end|> and <|endoftext|>."""
+    return len(Tokenizer.from_folder(TINY).encode("x " * size)) + 2
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    monkeypatch.setattr("phi4mm_jax.training.loop._Signals.reached", lambda _, number: number == step)
+
+
+def targets(folder: Path) -> float:
+    return sum(line["targets"] for line in read_log(folder) if "targets" in line)
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 20), (20, 5)], ids=["longer", "shorter"])
+def test_resuming_with_repaired_files_takes_each_sample_once(quick, tmp_path, monkeypatch, before, after):
+    """Those that were trained on have another length now, so that batches counted from the beginning are others."""
+    manifest = tmp_path / "train.jsonl"
+    texts(manifest, [before] * 8 + [5] * 4)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(quick) == STOPPED
+    done = read_log(tmp_path / "run")[-1]["step"]
+    taken = targets(tmp_path / "run")
+    samples = round(taken / loss_tokens(before))
+    assert taken == samples * loss_tokens(before)
+    assert 0 < samples <= 8
+    texts(manifest, [after] * 8 + [5] * 4)
+    for _ in range(2):  # again there is nothing left
+        assert run(quick) == 0
+        rest = [after] * (8 - samples) + [5] * 4
+        assert targets(tmp_path / "run") - taken == sum(map(loss_tokens, rest))
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == read_log(tmp_path / "run")[-1]["step"] > done
+
+
+def test_more_epochs_after_a_partial_batch(quick, tmp_path):
+    """The last batch of the first run is not full; the second epoch begins behind it, and none of it is left out."""
+    assert run(quick) == 0
+    once = targets(tmp_path / "run")
+    assert once == 12 * loss_tokens(5)
+    assert run(quick, "data.epochs=2") == 0
+    assert targets(tmp_path / "run") == 2 * once
+
+
+def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
+    """Though its metrics are not written yet when a bad sample ends the run."""
+    steps = loop._steps
+
+    def broken(*arguments):
+        yield from islice(steps(*arguments), 3)
+        raise InputError("a bad sample")
+
+    monkeypatch.setattr(loop, "_steps", broken)
+    texts(tmp_path / "train.jsonl", [20] * 12)
+    wild = ["optimizer.learning_rate=1e38", "optimizer.warmup_steps=0", "optimizer.clip=null", "log_every=100"]
+    with pytest.raises(InputError, match="has diverged"):
+        run(quick, *wild, "optimizer.weight_decay=0.0")
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last is None
+    tame = ["log_every=100", f"output={tmp_path / 'tame'}"]
+    with pytest.raises(InputError, match="a bad sample"):
+        run(quick, *tame)
+    assert Checkpoints(tmp_path / "tame" / CHECKPOINTS, None).last == 3
+
+
+def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
+    """Each step takes two seconds of a clock that stands still meanwhile, an evaluation a hundred."""
+    clock, tokens = [0.0], []
+    monkeypatch.setattr("phi4mm_jax.training.loop.time.monotonic", lambda: clock[0])
+    compiled = loop.compiled_step
+
+    def slow(*arguments):
+        step = compiled(*arguments)
+
+        def stepped(state, frozen, batches, key):
+            tokens.append(int(batches.batch.lengths.sum()))
+            clock[0] += 2.0
+            return jax.block_until_ready(step(state, frozen, batches, key))
+
+        return stepped
+
+    def evaluated(*_):
+        clock[0] += 100.0
+        return {"evaluation_loss": 1.0}
+
+    monkeypatch.setattr(loop, "compiled_step", slow)
+    monkeypatch.setattr("phi4mm_jax.training.evaluation.Evaluation.__call__", evaluated)
+    held = texts(tmp_path / "held.jsonl", [5])
+    texts(tmp_path / "train.jsonl", [20] * 12)
+    assert run(quick, f"evaluation={{sources: [{{path: {held}}}], every: 3}}", "save_every=2") == 0
+    lines = [line for line in read_log(tmp_path / "run") if "targets" in line]
+    assert len(lines) == len(tokens) > 4
+    assert "tokens_per_second" not in lines[0]  # it was compiled
+    assert [line["seconds"] for line in lines[1:]] == [2.0] * (len(lines) - 1)
+    assert [line["tokens_per_second"] for line in lines[1:]] == [n / 2.0 for n in tokens[1:]]
+
+
+def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch):
+    """SIGTERM during the last evaluation: the run is not done until its last state has a score."""
+    held = texts(tmp_path / "held.jsonl", [5])
+    evaluation = f"evaluation={{sources: [{{path: {held}}}], every: 100}}"
+    with monkeypatch.context() as patch:
+        patch.setattr("phi4mm_jax.training.evaluation.Evaluation.__call__", lambda *_: None)
+        assert run(quick, evaluation) == STOPPED
+    folder = tmp_path / "run"
+    last = Checkpoints(folder / CHECKPOINTS, None).last
+    assert Checkpoints(folder / CHECKPOINTS, None).score(last) is None
+    assert not (folder / "report.md").exists()
+    weights = final(folder)[1]
+    assert run(quick, evaluation) == 0
+    score = Checkpoints(folder / CHECKPOINTS, None).score(last)
+    assert score == [line["evaluation_loss"] for line in read_log(folder) if "evaluation_loss" in line][-1]
+    assert Checkpoints(folder / CHECKPOINTS, None).last == last
+    for path, value in final(folder)[1].items():
+        np.testing.assert_array_equal(value, weights[path])
+    assert run(quick, evaluation) == 0
+
+
+@pytest.mark.parametrize(("greater", "best"), [(True, 2), (False, 3)])
+def test_the_best_checkpoint_is_kept(tmp_path, greater, best):
+    """Besides the last one; a score that came later counts like the others."""
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
+    for step, score in ((1, 0.4), (2, 0.9), (3, 0.1), (4, 0.5), (5, None)):
+        checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
+    checkpoints.add_score(5, 0.6)
+    checkpoints.close()
+    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, None, greater, read_only=True)
+    assert read.steps == sorted({best, 5})
+    assert read.best == best
+    assert read.trained(read.best)["a"].tolist() == [best, best]
+    worst = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
+    worst.add_score(5, 2.0 if greater else -2.0)
+    assert worst.best == 5

@@ -1,6 +1,7 @@
 """What a run saves and goes on from: the last checkpoints and the best one, each whole or not there."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.training.step import TrainState
 
 _SCORE = "score"
+_LATE = "late_scores.json"  # beside the checkpoints
 
 
 class Checkpoints:
@@ -30,7 +32,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None, greater: bool = False, read_only: bool = False):
-        self._folder = folder.absolute()
+        self._folder, self._greater = folder.absolute(), greater
+        self._late = self._folder.with_name(_LATE)
         policies = checkpoint_managers.AnyPreservationPolicy([
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.BestN(
@@ -59,8 +62,30 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step of the one with the best score; of the last one, if none has a score."""
-        best = self._manager.best_step()
-        return self.last if best is None else best
+        scores = {step: score for step in self.steps if (score := self.score(step)) is not None}
+        if not scores:
+            return self.last
+        sign = 1 if self._greater else -1
+        return max(scores, key=lambda step: (sign * scores[step], step))
+
+    def score(self, step: int) -> float | None:
+        """How good the state of a step was found to be."""
+        late = self._late_scores().get(str(step))
+        if late is not None:
+            return late
+        metrics = self._manager.metrics(step)
+        return None if metrics is None else metrics.get(_SCORE)
+
+    def add_score(self, step: int, score: float) -> None:
+        """Score a checkpoint that was saved without; beside it, since what is saved is not written again."""
+        with self._writable():
+            scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
+            temporary = self._late.with_name(f"{self._late.name}.new")
+            temporary.write_text(json.dumps(scores, allow_nan=False))
+            temporary.replace(self._late)
+
+    def _late_scores(self) -> dict[str, float]:
+        return json.loads(self._late.read_text()) if self._late.is_file() else {}
 
     def save(self, state: TrainState, data: Mapping[str, Any], score: float | None = None) -> None:
         """Save after a step, in the background. The state may be donated at once.

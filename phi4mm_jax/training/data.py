@@ -180,10 +180,7 @@ class TrainingData:
         self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
         self._limit = Limit(config.bad_samples, min(_LEAST_SAMPLES, sum(map(len, self._manifests))))
         self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
-        plans = _Plans(self._measured(), self._planner, self._limit)
-        loaded = plans.map(self._load)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=config.prefetch)
-        self._batches: Any = iter(ahead)
+        self._batches: Any = self._stream(self._load)
         self._steps = 0
         self._tally, self._unreadable = Tally(), Tally()
 
@@ -205,6 +202,22 @@ class TrainingData:
             return self._config.steps
         plans = _Plans(self._measured(), self._planner, self._limit)
         return sum(1 for _ in iter(plans))
+
+    def count_remaining(self) -> int:
+        """How many follow the last one that was taken, counted as `count_batches` counts."""
+        if self._config.steps is not None:
+            return max(self._config.steps - self._steps, 0)
+        stream = self._stream(lambda planned: planned)
+        try:
+            stream.set_state(self._batches.get_state())
+            return sum(1 for _ in stream)
+        finally:
+            stream.close()
+
+    def _stream(self, load: Callable[[tuple[Plan, Tally]], Any]) -> Any:
+        """An iterator of what `load` makes of the plans, some of which it makes ahead."""
+        plans = _Plans(self._measured(), self._planner, self._limit).map(load)
+        return iter(grain.experimental.ThreadPrefetchIterDataset(plans, prefetch_buffer_size=self._config.prefetch))
 
     @property
     def skipped(self) -> dict[str, int]:

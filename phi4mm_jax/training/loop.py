@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -33,7 +34,7 @@ from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.metrics import REPORT, Log, draw, report
 from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import split
-from phi4mm_jax.training.recipe import Recipe, check_same_run, save_recipe
+from phi4mm_jax.training.recipe import EvaluationConfig, Recipe, check_same_run, save_recipe
 from phi4mm_jax.training.step import (
     Metrics,
     Objective,
@@ -116,27 +117,36 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
         closing(run.data),
         closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints,
     ):
+        unscored = False
         if checkpoints.last is not None:
-            if checkpoints.last >= run.steps and (folder / REPORT).exists():
-                say(f"{folder}: has taken {checkpoints.last} steps, and the recipe asks for {run.steps}: all done")
-                return 0
             state, data_state = checkpoints.restore(checkpoints.last, state)
             run.data.set_state(data_state)
-            say(f"Going on after step {checkpoints.last} of {run.steps}.")
+            run = run._replace(steps=_total_steps(run, checkpoints.last, data_state))
+            unscored = _due(asked, checkpoints.last, run.steps) and checkpoints.score(checkpoints.last) is None
+            if checkpoints.last >= run.steps and (folder / REPORT).exists() and not unscored:
+                say(f"{folder}: has taken {checkpoints.last} steps, and the recipe asks for {run.steps}: all done")
+                return 0
+            say(f"Resuming after step {checkpoints.last} of {run.steps}.")
             if data_state["data"]["bytes"] != run.data.get_state()["data"]["bytes"]:
                 say(
                     "The data's files have changed since; they have as many samples, and each is taken to be as it was."
                 )
+            optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
+            rates = learning_rates(recipe.optimizer, run.steps)
         save_recipe(recipe, folder / RECIPE)
         number = int(state.step)
         step = compiled_step(run, optimizer, state)
-        speed = _Speed(run)
-        with _stopping() as signals, closing(Log(folder, number)) as log, step_bar(run.steps, number) as advance:
+        with (
+            _stopping() as signals,
+            closing(Log(folder, number)) as log,
+            step_bar(run.steps, number) as advance,
+            closing(Throughput(run, number)) as throughput,
+        ):
             idle = 0 if number == 0 else None  # steps from the first on that changed nothing
 
             def tell(number: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
                 values = _values(metrics, recipe.data.kind) | {"learning_rate": float(rates(number - 1))}
-                values |= speed.of(number, batches)
+                values |= throughput.of(number, batches)
                 _check_finite(number, values)
                 nonlocal idle
                 if idle is not None:
@@ -145,45 +155,78 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
                 log.write(number, values)
                 advance(number, values)
 
+            def evaluate(number: int) -> float | None:
+                """The score of the state; None if the run was told to end before it is known."""
+                if evaluation is None or asked is None:
+                    return None
+                placed = partial(place, mesh=run.mesh)
+                found = evaluation(state.trainable, run.frozen, run.objective, placed, signals.told)
+                if found is None:
+                    return None
+                log.write(number, found)
+                return found[f"evaluation_{asked.metric}"]
+
+            def save(number: int, score: float | None = None) -> None:
+                """What is saved has been checked: a diverged state is no place to resume from."""
+                if metrics is not None:
+                    _check_finite(number, _values(metrics, recipe.data.kind), state)
+                checkpoints.save(state, taken | {"total": run.steps, "epochs": recipe.data.epochs}, score)
+
+            metrics: Metrics | None = None
+            scored = True
+            if unscored:  # its evaluation was cut short
+                score = evaluate(number)
+                scored = score is not None
+                if score is not None:
+                    checkpoints.add_score(number, score)
             untold: list[tuple[int, Metrics, Sequence[TrainingBatch]]] = []
             steps = _steps(run, number)
             taken = run.data.get_state()  # after the last whole step
-            while number < run.steps:
+            while number < run.steps and scored:
                 try:
-                    batches = next(steps)
+                    batches = next(steps, None)
                 except InputError:  # the steps before are kept
                     for earlier in untold:
                         tell(*earlier)
                     if number and checkpoints.last != number:
-                        checkpoints.save(state, taken)
+                        save(number)
                     raise
+                if batches is None:
+                    for earlier in untold:
+                        tell(*earlier)
+                    if number and checkpoints.last != number:
+                        save(number)
+                    say(f"The data ended after step {number}, though {run.steps} were counted; they changed meanwhile.")
+                    run = run._replace(steps=number)
+                    break
                 taken = run.data.get_state()
                 state, metrics = step(state, run.frozen, place(batches, mesh=run.mesh), key)
                 number += 1
+                throughput.watch(number, metrics)
                 for earlier in untold:  # while the devices are busy with this one
                     tell(*earlier)
                 untold = [(number, metrics, batches)] if number % recipe.log_every == 0 else []
                 stop = signals.reached(number)
                 end = stop or number == run.steps
-                due = asked is not None and not stop and (number % asked.every == 0 or number == run.steps)
+                due = not stop and _due(asked, number, run.steps)
                 if not (end or due or number % recipe.save_every == 0):
                     continue
                 tell(number, metrics, batches)  # what has diverged is not saved
                 untold, score = [], None
-                if due and evaluation is not None and asked is not None:
-                    found = evaluation(
-                        state.trainable, run.frozen, run.objective, partial(place, mesh=run.mesh), signals.told
-                    )
-                    if found is not None:
-                        log.write(number, found)
-                        score = found[f"evaluation_{asked.metric}"]
-                    end = end or signals.told()
-                checkpoints.save(state, taken, score)
-                speed.leave_out()
-                if end:
+                if due:
+                    score = evaluate(number)
+                    scored = score is not None
+                elif _due(asked, number, run.steps):
+                    scored = False
+                save(number, score)
+                throughput.pause()
+                if end or signals.told():
                     break
-    if number < run.steps:
-        say(f"Stopped and saved after step {number} of {run.steps}; the same command goes on from there.")
+            if number == run.steps and recipe.data.steps is None and next(run.data, None) is not None:
+                say("The data have more batches than were counted: they changed meanwhile. Rerun to train on them.")
+    if number < run.steps or not scored:
+        rest = "" if scored else ", without its score"
+        say(f"Stopped and saved after step {number} of {run.steps}{rest}; rerun the same command to resume.")
         return STOPPED
     if run.data.skipped:
         say(f"Unusable samples that were skipped: {run.data.skipped}")
@@ -275,11 +318,31 @@ def _check_rows(recipe: Recipe, mesh: Mesh | None) -> None:
                 )
 
 
+def _due(asked: EvaluationConfig | None, number: int, steps: int) -> bool:
+    """Whether a step's state is to be evaluated."""
+    return asked is not None and (number % asked.every == 0 or number == steps)
+
+
+def _total_steps(run: Run, done: int, data_state: Mapping[str, Any]) -> int:
+    """Steps of a resumed run: those done, and those that the rest of the data make.
+
+    Counted from where the data are, not from their beginning: repaired files may divide otherwise, and a last batch
+    that was not full stays one when more epochs follow.
+    """
+    same = data_state["data"]["bytes"] == run.data.get_state()["data"]["bytes"]
+    if same and "total" in data_state and data_state.get("epochs") == run.recipe.data.epochs:
+        return data_state["total"] if run.recipe.data.steps is None else run.steps
+    with progress_bar("Counting the batches that are left"):
+        return done + math.ceil(run.data.count_remaining() / run.recipe.accumulate)
+
+
 def _steps(run: Run, first: int) -> Iterator[list[TrainingBatch]]:
     """The micro-batches of each step. The last step's may be fewer than the others': it is filled with empty ones."""
     count = run.recipe.accumulate
     for _ in range(first, run.steps):
         batches = list(islice(run.data, count))
+        if not batches:
+            return
         empty = batches[-1]._replace(weights=np.zeros_like(batches[-1].weights))
         yield batches + [empty] * (count - len(batches))
 
@@ -299,8 +362,14 @@ def _check_reached(idle: int, number: int, run: Run) -> None:
         )
 
 
-def _check_finite(step: int, values: Mapping[str, float]) -> None:
-    if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]))
+
+
+def _check_finite(step: int, values: Mapping[str, float], state: TrainState | None = None) -> None:
+    finite = all(math.isfinite(values[name]) for name in ("loss", "gradient_norm"))
+    if not finite or (state is not None and not bool(_all_finite(state))):
         raise InputError(
             f"the loss of step {step} is {values['loss']}, its gradients' norm {values['gradient_norm']}: the run has "
             "diverged, and nothing of this step was saved. Go on from the last checkpoint with a lower "
@@ -308,23 +377,35 @@ def _check_finite(step: int, values: Mapping[str, float]) -> None:
         )
 
 
-class _Speed:
-    """Tokens a second and the use of the chips since the last lines of metrics."""
+class Throughput:
+    """Tokens a second and the use of the chips, from the end of one step to the end of another.
 
-    def __init__(self, run: Run):
-        self._run, self._since, self._at = run, time.monotonic(), 0
-        self._left_out, self._begun = False, False
+    Metrics are written a step late, and two at once before an evaluation; the clock is the steps' own.
+    """
 
-    def leave_out(self) -> None:
-        """What has passed since is no training."""
-        self._left_out = True
+    def __init__(self, run: Run, step: int):
+        self._run, self._at, self._since = run, step, time.monotonic()
+        self._timed = False  # not the first step, which is compiled
+        self._ends: dict[int, float | Future[float]] = {}
+        self._watcher = ThreadPoolExecutor(1, "phi4mm-throughput")
+
+    def watch(self, step: int, metrics: Metrics) -> None:
+        """Note when a step that was just dispatched ends."""
+        ready = all(x.is_ready() for x in metrics)
+        self._ends[step] = time.monotonic() if ready else self._watcher.submit(_end_of, metrics)
+
+    def pause(self) -> None:
+        """Leave out what has passed since the last step's end: it is no training."""
+        self._since = time.monotonic()
 
     def of(self, step: int, batches: Sequence[TrainingBatch]) -> dict[str, float]:
-        now = time.monotonic()
-        seconds, steps = now - self._since, step - self._at
-        timed = self._begun and not self._left_out
-        self._since, self._at, self._left_out, self._begun = now, step, False, True
-        if not timed:  # the first step was compiled
+        """Of the steps since the last call; `step` is the last of them, and has ended."""
+        end = self._ends[step]
+        end = end if isinstance(end, float) else end.result()
+        self._ends = {number: e for number, e in self._ends.items() if number > step}
+        seconds, steps, timed = end - self._since, step - self._at, self._timed
+        self._since, self._at, self._timed = end, step, True
+        if not timed or seconds <= 0:
             return {}
         tokens = sum(int(batch.batch.lengths.sum()) for batch in batches) * jax.process_count() * steps
         values = {"seconds": seconds / steps, "tokens_per_second": tokens / seconds}
@@ -332,6 +413,14 @@ class _Speed:
             flops = step_flops(self._run.module.config, self._run.trainable, batches) * jax.process_count() * steps
             values["mfu"] = flops / seconds / peak / jax.device_count()
         return values
+
+    def close(self) -> None:
+        self._watcher.shutdown()
+
+
+def _end_of(metrics: Metrics) -> float:
+    jax.block_until_ready(metrics)
+    return time.monotonic()
 
 
 class _Signals:
