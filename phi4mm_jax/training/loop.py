@@ -391,7 +391,8 @@ class Throughput:
 
     def watch(self, step: int, metrics: Metrics) -> None:
         """Note when a step that was just dispatched ends."""
-        ready = all(x.is_ready() for x in metrics)
+        arrays: Any = metrics
+        ready = all(x.is_ready() for x in arrays)
         self._ends[step] = time.monotonic() if ready else self._watcher.submit(_end_of, metrics)
 
     def pause(self) -> None:
@@ -401,7 +402,7 @@ class Throughput:
     def of(self, step: int, batches: Sequence[TrainingBatch]) -> dict[str, float]:
         """Of the steps since the last call; `step` is the last of them, and has ended."""
         end = self._ends[step]
-        end = end if isinstance(end, float) else end.result()
+        end = end.result() if isinstance(end, Future) else end
         self._ends = {number: e for number, e in self._ends.items() if number > step}
         seconds, steps, timed = end - self._since, step - self._at, self._timed
         self._since, self._at, self._timed = end, step, True
