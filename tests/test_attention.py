@@ -156,7 +156,7 @@ class TestEveryImplementation:
         valid = np.arange(300) < np.array([[256], [70], [0]])
         valid = valid if option == "kv_lengths" else valid[:, ::-1].copy()
         options = {option: valid.sum(1) if option == "kv_lengths" else valid, "causal": causal}
-        garbage = np.resize([np.nan, np.inf, -np.inf], np.sum(~valid))[:, None, None]
+        garbage = np.resize([np.nan, np.inf, -np.inf], int(np.sum(~valid)))[:, None, None]
         check(implementation, (3, 40, 300, 2, 1, 8), options, garbage=(garbage, ~valid))
 
     def test_bfloat16_is_as_good_as_its_inputs(self, implementation):

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
-import scipy.signal
-import scipy.sparse
 import soundfile
 from jaxtyping import Float
 
@@ -126,6 +124,8 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     Raises:
         InputError: as `load_audio`, of samples and rates.
     """
+    from scipy.sparse import csr_array  # scipy takes longer to import than all of this package
+
     rate = _check_rate(rate)
     _check(samples, rate)
     samples = _at_feature_rate(samples, rate)
@@ -136,7 +136,7 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     weights = np.hamming(window) * _FULL_SCALE
     # Sparse, since a bin lies in two bands at most. It is faster than BLAS, whose threads, on a machine that is busy
     # with other work, have been seen to cost a hundred times what they save.
-    filters = scipy.sparse.csr_array(_mel_filters()[:num_bins].T)
+    filters = csr_array(_mel_filters()[:num_bins].T)
 
     features = np.empty((_count_frames(len(samples), own_rate), NUM_BANDS), np.float32)
     padded = np.zeros((_FRAMES_AT_ONCE, num_fft))
@@ -208,6 +208,8 @@ def _at_feature_rate(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.nd
     up, down = _reduced(_feature_rate(rate), rate)
     if up == down:
         return samples.astype(np.float32, copy=False)
+    from scipy.signal import resample_poly
+
     taps = _low_pass(up, down)
     # A block begins at a multiple of `down`, so that its outputs fall on those of the whole. It takes as many samples
     # more on both sides as the filter reaches.
@@ -219,7 +221,7 @@ def _at_feature_rate(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.nd
         piece = samples[start - before : start + step + margin].astype(np.float64)
         out = resampled[start // down * up : (start + step) // down * up]
         skip = before // down * up
-        out[:] = scipy.signal.resample_poly(piece, up, down, window=taps)[skip : skip + len(out)]
+        out[:] = resample_poly(piece, up, down, window=taps)[skip : skip + len(out)]
     return resampled
 
 
@@ -235,8 +237,10 @@ def _reduced(up: int, down: int) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4)
 def _low_pass(up: int, down: int) -> np.ndarray:
     """The filter that `scipy.signal.resample_poly` designs by itself, each time anew."""
+    from scipy.signal import firwin
+
     window: Any = ("kaiser", 5.0)
-    return np.asarray(scipy.signal.firwin(20 * max(up, down) + 1, 1 / max(up, down), window=window))
+    return np.asarray(firwin(20 * max(up, down) + 1, 1 / max(up, down), window=window))
 
 
 # Clips
