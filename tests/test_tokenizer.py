@@ -4,6 +4,7 @@ import json
 import lzma
 import pickle
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,6 +225,24 @@ def test_splits_as_tokenizers(tmp_path: Path, regex: str | None, behavior: str, 
     ours, library = both(tmp_path, content)
     for text in random_texts(seed=4, count=300):
         assert ours.encode(text) == theirs(library, text), ascii(text)
+
+
+def test_a_folder_that_transformers_saved(tmp_path: Path):
+    """AutoTokenizer takes the published class, GPT-2's, and saves another split into words: what it says is done."""
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    library = AutoTokenizer.from_pretrained(tmp_path)
+    library.add_tokens(["<loc_1>", "the loc"])
+    library.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "ByteLevel"
+    ours = Tokenizer.from_folder(tmp_path / "saved")
+    special = (*ours.special_tokens, *("<loc_1>", "the loc") * 8)
+    for text in random_texts(seed=11, count=400, special=special):
+        assert ours.encode(text, special=True) == library(text)["input_ids"], ascii(text)
+    for text in random_texts(seed=12, count=200, special=("<loc_1>", "the loc")):
+        assert ours.encode(text) == library(text)["input_ids"], ascii(text)
 
 
 def random_bpe(rng: random.Random) -> dict[str, Any]:

@@ -35,6 +35,9 @@ O200K_PATTERN = "|".join(
     )
 )
 
+# How GPT-2 does. transformers 5 loads the published tokenizer by that class, and saves it with this split.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 # What lstrip and rstrip swallow: Unicode's White_Space property. (`str.strip` alone would also take U+001C to U+001F.)
 WHITE_SPACE = "".join(map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B)))) + (
     "\u2028\u2029\u202f\u205f\u3000"
@@ -362,6 +365,8 @@ def _split_pattern(path: Path, pre_tokenizer: Any) -> str:
             ],
         } if behavior == "Isolated" or (behavior == "Removed" and invert):
             return regex if behavior == "Removed" else rf"(?:{regex})|(?:(?!{regex})[\s\S])+"
+        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
+            return _GPT2_PATTERN
     _unsupported(path, "the pre_tokenizer is not a Split into the matches of a regular expression, then ByteLevel")
 
 
