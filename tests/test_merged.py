@@ -44,6 +44,10 @@ def test_it_spreads_over_a_mesh(goldens):
     weights = [m.variables["params"]["decoder"]["layers"]["mlp"]["gate_up"]["gate"] for m in (plain, model)]
     assert weights[0].sharding == weights[1].sharding
     assert not np.allclose(*weights)
+    case = next(c for c in golden_cases() if kind_of(c) == "speech")
+    logits = model.logits(model.process([case["prompt"]], **media_of(case)))[0, : case["tokens"]]
+    last = goldens[f"{case['name']}.logits"]
+    np.testing.assert_allclose(logits[-len(last) :], last, atol=3e-4)
 
 
 def test_an_unknown_adapter():
