@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, count_compilations, golden_cases, media_of
@@ -12,7 +13,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request, Sampling
 from phi4mm_jax.generation.pages import PagePool, page_keys
 from phi4mm_jax.generation.request import Text
-from phi4mm_jax.model.decoder import quantize
+from phi4mm_jax.model.decoder import Cache, CachedRows, _fill, quantize
 from phi4mm_jax.processing.batch import NO_MEDIA, Batch
 
 CASES = golden_cases()
@@ -149,6 +150,17 @@ def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     jax.clear_caches()
     for place, prompt in enumerate(prompts):
         check_greedy(tiny, prompt, answers[place])
+
+
+def test_a_short_row_fills_no_page_too_many():
+    """Beyond its tokens a row's table names page 0, which is another row's."""
+    k, v = np.random.default_rng(0).normal(size=(2, 2, 8, 1, 2)).astype(np.float32)
+    empty = jnp.zeros((1, 5, 1, 4, 2))
+    rows = CachedRows(*map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])))
+    filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    for pages, new in zip(filled[:2], (k, v), strict=True):
+        expected = np.stack([new[0, :4], np.zeros((4, 1, 2)), new[1, :4], new[0, 4:]]).swapaxes(1, 2)
+        np.testing.assert_array_equal(pages[0, :4], expected)
 
 
 def test_draws_continue_across_the_longrope_boundary(tiny):
