@@ -169,6 +169,13 @@ class Phi4MMConfig:
         for kind in ("vision", "speech"):
             files = _adapter_files(folder / f"{kind}-lora")
             path = folder / f"{kind}-lora" / "adapter_config.json"
+            if "adapter_model.bin" in files and "adapter_model.safetensors" not in files:
+                raise CheckpointError(
+                    f"{path.with_name('adapter_model.bin')}: is a pickle, which can run code and is not read; save the "
+                    "adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
+                )
+            if path.name in files:
+                check_adapter_settings(path, read_json(path))
             if native and files:
                 adapters[kind] = read_json(path)
             elif files:
@@ -186,6 +193,40 @@ def _adapter_files(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); see who may read it") from error
+
+
+# Of an adapter_config.json: what is read, what the tensors themselves show, and what changes no number.
+_ADAPTER_KEYS = frozenset({
+    "r", "lora_alpha", "lora_dropout", "dp", "init_lora_weights", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+})  # fmt: skip
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # they leave the base's weights alone
+_CONVERTIBLE_INITS = ("pissa", "corda", "olora")
+
+
+def check_adapter_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Check the settings with which PEFT saved an adapter: each is honoured, known to be harmless, or refused by name.
+
+    Raises:
+        ConfigError: a setting by which PEFT would compute something else than base weights plus A B.
+    """
+    init = settings.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
+        remedy = "train it with init_lora_weights=True"
+        if isinstance(init, str) and init.lower().startswith(_CONVERTIBLE_INITS):
+            remedy = (
+                "let PEFT save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or "
+                f"{remedy}"
+            )
+        raise ConfigError(f"{path}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
+    for key, value in settings.items():
+        plain = value in (None, False, [], {}) or (key, value) in (("bias", "none"), ("peft_type", "LORA"))
+        if not plain and key not in _ADAPTER_KEYS:
+            raise ConfigError(
+                f"{path}: {key} is {value!r:.60}, which is not supported; train the adapter without it, or remove it "
+                "where it has no effect"
+            )
 
 
 def _check_agree(folder: Path, config: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:

@@ -2,8 +2,12 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch_native
 from conftest import FIXTURES, TINY
 
 from phi4mm_jax import CheckpointError, ConfigError
@@ -175,3 +179,76 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="list"):
         Phi4MMConfig.from_folder(tmp_path)
+
+
+def lora_fields() -> dict[str, Any]:
+    """The settings that PEFT writes of an adapter of its defaults."""
+    from peft import LoraConfig
+
+    return json.loads(json.dumps(LoraConfig(r=8, lora_alpha=16, target_modules=["qkv_proj"]).to_dict(), default=str))
+
+
+def adapter_folder(tmp_path: Path, layout: str, settings: dict[str, Any]) -> Path:
+    if layout == "original":
+        shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("inputs", "goldens*"))
+    else:
+        (tmp_path / "model").mkdir()
+        native = torch_native.native_config(json.loads((TINY / "config.json").read_text())).to_dict()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(native, default=str))
+        for kind in ("vision", "speech"):
+            shutil.copytree(TINY / f"{kind}-lora", tmp_path / "model" / f"{kind}-lora")
+    path = tmp_path / "model" / "vision-lora" / "adapter_config.json"
+    path.write_text(json.dumps({**lora_fields(), "r": 8, "lora_alpha": 16, "peft_type": "LORA"} | settings))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("layout", ["original", "native"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
+    """As PEFT writes them, with every setting at its default."""
+    folder = adapter_folder(tmp_path, layout, {"init_lora_weights": init})
+    config = Phi4MMConfig.from_folder(folder)
+    assert (config.vision_lora.rank, config.vision_lora.scale) == (8, 2.0)
+
+
+@pytest.mark.parametrize("layout", ["original", "native"])
+@pytest.mark.parametrize(
+    ("setting", "value", "remedy"),
+    [
+        ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_16", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "OLoRA", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "corda", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "loftq", "init_lora_weights=True"),
+        ("init_lora_weights", "lora_ga", "init_lora_weights=True"),
+        ("init_lora_weights", "mica", "init_lora_weights=True"),
+        ("init_lora_weights", "something new", "init_lora_weights=True"),
+        ("use_dora", True, "without it"),
+        ("use_rslora", True, "without it"),
+        ("alora_invocation_tokens", [1, 2], "without it"),
+        ("modules_to_save", ["embed_tokens"], "without it"),
+        ("bias", "lora_only", "without it"),
+        ("lora_bias", True, "without it"),
+        ("fan_in_fan_out", True, "without it"),
+        ("rank_pattern", {"o_proj": 4}, "without it"),
+        ("alpha_pattern", {"o_proj": 4}, "without it"),
+        ("layer_replication", [[0, 2], [1, 3]], "without it"),
+        ("trainable_token_indices", [5], "without it"),
+        ("target_parameters", ["experts.gate"], "without it"),
+        ("use_qalora", True, "without it"),
+        ("peft_type", "VERA", "without it"),
+        ("a_setting_of_tomorrow", 3, "without it"),
+    ],
+)  # fmt: skip
+def test_adapter_settings_that_change_the_numbers_are_refused_by_name(tmp_path, layout, setting, value, remedy):
+    folder = adapter_folder(tmp_path, layout, {setting: value})
+    with pytest.raises(ConfigError, match=rf"vision-lora/adapter_config\.json: {setting} is .*{remedy}"):
+        Phi4MMConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize("layout", ["original", "native"])
+def test_pickled_adapters_are_refused(tmp_path, layout):
+    folder = adapter_folder(tmp_path, layout, {}) / "vision-lora"
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin: is a pickle.*safe_serialization"):
+        Phi4MMConfig.from_folder(folder.parent)
