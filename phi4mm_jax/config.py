@@ -198,8 +198,9 @@ def _adapter_files(folder: Path) -> list[str]:
 # Of an adapter_config.json: what is read, what the tensors themselves show, and what changes no number.
 _ADAPTER_KEYS = frozenset({
     "r", "lora_alpha", "lora_dropout", "dp", "init_lora_weights", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config",
-    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
 })  # fmt: skip
 _PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # they leave the base's weights alone
 _CONVERTIBLE_INITS = ("pissa", "corda", "olora")
@@ -353,6 +354,20 @@ def _read_decoder(keys: _Keys, rope: _Keys, tied_required: bool) -> DecoderConfi
         )
     fraction = rope.get("partial_rotary_factor", float, keys.values.get("partial_rotary_factor"))
     original = rope.get("original_max_position_embeddings", int, keys.values.get("original_max_position_embeddings"))
+    rotary = RopeConfig(
+        theta=rope.get("rope_theta", float, keys.values.get("rope_theta")),
+        rotary_size=int(head_size * fraction),
+        short_factor=rope.factors("short_factor"),
+        long_factor=rope.factors("long_factor"),
+        original_length=original,
+        max_length=max_length,
+    )
+    # transformers takes these where they are given, and else computes them as `RopeConfig.magnitude` does.
+    for key, own in (("factor", max_length / original), ("attention_factor", rotary.magnitude)):
+        if rope.has(key) and not math.isclose(value := rope.get(key, float), own, rel_tol=1e-6):
+            raise rope.error(key, f"is {value}; only {own:.6g}, which the lengths give, is supported: take it out")
+    for scale in ("short_mscale", "long_mscale", "mscale", "mscale_all_dim"):
+        rope.expect(scale, None)
     return DecoderConfig(
         vocab_size=keys.positive("vocab_size"),
         embed_dim=embed_dim,
@@ -362,14 +377,7 @@ def _read_decoder(keys: _Keys, rope: _Keys, tied_required: bool) -> DecoderConfi
         head_size=head_size,
         mlp_dim=keys.positive("intermediate_size"),
         norm_eps=keys.get("rms_norm_eps", float),
-        rope=RopeConfig(
-            theta=rope.get("rope_theta", float, keys.values.get("rope_theta")),
-            rotary_size=int(head_size * fraction),
-            short_factor=rope.factors("short_factor"),
-            long_factor=rope.factors("long_factor"),
-            original_length=original,
-            max_length=max_length,
-        ),
+        rope=rotary,
     )
 
 

@@ -252,3 +252,19 @@ def test_pickled_adapters_are_refused(tmp_path, layout):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin: is a pickle.*safe_serialization"):
         Phi4MMConfig.from_folder(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("factor", 16.0), ("attention_factor", 1.5), ("short_mscale", 1.1), ("long_mscale", 1.3)]
+)
+def test_longrope_settings_that_would_change_the_rotation_are_refused(key, value):
+    config = copy.deepcopy(RELEASE)
+    config["rope_scaling"][key] = value
+    with pytest.raises(ConfigError, match=rf"rope_scaling: {key}"):
+        Phi4MMConfig.from_dict(config)
+
+
+def test_longrope_settings_that_say_what_the_lengths_give():
+    config = copy.deepcopy(RELEASE)
+    config["rope_scaling"] |= {"factor": 32.0, "attention_factor": 1.1902380714238083}
+    assert Phi4MMConfig.from_dict(config) == Phi4MMConfig.from_dict(RELEASE)
