@@ -171,8 +171,8 @@ class Phi4MMConfig:
             path = folder / f"{kind}-lora" / "adapter_config.json"
             if "adapter_model.bin" in files and "adapter_model.safetensors" not in files:
                 raise CheckpointError(
-                    f"{path.with_name('adapter_model.bin')}: is a pickle, which can run code and is not read; save the "
-                    "adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
+                    f"{path.with_name('adapter_model.bin')}: pickle files are not read, since they can run code; "
+                    "save the adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
                 )
             if path.name in files:
                 check_adapter_settings(path, read_json(path))
