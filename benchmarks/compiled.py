@@ -1,4 +1,4 @@
-"""What a program compiled for TPUs costs, by its text: cycles, collectives and kernels, loops times their trip counts.
+"""Cost of a program compiled for TPUs, by its text: cycles, collectives and kernels, loops times their trip counts.
 
 Cycles are the compiler's estimates. Kernels have none: they are counted by their products and the static measure of
 docs/kernels.md. Of a conditional the dearer branch counts.
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 BYTES = {
@@ -27,7 +28,6 @@ class Chip:
         macs: multiply-adds a cycle of one core.
         cores: that work as one device.
         hbm: GiB that a program may take.
-        bandwidth: bytes a second of its memory.
         link: bytes a second to both neighbours along one axis of the torus (jax-ml.github.io/scaling-book).
         kernels: multiply-adds of attention at the static measure of docs/kernels.md, over `macs`: forward, gradient of
             the queries, gradient of keys and values.
@@ -37,7 +37,6 @@ class Chip:
     macs: int
     cores: int
     hbm: float
-    bandwidth: float
     link: float
     kernels: tuple[float, float, float]
 
@@ -48,9 +47,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(1.503e9, 65536, 1, 15.75, 0.82e12, 9.0e10, (0.98, 0.96, 0.95)),
-    "v5p": Chip(1.75e9, 65536, 2, 95.0, 2.77e12, 1.8e11, (0.97, 0.97, 0.94)),
-    "v6e": Chip(1.75e9, 262144, 1, 31.25, 1.64e12, 1.8e11, (0.475, 0.465, 0.452)),
+    "v5e": Chip(1.503e9, 65536, 1, 15.75, 9.0e10, (0.98, 0.96, 0.95)),
+    "v5p": Chip(1.75e9, 65536, 2, 95.0, 1.8e11, (0.97, 0.97, 0.94)),
+    "v6e": Chip(1.75e9, 262144, 1, 31.25, 1.8e11, (0.475, 0.465, 0.452)),
 }
 
 
@@ -74,7 +73,7 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Cost:
-    """Of a program on one device.
+    """Cost of a program on one device.
 
     Attributes:
         cycles: of everything but kernels and collectives; `products` of these, of fusions with a matrix product.
@@ -120,13 +119,10 @@ def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _instruction(name: str, rest: str) -> Instruction:
-    depth, end = 0, rest.find(" ")
-    if rest.startswith("("):
-        for end, letter in enumerate(rest):  # noqa: B007
-            depth += (letter == "(") - (letter == ")")
-            if depth == 0:
-                break
-        end += 1
+    end = rest.find(" ")
+    if rest.startswith("("):  # a tuple: up to where its brackets are closed
+        depths = accumulate((letter == "(") - (letter == ")") for letter in rest)
+        end = next(i for i, depth in enumerate(depths, 1) if depth == 0)
     return Instruction(name, rest[:end], rest[end:].strip().split("(")[0], rest)
 
 
@@ -142,7 +138,7 @@ def size(type_: str) -> float:
 
 
 def cost(text: str, chip: Chip) -> Cost:
-    """What one device does in one run of the program."""
+    """Count what one device does in one run of the program."""
     computations, entry = read(text)
 
     @cache

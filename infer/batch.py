@@ -94,8 +94,7 @@ def main() -> int:
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):
             raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
-    if arguments.compilation_cache:
-        keep_compiled(arguments.compilation_cache)
+    keep_compiled(arguments.compilation_cache)
     with AnswerFile(
         arguments.output, lines, ordered=arguments.ordered, settings=partial(settings, arguments), form=arguments.format
     ) as answers:

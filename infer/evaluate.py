@@ -87,8 +87,7 @@ def main() -> int:
     sets = {name: read_items(path) for name, path in names.items()}
     for name, path in names.items():
         measure.check(path, sets[name])
-    if arguments.compilation_cache:
-        keep_compiled(arguments.compilation_cache)
+    keep_compiled(arguments.compilation_cache)
     with tempfile.TemporaryDirectory() as nowhere:
         return evaluate(arguments, config, measure, sets, arguments.output or Path(nowhere, "run"))
 

@@ -24,7 +24,7 @@ def keep_compiled_by_default() -> None:
 
 
 def keep_compiled(folder: str | Path) -> None:
-    """Keep every program that is compiled from now on in a folder: the next start takes it from there.
+    """Keep every program that is compiled from now on in a folder: the next start takes it from there. "" keeps none.
 
     Whoever can write to the folder can make its readers run what he likes; one that does not exist is made the user's
     alone.
@@ -32,6 +32,9 @@ def keep_compiled(folder: str | Path) -> None:
     Raises:
         InputError: the folder cannot be written to.
     """
+    if folder == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     folder = Path(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -174,12 +174,12 @@ class Phi4MMConfig:
                     f"{path.with_name('adapter_model.bin')}: pickle files are not read, since they can run code; "
                     "save the adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
                 )
-            if path.name in files:
-                check_adapter_settings(path, read_json(path))
+            settings = read_json(path) if path.name in files or (native and files) else {}
+            check_adapter_settings(path, settings)
             if native and files:
-                adapters[kind] = read_json(path)
+                adapters[kind] = settings
             elif files:
-                _check_agree(folder, config, kind, read_json(path) if path.name in files else {})
+                _check_agree(folder, config, kind, settings)
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")

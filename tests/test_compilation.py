@@ -63,3 +63,21 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
         assert jax.config.values["jax_compilation_cache_dir"] is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_caching_that_is_turned_off_stays_off(monkeypatch, tmp_path):
+    """--compilation-cache "", though loading a model turns it on by default."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation.keep_compiled("")
+        compilation.keep_compiled_by_default()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+        assert not jax.config.values["jax_enable_compilation_cache"]
+        assert not any(tmp_path.iterdir())
+    finally:
+        for name, old in before.items():
+            jax.config.update(name, old)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
+from phi4mm_jax.files import INCOMPLETE, write_whole
 from phi4mm_jax.generation import Engine, Request
 from phi4mm_jax.generation.jsonl import AnswerFile, Line
 from phi4mm_jax.generation.request import Adapter
@@ -21,7 +21,6 @@ from phi4mm_jax.strict_json import strict_json
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 AUTO: Literal["auto"] = "auto"
-_INCOMPLETE = ".incomplete"
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def _claim(folder: Path, settings: Settings) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         before = path.read_text() if path.exists() else None
-        is_empty = all(p.name.endswith(_INCOMPLETE) for p in folder.iterdir())
+        is_empty = all(p.name.endswith(INCOMPLETE) for p in folder.iterdir())
         if is_empty:
             write_whole(path, strict_json(now, indent=1))
     except OSError as error:
@@ -155,10 +154,3 @@ def read_answers(folder: Path, items: Sequence[Item]) -> list[Answer]:
         else:
             answers[found["id"]] = Answer(found["text"], cut=found["finish_reason"] == "length")
     return [answers[item.where] for item in items]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".{path.name}{_INCOMPLETE}")
-    aside.write_text(text, errors="backslashreplace")
-    os.replace(aside, path)

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.evaluation.answers import Answer, Settings, write_whole
+from phi4mm_jax.evaluation.answers import Answer, Settings
 from phi4mm_jax.evaluation.intervals import interval, mean_interval
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.evaluation.metrics import (
@@ -24,6 +24,7 @@ from phi4mm_jax.evaluation.metrics import (
     make_normalizer,
 )
 from phi4mm_jax.evaluation.published import Published, published_mean
+from phi4mm_jax.files import write_whole
 from phi4mm_jax.strict_json import strict_json
 
 TASKS: Mapping[str, tuple[tuple[MetricName, ...], NormalizerName]] = {  # metrics, normaliser

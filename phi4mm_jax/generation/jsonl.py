@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.files import write_whole
 from phi4mm_jax.fingerprint import file_fingerprint, folder_fingerprint
 from phi4mm_jax.generation.engine import Engine
 from phi4mm_jax.generation.request import Completion, Request
@@ -435,7 +436,7 @@ class AnswerFile:
                 )
             return
         try:
-            _write_whole(path, strict_json(now).encode() + b"\n")
+            write_whole(path, strict_json(now) + "\n")
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -721,13 +722,3 @@ def _key(named: Mapping[str, Any]) -> Any:
 
 def _number(digest: str | None) -> int:
     return 0 if digest is None else int(digest[:16], 16)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.incomplete")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise

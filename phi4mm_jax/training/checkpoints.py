@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.files import write_whole
 from phi4mm_jax.training.step import TrainState
 
 _SCORE = "score"
@@ -80,9 +81,7 @@ class Checkpoints:
         """Score a checkpoint that was saved without; beside it, since what is saved is not written again."""
         with self._writable():
             scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
-            temporary = self._late.with_name(f"{self._late.name}.new")
-            temporary.write_text(json.dumps(scores, allow_nan=False))
-            temporary.replace(self._late)
+            write_whole(self._late, json.dumps(scores, allow_nan=False))
 
     def _late_scores(self) -> dict[str, float]:
         return json.loads(self._late.read_text()) if self._late.is_file() else {}

@@ -172,6 +172,13 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
                     _check_finite(number, _values(metrics, recipe.data.kind), state)
                 checkpoints.save(state, taken | {"total": run.steps, "epochs": recipe.data.epochs}, score)
 
+            def keep_what_is_done() -> None:
+                """Log and save the steps before an end that was not foreseen."""
+                for earlier in untold:
+                    tell(*earlier)
+                if number and checkpoints.last != number:
+                    save(number)
+
             metrics: Metrics | None = None
             scored = True
             if unscored:  # its evaluation was cut short
@@ -185,17 +192,11 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
             while number < run.steps and scored:
                 try:
                     batches = next(steps, None)
-                except InputError:  # the steps before are kept
-                    for earlier in untold:
-                        tell(*earlier)
-                    if number and checkpoints.last != number:
-                        save(number)
+                except InputError:
+                    keep_what_is_done()
                     raise
                 if batches is None:
-                    for earlier in untold:
-                        tell(*earlier)
-                    if number and checkpoints.last != number:
-                        save(number)
+                    keep_what_is_done()
                     say(f"The data ended after step {number}, though {run.steps} were counted; they changed meanwhile.")
                     run = run._replace(steps=number)
                     break

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.files import write_whole
 from phi4mm_jax.strict_json import strict_json
 
 LINES, REPORT = "metrics.jsonl", "report.md"
@@ -26,9 +26,7 @@ class Log:
         self._path = folder / LINES
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if line["step"] <= step]
-        aside = self._path.with_suffix(".incomplete")
-        aside.write_text("".join(strict_json(line) + "\n" for line in kept))
-        os.replace(aside, self._path)
+        write_whole(self._path, "".join(strict_json(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         try:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -1,6 +1,5 @@
 """A recipe: all settings of a run in one YAML file, which arguments may override."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from annotated_types import MinLen
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.files import write_whole
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.training.data import DataConfig, Source
 from phi4mm_jax.training.dpo import DPOConfig
@@ -151,9 +151,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe with all settings that it came to have; `load_recipe` reads it."""
     settings = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    aside = path.with_name(f".{path.name}.incomplete")
-    aside.write_text(yaml.safe_dump(settings, sort_keys=False))
-    os.replace(aside, path)
+    write_whole(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 # What a run may go on with another value of. All else decides what the steps before would have been.
