@@ -116,7 +116,8 @@ def _staged(
         folder = FilePath(os.path.realpath(source))
         if FilePath(os.path.realpath(destination)).is_relative_to(folder):
             raise CheckpointError(f"{destination}: lies within the source {source}; give another destination")
-        if destination.name and folder.is_relative_to(os.path.realpath(aside_of(destination))):
+        written = [aside_of(destination), destination] if destination.name else []
+        if any(folder.is_relative_to(os.path.realpath(path)) for path in written):
             raise CheckpointError(f"{source}: is where {destination} would be written first; give another destination")
     with staged(destination, say) as aside:
         yield local_folder(source), aside

@@ -21,6 +21,9 @@ def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
     What an interrupted run has left there is removed, and said. Enter it before any work: from then on the name is
     this process's, and a destination that cannot be written is known.
 
+    A marker in the folder tells the next run that it may be removed. It stays until everything is on the disk under the
+    destination's name, so that a kill at any point leaves nothing that is in the way.
+
     Args:
         say: called with what the user should know.
 
@@ -29,6 +32,7 @@ def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
     """
     destination = destination.absolute()
     new_parents: list[Path] = []
+    renamed = False
     try:
         _check_free(destination)
         aside = aside_of(destination)
@@ -36,16 +40,27 @@ def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _held(aside, destination):
             _check_free(destination)  # it may have been made before the folder was held
-            if _clear(aside):
-                say(f"An earlier run was interrupted before {destination} was whole; starting again.")
+            leftover = _clear(aside)
             try:
                 (aside / _MARKER).touch()
+                if _reclaim(destination, aside) or leftover:
+                    say(f"An earlier run was interrupted before {destination} was whole; starting again.")
                 yield aside
-                (aside / _MARKER).unlink()
                 _flush(aside)
+                (aside / _MARKER).touch()  # no older than any file: see `_is_unfinished`
                 os.rename(aside, destination)
+                renamed = True
+                for parent in [destination.parent, *(path.parent for path in new_parents)]:
+                    _sync(parent)
+                (destination / _MARKER).unlink()
+                _sync(destination)
             except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    if renamed:
+                        (destination / _MARKER).touch()
+                        os.rename(destination, aside)
+                    _clear(aside)
+                    (aside / _MARKER).unlink()
                 raise
     except OSError as error:
         cause = "the disk is full" if error.errno in _FULL else str(error)
@@ -73,10 +88,24 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Files onto the disk: should the machine fail, the folder's new name must not outlive what is in it."""
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    """Files and names onto the disk: should the machine fail, the folder's new name must not outlive what is in it."""
+    paths = list(folder.rglob("*"))
+    for path in [*filter(Path.is_file, paths), *filter(Path.is_dir, paths), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """A file or folder onto the disk; some mounts cannot sync a folder, and not every folder may be read."""
+    ignored = (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in ignored:
+            raise
 
 
 def _check_free(destination: Path) -> None:
@@ -84,13 +113,36 @@ def _check_free(destination: Path) -> None:
         raise CheckpointError(f"{destination}: is a symbolic link; give the folder itself")
     if destination.name == "..":
         raise CheckpointError(f"{destination}: ends in '..'; give the folder's own name")
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    is_empty = destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not is_empty and not _is_unfinished(destination):
         raise CheckpointError(f"{destination}: exists already; remove it, or give another destination")
 
 
+def _is_unfinished(destination: Path) -> bool:
+    """Whether a run was interrupted, or is at work, between a folder's renaming and its end; and nobody has changed a
+    file of it since, which would then be lost."""
+    try:
+        marked = (destination / _MARKER).lstat().st_ctime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return all(path.is_dir() or path.lstat().st_ctime_ns <= marked for path in destination.rglob("*"))
+
+
+def _reclaim(destination: Path, aside: Path) -> bool:
+    """Remove a destination that an interrupted run has not finished; whether there was one. It loses its name first, so
+    that an interruption here leaves nothing that seems whole."""
+    if not _is_unfinished(destination):
+        return False
+    with _locked(destination, destination):
+        if not _is_unfinished(destination):
+            raise CheckpointError(f"{destination}: exists already; remove it, or give another destination")
+        os.rename(destination, aside / "unfinished")
+    return _clear(aside)
+
+
 def _clear(aside: Path) -> bool:
-    """Remove what is in a folder that an interrupted run left; whether there was anything. The marker goes last, so
-    that an interruption here leaves a folder that is known as well."""
+    """Remove what is in a folder that an interrupted run left, but the marker, so that an interruption here leaves a
+    folder that is known as well; whether there was anything."""
     found = {path.name: path for path in aside.iterdir()}
     if found and found.pop(_MARKER, None) is None:
         raise CheckpointError(f"{aside}: is in the way, and no interrupted run has left it; move it, or remove it")
@@ -101,7 +153,20 @@ def _clear(aside: Path) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Path, destination: Path) -> Iterator[None]:
-    """Makes the folder, or takes over what is there, and holds it against other processes.
+    """Makes the folder, or takes over what is there, and holds it against other processes."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    with _locked(folder, destination):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is empty: nothing was done
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, destination: Path) -> Iterator[None]:
+    """Locks a folder against other processes.
 
     The lock ends with its holder, however that ends. It is on the folder, which its holder renames or removes: one that
     is no longer there when it is locked was another process's.
@@ -109,8 +174,6 @@ def _held(folder: Path, destination: Path) -> Iterator[None]:
     descriptor = None
     try:
         try:
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_there = os.path.samestat(os.fstat(descriptor), os.lstat(folder))
@@ -118,11 +181,7 @@ def _held(folder: Path, destination: Path) -> Iterator[None]:
             is_there = False
         if not is_there:
             raise CheckpointError(f"{destination}: another process is writing it; wait for it, or stop it")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if it is empty: nothing was done
+        yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
