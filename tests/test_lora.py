@@ -1,11 +1,17 @@
 """Adapters' dropout: a hash of the key and of a value's place."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import inject_adapter_in_model
 
-from phi4mm_jax.model.lora import dropout
+from phi4mm_jax.config import LoraConfig
+from phi4mm_jax.model.lora import Projection, dropout
 from phi4mm_jax.sharding import make_mesh
 
 RATE = 0.1
@@ -54,3 +60,51 @@ def test_dropout_is_the_same_however_the_array_lies_on_a_mesh(spec):
     found = jax.jit(dropout, static_argnums=2)(spread, jax.random.key(0), RATE)
     np.testing.assert_array_equal(found == 0, expected == 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+class _Mask(torch.nn.Module):
+    """Dropout whose draws are given."""
+
+    def __init__(self, kept: np.ndarray, rate: float):
+        super().__init__()
+        self.factor = torch.tensor(kept / (1 - rate), dtype=torch.float32)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_dropout_comes_before_the_down_projection_as_in_peft():
+    """With the same draws, which powers of two in A make visible: y = x W + (alpha / r) drop(x) A B."""
+    rate, inputs, outputs, rank = 0.5, 12, 7, 3
+    lora = LoraConfig(rank=rank, alpha=6.0, dropout=rate)
+    sizes = {"D": inputs, "F": outputs}
+    projection = Projection("D", {"up": "F"}, sizes, {"lora_speech": lora})
+    rng = np.random.default_rng(0)
+    w, a, b = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((inputs, outputs), (inputs, rank), (rank, outputs))
+    )
+
+    def apply(x, w, a, b):
+        variables = {"params": {"up": w}, "lora_speech": {"a": a, "up": b}}
+        scales = {"lora_speech": jnp.full(2, lora.scale)}
+        found: Any = projection.apply(variables, jnp.asarray(x), scales, rngs={"dropout": jax.random.key(3)})
+        return np.asarray(found[0])
+
+    powers, one = np.zeros((inputs, rank), np.float32), np.zeros((rank, outputs), np.float32)
+    powers[:, 0], one[0, 0] = 2.0 ** np.arange(inputs), 1.0
+    seen = apply(np.ones((2, 5, inputs), np.float32), np.zeros_like(w), powers, one)[..., 0]
+    digits = (seen * (1 - rate) / lora.scale).astype(int)
+    kept = digits[..., None] >> np.arange(inputs) & 1
+    assert 0.3 < kept.mean() < 0.7
+    assert len({tuple(row) for row in kept.reshape(10, -1)}) == 10
+
+    module = torch.nn.ModuleDict({"up": torch.nn.Linear(inputs, outputs, bias=False)})
+    config = PeftConfig(r=rank, lora_alpha=lora.alpha, lora_dropout=rate, target_modules=["up"])
+    layer: Any = inject_adapter_in_model(config, module).get_submodule("up")
+    with torch.no_grad():
+        layer.base_layer.weight.copy_(torch.tensor(w.T))
+        layer.lora_A["default"].weight.copy_(torch.tensor(a.T))
+        layer.lora_B["default"].weight.copy_(torch.tensor(b.T))
+    layer.lora_dropout["default"] = _Mask(kept, rate)
+    x = rng.normal(size=(2, 5, inputs)).astype(np.float32)
+    np.testing.assert_allclose(apply(x, w, a, b), layer.train()(torch.tensor(x)).detach().numpy(), atol=1e-5)

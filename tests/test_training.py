@@ -25,11 +25,12 @@ from phi4mm_jax import InputError
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.lora import dropout
-from phi4mm_jax.processing.batch import Batch
+from phi4mm_jax.model.lora import SPEECH, dropout
+from phi4mm_jax.processing.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
+from phi4mm_jax.training.flops import step_flops
 from phi4mm_jax.training.loss import LossConfig, token_losses
 from phi4mm_jax.training.metrics import Log, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
@@ -386,16 +387,13 @@ def native_inputs(model, name: str, goldens):
     return ids, labels, images, audios, adapter
 
 
-def test_dropout_is_of_the_adapters_alone(scanned, eight):
+def test_dropout_is_of_the_adapters_alone(scanned, dropping, eight):
     """Drawn by the key: the same again with it, another with another; none where no row has an adapter."""
-    config = scanned.config
-    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.5) for n in ("vision_lora", "speech_lora")}
-    model = Phi4MM(dataclasses.replace(config, **loras), scanned.module.dtype)
     trainable, frozen = split(scanned.variables, ADAPTERS, "trainable")
 
     @jax.jit
     def loss(batch, key):
-        return gradients(supervised(model), trainable, frozen, batch, key)[1].loss
+        return gradients(supervised(dropping), trainable, frozen, batch, key)[1].loss
 
     batch, keys = micro_batches(eight[0]), [dropout_key(i) for i in range(2)]
     one, again, other = loss(batch, keys[0]), loss(batch, keys[0]), loss(batch, keys[1])
@@ -403,6 +401,47 @@ def test_dropout_is_of_the_adapters_alone(scanned, eight):
     assert abs(one / supervised_loss(scanned, eight[0]) - 1) > 1e-3
     text = micro_batches(sample(scanned, "<|user|>Hello<|end|><|assistant|>", "Hi.<|end|><|endoftext|>"))
     assert loss(text, keys[0]) == loss(text, keys[1])
+
+
+@pytest.fixture(scope="module")
+def dropping(scanned) -> Phi4MM:
+    """The model with a dropout of a half."""
+    config = scanned.config
+    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.5) for n in ("vision_lora", "speech_lora")}
+    return Phi4MM(dataclasses.replace(config, **loras), scanned.module.dtype)
+
+
+@pytest.fixture(scope="module")
+def spoken(scanned) -> TrainingBatch:
+    """Two rows of text with the speech adapter."""
+    one = sample(scanned, "<|user|>Which colour has it?<|end|><|assistant|>", "It is red.<|end|><|endoftext|>")
+    other = sample(scanned, "<|user|>Which colour has it?<|end|><|assistant|>", "No.<|end|><|endoftext|>")
+    both: Any = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, other)
+    return both._replace(batch=both.batch._replace(adapters=np.asarray([SPEECH, SPEECH], np.int32)))
+
+
+def test_each_step_and_micro_batch_drops_out_otherwise(scanned, dropping, spoken):
+    """At learning rate 0 the losses of steps differ by their draws alone; without a key they are equal."""
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    optimizer = optax.sgd(0.0)
+
+    @jax.jit
+    def step(state, batches, key):
+        return train_step(supervised(dropping), optimizer, state, frozen, batches, key)
+
+    def losses(batches, key):
+        state, first = step(initial_state(trainable, optimizer), batches, key)
+        return float(first.loss), float(step(state, batches, key)[1].loss)
+
+    nothing = spoken._replace(weights=np.zeros_like(spoken.weights))
+    before, after = micro_batches(spoken, nothing), micro_batches(nothing, spoken)
+    first, second = losses(before, dropout_key(0))
+    assert abs(first - second) > 1e-3
+    assert losses(before, dropout_key(0)) == (first, second)
+    assert abs(losses(after, dropout_key(0))[0] - first) > 1e-3
+    plain = losses(before, None)
+    assert plain[0] == plain[1]
+    assert abs(plain[0] - first) > 1e-3
 
 
 def supervised_loss(model, batch: TrainingBatch) -> float:
@@ -455,6 +494,108 @@ def test_weight_decay_by_patterns(scanned):
 def test_wrong_optimizer_settings(name):
     with pytest.raises(InputError, match=rf"optimizer\.{name} is"):
         OptimizerConfig(**{name: "steep" if name == "schedule" else -1})
+
+
+# Operations.
+
+
+def trained(name: str, size: int = 70):
+    """Parameters of this name, so many in all."""
+    collection, _, rest = name.partition("/")
+    return {collection: {rest or "x": {"kernel": np.zeros(size)}}}
+
+
+def text_batch(segments, targets: int) -> TrainingBatch:
+    """A packed row; its first positions carry loss."""
+    row = np.asarray([segments], np.int32)
+    batch = Batch(row, (row > 0).sum(1), np.zeros(1, np.int32), np.full_like(row, -1), None, None, row)
+    return TrainingBatch(batch, row, (np.arange(row.size) < targets).astype(np.float32)[None])
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),  # of a weight and token, of a target and the head's weight, of an adapter's
+    [("lora_speech", (2, 2, 3)), ("params/speech", (2, 2, 0)), ("params/decoder", (3, 3, 0))],
+)
+def test_operations_of_the_decoder_by_hand(tiny, name, products):
+    """Samples of 4 and 6 tokens in a row of 12, of which 5 carry loss."""
+    batch = text_batch([1] * 4 + [2] * 6 + [0] * 2, targets=5)
+    layer = 96 * 16 * (6 + 2 + 2 + 6) + 3 * 96 * 160  # q, k, v, out; gate, up, down
+    pairs = (4 * 4 + 6 * 6) / 2  # of a query and a key that it sees
+    forward = 2 * 2 * 6 * 16 * 3 * pairs  # a score and a weighted value, by heads of 16, in 3 layers
+    of_weight, of_head, of_adapter = products
+    expected = 2 * (3 * layer * of_weight + 70 * of_adapter) * 10 + 3 * forward + 2 * 768 * 96 * 5 * of_head
+    assert step_flops(tiny.config, trained(name), [batch]) == expected
+    assert step_flops(tiny.config, trained(name), [batch, batch]) == 2 * expected
+
+
+def matrix_products(function, *arguments) -> float:
+    """Operations of the products of matrices and convolutions that are traced: of a loop, times its length."""
+
+    def count(jaxpr) -> float:
+        total = 0.0
+        for equation in jaxpr.eqns:
+            inner = [x for x in jax.tree.leaves(equation.params, is_leaf=is_jaxpr) if is_jaxpr(x)]
+            times = equation.params["length"] if equation.primitive.name == "scan" else 1
+            total += times * sum(count(getattr(x, "jaxpr", x)) for x in inner)
+            if equation.primitive.name == "dot_general":
+                (contracted, _), (shared, _) = equation.params["dimension_numbers"]
+                one, other = (x.aval for x in equation.invars)
+                is_sum = other.ndim == len(contracted) + len(shared)  # over rows: by a vector of ones
+                size = np.prod([one.shape[i] for i in contracted])
+                total += 0 if is_sum else 2 * equation.outvars[0].aval.size * size
+            if equation.primitive.name == "conv_general_dilated":
+                kernel = equation.invars[1].aval
+                total += 2 * equation.outvars[0].aval.size * kernel.size / kernel.shape[-1]
+        return total
+
+    def is_jaxpr(x) -> bool:
+        return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+    return float(count(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def test_operations_of_the_encoders_are_those_traced(scanned):
+    """Forward, of stacks without padding: two crops, and three chunks of 19 tokens."""
+    crops, chunks, tokens = 2, 3, 19
+    images = ImageStack(np.zeros((crops, 448, 448, 3), np.float32), np.ones((crops, 32, 32), bool))
+    frames = np.zeros((chunks, 8 * (tokens + 1), 80), np.float32)
+    whole = np.full(chunks, frames.shape[1])
+    audio = AudioStack(frames, 0 * whole, whole, np.full(chunks, tokens), np.zeros(chunks, bool))
+    nothing = text_batch([0], targets=0)
+
+    def counted(images, audio):
+        batch = nothing._replace(batch=nothing.batch._replace(images=images, audio=audio))
+        return step_flops(scanned.config, trained("lora_speech"), [batch])
+
+    def traced(method, *arguments):
+        return matrix_products(lambda: scanned.module.apply(scanned.variables, *arguments, method=method))
+
+    assert counted(None, None) == 0
+    ours, theirs = counted(images, None), traced("encode_images", images)
+    separators = 2 * 2 * (48 + 96) * 96  # which are projected beside the features
+    assert ours == theirs - separators
+    encoder = 2 * 16 * 16 * (2 * 20 + 10) + 2 * 10 * 16 * 32  # the stem, of a token
+    encoder += 2 * 3 * (8 * 32 * 32 + 6 * 32 * 48 + 2 * 32 * tokens)  # three blocks
+    projector = 2 * (32 + 96) * 96
+    halo = 1  # a token before each chunk, which the stem makes as well
+    assert counted(None, audio) == chunks * tokens * (encoder + projector)
+    stem = 2 * 16 * 16 * (2 * 20 + 10) + 2 * 10 * 16 * 32
+    assert traced("encode_audio", audio) == chunks * (tokens * (encoder + 2 * projector) + halo * stem)
+
+
+def test_operations_of_what_is_trained_before_the_decoder(scanned):
+    """An encoder that is trained costs three products each; its projector then two, or three where it is trained."""
+    frames = np.zeros((1, 16, 80), np.float32)
+    audio = AudioStack(frames, np.zeros(1, int), np.full(1, 16), np.ones(1, int), np.zeros(1, bool))
+    nothing = text_batch([0], targets=0)
+    batch = nothing._replace(batch=nothing.batch._replace(audio=audio))
+    projector = 2 * (32 + 96) * 96
+    encoder = step_flops(scanned.config, trained("lora_speech"), [batch]) - projector
+    for name, expected in (
+        ("params/speech", 3 * encoder + 2 * projector), ("params/audio_projector", encoder + 3 * projector),
+        ("params/vision", encoder + projector),
+    ):  # fmt: skip
+        assert step_flops(scanned.config, trained(name), [batch]) == expected, name
 
 
 # At full size.
@@ -512,6 +653,25 @@ def test_dpo(scanned, eight):
     np.testing.assert_allclose(sums.loss / 4, loss, rtol=1e-5)
     np.testing.assert_allclose(sums.correct, (margins > 0).sum())
     assert relative(found, expected) <= 1e-4
+
+
+def test_dpo_reference_does_not_drop_out(scanned, dropping, spoken):
+    """Begun as the reference, the policy that drops out is another: the margin is that of the undropped reference."""
+    trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
+    known, key = frozen | {REFERENCE: trainable}, dropout_key(0)
+    objective = preference(dropping, DPOConfig(beta=0.5))
+    (loss, sums), policy = jax.jit(
+        lambda: (objective(trainable, known, spoken, key), of_answers(dropping, trainable, frozen, spoken, key))
+    )()
+    logits = scanned.logits(spoken.batch)  # of a model without dropout
+    each = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), spoken.targets[..., None], -1)[..., 0]
+    reference = (each * spoken.weights).sum(1)
+    assert np.abs(policy - reference).min() > 1e-2
+    gains = np.asarray(policy) - reference
+    margin = 0.5 * (gains[0] - gains[1])
+    np.testing.assert_allclose(sums.log_probability, margin, atol=1e-4)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)), atol=1e-4)
+    assert abs(float(loss) - np.log(2)) > 1e-3
 
 
 def test_dpo_prefers(scanned, eight):
