@@ -1,8 +1,11 @@
 """Benchmarks: metrics against values by hand and against others' code, intervals, manifests, and the whole program."""
 
+import dataclasses
 import itertools
 import json
+import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import phi4mm_jax
 from infer import evaluate
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.evaluation import intervals, metrics
-from phi4mm_jax.evaluation.answers import Answer, ask
+from phi4mm_jax.evaluation.answers import Answer, answer_file, ask, settings_of
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, counts_of, make_metric, make_normalizer
 from phi4mm_jax.evaluation.published import PUBLISHED, published_mean
@@ -433,6 +436,36 @@ def test_a_checkpoint_without_the_adapter(tmp_path):
     check_adapter(tmp_path, "none")
     with pytest.raises(InputError, match=r"has no vision adapter \(it has speech\); choose another"):
         check_adapter(tmp_path, "vision")
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def test_a_run_is_resumed_with_the_same_weights_alone(tmp_path):
+    """Those of a copy, whatever its dates, are the same; one value among 786,432 makes others."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(3 << 20))
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "model.safetensors", (0, 0))
+    items = [Item("m: line 1", None, [user("A?")], ("a",))]
+
+    def claim(model, dtype="float32", adapter=None, max_new_tokens=3, of=items):
+        with answer_file(tmp_path / "run", settings_of(tmp_path / model, dtype, adapter, max_new_tokens, of), of):
+            pass
+
+    claim("model")
+    claim("copy")
+    for changed, named in (
+        ({"dtype": "bfloat16"}, "dtype"), ({"adapter": "none"}, "adapter"), ({"max_new_tokens": 4}, "max_new_tokens"),
+        ({"of": [dataclasses.replace(items[0], prompt=[user("B?")])]}, "prompts"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=rf"run: holds answers of other {named} \(.*, now .*\); give another"):
+            claim("model", **changed)
+    with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"\x01")
+    with pytest.raises(InputError, match=r"run: holds answers of other weights \("):
+        claim("copy")
 
 
 # ---------------------------------------------------------------------------------------------- the program

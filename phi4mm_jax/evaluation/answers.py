@@ -13,6 +13,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.files import INCOMPLETE, write_whole
+from phi4mm_jax.fingerprint import folder_fingerprint
 from phi4mm_jax.generation import Engine, Request
 from phi4mm_jax.generation.jsonl import AnswerFile, Line
 from phi4mm_jax.generation.request import Adapter
@@ -61,14 +62,12 @@ def check_adapter(model: str | Path, adapter: Adapter | None) -> None:
 def settings_of(
     model: str | Path, dtype: str, adapter: Adapter | None, max_new_tokens: int, items: Sequence[Item]
 ) -> Settings:
-    """The settings of a run; weights and prompts by their digests.
+    """Return the settings of a run: weights by their fingerprint, which a copy has too, prompts by their digest.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    folder = local_folder(model)
-    files = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
-    weights = _digest((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path, stat in files)
+    weights = folder_fingerprint(local_folder(model))
     prompts = _digest((item.where, item.prompt) for item in items)
     return Settings(str(model), weights, dtype, adapter or AUTO, max_new_tokens, prompts)
 
@@ -137,7 +136,7 @@ def _claim(folder: Path, settings: Settings) -> None:
         return
     try:
         found = json.loads(before or "")
-        key = next((key for key in now if found[key] != now[key]), None)
+        key = next((key for key in now if found[key] != now[key] and key != "model"), None)  # a copy has its weights
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{folder}: holds something else; give another folder") from None
     if key is not None:
