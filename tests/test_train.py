@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import torch_native
 import yaml
 from conftest import TINY, media_of
 from flax.traverse_util import flatten_dict
 from peft import PeftModel
 from test_parity import CASES, native_inputs
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import phi4mm_jax
@@ -30,6 +32,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.training import loop
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.command import trainable_table
+from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
 from phi4mm_jax.training.metrics import read_log
@@ -198,17 +201,6 @@ def test_a_tuned_adapter_in_peft(recipe, native, tmp_path):
 
     np.testing.assert_allclose(theirs, logits(ours), atol=3e-4, rtol=0)
     assert np.abs(theirs - logits(before)).max() > 0.03
-
-
-def test_evaluation_decides_which_is_best(recipe, tmp_path):
-    manifest = write(tmp_path / "held.jsonl", speech_samples(3))
-    evaluation = [f"evaluation.sources=[{{path: {manifest}}}]", "evaluation.every=2", "evaluation.metric=exact"]
-    limits = ["evaluation.max_new_tokens=4", "data.steps=4", "data.epochs=null", "keep=1"]
-    assert run(recipe, *evaluation, *limits) == 0
-    lines = [line for line in read_log(tmp_path / "run") if "evaluation_loss" in line]
-    assert [line["step"] for line in lines] == [2, 4]
-    assert all(line["evaluation_exact"] >= 0 for line in lines)
-    assert lines[1]["evaluation_loss"] < lines[0]["evaluation_loss"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[f"{p.parent.name}/{p.stem}" for p in RECIPES])
@@ -503,8 +495,8 @@ def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "tame" / CHECKPOINTS, None).last == 3
 
 
-def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
-    """Each step takes two seconds of a clock that stands still meanwhile, an evaluation a hundred."""
+def slow_steps(monkeypatch, seconds: float) -> list[int]:
+    """Each step takes so long of a clock that stands still meanwhile, an evaluation a hundred; their tokens."""
     clock, tokens = [0.0], []
     monkeypatch.setattr("phi4mm_jax.training.loop.time.monotonic", lambda: clock[0])
     compiled = loop.compiled_step
@@ -514,7 +506,7 @@ def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
 
         def stepped(state, frozen, batches, key):
             tokens.append(int(batches.batch.lengths.sum()))
-            clock[0] += 2.0
+            clock[0] += seconds
             return jax.block_until_ready(step(state, frozen, batches, key))
 
         return stepped
@@ -525,6 +517,14 @@ def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "compiled_step", slow)
     monkeypatch.setattr("phi4mm_jax.training.evaluation.Evaluation.__call__", evaluated)
+    return tokens
+
+
+def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
+    """Each step takes two seconds, whatever an evaluation takes; a chip can do 10,000 operations a second."""
+    tokens = slow_steps(monkeypatch, 2.0)
+    monkeypatch.setattr(loop, "peak_flops", lambda: 1e4)
+    monkeypatch.setattr(loop, "step_flops", lambda config, trainable, batches: 100.0 * batches[0].batch.lengths.sum())
     held = texts(tmp_path / "held.jsonl", [5])
     texts(tmp_path / "train.jsonl", [20] * 12)
     assert run(quick, f"evaluation={{sources: [{{path: {held}}}], every: 3}}", "save_every=2") == 0
@@ -533,6 +533,22 @@ def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
     assert "tokens_per_second" not in lines[0]  # it was compiled
     assert [line["seconds"] for line in lines[1:]] == [2.0] * (len(lines) - 1)
     assert [line["tokens_per_second"] for line in lines[1:]] == [n / 2.0 for n in tokens[1:]]
+    devices = 8  # of this process
+    expected = [100 * n / 2.0 / 1e4 / devices for n in tokens[1:]]
+    np.testing.assert_allclose([line["mfu"] for line in lines[1:]], expected)
+
+
+def test_throughput_of_several_steps_is_of_all_their_tokens(quick, tmp_path, monkeypatch):
+    """Logged every three steps of two seconds each; rows are filled more and more."""
+    tokens = slow_steps(monkeypatch, 2.0)
+    texts(tmp_path / "train.jsonl", list(range(15, 24)))
+    assert run(quick, "log_every=3", "data.packing.window=1") == 0
+    assert len(tokens) == len(set(tokens)) == 9  # a sample each
+    lines = read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert "tokens_per_second" not in lines[0]
+    assert [line["seconds"] for line in lines[1:]] == [2.0, 2.0]
+    assert [line["tokens_per_second"] for line in lines[1:]] == [sum(tokens[i : i + 3]) / 6.0 for i in (3, 6)]
 
 
 def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch):
@@ -556,6 +572,54 @@ def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch)
     assert run(quick, evaluation) == 0
 
 
+@pytest.mark.parametrize(
+    ("metric", "scores", "best", "share"),
+    [("loss", {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}, 4, None), ("exact", {2: 0.1, 4: 0.2, 6: 0.9, 8: 0.3}, 6, 0.5)],
+)
+def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeypatch, metric, scores, best, share):
+    """Neither the worst nor the last: its weights are those that were evaluated, its figures those of its logits."""
+    prompt = "<|user|>Number 3?<|end|><|assistant|>"
+    (said,) = tiny.generate([prompt], max_new_tokens=1)
+    references = [said.text, "x x x"]
+    held = write(
+        tmp_path / "held.jsonl",
+        [{"messages": [message("user", "Number 3?"), message("assistant", r)]} for r in references],
+    )
+    measure: Any = Evaluation.__call__
+    evaluated: dict[int, dict] = {}
+
+    def scored(evaluation, trainable, *arguments):
+        step = 2 * len(evaluated) + 2
+        evaluated[step] = jax.tree.map(np.array, flatten_dict(trainable))
+        found = measure(evaluation, trainable, *arguments)
+        values[step] = found
+        return found | {f"evaluation_{metric}": scores[step]}
+
+    values: dict[int, dict] = {}
+    monkeypatch.setattr(Evaluation, "__call__", scored)
+    evaluation = f"evaluation={{sources: [{{path: {held}}}], every: 2, metric: {metric}, max_new_tokens: 1}}"
+    assert run(quick, evaluation, "data.epochs=null", "data.steps=8", "keep=1") == 0
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None, read_only=True).steps == [best, 8]
+    assert export(tmp_path / "run", tmp_path / "out", "original") == best
+    exported = phi4mm_jax.load(tmp_path / "out", dtype="float32", scan=True)
+    found = flatten_dict(exported.variables)
+    for path, value in evaluated[best].items():
+        np.testing.assert_array_equal(found[path], value)
+        assert all(np.abs(other[path] - value).max() > 1e-5 for s, other in evaluated.items() if s != best)
+    losses = [answer_losses(exported, prompt, reference) for reference in references]
+    np.testing.assert_allclose(values[best]["evaluation_loss"], np.concatenate(losses).mean(), rtol=1e-5)
+    assert values[best].get("evaluation_exact") == share
+    assert f"step {best}" in (tmp_path / "run" / "report.md").read_text()
+
+
+def answer_losses(model, prompt: str, answer: str) -> np.ndarray:
+    """Of each token of an answer, by the whole logits."""
+    batch = model.process([f"{prompt}{answer}<|end|><|endoftext|>"])
+    start, stop = len(model.processor.tokenizer.encode(prompt, special=True)), int(batch.lengths[0])
+    logits = torch.tensor(np.asarray(model.logits(batch))[0, start - 1 : stop - 1])
+    return cross_entropy(logits, torch.tensor(batch.tokens[0, start:stop]).long(), reduction="none").numpy()
+
+
 @pytest.mark.parametrize(("greater", "best"), [(True, 2), (False, 3)])
 def test_the_best_checkpoint_is_kept(tmp_path, greater, best):
     """Besides the last one; a score that came later counts like the others."""
@@ -571,3 +635,44 @@ def test_the_best_checkpoint_is_kept(tmp_path, greater, best):
     worst = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
     worst.add_score(5, 2.0 if greater else -2.0)
     assert worst.best == 5
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_score_that_came_later_keeps_its_checkpoint(tmp_path, greater):
+    """The last state was scored on resuming, as the best; the run then goes on to worse ones."""
+    better, worse = (0.9, 0.1) if greater else (0.1, 0.9)
+
+    def save(checkpoints, step, score):
+        checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
+
+    folder = tmp_path / "run" / CHECKPOINTS
+    first = Checkpoints(folder, 1, greater)
+    save(first, 1, 0.5)
+    save(first, 2, None)
+    first.close()
+    resumed = Checkpoints(folder, 1, greater)
+    resumed.add_score(2, better)
+    for step in (3, 4, 5):
+        save(resumed, step, worse)
+    resumed.close()
+    read = Checkpoints(folder, 1, greater, read_only=True)
+    assert (read.best, read.steps) == (2, [2, 5])
+    assert read.trained(2)["a"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "weight", "told"),
+    [
+        (
+            {"loss": np.nan, "gradient_norm": 1.0},
+            1.0,
+            "the loss of step 7 is nan, its gradients' norm 1.0: the run has",
+        ),
+        ({"loss": 2.0, "gradient_norm": np.inf}, 1.0, "the loss of step 7 is 2.0, its gradients' norm inf"),
+        ({"loss": 2.0, "gradient_norm": 1.0}, np.inf, "step 7 has left trained parameters or moments .* not finite"),
+    ],
+)
+def test_what_has_diverged_is_named(values, weight, told):
+    with pytest.raises(InputError, match=told):
+        loop._check_finite(7, values, TrainState(jnp.int32(7), {"a": jnp.full(2, weight)}, ()))
+    loop._check_finite(7, {"loss": 2.0, "gradient_norm": 1.0}, TrainState(jnp.int32(7), {"a": jnp.ones(2)}, ()))

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,7 @@ class Checkpoints:
         self._late = self._folder.with_name(_LATE)
         policies = checkpoint_managers.AnyPreservationPolicy([
             checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=_score, reverse=not greater, n=1, keep_checkpoints_without_metrics=False
-            ),
+            _BestScored(self._late_scores, greater),
         ])  # fmt: skip
         mode = "max" if greater else "min"
         options = ocp.CheckpointManagerOptions(
@@ -64,10 +63,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step of the one with the best score; of the last one, if none has a score."""
         scores = {step: score for step in self.steps if (score := self.score(step)) is not None}
-        if not scores:
-            return self.last
-        sign = 1 if self._greater else -1
-        return max(scores, key=lambda step: (sign * scores[step], step))
+        return _best(scores, self._greater) if scores else self.last
 
     def score(self, step: int) -> float | None:
         """How good the state of a step was found to be."""
@@ -149,6 +145,32 @@ class Checkpoints:
                 f"{self._folder / str(step)}: cannot be read as a checkpoint of this run ({cause}); if it is damaged, "
                 "remove it, to go on from the one before; if the recipe has changed, give another output"
             ) from error
+
+
+@dataclass
+class _BestScored(checkpoint_managers.PreservationPolicy):
+    """Preserve the checkpoint that `Checkpoints.best` names. Orbax's own BestN knows no score that came later."""
+
+    late_scores: Callable[[], Mapping[str, float]]
+    greater: bool
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        late = self.late_scores()
+        known = {c.step: late.get(str(c.step), (c.metrics or {}).get(_SCORE)) for c in checkpoints}
+        scores = {step: score for step, score in known.items() if score is not None}
+        best = _best(scores, self.greater) if scores else None
+        return [c.step == best for c in checkpoints]
+
+
+def _best(scores: Mapping[int, float], greater: bool) -> int:
+    """The step with the best score; of equal ones the last."""
+    sign = 1 if greater else -1
+    return max(scores, key=lambda step: (sign * scores[step], step))
 
 
 def _score(metrics: Mapping[str, Any]) -> float:

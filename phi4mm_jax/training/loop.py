@@ -144,9 +144,9 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
         ):
             idle = 0 if number == 0 else None  # steps from the first on that changed nothing
 
-            def tell(number: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
+            def tell(number: int, metrics: Metrics) -> None:
                 values = _values(metrics, recipe.data.kind) | {"learning_rate": float(rates(number - 1))}
-                values |= throughput.of(number, batches)
+                values |= throughput.of(number)
                 _check_finite(number, values)
                 nonlocal idle
                 if idle is not None:
@@ -186,7 +186,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
                 scored = score is not None
                 if score is not None:
                     checkpoints.add_score(number, score)
-            untold: list[tuple[int, Metrics, Sequence[TrainingBatch]]] = []
+            untold: list[tuple[int, Metrics]] = []
             steps = _steps(run, number)
             taken = run.data.get_state()  # after the last whole step
             while number < run.steps and scored:
@@ -203,16 +203,16 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
                 taken = run.data.get_state()
                 state, metrics = step(state, run.frozen, place(batches, mesh=run.mesh), key)
                 number += 1
-                throughput.watch(number, metrics)
+                throughput.watch(number, metrics, batches)
                 for earlier in untold:  # while the devices are busy with this one
                     tell(*earlier)
-                untold = [(number, metrics, batches)] if number % recipe.log_every == 0 else []
+                untold = [(number, metrics)] if number % recipe.log_every == 0 else []
                 stop = signals.reached(number)
                 end = stop or number == run.steps
                 due = not stop and _due(asked, number, run.steps)
                 if not (end or due or number % recipe.save_every == 0):
                     continue
-                tell(number, metrics, batches)  # what has diverged is not saved
+                tell(number, metrics)  # what has diverged is not saved
                 untold, score = [], None
                 if due:
                     score = evaluate(number)
@@ -369,13 +369,16 @@ def _all_finite(state: TrainState) -> jax.Array:
 
 
 def _check_finite(step: int, values: Mapping[str, float], state: TrainState | None = None) -> None:
-    finite = all(math.isfinite(values[name]) for name in ("loss", "gradient_norm"))
-    if not finite or (state is not None and not bool(_all_finite(state))):
-        raise InputError(
-            f"the loss of step {step} is {values['loss']}, its gradients' norm {values['gradient_norm']}: the run has "
-            "diverged, and nothing of this step was saved. Go on from the last checkpoint with a lower "
-            "optimizer.learning_rate, or clip"
-        )
+    if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
+        found = f"the loss of step {step} is {values['loss']}, its gradients' norm {values['gradient_norm']}"
+    elif state is not None and not bool(_all_finite(state)):
+        found = f"step {step} has left trained parameters or moments of the optimizer that are not finite"
+    else:
+        return
+    raise InputError(
+        f"{found}: the run has diverged, and nothing of this step was saved. Resume from the last checkpoint with a "
+        "lower optimizer.learning_rate, or clip"
+    )
 
 
 class Throughput:
@@ -388,32 +391,37 @@ class Throughput:
         self._run, self._at, self._since = run, step, time.monotonic()
         self._timed = False  # not the first step, which is compiled
         self._ends: dict[int, float | Future[float]] = {}
+        self._work: dict[int, tuple[int, float]] = {}  # of each step this host's tokens and operations
+        self._peak = peak_flops()
         self._watcher = ThreadPoolExecutor(1, "phi4mm-throughput")
 
-    def watch(self, step: int, metrics: Metrics) -> None:
-        """Note when a step that was just dispatched ends."""
+    def watch(self, step: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
+        """Note what a step that was just dispatched works on, and when it ends."""
         arrays: Any = metrics
         ready = all(x.is_ready() for x in arrays)
         self._ends[step] = time.monotonic() if ready else self._watcher.submit(_end_of, metrics)
+        tokens = sum(int(batch.batch.lengths.sum()) for batch in batches)
+        flops = step_flops(self._run.module.config, self._run.trainable, batches) if self._peak else 0.0
+        self._work[step] = tokens, flops
 
     def pause(self) -> None:
         """Leave out what has passed since the last step's end: it is no training."""
         self._since = time.monotonic()
 
-    def of(self, step: int, batches: Sequence[TrainingBatch]) -> dict[str, float]:
+    def of(self, step: int) -> dict[str, float]:
         """Of the steps since the last call; `step` is the last of them, and has ended."""
         end = self._ends[step]
         end = end.result() if isinstance(end, Future) else end
         self._ends = {number: e for number, e in self._ends.items() if number > step}
+        done = [self._work.pop(number) for number in sorted(self._work) if number <= step]
+        tokens, flops = (sum(x) * jax.process_count() for x in zip(*done, strict=True))
         seconds, steps, timed = end - self._since, step - self._at, self._timed
         self._since, self._at, self._timed = end, step, True
         if not timed or seconds <= 0:
             return {}
-        tokens = sum(int(batch.batch.lengths.sum()) for batch in batches) * jax.process_count() * steps
         values = {"seconds": seconds / steps, "tokens_per_second": tokens / seconds}
-        if peak := peak_flops():
-            flops = step_flops(self._run.module.config, self._run.trainable, batches) * jax.process_count() * steps
-            values["mfu"] = flops / seconds / peak / jax.device_count()
+        if self._peak:
+            values["mfu"] = flops / seconds / self._peak / jax.device_count()
         return values
 
     def close(self) -> None:
