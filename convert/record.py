@@ -297,6 +297,7 @@ def _add_adapter(model: "Phi4MultimodalForCausalLM", folder: Path, name: str) ->
     import warnings
 
     import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
@@ -305,13 +306,16 @@ def _add_adapter(model: "Phi4MultimodalForCausalLM", folder: Path, name: str) ->
         tensors = load_file(file)
     except Exception as error:  # of many kinds
         raise CheckpointError(f"{file}: cannot be loaded ({error}); see that the adapter is whole") from error
-    settings.target_modules = _ADAPTED
+    if not any(check_target_module_exists(settings, key) for key, _ in model.named_modules()):
+        settings.target_modules = _ADAPTED
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
         peft.inject_adapter_in_model(settings, model, name)
     expected = {n: p.shape for n, p in model.named_parameters() if ".lora_" in n and f".{name}." in n}
     state = {
-        key.removeprefix("base_model.model.").replace(".weight", f".{name}.weight"): tensor.to(model.dtype)
+        re.sub(
+            r"(\.lora_[AB])(\.[^.]+)?\.weight$", rf"\1.{name}.weight", key.removeprefix("base_model.model.")
+        ): tensor.to(model.dtype)
         for key, tensor in tensors.items()
     }
     if wrong := sorted(

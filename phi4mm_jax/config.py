@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.errors import CheckpointError, ConfigError
+from phi4mm_jax.peft_settings import common_lora, module_loras
 
 Layout = str  # "original" (model_type phi4mm) or "native" (model_type phi4_multimodal)
 
@@ -197,17 +198,21 @@ def _adapter_files(folder: Path) -> list[str]:
 
 # Of an adapter_config.json: what is read, what the tensors themselves show, and what changes no number.
 _ADAPTER_KEYS = frozenset({
-    "r", "lora_alpha", "lora_dropout", "dp", "init_lora_weights", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-    "revision", "inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
+    "r", "lora_alpha", "lora_dropout", "dp", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping",
+    "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 })  # fmt: skip
-_PLAIN_INITS = ("gaussian", "orthogonal", "eva")  # they leave the base's weights alone
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base's weights alone
+_MERGEABLE = ("use_dora", "modules_to_save", "trainable_token_indices", "bias")
 _CONVERTIBLE_INITS = ("pissa", "corda", "olora")
 
 
-def check_adapter_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> None:
     """Check the settings with which PEFT saved an adapter: each is honoured, known to be harmless, or refused by name.
+
+    Args:
+        name: of the settings, for errors.
 
     Raises:
         ConfigError: a setting by which PEFT would compute something else than base weights plus A B.
@@ -220,13 +225,15 @@ def check_adapter_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 "let PEFT save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or "
                 f"{remedy}"
             )
-        raise ConfigError(f"{path}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
+        raise ConfigError(f"{name}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
     for key, value in settings.items():
         plain = value in (None, False, [], {}) or (key, value) in (("bias", "none"), ("peft_type", "LORA"))
         if not plain and key not in _ADAPTER_KEYS:
+            remedy = "or remove it where it has no effect"
+            if key in _MERGEABLE:
+                remedy = "or merge it (PEFT: merge_and_unload(), then save_pretrained(FOLDER)) and give FOLDER"
             raise ConfigError(
-                f"{path}: {key} is {value!r:.60}, which is not supported; train the adapter without it, or remove it "
-                "where it has no effect"
+                f"{name}: {key} is {value!r:.60}, which is not supported; train the adapter without it, {remedy}"
             )
 
 
@@ -238,6 +245,12 @@ def _check_agree(folder: Path, config: Mapping[str, Any], kind: str, settings: M
             f"{folder / 'config.json'}: has no {kind}_lora, but there is an adapter in {path.parent}; copy the "
             "config.json that belongs to it here, or remove the folder"
         )
+    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise CheckpointError(
+                f"{path}: {key} is {settings[key]!r:.60}, but the adapter in the shards, of {kind}_lora of "
+                f"{folder / 'config.json'}, has none; one of them is of another checkpoint"
+            )
     for key in ("r", "lora_alpha"):
         if isinstance(own, Mapping) and key in settings and settings[key] != own.get(key):
             raise CheckpointError(
@@ -398,6 +411,25 @@ def _read_lora(keys: _Keys) -> LoraConfig:
     )
 
 
+def _read_peft(kind: str, adapters: Mapping[str, Mapping[str, Any]], decoder: DecoderConfig) -> LoraConfig | None:
+    return read_adapter(f"{kind}-lora/adapter_config.json", adapters[kind], decoder) if kind in adapters else None
+
+
+def read_adapter(name: str, settings: Mapping[str, Any], decoder: DecoderConfig) -> LoraConfig:
+    """An adapter by its adapter_config.json: its modules' ranks and scales as one rank and scale (see `common_lora`).
+
+    Args:
+        name: of the settings, for errors.
+
+    Raises:
+        ConfigError: a setting is missing, malformed or not supported; it names the key.
+    """
+    check_adapter_settings(name, settings)
+    lora = common_lora(module_loras(name, settings, decoder.num_layers))
+    keys = _Keys(settings, name)
+    return LoraConfig(lora.rank, lora.alpha, keys.get("dp" if keys.has("dp") else "lora_dropout", float, 0.0))
+
+
 def _read_original(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4MMConfig:
     """`model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids."""
     del adapters  # this layout's config.json has the adapters' settings itself
@@ -503,8 +535,9 @@ def _read_native(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4
     vision.expect("attention_dropout", 0, 0.0)
     # Newer files keep all rotary settings in rope_parameters, older ones split them.
     rope = keys.section("rope_parameters" if keys.has("rope_parameters") else "rope_scaling")
+    decoder = _read_decoder(keys, rope, tied_required=True)
     return Phi4MMConfig(
-        decoder=_read_decoder(keys, rope, tied_required=True),
+        decoder=decoder,
         vision=_read_tower(vision, vision.positive("crop_size")),
         speech=SpeechConfig(
             num_bands=audio.positive("input_size"),
@@ -516,8 +549,8 @@ def _read_native(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4
             kernel_size=audio.positive("kernel_size"),
             bias_distance=audio.positive("bias_max_distance"),
         ),
-        vision_lora=_read_lora(_Keys(adapters["vision"], "vision-lora")) if "vision" in adapters else None,
-        speech_lora=_read_lora(_Keys(adapters["speech"], "speech-lora")) if "speech" in adapters else None,
+        vision_lora=_read_peft("vision", adapters, decoder),
+        speech_lora=_read_peft("speech", adapters, decoder),
         image_token_id=vision.get("image_token_id", int),
         audio_token_id=audio.get("audio_token_id", int),
         pad_token_id=keys.get("pad_token_id", int),

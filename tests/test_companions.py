@@ -425,7 +425,7 @@ def test_a_chat_template_that_is_not_text(original, tmp_path):
         companion_files(native, "original")
 
 
-@pytest.mark.parametrize("setting", [{"alpha_pattern": {"qkv_proj": 3}}, {"lora_bias": True}])
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_bias": True}])
 def test_adapters_with_other_mathematics(original, tmp_path, setting):
     native = write(companion_files(original, "native"), tmp_path / "native")
     change(native / "vision-lora" / "adapter_config.json", **setting)

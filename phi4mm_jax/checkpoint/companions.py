@@ -20,6 +20,7 @@ from phi4mm_jax.checkpoint.settings import (
 )
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, ConfigError
+from phi4mm_jax.peft_settings import is_uniform, module_loras
 from phi4mm_jax.processing.processor import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -35,6 +36,16 @@ _NEW_TOKENIZER_KEYS = (
     *("audio_token", "backend", "extra_special_tokens", "image_token", "is_local", "local_files_only"),
     *("model_specific_special_tokens", "processor_class"),
 )
+# Of an adapter_config.json, where all modules have one rank and alpha.
+_ON_ALL_MODULES: Json = {
+    "alpha_pattern": {},
+    "exclude_modules": None,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "use_rslora": False,
+}
 _AUDIO_RATES = {"audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1}
 
 
@@ -60,7 +71,9 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
     config = Phi4MMConfig.from_folder(source)
     translate = layout_of(source) != target
     adapters = {
-        f"{kind}-lora/adapter_config.json": _adapter_config(source, kind, lora, target, translate)
+        f"{kind}-lora/adapter_config.json": _adapter_config(
+            source, kind, lora, config.decoder.num_layers, target, translate
+        )
         for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora))
         if lora is not None
     }
@@ -243,10 +256,20 @@ def _chat_template(source: Path) -> str | None:
     return None
 
 
-def _adapter_config(source: Path, kind: str, lora: LoraConfig, target: Layout, translate: bool) -> bytes:
-    """What PEFT reads. In the original layout the settings are those of config.json, as its code has them."""
+def _adapter_config(
+    source: Path, kind: str, lora: LoraConfig, num_layers: int, target: Layout, translate: bool
+) -> bytes:
+    """What PEFT reads. In the original layout the settings are those of config.json, as its code has them.
+
+    A file stays as it is where all modules have one rank and alpha; others are written with what `common_lora` gives.
+    """
     path = source / f"{kind}-lora" / "adapter_config.json"
-    if path.exists() and not translate:
+    own = _optional(path)
+    if (
+        own
+        and not translate
+        and (target == "original" or is_uniform(module_loras(str(path), own, num_layers), num_layers))
+    ):
         return path.read_bytes()
     usual = {
         "base_model_name_or_path": None,
@@ -263,7 +286,7 @@ def _adapter_config(source: Path, kind: str, lora: LoraConfig, target: Layout, t
         "r": lora.rank,
         "target_modules": ORIGINAL_TARGETS[kind] if target == "original" else NATIVE_TARGETS,
     }
-    return _json(usual | _optional(path) | settings)
+    return _json(usual | own | settings | {key: value for key, value in _ON_ALL_MODULES.items() if key in own})
 
 
 def _optional(path: Path) -> Json:

@@ -129,7 +129,9 @@ def _layers_used(stacked: jax.Array) -> jax.Array:
 
 
 def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.ndarray]) -> None:
-    """No adapter's B matrix is all zero.
+    """No adapter is untrained: a B matrix of zeros whose A is not, or a whole adapter of zeros.
+
+    Where both are zero, the adapter is on other modules only.
 
     Args:
         layers_used: tells, for a stacked parameter, which layers have a value that is not zero.
@@ -138,17 +140,33 @@ def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.nd
         CheckpointError: one is; it names the tensor.
     """
     used: dict[Path, np.ndarray] = {}
+
+    def is_used(path: Path, layer: int | None) -> bool:
+        if path not in used:
+            used[path] = layers_used(path)
+        return bool(used[path][layer])
+
+    first: dict[str, Tensor] = {}  # of each adapter
+    trained: set[str] = set()
     for tensor in tensors:
-        if tensor.collection.startswith("lora_") and tensor.parts[0].path[-1] != "a":
-            for part in tensor.parts:
-                if part.path not in used:
-                    used[part.path] = layers_used(part.path)
-            if not any(used[part.path][tensor.layer] for part in tensor.parts):
-                raise CheckpointError(
-                    f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted "
-                    "wrongly; if an untrained adapter is meant, pass fresh_adapters=True to load, write "
-                    "fresh_adapters: true in a recipe, give --fresh-adapters to a converter."
-                )
+        adapter, paths = tensor.collection, [part.path for part in tensor.parts]
+        if not adapter.startswith("lora_") or paths[0][-1] == "a":
+            continue
+        first.setdefault(adapter, tensor)
+        if any(is_used(path, tensor.layer) for path in paths):
+            trained.add(adapter)
+        elif is_used((*paths[0][:-1], "a"), tensor.layer):
+            raise _untrained(tensor)
+    for adapter in first.keys() - trained:
+        raise _untrained(first[adapter])
+
+
+def _untrained(tensor: Tensor) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.key}: all zero, so the adapter does nothing there. The checkpoint was probably converted wrongly; if "
+        "an untrained adapter is meant, pass fresh_adapters=True to load, write fresh_adapters: true in a recipe, give "
+        "--fresh-adapters to a converter."
+    )
 
 
 def check_structure(variables: Any, abstract: Any) -> None:

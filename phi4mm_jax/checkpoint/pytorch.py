@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,13 +14,15 @@ import numpy as np
 from phi4mm_jax.checkpoint.files import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.original import original_table
-from phi4mm_jax.checkpoint.table import Part, Path, Tensor, parameter_shapes
+from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
+from phi4mm_jax.checkpoint.peft import PeftAdapter
+from phi4mm_jax.checkpoint.stacked import StackedTensors, rows_by_parameter
+from phi4mm_jax.checkpoint.table import Part, Path, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
 
 Layout = Literal["original", "native"]
 SHARD_BYTES = 5 * 10**9
-ADAPTER_FILE = "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
 
@@ -35,12 +37,10 @@ def tensors_of(layout: Layout, config: Phi4MMConfig) -> list[Tensor]:
     return native_table(config) if layout == "native" else [*original_table(config), *adapter_table(config)]
 
 
-class PyTorchCheckpoint:
-    """The parameters of a checkpoint folder, read when asked for.
+class PyTorchCheckpoint(StackedTensors):
+    """The parameters of a checkpoint folder, read when asked for, "unused" ones included.
 
     Attributes:
-        parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
-        tensors: those of the files that make them up, each once.
         files: those that hold them, with their index.
 
     Raises:
@@ -51,41 +51,24 @@ class PyTorchCheckpoint:
         self._folder = folder
         layout = layout_of(folder)
         table = tensors_of(layout, config)
-        if layout == "original":  # the folders may have been left out of a download: the shards have it all
-            table = [t for t in table if not t.folder or os.path.lexists(folder / t.folder / ADAPTER_FILE)]
+        copies, adapters = [t for t in table if t.folder], []
+        if layout == "native":
+            kinds = [kind for kind in ("vision", "speech") if getattr(config, f"{kind}_lora") is not None]
+            copies, adapters = [], [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in kinds]
+        # The original layout's folders repeat its shards, and may have been left out of a download.
+        copies = [t for t in copies if os.path.lexists(folder / t.folder / ADAPTER_FILE)]
+        main = [t for t in table if not t.folder]
         index = _read_index(folder)
-        self._stored = _stored(folder, index, sorted({t.folder for t in table if t.folder}))
-        self.files = {stored.file for stored in self._stored.values()} | {folder / _INDEX}
-        _check(self._stored, table)
-        _check_index(folder, index, self._stored)
-
-        rows: dict[Path, list[tuple[Tensor, Part, int, int]]] = {}
-        for tensor in table:
-            for part, start, stop in tensor.spans():
-                rows.setdefault(part.path, []).append((tensor, part, start, stop))
-        # The original layout's folders come after its shards, and repeat them.
-        copies = layout == "original"
-        self._rows = {path: [r for r in all_ if not (copies and r[0].folder)] for path, all_ in rows.items()}
-        self._copies = {path: [r for r in all_ if copies and r[0].folder] for path, all_ in rows.items()}
-        self.tensors = [t for t in table if not (copies and t.folder)]
-        self.parameters = {
-            path: jax.ShapeDtypeStruct(shape, DTYPES[self._stored[self._rows[path][0][0].key].dtype])
-            for path, shape in parameter_shapes(self.tensors).items()
-        }
-
-    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
-        """A parameter, stacked over layers where it belongs to a layer, in its own dtype by default."""
-        abstract = self.parameters[path]
-        out = np.empty(abstract.shape, dtype or abstract.dtype)
-
-        def fill(row: tuple[Tensor, Part, int, int]) -> None:
-            tensor, part, start, stop = row
-            target = out if tensor.layer is None else out[tensor.layer]
-            target[...] = part.to_parameter(self._stored[tensor.key].rows(start, stop))
-
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(fill, self._rows[path]))
-        return out
+        stored = _stored(folder, index, sorted({t.folder for t in copies}))
+        self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
+        self.files |= {file for adapter in adapters for file in adapter.files}
+        _check(stored, [*main, *copies])
+        _check_index(folder, index, stored)
+        self._copies = rows_by_parameter(copies)
+        super().__init__(
+            [*main, *(t for adapter in adapters for t in adapter.tensors)],
+            {**stored, **{key: held for adapter in adapters for key, held in adapter.stored.items()}},
+        )
 
     def check_copies(self) -> None:
         """The original layout has each adapter twice; both must be the same.
@@ -94,8 +77,8 @@ class PyTorchCheckpoint:
             CheckpointError: they differ, so that which is meant cannot be told; names the tensor.
         """
         for path, copies in self._copies.items():
-            for (tensor, _, start, stop), (copy, *_) in zip(self._rows[path], copies, strict=bool(copies)):
-                first, second = (self._stored[t.key].rows(start, stop).view(np.uint8) for t in (tensor, copy))
+            for (tensor, _, start, stop), (copy, *_) in zip(self._rows[path], copies, strict=True):
+                first, second = (self.stored[t.key].rows(start, stop).view(np.uint8) for t in (tensor, copy))
                 if not np.array_equal(first, second):
                     raise CheckpointError(
                         f"{self._folder / copy.folder / ADAPTER_FILE}: {copy.name} differs from {tensor.name} "
@@ -165,7 +148,7 @@ def _pickles(folder: FilePath) -> str:
 
 
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
-    """The files hold exactly the tensors of the table, with their shapes, each collection in one floating dtype."""
+    """The files hold exactly the tensors of the table, with their shapes, in the floating dtypes that go together."""
     expected = {t.key: t for t in table}
     held = {t.collection for n, t in expected.items() if n in stored}
     adapters = sorted({t.collection for t in expected.values() if t.collection.startswith("lora_")})
@@ -183,7 +166,7 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
         usual = max(DTYPES, key=dtypes[_family(tensor)].count)
         if found.dtype not in DTYPES:
             problems.append(f"{tensor.key}: has dtype {found.dtype}, expected one of {', '.join(DTYPES)}")
-        elif found.dtype != usual:
+        elif found.dtype != usual and {found.dtype, usual} != {"F32", "BF16"}:  # what was trained may be in float32
             problems.append(f"{tensor.key}: has dtype {found.dtype}, but the others are {usual}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])

@@ -1,0 +1,152 @@
+"""An adapter's folder as PEFT saves it, as a source of the model's parameters.
+
+The model has one rank and one scale for all modules of an adapter. A module of a smaller rank is padded with zeros, one
+of another scale has the ratio in its B, and one without LoRA is zero: its product adds what PEFT's does.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from phi4mm_jax.checkpoint.files import DTYPES, Stored, read_header
+from phi4mm_jax.checkpoint.native import adapter_table
+from phi4mm_jax.checkpoint.stacked import StackedTensors
+from phi4mm_jax.checkpoint.table import Tensor
+from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json
+from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.peft_settings import MODULES, common_lora, module_loras
+
+SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Of the decoder, as PEFT names them where it wraps the model with its head, or the model alone; with the adapter's name
+# (`.default`) where the state was not saved by PEFT itself.
+_NAME = re.compile(
+    r"base_model\.model\.(?:model\.)?(?P<module>layers\.(?P<layer>\d+)\.(?P<projection>[\w.]+))"
+    r"\.lora_(?P<matrix>[AB])(?:\.[^.]+)?\.weight"
+)
+
+
+class PeftAdapter(StackedTensors):
+    """The parameters of an adapter's folder.
+
+    Attributes:
+        lora: rank and scale that the model has for it.
+        files: those that hold it.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; it names them.
+        ConfigError: a setting is missing, malformed or not supported; it names the key.
+    """
+
+    def __init__(self, folder: FilePath, kind: str, config: Phi4MMConfig):
+        """`kind`: "vision" or "speech"; `config`: of the model that the adapter is for."""
+        settings = read_json(folder / SETTINGS_FILE)
+        self.lora: LoraConfig = read_adapter(str(folder / SETTINGS_FILE), settings, config.decoder)
+        self.files = {folder / WEIGHTS_FILE}
+        alone = {"vision_lora": None, "speech_lora": None, f"{kind}_lora": self.lora}
+        tensors = adapter_table(dataclasses.replace(config, **alone))
+        super().__init__(tensors, _fitted(folder, settings, config.decoder.num_layers, tensors))
+
+
+@dataclass(frozen=True)
+class FittedTensor:
+    """A matrix of a LoRA in the model's rank and scale.
+
+    Attributes:
+        stored: the matrix in its file; None for one of zeros.
+        dtype: of the product with the factor, which only a power of two leaves in the matrix's own.
+        factor: multiplies it, in float32.
+    """
+
+    stored: Stored | None
+    shape: tuple[int, ...]
+    dtype: str
+    factor: float = 1.0
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        shape = stop - start, *self.shape[1:]
+        if self.stored is None:
+            return np.zeros(shape, DTYPES[self.dtype])
+        own_rows, own_columns = self.stored.shape
+        values = self.stored.rows(min(start, own_rows), min(stop, own_rows))
+        if self.factor != 1.0:
+            values = (values.astype(np.float32) * np.float32(self.factor)).astype(DTYPES[self.dtype])
+        if values.shape == shape:
+            return values
+        out = np.zeros(shape, values.dtype)
+        out[: len(values), :own_columns] = values
+        return out
+
+
+def _fitted(
+    folder: FilePath, settings: Mapping[str, Any], num_layers: int, tensors: Iterable[Tensor]
+) -> dict[str, Stored | FittedTensor]:
+    """For each tensor of the weight table, by `Tensor.key`, the one in the file."""
+    file = folder / WEIGHTS_FILE
+    loras = module_loras(str(folder / SETTINGS_FILE), settings, num_layers)
+    common = common_lora(loras)
+    found, problems = _decoders(file)
+    usual = next((m.dtype for m in found.values() if m.dtype in DTYPES), "F32")
+    stored: dict[str, Stored | FittedTensor] = {}
+    for tensor in tensors:
+        name = _NAME.fullmatch(tensor.name)
+        assert name is not None  # the weight table has no others
+        lora = loras.get((int(name["layer"]), name["projection"]))
+        matrix = found.pop((name["module"], name["matrix"]), None)
+        if lora is None:
+            stored[tensor.key] = FittedTensor(None, tensor.shape, usual)
+            if matrix is not None:
+                problems.append(
+                    f"{tensor.name}: is there, but by target_modules, exclude_modules or layers_to_transform the "
+                    "adapter is not on it"
+                )
+            continue
+        is_a = name["matrix"] == "A"
+        shape = (lora.rank, tensor.shape[1]) if is_a else (tensor.shape[0], lora.rank)
+        if matrix is None:
+            problems.append(f"{tensor.name}: missing")
+        elif matrix.dtype not in DTYPES:
+            problems.append(f"{tensor.name}: has dtype {matrix.dtype}, expected one of {', '.join(DTYPES)}")
+        elif matrix.shape != shape:
+            problems.append(f"{tensor.name}: has shape {matrix.shape}, expected {shape}")
+        else:
+            factor = 1.0 if is_a else lora.scale / common.scale
+            dtype = matrix.dtype if math.frexp(factor)[0] == 0.5 else "F32"
+            plain = shape == tensor.shape and factor == 1.0
+            stored[tensor.key] = matrix if plain else FittedTensor(matrix, tensor.shape, dtype, factor)
+    problems += [f"{module}.lora_{matrix}: not part of this model" for module, matrix in found]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(
+            f"{file}: the adapter's tensors do not match its {SETTINGS_FILE} ({len(problems)} problems):\n  {shown}"
+            f"{more}\nIs the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of "
+            "the decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained), and give that."
+        )
+    return stored
+
+
+def _decoders(file: FilePath) -> tuple[dict[tuple[str, str], Stored], list[str]]:
+    """The LoRA matrices of the decoder in a file, by module and "A" or "B"; and what is wrong with the others."""
+    try:
+        header = read_header(file)
+    except FileNotFoundError:
+        pickles = sorted(p.name for p in file.parent.glob("*.bin"))
+        hint = f"{pickles[0]}: pickle files are not read; save with safe_serialization=True" if pickles else ""
+        raise CheckpointError(f"{file}: holds an adapter, but it is not there; {hint or 'download it again'}") from None
+    found: dict[tuple[str, str], Stored] = {}
+    problems: list[str] = []
+    for name, stored in header.items():
+        matched = _NAME.fullmatch(name)
+        if matched is None or matched["projection"] not in MODULES:
+            problems.append(f"{name}: not on a module that can have an adapter")
+        elif (key := (matched["module"], matched["matrix"])) in found:
+            problems.append(f"{name}: is there twice, under another name as well")
+        else:
+            found[key] = stored
+    return found, problems

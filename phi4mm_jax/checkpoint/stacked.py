@@ -1,0 +1,64 @@
+"""Parameters made of the tensors of files, with layers stacked, read when asked for."""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from phi4mm_jax.checkpoint.files import DTYPES
+from phi4mm_jax.checkpoint.table import Part, Path, Tensor, parameter_shapes
+
+Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows
+
+
+class Rows(Protocol):
+    """A tensor that is read by rows; `dtype` as in `DTYPES`."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def rows(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class StackedTensors:
+    """The parameters that some tensors make up.
+
+    Attributes:
+        tensors: those of the weight table, each once.
+        stored: what each of them is read from, by `Tensor.key`.
+        parameters: shape, with layers stacked, and dtype of each: float32 where its tensors have several dtypes.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], stored: Mapping[str, Rows]):
+        self.tensors, self.stored = list(tensors), stored
+        self._rows = rows_by_parameter(self.tensors)
+        dtypes = {path: {stored[t.key].dtype for t, *_ in rows} for path, rows in self._rows.items()}
+        self.parameters = {
+            path: jax.ShapeDtypeStruct(shape, DTYPES["F32" if len(dtypes[path]) > 1 else next(iter(dtypes[path]))])
+            for path, shape in parameter_shapes(self.tensors).items()
+        }
+
+    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
+        """A parameter, stacked over layers where it belongs to a layer, in its own dtype by default."""
+        abstract = self.parameters[path]
+        out = np.empty(abstract.shape, dtype or abstract.dtype)
+
+        def fill(row: Row) -> None:
+            tensor, part, start, stop = row
+            target = out if tensor.layer is None else out[tensor.layer]
+            target[...] = part.to_parameter(self.stored[tensor.key].rows(start, stop))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(fill, self._rows[path]))
+        return out
+
+
+def rows_by_parameter(tensors: Iterable[Tensor]) -> dict[Path, list[Row]]:
+    """For each parameter the parts of tensors that it is made of."""
+    rows: dict[Path, list[Row]] = {}
+    for tensor in tensors:
+        for part, start, stop in tensor.spans():
+            rows.setdefault(part.path, []).append((tensor, part, start, stop))
+    return rows

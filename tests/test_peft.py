@@ -1,0 +1,194 @@
+"""Adapters in the folders that PEFT saves: computed as PEFT computes them, or refused by name."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch_native
+from conftest import TINY
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import phi4mm_jax
+from phi4mm_jax import CheckpointError, ConfigError
+from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.checkpoint.load import open_checkpoint
+from phi4mm_jax.checkpoint.peft import PeftAdapter
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.peft_settings import MODULES
+
+DECODER = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """transformers' model, of the tiny checkpoint's sizes."""
+    config = torch_native.native_config(json.loads((TINY / "config.json").read_text()))
+    return torch_native.Phi4MultimodalForCausalLM._from_config(config).eval()
+
+
+def save_adapter(model: Any, folder: Path, **settings: Any) -> None:
+    """What PEFT saves of an adapter, each of whose values was moved by training."""
+    torch.manual_seed(0)
+    settings = {"r": 8, "lora_alpha": 12, "target_modules": DECODER, "task_type": "CAUSAL_LM"} | settings
+    tuned = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    tuned.save_pretrained(folder)
+
+
+def products(model: Any, folder: Path) -> dict[str, np.ndarray]:
+    """What the adapter adds to each matrix of the decoder, in PEFT."""
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    modules = dict(loaded.get_base_model().named_modules())
+    decoder = [f"model.layers.{i}.{name}" for i in range(model.config.num_hidden_layers) for name in MODULES]
+    return {
+        name: modules[name].get_delta_weight("default").detach().numpy() if hasattr(modules[name], "lora_A") else 0.0
+        for name in decoder
+    }
+
+
+def our_products(checkpoint: Any, scale: float, kind: str = "vision") -> dict[str, np.ndarray]:
+    """The same of parameters that were read: `scale` times B A."""
+    matrices: dict[str, np.ndarray] = {}
+    for tensor in checkpoint.tensors:
+        if tensor.collection == f"lora_{kind}":
+            parts = [checkpoint.read(part.path, np.float32)[tensor.layer] for part in tensor.parts]
+            name = tensor.name.removeprefix("base_model.model.").replace(f".{kind}.weight", ".weight")
+            matrices[name] = tensor.join(parts)
+    a, b = ({n.partition(f".lora_{x}.")[0]: m for n, m in matrices.items() if f".lora_{x}." in n} for x in "AB")
+    return {name: scale * b[name] @ a[name] for name in a}
+
+
+def assert_same_products(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert any(np.any(product) for product in theirs.values())
+    for name, product in theirs.items():
+        np.testing.assert_allclose(ours[name], np.broadcast_to(product, ours[name].shape), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 3, "use_rslora": True},
+        {"rank_pattern": {r"1\.mlp\.down_proj": 16, "down_proj": 2, "o_proj": 4}},
+        {"alpha_pattern": {r"^model\.layers\.0\..*": 5, "qkv_proj": 3.5}},
+        {"use_rslora": True, "rank_pattern": {"mlp.*": 3}, "alpha_pattern": {"0.self_attn.qkv_proj": 7}},
+        {"target_modules": ["qkv_proj"]},
+        {"target_modules": ["self_attn.qkv_proj", "model.layers.1.mlp.down_proj"]},
+        {"target_modules": ["qkv_proj", "gate_up_proj"], "layers_to_transform": [1], "layers_pattern": "layers",
+         "exclude_modules": r".*(audio|image)_embed.*"},
+        {"target_modules": ["qkv_proj"], "layers_to_transform": 0},
+        {"exclude_modules": ["o_proj", "layers.0.mlp.down_proj"]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": False, "lora_dropout": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products_are_pefts(reference, tiny, tmp_path, settings):
+    save_adapter(reference, tmp_path, **settings)
+    adapter = PeftAdapter(tmp_path, "vision", tiny.config)
+    assert_same_products(our_products(adapter, adapter.lora.scale), products(reference, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def two_adapters(native, tmp_path_factory):
+    """The tiny checkpoint with adapters of other ranks and scales: of some modules, in two dtypes, with names that PEFT
+    itself would not read; beside it as PEFT reads them. And the model that they are for."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoint"
+    shutil.copytree(native, folder)
+    for kind in ("vision", "speech"):
+        shutil.rmtree(folder / f"{kind}-lora")
+    model = torch_native.Phi4MultimodalForCausalLM.from_pretrained(native, attn_implementation="eager").eval()
+    save_adapter(
+        model, folder / "vision-lora", r=4, lora_alpha=6, rank_pattern={"1.self_attn.qkv_proj": 6},
+        target_modules=r".*layers\.\d+\.(self_attn\.qkv_proj|mlp\.down_proj)", exclude_modules=r".*audio_embed.*",
+    )  # fmt: skip
+    save_adapter(model, folder / "speech-lora", r=8, lora_alpha=3, use_rslora=True)
+    file = folder / "vision-lora" / "adapter_model.safetensors"
+    save_file({n: x.bfloat16() if "lora_B" in n else x for n, x in load_file(file).items()}, file)
+    for kind in ("vision", "speech"):
+        shutil.copytree(folder / f"{kind}-lora", folder.with_name(kind))
+    save_file({n.replace(".weight", ".default.weight"): x for n, x in load_file(file).items()}, file)
+    return folder, model
+
+
+def test_logits_are_pefts(two_adapters):
+    """Each row with its adapter, in one batch."""
+    folder, model = two_adapters
+    loaded = phi4mm_jax.load(folder, dtype="float32")
+    prompt = "<|user|>hello there<|end|><|assistant|>"
+    batch = loaded.process([prompt, prompt])._replace(adapters=np.array([1, 2], np.int32))
+    ours = np.asarray(loaded.logits(batch))
+    tokens = torch.from_numpy(np.asarray(batch.tokens[:1, : batch.lengths[0]])).long()
+    for row, kind in enumerate(("vision", "speech")):
+        with torch.no_grad():
+            tuned = PeftModel.from_pretrained(copy.deepcopy(model), str(folder.with_name(kind)))
+            theirs = tuned(input_ids=tokens).logits[0]
+            without = model(input_ids=tokens).logits[0]
+        assert (theirs - without).abs().max() > 0.1
+        np.testing.assert_allclose(ours[row, : tokens.shape[1]], theirs.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["original", "native"])
+def test_exports_are_what_peft_computed(two_adapters, tmp_path, layout):
+    """One rank and alpha stand for all that the source's settings say, in both layouts and for PEFT."""
+    folder, model = two_adapters
+    to_torch(folder, tmp_path / "out", layout)
+    config = Phi4MMConfig.from_folder(tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out", config)
+    for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora)):
+        theirs = products(model, folder.with_name(kind))
+        assert_same_products(our_products(checkpoint, lora.scale, kind), theirs)
+    to_torch(tmp_path / "out", tmp_path / "adapters", "native", adapters_only=True)
+    for kind in ("vision", "speech"):
+        ours = {n: np.asarray(x) for n, x in products(model, tmp_path / "adapters" / f"{kind}-lora").items()}
+        assert_same_products(ours, products(model, folder.with_name(kind)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["q_proj", "qkv_proj"]}, r"q_proj\.lora_A\.weight: not on a module that can have"),
+        ({"target_modules": ["fc1"]}, "target_modules is .*fc1.*none of the decoder's 3 layers"),
+    ],
+)  # fmt: skip
+def test_adapters_of_other_modules_are_refused(reference, tiny, tmp_path, settings, message):
+    save_adapter(reference, tmp_path, **settings)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        PeftAdapter(tmp_path, "vision", tiny.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda t, n: t.pop(n), {}, r"1\.mlp\.down_proj\.lora_B\.weight: missing"),
+        (lambda t, n: t.update({n: t[n][:, :4].clone()}), {}, r"has shape \(96, 4\), expected \(96, 8\)"),
+        (lambda t, n: t.update({n: t[n].int()}), {}, "has dtype I32"),
+        (lambda t, n: t.update({n.replace("lora_B", "lora_B.default"): t[n].clone()}), {}, "is there twice"),
+        (lambda t, n: t.update({n.replace("layers.1", "layers.9"): t[n].clone()}), {}, "layers.9.*not part"),
+        (lambda t, n: None, {"target_modules": ["qkv_proj"]}, "is there, but by target_modules"),
+        (lambda t, n: None, {"target_modules": "(qkv"}, "cannot be matched with names"),
+        (lambda t, n: None, {"rank_pattern": {"qkv_proj": 0}}, "rank_pattern is 0; expected a positive whole number"),
+        (lambda t, n: None, {"alpha_pattern": ["qkv_proj"]}, r"alpha_pattern is \['qkv_proj'\]; expected an object"),
+        (lambda t, n: None, {"use_rslora": "yes"}, "use_rslora is 'yes'; expected true or false"),
+        (lambda t, n: None, {"modules_to_save": ["img_projection_up"]}, r"modules_to_save is .*merge_and_unload\(\)"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change, settings, message):
+    save_adapter(reference, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors, "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | settings))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        PeftAdapter(tmp_path, "vision", tiny.config)
