@@ -21,7 +21,7 @@ from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
 from phi4mm_jax.processing.chat import KINDS, Kind
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -30,6 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="whatever phi4mm_jax.load takes")
     parser.add_argument("--goldens", metavar="DIR", required=True, help="a folder that convert.record has written")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="only float32 is a proof")
+    add_adapter_folder(parser)
     return parser.parse_args(arguments)
 
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = local_folder(parsed.checkpoint)
     check_copies(folder)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(folder, dtype=parsed.dtype, progress=advance)
+        model = phi4mm_jax.load(folder, dtype=parsed.dtype, adapters=adapter_folders_of(parsed), progress=advance)
     media: list[tuple[Kind, int]] = [(kind, number) for kind in KINDS for number in goldens.media[kind]]
     checks: list[Check] = []
     with progress_bar("Comparing") as advance:

@@ -39,7 +39,7 @@ from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.generation.request import Adapter
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import count_bar, progress_bar
 
 
@@ -61,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--adapter", choices=get_args(Adapter), help="for lines that do not say; by default that of a line's media"
     )
+    add_adapter_folder(parser)
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
     parser.add_argument(
@@ -109,12 +110,17 @@ def main() -> int:
 def settings(arguments: argparse.Namespace) -> Settings:
     """What answers depend on besides their lines."""
     names = ("dtype", "merge", "adapter", "cache_dtype", "max_new_tokens")
-    return settings_of(arguments.model, **{name: getattr(arguments, name) for name in names})
+    return settings_of(
+        arguments.model, adapter_folders_of(arguments), **{name: getattr(arguments, name) for name in names}
+    )
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, merge=arguments.merge, progress=advance)
+        model = phi4mm_jax.load(
+            arguments.model, dtype=arguments.dtype, adapters=adapter_folders_of(arguments), merge=arguments.merge,
+            progress=advance,
+        )  # fmt: skip
     engine = model.engine(config)
     if arguments.warmup:
         with progress_bar("Compiling") as advance:

@@ -36,7 +36,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -299,6 +299,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
     parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
+    add_adapter_folder(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="how long it may get")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
@@ -317,8 +318,9 @@ def main() -> int:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
     settings = Settings(arguments.max_new_tokens, sampling, tuple(arguments.stop), arguments.frames, arguments.adapter)
     config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens)
+    adapters = adapter_folders_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
     engine = model.engine(config)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

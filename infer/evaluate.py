@@ -31,7 +31,7 @@ from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.generation import EngineConfig
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import count_bar, progress_bar
 
 _WIDTH = 120  # of the table, where the output is no terminal
@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--adapter", choices=(AUTO, "none", "speech", "vision"), default=AUTO,
         help="answer all items with this one; auto: each with that of its media (default)",
     )  # fmt: skip
+    add_adapter_folder(parser)
     parser.add_argument("--normalizer", choices=NORMALIZERS, help="default: english for asr, none for the others")
     parser.add_argument("--tokenize", metavar="NAME", help="sacreBLEU's tokeniser, for ast (default: 13a)")
     parser.add_argument(
@@ -107,14 +108,15 @@ def evaluate(
     """Ask what is not answered yet, then measure."""
     items = [item for of_set in sets.values() for item in of_set]
     adapter = None if arguments.adapter == AUTO else arguments.adapter
-    check_adapter(arguments.model, adapter)
-    settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items)
+    adapters = adapter_folders_of(arguments)
+    check_adapter(arguments.model, adapter, adapters)
+    settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
     with answer_file(folder, settings, items) as file:
         if file.answered:
             print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
         if file.answered < len(items):
             with progress_bar("Reading the weights", size=True) as advance:
-                model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+                model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
             engine = model.engine(config)
             with count_bar("Answering", "tokens", len(items), file.answered) as advance:
                 for _, tokens in file.run(engine):

@@ -15,7 +15,7 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="answers to search for")
     parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
+    add_adapter_folder(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     return parser.parse_args()
@@ -86,8 +87,9 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
 def main() -> int:
     arguments = parse_arguments()
     check(arguments)
+    adapters = adapter_folders_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, progress=advance)
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
     with progress_bar("Compiling and generating"):
         (completion,) = model.generate(
             [prompt_of(arguments)],

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
+from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.compilation import keep_compiled_by_default
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
@@ -42,6 +43,7 @@ def load(
     dtype: DType = "bfloat16",
     mesh: Mesh | None = None,
     *,
+    adapters: Mapping[Literal["vision", "speech"], str | Path] | None = None,
     fresh_adapters: bool = False,
     merge: Literal["vision", "speech"] | None = None,
     scan: bool | None = None,
@@ -58,6 +60,8 @@ def load(
             the original layout those in the shards are read; `convert.verify` tells whether the others are the same.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
+        adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters take the place of the
+            checkpoint's own: {"speech": FOLDER}.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
         merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
             the adapter's cost; others are errors.
@@ -69,7 +73,7 @@ def load(
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
         ConfigError: config.json asks for something unsupported.
-        InputError: an unknown dtype, or no such adapter to merge.
+        InputError: an unknown dtype, or no such adapter to replace or to merge.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
@@ -77,7 +81,9 @@ def load(
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     keep_compiled_by_default()
     path = local_folder(path)
-    config = Phi4MMConfig.from_folder(path)
+    own = Phi4MMConfig.from_folder(path)
+    given = [PeftAdapter(folder, kind, own) for kind, folder in adapter_folders(adapters).items()]
+    config = dataclasses.replace(own, **{f"{adapter.kind}_lora": adapter.lora for adapter in given})
     collection = f"lora_{merge}"
     if merge is not None and collection not in lora_configs(config):
         found = [name.removeprefix("lora_") for name in lora_configs(config)]
@@ -86,7 +92,9 @@ def load(
     module = Phi4MM(config, jnp.dtype(dtype))  # checkpoints are read in stacks
     abstract = abstract_variables(module)
     places = shardings(abstract, mesh)
-    variables = load_variables(path, config, dtype, places, fresh_adapters=fresh_adapters, progress=progress)
+    variables = load_variables(
+        path, own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
+    )  # fmt: skip
     check_structure(variables, nn.unbox(abstract))
     if merge is not None:
         variables = merged(variables, collection, lora_configs(config)[collection].scale)

@@ -1,6 +1,7 @@
 """Fingerprints of files: by content, so that a copy has its original's, without reading all of a large one."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 _BLOCK, _STRIDE = 4096, 1 << 20  # of each stride so many bytes are read; a file below a stride is read whole
@@ -22,6 +23,16 @@ def file_fingerprint(path: Path) -> bytes:
         file.seek(max(size - _STRIDE, 0))
         state.update(file.read(_STRIDE))
     return state.digest()
+
+
+def weights_fingerprint(folder: Path, adapters: Mapping[str, Path]) -> str:
+    """Of a checkpoint, and of the folders of adapters that take the place of its own.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    whole = {name: folder_fingerprint(path) for name, path in sorted(adapters.items())}
+    return "".join([folder_fingerprint(folder), *(f" {name}={digest}" for name, digest in whole.items())])
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -1,5 +1,6 @@
-"""What all programs have in common: how they end."""
+"""What programs have in common: how they end, and options of several."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -25,3 +26,29 @@ def ends_well(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             return 130
 
     return program
+
+
+def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --adapter-folder, which `adapter_folders_of` reads."""
+    parser.add_argument(
+        "--adapter-folder", metavar="NAME=FOLDER", action="append", default=[],
+        help="an adapter's folder, of PEFT or train.export, in place of the checkpoint's own: speech=FOLDER or "
+        "vision=FOLDER; may be given for both",
+    )  # fmt: skip
+
+
+def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
+
+    Raises:
+        InputError: one is not NAME=FOLDER, or a name is there twice.
+    """
+    folders: dict[str, str] = {}
+    for given in arguments.adapter_folder:
+        name, equals, folder = given.partition("=")
+        if not equals or not folder or name not in ("vision", "speech"):
+            raise InputError(f"--adapter-folder is {given!r:.200}; expected vision=FOLDER or speech=FOLDER")
+        if name in folders:
+            raise InputError(f"--adapter-folder has {name} twice: {folders[name]} and {folder}; give it once")
+        folders[name] = folder
+    return folders

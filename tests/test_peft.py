@@ -15,12 +15,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import phi4mm_jax
-from phi4mm_jax import CheckpointError, ConfigError
+from convert import verify
+from infer import batch, chat, evaluate, generate
+from phi4mm_jax import CheckpointError, ConfigError, InputError
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.evaluation.answers import settings_of as settings_of_evaluation
+from phi4mm_jax.generation.jsonl import settings_of as settings_of_batch
 from phi4mm_jax.peft_settings import MODULES
+from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
 
 DECODER = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
 
@@ -121,10 +126,12 @@ def two_adapters(native, tmp_path_factory):
     return folder, model
 
 
-def test_logits_are_pefts(two_adapters):
-    """Each row with its adapter, in one batch."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_logits_are_pefts(two_adapters, beside):
+    """Each row with its adapter, in one batch; the adapters in the checkpoint's folder, or beside one with others."""
     folder, model = two_adapters
-    loaded = phi4mm_jax.load(folder, dtype="float32")
+    adapters = {"vision": folder.with_name("vision"), "speech": folder} if beside else None
+    loaded = phi4mm_jax.load(TINY if beside else folder, dtype="float32", adapters=adapters)
     prompt = "<|user|>hello there<|end|><|assistant|>"
     batch = loaded.process([prompt, prompt])._replace(adapters=np.array([1, 2], np.int32))
     ours = np.asarray(loaded.logits(batch))
@@ -192,3 +199,92 @@ def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change,
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | settings))
     with pytest.raises((CheckpointError, ConfigError), match=message):
         PeftAdapter(tmp_path, "vision", tiny.config)
+
+
+# Adapters beside a checkpoint.
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({"text": TINY}, "'text' is not known; an adapter takes the place of 'vision' or 'speech'"),
+        ({"speech": 3}, "'speech' is a int; expected the adapter's folder"),
+        ("speech=x", "adapters is a str"),
+        ({"speech": TINY / "inputs"}, r"inputs: holds no speech adapter: neither adapter_config\.json nor speech-lora"),
+        ({"speech": TINY / "nowhere"}, "nowhere: no such folder"),
+    ],
+)  # fmt: skip
+def test_no_such_adapter_beside(adapters, message):
+    with pytest.raises((InputError, CheckpointError), match=message):
+        phi4mm_jax.load(TINY, adapters=adapters)
+
+
+def test_a_damaged_adapter_beside_is_named(two_adapters, tmp_path):
+    shutil.copytree(two_adapters[0].with_name("speech"), tmp_path / "damaged")
+    file = tmp_path / "damaged" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"
+    save_file(tensors | {name: torch.full_like(tensors[name], float("inf"))}, file)
+    with pytest.raises(CheckpointError, match=r"damaged: .*layers\.2\.mlp\.down_proj\.lora_B.*NaN or infinity"):
+        phi4mm_jax.load(TINY, adapters={"speech": tmp_path / "damaged"})
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, file)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.down_proj\.lora_B\.weight: all zero"):
+        phi4mm_jax.load(TINY, adapters={"speech": tmp_path / "damaged"})
+
+
+def test_answers_depend_on_the_adapter_beside(two_adapters, tmp_path):
+    """A copy counts as the same, another adapter or none does not."""
+    shutil.copytree(two_adapters[0].with_name("speech"), tmp_path / "copy")
+    vision = two_adapters[0].with_name("vision")
+    given = [{"speech": two_adapters[0].with_name("speech")}, {"speech": tmp_path / "copy"}, {}, {"speech": vision}]
+    for weights in (
+        [settings_of_batch(TINY, adapters)["weights"] for adapters in given],
+        [settings_of_evaluation(TINY, "float32", None, 4, [], adapters).weights for adapters in given],
+    ):
+        assert weights[0] == weights[1]
+        assert len(set(weights)) == 3
+
+
+class _Loads(Exception):
+    """What a program would load."""
+
+
+def _loads(path: str | Path, **options: Any) -> None:
+    raise _Loads(options["adapters"])
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (generate, ["--model", str(TINY), "hello"]),
+        (chat, ["--model", str(TINY)]),
+        (batch, ["--model", str(TINY), "--input", "{folder}/in.jsonl", "--output", "{folder}/out.jsonl"]),
+        (evaluate, ["--model", str(TINY), "--task", "exact", "--output", "{folder}/out", "{folder}/in.jsonl"]),
+        (verify, [str(TINY), "--goldens", str(TINY)]),
+    ],
+)  # fmt: skip
+def test_programs_take_adapter_folders(two_adapters, tmp_path, capsys, monkeypatch, program, arguments):
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "0", "messages": messages}) + "\n")
+    folders = {kind: str(two_adapters[0].with_name(kind)) for kind in ("vision", "speech")}
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+
+    def start(*options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["program", *options, *arguments])
+        return program.main()
+
+    monkeypatch.setattr(phi4mm_jax, "load", _loads)
+    with pytest.raises(_Loads) as loads:
+        start(*(f"--adapter-folder={kind}={folder}" for kind, folder in folders.items()))
+    assert loads.value.args == (folders,)
+    assert start("--adapter-folder", "speech") == 2
+    assert "--adapter-folder is 'speech'; expected vision=FOLDER or speech=FOLDER" in capsys.readouterr().err
+    assert start("--adapter-folder=vision=a", "--adapter-folder=vision=b") == 2
+    assert "--adapter-folder has vision twice: a and b" in capsys.readouterr().err
+
+
+def test_a_runs_folder_is_no_model(tmp_path):
+    (tmp_path / RECIPE).touch()
+    (tmp_path / CHECKPOINTS).mkdir()
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: is the output of a training run.*python -m train.export"):
+        phi4mm_jax.load(tmp_path)

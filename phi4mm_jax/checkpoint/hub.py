@@ -9,6 +9,8 @@ from phi4mm_jax.errors import CheckpointError
 # What a checkpoint consists of. The release's *.py files are never run, but an export has to bring them back.
 _NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 
+_OF_RUN = ("recipe.yaml", "checkpoints")  # what training leaves in a run's folder
+
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
@@ -25,6 +27,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         CheckpointError: there is no such folder, and no such repository could be downloaded.
     """
     if os.path.isdir(path):
+        _refuse_run(Path(path))
         return Path(path)
     name = _NAME.fullmatch(path) if isinstance(path, str) else None
     if os.path.exists(path):
@@ -35,6 +38,14 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             "the Hub: org/name, or org/name@revision."
         )
     return _download(str(path), name["repository"], name["revision"])
+
+
+def _refuse_run(folder: Path) -> None:
+    if all((folder / name).exists() for name in _OF_RUN) and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: is the output of a training run, whose checkpoints only training reads; export what it has "
+            f"trained, and give that: python -m train.export {folder} FOLDER --layout original"
+        )
 
 
 def _download(path: str, repository: str, revision: str | None) -> Path:

@@ -1,6 +1,6 @@
 """From a checkpoint folder, whichever its layout, to the model's variables, one parameter at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,6 +14,7 @@ from phi4mm_jax.checkpoint import orbax
 from phi4mm_jax.checkpoint.files import DTYPES
 from phi4mm_jax.checkpoint.orbax import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
 from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
@@ -50,14 +51,17 @@ def load_variables(
     dtype: Any,
     shardings: Mapping[Path, jax.sharding.Sharding],
     *,
+    adapters: Sequence[PeftAdapter] = (),
     fresh_adapters: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Read the parameters of a checkpoint onto the devices, with layers stacked.
 
     Args:
+        config: of the folder alone.
         dtype: what the parameters are cast to.
         shardings: where each parameter lies.
+        adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
 
@@ -65,8 +69,14 @@ def load_variables(
         CheckpointError: a missing, extra, misshapen or unreadable tensor, one with values that are not finite, or an
             all-zero adapter; it names them.
     """
-    checkpoint = open_checkpoint(folder, config)
-    used = {path: abstract for path, abstract in checkpoint.parameters.items() if path[0] != UNUSED}
+    checkpoint, replaced = open_checkpoint(folder, config), {f"lora_{a.kind}": a for a in adapters}
+    sources: dict[Path, Checkpoint | PeftAdapter] = {
+        p: checkpoint for p in checkpoint.parameters if p[0] not in replaced
+    }
+    sources |= {path: adapter for adapter in adapters for path in adapter.parameters}
+    table = [t for t in tensors_of(layout_of(folder), config) if t.collection not in replaced]
+    table += [tensor for adapter in adapters for tensor in adapter.tensors]
+    used = {path: source.parameters[path] for path, source in sources.items() if path[0] != UNUSED}
     for path in used.keys() ^ shardings.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
@@ -74,21 +84,20 @@ def load_variables(
     checked: Future[Path | None] | None = None  # beside the reading of the next one
     with ThreadPoolExecutor(1) as pool:
         for path, abstract in used.items():
-            variables[path], values = _place(checkpoint, path, dtype, shardings[path])
-            _refuse_infinite(checked, folder, config, variables)
+            variables[path], values = _place(sources[path], path, dtype, shardings[path])
+            _refuse_infinite(checked, sources, table, variables)
             checked = pool.submit(lambda path, values: None if all(map(is_finite, values)) else path, path, values)
             done += parameter_bytes(abstract)
             if progress is not None:
                 progress(done, total)
-        _refuse_infinite(checked, folder, config, variables)
+        _refuse_infinite(checked, sources, table, variables)
     if not fresh_adapters:
-        table = tensors_of(layout_of(folder), config)
         check_trained(table, lambda path: np.asarray(_layers_used(variables[path])))
     return unflatten_dict(variables)
 
 
 def _place(
-    checkpoint: Checkpoint, path: Path, dtype: Any, sharding: jax.sharding.Sharding
+    checkpoint: Checkpoint | PeftAdapter, path: Path, dtype: Any, sharding: jax.sharding.Sharding
 ) -> tuple[jax.Array, list[np.ndarray]]:
     """A parameter on its devices, and the values that this host has of it."""
     if isinstance(checkpoint, OrbaxCheckpoint):
@@ -109,17 +118,20 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def _refuse_infinite(
-    checked: Future[Path | None] | None, folder: FilePath, config: Phi4MMConfig, variables: Mapping[Path, jax.Array]
+    checked: Future[Path | None] | None,
+    sources: Mapping[Path, Checkpoint | PeftAdapter],
+    table: Iterable[Tensor],
+    variables: Mapping[Path, jax.Array],
 ) -> None:
     if checked is None or (path := checked.result()) is None:
         return
-    tensors = [t for t in tensors_of(layout_of(folder), config) if path in [part.path for part in t.parts]]
+    tensors = [t for t in table if path in [part.path for part in t.parts]]
     infinite = [t for t in tensors if t.layer is None or not is_finite(np.asarray(variables[path][t.layer]))]
     names = ", ".join(str(t.key) for t in infinite[:3])
     more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
     raise CheckpointError(
-        f"{folder}: {names}{more}: holds NaN or infinity; the checkpoint is damaged, or its training diverged. Copy it "
-        "again, or use an earlier one"
+        f"{sources[path].folder}: {names}{more}: holds NaN or infinity; the checkpoint is damaged, or its "
+        "training diverged. Copy it again, or use an earlier one"
     )
 
 

@@ -23,6 +23,7 @@ class OrbaxCheckpoint:
     """The parameters below a folder, restored when asked for.
 
     Attributes:
+        folder: where it is.
         parameters: shape, with layers stacked, and dtype of each parameter, "unused" ones included.
         files: what holds them.
 
@@ -33,7 +34,7 @@ class OrbaxCheckpoint:
     def __init__(self, folder: FilePath, expected: Iterable[Path]):
         import orbax.checkpoint as ocp  # takes a while, and most checkpoints are PyTorch's
 
-        self._ocp, self._folder = ocp, folder
+        self._ocp, self.folder = ocp, folder
         self.files = {folder}
         self._checkpointer = ocp.PyTreeCheckpointer()
         read_json(folder / "_METADATA")
@@ -59,8 +60,8 @@ class OrbaxCheckpoint:
     def _restore(self, path: Path, how: Any) -> Any:
         item = unflatten_dict({path: self.parameters[path]})
         args = self._ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
-        with _readable(_folder_of(self._folder, path), "/".join(path)):
-            return flatten_dict(self._checkpointer.restore(self._folder, args=args))[path]
+        with _readable(_folder_of(self.folder, path), "/".join(path)):
+            return flatten_dict(self._checkpointer.restore(self.folder, args=args))[path]
 
 
 def _folder_of(folder: FilePath, path: Path) -> FilePath:

@@ -6,6 +6,7 @@ of another scale has the ratio in its B, and one without LoRA is zero: its produ
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from phi4mm_jax.checkpoint.files import DTYPES, Stored, read_header
+from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.native import adapter_table
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Tensor
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json
-from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.peft_settings import MODULES, common_lora, module_loras
 
+KINDS = ("vision", "speech")
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Of the decoder, as PEFT names them where it wraps the model with its head, or the model alone; with the adapter's name
 # (`.default`) where the state was not saved by PEFT itself.
@@ -31,10 +34,42 @@ _NAME = re.compile(
 )
 
 
+def adapter_folders(adapters: Mapping[str, str | os.PathLike[str]] | None) -> dict[str, FilePath]:
+    """The PEFT folders of adapters that are given beside a checkpoint, by "vision" and "speech".
+
+    Args:
+        adapters: by the same names: a PEFT folder, one that holds it as `vision-lora` or `speech-lora` (an export of
+            adapters, a whole checkpoint), or a repository on the Hub with either.
+
+    Raises:
+        InputError: an adapter of another name.
+        CheckpointError: there is no such folder, or no adapter in it.
+    """
+    if not isinstance(adapters, Mapping | None):
+        raise InputError(f"adapters is a {type(adapters).__name__}; expected names with folders: {{'speech': FOLDER}}")
+    found: dict[str, FilePath] = {}
+    for kind, given in (adapters or {}).items():
+        if kind not in KINDS:
+            raise InputError(f"adapter {kind!r:.60} is not known; an adapter takes the place of 'vision' or 'speech'")
+        if not isinstance(given, str | os.PathLike):
+            raise InputError(f"adapter {kind!r} is a {type(given).__name__}; expected the adapter's folder")
+        folder = local_folder(given)
+        inner = folder / f"{kind}-lora"
+        found[kind] = inner if (inner / SETTINGS_FILE).exists() else folder
+        if not (found[kind] / SETTINGS_FILE).exists():
+            raise CheckpointError(
+                f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE} nor {inner.name}/{SETTINGS_FILE} is "
+                "there; give a folder that PEFT or train.export --adapters-only has written"
+            )
+    return found
+
+
 class PeftAdapter(StackedTensors):
     """The parameters of an adapter's folder.
 
     Attributes:
+        folder: where it is.
+        kind: "vision" or "speech".
         lora: rank and scale that the model has for it.
         files: those that hold it.
 
@@ -44,7 +79,8 @@ class PeftAdapter(StackedTensors):
     """
 
     def __init__(self, folder: FilePath, kind: str, config: Phi4MMConfig):
-        """`kind`: "vision" or "speech"; `config`: of the model that the adapter is for."""
+        """`config`: of the model that the adapter is for."""
+        self.folder, self.kind = folder, kind
         settings = read_json(folder / SETTINGS_FILE)
         self.lora: LoraConfig = read_adapter(str(folder / SETTINGS_FILE), settings, config.decoder)
         self.files = {folder / WEIGHTS_FILE}

@@ -14,8 +14,8 @@ import numpy as np
 from phi4mm_jax.checkpoint.files import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.peft import KINDS, PeftAdapter
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
-from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.stacked import StackedTensors, rows_by_parameter
 from phi4mm_jax.checkpoint.table import Part, Path, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
@@ -41,6 +41,7 @@ class PyTorchCheckpoint(StackedTensors):
     """The parameters of a checkpoint folder, read when asked for, "unused" ones included.
 
     Attributes:
+        folder: where it is.
         files: those that hold them, with their index.
 
     Raises:
@@ -48,12 +49,12 @@ class PyTorchCheckpoint(StackedTensors):
     """
 
     def __init__(self, folder: FilePath, config: Phi4MMConfig):
-        self._folder = folder
+        self.folder = folder
         layout = layout_of(folder)
         table = tensors_of(layout, config)
         copies, adapters = [t for t in table if t.folder], []
         if layout == "native":
-            kinds = [kind for kind in ("vision", "speech") if getattr(config, f"{kind}_lora") is not None]
+            kinds = [kind for kind in KINDS if getattr(config, f"{kind}_lora") is not None]
             copies, adapters = [], [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in kinds]
         # The original layout's folders repeat its shards, and may have been left out of a download.
         copies = [t for t in copies if os.path.lexists(folder / t.folder / ADAPTER_FILE)]
@@ -81,7 +82,7 @@ class PyTorchCheckpoint(StackedTensors):
                 first, second = (self.stored[t.key].rows(start, stop).view(np.uint8) for t in (tensor, copy))
                 if not np.array_equal(first, second):
                     raise CheckpointError(
-                        f"{self._folder / copy.folder / ADAPTER_FILE}: {copy.name} differs from {tensor.name} "
+                        f"{self.folder / copy.folder / ADAPTER_FILE}: {copy.name} differs from {tensor.name} "
                         "in the main shards. If the shards are right, remove the folder's file."
                     )
 

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.files import INCOMPLETE, write_whole
-from phi4mm_jax.fingerprint import folder_fingerprint
+from phi4mm_jax.fingerprint import weights_fingerprint
 from phi4mm_jax.generation import Engine, Request
 from phi4mm_jax.generation.jsonl import AnswerFile, Line
 from phi4mm_jax.generation.request import Adapter
@@ -51,23 +52,33 @@ class Settings:
     prompts: str
 
 
-def check_adapter(model: str | Path, adapter: Adapter | None) -> None:
-    """Raise an InputError where a checkpoint lacks the adapter; another where its config.json cannot be read."""
-    present = [name.removeprefix("lora_") for name in lora_configs(Phi4MMConfig.from_folder(local_folder(model)))]
+def check_adapter(model: str | Path, adapter: Adapter | None, adapters: Mapping[str, str | Path] | None = None) -> None:
+    """Raise an InputError where a checkpoint lacks the adapter; another where its config.json cannot be read.
+
+    Args:
+        adapters: given beside the checkpoint, as to `phi4mm_jax.load`.
+    """
+    present = {name.removeprefix("lora_"): None for name in lora_configs(Phi4MMConfig.from_folder(local_folder(model)))}
+    present |= dict.fromkeys(adapter_folders(adapters))
     if adapter not in (None, "none", *present):
         found = " and ".join(present) or "none"
         raise InputError(f"{model}: has no {adapter} adapter (it has {found}); choose another, or another checkpoint")
 
 
 def settings_of(
-    model: str | Path, dtype: str, adapter: Adapter | None, max_new_tokens: int, items: Sequence[Item]
+    model: str | Path,
+    dtype: str,
+    adapter: Adapter | None,
+    max_new_tokens: int,
+    items: Sequence[Item],
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Settings:
     """Return the settings of a run: weights by their fingerprint, which a copy has too, prompts by their digest.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: there is no such model or adapter.
     """
-    weights = folder_fingerprint(local_folder(model))
+    weights = weights_fingerprint(local_folder(model), adapter_folders(adapters))
     prompts = _digest((item.where, item.prompt) for item in items)
     return Settings(str(model), weights, dtype, adapter or AUTO, max_new_tokens, prompts)
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.files import write_whole
-from phi4mm_jax.fingerprint import file_fingerprint, folder_fingerprint
+from phi4mm_jax.fingerprint import file_fingerprint, weights_fingerprint
 from phi4mm_jax.generation.engine import Engine
 from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
@@ -282,14 +283,16 @@ def _request(values: Mapping[str, Any], folder: Path, settings: Mapping[str, Any
     return Request(prompt, **media, sampling=sampling, **{**settings, **rest})
 
 
-def settings_of(model: str | Path, **settings: Any) -> dict[str, Any]:
+def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> dict[str, Any]:
     """What the answers of a run depend on besides its lines; the checkpoint by its fingerprint.
 
+    Args:
+        adapters: as of `phi4mm_jax.load`.
+
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: there is no such model or adapter.
     """
-    folder = local_folder(model)
-    weights = folder_fingerprint(folder)
+    weights = weights_fingerprint(local_folder(model), adapter_folders(adapters))
     return {"model": str(model), "weights": weights, **settings, "sampling": list(asdict(Sampling()).values())}
 
 
