@@ -1,17 +1,20 @@
 """Answer a picture, a clip, a picture with a spoken question, and a text with the small model, and show what was
 expected: make demo."""
 
+import sys
 from pathlib import Path
 
 import phi4mm_jax
 from phi4mm_jax.evaluation.items import read_items
+from phi4mm_jax.programs import ends_well
 from phi4mm_jax.progress import progress_bar
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 EXAMPLES = MODEL / "examples" / "examples.jsonl"
 
 
-def main() -> None:
+@ends_well
+def main() -> int:
     items = read_items(EXAMPLES)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(MODEL, dtype="float32", progress=advance)
@@ -26,6 +29,7 @@ def main() -> None:
         "The model is 8 MB, made by this project's own recipes (assets/tiny/README.md); README.md tells how to run the "
         "real one."
     )
+    return 0
 
 
 def _shown(path: Path) -> Path:
@@ -33,4 +37,4 @@ def _shown(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

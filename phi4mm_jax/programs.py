@@ -1,31 +1,128 @@
-"""What programs have in common: how they end, and options of several."""
+"""How all programs start and end, and options of several: what goes wrong, from their imports on, is one line on standard error.
+
+A package of programs calls `started` as it is imported. The program's `main` is wrapped by `ends_well`.
+"""
 
 import argparse
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 
 Arguments = ParamSpec("Arguments")
 
+_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+_PATIENCE = 0.5  # seconds for Python to notice an interruption, which C++ keeps from it while it compiles
+_EXTRAS = {  # an optional package, as it is imported: the extra that brings it
+    "grain": "train", "matplotlib": "train", "pydantic": "train", "yaml": "train", "tensorboardX": "train",
+    "rapidfuzz": "evaluate", "sacrebleu": "evaluate", "whisper_normalizer": "evaluate",
+    "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
+}  # fmt: skip
+
+
+_began = threading.Event()  # the program's `main` has: imports are over
+
+
+def started() -> None:
+    """Handle errors and Ctrl-C of a program from here on, its imports included; nothing where none is started."""
+    if sys.argv[:1] != ["-m"]:  # Python has it so while it imports the package of a program
+        return
+    sys.excepthook, sys.unraisablehook = _end, _end_unraisable
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    noticed = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        if not _began.is_set():  # extensions that are being imported may abort on an exception
+            os.write(2, b"interrupted\n")
+            os._exit(_INTERRUPTED)
+        noticed.set()
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            ours = signal.getsignal(signal.SIGINT) is interrupt  # a program may handle it itself for a while
+            if number[0] == signal.SIGINT and ours and not noticed.wait(_PATIENCE):
+                os.write(2, b"interrupted\n")
+                os._exit(_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="phi4mm-interrupt", daemon=True).start()
+
 
 def ends_well(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """A program whose errors, and Ctrl-C, are one line on standard error; its status is then 2, or 130."""
+    """Make the program's errors, and Ctrl-C, one line on standard error; its status is then 2, or 130."""
 
     @wraps(main)
     def program(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+        _began.set()
         try:
             return main(*args, **kwargs)
-        except (InputError, ConfigError, CheckpointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        except (Exception, KeyboardInterrupt) as error:
+            found = _ending(error)
+            if found is None:
+                raise
+            line, status = found
+            print(line, file=sys.stderr)
+            return status
 
     return program
+
+
+def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+    """Replaces `sys.excepthook`."""
+    found = _ending(error)
+    if found is None:
+        sys.__excepthook__(kind, error, traceback)
+        return
+    line, status = found
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def _end_unraisable(unraisable: Any) -> None:
+    """Replaces `sys.unraisablehook`: what is interrupted in a callback would go on."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _end(KeyboardInterrupt, unraisable.exc_value, None)
+    sys.__unraisablehook__(unraisable)
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """What is said of an error, and the status; None for one that nobody expected."""
+    if isinstance(error, InputError | ConfigError | CheckpointError):
+        return f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", _INTERRUPTED
+    if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in _EXTRAS:
+        extra = _EXTRAS[name]
+        return f"error: {name} is not installed, which the extra {extra!r} brings; pip install '.[{extra}]'", 2
+    if (cause := _backend_error()) is not None:
+        return f"error: {cause}", 2
+    return None
+
+
+def _backend_error() -> str | None:
+    """Why jax computes on nothing here; None if it does, or was not imported."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    asked = jax.config.jax_platforms  # type: ignore[attr-defined]
+    try:
+        jax.devices()
+    except Exception as error:  # of several types, an AssertionError among them
+        cause = f": {str(error).splitlines()[0]:.200}" if str(error) else ""
+        names = [name for name in (asked or "").split(",") if name in ("cuda", "gpu", "tpu")]
+        extra = "tpu" if names[:1] == ["tpu"] else "cuda"
+        remedy = f"it needs such a device, and pip install '.[{extra}]'; or " if names else ""
+        return f"JAX_PLATFORMS is {asked!r}, which jax cannot use here{cause}; {remedy}unset it to use what there is"
+    return None
 
 
 def add_adapter_folder(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,62 @@ def test_demo_answers_what_is_expected():
     media = said["image"] + said["audio"]
     assert len(said["image"]) == len(said["audio"]) == 2
     assert all(Path(ROOT, path).is_file() for path in media)
+
+
+# ---------------------------------------------------------------------------------------------- starts and ends
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_a_missing_backend_is_one_line(platform):
+    result = run("infer.generate", "--model", str(TINY), "hello", JAX_PLATFORMS=platform)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"error: JAX_PLATFORMS is '{platform}', which jax cannot use here")
+    assert ("pip install '.[cuda]'" in last) == (platform == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("program", "package", "extra"),
+    [
+        (("train.sft", "recipe.yaml"), "yaml", "train"),
+        (("train.tiny.letters", "--help"), "tensorboardX", "train"),
+        (("infer.evaluate", "--model", str(TINY), "--task", "exact", "m.jsonl"), "rapidfuzz", "evaluate"),
+    ],
+)
+def test_a_missing_extra_is_one_line(program, package, extra, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')")
+    (tmp_path / "m.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}], "answer": "b"}\n')
+    arguments = [str(tmp_path / a) if a == "m.jsonl" else a for a in program]
+    result = run(*arguments, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert package in line
+    assert f"pip install '.[{extra}]'" in line
+
+
+@pytest.mark.parametrize("moment", ["importing", "compiling"])
+def test_ctrl_c_ends_a_program_wherever_it_is(moment, tmp_path):
+    """While extensions are imported, and while XLA compiles, which Python cannot interrupt."""
+    program = subprocess.Popen(
+        [sys.executable, "-m", "infer.generate", "--model", str(TINY), "hello"],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if moment == "importing":
+        maps = Path(f"/proc/{program.pid}/maps")
+        while "jaxlib" not in maps.read_text():
+            time.sleep(0.01)
+    else:
+        while not any(tmp_path.iterdir()):  # the first program is compiled, many follow
+            assert program.poll() is None
+            time.sleep(0.01)
+    program.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    output, errors = program.communicate(timeout=60)
+    print(f"{moment}: ended after {time.monotonic() - sent:.2f} s")
+    assert program.returncode == 130
+    assert output == ""
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "interrupted"

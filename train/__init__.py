@@ -1,0 +1,3 @@
+from phi4mm_jax.programs import started
+
+started()
