@@ -14,6 +14,7 @@ from phi4mm_jax.processing.images import GLOBAL_SEPARATOR, SUB_SEPARATOR, ImageF
 from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
 from phi4mm_jax.training.examples import BadSample, Example, Size
 from phi4mm_jax.training.packing import PackingConfig, Planner, Waiting, build
+from phi4mm_jax.training.sizing import Divisors, propose_packing, propose_trainable
 
 LENGTH = 128
 
@@ -314,3 +315,37 @@ def test_settings_are_checked(change, message):
 def test_hosts_have_equal_parts(config, sequences, message):
     with pytest.raises(InputError, match=message):
         Planner(config, 2, sequences)
+
+
+CLIPS = Size((400,), 0, 1, 375, 2)  # 30 s and a few words
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "rows", "length", "media"),
+    [
+        ([CLIPS] * 100, {}, 2, 4096, ((), (20,), 384)),  # an eighth of 40,000 tokens, ten clips a row
+        ([CLIPS] * 5000, {}, 8, 4096, ((), (80,), 384)),
+        ([CLIPS] * 5000, {"divisors": Divisors(16, 2)}, 16, 4096, ((), (160,), 384)),
+        ([CLIPS] * 100, {"divisors": Divisors(4)}, 4, 1280, ((), (12,), 384)),
+        ([CLIPS] * 100, {"accumulate": 2}, 1, 2560, ((), (6,), 384)),
+        ([CLIPS] * 3, {}, 1, 448, ((), (1,), 384)),
+        ([CLIPS] * 3, {"context": 420}, 1, 420, ((), (1,), 384)),
+        ([CLIPS] * 3 + [Size((9000,), 30, 0, 0, 1)], {}, 1, 10240, ((32,), (3,), 384)),
+        ([Size((9,), 0, 0, 0, 0)] * 20, {"others": [Size((200,), 3, 0, 0, 1)]}, 1, 224, ((3,), (), 64)),
+        ([Size((100, 60), 2, 0, 0, 1)] * 16, {"kind": "preferences"}, 4, 112, ((4,), (), 64)),
+        ([Size((100, 60), 2, 0, 0, 1)], {"kind": "preferences", "divisors": Divisors(3)}, 6, 112, ((3,), (), 64)),
+    ],
+)
+def test_sizes_follow_the_data(sizes, options, rows, length, media):
+    """By hand: sizes of 4 to the octave."""
+    options = {"context": 131072, **options}
+    found = propose_packing(sizes, **options)
+    pack = "kind" not in options
+    assert found == PackingConfig(rows, (length,), pack, *media)
+
+
+def test_what_is_trained_follows_the_data():
+    text, picture, clip = Size((9,), 0, 0, 0, 0), Size((9,), 1, 0, 0, 1), CLIPS
+    assert propose_trainable([text]) == ("params/decoder",)
+    assert propose_trainable([text, clip]) == ("lora_speech",)
+    assert propose_trainable([clip, picture]) == ("lora_vision", "lora_speech")

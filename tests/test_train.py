@@ -36,11 +36,12 @@ from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
 from phi4mm_jax.training.metrics import read_log
-from phi4mm_jax.training.recipe import load_recipe
+from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.training.settings import ALIASES, setting_names
 from phi4mm_jax.training.step import TrainState, supervised
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "train" / "recipes").rglob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "train" / "recipes").rglob("*.yaml") if p.stem != "small")  # it has its own test
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -207,10 +208,12 @@ def test_a_tuned_adapter_in_peft(recipe, native, tmp_path):
 def test_every_recipe_trains(path, tmp_path):
     """Two steps on the tiny model, with data of its kind."""
     settings = yaml.safe_load(path.read_text())
-    packing = settings["data"]["packing"]
+    packing, trainable = settings["data"]["packing"], settings["trainable"]
     image = {"type": "image", "image": str(TINY / "inputs" / "image_2.png")}
     clip = {"type": "audio", "audio": str(TINY / "inputs" / "audio_0.flac")}
-    media = ([image] if "crops" in packing else []) + ([clip] if "chunks" in packing else [])
+    has_images = "crops" in packing or "lora_vision" in trainable
+    has_clips = "chunks" in packing or "lora_speech" in trainable
+    media = [image] * has_images + [clip] * has_clips
     prompt = [message("user", *media, text("What?"))]
     if settings["data"].get("kind") == "preferences":
         sample = {"messages": prompt, "chosen": "Yes, this.", "rejected": "No."}
@@ -219,8 +222,8 @@ def test_every_recipe_trains(path, tmp_path):
     manifest = write(tmp_path / "data.jsonl", [sample] * 4)
     overrides = [
         f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
-        f"data.steps={2 * settings.get('accumulate', 1)}", "data.packing.rows=2", "data.packing.lengths=[1280]",
-        "fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
+        f"data.steps={2 * settings.get('accumulate', 1)}", "fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
+        *(["data.packing.rows=2", "data.packing.lengths=[1280]"] if packing != "auto" else []),
         *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
     ]  # fmt: skip
@@ -232,6 +235,34 @@ def test_every_recipe_trains(path, tmp_path):
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
 
 
+@pytest.mark.parametrize(("name", "held"), [("speech_adapter", "speech"), ("small", "text"), ("small", "ocr")])
+def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
+    """README's command, with the small model: every answer is learnt once, and the warm-up is over before the end."""
+    folder = ROOT / "tests" / "fixtures" / "held"
+    lines = (folder / f"{held}.jsonl").read_text().splitlines()[:20]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    for media in ("images", "clips"):
+        (tmp_path / media).symlink_to(folder / media)
+    overrides = [
+        f"model={ROOT / 'assets' / 'tiny'}", f"data.sources=[{{path: {tmp_path / 'train.jsonl'}}}]",
+        f"output={tmp_path / 'run'}", "data.epochs=1", "dtype=float32", "fsdp=1",
+    ]  # fmt: skip
+    path = ROOT / "train" / "recipes" / f"{name}.yaml"
+    assert run(path, *overrides) == 0
+    log = read_log(tmp_path / "run")
+    answers = [json.loads(line)["messages"][1]["content"] for line in lines]
+    assert sum(line["targets"] for line in log) == sum(len(answer) + 2 for answer in answers)  # its tokens are bytes
+    assert len(log) >= 7
+    assert max(line["learning_rate"] for line in log[:2]) == pytest.approx(load_recipe(path).optimizer.learning_rate)
+    adapter = {"speech": "lora_speech", "text": "params/decoder", "ocr": "lora_vision"}[held]
+    settled = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert settled["trainable"] == [adapter]
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown.partition("data.packing=")[2].partition('"')[0]) == settled["data"]["packing"]
+    assert run(path, *overrides) == 0
+    assert "all done" in capsys.readouterr().out
+
+
 def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
     from train import sft
 
@@ -240,6 +271,7 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
     shown = capsys.readouterr().out
     assert "lora_speech/decoder/layers/mlp/down/a" in shown
     assert "GiB besides" in shown
+    assert 'Proposed for these: "data.packing={rows: ' in shown
     assert "media tokens>Number" in shown
     assert "<|assistant|>[[one two<|end|><|endoftext|>]]" in shown
     assert not (tmp_path / "run").exists()
@@ -248,7 +280,12 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.learning_rat=1", r"optimizer\.learning_rat: is no setting of a recipe"),
+        ("optimizer.learning_rat=1", r"rat: is no setting of a recipe; did you mean optimizer\.learning_rate\?"),
+        ("optimizer.lr=1", r"optimizer\.lr: is no setting of a recipe; did you mean optimizer\.learning_rate\?"),
+        ("num_train_epochs=1", r"did you mean data\.epochs\?"),
+        ("weight_decay=1", r"did you mean optimizer\.weight_decay\?"),
+        ("data.sources=[{pth: x}]", r"data\.sources\.0\.pth: .* did you mean data\.sources\.path\?"),
+        ("xyz=1", r"xyz: is no setting of a recipe$"),
         ("optimizer.learning_rate=-1", r"optimizer\.learning_rate is -1"),
         ("optimizer=5", r"optimizer"),
         ("seed=x", r"seed: .* \(it is 'x'\)"),
@@ -263,6 +300,12 @@ def test_wrong_settings(recipe, override, message):
     overrides = [override, "fsdp=2"] if "rows" in override else [override]
     with pytest.raises((InputError, CheckpointError), match=message):
         run(recipe, *overrides)
+
+
+def test_other_tools_names_lead_to_settings():
+    known = set(setting_names(Recipe))
+    assert set(ALIASES.values()) <= known
+    assert {name for name in known if "." not in name}.isdisjoint(ALIASES)
 
 
 def test_overrides_reach_settings_that_are_not_there(recipe):
@@ -464,6 +507,21 @@ def test_resuming_with_repaired_files_takes_each_sample_once(quick, tmp_path, mo
         rest = [after] * (8 - samples) + [5] * 4
         assert targets(tmp_path / "run") - taken == sum(map(loss_tokens, rest))
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == read_log(tmp_path / "run")[-1]["step"] > done
+
+
+def test_resuming_keeps_the_sizes_that_were_settled(quick, tmp_path, monkeypatch):
+    """Though the data would suggest others by now."""
+    texts(tmp_path / "train.jsonl", [20] * 8)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(quick, "data.packing=auto") == STOPPED
+    before = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["packing"]
+    taken = targets(tmp_path / "run")
+    texts(tmp_path / "train.jsonl", [5] * 8)
+    assert run(quick, "data.packing=auto") == 0
+    after = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["packing"]
+    assert before == after
+    assert targets(tmp_path / "run") - taken == (8 - taken / loss_tokens(20)) * loss_tokens(5)
 
 
 def test_more_epochs_after_a_partial_batch(quick, tmp_path):

@@ -473,7 +473,18 @@ def test_the_schedule():
     rates: Any = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
     np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
     with pytest.raises(InputError, match=r"warmup_steps is 50, and the run has 20 steps"):
-        learning_rates(OptimizerConfig(), 20)
+        learning_rates(OptimizerConfig(warmup_steps=50), 20)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rates"), [(1, [1.0]), (3, [1.0, 2 / 3, 1 / 3]), (20, [0.0, 0.25, 0.5, 0.75, 1.0, 0.9375])]
+)
+def test_a_share_of_the_steps_warms_up(steps, rates):
+    """0.2 of them, rounded down."""
+    schedule: Any = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=0.2), steps)
+    np.testing.assert_allclose([schedule(i) for i in range(len(rates))], rates, rtol=1e-6)
+    with pytest.raises(InputError, match=r"optimizer.warmup_steps is 1.0; .* a share below 1"):
+        OptimizerConfig(warmup_steps=1.0)
 
 
 def test_weight_decay_by_patterns(scanned):

@@ -12,9 +12,10 @@ from conftest import TINY
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.training.data import DataConfig, Source, TrainingData
+from phi4mm_jax.training.data import DataConfig, Source, TrainingData, measure_samples
 from phi4mm_jax.training.examples import BadSample
 from phi4mm_jax.training.packing import PackingConfig
+from phi4mm_jax.training.sizing import Divisors, propose_packing
 
 INPUTS = TINY / "inputs"
 TEXTS = PackingConfig(2, (64,), window=4)
@@ -134,6 +135,30 @@ def test_preferences(tmp_path, processor):
         found = answers(processor, batches)
         assert sorted(found[::2]) == [f"yes{i}" for i in range(6)]
         assert found[1::2] == [name.replace("yes", "no") for name in found[::2]]
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "hosts", "steps"),
+    [
+        (texts, 3, 1, 2),
+        (texts, 3, 2, 2),
+        (texts, 20, 1, 10),
+        (texts, 200, 2, 14),
+        (mixed, 20, 2, 5),
+    ],
+)
+def test_proposed_sizes_take_every_sample(tmp_path, processor, make, count, hosts, steps):
+    """In orders that they were not proposed for, of several epochs; and there are steps enough to learn from."""
+    source = manifest(tmp_path / "m.jsonl", make(count))
+    measured = measure_samples(DataConfig((Source(source.path, 1.0),), None, steps=1, threads=2), processor)
+    assert len(measured) == count
+    packing = propose_packing(measured, divisors=Divisors(2, hosts), context=processor.context)
+    streams = [stream(processor, source, packing=packing, epochs=2, seed=7, host=h, hosts=hosts) for h in range(hosts)]
+    parts = [list(data) for data in streams]
+    found = Counter(name for part in parts for name in answers(processor, part))
+    prefix = "s" if make is texts else "m"
+    assert found == {f"{prefix}{i}": 2 for i in range(count)}
+    assert len(parts[0]) >= steps
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -380,6 +405,7 @@ def test_sources_that_cannot_be_opened(tmp_path, processor, monkeypatch):
         ({"augment_image": "blur"}, "augment_image is 'blur'; expected jitter"),
         ({"hosts": 2, "host": 2}, "host 2 of 2"),
         ({"packing": PackingConfig(1, (1 << 20,))}, "beyond the model's context"),
+        ({"packing": None}, "packing is None"),
         ({"packing": PackingConfig(3, (64,)), "hosts": 2}, "rows is 3"),
     ],
 )

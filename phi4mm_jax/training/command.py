@@ -42,7 +42,8 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
 
 def start(arguments: argparse.Namespace, recipe: Recipe, objective_of: Callable[[Phi4MM], Objective]) -> int:
     """Train, or show what would be; returns the program's status."""
-    run = prepare(recipe, objective_of)
+    run = prepare(recipe, objective_of, propose=arguments.dry_run)
+    recipe = run.recipe
     if not arguments.dry_run:
         return train(run)
     batch = next(run.data)

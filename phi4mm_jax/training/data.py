@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +53,7 @@ class DataConfig:
     Attributes:
         sources: the manifests.
         kind: what they hold: conversations with answers, or preferences.
-        packing: the shapes of batches.
+        packing: the shapes of batches; None is for recipes, where a run sizes them by its data.
         epochs: how often to go through the data: so many times as many samples as the manifests have together.
         steps: how many batches to make, whatever epochs that takes. Either this or epochs is given.
         seed: of shuffling and augmentation.
@@ -70,7 +70,7 @@ class DataConfig:
     """
 
     sources: tuple[Source, ...]
-    packing: PackingConfig
+    packing: PackingConfig | None
     kind: Kind = "answers"
     epochs: int | None = None
     steps: int | None = None
@@ -93,7 +93,9 @@ class DataConfig:
             if source.weight is not None and not 0 < source.weight < math.inf:
                 raise InputError(f"{source.path}: its weight is {source.weight!r:.40}; expected a positive number")
         if (self.epochs is None) == (self.steps is None):
-            raise InputError(f"epochs is {self.epochs} and steps is {self.steps}; give one of them")
+            raise InputError(
+                f"epochs is {self.epochs} and steps is {self.steps}; give one of them, and null for the other"
+            )
         for name, least in (("epochs", 1), ("steps", 1), ("seed", 0), ("threads", 1), ("prefetch", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -103,6 +105,17 @@ class DataConfig:
         if self.kind not in ("answers", "preferences"):
             raise InputError(f"kind is {self.kind!r:.40}; expected answers or preferences")
         _augment(self)
+
+    @property
+    def sizes(self) -> PackingConfig:
+        """The packing that is given.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.packing is None:
+            raise InputError("packing is None, which only a recipe may leave to its data; give a PackingConfig")
+        return self.packing
 
 
 def _augment(config: DataConfig) -> Augment:
@@ -169,8 +182,12 @@ class TrainingData:
     def __init__(self, config: DataConfig, processor: Processor, host: int = 0, hosts: int = 1):
         if not 0 <= host < hosts:
             raise InputError(f"host {host} of {hosts}; expected 0 to {hosts - 1}")
-        if config.packing.lengths[-1] > processor.context:
-            raise InputError(f"lengths is {config.packing.lengths}, beyond the model's context of {processor.context}")
+        self._packing = config.sizes
+        if self._packing.lengths[-1] > processor.context:
+            raise InputError(
+                f"data.packing.lengths is {self._packing.lengths}, beyond the model's context of {processor.context}; "
+                "lower it, or give data.packing=auto"
+            )
         self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
         self._manifests = [open_manifest(Path(source.path)) for source in config.sources]
         self._augment = _augment(config)
@@ -213,6 +230,18 @@ class TrainingData:
             return sum(1 for _ in stream)
         finally:
             stream.close()
+
+    def measured_sizes(self) -> list[Size]:
+        """The sizes of the stream's samples, those left out that cannot be used and may be skipped."""
+        sizes, tally = [], Tally()
+        for measured in self._measured():
+            tally = tally._replace(seen=tally.seen + 1)
+            if isinstance(measured, BadSample):
+                tally = self._limit.skip(tally, measured)
+            else:
+                sizes.append(measured.size)
+            self._limit.check(tally)
+        return sizes
 
     def _stream(self, load: Callable[[tuple[Plan, Tally]], Any]) -> Any:
         """An iterator of what `load` makes of the plans, some of which it makes ahead."""
@@ -262,7 +291,7 @@ class TrainingData:
         config = self._config
         signature = {
             "samples": [len(m) for m in self._manifests], "bytes": [m.size for m in self._manifests],
-            "weights": [s.weight for s in config.sources], "packing": asdict(config.packing), "kind": config.kind,
+            "weights": [s.weight for s in config.sources], "packing": asdict(self._packing), "kind": config.kind,
             "seed": config.seed, "shuffle": config.shuffle, "max_crops": config.max_crops, "hosts": self._hosts,
         }  # fmt: skip
         return json.loads(json.dumps(signature))  # lists for tuples, as a state has them that was stored
@@ -273,7 +302,7 @@ class TrainingData:
         return self._order.map_with_index(self._measure).to_iter_dataset(reading)
 
     def _planner(self) -> Planner:
-        return Planner(self._config.packing, self._hosts, self._sequences)
+        return Planner(self._packing, self._hosts, self._sequences)
 
     @property
     def _sequences(self) -> int:
@@ -316,8 +345,22 @@ class TrainingData:
             if isinstance(error, BadSample):
                 unreadable = self._limit.skip(unreadable, error)
         examples = {at: e for at, e in found.items() if not isinstance(e, BadSample)}
-        batch = build(self._processor, self._config.packing, plan, self._host, examples, self._sequences)
+        batch = build(self._processor, self._packing, plan, self._host, examples, self._sequences)
         return batch, tally, unreadable
+
+
+def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
+    """The sizes of all samples, each once, whatever its source's weight; those left out that may be skipped.
+
+    Raises:
+        InputError: as `TrainingData`, but for what exceeds a batch.
+    """
+    media = (1 << 40,)
+    packing = PackingConfig(2, (processor.context,), False, media, media, processor.config.speech.chunk_tokens)
+    sources = tuple(Source(source.path) for source in config.sources)
+    once = replace(config, packing=packing, sources=sources, epochs=1, steps=None)
+    with contextlib.closing(TrainingData(once, processor)) as data:
+        return data.measured_sizes()
 
 
 def _order(config: DataConfig, lengths: Sequence[int]) -> grain.MapDataset[tuple[int, int]]:

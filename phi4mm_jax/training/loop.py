@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,14 +28,23 @@ from phi4mm_jax.progress import progress_bar, step_bar
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.checkpoints import Checkpoints
-from phi4mm_jax.training.data import Kind, TrainingData
+from phi4mm_jax.training.data import Kind, TrainingData, measure_samples
 from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.metrics import REPORT, Log, draw, report
 from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
+from phi4mm_jax.training.packing import PackingConfig
 from phi4mm_jax.training.patterns import split
-from phi4mm_jax.training.recipe import EvaluationConfig, Recipe, check_same_run, save_recipe
+from phi4mm_jax.training.recipe import (
+    AUTO,
+    EvaluationConfig,
+    Recipe,
+    check_same_run,
+    resolved_as_before,
+    save_recipe,
+)
+from phi4mm_jax.training.sizing import Divisors, describe, propose_packing, propose_trainable
 from phi4mm_jax.training.step import (
     Metrics,
     Objective,
@@ -65,30 +75,40 @@ class Run(NamedTuple):
     mesh: Mesh | None
 
 
-def prepare(recipe: Recipe, objective_of: Callable[[Phi4MM], Objective]) -> Run:
-    """Load what a recipe names.
+def prepare(
+    recipe: Recipe,
+    objective_of: Callable[[Phi4MM], Objective],
+    say: Callable[[str], None] = print,
+    propose: bool = False,
+) -> Run:
+    """Load what a recipe names, and settle what it leaves to the data.
 
     Args:
         objective_of: gives a model's objective.
+        propose: tell what would be proposed for the data, also where the recipe leaves nothing open.
 
     Raises:
         InputError, CheckpointError, ConfigError: something in the recipe, the data or the checkpoint cannot be used.
     """
     mesh = _mesh(recipe)
-    _check_rows(recipe, mesh)
     folder = Path(recipe.output)
     _check_folder(folder)
     if (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists():
+        recipe = resolved_as_before(recipe, folder / RECIPE)
         check_same_run(recipe, folder / RECIPE)
+    if recipe.data.packing is not None:
+        _check_rows(recipe.data.packing, mesh)
     with progress_bar("Reading the weights", size=True) as advance:
         model = load(
             recipe.model, recipe.dtype, mesh, scan=True, fresh_adapters=recipe.fresh_adapters, progress=advance
         )
+    if propose or recipe.data.packing is None or recipe.trainable == AUTO:
+        recipe = _resolved(recipe, model, mesh, say)
     data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
     with progress_bar("Counting the batches"):
         steps = math.ceil(data.count_batches() / recipe.accumulate)
     trainable, frozen = split(model.variables, recipe.trainable, "trainable")
-    for adapter, stacks in (("lora_vision", recipe.data.packing.crops), ("lora_speech", recipe.data.packing.chunks)):
+    for adapter, stacks in (("lora_vision", recipe.data.sizes.crops), ("lora_speech", recipe.data.sizes.chunks)):
         if not stacks:  # no row will need it
             frozen.pop(adapter, None)
     module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
@@ -307,8 +327,30 @@ def _mesh(recipe: Recipe) -> Mesh | None:
     return None if fsdp * recipe.tensor == 1 else make_mesh(fsdp, recipe.tensor)
 
 
-def _check_rows(recipe: Recipe, mesh: Mesh | None) -> None:
-    packing = recipe.data.packing
+def _resolved(recipe: Recipe, model: Model, mesh: Mesh | None, say: Callable[[str], None]) -> Recipe:
+    """The recipe with what it leaves to the data, which are measured for it."""
+    with progress_bar("Measuring the samples"):
+        sizes = measure_samples(recipe.data, model.processor)
+        asked = recipe.evaluation
+        held_out = replace(recipe.data, sources=asked.sources) if asked is not None else None
+        others = measure_samples(held_out, model.processor) if held_out is not None else []
+    say(f"The data: {describe(sizes)}.")
+    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    packing = propose_packing(
+        sizes, others, kind=recipe.data.kind, accumulate=recipe.accumulate,
+        divisors=Divisors(devices, jax.process_count()), context=model.processor.context,
+    )  # fmt: skip
+    taken = "Taken" if recipe.data.packing is None else "Proposed"
+    settings = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(packing).items()}
+    listed = ", ".join(f"{name}: {str(x).lower()}" for name, x in settings.items())
+    say(f'{taken} for these: "data.packing={{{listed}}}"')
+    if recipe.trainable == AUTO:
+        recipe = replace(recipe, trainable=propose_trainable(sizes))
+        say(f"Trained on these: {', '.join(recipe.trainable)}")
+    return recipe if recipe.data.packing is not None else replace(recipe, data=replace(recipe.data, packing=packing))
+
+
+def _check_rows(packing: PackingConfig, mesh: Mesh | None) -> None:
     fsdp = 1 if mesh is None else mesh.shape["fsdp"]
     for name, sizes in (("rows", (packing.rows,)), ("crops", packing.crops), ("chunks", packing.chunks)):
         for size in sizes:
@@ -470,7 +512,7 @@ def _stopping() -> Iterator[_Signals]:
 
 
 def _facts(run: Run, checkpoints: Checkpoints) -> dict[str, Any]:
-    recipe, packing = run.recipe, run.recipe.data.packing
+    recipe, packing = run.recipe, run.recipe.data.sizes
     count = sum(x.size for x in jax.tree.leaves(run.trainable))
     return {
         "model": recipe.model,

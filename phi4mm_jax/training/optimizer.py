@@ -16,11 +16,12 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101); the defaults are those of the published fine-tuning samples.
+    """AdamW (arXiv:1711.05101); the defaults are those of the published fine-tuning samples,
+    but for the warm-up, which is 50 steps there.
 
     Attributes:
         learning_rate: the highest.
-        warmup_steps: over which it rises from 0.
+        warmup_steps: over which it rises from 0: a whole number, or a share below 1 of the run's steps.
         schedule: how it falls from there to `final_share` of it at the last step.
         decay: patterns of the parameters that weight decay applies to.
         clip: the most that the norm of all gradients may be; None does not clip.
@@ -30,7 +31,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 4e-5
-    warmup_steps: int = 50
+    warmup_steps: int | float = 0.1
     schedule: Schedule = "linear"
     final_share: float = 0.0
     beta1: float = 0.9
@@ -47,7 +48,9 @@ class OptimizerConfig:
                 raise InputError(f"optimizer.{name} is {value!r}; expected {expected}")
 
         check("learning_rate", self.learning_rate > 0, "a positive number")
-        check("warmup_steps", self.warmup_steps >= 0, "0 or a positive whole number")
+        is_share = isinstance(self.warmup_steps, float) and 0 <= self.warmup_steps < 1
+        is_count = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
+        check("warmup_steps", is_share or is_count, "0, a positive whole number, or a share below 1 of the run's steps")
         check("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         check("final_share", 0 <= self.final_share <= 1, "a number from 0 to 1")
         check("beta1", 0 <= self.beta1 < 1, "a number from 0 to below 1")
@@ -63,18 +66,21 @@ def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Raises:
         InputError: the warm-up is not over before the last step.
     """
-    if config.warmup_steps >= steps:
+    is_share = isinstance(config.warmup_steps, float)
+    warmup_steps = int(config.warmup_steps * steps if is_share else config.warmup_steps)
+    if warmup_steps >= steps:
         raise InputError(
-            f"optimizer.warmup_steps is {config.warmup_steps}, and the run has {steps} steps; warm up over fewer"
+            f"optimizer.warmup_steps is {warmup_steps}, and the run has {steps} steps; warm up over fewer, or over a "
+            "share of them, such as 0.1"
         )
-    peak, rest = config.learning_rate, steps - config.warmup_steps
+    peak, rest = config.learning_rate, steps - warmup_steps
     after = {
         "linear": optax.linear_schedule(peak, config.final_share * peak, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest, config.final_share),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
-    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps]) if config.warmup_steps else after
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any]) -> optax.GradientTransformation:

@@ -124,12 +124,12 @@ class Planner:
             raise BadSample(
                 "length",
                 f"the sample has {parts} tokens (text: {text}{media}), and a row {longest}, which would cut its "
-                "answer; shorten it, or raise lengths",
+                "answer; shorten it, raise lengths, or give data.packing=auto",
             )
         share = f" a host ({self.hosts} share those of a batch)" if self.hosts > 1 else ""
         for name, needed, sizes in (("crops", size.crops, self.crops), ("chunks", size.chunks, self.chunks)):
             if needed > max(sizes, default=0):
-                remedy = f"raise {name}" + (", or lower max_crops" if name == "crops" else "")
+                remedy = f"raise {name}, {'lower max_crops, ' if name == 'crops' else ''}or give data.packing=auto"
                 raise BadSample(
                     "length", f"the sample has {needed} {name}, and a batch {max(sizes, default=0)}{share}; {remedy}"
                 )

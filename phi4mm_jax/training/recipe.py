@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,12 @@ from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.loss import LossConfig
 from phi4mm_jax.training.optimizer import OptimizerConfig
 from phi4mm_jax.training.packing import PackingConfig
+from phi4mm_jax.training.settings import meant, setting_names
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
 Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
 Metric = Literal["loss", "wer", "cer", "bleu", "exact"]
+AUTO = ("auto",)  # as `trainable`: what the data's media need
 
 
 def _at_least(value: int, least: int) -> int:
@@ -69,8 +71,10 @@ class Recipe:
     Attributes:
         model: the checkpoint to begin with, as `phi4mm_jax.load` takes it.
         output: the run's folder. Where it has checkpoints, the run goes on from the last one.
-        trainable: patterns of the parameters that are trained; see `phi4mm_jax.training.patterns`.
-        data: what is learnt from. `data.packing.rows` are those of a micro-batch.
+        trainable: patterns of the parameters that are trained, see `phi4mm_jax.training.patterns`; or "auto": the
+            adapters that the data's media need, the decoder if all are text.
+        data: what is learnt from. `data.packing.rows` are those of a micro-batch. Packing may be "auto": sizes that
+            every sample fits into, see `phi4mm_jax.training.sizing`. Both are settled when the run begins.
         accumulate: micro-batches of a step.
         fresh_adapters: begin with adapters that change nothing yet, where the checkpoint's are all zero.
         dropout: whether adapters drop out, as the checkpoint's config says.
@@ -105,13 +109,14 @@ class Recipe:
 
     def __post_init__(self):
         packing = self.data.packing
-        if self.accumulate > 1 and (len(packing.lengths), *map(len, (packing.crops, packing.chunks))) > (1, 1, 1):
+        several = packing is not None and (len(packing.lengths), *map(len, (packing.crops, packing.chunks))) > (1, 1, 1)
+        if self.accumulate > 1 and several:
             raise InputError(
                 "accumulate is above 1, and data.packing gives several sizes; micro-batches of one step need one size "
                 "of lengths, crops and chunks"
             )
         preferences = self.data.kind == "preferences"
-        if preferences and packing.pack:
+        if preferences and packing is not None and packing.pack:
             raise InputError(
                 "data.kind is preferences, and data.packing.pack is true; a row is one answer there: set it to false"
             )
@@ -142,10 +147,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}: is no recipe; expected settings, such as 'model: FOLDER'")
     for override in overrides:
         _override(settings, override)
+    _settle_auto(settings)
     try:
         return TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
         raise InputError(f"{path}: {'; '.join(map(_said, error.errors()))}") from error
+
+
+def _settle_auto(settings: dict[str, Any]) -> None:
+    data = settings.get("data")
+    if isinstance(data, dict) and data.get("packing") == "auto":
+        data["packing"] = None
+    if settings.get("trainable") == "auto":
+        settings["trainable"] = AUTO
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -159,6 +173,14 @@ _MAY_CHANGE = re.compile(
     r"output|fsdp|tensor|remat|save_every|keep|log_every|optimizer\..*|evaluation(?!\.metric)(\..*)?"
     r"|data\.(sources|epochs|steps|bad_samples|threads|prefetch)(\..*)?"
 )
+
+
+def resolved_as_before(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with what it leaves to the data as the run that was saved at `path` has settled it."""
+    before = load_recipe(path)
+    if recipe.data.packing is None:
+        recipe = replace(recipe, data=replace(recipe.data, packing=before.data.packing))
+    return replace(recipe, trainable=before.trainable) if recipe.trainable == AUTO else recipe
 
 
 def check_same_run(recipe: Recipe, path: Path) -> None:
@@ -193,7 +215,10 @@ def _override(settings: dict[str, Any], override: str) -> None:
             inner[parent] = {}
         inner = inner[parent] if isinstance(inner, dict) else None
     if not isinstance(inner, dict):
-        raise InputError(f"{override!r}: {'.'.join(parents)} has no settings of its own")
+        raise InputError(
+            f"{override!r}: {'.'.join(parents)} has no settings of its own here; where it may have, give them all, as "
+            f"in {parents[-1]}={{...}}"
+        )
     try:
         inner[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -205,5 +230,6 @@ def _said(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{place}: is missing; give it"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{place}: is no setting of a recipe"
+        suggestion = meant(place, list(setting_names(Recipe)))
+        return f"{place}: is no setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
     return f"{place}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r:.60})"

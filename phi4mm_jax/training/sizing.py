@@ -1,0 +1,114 @@
+"""Sizes of batches, and what is trained, as the data suggest: for recipes that leave them open."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.processing.processor import bucket
+from phi4mm_jax.training.examples import Kind, Size
+from phi4mm_jax.training.packing import PackingConfig, Planner, Waiting
+
+_LEAST_STEPS = 8  # an epoch, where the samples are enough
+_LENGTH, _ROWS = 4096, 8  # of large sets: tokens of a row, and rows at least
+_LEAST_LENGTH = 64
+_MOST_PLANNED = 4096  # samples; the stacks of media that these need are those of all
+_UNBOUNDED = 1 << 40
+
+
+class Divisors(NamedTuple):
+    """What the sizes of a batch must be divisible by."""
+
+    devices: int = 1  # that share the rows
+    hosts: int = 1
+
+
+def propose_packing(
+    sizes: Sequence[Size],
+    others: Sequence[Size] = (),
+    *,
+    kind: Kind = "answers",
+    accumulate: int = 1,
+    divisors: Divisors = Divisors(),  # noqa: B008 (a tuple)
+    context: int,
+) -> PackingConfig:
+    """Sizes that every sample fits into, whatever order they come in.
+
+    A step takes an eighth of the tokens, but not more than 8 rows of 4096 for each of its micro-batches (a row a
+    device, if these are more). Rows are as long as that allows, or as the longest sample. The stacks of media hold what
+    batches of such rows come to have, so that it is the tokens that close a batch.
+
+    Args:
+        sizes: of all samples that are trained on.
+        others: of samples that the same batches evaluate.
+        accumulate: micro-batches of a step.
+        context: tokens of the longest sequence.
+    """
+    pack = kind == "answers"
+    sequences = 1 if pack else 2
+    together = [*sizes, *others]
+    longest = max(map(sum if pack else max, (size.tokens for size in together)))
+    tokens = min(
+        _LENGTH * max(_ROWS, divisors.devices),
+        math.ceil(sum(sum(size.tokens) for size in sizes) / _LEAST_STEPS / accumulate),
+    )
+    wanted = max(longest, min(_LENGTH, tokens // divisors.devices)) if pack else longest
+    length = min(bucket(wanted, _LEAST_LENGTH), context)
+    rows = _multiple(math.ceil(tokens / length), divisors.devices, divisors.hosts * sequences)
+    chunk_tokens = bucket(max(size.longest for size in together), _LEAST_LENGTH)
+    open_sizes = (_UNBOUNDED * divisors.hosts,)
+    unbounded = PackingConfig(rows, (length,), pack, open_sizes, open_sizes, chunk_tokens)
+    crops, chunks = _media_of_batches(sizes[:_MOST_PLANNED], Planner(unbounded, divisors.hosts, sequences))
+
+    def stack(most: int, each: Sequence[int]) -> tuple[int, ...]:
+        if not any(each):
+            return ()
+        return (_multiple(bucket(max(most, *each)) * divisors.hosts, divisors.devices, divisors.hosts),)
+
+    return PackingConfig(
+        rows, (length,), pack, stack(crops, [size.crops for size in together]),
+        stack(chunks, [size.chunks for size in together]), chunk_tokens,
+    )  # fmt: skip
+
+
+def _media_of_batches(sizes: Sequence[Size], planner: Planner) -> tuple[int, int]:
+    """The most crops and chunks of a host's part of a batch."""
+    most = [0, 0]
+
+    def count_complete(ended: bool = False) -> None:
+        while (plan := planner.next(ended)) is not None:
+            for host in plan.slots:
+                found = [sizes[at] for slot in host for at in slot]
+                most[:] = max(most[0], sum(s.crops for s in found)), max(most[1], sum(s.chunks for s in found))
+
+    for position, size in enumerate(sizes):
+        planner.add(Waiting(position, size))
+        count_complete()
+    count_complete(ended=True)
+    return most[0], most[1]
+
+
+def _multiple(count: int, *divisors: int) -> int:
+    step = math.lcm(*divisors)
+    return -(-count // step) * step
+
+
+def propose_trainable(sizes: Sequence[Size]) -> tuple[str, ...]:
+    """The adapters that the samples' media need; the decoder, if all are text."""
+    needed = {size.adapter for size in sizes}
+    return tuple(name for name, index in ADAPTERS.items() if index in needed) or ("params/decoder",)
+
+
+def describe(sizes: Sequence[Size]) -> str:
+    """What the samples take, in a line."""
+    if not sizes:
+        raise InputError("no sample can be learnt from; repair the data")
+    tokens = sorted(sum(size.tokens) for size in sizes)
+    parts = [f"{len(sizes)} samples of {tokens[0]} to {tokens[-1]} tokens, {tokens[len(tokens) // 2]} in the middle"]
+    crops, chunks = max(size.crops for size in sizes), max(size.chunks for size in sizes)
+    parts += [f"up to {crops} crop(s)"] if crops else []
+    parts += [f"up to {chunks} chunk(s) of clips"] if chunks else []
+    text = sum(size.adapter == 0 for size in sizes)
+    parts += [f"{text} of text alone, which no adapter learns from"] if 0 < text < len(sizes) else []
+    return "; ".join(parts)
