@@ -9,9 +9,10 @@ from conftest import TINY
 from PIL import Image
 
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import with_paths
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.training.augment import Augment, jitter, noise
+from phi4mm_jax.training.augment import Augment, SpeechAugmentation, augment_clip, jitter, mask_features, noise
 from phi4mm_jax.training.examples import BadSample, Sample, load_examples, measure, parse_sample
 
 IMAGE, CLIP = {"type": "image", "image": "image_0.png"}, {"type": "audio", "audio": "audio_0.flac"}
@@ -356,6 +357,84 @@ def test_an_augmentation_must_keep_sizes(processor):
         load_examples(sample, processor, augment=Augment(image=lambda image, _: image.resize((9, 9))), rng=rng)
     with pytest.raises(ValueError, match="must keep them"):
         load_examples(sample, processor, augment=Augment(clip=lambda clip, _: (clip[0][1:], clip[1])), rng=rng)
+
+
+@pytest.mark.parametrize(
+    ("speed", "semitones", "length", "hertz"),
+    [(0.9, None, 35556, 440), (1.1, None, 29091, 440), (None, 2, 32000, 493.883), (1.25, -12, 25600, 220)],
+)
+def test_speed_and_pitch_of_a_tone(speed, semitones, length, hertz):
+    """Speed changes the length alone, pitch the frequency alone, by 2 ** (1 / 12) a semitone."""
+    tone = np.sin(2 * np.pi * 440 * np.arange(32000) / 16000).astype(np.float32) / 2
+    ranges = {name: (x, x) for name, x in (("speed", speed), ("pitch", semitones)) if x is not None}
+    changed, rate = augment_clip((tone, 16000), SpeechAugmentation(**ranges), np.random.default_rng(0))
+    assert (len(changed), changed.dtype, rate) == (length, np.float32, 16000)
+    spectrum = np.abs(np.fft.rfft(changed * np.hanning(length), 1 << 18))
+    assert spectrum.argmax() * 16000 / (1 << 18) == pytest.approx(hertz, abs=0.2)
+    assert np.sqrt(np.mean(changed[2000:-2000] ** 2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize(("masks", "widest"), [({"time_masks": 1, "time_width": 9}, (9, 0)),
+    ({"time_masks": 1, "time_width": 70}, (20, 0)), ({"frequency_masks": 1, "frequency_width": 5}, (0, 5)),
+    ({"time_masks": 1, "frequency_masks": 1}, (20, 27))])  # fmt: skip
+def test_masks_are_spans_of_frames_and_bands(masks, widest):
+    """At most as wide as they may be, and as a fifth of the clip; each band has its mean there, all else stays."""
+    features = np.random.default_rng(0).normal(5, 2, (100, 80)).astype(np.float32)
+    means = features.astype(np.float64).mean(0)
+    widths = []
+    for seed in range(60):
+        masked = mask_features(features, SpeechAugmentation(**masks), np.random.default_rng(seed))
+        changed = masked != features
+        frames, bands = (np.flatnonzero(changed.all(axis)) for axis in (1, 0))
+        expected = np.zeros(changed.shape, bool)
+        expected[frames] = expected[:, bands] = True
+        np.testing.assert_array_equal(changed, expected)
+        np.testing.assert_allclose(masked[changed], np.broadcast_to(means, changed.shape)[changed], rtol=1e-5)
+        for span in (frames, bands):
+            np.testing.assert_array_equal(np.diff(span), 1)
+        widths.append((len(frames), len(bands)))
+    assert tuple(np.max(widths, axis=0)) == widest
+    assert tuple(np.min(widths, axis=0)) == (0, 0)
+
+
+def test_augmented_speech_is_as_long_as_was_measured(processor):
+    """By the generator alone: the same gives the same, another another length and other features."""
+    sample = parse(
+        processor, {"messages": [user({"type": "audio", "audio": str(TINY / "inputs" / "audio_1.flac")}), says("a")]}
+    )
+    speech = SpeechAugmentation((0.8, 1.2), (-2, 2), time_masks=1, frequency_masks=1)
+
+    def drawn(seed):
+        rng = np.random.default_rng((7, seed))
+        return load_examples(sample, processor, None, Augment(speech=speech), rng)[0].row
+
+    rows = [drawn(seed) for seed in (0, 0, 1, 2, 3)]
+    plain, _ = measure(sample, processor)
+    slowest, _ = measure(sample, processor, None, speech)
+    lengths = [len(row.tokens) for row in rows]
+    measured = [measure(sample, processor, None, speech, np.random.default_rng((7, s)))[0] for s in (0, 0, 1, 2, 3)]
+    assert lengths == [size.tokens[0] for size in measured]
+    assert len(set(lengths)) > 1
+    frames = len(load_examples(sample, processor)[0].row.clips[0])
+    assert slowest.longest == pytest.approx(frames / 8 / 0.8, abs=1.5)
+    assert max(lengths) <= slowest.tokens[0] == plain.tokens[0] + slowest.longest - plain.longest
+    np.testing.assert_array_equal(rows[0].clips[0], rows[1].clips[0])
+    assert not np.array_equal(rows[0].clips[0], rows[2].clips[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"speed": (1.1, 0.9)}, r"augment_speech.speed is \(1.1, 0.9\); expected a range within 0.5 and 2"),
+        ({"speed": (0.1, 1.0)}, "augment_speech.speed"),
+        ({"pitch": (0, 13)}, "augment_speech.pitch"),
+        ({"time_masks": -1}, "augment_speech.time_masks is -1"),
+        ({"frequency_width": 0}, "augment_speech.frequency_width is 0"),
+    ],
+)
+def test_wrong_augmentation_of_speech(settings, message):
+    with pytest.raises(InputError, match=message):
+        SpeechAugmentation(**settings)
 
 
 def test_built_in_augmentations_are_slight():

@@ -30,6 +30,7 @@ import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.training import loop
+from phi4mm_jax.training.augment import SpeechAugmentation
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.command import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
@@ -300,6 +301,18 @@ def test_wrong_settings(recipe, override, message):
     overrides = [override, "fsdp=2"] if "rows" in override else [override]
     with pytest.raises((InputError, CheckpointError), match=message):
         run(recipe, *overrides)
+
+
+def test_evaluation_is_never_augmented(recipe, scanned):
+    """Though training is, by the same recipe."""
+    held_out = write(recipe.parent / "held.jsonl", speech_samples(2))
+    evaluation = [f"evaluation.sources=[{{path: {held_out}}}]", "evaluation.every=1"]
+    settings = ["data.augment_speech={speed: [0.8, 0.8], time_masks: 2}", "data.augment_clip=noise"]
+    augmented, plain = (load_recipe(recipe, [*evaluation, *more]) for more in (settings, []))
+    assert augmented.data.augment_speech == SpeechAugmentation(speed=(0.8, 0.8), time_masks=2)
+    batches = [next(Evaluation(r.evaluation, r.data, scanned, scanned.module)._stream()) for r in (augmented, plain)]
+    for ours, theirs in zip(*map(jax.tree.leaves, batches), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_other_tools_names_lead_to_settings():

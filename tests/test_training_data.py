@@ -12,6 +12,7 @@ from conftest import TINY
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.training.augment import SpeechAugmentation
 from phi4mm_jax.training.data import DataConfig, Source, TrainingData, measure_samples
 from phi4mm_jax.training.examples import BadSample
 from phi4mm_jax.training.packing import PackingConfig
@@ -187,6 +188,27 @@ def test_a_run_goes_on_bit_by_bit_from_every_step(tmp_path, processor, packing):
                 assert_same(ours, theirs)
 
 
+def test_augmented_speech_goes_on_where_it_was(tmp_path, processor):
+    """Samples of other lengths each epoch, all of which are there again after resuming."""
+    speech = SpeechAugmentation((0.8, 1.25), (-1, 1), time_masks=1, frequency_masks=1)
+    samples = [sample(f"c{i}", 2, clip(f"audio_{i % 2}.flac")) for i in range(4)]
+    source = manifest(tmp_path / "m.jsonl", samples)
+    alone = PackingConfig(1, (160,), pack=False, chunks=(4,))  # so that batches are as long as their sample
+    options = {"packing": alone, "epochs": 3, "augment_speech": speech}
+    whole = stream(processor, source, **options)
+    batches = [next(whole)]
+    state = json.loads(json.dumps(whole.get_state()))
+    batches += list(whole)
+    again = stream(processor, source, **options)
+    again.set_state(state)
+    rest = list(again)
+    assert len(rest) == len(batches) - 1 == 11
+    for ours, theirs in zip(rest, batches[1:], strict=True):
+        assert_same(ours, theirs)
+    assert Counter(answers(processor, batches)) == {f"c{i}": 3 for i in range(4)}
+    assert len({int(b.batch.lengths[0]) for b in batches}) > 4  # of two clips
+
+
 def test_an_epoch_may_be_added(tmp_path, processor):
     source = manifest(tmp_path / "m.jsonl", texts(9))
     one = stream(processor, source)
@@ -202,6 +224,8 @@ def test_an_epoch_may_be_added(tmp_path, processor):
         ({"seed": 2}, "seed was 0 and is 2"),
         ({"packing": MEDIA}, "packing was"),
         ({"hosts": 2}, "hosts was 1 and is 2"),
+        ({"augment_speech": SpeechAugmentation((0.9, 1.1))}, "augment_speech was None and is"),
+        ({"augment_clip": "noise"}, "augment_clip was None and is 'noise'"),
         ({"source": texts(8)}, "samples was .9. and is .8."),
     ],
 )

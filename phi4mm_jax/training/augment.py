@@ -1,26 +1,142 @@
-"""Augmentation of decoded media: a hook for each kind, and a small one of each by name."""
+"""Augmentation of decoded media: a hook for each kind, a small one of each by name; of speech, by its settings."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image, ImageEnhance
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.audio import num_frames
 
 Clip = tuple[np.ndarray, int]  # samples (n,) of full scale 1; Hz
 AugmentImage = Callable[[Image.Image, np.random.Generator], Image.Image]
 AugmentClip = Callable[[Clip, np.random.Generator], Clip]
 
 
+_SPEEDS, _SEMITONES = (0.5, 2.0), (-12.0, 12.0)
+_MASKED_SHARE = 0.2  # of a clip's frames, by one mask
+
+
+@dataclass(frozen=True)
+class SpeechAugmentation:
+    """Augmentation of clips of speech: speed and pitch of the samples, then SpecAugment on their features. All is off
+    by default.
+
+    Attributes:
+        speed: from and to which factor a clip is played faster, such as (0.9, 1.1), at the same pitch; None leaves it.
+        pitch: by from and up to how many semitones it is shifted, such as (-2, 2), at the same speed; None leaves it.
+        time_masks: how many spans of frames are masked (SpecAugment, arXiv:1904.08779).
+        time_width: frames, of 10 ms, of the widest; never more than a fifth of the clip.
+        frequency_masks: how many spans of mel bands are masked.
+        frequency_width: bands of the widest.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    speed: tuple[float, float] | None = None
+    pitch: tuple[float, float] | None = None
+    time_masks: int = 0
+    time_width: int = 70
+    frequency_masks: int = 0
+    frequency_width: int = 27
+
+    def __post_init__(self):
+        for name, (least, most) in (("speed", _SPEEDS), ("pitch", _SEMITONES)):
+            value = getattr(self, name)
+            if value is not None and not (len(value) == 2 and least <= value[0] <= value[1] <= most):
+                raise InputError(
+                    f"augment_speech.{name} is {value!r:.80}; expected a range within {least:g} and {most:g}, such as "
+                    f"{'(0.9, 1.1)' if name == 'speed' else '(-2, 2)'}"
+                )
+        for name, least in (("time_masks", 0), ("time_width", 1), ("frequency_masks", 0), ("frequency_width", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"augment_speech.{name} is {value!r:.80}; expected a whole number from {least} on")
+
+
 @dataclass(frozen=True)
 class Augment:
     """What is done to media after they are decoded.
 
-    It must keep an image's size and a clip's length and rate, by which tokens are counted before. Draws come from the
-    generator alone, so that they repeat when a run goes on.
+    The functions must keep an image's size and a clip's length and rate, by which tokens are counted before. Draws come
+    from the generator alone, so that they repeat when a run goes on.
     """
 
     image: AugmentImage | None = None
     clip: AugmentClip | None = None
+    speech: SpeechAugmentation | None = None  # before `clip`; its lengths are counted before, too
+
+
+def draw_speed(augmentation: SpeechAugmentation, num_samples: int, rate: int, rng: np.random.Generator) -> float:
+    """The factor of a clip, the first draw of its generator; 1 for one that would become shorter than a frame."""
+    if augmentation.speed is None:
+        return 1.0
+    speed = float(rng.uniform(*augmentation.speed))
+    return speed if num_frames(stretched_length(num_samples, speed), rate) else 1.0
+
+
+def stretched_length(num_samples: int, speed: float) -> int:
+    """Samples of a clip that is played faster by a factor."""
+    return round(num_samples / speed)
+
+
+def augment_clip(clip: Clip, augmentation: SpeechAugmentation, rng: np.random.Generator) -> Clip:
+    """Change speed and pitch, each without the other, by librosa's phase vocoder.
+
+    Args:
+        clip: samples (n,) of full scale 1, and their rate in Hz.
+        rng: draws the speed, then the pitch. The new length is `stretched_length` of what `draw_speed` gives.
+    """
+    samples, rate = clip
+    speed = draw_speed(augmentation, len(samples), rate, rng)
+    semitones = 0.0 if augmentation.pitch is None else float(rng.uniform(*augmentation.pitch))
+    if speed == 1.0 and semitones == 0.0:
+        return clip
+    from librosa import effects  # which brings numba
+
+    window = _window(len(samples))
+    if speed != 1.0:
+        length = stretched_length(len(samples), speed)
+        samples = effects.time_stretch(samples, rate=speed, n_fft=window)
+        samples = np.pad(samples[:length], (0, max(length - len(samples), 0)))
+    if semitones != 0.0:
+        samples = effects.pitch_shift(samples, sr=rate, n_steps=semitones, n_fft=window)
+    return np.asarray(samples, np.float32), rate
+
+
+def _window(num_samples: int) -> int:
+    """librosa's window of the transform; shorter for clips that are."""
+    return min(2048, 1 << (num_samples.bit_length() - 1))
+
+
+def mask_features(
+    features: Float[np.ndarray, "F 80"], augmentation: SpeechAugmentation, rng: np.random.Generator
+) -> Float[np.ndarray, "F 80"]:
+    """Mask spans of frames, then spans of bands, with each band's mean over the clip (SpecAugment).
+
+    A width is drawn from 0 to the widest, then a start from all that are possible.
+    """
+    if not augmentation.time_masks and not augmentation.frequency_masks:
+        return features
+    frames, bands = features.shape
+    masked = np.zeros(features.shape, bool)
+    for _ in range(augmentation.time_masks):
+        start, stop = _span(frames, min(augmentation.time_width, math.floor(_MASKED_SHARE * frames)), rng)
+        masked[start:stop] = True
+    for _ in range(augmentation.frequency_masks):
+        start, stop = _span(bands, min(augmentation.frequency_width, bands), rng)
+        masked[:, start:stop] = True
+    return np.where(masked, features.mean(axis=0, keepdims=True), features)
+
+
+def _span(length: int, widest: int, rng: np.random.Generator) -> tuple[int, int]:
+    width = int(rng.integers(0, widest + 1))
+    start = int(rng.integers(0, length - width + 1))
+    return start, start + width
 
 
 def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -23,7 +23,14 @@ import numpy as np
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.training.augment import CLIP_AUGMENTATIONS, IMAGE_AUGMENTATIONS, Augment, AugmentClip, AugmentImage
+from phi4mm_jax.training.augment import (
+    CLIP_AUGMENTATIONS,
+    IMAGE_AUGMENTATIONS,
+    Augment,
+    AugmentClip,
+    AugmentImage,
+    SpeechAugmentation,
+)
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
 from phi4mm_jax.training.manifests import open_manifest
@@ -60,6 +67,7 @@ class DataConfig:
         shuffle: each epoch in another order; otherwise each in that of the files.
         max_crops: the most crops of an image, besides its global view.
         augment_image, augment_clip: "jitter" and "noise", or functions of one's own, see `Augment`.
+        augment_speech: speed, pitch and masks of clips, each drawn by the seed and the sample's position in the stream.
         bad_samples: the share of samples that may be unusable. They are skipped and counted; more of them, over all of
             at least 100 samples or of an epoch, end the run. With 0 the first one does.
         threads: that read and process samples.
@@ -79,6 +87,7 @@ class DataConfig:
     max_crops: int | None = None
     augment_image: Literal["jitter"] | AugmentImage | None = None
     augment_clip: Literal["noise"] | AugmentClip | None = None
+    augment_speech: SpeechAugmentation | None = None
     bad_samples: float = 0.0
     threads: int = 8
     prefetch: int = 2
@@ -118,6 +127,10 @@ class DataConfig:
         return self.packing
 
 
+def without_augmentation(config: DataConfig) -> DataConfig:
+    return replace(config, augment_image=None, augment_clip=None, augment_speech=None)
+
+
 def _augment(config: DataConfig) -> Augment:
     def chosen(name: str, value: Any, known: Mapping[str, Any]) -> Any:
         if value is None or callable(value):
@@ -129,7 +142,12 @@ def _augment(config: DataConfig) -> Augment:
     return Augment(
         chosen("augment_image", config.augment_image, IMAGE_AUGMENTATIONS),
         chosen("augment_clip", config.augment_clip, CLIP_AUGMENTATIONS),
+        config.augment_speech,
     )
+
+
+def _name(augmentation: Any) -> str | None:
+    return getattr(augmentation, "__qualname__", augmentation)
 
 
 class Tally(NamedTuple):
@@ -269,7 +287,9 @@ class TrainingData:
             InputError: the state is of other data, or of another number of hosts. Files of another size with as many
                 samples are taken to be repaired ones.
         """
-        theirs, ours = state["data"], self._signature
+        ours = self._signature
+        unsaid = {name: ours[name] for name in ("augment_image", "augment_clip")}  # by older states
+        theirs = unsaid | state["data"]
         if different := [name for name in ours if name != "bytes" and theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
@@ -289,10 +309,13 @@ class TrainingData:
     def _signature(self) -> dict[str, Any]:
         """What the order and the shapes depend on."""
         config = self._config
+        speech = config.augment_speech
         signature = {
             "samples": [len(m) for m in self._manifests], "bytes": [m.size for m in self._manifests],
             "weights": [s.weight for s in config.sources], "packing": asdict(self._packing), "kind": config.kind,
             "seed": config.seed, "shuffle": config.shuffle, "max_crops": config.max_crops, "hosts": self._hosts,
+            "augment_image": _name(config.augment_image), "augment_clip": _name(config.augment_clip),
+            "augment_speech": None if speech is None else asdict(speech),
         }  # fmt: skip
         return json.loads(json.dumps(signature))  # lists for tuples, as a state has them that was stored
 
@@ -318,20 +341,27 @@ class TrainingData:
         except BadSample as error:
             raise BadSample(error.cause, f"{manifest.where(number)}: {error}") from error
 
+    def _rng(self, position: int) -> np.random.Generator:
+        return np.random.default_rng((self._config.seed, position))
+
     def _measure(self, position: int, _: Any) -> Waiting | BadSample:
         try:
             with self._sample(position) as sample:
-                size, outline = measure(sample, self._processor, self._config.max_crops)
+                speech, max_crops = self._config.augment_speech, self._config.max_crops
+                # Whether it fits is not to depend on what is drawn.
+                size, outline = measure(sample, self._processor, max_crops, speech)
                 self._fitting.check(size, outline)
+                if speech is not None and speech.speed is not None and size.chunks:
+                    size, _ = measure(sample, self._processor, max_crops, speech, self._rng(position))
                 return Waiting(position, size)
         except BadSample as error:
             return error
 
     def _examples(self, position: int) -> tuple[Example, ...] | BadSample:
-        rng = np.random.default_rng((self._config.seed, position))
+        max_crops = self._config.max_crops
         try:
             with self._sample(position) as sample:
-                return load_examples(sample, self._processor, self._config.max_crops, self._augment, rng)
+                return load_examples(sample, self._processor, max_crops, self._augment, self._rng(position))
         except BadSample as error:
             return error
 
@@ -350,7 +380,8 @@ class TrainingData:
 
 
 def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
-    """The sizes of all samples, each once, whatever its source's weight; those left out that may be skipped.
+    """The sizes of all samples, each once, whatever its source's weight, with clips at their slowest; those left out
+    that may be skipped.
 
     Raises:
         InputError: as `TrainingData`, but for what exceeds a batch.
@@ -358,7 +389,10 @@ def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
     media = (1 << 40,)
     packing = PackingConfig(2, (processor.context,), False, media, media, processor.config.speech.chunk_tokens)
     sources = tuple(Source(source.path) for source in config.sources)
-    once = replace(config, packing=packing, sources=sources, epochs=1, steps=None)
+    speech = config.augment_speech
+    if speech is not None and speech.speed is not None:
+        speech = replace(speech, speed=(speech.speed[0],) * 2)
+    once = replace(config, packing=packing, sources=sources, epochs=1, steps=None, augment_speech=speech)
     with contextlib.closing(TrainingData(once, processor)) as data:
         return data.measured_sizes()
 

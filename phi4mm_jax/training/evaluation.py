@@ -17,7 +17,7 @@ from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.generation import Engine, EngineConfig, Programs
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.sharding import jit_beside
-from phi4mm_jax.training.data import DataConfig, TrainingData
+from phi4mm_jax.training.data import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.training.dpo import without_reference
 from phi4mm_jax.training.patterns import join
 from phi4mm_jax.training.recipe import EvaluationConfig
@@ -34,7 +34,7 @@ class Evaluation:
     def __init__(self, config: EvaluationConfig, data: DataConfig, model: Model, module: Phi4MM):
         self._config, self._model = config, model
         self._data = dataclasses.replace(
-            data, sources=config.sources, epochs=1, steps=None, shuffle=False, augment_image=None, augment_clip=None
+            without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )
         with closing(self._stream()) as stream:
             stream.count_batches()  # reads all samples: now, and not when the first evaluation is due

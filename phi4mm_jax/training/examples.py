@@ -15,14 +15,22 @@ import numpy as np
 from jaxtyping import Bool
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.chat import Prompt, render_chat, with_paths
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.processing.video import Frame
-from phi4mm_jax.training.augment import Augment, Clip
+from phi4mm_jax.training.augment import (
+    Augment,
+    Clip,
+    SpeechAugmentation,
+    augment_clip,
+    draw_speed,
+    mask_features,
+    stretched_length,
+)
 from phi4mm_jax.training.conversation import read_conversation
 
 # line: not an object; messages: no conversation to learn from; answer: nothing to say; media: cannot be read;
@@ -151,13 +159,26 @@ def _check_answers(messages: Sequence[Mapping[str, Any]], loss_mask: Sequence[bo
         raise BadSample("answer", f"messages end with one of role {role!r:.40}; end them with an answer")
 
 
-def measure(sample: Sample, processor: Processor, max_crops: int | None = None) -> tuple[Size, Outline]:
+def measure(
+    sample: Sample,
+    processor: Processor,
+    max_crops: int | None = None,
+    speech: SpeechAugmentation | None = None,
+    rng: np.random.Generator | None = None,
+) -> tuple[Size, Outline]:
     """What a sample takes, by the headers of its media.
+
+    Args:
+        speech, rng: what `load_examples` will do to the lengths of clips, by a generator in the same state; without one
+            clips are as long as they can become.
 
     Raises:
         BadSample: a medium cannot be opened; an answer is empty; the conversation is longer than the context.
     """
-    outline = _by_media(lambda: processor.outline(sample.prompt, max_crops))
+    prompt = sample.prompt
+    if speech is not None and speech.speed is not None and prompt.audios:
+        prompt = _by_media(lambda: _stretched(prompt, speech, rng))
+    outline = _by_media(lambda: processor.outline(prompt, max_crops))
     tokens, tokenizer, most = outline.tokens, processor.tokenizer, processor.config.speech.chunk_tokens
     answer_mask(tokens, sample.learnt, tokenizer)
     sequences = [tokens] if sample.rejected is None else [tokens, _rejected(tokens, sample.rejected, tokenizer)]
@@ -181,16 +202,20 @@ def load_examples(
     """One example, or of a preference two, chosen and rejected, whose media are the same objects.
 
     Args:
-        rng: what the augmentations draw from.
+        rng: what the augmentations draw from: those of speech, of each clip, from a generator that it spawns.
 
     Raises:
         BadSample: as `measure`, and for media that cannot be decoded.
         ValueError: an augmentation changes a size.
     """
     prompt = sample.prompt
+    of_clips = [] if rng is None or augment.speech is None else rng.spawn(len(prompt.audios))
     if rng is not None:
-        prompt = _by_media(lambda: _augmented(prompt, augment, rng))
+        prompt = _by_media(lambda: _augmented(prompt, augment, rng, of_clips))
     row = _by_media(lambda: processor.row_of(prompt, max_crops))
+    if augment.speech is not None and of_clips:
+        pairs = zip(row.clips, of_clips, strict=True)
+        row = row._replace(clips=tuple(mask_features(features, augment.speech, own) for features, own in pairs))
     chosen = Example(row, answer_mask(row.tokens, sample.learnt, processor.tokenizer))
     if sample.rejected is None:
         return (chosen,)
@@ -237,8 +262,26 @@ def _by_media(process: Callable[[], Any]) -> Any:
         raise BadSample("length" if " more than the context of " in str(error) else cause, str(error)) from error
 
 
-def _augmented(prompt: Prompt, augment: Augment, rng: np.random.Generator) -> Prompt:
-    """The prompt with its media decoded and changed."""
+def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Generator | None) -> Prompt:
+    """The prompt with silence in place of its clips, as long as they will be."""
+    of_clips = iter([None] * len(prompt.audios) if rng is None else rng.spawn(len(prompt.audios)))
+    slowest = replace(speech, speed=(speech.speed[0],) * 2) if speech.speed else speech
+
+    def clip(source: Any) -> Clip:
+        own = next(of_clips)
+        length, rate = measure_audio(source)
+        how, draws = (slowest, np.random.default_rng(0)) if own is None else (speech, own)
+        length = stretched_length(length, draw_speed(how, length, rate, draws))
+        return np.broadcast_to(np.float32(0), (length,)), rate
+
+    return replace(prompt, audios=each("audio", prompt.audios, clip))
+
+
+def _augmented(
+    prompt: Prompt, augment: Augment, rng: np.random.Generator, of_clips: Sequence[np.random.Generator]
+) -> Prompt:
+    """The prompt with its media decoded and changed; `of_clips` draw what is done to speech."""
+    rest = iter(of_clips)
 
     def image(source: Any) -> Any:
         if isinstance(source, Frame):
@@ -251,6 +294,8 @@ def _augmented(prompt: Prompt, augment: Augment, rng: np.random.Generator) -> Pr
 
     def clip(source: Any) -> Clip:
         samples, rate = load_audio(source)
+        if augment.speech:
+            samples, rate = augment_clip((samples, rate), augment.speech, next(rest))
         changed = augment.clip((samples, rate), rng) if augment.clip else (samples, rate)
         if (len(changed[0]), changed[1]) != (len(samples), rate):
             raise ValueError("the augmentation changed the clip's length or rate; it must keep them")
@@ -259,5 +304,5 @@ def _augmented(prompt: Prompt, augment: Augment, rng: np.random.Generator) -> Pr
     return replace(
         prompt,
         images=each("image", prompt.images, image) if augment.image else prompt.images,
-        audios=each("audio", prompt.audios, clip) if augment.clip else prompt.audios,
+        audios=each("audio", prompt.audios, clip) if augment.clip or augment.speech else prompt.audios,
     )

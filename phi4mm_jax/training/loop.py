@@ -28,7 +28,7 @@ from phi4mm_jax.progress import progress_bar, step_bar
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.checkpoints import Checkpoints
-from phi4mm_jax.training.data import Kind, TrainingData, measure_samples
+from phi4mm_jax.training.data import Kind, TrainingData, measure_samples, without_augmentation
 from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.flops import peak_flops, step_flops
@@ -332,7 +332,7 @@ def _resolved(recipe: Recipe, model: Model, mesh: Mesh | None, say: Callable[[st
     with progress_bar("Measuring the samples"):
         sizes = measure_samples(recipe.data, model.processor)
         asked = recipe.evaluation
-        held_out = replace(recipe.data, sources=asked.sources) if asked is not None else None
+        held_out = replace(without_augmentation(recipe.data), sources=asked.sources) if asked is not None else None
         others = measure_samples(held_out, model.processor) if held_out is not None else []
     say(f"The data: {describe(sizes)}.")
     devices = 1 if mesh is None else mesh.shape["fsdp"]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.files import write_whole
 from phi4mm_jax.model.layers import Remat
+from phi4mm_jax.training.augment import SpeechAugmentation
 from phi4mm_jax.training.data import DataConfig, Source
 from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.loss import LossConfig
@@ -125,7 +126,8 @@ class Recipe:
                 raise InputError(f"{name} has settings, which data.kind={self.data.kind} does not use; leave them out")
 
 
-for _strict in (Recipe, EvaluationConfig, DataConfig, Source, PackingConfig, OptimizerConfig, LossConfig, DPOConfig):
+_SECTIONS = (DataConfig, Source, PackingConfig, SpeechAugmentation, OptimizerConfig, LossConfig, DPOConfig)
+for _strict in (Recipe, EvaluationConfig, *_SECTIONS):
     setattr(_strict, "__pydantic_config__", ConfigDict(extra="forbid", arbitrary_types_allowed=True))  # noqa: B010
 
 
