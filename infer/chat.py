@@ -6,6 +6,8 @@ What you type is said to the model, but for these:
     /audio FILE    let it hear a clip; an empty line then says nothing more
     /video FILE    show frames of a video file, or of a folder of images
     /system TEXT   the system message; none without TEXT
+    /begin TEXT    how the next answer begins
+    /continue      go on with the last answer, as where it was cut or stopped
     /undo          take back what is attached, or else the last turn
     /reset         take back all turns
     /save FILE     the conversation, as a line for infer.batch
@@ -53,10 +55,11 @@ class Attachment:
 class Turn:
     text: str
     media: tuple[Attachment, ...] = ()
-    answer: str | None = None
+    begun: str = ""  # how the answer was told to begin
+    answer: str | None = None  # whole
     calls: tuple[ToolCall, ...] = ()  # of tools, in the answer
     content: str = ""  # the answer without them
-    tokens: tuple[int, ...] = ()  # of the answer, without the stop token
+    tokens: tuple[int, ...] = ()  # of the answer after `begun`, without the stop token
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Conversation:
     system: str = ""
     turns: tuple[Turn, ...] = ()
     attached: tuple[Attachment, ...] = ()  # for the next turn
+    begun: str = ""  # likewise
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Settings:
 def messages_of(
     conversation: Conversation, part: Callable[[Attachment], dict[str, Any]], *, drawn: bool = False
 ) -> list[dict[str, Any]]:
-    """As chat messages; `part` is what stands for a medium, and answers are texts or, where asked for, drawn tokens."""
+    """As chat messages; `part` is what stands for a medium, and answers are texts or, where asked for, drawn tokens. An
+    answer that is only begun is the last message."""
     messages: list[dict[str, Any]] = []
     if conversation.system:
         messages.append({"role": "system", "content": conversation.system})
@@ -101,12 +106,13 @@ def messages_of(
         text = {"type": "text", "text": turn.text}
         messages.append({"role": "user", "content": [*map(part, turn.media), text] if turn.media else turn.text})
         if drawn and turn.tokens:
-            messages.append({"role": "assistant", "content": Tokens(turn.tokens)})
+            content = [turn.begun, Tokens(turn.tokens)] if turn.begun else Tokens(turn.tokens)
+            messages.append({"role": "assistant", "content": content})
         elif turn.calls:  # with their marks as special tokens, as the model wrote them
             calls = [{"function": {"name": call.name, "arguments": call.arguments}} for call in turn.calls]
             messages.append({"role": "assistant", "content": turn.content, "tool_calls": calls})
-        elif turn.answer is not None:
-            messages.append({"role": "assistant", "content": turn.answer})
+        elif turn.answer is not None or turn.begun:
+            messages.append({"role": "assistant", "content": turn.begun if turn.answer is None else turn.answer})
     return messages
 
 
@@ -142,6 +148,9 @@ def command(
             return replace(conversation, attached=(*conversation.attached, attachment)), told
         case "/system":
             return replace(conversation, system=argument), "system message set" if argument else "no system message"
+        case "/begin":
+            told = "the next answer begins so" if argument else "the next answer begins by itself"
+            return replace(conversation, begun=argument), told
         case "/undo" if conversation.attached:
             return replace(conversation, attached=()), "nothing is attached now"
         case "/undo" if conversation.turns:
@@ -192,12 +201,13 @@ def save(conversation: Conversation, path: str) -> None:
 
 
 def prepare(conversation: Conversation, processor: Processor, engine: Engine) -> tuple[Row, int]:
-    """The conversation processed, and how many tokens the answer may have.
+    """The conversation processed, and how many tokens the answer may have. An answer at its end is continued.
 
     Raises:
         InputError: it does not fit.
     """
-    row = processor.row(messages_of(conversation, as_medium, drawn=True))
+    messages = messages_of(conversation, as_medium, drawn=True)
+    row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant")
     room = min(processor.context, engine.config.pages * engine.config.page_size)
     if len(row.tokens) >= room:
         limit = "the context is" if room == processor.context else "--cache-tokens are"
@@ -255,7 +265,9 @@ def converse(
     while True:
         try:
             line = read()
-            if line.startswith("/"):
+            if line.strip() == "/continue":
+                conversation = continue_turn(conversation, settings, processor, engine, out, tell)
+            elif line.startswith("/"):
                 conversation, told = command(line.strip(), conversation, settings, processor)
                 tell(told)
             elif line.strip() or conversation.attached:
@@ -272,24 +284,51 @@ def take_turn(
     text: str, conversation: Conversation, settings: Settings, processor: Processor, engine: Engine,
     out: TextIO, tell: Callable[[str], None],
 ) -> Conversation:  # fmt: skip
-    turn = Turn(text, conversation.attached)
-    asked = replace(conversation, turns=(*conversation.turns, turn), attached=())
+    turn = Turn(text, conversation.attached, conversation.begun)
+    asked = replace(conversation, turns=(*conversation.turns, turn), attached=(), begun="")
+    return complete(asked, settings, processor, engine, out, tell)
+
+
+def continue_turn(
+    conversation: Conversation, settings: Settings, processor: Processor, engine: Engine,
+    out: TextIO, tell: Callable[[str], None],
+) -> Conversation:  # fmt: skip
+    if not conversation.turns or not conversation.turns[-1].answer:
+        raise InputError("there is no answer to continue; /begin TEXT tells how the next one begins")
+    if conversation.turns[-1].calls:
+        raise InputError("the last answer ends with tool calls, which are not continued; /undo takes it back")
+    return complete(conversation, settings, processor, engine, out, tell)
+
+
+def complete(
+    asked: Conversation, settings: Settings, processor: Processor, engine: Engine,
+    out: TextIO, tell: Callable[[str], None],
+) -> Conversation:  # fmt: skip
+    """Answer the last turn, or continue its answer."""
+    *before, turn = asked.turns
     try:
         row, room = prepare(asked, processor, engine)
     except InputError as error:
         raise InputError(
             f"{error}. Nothing was said; /undo takes back what is attached or came before, /reset all"
         ) from error
-    completion = answer(engine, settings.request(len(conversation.turns), room), row, out)
+    if turn.answer is None:
+        print(turn.begun, end="", file=out, flush=True)
+    completion = answer(engine, settings.request(len(before), room), row, out)
     print(file=out, flush=True)
     if completion.error is not None:
         raise InputError(completion.error)
     tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
-    tokens = tuple(completion.tokens)
+    drawn: tuple[int, ...] | None = tuple(completion.tokens)
     if completion.finish_reason == "stop":  # by a token, or by a text, which the tokens would have in them
-        tokens = tokens[:-1] if tokens[-1] in processor.config.stop_token_ids else ()
-    turn = replace(turn, answer=completion.text, calls=completion.tool_calls, content=completion.content, tokens=tokens)
-    return replace(asked, turns=(*conversation.turns, turn))
+        drawn = drawn[:-1] if drawn[-1] in processor.config.stop_token_ids else None
+    so_far, content = (turn.begun, turn.begun) if turn.answer is None else (turn.answer, turn.content)
+    whole = replace(
+        turn, begun=turn.begun if turn.answer is None or turn.tokens else turn.answer,
+        answer=so_far + completion.text, calls=completion.tool_calls, content=content + completion.content,
+        tokens=() if drawn is None else (*turn.tokens, *drawn),
+    )  # fmt: skip
+    return replace(asked, turns=(*before, whole))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -121,6 +121,51 @@ def test_video(tiny, engine, tmp_path: Path):
     assert messages[0]["content"][0] == part
 
 
+def asked(engine, messages: list[dict[str, Any]], tokens: int, **options: Any) -> Any:
+    ((_, completion),) = engine.run([Request(messages, max_new_tokens=tokens, **options)])
+    assert completion.error is None
+    return completion
+
+
+def test_a_cut_answer_is_continued(tiny, engine):
+    """Twice: the tokens are those of one answer that was not cut."""
+    terminal = Terminal("Tell me a story", "/continue", "/continue", "b")
+    conversation = terminal.talk(tiny.processor, engine)
+    whole = asked(engine, [{"role": "user", "content": "Tell me a story"}], 18)
+    assert conversation.turns[0].tokens == tuple(whole.tokens)
+    assert conversation.turns[0].answer.strip("\ufffd") in whole.text
+    assert len(conversation.turns) == 2
+    messages = [{"role": "user", "content": "Tell me a story"},
+        {"role": "assistant", "content": Tokens(tuple(whole.tokens))}, {"role": "user", "content": "b"}]  # fmt: skip
+    assert conversation.turns[1].answer == asked(engine, messages, 6).text
+
+
+def test_an_answer_begins_as_told(tiny, engine, tmp_path: Path):
+    """The next one alone; as a request with continue_final_message, and as that it is in what follows."""
+    path = tmp_path / "a.jsonl"
+    terminal = Terminal("/begin Yes, the", "Hello", "And?", f"/save {path}")
+    conversation = terminal.talk(tiny.processor, engine)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes, the"}]
+    first = asked(engine, messages, 6, continue_final_message=True)
+    messages[1]["content"] = ["Yes, the", Tokens(tuple(first.tokens))]
+    second = asked(engine, [*messages, {"role": "user", "content": "And?"}], 6)
+    assert terminal.out.getvalue() == f"Yes, the{first.text}\n{second.text}\n"
+    assert conversation.turns[0].answer == f"Yes, the{first.text}"
+    assert json.loads(path.read_text())["messages"][1] == {"role": "assistant", "content": f"Yes, the{first.text}"}
+
+
+def test_an_answer_that_a_text_stopped_is_continued_as_text(tiny, engine):
+    whole = asked(engine, [{"role": "user", "content": "Hello"}], 6).text
+    stop = whole[2]
+    conversation = Terminal("Hello", "/continue").talk(tiny.processor, engine, replace(SETTINGS, stop=(stop,)))
+    said = whole[: whole.index(stop)]
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
+    assert (
+        conversation.turns[0].answer
+        == said + asked(engine, messages, 6, stop=(stop,), continue_final_message=True).text
+    )
+
+
 def test_undo_and_reset(tiny, engine):
     terminal = Terminal("a", "b", f"/image {IMAGE}", "/undo", "/undo", "c", "/reset", "d", "/undo", "/undo")
     conversation = terminal.talk(tiny.processor, engine)
@@ -145,6 +190,7 @@ def test_undo_and_reset(tiny, engine):
         ("/save /", "error: / exists already; choose another name"),
         ("/save /nowhere/a.json", "error: /nowhere/a.json cannot be written (No such file or directory)"),
         ("/undo", "error: there is no turn to take back"),
+        ("/continue", "error: there is no answer to continue; /begin TEXT"),
     ],
 )
 def test_what_goes_wrong_is_one_line(tiny, engine, line: str, told: str):
@@ -160,7 +206,7 @@ def test_help_names_every_command(tiny, engine):
     terminal = Terminal("/help", "/quit", "never read")
     terminal.talk(tiny.processor, engine)
     assert terminal.lines == ["never read", EOFError]
-    for name in ("image", "audio", "video", "system", "undo", "reset", "save", "help", "quit"):
+    for name in ("image", "audio", "video", "system", "begin", "continue", "undo", "reset", "save", "help", "quit"):
         assert f"/{name}" in terminal.told[0]
 
 
