@@ -213,6 +213,21 @@ def test_special_token_flags_as_in_tokenizers(tmp_path: Path, change: Callable[[
         assert ours.decode(ids, skip_special=True) == library.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("flags", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}, {"special": False}])
+def test_single_words_as_in_tokenizers(tmp_path: Path, flags: dict[str, bool]):
+    """Beside letters, marks, digits, joiners and connectors it is text; not beside other numbers and signs."""
+    content = tiny_json()
+    token = {"single_word": True, "normalized": False, "lstrip": False, "rstrip": False, "special": True, **flags}
+    content["added_tokens"] += [{"id": 648, "content": "the"} | token, {"id": 649, "content": "the the"} | token]
+    ours, library = both(tmp_path, content)
+    words = ["a", "\u00e9", "e\u0301", "\u0301", "_", "\u203f", "7", "\u0663", "\u2160", "\u24b6", "\u200d", "\u4e16"]
+    others = ["", " ", "\n", "\u00bd", "\u00b2", "\u2460", "\u200b", "-", ".", "\U0001f600", "<|end|>", "the", "the "]
+    around = [*words, *others]
+    texts = [f"{before}{word}{after}" for word in ("the", "the the") for before in around for after in around]
+    for text in texts:
+        assert ours.encode(text, special=True) == theirs(library, text), ascii(text)
+
+
 @pytest.mark.parametrize("regex", [None, r"\p{L}+| ?\p{N}+", r"[^\r\n\p{L}\p{N}]?\p{L}+|\s"])
 @pytest.mark.parametrize(("behavior", "invert"), [("Isolated", False), ("Removed", True)])
 def test_splits_as_tokenizers(tmp_path: Path, regex: str | None, behavior: str, invert: bool):
@@ -633,7 +648,7 @@ VOCAB, MERGES = ("model", "vocab"), ("model", "merges")
         (put(*ADDED, "content", "\ud800"), "not valid Unicode"),
         (put(*ADDED, "id", 640), "two tokens have the id 640"),
         (put(*ADDED, "lstrip", "yes"), "neither true nor false"),
-        (put(*ADDED, "single_word", True), "single word"),
+        (put(*ADDED, "single_word", "yes"), "neither true nor false"),
     ],
 )
 def test_bad_tokenizer_json(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str):

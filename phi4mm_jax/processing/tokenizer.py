@@ -11,6 +11,7 @@ import itertools
 import json
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class SpecialToken:
 
     `lstrip`, `rstrip`: it swallows the white space before, after it. `skip`: `decode(skip_special=True)` leaves it out
     (the file's `special`). `late`: it is looked for only in what the others left (the file's `normalized`).
+    `single_word`: it is not recognised beside a character of a word.
     """
 
     id: int
@@ -60,12 +62,26 @@ class SpecialToken:
     rstrip: bool = False
     skip: bool = True
     late: bool = False
+    single_word: bool = False
 
 
 # Tokens of the published tokenizers that structure a prompt, some of which their files do not mark as special.
 _CONTROL = re.compile(
     r"<\|/?(endoftext\d*|endofprompt|end|assistant|user|system|tool|tool_call|tool_response|tag|dummy_\d+)\|>"
 )
+
+
+_WORD_CATEGORIES = {"Nd", "Nl", "Pc"}  # and letters and marks
+_WORD_OTHERS = {0x200C, 0x200D, *range(0x24B6, 0x24EA), *range(0x1F130, 0x1F14A), *range(0x1F150, 0x1F16A)} | {
+    *range(0x1F170, 0x1F18A)
+}
+
+
+def _is_word(character: str) -> bool:
+    """Whether a character is of a word: Unicode's \\w, which the `tokenizers` library goes by. (Python's has other
+    numbers, and no marks.)"""
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category in _WORD_CATEGORIES or ord(character) in _WORD_OTHERS
 
 
 def _finders(tokens: Sequence[SpecialToken]) -> list[re.Pattern[str]]:
@@ -168,6 +184,9 @@ class Tokenizer:
             return
         end = 0
         for match in finder.finditer(piece):
+            beside = piece[max(match.start() - 1, 0) : match.start()] + piece[match.end() : match.end() + 1]
+            if self._special[self._ids[match.group()]].single_word and any(map(_is_word, beside)):
+                continue
             if match.start() > end:
                 yield piece[end : match.start()]
             yield self._ids[match.group()]
@@ -382,9 +401,9 @@ def _special_token(path: Path, token: Any, id_: Any) -> SpecialToken:
     flags = {key: token.get(key, default[key]) for key in default}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         _fail(path, f"special token {content!r} has a flag that is neither true nor false")
-    if flags["single_word"]:
-        _unsupported(path, f"special token {content!r} is recognised as a single word only")
-    return SpecialToken(id_, content, flags["lstrip"], flags["rstrip"], flags["special"], flags["normalized"])
+    return SpecialToken(
+        id_, content, flags["lstrip"], flags["rstrip"], flags["special"], flags["normalized"], flags["single_word"]
+    )
 
 
 def _read_vocab_and_merges(folder: Path) -> _Files:
