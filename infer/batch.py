@@ -39,7 +39,7 @@ from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.generation.request import Adapter
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
 
@@ -88,10 +88,11 @@ def main() -> int:
         arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host,
         adapter=arguments.adapter,
     )  # fmt: skip
-    config = EngineConfig(
-        slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-        beams=arguments.beams, cli=True,
-    )  # fmt: skip
+    with named_options(arguments):
+        config = EngineConfig(
+            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
+            beams=arguments.beams, cli=True,
+        )  # fmt: skip
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):
             raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")

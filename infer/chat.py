@@ -38,7 +38,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
 from phi4mm_jax.progress import progress_bar
 
 
@@ -354,9 +354,11 @@ def parse_arguments() -> argparse.Namespace:
 @ends_well
 def main() -> int:
     arguments = parse_arguments()
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
-    settings = Settings(arguments.max_new_tokens, sampling, tuple(arguments.stop), arguments.frames, arguments.adapter)
-    config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens)
+    with named_options(arguments):
+        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
+        stop = tuple(arguments.stop)
+        settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, arguments.adapter)
+        config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True)
     adapters = adapter_folders_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)

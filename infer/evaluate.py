@@ -31,7 +31,7 @@ from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.generation import EngineConfig
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
 _WIDTH = 120  # of the table, where the output is no terminal
@@ -78,8 +78,9 @@ def main() -> int:
         )  # fmt: skip
     if arguments.tokenize is not None and arguments.task != "ast":
         raise phi4mm_jax.InputError(f"--tokenize is for the task ast; leave it out for {arguments.task}")
-    config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens)
-    measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
+    with named_options(arguments):
+        config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cli=True)
+        measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
     published = PUBLISHED[arguments.reference] if arguments.reference else None
     names = named(arguments.manifests)
     if published is not None:

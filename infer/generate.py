@@ -15,7 +15,7 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
 from phi4mm_jax.progress import progress_bar
 
 
@@ -46,19 +46,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise an InputError for what is wrong whatever the checkpoint: reading that takes minutes."""
-    sampling = Sampling(
-        arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
-        arguments.seed,
-    )  # fmt: skip
-    try:
-        Request("", sampling=sampling, beams=arguments.beams, stop=arguments.stop if arguments.beams > 1 else ())
-    except phi4mm_jax.InputError as error:
-        raise phi4mm_jax.InputError(f"--{error}") from error
-    check_frames(arguments.frames)
+    with named_options(arguments):
+        sampling = Sampling(
+            arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
+            arguments.seed,
+        )  # fmt: skip
+        stop = arguments.stop if arguments.beams > 1 else ()
+        Request("", max_new_tokens=arguments.max_new_tokens, sampling=sampling, beams=arguments.beams, stop=stop)
+        check_frames(arguments.frames)
     if arguments.raw and arguments.video:
         raise phi4mm_jax.InputError("--video does not go with --raw; give its frames as --image")
-    if arguments.max_new_tokens < 1:
-        raise phi4mm_jax.InputError(f"max_new_tokens is {arguments.max_new_tokens}; expected a positive whole number")
     if arguments.raw and arguments.system is not None:
         raise phi4mm_jax.InputError("--system does not go with --raw; write the system message into TEXT")
     if "" in arguments.stop:
@@ -90,7 +87,7 @@ def main() -> int:
     adapters = adapter_folders_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
-    with progress_bar("Compiling and generating"):
+    with progress_bar("Compiling and generating"), named_options(arguments):
         (completion,) = model.generate(
             [prompt_of(arguments)],
             images=[arguments.image] if arguments.raw else None,

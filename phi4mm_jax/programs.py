@@ -1,4 +1,5 @@
-"""How all programs start and end, and options of several: what goes wrong, from their imports on, is one line on standard error.
+"""How all programs start and end, and options of several: what goes wrong, from their imports on, is one line on
+standard error.
 
 A package of programs calls `started` as it is imported. The program's `main` is wrapped by `ends_well`.
 """
@@ -8,7 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -73,6 +75,18 @@ def ends_well(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             return status
 
     return program
+
+
+@contextmanager
+def named_options(arguments: argparse.Namespace) -> Iterator[None]:
+    """Errors about a setting name the option that it came from: "--top-p is 2", not "top_p is 2"."""
+    try:
+        yield
+    except InputError as error:
+        name, is_named, rest = str(error).partition(" is ")
+        if not is_named or name not in vars(arguments):
+            raise
+        raise InputError(f"--{name.replace('_', '-')} is {rest}") from error
 
 
 def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:

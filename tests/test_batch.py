@@ -532,7 +532,7 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
         ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory)"),
         ({"--output": "/dev/full"}, "/dev/full: is no file"),
         ({"--output": "in"}, "in: is the input"),
-        ({"--slots": "0"}, "slots is 0"),
+        ({"--slots": "0"}, "--slots is 0"),
         ({"--hosts": "2", "--host": "2"}, "host 2 of 2"),
         ({"--compilation-cache": "in"}, "in: compiled programs cannot be kept there (File exists)"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens is 0; expected a positive whole number"),

@@ -77,11 +77,13 @@ def test_errors_are_one_line_and_a_status(arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
-        (["--temperature", "nan"], "temperature is nan"),
-        (["--top-k", "-1"], "top_k is -1"),
-        (["--top-p", "2"], "top_p is 2"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--top-k", "-1"], "--top-k is -1"),
+        (["--beams", "0"], "--beams is 0"),
+        (["--frames", "65"], "--frames is 65"),
+        (["--top-p", "2"], "--top-p is 2"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--image", "nowhere.png"], "image 1 ('nowhere.png'): the file does not exist"),
         (["--image", str(TINY / "config.json")], "config.json'): the file is in no format"),
         (["--audio", "/"], "audio 1 ('/'): the file cannot be opened (Is a directory)"),

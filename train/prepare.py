@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import ends_well, named_options
 from phi4mm_jax.training.prepare import decontaminate, dropped_path, filter_speech
 
 
@@ -36,10 +36,11 @@ def parse_arguments() -> argparse.Namespace:
 @ends_well
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.command == "decontaminate":
-        outcome = decontaminate(arguments.input, arguments.against, arguments.output, arguments.ngram)
-    else:
-        outcome = filter_speech(arguments.input, arguments.hypotheses, arguments.max_wer, arguments.output)
+    with named_options(arguments):
+        if arguments.command == "decontaminate":
+            outcome = decontaminate(arguments.input, arguments.against, arguments.output, arguments.ngram)
+        else:
+            outcome = filter_speech(arguments.input, arguments.hypotheses, arguments.max_wer, arguments.output)
     for note in outcome.notes:
         print(note, file=sys.stderr)
     print(f"{arguments.output}: {outcome.kept} kept; {dropped_path(arguments.output)}: {outcome.dropped} dropped")

@@ -74,7 +74,7 @@ def decontaminate(source: Path, against: Sequence[Path], output: Path, ngram: in
                 texts, short = texts + 1, short + (not found)
                 known |= found
     if not known:
-        raise InputError(f"{against[0]}: no text has {ngram} words, so nothing can be compared; lower ngram")
+        raise InputError(f"{against[0]}: no text has {ngram} words, so nothing can be compared; compare by fewer")
     shared = Counter[str]()
 
     def fault(line: Line) -> str | None:
