@@ -14,7 +14,7 @@ from phi4mm_jax.processing.images import GLOBAL_SEPARATOR, SUB_SEPARATOR, ImageF
 from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
 from phi4mm_jax.training.examples import BadSample, Example, Size
 from phi4mm_jax.training.packing import PackingConfig, Planner, Waiting, build
-from phi4mm_jax.training.sizing import Divisors, propose_packing, propose_trainable
+from phi4mm_jax.training.sizing import Divisors, check_reached, propose_packing, propose_trainable
 
 LENGTH = 128
 
@@ -349,3 +349,22 @@ def test_what_is_trained_follows_the_data():
     assert propose_trainable([text]) == ("params/decoder",)
     assert propose_trainable([text, clip]) == ("lora_speech",)
     assert propose_trainable([clip, picture]) == ("lora_vision", "lora_speech")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "crops", "chunks", "reached", "unreached"),
+    [
+        (0, 0, 0, "params/decoder", "lora_vision"),
+        (0, 0, 0, "params/decoder/norm", "params/audio_projector/speech"),
+        (1, 2, 0, "params/vision/layers", "params/speech"),
+        (1, 2, 1, "params/speech", "lora_speech"),
+        (2, 0, 1, "lora_speech", "params/image_embedder"),
+    ],
+)
+def test_data_without_the_media_of_what_is_trained(adapter, crops, chunks, reached, unreached):
+    """An error before the first step, unless something else is trained as well."""
+    sizes = [Size((9,), crops, chunks, 5 * chunks, adapter)]
+    check_reached(sizes, [reached, f"!{unreached}/bias"])
+    check_reached(sizes, [unreached, reached])
+    with pytest.raises(InputError, match=f"trainable is {unreached}, which need samples with (images|clips)"):
+        check_reached(sizes, [unreached])

@@ -44,7 +44,7 @@ from phi4mm_jax.training.recipe import (
     resolved_as_before,
     save_recipe,
 )
-from phi4mm_jax.training.sizing import Divisors, describe, propose_packing, propose_trainable
+from phi4mm_jax.training.sizing import Divisors, check_reached, describe, propose_packing, propose_trainable
 from phi4mm_jax.training.step import (
     Metrics,
     Objective,
@@ -335,6 +335,7 @@ def _resolved(recipe: Recipe, model: Model, mesh: Mesh | None, say: Callable[[st
         held_out = replace(without_augmentation(recipe.data), sources=asked.sources) if asked is not None else None
         others = measure_samples(held_out, model.processor) if held_out is not None else []
     say(f"The data: {describe(sizes)}.")
+    check_reached(sizes, recipe.trainable)
     devices = 1 if mesh is None else mesh.shape["fsdp"]
     packing = propose_packing(
         sizes, others, kind=recipe.data.kind, accumulate=recipe.accumulate,

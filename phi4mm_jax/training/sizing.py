@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.model.lora import ADAPTERS, SPEECH
 from phi4mm_jax.processing.processor import bucket
 from phi4mm_jax.training.examples import Kind, Size
 from phi4mm_jax.training.packing import PackingConfig, Planner, Waiting
@@ -15,6 +15,14 @@ _LENGTH, _ROWS = 4096, 8  # of large sets: tokens of a row, and rows at least
 _LEAST_LENGTH = 64
 _MOST_PLANNED = 4096  # samples; the stacks of media that these need are those of all
 _UNBOUNDED = 1 << 40
+_NEEDS = {  # of parameters: the media that reach them
+    "lora_vision": "images",
+    "params/vision": "images",
+    "params/image_embedder": "images",
+    "lora_speech": "clips without images",
+    "params/speech": "clips",
+    "params/audio_projector": "clips",
+}
 
 
 class Divisors(NamedTuple):
@@ -98,6 +106,26 @@ def propose_trainable(sizes: Sequence[Size]) -> tuple[str, ...]:
     """The adapters that the samples' media need; the decoder, if all are text."""
     needed = {size.adapter for size in sizes}
     return tuple(name for name, index in ADAPTERS.items() if index in needed) or ("params/decoder",)
+
+
+def check_reached(sizes: Sequence[Size], trainable: Sequence[str]) -> None:
+    """Raise InputError if no sample has the media that all of the trained parameters need."""
+    has = {
+        "images": any(size.crops for size in sizes),
+        "clips": any(size.chunks for size in sizes),
+        "clips without images": any(size.adapter == SPEECH for size in sizes),
+    }
+    patterns = [pattern for pattern in trainable if not pattern.startswith("!")]
+    needs = [next((need for path, need in _NEEDS.items() if _is_below(p, path)), None) for p in patterns]
+    if needs and all(need is not None and not has[need] for need in needs):
+        raise InputError(
+            f"trainable is {', '.join(patterns)}, which need samples with {needs[0]}, and the data have none; give "
+            "such data, or trainable=auto"
+        )
+
+
+def _is_below(pattern: str, path: str) -> bool:
+    return pattern == path or pattern.startswith(f"{path}/")
 
 
 def describe(sizes: Sequence[Size]) -> str:
