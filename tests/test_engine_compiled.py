@@ -1,8 +1,13 @@
-"""The engine's decoding at full size, compiled by the TPU's compiler for eight chips, without one."""
+"""The engine's programs at full width and depth, compiled by the TPU's compiler for eight chips, without one.
+
+Their vocabulary is small: the compiler takes half a minute for the sorting of 200,064 tokens.
+"""
 
 import json
 import os
-from functools import partial
+import re
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
@@ -10,6 +15,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import FIXTURES
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -19,17 +25,22 @@ from test_attention_compiled import copies
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.generation import Programs, Sampling
-from phi4mm_jax.generation.programs import Slots
+from phi4mm_jax.generation.programs import Beams, Chunk, Slots
 from phi4mm_jax.generation.sampling import SamplingRows
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
 from phi4mm_jax.sharding import shardings
 
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
+CHUNK, VOCABULARY = 512, 1024
+BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
-def test_decoding_holds_one_cache_and_moves_none_of_it():
+@cache
+def compiled(program: str) -> tuple[Any, int]:
+    """A program on eight chips that share the heads, and the bytes of the cache that each has."""
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
+    config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY))
     module = Phi4MM(config, jnp.bfloat16)
     abstract = abstract_variables(module)
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -43,24 +54,56 @@ def test_decoding_holds_one_cache_and_moves_none_of_it():
     variables = unflatten_dict({path: on_chips(x.shape, jnp.bfloat16, places[path]) for path, x in flat.items()})
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
-    cache = jax.eval_shape(lambda: empty_cache(config, PAGES, PAGE, jnp.bfloat16))
-    cache = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs._placement(x)), cache)
-    settings = SamplingRows.of([Sampling()] * SLOTS)
-    slots = Slots(
-        *(everywhere((SLOTS,), jnp.int32) for _ in range(3)),
-        tables=everywhere((SLOTS, PAGES_OF_A_ROW), jnp.int32),
-        adapters=everywhere((SLOTS,), jnp.int32),
-        long=everywhere((SLOTS,), jnp.bool_),
-        drawn=everywhere((SLOTS,), jnp.int32),
-        settings=jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings),
-    )
-    seen = everywhere((SLOTS, config.decoder.vocab_size), jnp.bool_)
-    compiled = programs.decode.lower(variables, cache, seen, slots, width=8).compile()
-    memory = compiled.memory_analysis()
-    of_cache = sum(x.size * x.dtype.itemsize for x in cache if x is not None) / 8
+    numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
+    pages = jax.eval_shape(lambda: empty_cache(config, PAGES, PAGE, jnp.bfloat16))
+    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs._placement(x)), pages)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // 8
+    rows = 1 if program == "prefill" else SLOTS
+    tables = numbers((rows, PAGES_OF_A_ROW))
+    settings = SamplingRows.of([Sampling()] * rows)
+    settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)
+    seen = flags((SLOTS, VOCABULARY))
+    row, long = numbers((rows,)), flags((rows,))
+    if program == "decode":
+        slots = Slots(row, row, row, tables, row, long, row, settings)
+        lowered = programs.decode.lower(variables, pages, seen, slots, width=8)
+    elif program == "extend":
+        beams = Beams(row, row, tables, row, long, row, row, numbers(()))
+        lowered = programs.extend.lower(variables, pages, beams, candidates=16)
+    else:
+        tokens = numbers((rows, CHUNK))
+        chunk = Chunk(tokens, tokens, row, row, tables, row, long, row, row, settings)
+        features = everywhere((1024, config.decoder.embed_dim), jnp.bfloat16)
+        lowered = programs.prefill.lower(variables, pages, features, seen, chunk)
+    return lowered.compile(), held
+
+
+def moved(text: str) -> list[tuple[float, str]]:
+    """Collectives in a compiled module, but for sums: the bytes of the result, and where each comes from."""
+    found = []
+    for line in text.splitlines():
+        kinds = "all-gather|all-to-all|collective-permute|reduce-scatter"
+        if match := re.search(rf"= (.*?) (?:{kinds})(?:-start)?\(", line):
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            size = sum(BYTES[dtype] * np.prod([int(n) for n in shape.split(",") if n]) for dtype, shape in shapes)
+            found.append((size, line[line.find("op_name") :]))
+    return found
+
+
+@pytest.mark.parametrize("program", ["decode", "prefill", "extend"])
+def test_programs_gather_no_cache_and_no_weights(program):
+    """The cached keys of a layer that prefill reads at once are 4 MB, and the smallest weight of a layer 6 MB."""
+    text = compiled(program)[0].as_text()
+    assert "phi4mm_flash_fwd" in text if program == "prefill" else "phi4mm_decode" in text
+    assert "all-reduce" in text  # as the products of split weights need it
+    assert [place for size, place in moved(text) if size > 2**18] == []
+
+
+@pytest.mark.parametrize("program", ["decode", "extend"])
+def test_decoding_holds_one_cache_and_moves_none_of_it(program):
+    step, of_cache = compiled(program)
+    memory = step.memory_analysis()
     assert memory.alias_size_in_bytes >= of_cache
-    assert memory.temp_size_in_bytes < 0.05 * of_cache  # 0.16 of 4.3 GB
-    text = compiled.as_text()
-    assert "phi4mm_decode" in text
-    layer = PAGES * PAGE * config.decoder.head_size  # keys of the one head that a chip has, in one layer
-    assert copies(text, layer) == []
+    assert memory.temp_size_in_bytes < 0.05 * of_cache  # 0.16 of 4.3 GB in decoding, with the whole vocabulary
+    layer = PAGES * PAGE * 128  # keys of the one head that a chip has, in one layer
+    assert copies(step.as_text(), layer) == []

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import decode_attention, flash_attention
+from phi4mm_jax.kernels.mesh import Axes, over_mesh
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
@@ -154,8 +155,21 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """Causal attention of new tokens to themselves and to the cached ones, and the cache with the new ones in it.
 
-    One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border.
+    One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border. On a mesh each device has its
+    heads of all rows; no key or value leaves it.
     """
+    heads, pages = Axes(None, None, "heads", None), cache_axes(cache)
+    tables = CachedRows(Axes(None), Axes(None), Axes(None, None))  # type: ignore
+    inputs = heads, heads, heads, Axes(), tables, pages
+    return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (heads, pages), rows=1, heads=k.shape[2])
+
+
+def cache_axes(cache: Cache) -> Cache:
+    """Axes of the cache's arrays, for `over_mesh`."""
+    return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
+
+
+def _attend(q, k, v, layer, rows: CachedRows, cache: Cache) -> tuple[Float[Array, "B T N H"], Cache]:
     if q.shape[1] == 1:
         cache = _append(cache, k, v, layer, rows)
         out = decode_attention(

@@ -1,0 +1,111 @@
+"""A model spread over devices answers as it does on one."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, golden_cases, media_of
+from jax.sharding import NamedSharding
+
+import phi4mm_jax
+from phi4mm_jax.checkpoint.random import write_random_checkpoint
+from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.generation.programs import _copy_pages
+from phi4mm_jax.model.decoder import Cache, CachedRows, attend, quantize
+from phi4mm_jax.sharding import make_mesh
+
+LAYERS, PAGES, HEADS, PAGE, SIZE = 2, 9, 8, 16, 32  # of a small cache
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint with eight key heads, so that up to eight devices can share them."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_random_checkpoint(folder / "config.json", folder / "checkpoint", TINY)
+    return folder / "checkpoint"
+
+
+def test_engine_over_eight_devices(wide):
+    """Logits, and answers to ragged rows, fewer than the devices, of text and of image and speech."""
+    alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
+    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=8))
+    case = next(c for c in golden_cases() if c["name"] == "vision_speech")
+    texts = ["<|user|>Hello<|end|><|assistant|>", "<|user|>The light of seven stones" + " is green" * 9]
+    batch = alone.process(texts)
+    found, logits = (np.asarray(model.logits(batch)) for model in (spread, alone))
+    for row, length in enumerate(batch.lengths):
+        np.testing.assert_allclose(found[row, :length], logits[row, :length], atol=1e-4, rtol=0)
+    media = {kind: of_row[0] for kind, of_row in media_of(case).items()}
+    requests = [
+        Request(case["prompt"], **media, max_new_tokens=3),  # in chunks, of which each attends to those before
+        *(Request(text, max_new_tokens=6, adapter="vision") for text in texts),
+    ]
+    config = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4)
+    found, expected = (dict(model.engine(config).run(requests)) for model in (spread, alone))
+    for i in range(len(requests)):
+        assert found[i].tokens == expected[i].tokens
+        np.testing.assert_allclose(found[i].log_probabilities, expected[i].log_probabilities, atol=1e-4)
+
+
+def attended(q, k, v):
+    """A query's attention to all keys, in numpy: (N, H) of (S, K, H)."""
+    k, v = (np.repeat(x, q.shape[0] // x.shape[1], 1) for x in (k, v))
+    scores = np.einsum("NH,SNH->NS", q, k) * q.shape[-1] ** -0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("NS,SNH->NH", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(("tensor", "fsdp", "dtype"), [(2, 1, "float32"), (4, 2, "int8"), (8, 1, "float32")])
+def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
+    """A chunk, then a token, of three rows that have none, some and many tokens in the cache, in plain XLA."""
+    mesh = make_mesh(fsdp, tensor)
+    draw = np.random.default_rng(0)
+    tables = np.array([[5, 2, 0, 0], [1, 6, 3, 4], [0, 7, 8, 0]], np.int32)
+    starts, lengths = np.array([0, 2 * PAGE, PAGE]), np.array([PAGE + 4, 4 * PAGE - 1, PAGE + 9])
+    pages = draw.standard_normal((2, LAYERS, PAGES + 1, HEADS, PAGE, SIZE)).astype(np.float32)
+    new = draw.standard_normal((2, 3, 2 * PAGE + 1, HEADS, SIZE)).astype(np.float32)
+    q = draw.standard_normal((3, 2 * PAGE + 1, 2 * HEADS, SIZE)).astype(np.float32)
+    (k, k_scales), (v, v_scales) = ((x, None) if dtype == "float32" else quantize(x) for x in map(jnp.asarray, pages))
+    by_heads = NamedSharding(mesh, jax.P(None, None, "tensor"))
+    cache = jax.device_put(Cache(k, v, k_scales, v_scales), by_heads)
+
+    def chunk_and_token(cache, q, k, v):
+        chunk, token = CachedRows(starts, lengths, tables), CachedRows(lengths, lengths + 1, tables)
+        out, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], jnp.int32(1), chunk, cache)
+        last, cache = attend(q[:, -1:], k[:, -1:], v[:, -1:], jnp.int32(1), token, cache)
+        return out, last, cache
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        arguments = cache, *(jax.device_put(x, NamedSharding(mesh, jax.P(None, None, "tensor"))) for x in (q, *new))
+        compiled = jax.jit(chunk_and_token).lower(*arguments).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective", compiled.as_text())
+    out, last, cache = compiled(*arguments)
+    assert cache.k.sharding.is_equivalent_to(by_heads, 5)
+    atol = 1e-4 if dtype == "float32" else 0.05
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        earlier = pages[:, 1, tables[row]].swapaxes(2, 3).reshape(2, -1, HEADS, SIZE)[:, :start]
+        both = np.concatenate([earlier, new[:, row, : length - start]], 1)
+        for t in range(length - start):
+            np.testing.assert_allclose(out[row, t], attended(q[row, t], *both[:, : start + t + 1]), atol=atol, rtol=0)
+        both = np.concatenate([both, new[:, row, -1:]], 1)
+        np.testing.assert_allclose(last[row, 0], attended(q[row, -1], *both), atol=atol, rtol=0)
+
+
+def test_pages_are_copied_where_they_lie():
+    mesh = make_mesh(tensor=8)
+    pages = np.arange(LAYERS * 7 * HEADS * PAGE).reshape(LAYERS, 7, HEADS, PAGE, 1).astype(np.float32)
+    cache = jax.device_put(Cache(pages, -pages), NamedSharding(mesh, jax.P(None, None, "tensor")))
+    numbers = np.array([3, 5, 1]), np.array([0, 4, 2]), np.int32(2)  # the last copy does not count
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(_copy_pages).lower(cache, *numbers).compile()
+    assert "all-gather" not in compiled.as_text()
+    found = compiled(cache, *numbers)
+    expected = pages[:, [3, 1, 2, 3, 5, 5, 6]]
+    np.testing.assert_array_equal(found.k, expected)
+    np.testing.assert_array_equal(found.v, -expected)
