@@ -7,7 +7,7 @@ What you type is said to the model, but for these:
     /video FILE    show frames of a video file, or of a folder of images
     /system TEXT   the system message; none without TEXT
     /begin TEXT    how the next answer begins
-    /continue      go on with the last answer, as where it was cut or stopped
+    /continue      continue the last answer, as where it was cut or stopped
     /undo          take back what is attached, or else the last turn
     /reset         take back all turns
     /save FILE     the conversation, as a line for infer.batch

@@ -212,15 +212,16 @@ def _override(settings: dict[str, Any], override: str) -> None:
         raise InputError(f"{override!r}: expected key=value, such as optimizer.learning_rate=1e-4")
     *parents, last = key.split(".")
     inner: Any = settings
-    for parent in parents:
-        if isinstance(inner, dict) and inner.get(parent) is None:
+    for i, parent in enumerate(parents, 1):
+        if inner.get(parent) is None:
             inner[parent] = {}
-        inner = inner[parent] if isinstance(inner, dict) else None
-    if not isinstance(inner, dict):
-        raise InputError(
-            f"{override!r}: {'.'.join(parents)} has no settings of its own here; where it may have, give them all, as "
-            f"in {parents[-1]}={{...}}"
-        )
+        inner = inner[parent]
+        if not isinstance(inner, dict):
+            section = ".".join(parents[:i])
+            raise InputError(
+                f"{override!r}: {section} is {inner!r:.40}, which has no settings of its own; give {section}={{...}} "
+                "with all that it needs"
+            )
     try:
         inner[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -234,4 +235,6 @@ def _said(error: Mapping[str, Any]) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         suggestion = meant(place, list(setting_names(Recipe)))
         return f"{place}: is no setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
-    return f"{place}: {error['msg'].removeprefix('Value error, ')} (it is {error['input']!r:.60})"
+    message = error["msg"].removeprefix("Value error, ")
+    is_section = isinstance(error["input"], Mapping)  # whose own check names the setting, and the value
+    return f"{place}: {message}" if is_section else f"{place}: {message} (it is {error['input']!r:.60})"

@@ -129,7 +129,7 @@ def _is_below(pattern: str, path: str) -> bool:
 
 
 def describe(sizes: Sequence[Size]) -> str:
-    """What the samples take, in a line."""
+    """Summary of the sizes of samples, in a line."""
     if not sizes:
         raise InputError("no sample can be learnt from; repair the data")
     tokens = sorted(sum(size.tokens) for size in sizes)
