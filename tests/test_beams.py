@@ -1,19 +1,22 @@
 """Beam search in the engine: what transformers finds, whatever else the engine does meanwhile."""
 
 import dataclasses
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch_native
-from conftest import TINY, count_compilations, golden_cases, media_of
+from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
 from PIL import Image
+from scipy.special import log_softmax
 from torch_native import load_native
 
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request, Sampling
 from phi4mm_jax.generation.beams import Search, advance
+from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
 from phi4mm_jax.processing.images import preprocess_image
 
 CASES = {case["name"]: case for case in golden_cases()}
@@ -123,6 +126,35 @@ def test_media_as_transformers(tiny, goldens, oracle):
         )  # fmt: skip
         assert_found(answers[place], expected)
         assert answers[place].prompt_tokens == case["tokens"]
+
+
+def test_alternatives_in_files_have_the_scores_of_logits_without_a_cache(tiny, tmp_path):
+    """Best first, each with its text: its log-probability by whole rows, by its length to the penalty's power."""
+    lines = [
+        {"id": "plain", "prompt": PROMPT, "beams": 3},
+        {"id": "long", "prompt": f"{PROMPT}{' light' * 20}", "beams": 4, "length_penalty": 2.0},  # over the boundary
+        {"id": "one", "prompt": PROMPT, "beams": 1},
+    ]
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with AnswerFile(output, read_requests(source, max_new_tokens=24), ordered=True) as answers:
+        list(answers.run(tiny.engine(CONFIG)))
+    plain, long, one = map(json.loads, output.read_text().splitlines())
+    assert "alternatives" not in one
+    for found, beams, penalty, line in ((plain, 3, 1.0, lines[0]), (long, 4, 2.0, lines[1])):
+        alternatives = found["alternatives"]
+        sequences = [a["tokens"] for a in alternatives]
+        assert len({tuple(s) for s in sequences}) == beams
+        assert (found["text"], found["tokens"]) == (alternatives[0]["text"], sequences[0])
+        logits = uncached_logits(tiny, tiny.process([line["prompt"]] * beams), sequences)
+        totals = [log_softmax(x, -1)[np.arange(len(s)), s].sum() for x, s in zip(logits, sequences, strict=True)]
+        expected = [t / len(s) ** penalty for t, s in zip(totals, sequences, strict=True)]
+        np.testing.assert_allclose([a["score"] for a in alternatives], expected, rtol=1e-4)
+        assert expected == sorted(expected, reverse=True)
+        for alternative in alternatives:
+            said = [t for t in alternative["tokens"] if t not in tiny.config.stop_token_ids]
+            assert alternative["text"] == tiny.processor.tokenizer.decode(said)
+    assert long["prompt_tokens"] < 96 < long["prompt_tokens"] + 24
 
 
 # ------------------------------------------------------------------------------------------------ in the engine

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, count_compilations, golden_cases, media_of
+from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
+from scipy.special import log_softmax
 
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request, Sampling
@@ -72,23 +73,55 @@ def test_goldens(tiny, goldens, slots):
     assert engine._pool.available == engine.config.pages
 
 
-def test_many_mixed_requests_are_as_each_alone(tiny):
-    """200 texts, images and clips with settings of their own, in slots that are refilled."""
+def test_many_mixed_requests_are_as_each_alone(tiny, goldens):
+    """200 texts, images and clips with settings of their own, in slots that are refilled.
+
+    Texts are drawn as by a plain sampler from logits without a cache; prompts of the goldens are answered as there.
+    """
     draw = random.Random(1)
-    media = [c for c in CASES if c["tokens"] < 100 or c["name"] == "vision"]
-    requests = []
-    for prompt in texts(160):
-        settings = Sampling(draw.choice([0.0, 0.8]), draw.choice([0, 5]), seed=draw.randrange(100))
-        requests.append(Request(prompt, max_new_tokens=draw.randint(1, 24), sampling=settings))
-    requests += [request_of(draw.choice(media), draw.randint(1, 12)) for _ in range(40)]
-    draw.shuffle(requests)
-    together = dict(tiny.engine(dataclasses.replace(SMALL, slots=8)).run(requests))
-    alone = tiny.engine(dataclasses.replace(SMALL, slots=1))
-    for place, request in enumerate(requests):
-        ((_, expected),) = alone.run([request])
-        assert together[place].tokens == expected.tokens, request
-        assert together[place].text == expected.text
-        np.testing.assert_allclose(together[place].log_probabilities, expected.log_probabilities, atol=1e-3)
+    cases = [c for c in CASES if c["tokens"] < 100 or c["name"] == "vision"]
+    prompts = texts(160)
+    settings = [
+        Sampling(draw.choice([0.0, 0.8]), draw.choice([0, 5]), seed=draw.randrange(100), stream=i) for i in range(160)
+    ]
+    requests = {
+        i: Request(prompt, max_new_tokens=draw.randint(1, 24), sampling=settings[i]) for i, prompt in enumerate(prompts)
+    }
+    expected = {}
+    for i in range(160, 200):
+        case = draw.choice(cases)
+        generated = goldens[f"{case['name']}.generated"].tolist()
+        count = draw.randint(1, min(12, len(generated)))
+        requests[i], expected[i] = request_of(case, count), generated[:count]
+    order = draw.sample(sorted(requests), len(requests))
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=8))
+    found = {order[place]: answer for place, answer in engine.run([requests[i] for i in order])}
+    assert {i: found[i].tokens for i in expected} == expected
+    answers = [found[i].tokens for i in range(160)]
+    assert all(len(a) == requests[i].max_new_tokens or found[i].finish_reason == "stop" for i, a in enumerate(answers))
+    logits = uncached_logits(tiny, tiny.process(prompts), answers)
+    for i, answer in enumerate(answers):
+        log_probabilities = log_softmax(logits[i], -1)[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(found[i].log_probabilities, log_probabilities, atol=1e-3)
+        scores = plain_scores(logits[i], settings[i])
+        chosen = scores[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(chosen, scores.max(-1), atol=2e-3, err_msg=str(requests[i]))
+
+
+def plain_scores(logits: np.ndarray, settings: Sampling) -> np.ndarray:
+    """What a token is the largest of: the logits, or those that are left, divided, with the noise of their place."""
+    if not settings.temperature:
+        return logits
+    noise = gumbel(settings.seed, settings.stream)[: len(logits)]
+    least = np.sort(logits, -1)[:, -settings.top_k] if settings.top_k else np.full(len(logits), -np.inf)
+    return np.where(logits >= least[:, None] - 1e-4, logits / settings.temperature + noise, -np.inf)
+
+
+@jax.jit
+def gumbel(seed, stream):
+    """Noise of the first 24 places."""
+    key = jax.random.fold_in(jax.random.key(seed), stream)
+    return jax.vmap(lambda place: jax.random.gumbel(jax.random.fold_in(key, place), 768))(jnp.arange(24))
 
 
 def test_nothing_compiles_after_a_while(tiny):

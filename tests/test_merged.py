@@ -1,10 +1,14 @@
 """An adapter that is part of the weights."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
+from infer import batch
 from phi4mm_jax.sharding import make_mesh
 
 
@@ -36,6 +40,40 @@ def test_other_prompts_are_refused(merged):
         if kind_of(case) != name:
             with pytest.raises(phi4mm_jax.InputError, match=f"{name} adapter is merged"):
                 merged.process([case["prompt"]], **media_of(case))
+
+
+def test_the_batch_program_merges_and_resumes_with_the_same_alone(merged, tiny, goldens, tmp_path, monkeypatch, capsys):
+    """--merge: its prompts are answered, lines with other adapters are not; another adapter or limit is refused."""
+    name = merged.processor.merged
+    other = "speech" if name == "vision" else "vision"
+    case = next(c for c in golden_cases() if kind_of(c) == name)
+    media = {kind: [str(path) for path in of_row[0]] for kind, of_row in media_of(case).items()}
+    lines = [{"id": "own", "prompt": case["prompt"], **media}, {"id": "none", "prompt": "a", "adapter": "none"}]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    models = {None: tiny, name: merged}
+    monkeypatch.setattr(batch.phi4mm_jax, "load", lambda path, *, merge, **_: models[merge])
+
+    def run(*arguments) -> tuple[int, str]:
+        given = {"--model": TINY, "--input": tmp_path / "in", "--output": tmp_path / "out", "--dtype": "float32",
+                 "--compilation-cache": "", "--cache-tokens": 4096}  # fmt: skip
+        words = [str(word) for pair in given.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["batch", "--ordered", *words, *map(str, arguments)])
+        return batch.main(), capsys.readouterr().err
+
+    assert run("--merge", name, "--max-new-tokens", 3)[0] == 1  # a line has failed
+    own, none = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert own["tokens"] == goldens[f"{case['name']}.generated"][:3].tolist()
+    assert f"the {name} adapter is merged" in none["error"]
+    before = (tmp_path / "out").read_bytes()
+    for arguments, named in (
+        ((), f"merge (was '{name}', now None)"), (("--merge", other), f"merge (was '{name}', now '{other}')"),
+        (("--merge", name, "--max-new-tokens", 4), "max_new_tokens (was 3, now 4)"),
+    ):  # fmt: skip
+        limit = () if "--max-new-tokens" in arguments else ("--max-new-tokens", 3)
+        status, error = run(*arguments, *limit)
+        assert status == 2
+        assert f"its answers are of another {named}; give another output" in error
+    assert (tmp_path / "out").read_bytes() == before
 
 
 def test_it_spreads_over_a_mesh(goldens):

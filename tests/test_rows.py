@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of
+from conftest import TINY, golden_cases, media_of, uncached_logits
+from scipy.special import log_softmax
 
 from phi4mm_jax.model.lora import SPEECH
 from phi4mm_jax.processing.batch import Batch
@@ -48,13 +49,17 @@ def test_logits_are_those_of_the_row_alone(tiny, rows):
     assert largest <= 1e-4
 
 
-def test_tokens_are_those_of_the_row_alone(tiny, rows):
+def test_tokens_are_those_of_logits_without_a_cache(tiny, rows):
+    """Of whole rows, whose logits are those of the row alone."""
     prompts, images, audios = map(list, zip(*rows, strict=True))
-    together = tiny.generate(prompts, images, audios, max_new_tokens=12)
-    for row, completion in zip(rows, together, strict=True):
-        (alone,) = tiny.generate(*([x] for x in row), max_new_tokens=12)
-        assert (completion.tokens, completion.text) == (alone.tokens, alone.text)
-        np.testing.assert_allclose(completion.log_probabilities, alone.log_probabilities, atol=1e-4)
+    found = tiny.generate(prompts, images, audios, max_new_tokens=12)
+    batch = tiny.process(prompts, images, audios)
+    assert [completion.prompt_tokens for completion in found] == batch.lengths.tolist()
+    logits = uncached_logits(tiny, batch, [completion.tokens for completion in found])
+    for of_row, completion in zip(logits, found, strict=True):
+        assert len(completion.tokens) == 12 or completion.finish_reason == "stop"
+        assert completion.tokens == of_row.argmax(-1).tolist()
+        np.testing.assert_allclose(completion.log_probabilities, log_softmax(of_row, -1).max(-1), atol=1e-4)
 
 
 def test_padding_is_never_read(tiny, rows):
