@@ -149,8 +149,15 @@ class Phi4MMConfig:
                 "Is this a Phi-4-multimodal checkpoint?"
             )
         keys = _Keys(config, "config.json")
-        if keys.has("quantization_config"):
-            raise keys.error("quantization_config", "is set; quantised weights are not supported")
+        for key in ("quantization_config", "compression_config"):
+            if keys.has(key):
+                method = config[key].get("quant_method") if isinstance(config[key], Mapping) else None
+                raise keys.error(
+                    key,
+                    f"is set{f' ({method})' if method else ''}: the weights are quantised, which is not supported; "
+                    "give the checkpoint in bfloat16 that they were made from, or one that transformers has "
+                    "dequantised (model.dequantize(), then save_pretrained)",
+                )
         return _check(reader(keys, adapters or {}))
 
     @classmethod
@@ -348,6 +355,12 @@ def _one_of(values: tuple[Any, ...]) -> str:
 def _read_decoder(keys: _Keys, rope: _Keys, tied_required: bool) -> DecoderConfig:
     """What both layouts spell alike; `rope` holds the factors and the rotary settings."""
     keys.expect("hidden_act", "silu", required=True)
+    if keys.values.get("tie_word_embeddings") is False:
+        raise keys.error(
+            "tie_word_embeddings",
+            "is False, but only a head that is tied to the embedding is supported; where lm_head.weight equals the "
+            "embedding, set it to true",
+        )
     keys.expect("tie_word_embeddings", True, required=tied_required)
     for absent in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.expect(absent, False)

@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, golden_cases
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
@@ -129,6 +129,115 @@ def test_wrong_files(copy, tmp_path):
         phi4mm_jax.load(copy, dtype="float64")
 
 
+def tensors_of(folder):
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def save_as_one(folder, tensors):
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_buffers_and_a_tied_head_are_left_out(copy, goldens):
+    """The head in a file of its own beside the embedding, or alone, as safetensors' save_model may leave it."""
+    tensors = tensors_of(copy)
+    head = tensors[EMBEDDING]
+    buffers = {
+        "model.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.embed_tokens_extend.image_embed.img_processor.embeddings.position_ids": np.arange(4)[None],
+    }
+    for head_alone in (False, True):
+        if head_alone:
+            del tensors[EMBEDDING]
+        save_as_one(copy, tensors | buffers)
+        save_file({"lm_head.weight": head}, copy / "model_head.safetensors")
+        case = next(c for c in golden_cases() if c["name"] == "text")
+        model = phi4mm_jax.load(copy, dtype="float32")
+        logits = model.logits(model.process([case["prompt"]]))[0, : case["tokens"]]
+        last = goldens["text.logits"]
+        np.testing.assert_allclose(logits[-len(last) :], last, atol=3e-4)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 2, lambda x: x[:-8], lambda x: x.astype(ml_dtypes.bfloat16)])
+def test_an_untied_head_is_refused(copy, change):
+    tensors = tensors_of(copy)
+    save_as_one(copy, tensors | {"lm_head.weight": np.ascontiguousarray(change(tensors[EMBEDDING]))})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight .*only a head that is tied to the embedding"):
+        open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+
+
+@pytest.mark.parametrize(
+    ("rename", "named"),
+    [
+        (lambda n: f"module.{n}", "the prefix 'module.'.*DDP's"),
+        (lambda n: f"_orig_mod.{n}", "the prefix '_orig_mod.'.*torch.compile's"),
+        (lambda n: f"base_model.model.{n}", "the prefix 'base_model.model.'.*PEFT's"),
+        (lambda n: f"model.{n}", r"the prefix 'model\.'.*model\.model\."),
+        (lambda n: n.replace("model.", "model.language_model.", 1), "the prefix 'model.language_model.'"),
+        (lambda n: n.removeprefix("model."), "no prefix 'model.'"),
+        (lambda n: re.sub(r"(layers\.\d+)\.", r"\1._checkpoint_wrapped_module.", n), "the prefix '_checkpoint_"),
+    ],
+)
+def test_a_prefix_is_named(copy, rename, named):
+    save_as_one(copy, {rename(name): x for name, x in tensors_of(copy).items()})
+    with pytest.raises(CheckpointError, match=f"(?s)tensors have {named}"):
+        open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+
+
+MATRIX = "model.layers.0.mlp.down_proj.base_layer.weight"
+
+
+@pytest.mark.parametrize(
+    "as_saved",
+    [
+        lambda name, x: {name: x.astype(np.int8), name.replace("weight", "SCB"): np.ones(len(x), np.float32)},
+        lambda name, x: {name: x.astype(np.uint8), f"{name}.absmax": np.ones(4, np.float32)},  # bitsandbytes
+        lambda name, x: {name.replace("weight", f"q{n}"): np.ones((4, 4), np.int32) for n in ("weight", "zeros")},
+        lambda name, x: {name: x, f"{name}_scale": np.ones(1, np.float32)},  # in float32, as some save fp8
+        lambda name, x: {name: x.astype(ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": np.ones((1, 1), np.float32)},
+        lambda name, x: {f"{name}_packed": np.ones((4, 4), np.int32), f"{name}_scale": np.ones((4, 4), np.float32)},
+    ],
+)  # fmt: skip
+def test_quantised_tensors_are_refused(copy, as_saved):
+    tensors = tensors_of(copy)
+    save_as_one(copy, tensors | as_saved(MATRIX, tensors.pop(MATRIX)))
+    with pytest.raises(CheckpointError, match=r"down_proj.*the weights are quantised.*bfloat16"):
+        open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+
+
+def test_files_of_quantisation_are_refused(copy):
+    (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: says that the weights are quantised"):
+        open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(phi4mm_jax.ConfigError, match=r"quantization_config is set \(awq\): the weights are quantised"):
+        phi4mm_jax.load(copy)
+
+
+def test_a_shard_that_is_not_there_is_named_without_an_index(copy):
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=f"{SHARD}: belongs to model-00001.*not there"):
+        phi4mm_jax.load(copy)
+
+
+def test_a_vocabulary_of_another_size(copy):
+    tensors = tensors_of(copy)
+    rows = np.concatenate([tensors[EMBEDDING], tensors[EMBEDDING][:8]])
+    save_as_one(copy, tensors | {EMBEDDING: rows})
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight: has shape.*resize_token_embeddings"):
+        open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+
+
 def test_pickles_are_not_read(copy):
     for path in copy.glob("model*"):
         path.unlink()
@@ -136,6 +245,9 @@ def test_pickles_are_not_read(copy):
         phi4mm_jax.load(copy)
     (copy / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickle"):
+        phi4mm_jax.load(copy)
+    (copy / "model-Q4_K_M.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model-Q4_K_M\.gguf: GGUF"):
         phi4mm_jax.load(copy)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.checkpoint.files import DTYPES, Stored, Writer, read_header, shard
+from phi4mm_jax.checkpoint.foreign import EMBEDDING, model_tensors
 from phi4mm_jax.checkpoint.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.peft import KINDS, PeftAdapter
@@ -24,6 +26,8 @@ from phi4mm_jax.errors import CheckpointError
 Layout = Literal["original", "native"]
 SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
+_VOCABULARY = " by vocab_size of config.json, which has to be saved after resize_token_embeddings, too"
 _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
 
 
@@ -63,12 +67,13 @@ class PyTorchCheckpoint(StackedTensors):
         stored = _stored(folder, index, sorted({t.folder for t in copies}))
         self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
         self.files |= {file for adapter in adapters for file in adapter.files}
-        _check(stored, [*main, *copies])
+        held = model_tensors(folder, stored, {t.key for t in [*main, *copies]})
+        _check(held, [*main, *copies])
         _check_index(folder, index, stored)
         self._copies = rows_by_parameter(copies)
         super().__init__(
             [*main, *(t for adapter in adapters for t in adapter.tensors)],
-            {**stored, **{key: held for adapter in adapters for key, held in adapter.stored.items()}},
+            {**held, **{key: matrix for adapter in adapters for key, matrix in adapter.stored.items()}},
         )
 
     def check_copies(self) -> None:
@@ -133,6 +138,12 @@ def _read_index(folder: FilePath) -> dict[str, str]:
 
 def _unindexed(folder: FilePath) -> list[str]:
     names = sorted(p.name for p in folder.glob("model*.safetensors"))
+    for name in names:
+        numbered = _NUMBERED.fullmatch(name)
+        for number in range(1, int(numbered[3]) + 1) if numbered else ():
+            other = f"{numbered[1]}{number:0{len(numbered[2])}}-of-{numbered[3]}.safetensors"
+            if other not in names:
+                raise CheckpointError(f"{folder / other}: belongs to {name}, but it is not there; download it again")
     if not names:
         hint = _pickles(folder) or "Give the folder that holds config.json and the model's shards, or convert again."
         raise CheckpointError(
@@ -143,13 +154,15 @@ def _unindexed(folder: FilePath) -> list[str]:
 
 
 def _pickles(folder: FilePath) -> str:
-    """What to do where there are only such."""
+    """What to do where there are only such, or others that are not read."""
+    if quantised := sorted(p.name for p in folder.glob("*.gguf")):
+        return f"{quantised[0]}: GGUF files, mostly of quantised weights, are not read; give the safetensors"
     names = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
     return f"{names}: pickle files are not read; save with safe_serialization=True" if names else ""
 
 
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
-    """The files hold exactly the tensors of the table, with their shapes, in the floating dtypes that go together."""
+    """The files hold exactly the tensors of the table, with their shapes, in floating dtypes."""
     expected = {t.key: t for t in table}
     held = {t.collection for n, t in expected.items() if n in stored}
     adapters = sorted({t.collection for t in expected.values() if t.collection.startswith("lora_")})
@@ -157,18 +170,12 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
     problems = [f"{a}: the whole adapter is missing (found: {', '.join(found) or 'none'})" for a in gone]
     problems += [f"{n}: missing" for n, t in expected.items() if n not in stored and t.collection not in gone]
     problems += [f"{n}: not part of this model (in {stored[n].file.name})" for n in stored if n not in expected]
-    present = [(t, stored[n]) for n, t in expected.items() if n in stored]
-    dtypes: dict[str, list[str]] = {}
-    for tensor, found in present:
-        if found.shape != tensor.shape:
-            problems.append(f"{tensor.key}: has shape {found.shape}, expected {tensor.shape}")
-        dtypes.setdefault(_family(tensor), []).append(found.dtype)
-    for tensor, found in present:
-        usual = max(DTYPES, key=dtypes[_family(tensor)].count)
-        if found.dtype not in DTYPES:
-            problems.append(f"{tensor.key}: has dtype {found.dtype}, expected one of {', '.join(DTYPES)}")
-        elif found.dtype != usual and {found.dtype, usual} != {"F32", "BF16"}:  # what was trained may be in float32
-            problems.append(f"{tensor.key}: has dtype {found.dtype}, but the others are {usual}")
+    for tensor, entry in ((t, stored[n]) for n, t in expected.items() if n in stored):
+        if entry.shape != tensor.shape:
+            hint = _VOCABULARY if tensor.key == EMBEDDING and entry.shape[1:] == tensor.shape[1:] else ""
+            problems.append(f"{tensor.key}: has shape {entry.shape}, expected {tensor.shape}{hint}")
+        if entry.dtype not in DTYPES:
+            problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -176,11 +183,6 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
             f"the checkpoint's tensors do not match its config.json ({len(problems)} problems):\n  {shown}{more}\n"
             "Is the download complete, and does config.json belong to it?"
         )
-
-
-def _family(tensor: Tensor) -> str:
-    """What is saved together: an adapter may be in float32 while the model is in bfloat16."""
-    return tensor.collection if tensor.collection.startswith("lora_") else "model"
 
 
 def write(

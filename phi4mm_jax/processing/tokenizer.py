@@ -158,7 +158,12 @@ class Tokenizer:
         tokenizer = _build(cls, files, model_vocab_size)
         if 0 < model_vocab_size < tokenizer.vocab_size:
             ids = tokenizer.vocab_size
-            _fail(files.path, f"its ids go to {ids - 1}, and vocab_size of config.json is only {model_vocab_size}")
+            _fail(
+                files.path,
+                f"its ids go to {ids - 1}, and vocab_size of config.json is only {model_vocab_size}",
+                "If tokens were added, save the model after model.resize_token_embeddings(len(tokenizer)); else copy "
+                "the tokenizer that belongs to this model here.",
+            )
         return tokenizer
 
     def encode(self, text: str, special: bool = False) -> list[int]:
