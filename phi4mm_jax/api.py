@@ -43,7 +43,7 @@ def load(
     dtype: DType = "bfloat16",
     mesh: Mesh | None = None,
     *,
-    adapters: Mapping[Literal["vision", "speech"], str | Path] | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     fresh_adapters: bool = False,
     merge: Literal["vision", "speech"] | None = None,
     scan: bool | None = None,

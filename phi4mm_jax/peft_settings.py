@@ -52,12 +52,15 @@ def module_loras(name: str, settings: Mapping[str, Any], num_layers: int) -> dic
     if not isinstance(by_root, bool):
         raise ConfigError(f"{name}: use_rslora is {by_root!r:.60}; expected true or false")
     try:
-        for prefix in _PREFIXES:
-            keys = {(i, module): f"{prefix}{i}.{module}" for i in range(num_layers) for module in MODULES}
-            targeted = {at: key for at, key in keys.items() if _is_targeted(settings, key)}
-            if targeted:
-                break
-        found = {at: (_by_pattern(ranks, key, rank), _by_pattern(alphas, key, alpha)) for at, key in targeted.items()}
+        named = [
+            {(i, module): f"{prefix}{i}.{module}" for i in range(num_layers) for module in MODULES}
+            for prefix in _PREFIXES
+        ]
+        targeted = [{at: key for at, key in keys.items() if _is_targeted(settings, key)} for keys in named]
+        found = {
+            at: (_by_pattern(ranks, key, rank), _by_pattern(alphas, key, alpha))
+            for at, key in (targeted[0] or targeted[1]).items()
+        }
     except (re.error, TypeError) as error:
         raise ConfigError(
             f"{name}: target_modules, exclude_modules, layers_to_transform, layers_pattern or a pattern of ranks or "

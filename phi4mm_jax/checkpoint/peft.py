@@ -34,7 +34,7 @@ _NAME = re.compile(
 )
 
 
-def adapter_folders(adapters: Mapping[str, str | os.PathLike[str]] | None) -> dict[str, FilePath]:
+def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, FilePath]:
     """The PEFT folders of adapters that are given beside a checkpoint, by "vision" and "speech".
 
     Args:
