@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -187,11 +189,28 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
-def test_a_tuned_adapter_in_peft(recipe, native, tmp_path):
-    """PEFT puts it into transformers' model: the logits are ours, and not those from before."""
+def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
+    """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
+    and their cards are of the run."""
     assert run(recipe, "data.steps=4", "data.epochs=null") == 0
-    export(tmp_path / "run", tmp_path / "whole", "original")
-    export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
+    caplog.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(tmp_path / "run", tmp_path / "whole", "original")
+        export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    for name in ("whole", "adapters"):
+        card = (tmp_path / name / "README.md").read_text()
+        losses = [line["loss"] for line in read_log(tmp_path / "run")]
+        for row in (
+            f"| base model | {TINY} |",
+            f"| data | {tmp_path / 'train.jsonl'} |",
+            "| steps | 4 |",
+            f"| training loss, first and last | {losses[0]:.4f}, {losses[-1]:.4f} |",
+        ):
+            assert row in card.splitlines()
+        _, written, _ = re.split("```(?:yaml)?", card)
+        assert yaml.safe_load(written) == yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(native, attn_implementation="eager")
     PeftModel.from_pretrained(model, str(tmp_path / "adapters" / "speech-lora"), adapter_name="speech")
     case = CASES["speech"]

@@ -3,7 +3,8 @@
     python -m train.export RUN DESTINATION --layout original|native [--adapters-only] [--step N|best|last]
 
 RUN is a recipe's output. The whole checkpoint is the model that the run began with, with what was trained in place of
-its own; --adapters-only writes the folders vision-lora and speech-lora, for PEFT.
+its own; --adapters-only writes the folders vision-lora and speech-lora, for PEFT, and for the programs here
+beside the base: --adapter-folder speech=DESTINATION. README.md is the export's card: base, recipe, data, steps, scores.
 """
 
 import argparse

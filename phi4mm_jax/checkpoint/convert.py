@@ -74,6 +74,7 @@ def to_torch(
     adapters_only: bool = False,
     fresh_adapters: bool = False,
     trained: Mapping[Path, np.ndarray] | None = None,
+    card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
@@ -84,6 +85,7 @@ def to_torch(
         layout: "original" (as published) or "native" (as transformers and PEFT save it).
         adapters_only: write the folders vision-lora and speech-lora alone, for PEFT.
         trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
+        card: README.md, in place of the source's, which does not tell what was trained.
         shard_bytes: the largest file, unless a single tensor is larger.
         The others, and what is raised, are as in `to_orbax`.
     """
@@ -99,6 +101,8 @@ def to_torch(
             raise CheckpointError(f"{source}: has no adapters to write")
         check_room(folder, sum(pytorch.nbytes(t, checkpoint.parameters) for t in tensors))
         files = companion_files(source, layout, adapters_only=adapters_only)
+        if card is not None:
+            files["README.md"] = card.encode()
         read = _finite(_Tuned(checkpoint, trained or {}), tensors_of(layout_of(source), config))
         pytorch.write(folder, tensors, checkpoint.parameters, read, shard_bytes=shard_bytes, progress=progress)
         _write_files(folder, files, None)

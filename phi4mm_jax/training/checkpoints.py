@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -41,10 +42,11 @@ class Checkpoints:
             _BestScored(self._late_scores, greater),
         ])  # fmt: skip
         mode = "max" if greater else "min"
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies, best_fn=_score, best_mode=mode, read_only=read_only, create=not read_only,
-            cleanup_tmp_directories=not read_only,
-        )  # fmt: skip
+        with _quiet():
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies, best_fn=_score, best_mode=mode, read_only=read_only,
+                create=not read_only, cleanup_tmp_directories=not read_only,
+            )  # fmt: skip
         if read_only and not folder.is_dir():
             raise InputError(f"{folder}: is not there; has this run saved anything yet?")
         with self._writable(), _quiet():
@@ -115,7 +117,7 @@ class Checkpoints:
             folder = self._folder / str(step) / "state"
             metadata: Any = ocp.PyTreeCheckpointer().metadata(folder).item_metadata
             item = {"trainable": dict(metadata.tree)["trainable"]}
-            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), item)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
             args = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
             return ocp.PyTreeCheckpointer().restore(folder, args=args)["trainable"]
 

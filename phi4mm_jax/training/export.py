@@ -1,10 +1,13 @@
 """What a run has trained, as a checkpoint in PyTorch's layouts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from flax.traverse_util import flatten_dict
+from pydantic import TypeAdapter
 
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import Layout
@@ -12,7 +15,8 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
-from phi4mm_jax.training.recipe import load_recipe
+from phi4mm_jax.training.metrics import read_log
+from phi4mm_jax.training.recipe import Recipe, load_recipe
 
 
 def export(
@@ -25,7 +29,7 @@ def export(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Write the model that the run began with, with what was trained in place of its own, in its dtype.
+    """Write the model that the run began with, with what was trained in place of its own, in its dtype; and its card.
 
     Args:
         run: the recipe's output.
@@ -54,8 +58,44 @@ def export(
             f"{run}: has trained {others[0]} and {len(others) - 1} more besides adapters, which adapters alone would "
             "leave out; export the whole checkpoint"
         )
+    card = model_card(Path(destination).name, run, recipe, number, sorted({path[0] for path in trained}), adapters_only)
     to_torch(
         recipe.model, destination, layout, adapters_only=adapters_only, fresh_adapters=recipe.fresh_adapters,
-        trained=trained, progress=progress, say=say,
+        trained=trained, card=card, progress=progress, say=say,
     )  # fmt: skip
     return number
+
+
+def model_card(name: str, run: Path, recipe: Recipe, step: int, collections: Sequence[str], adapters_only: bool) -> str:
+    """README.md of an export: what it was made of, with which data and recipe, and what was measured at its step.
+
+    Args:
+        name: of the export.
+        run: the folder with the run's metrics.
+        collections: "params" or adapters, of which something was trained.
+        adapters_only: whether the export needs the base beside it.
+    """
+    sources = [str(source.path) for source in recipe.data.sources]
+    lines = [line for line in read_log(run) if line["step"] <= step]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    scores = {k: v for line in lines if line["step"] == step for k, v in line.items() if k.startswith("evaluation_")}
+    rows = {
+        "base model": recipe.model,
+        "trained": f"{', '.join(collections)}, by the patterns {', '.join(recipe.trainable)}",
+        "data": ", ".join(sources),
+        "steps": str(step),
+        **({"training loss, first and last": f"{losses[0]:.4f}, {losses[-1]:.4f}"} if losses else {}),
+        **{name.replace("_", " "): f"{score:.4f}" for name, score in scores.items()},
+    }
+    if recipe.evaluation is not None:
+        rows["evaluated on"] = ", ".join(str(source.path) for source in recipe.evaluation.sources)
+    settings = yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
+    header: dict[str, Any] = {"library_name": "peft" if adapters_only else "transformers"}
+    if not Path(recipe.model).exists():  # a repository on the Hub
+        header |= {"base_model": recipe.model.partition("@")[0]}
+    return "\n".join([
+        "---", yaml.safe_dump(header, sort_keys=False) + "---", "", f"# {name}", "",
+        "Trained with phi4mm-jax. The base model's card and licence hold for what was not trained.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), "",
+        "The recipe:", "", f"```yaml\n{settings}```", "",
+    ])  # fmt: skip
