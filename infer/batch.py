@@ -117,7 +117,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
-    with progress_bar("Reading the weights", size=True) as advance:
+    with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
         model = phi4mm_jax.load(
             arguments.model, dtype=arguments.dtype, adapters=adapter_folders_of(arguments), merge=arguments.merge,
             progress=advance,

@@ -551,6 +551,18 @@ def test_arguments_are_checked_before_the_checkpoint_is_read(tmp_path, change, n
     assert source.read_text() == json.dumps(GOOD) + "\n"
 
 
+def test_an_adapter_to_merge_that_is_not_there(tmp_path, monkeypatch, capsys):
+    """The error names the option, whatever the setting behind it is called."""
+    config = json.loads((TINY / "config.json").read_text())
+    without = {key: value for key, value in config.items() if key not in ("vision_lora", "speech_lora")}
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    source = write(tmp_path / "in", [GOOD])
+    given = {"--model": tmp_path, "--input": source, "--output": tmp_path / "out", "--merge": "speech"}
+    monkeypatch.setattr(sys, "argv", ["batch", *(str(x) for pair in given.items() for x in pair)])
+    assert batch.main() == 2
+    assert "error: --merge is 'speech'; expected" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
