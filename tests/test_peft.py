@@ -20,7 +20,7 @@ from infer import batch, chat, evaluate, generate
 from phi4mm_jax import CheckpointError, ConfigError, InputError
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.load import open_checkpoint
-from phi4mm_jax.checkpoint.peft import PeftAdapter
+from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.evaluation.answers import settings_of as settings_of_evaluation
 from phi4mm_jax.generation.jsonl import settings_of as settings_of_batch
@@ -166,7 +166,7 @@ def test_exports_are_what_peft_computed(two_adapters, tmp_path, layout):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": ["q_proj", "qkv_proj"]}, r"q_proj\.lora_A\.weight: not on a module that can have"),
+        ({"target_modules": ["q_proj", "qkv_proj"]}, r"q_proj\.lora_A\.weight: target_modules reached a module"),
         ({"target_modules": ["fc1"]}, "target_modules is .*fc1.*none of the decoder's 3 layers"),
     ],
 )  # fmt: skip
@@ -212,13 +212,24 @@ def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change,
         ({"text": TINY}, "'text' is not known; an adapter takes the place of 'vision' or 'speech'"),
         ({"speech": 3}, "'speech' is a int; expected the adapter's folder"),
         ("speech=x", "adapters is a str"),
-        ({"speech": TINY / "inputs"}, r"inputs: holds no speech adapter: neither adapter_config\.json nor speech-lora"),
+        ({"speech": TINY / "inputs"}, r"inputs: holds no speech adapter: neither adapter_config\.json, nor"),
         ({"speech": TINY / "nowhere"}, "nowhere: no such folder"),
     ],
 )  # fmt: skip
 def test_no_such_adapter_beside(adapters, message):
     with pytest.raises((InputError, CheckpointError), match=message):
         phi4mm_jax.load(TINY, adapters=adapters)
+
+
+def test_places_of_an_adapter_beside(tmp_path):
+    """PEFT saves one of several adapters in a folder of its name; a folder of another name is pointed at."""
+    for name in ("vision", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    assert adapter_folders({"vision": tmp_path}) == {"vision": tmp_path / "vision"}
+    assert adapter_folders({"speech": tmp_path / "tuned"}) == {"speech": tmp_path / "tuned"}
+    with pytest.raises(CheckpointError, match=f"there are adapters in {tmp_path}/tuned, {tmp_path}/vision"):
+        adapter_folders({"speech": tmp_path})
 
 
 def test_a_damaged_adapter_beside_is_named(two_adapters, tmp_path):

@@ -38,8 +38,8 @@ def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, 
     """The PEFT folders of adapters that are given beside a checkpoint, by "vision" and "speech".
 
     Args:
-        adapters: by the same names: a PEFT folder, one that holds it as `vision-lora` or `speech-lora` (an export of
-            adapters, a whole checkpoint), or a repository on the Hub with either.
+        adapters: by the same names: a PEFT folder; one that holds it as `speech-lora` (an export of adapters, a whole
+            checkpoint) or as `speech` (as PEFT saves one of several); or a repository on the Hub with either.
 
     Raises:
         InputError: an adapter of another name.
@@ -54,13 +54,18 @@ def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, 
         if not isinstance(given, str | os.PathLike):
             raise InputError(f"adapter {kind!r} is a {type(given).__name__}; expected the adapter's folder")
         folder = local_folder(given)
-        inner = folder / f"{kind}-lora"
-        found[kind] = inner if (inner / SETTINGS_FILE).exists() else folder
-        if not (found[kind] / SETTINGS_FILE).exists():
+        places = [folder, folder / f"{kind}-lora", folder / kind]
+        place = next((place for place in places if (place / SETTINGS_FILE).is_file()), None)
+        if place is None:
+            others = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS_FILE}")))
+            hint = f"there are adapters in {others}; give that which is meant" if others else (
+                "give a folder that PEFT or train.export --adapters-only has written"
+            )  # fmt: skip
             raise CheckpointError(
-                f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE} nor {inner.name}/{SETTINGS_FILE} is "
-                "there; give a folder that PEFT or train.export --adapters-only has written"
+                f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE}, nor a folder {kind}-lora or {kind} with "
+                f"one; {hint}"
             )
+        found[kind] = place
     return found
 
 
@@ -162,7 +167,8 @@ def _fitted(
         raise CheckpointError(
             f"{file}: the adapter's tensors do not match its {SETTINGS_FILE} ({len(problems)} problems):\n  {shown}"
             f"{more}\nIs the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of "
-            "the decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained), and give that."
+            "the decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained) and give it, or "
+            "train it with target_modules that end with these names and exclude_modules=r'.*(audio|image)_embed.*'."
         )
     return stored
 
@@ -180,7 +186,7 @@ def _decoders(file: FilePath) -> tuple[dict[tuple[str, str], Stored], list[str]]
     for name, stored in header.items():
         matched = _NAME.fullmatch(name)
         if matched is None or matched["projection"] not in MODULES:
-            problems.append(f"{name}: not on a module that can have an adapter")
+            problems.append(f"{name}: target_modules reached a module that cannot have an adapter here")
         elif (key := (matched["module"], matched["matrix"])) in found:
             problems.append(f"{name}: is there twice, under another name as well")
         else:
