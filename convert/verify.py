@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
+from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
-from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
 from phi4mm_jax.processing.chat import KINDS, Kind
 from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
@@ -50,7 +50,7 @@ def table_of(checks: Sequence[Check], exact: bool) -> Table:
 
 def check_copies(folder: Path) -> None:
     """`load` reads the adapters of the original layout from its shards, and leaves the copies for PEFT alone."""
-    checkpoint = open_checkpoint(folder, Phi4MMConfig.from_folder(folder))
+    checkpoint = open_checkpoint(folder, read_config(folder))
     if isinstance(checkpoint, PyTorchCheckpoint):
         checkpoint.check_copies()
 

@@ -200,14 +200,16 @@ def save(conversation: Conversation, path: str) -> None:
 # Answers
 
 
-def prepare(conversation: Conversation, processor: Processor, engine: Engine) -> tuple[Row, int]:
+def prepare(
+    conversation: Conversation, processor: Processor, engine: Engine, adapter: Adapter | None = None
+) -> tuple[Row, int]:
     """The conversation processed, and how many tokens the answer may have. An answer at its end is continued.
 
     Raises:
         InputError: it does not fit.
     """
     messages = messages_of(conversation, as_medium, drawn=True)
-    row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant")
+    row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant", adapter=adapter)
     room = min(processor.context, engine.config.pages * engine.config.page_size)
     if len(row.tokens) >= room:
         limit = "the context is" if room == processor.context else "--cache-tokens are"

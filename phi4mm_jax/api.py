@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
@@ -81,7 +82,7 @@ def load(
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     keep_compiled_by_default()
     path = local_folder(path)
-    own = Phi4MMConfig.from_folder(path)
+    own = read_config(path)
     given = [PeftAdapter(folder, kind, own) for kind, folder in adapter_folders(adapters).items()]
     config = dataclasses.replace(own, **{f"{adapter.kind}_lora": adapter.lora for adapter in given})
     collection = f"lora_{merge}"
@@ -208,7 +209,9 @@ class Model:
             raise InputError(f"n is {n!r:.60}; expected a positive whole number")
         if n > 1 and (beams != 1 or temperature == 0):
             raise InputError(f"n is {n}, which draws by chance; give a temperature above 0, and 1 beam")
-        each = self.processor.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
+        each = self.processor.rows(
+            prompts, images, audios, max_crops, continue_final_message=continue_final_message, adapter=adapter
+        )
         rows = [row for row in each for _ in range(n)]
         requests = [
             Request(

@@ -126,6 +126,8 @@ class Phi4MMConfig:
     audio_token_id: int
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
+    has_vision: bool = True  # whether the checkpoint has the vision tower; its sizes are in `vision` either way
+    has_speech: bool = True  # likewise the speech encoder
 
     @classmethod
     def from_dict(

@@ -289,12 +289,11 @@ def as_folder(name):
     return lambda folder: ((folder / name).unlink(), (folder / name).mkdir())
 
 
-def without_speech_adapter(folder):
-    """In its shards and folders, though config.json has it."""
-    shutil.rmtree(folder / "speech-lora")
+def without_half_an_adapter(folder):
+    """In its shards; without all of it, the checkpoint is one that has no such adapter."""
     (folder / "model.safetensors.index.json").unlink()
     for path in folder.glob("model-*"):
-        save_file({n: x for n, x in load_file(path).items() if ".speech.weight" not in n or "lora" not in n}, path)
+        save_file({n: x for n, x in load_file(path).items() if ".lora_A.speech.weight" not in n}, path)
 
 
 def with_value(name, number):
@@ -325,7 +324,7 @@ FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
         (as_folder("tokenizer.json"), "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: cannot be read ("),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: no such file"),
-        (without_speech_adapter, "lora_speech: the whole adapter is missing (found: lora_vision)"),
+        (without_half_an_adapter, f"{LAYER}.lora_A.speech.weight: missing"),
         (with_value(f"{LAYER}.base_layer.weight", np.nan), f"{LAYER}.base_layer.weight: holds NaN"),
         (with_value(f"{LAYER}.lora_B.speech.weight", -np.inf), f"{LAYER}.lora_B.speech.weight: holds NaN or infinity"),
     ],

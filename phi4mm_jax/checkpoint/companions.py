@@ -9,6 +9,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
 from phi4mm_jax.checkpoint.settings import (
     CODE,
@@ -68,7 +69,7 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
         CheckpointError: a file cannot be read, or transformers could not do without one that the source lacks.
         ConfigError: config.json asks for something unsupported.
     """
-    config = Phi4MMConfig.from_folder(source)
+    config = read_config(source)
     translate = layout_of(source) != target
     adapters = {
         f"{kind}-lora/adapter_config.json": _adapter_config(

@@ -12,6 +12,7 @@ import numpy as np
 
 from phi4mm_jax.checkpoint import orbax, pytorch
 from phi4mm_jax.checkpoint.companions import companion_files, left_behind
+from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.native import adapter_table
@@ -52,7 +53,7 @@ def to_orbax(
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or None, the source's")
     with _staged(source, destination, say) as (source, folder):
-        config = Phi4MMConfig.from_folder(source)
+        config = read_config(source)
         Processor.from_folder(source, config)  # without which nobody could use what comes out
         checkpoint = _checked(source, config, fresh_adapters)
         parameters = checkpoint.parameters
@@ -92,7 +93,7 @@ def to_torch(
     if layout not in get_args(Layout):
         raise InputError(f"layout is {layout!r}; expected 'original' or 'native'")
     with _staged(source, destination, say) as (source, folder):
-        config = Phi4MMConfig.from_folder(source)
+        config = read_config(source)
         if not adapters_only:
             Processor.from_folder(source, config)
         checkpoint = _checked(source, config, fresh_adapters)

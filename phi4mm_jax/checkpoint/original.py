@@ -11,7 +11,8 @@ _AUDIO = "model.embed_tokens_extend.audio_embed"
 
 def original_table(config: Phi4MMConfig) -> list[Tensor]:
     """Every tensor of the main shards. The adapters' folders repeat some of them: see `native.adapter_table`."""
-    return [*_decoder(config), *_vision(config), *_speech(config)]
+    vision, speech = (_vision(config) if config.has_vision else ()), (_speech(config) if config.has_speech else ())
+    return [*_decoder(config), *vision, *speech]
 
 
 def _decoder(config: Phi4MMConfig) -> Iterator[Tensor]:
@@ -23,6 +24,8 @@ def _decoder(config: Phi4MMConfig) -> Iterator[Tensor]:
         "mlp.gate_up_proj": ("mlp/gate_up", {"gate": (F,), "up": (F,)}, (D,)),
         "mlp.down_proj": ("mlp/down", {"down": (D,)}, (F,)),
     }
+    # PEFT's name for a weight that an adapter is added to; merged into it, the adapter leaves none behind.
+    own = ".base_layer" if config.vision_lora is not None or config.speech_lora is not None else ""
     yield tensor("model.embed_tokens.weight", (d.vocab_size, D), part("params/decoder/embedding", (d.vocab_size, D)))
     yield tensor("model.norm.weight", (D,), part("params/decoder/norm/scale", (D,)))
     for i in range(d.num_layers):
@@ -33,7 +36,7 @@ def _decoder(config: Phi4MMConfig) -> Iterator[Tensor]:
             rows, columns = sum(_size(o) for o in outputs.values()), _size(inputs)
             module = f"decoder/layers/{ours}"
             yield tensor(
-                f"{base}.{theirs}.base_layer.weight",
+                f"{base}.{theirs}{own}.weight",
                 (rows, columns),
                 *(linear(f"params/{module}/{name}", out, inputs) for name, out in outputs.items()),
                 layer=i,

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path as FilePath
@@ -34,6 +34,17 @@ _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"
 def layout_of(folder: FilePath) -> Layout:
     """The layout whose config.json the folder has; `Phi4MMConfig.from_folder` accepts no other."""
     return _LAYOUTS[read_json(folder / "config.json")["model_type"]]
+
+
+def shard_names(folder: FilePath) -> set[str]:
+    """The names of all tensors in the main shards.
+
+    Raises:
+        CheckpointError: the index, or without one a shard, is missing or unreadable.
+    """
+    if index := _read_index(folder):
+        return set(index)
+    return {name for file in _unindexed(folder) for name in read_header(folder / file)}
 
 
 def tensors_of(layout: Layout, config: Phi4MMConfig) -> list[Tensor]:
@@ -68,6 +79,7 @@ class PyTorchCheckpoint(StackedTensors):
         self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
         self.files |= {file for adapter in adapters for file in adapter.files}
         held = model_tensors(folder, stored, {t.key for t in [*main, *copies]})
+        held = _as_in_table(held, {t.key for t in main})
         _check(held, [*main, *copies])
         _check_index(folder, index, stored)
         self._copies = rows_by_parameter(copies)
@@ -112,6 +124,20 @@ def _stored(folder: FilePath, index: Mapping[str, str], adapters: Iterable[str])
                 )
             stored[key] = tensor
     return stored
+
+
+def _as_in_table(stored: Mapping[str, Stored], expected: Collection[str]) -> dict[str, Stored]:
+    """The tensors, those of adapted modules under the table's names.
+
+    PEFT calls a wrapped module's own weight `base_layer`; merging takes that away.
+    """
+
+    def renamed(name: str) -> str:
+        stem = name.removesuffix(".weight").removesuffix(".base_layer")
+        aliases = [alias for alias in (f"{stem}.weight", f"{stem}.base_layer.weight") if alias in expected]
+        return aliases[0] if name not in expected and aliases and aliases[0] not in stored else name
+
+    return {renamed(name): tensor for name, tensor in stored.items()}
 
 
 def _check_index(folder: FilePath, index: Mapping[str, str], stored: Mapping[str, Stored]) -> None:

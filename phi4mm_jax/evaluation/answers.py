@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import adapter_folders
-from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.files import INCOMPLETE, write_whole
@@ -58,7 +58,7 @@ def check_adapter(model: str | Path, adapter: Adapter | None, adapters: Mapping[
     Args:
         adapters: given beside the checkpoint, as to `phi4mm_jax.load`.
     """
-    present = {name.removeprefix("lora_"): None for name in lora_configs(Phi4MMConfig.from_folder(local_folder(model)))}
+    present = {name.removeprefix("lora_"): None for name in lora_configs(read_config(local_folder(model)))}
     present |= dict.fromkeys(adapter_folders(adapters))
     if adapter not in (None, "none", *present):
         found = " and ".join(present) or "none"

@@ -198,7 +198,8 @@ class Engine:
         def process() -> tuple[Row, RowMedia]:
             self._started[number] = time.monotonic()
             asked = (
-                request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message
+                request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message,
+                request.adapter,
             )  # fmt: skip
             made = self._processor.row(*asked) if row is None else row
             return made, media_of(made, self._processor.config)

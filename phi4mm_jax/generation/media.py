@@ -94,10 +94,11 @@ def every_stack(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack,
     vision, speech = config.vision, config.speech
     side, patches, reduction = vision.crop_size, vision.patches_per_side, speech.time_reduction
     for count in _GROUPS:
-        crops = np.zeros((count, side, side, 3), np.float32)
-        yield ImageStack(crops, np.zeros((count, patches, patches), bool)), count * vision.features_per_crop + 2
+        if config.has_vision:
+            crops = np.zeros((count, side, side, 3), np.float32)
+            yield ImageStack(crops, np.zeros((count, patches, patches), bool)), count * vision.features_per_crop + 2
         number = np.zeros(count, np.int32)
-        for tokens in _lengths(config):
+        for tokens in _lengths(config) if config.has_speech else ():
             frames = np.zeros((count, reduction + tokens * reduction, speech.num_bands), np.float32)
             yield AudioStack(frames, number, number, number, number.astype(bool)), count * tokens
 

@@ -39,12 +39,14 @@ class Phi4MM(nn.Module):
         config = self.config
         loras = tuple(lora.lora_configs(config).items())
         self.decoder = Decoder(BlockConfig(config.decoder, loras), self.scan, self.remat)
-        self.vision = VisionTower(config.vision, self.scan_encoders, self.remat)
-        self.image_embedder = ImageEmbedder({"D": config.vision.embed_dim, "E": config.decoder.embed_dim})
-        self.speech = SpeechEncoder(config.speech, self.scan_encoders, self.remat)
-        sizes = {"D": config.speech.embed_dim, "E": config.decoder.embed_dim}
-        self.audio_projector = Projector(sizes)
-        self.audio_projector_with_images = Projector(sizes)
+        if config.has_vision:
+            self.vision = VisionTower(config.vision, self.scan_encoders, self.remat)
+            self.image_embedder = ImageEmbedder({"D": config.vision.embed_dim, "E": config.decoder.embed_dim})
+        if config.has_speech:
+            self.speech = SpeechEncoder(config.speech, self.scan_encoders, self.remat)
+            sizes = {"D": config.speech.embed_dim, "E": config.decoder.embed_dim}
+            self.audio_projector = Projector(sizes)
+            self.audio_projector_with_images = Projector(sizes)
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         return self.logits(self.hidden(batch))
@@ -127,27 +129,27 @@ def empty_cache(config: Phi4MMConfig, pages: int, page_size: int, dtype: Any) ->
 
 
 def abstract_batch(config: Phi4MMConfig, batch: int = 1, length: int = 16, crops: int = 1, chunks: int = 1) -> Batch:
-    """Shapes of a batch with all modalities, to initialise or compile with."""
+    """Shapes of a batch with all modalities that the model has, to initialise or compile with."""
     vision, speech = config.vision, config.speech
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     side, patches = vision.crop_size, vision.patches_per_side
+    images = ImageStack(array(jnp.float32, crops, side, side, 3), array(jnp.bool_, crops, patches, patches))
+    audio = AudioStack(
+        frames=array(jnp.float32, chunks, HALO_FRAMES + 4 * speech.time_reduction, speech.num_bands),
+        first=array(jnp.int32, chunks), last=array(jnp.int32, chunks), attended=array(jnp.int32, chunks),
+        with_images=array(jnp.bool_, chunks),
+    )  # fmt: skip
     return Batch(
         tokens=array(jnp.int32, batch, length),
         lengths=array(jnp.int32, batch),
         adapters=array(jnp.int32, batch),
         media=array(jnp.int32, batch, length),
-        images=ImageStack(
-            array(jnp.float32, crops, side, side, 3), array(jnp.bool_, crops, patches, patches)
-        ),
-        audio=AudioStack(
-            frames=array(jnp.float32, chunks, HALO_FRAMES + 4 * speech.time_reduction, speech.num_bands),
-            first=array(jnp.int32, chunks), last=array(jnp.int32, chunks), attended=array(jnp.int32, chunks),
-            with_images=array(jnp.bool_, chunks),
-        ),
-    )  # fmt: skip
+        images=images if config.has_vision else None,
+        audio=audio if config.has_speech else None,
+    )
 
 
 def abstract_variables(model: Phi4MM) -> Any:

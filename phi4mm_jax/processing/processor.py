@@ -139,8 +139,9 @@ class Processor:
         max_crops: int | None = None,
         *,
         continue_final_message: bool = False,
+        adapter: str | None = None,
     ) -> list[Row]:
-        """The prompts, each by itself; as in `__call__`."""
+        """The prompts, each by itself; as in `__call__`, and as in `row`."""
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
         if not is_list or not prompts or isinstance(prompts[0], Mapping):
             raise InputError("prompts must be a non-empty list with one entry per row; put a single prompt into a list")
@@ -148,7 +149,7 @@ class Processor:
         for i, prompt in enumerate(prompts):
             try:
                 media = _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")
-                rows.append(self.row(prompt, *media, max_crops, continue_final_message))
+                rows.append(self.row(prompt, *media, max_crops, continue_final_message, adapter))
             except InputError as error:
                 raise InputError(f"prompt {i}: {error}") from error
         return rows
@@ -160,17 +161,23 @@ class Processor:
         audios: Sequence[Any] = (),
         max_crops: int | None = None,
         continue_final_message: bool = False,
+        adapter: str | None = None,
     ) -> Row:
         """Process one prompt by itself.
+
+        Args:
+            adapter: the one that will be used, whatever the media; by default that of the media, which the checkpoint
+                must have.
 
         Raises:
             InputError: as in `__call__`, and when the prompt is empty or longer than the context.
         """
         parsed = parse_prompt(prompt, self.tokenizer, images, audios, continue_final_message=continue_final_message)
-        return self.row_of(parsed, max_crops)
+        return self.row_of(parsed, max_crops, adapter)
 
-    def row_of(self, prompt: Prompt, max_crops: int | None = None) -> Row:
+    def row_of(self, prompt: Prompt, max_crops: int | None = None, adapter: str | None = None) -> Row:
         """`row` of a prompt that is parsed already."""
+        self._check_media(bool(prompt.images), bool(prompt.audios), adapter)
         vision, most = self.config.vision, self._dynamic_hd(max_crops)
         # Counted before they are scaled and cut: what does not fit costs no more than loading.
         loaded = each("image", prompt.images, lambda image: self._load_image(image, most))
@@ -190,6 +197,7 @@ class Processor:
         Raises:
             InputError: as `row_of`, but for what only decoding shows.
         """
+        self._check_media(bool(prompt.images), bool(prompt.audios))
         vision, most = self.config.vision, self._dynamic_hd(max_crops)
         sizes = each("image", prompt.images, lambda image: self._image_size(image, most))
         counts = {
@@ -253,7 +261,17 @@ class Processor:
                 f"{self.context}; shorten the text, give fewer or shorter media, or cap the crops with max_crops"
             )
 
-    def _check_adapters(self, has_images: bool, has_clips: bool) -> None:
+    def _check_media(self, has_images: bool, has_clips: bool, adapter: str | None = None) -> None:
+        """Refuse media that the checkpoint cannot take. `adapter` as in `row`."""
+        for has_media, has_tower, media, tower in (
+            (has_images, self.config.has_vision, "images", "vision tower"),
+            (has_clips, self.config.has_speech, "clips", "speech encoder"),
+        ):
+            if has_media and not has_tower:
+                raise InputError(
+                    f"the prompt has {media}, but this checkpoint has no {tower}; leave them out, or use a checkpoint "
+                    "with it"
+                )
         kind = "vision" if has_images else "speech"
         if self.merged is not None:
             needed = f"the {kind} adapter" if has_images or has_clips else "no adapter"
@@ -263,17 +281,17 @@ class Processor:
                     "checkpoint without merge"
                 )
             return
-        present = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
-        if (has_images or has_clips) and present[kind] is None:
-            found = [f"the {name} adapter" for name, lora in present.items() if lora is not None]
+        adapters = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
+        present = [name for name, lora in adapters.items() if lora is not None]
+        # A checkpoint without any is one whose adapters were merged into its weights.
+        if (has_images or has_clips) and adapter is None and present and kind not in present:
             raise InputError(
-                f"the prompt needs the {kind} adapter, which this checkpoint lacks (it has "
-                f"{found[0] if found else 'none'}); use a checkpoint with adapters"
+                f"the prompt needs the {kind} adapter, which this checkpoint lacks (it has the {present[0]} adapter); "
+                "use a checkpoint with it, or ask for adapter 'none'"
             )
 
     def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):
         """The token ids with placeholders repeated, and where each medium begins; refused if too many."""
-        self._check_adapters(bool(prompt.images), bool(prompt.audios))
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
         pieces: list[str | int | tuple[int, ...]] = []

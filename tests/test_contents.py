@@ -1,0 +1,152 @@
+"""Checkpoints that have parts of the model alone, or adapters merged into the weights."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import TINY, golden_cases, media_of
+from safetensors.numpy import load_file, save_file
+
+import phi4mm_jax
+from phi4mm_jax import InputError
+from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
+from phi4mm_jax.generation import EngineConfig, Request
+
+CASES = {c["name"]: c for c in golden_cases()}
+IMAGE = "<|user|><|image_1|>hello there<|end|><|assistant|>"
+CLIP = "<|user|><|audio_1|>hello there<|end|><|assistant|>"
+MEDIA = {"image": [TINY / "inputs" / "image_0.png"], "clip": [TINY / "inputs" / "audio_0.flac"]}
+NATIVE_FOLDERS = ("vision-lora", "speech-lora")
+
+
+@pytest.fixture
+def folder(tmp_path, native, request):
+    """A copy of the tiny checkpoint: in the original layout, or in that of the test's parameter."""
+    source = {"original": TINY, "native": native}[getattr(request, "param", "original")]
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("goldens*", "inputs"))
+    return copy
+
+
+def shards(folder):
+    return {name: x for path in folder.glob("model*.safetensors") for name, x in load_file(path).items()}
+
+
+def save_shards(folder, tensors):
+    """All tensors in one file, as small models are saved."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_folders(folder):
+    for name in NATIVE_FOLDERS:
+        shutil.rmtree(folder / name)
+
+
+def adapter_of(folder, kind):
+    """PEFT's tensors of an adapter, by the module of the decoder: (A, B)."""
+    held = load_file(folder / f"{kind}-lora" / "adapter_model.safetensors")
+    modules = {name.split(".lora_")[0] for name in held}
+    return {
+        m.removeprefix("base_model.model."): tuple(held[f"{m}.lora_{x}.weight"].astype(np.float32) for x in "AB")
+        for m in modules
+    }
+
+
+def merge(folder, kind):
+    """What PEFT's merge_and_unload leaves: W + (alpha / r) B A under the modules' own names."""
+    settings = json.loads((folder / f"{kind}-lora" / "adapter_config.json").read_text())
+    scale = settings["lora_alpha"] / settings["r"]
+    held = {n.replace(".base_layer.", "."): x for n, x in shards(folder).items() if ".lora_" not in n}
+    for module, (a, b) in adapter_of(folder, kind).items():
+        weight = held[f"{module}.weight"]
+        held[f"{module}.weight"] = (weight.astype(np.float32) + scale * b @ a).astype(weight.dtype)
+    without_folders(folder)
+    save_shards(folder, held)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("vision_lora", "speech_lora")}))
+
+
+def check_golden(model, goldens, name, **arguments):
+    """The greedy tokens of a case, and by an engine as well, are the original implementation's."""
+    case, expected = CASES[name], goldens[f"{name}.generated"].tolist()
+    (completion,) = model.generate([case["prompt"]], **media_of(case), max_new_tokens=len(expected), **arguments)
+    assert completion.tokens == expected
+    logits = np.asarray(model.logits(model.process([case["prompt"]], **media_of(case))))[0, : case["tokens"]]
+    golden = goldens[f"{name}.logits"]
+    np.testing.assert_allclose(logits[-len(golden) :], golden, atol=3e-4)
+
+
+@pytest.mark.parametrize("folder", ["original", "native"], indirect=True)
+def test_merged_adapters(folder, goldens, tmp_path):
+    merge(folder, "vision")
+    model = phi4mm_jax.load(folder, dtype="float32")
+    assert set(model.variables) == {"params"}
+    check_golden(model, goldens, "vision")
+    engine = model.engine(EngineConfig(slots=1, cache_tokens=2048))
+    request = Request(IMAGE, images=MEDIA["image"], max_new_tokens=3)
+    asked = [request, Request(IMAGE, images=MEDIA["image"], max_new_tokens=3, adapter="none")]
+    own, none = [completion.tokens for _, completion in sorted(engine.run(asked))]
+    assert own == none != []
+    for layout in ("original", "native"):  # and as it is through conversions
+        to_torch(folder, tmp_path / layout, layout)
+    to_orbax(tmp_path / "original", tmp_path / "converted")
+    to_torch(tmp_path / "converted", tmp_path / "back", "native")
+    ours, theirs = shards(tmp_path / "native"), shards(tmp_path / "back")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[n].tobytes() == theirs[n].tobytes() for n in ours)
+    check_golden(phi4mm_jax.load(tmp_path / "converted", dtype="float32"), goldens, "vision")
+
+
+def cut(folder, *parts):
+    save_shards(folder, {n: x for n, x in shards(folder).items() if not any(part in n for part in parts)})
+    without_folders(folder)
+
+
+@pytest.mark.parametrize("stays_in_config", [True, False])
+def test_vision_alone(folder, goldens, tmp_path, stays_in_config):
+    """What Microsoft's sample of vision fine-tuning saves: no speech encoder, no speech adapter."""
+    cut(folder, "audio_embed", ".speech.")
+    if not stays_in_config:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != "speech_lora"}))
+    saved = shards(folder)
+    to_orbax(folder, tmp_path / "converted")
+    to_torch(tmp_path / "converted", tmp_path / "back", "original")
+    back = shards(tmp_path / "back")
+    assert back.keys() == saved.keys()
+    assert all(back[n].tobytes() == saved[n].tobytes() for n in saved)
+    for source in (folder, tmp_path / "converted"):
+        model = phi4mm_jax.load(source, dtype="float32")
+        assert set(model.variables) == {"params", "lora_vision"}
+        assert not {"speech", "audio_projector", "audio_projector_with_images"} & set(model.variables["params"])
+        check_golden(model, goldens, "vision")
+        with pytest.raises(InputError, match="has clips, but this checkpoint has no speech encoder"):
+            model.process([CLIP], audios=[MEDIA["clip"]])
+        engine = model.engine(EngineConfig(slots=1, cache_tokens=2048))
+        ((_, refused),) = engine.run([Request(CLIP, audios=MEDIA["clip"], max_new_tokens=1, adapter="none")])
+        assert "no speech encoder" in (refused.error or "")
+
+
+def test_text_alone(folder, goldens):
+    cut(folder, "embed_tokens_extend", ".lora_")
+    model = phi4mm_jax.load(folder, dtype="float32")
+    check_golden(model, goldens, "text")
+    model.engine(EngineConfig(slots=1, cache_tokens=512, chunk=64)).warm_up()
+    for prompt, media in ((IMAGE, {"images": [MEDIA["image"]]}), (CLIP, {"audios": [MEDIA["clip"]]})):
+        with pytest.raises(InputError, match="but this checkpoint has no"):
+            model.generate([prompt], **media, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("folder", ["native"], indirect=True)
+def test_a_missing_adapter_can_be_done_without(folder):
+    shutil.rmtree(folder / "speech-lora")
+    model = phi4mm_jax.load(folder, dtype="float32")
+    with pytest.raises(InputError, match=r"needs the speech adapter, which this checkpoint lacks .* 'none'"):
+        model.generate([CLIP], audios=[MEDIA["clip"]], max_new_tokens=1)
+    (completion,) = model.generate([CLIP], audios=[MEDIA["clip"]], max_new_tokens=2, adapter="none")
+    assert len(completion.tokens) == 2
