@@ -309,7 +309,7 @@ def complete(
     """Answer the last turn, or continue its answer."""
     *before, turn = asked.turns
     try:
-        row, room = prepare(asked, processor, engine)
+        row, room = prepare(asked, processor, engine, settings.adapter)
     except InputError as error:
         raise InputError(
             f"{error}. Nothing was said; /undo takes back what is attached or came before, /reset all"

@@ -1,6 +1,7 @@
 """The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
 import dataclasses
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from phi4mm_jax.processing.batch import Batch
 from phi4mm_jax.processing.processor import Processor, PromptLike, Row
 from phi4mm_jax.sharding import jit_beside, shardings
 
+_log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16"]
 MediaLists = Sequence[Sequence[Any] | None]
 _MOST_SLOTS = 8  # of `generate`; an engine may have more
@@ -89,6 +91,8 @@ def load(
     if merge is not None and collection not in lora_configs(config):
         found = [name.removeprefix("lora_") for name in lora_configs(config)]
         raise InputError(f"merge is {merge!r}; expected None or one of this checkpoint's adapters: {found}")
+    if not lora_configs(config) and (config.has_vision or config.has_speech):
+        _log.warning("%s has no adapters: images and clips are answered by its weights alone, as merged ones are", path)
     processor = Processor.from_folder(path, config)
     module = Phi4MM(config, jnp.dtype(dtype))  # checkpoints are read in stacks
     abstract = abstract_variables(module)

@@ -114,6 +114,12 @@ def test_packed_rows_are_nearly_full():
     assert order == sorted(order)  # none waits for long
 
 
+def test_samples_that_fill_a_row_exactly_share_it():
+    halves = [Waiting(i, Size((LENGTH // 2,), 0, 0, 0, 0)) for i in range(8)]
+    (plan,) = all_plans(Planner(PackingConfig(4, (LENGTH,))), halves)
+    assert plan.slots == (((0, 1), (2, 3), (4, 5), (6, 7)),)
+
+
 def fake_example(rng, processor: Processor, size: Size, ids) -> list[Example]:
     """Sequences whose features tell which they are: each crop and each frame holds a number of its own."""
     clips = []

@@ -121,6 +121,23 @@ def test_weights_are_shares_of_the_stream(tmp_path, processor):
     assert max(n for name, n in counts.items() if name[0] == "b") == 1
 
 
+def test_each_source_has_an_order_of_its_own(tmp_path, processor):
+    sources = [Source(manifest(tmp_path / f"{name}.jsonl", texts(30, name)).path, 1.0) for name in "ab"]
+    packing = PackingConfig(1, (64,), pack=False)
+    found = answers(processor, stream(processor, *sources, packing=packing))
+    orders = [[name[1:] for name in found if name[0] == source] for source in "ab"]
+    assert len(orders[0]) == len(orders[1]) == 30
+    assert orders[0] != orders[1]
+
+
+def test_each_place_in_the_stream_is_augmented_anew(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", [sample("a", 3, clip()), sample("a", 3, clip())])
+    packing = PackingConfig(1, (1024,), pack=False, chunks=(2,), chunk_tokens=128)
+    batches = list(stream(processor, source, packing=packing, epochs=2, augment_clip="noise"))
+    frames = {batch.batch.audio.frames.tobytes() for batch in batches}
+    assert len(batches) == len(frames) == 4
+
+
 def test_steps_go_on_as_long_as_they_are_asked_for(tmp_path, processor):
     source = manifest(tmp_path / "m.jsonl", texts(7))
     batches = list(stream(processor, source, steps=40))
