@@ -483,3 +483,17 @@ def test_pages_are_kept_until_they_are_needed():
     pool.promise(2)
     assert {pool.take(), pool.take()} == {0, 1, 2} - set(pages[:1])
     assert pool.find([b"a", b"b"]) == 1
+
+
+def test_the_end_of_what_was_unused_longest_is_forgotten_first():
+    pool = PagePool(4)
+    pool.promise(4)
+    pages = [pool.take() for _ in range(4)]
+    for page, key in zip(pages, (b"a", b"ab", b"abc", b"x"), strict=True):
+        pool.publish(page, key)
+    pool.release(pages[:3])  # a prompt of three pages, and after it one of one
+    pool.release(pages[3:])
+    pool.promise(2)
+    assert [pool.take(), pool.take()] == [pages[2], pages[1]]
+    assert pool.find([b"a", b"ab", b"abc"]) == 1
+    assert pool.find([b"x"]) == 1

@@ -26,15 +26,15 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
     converted = folder / orbax.FOLDER
     if converted.exists():
         names: Collection[str] = [path.name + "." for path in converted.iterdir()] if converted.is_dir() else []
-        adapters = {kind: f"lora_{kind}." for kind in ("vision", "speech")}
+        adapters = {kind: (f"lora_{kind}.",) for kind in ("vision", "speech")}
     else:
         names = pytorch.shard_names(folder)
-        adapters = {kind: f".lora_A.{kind}." for kind in ("vision", "speech")}
+        adapters = {kind: (f".lora_A.{kind}.", f".lora_B.{kind}.") for kind in ("vision", "speech")}
     changes: dict[str, object] = {
         has: any(mark in name for name in names for mark in marks) for has, marks in _TOWERS.items()
     }
     if converted.exists() or pytorch.layout_of(folder) == "original":  # the native layout has them in folders
-        for kind, mark in adapters.items():
-            if not any(mark in name for name in names):
+        for kind, marks in adapters.items():
+            if not any(mark in name for name in names for mark in marks):
                 changes[f"{kind}_lora"] = None
     return dataclasses.replace(config, **changes) if names else config

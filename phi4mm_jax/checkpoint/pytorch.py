@@ -190,11 +190,7 @@ def _pickles(folder: FilePath) -> str:
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
     """The files hold exactly the tensors of the table, with their shapes, in floating dtypes."""
     expected = {t.key: t for t in table}
-    held = {t.collection for n, t in expected.items() if n in stored}
-    adapters = sorted({t.collection for t in expected.values() if t.collection.startswith("lora_")})
-    gone, found = [a for a in adapters if a not in held], [a for a in adapters if a in held]
-    problems = [f"{a}: the whole adapter is missing (found: {', '.join(found) or 'none'})" for a in gone]
-    problems += [f"{n}: missing" for n, t in expected.items() if n not in stored and t.collection not in gone]
+    problems = [f"{n}: missing" for n in expected if n not in stored]
     problems += [f"{n}: not part of this model (in {stored[n].file.name})" for n in stored if n not in expected]
     for tensor, entry in ((t, stored[n]) for n, t in expected.items() if n in stored):
         if entry.shape != tensor.shape:
