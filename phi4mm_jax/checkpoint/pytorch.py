@@ -25,7 +25,7 @@ from phi4mm_jax.errors import CheckpointError
 
 Layout = Literal["original", "native"]
 SHARD_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
+_INDEX, _SHARDS = "model.safetensors.index.json", "model*.safetensors"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _VOCABULARY = " by vocab_size of config.json, which has to be saved after resize_token_embeddings, too"
 _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
@@ -37,14 +37,14 @@ def layout_of(folder: FilePath) -> Layout:
 
 
 def shard_names(folder: FilePath) -> set[str]:
-    """The names of all tensors in the main shards.
+    """The names of all tensors in the main shards; none where there are no shards.
 
     Raises:
-        CheckpointError: the index, or without one a shard, is missing or unreadable.
+        CheckpointError: the index, or without one a shard, is unreadable.
     """
     if index := _read_index(folder):
         return set(index)
-    return {name for file in _unindexed(folder) for name in read_header(folder / file)}
+    return {name for file in folder.glob(_SHARDS) for name in read_header(file)}
 
 
 def tensors_of(layout: Layout, config: Phi4MMConfig) -> list[Tensor]:
@@ -163,7 +163,7 @@ def _read_index(folder: FilePath) -> dict[str, str]:
 
 
 def _unindexed(folder: FilePath) -> list[str]:
-    names = sorted(p.name for p in folder.glob("model*.safetensors"))
+    names = sorted(p.name for p in folder.glob(_SHARDS))
     for name in names:
         numbered = _NUMBERED.fullmatch(name)
         for number in range(1, int(numbered[3]) + 1) if numbered else ():
