@@ -176,7 +176,7 @@ def transposed(name):
 
 
 def another_dtype(name):
-    return lambda held: held.update({name: held[name].astype(np.float16)})
+    return lambda held: held.update({name: held[name].astype(np.float64)})
 
 
 @pytest.mark.parametrize("fault", [missing, renamed, transposed, another_dtype])
