@@ -15,7 +15,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request
 from phi4mm_jax.processing import audio, processor
 from phi4mm_jax.processing.images import choose_grid
-from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.processor import Processor, bucket
 
 IMAGES = sorted([*(FIXTURES / "ms_prep" / "inputs").glob("*.png"), *(TINY / "inputs").glob("*.png")])
 CLIPS = sorted((TINY / "inputs").glob("*.flac"))
@@ -43,6 +43,28 @@ def sound(num_samples: int, rate: int, file_format: str, subtype: str | None = N
     samples = np.random.default_rng(0).uniform(-0.1, 0.1, num_samples)
     soundfile.write(buffer, samples, rate, format=file_format, subtype=subtype)
     return buffer.getvalue()
+
+
+# Buckets
+
+BUCKETS = [1, 2, 3, *(m << k for k in range(16) for m in (4, 5, 6, 7)), 1 << 18]  # by hand; the context is 1 << 17
+
+
+def test_lengths_are_rounded_up_by_a_quarter_at_most():
+    assert BUCKETS[:20] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    lengths = np.arange(1, (1 << 17) + 1)
+    found = np.asarray([bucket(n) for n in lengths.tolist()])
+    np.testing.assert_array_equal(found, np.asarray(BUCKETS)[np.searchsorted(BUCKETS, lengths)])
+    assert ((found - lengths) / lengths).max() < 0.25
+    assert (found >= lengths).all()
+    assert [bucket(n, 64) for n in (1, 63, 64, 65)] == [64, 64, 64, 80]
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(3, 64), (64, 64), (65, 80), (97, 112), (257, 320)])
+def test_batches_have_the_length_of_a_bucket(tiny, tokens, length):
+    batch = tiny.process(["<|tag|>" * 2, "<|tag|>" * tokens])
+    assert batch.lengths.tolist() == [2, tokens]
+    assert batch.tokens.shape == (2, length)
 
 
 # Counts

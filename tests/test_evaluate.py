@@ -125,6 +125,46 @@ def test_bleu_is_sacrebleus():
     assert signature(several).startswith("nrefs:2|case:mixed|eff:no|tok:zh|smooth:exp|")
 
 
+SPLIT = {  # by hand
+    "今日はとても良い天気ですね。": "今日 は とても 良い 天気 です ね 。",
+    "今日はとても悪い天気ですね。": "今日 は とても 悪い 天気 です ね 。",
+    "駅まで歩いて行きます。": "駅 まで 歩い て 行き ます 。",
+    "駅まで歩いて行きました。": "駅 まで 歩い て 行き まし た 。",
+    "오늘은 날씨가 아주 좋습니다.": "오늘 은 날씨 가 아주 좋 습니다 .",
+    "오늘은 날씨가 아주 나쁩니다.": "오늘 은 날씨 가 아주 나쁩니다 .",
+    "学校很大。": "学 校 很 大 。",
+    "学校很大吗？": "学 校 很 大 吗 ？",
+}
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "pairs"),
+    [
+        ("ja-mecab", [("今日はとても良い天気ですね。", "今日はとても悪い天気ですね。"),
+                      ("駅まで歩いて行きます。", "駅まで歩いて行きました。")]),
+        ("ko-mecab", [("오늘은 날씨가 아주 좋습니다.", "오늘은 날씨가 아주 나쁩니다.")]),
+        ("zh", [("学校很大。", "学校很大吗？")]),
+    ],
+)  # fmt: skip
+def test_bleu_by_the_tokeniser_of_a_language(tokenize, pairs):
+    """That of the words which it finds; 13a would take a sentence for one or a few."""
+    references, answers = ([SPLIT[text] for text in texts] for texts in zip(*pairs, strict=True))
+    expected = sacrebleu.corpus_bleu(answers, [references], tokenize="none").score
+    metric = make_metric("bleu", tokenize)
+    accepted, given = [[reference] for reference, _ in pairs], [answer for _, answer in pairs]
+    assert corpus_score(metric, accepted, given) == pytest.approx(expected, abs=1e-9)
+    assert 20 < expected < 95
+    assert abs(corpus_score(make_metric("bleu"), accepted, given) - expected) > 5
+    assert metric.signature is not None
+    assert f"|tok:{tokenize}" in metric.signature(accepted)
+
+
+def test_a_tokeniser_whose_package_is_missing_is_told(monkeypatch):
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ja_mecab.MeCab", None)
+    with pytest.raises(InputError, match=r"tokeniser 'ja-mecab' cannot be used .*pip install sacrebleu\[ja\]"):
+        make_metric("bleu", "ja-mecab")
+
+
 def test_an_item_that_failed_is_wrong_whatever_is_accepted():
     assert score("exact", ("", None), ("a", "a")) == 0.5
     assert score("anls", ("", None), ("a", "a")) == 0.5

@@ -560,6 +560,29 @@ def test_resuming_keeps_the_sizes_that_were_settled(quick, tmp_path, monkeypatch
     assert targets(tmp_path / "run") - taken == (8 - taken / loss_tokens(20)) * loss_tokens(5)
 
 
+def test_resuming_on_other_devices_with_the_data_moved(quick, tmp_path, monkeypatch):
+    """One device; or one and after a stop four by two, from another folder: the same losses and the same update."""
+    trained = "trainable=[params/decoder/norm, params/decoder/layers/mlp/down]"
+    shared = [trained, "data.epochs=null", "data.steps=4", "data.packing.rows=8", "data.shuffle=true"]
+    texts(tmp_path / "train.jsonl", [12 + i % 8 for i in range(32)])
+    assert run(quick, *shared, f"output={tmp_path / 'whole'}") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run(quick, *shared) == STOPPED
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "train.jsonl").rename(tmp_path / "elsewhere" / "data.jsonl")
+    assert run(quick, *shared, "fsdp=4", "tensor=2", f"data.sources=[{{path: {moved}}}]") == 0
+    (step, whole), (other_step, resumed) = final(tmp_path / "whole"), final(tmp_path / "run")
+    assert step == other_step == 4
+    before = flatten_dict(phi4mm_jax.load(TINY, dtype="float32", scan=True).variables)
+    for path, value in whole.items():
+        update, other = (np.asarray(x) - before[path] for x in (value, resumed[path]))
+        assert np.linalg.norm(update - other) <= 5e-3 * np.linalg.norm(update) > 0, path
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("whole", "run")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert len(set(losses[0])) == 4
+
+
 def test_more_epochs_after_a_partial_batch(quick, tmp_path):
     """The last batch of the first run is not full; the second epoch begins behind it, and none of it is left out."""
     assert run(quick) == 0

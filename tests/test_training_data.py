@@ -138,6 +138,24 @@ def test_each_place_in_the_stream_is_augmented_anew(tmp_path, processor):
     assert len(batches) == len(frames) == 4
 
 
+def test_each_pass_over_a_weighted_source_has_another_order(tmp_path, processor):
+    """Recounted by hand: 160 samples, three of four from a source of 10, which is gone through twelve times."""
+    sources = [manifest(tmp_path / f"{name}.jsonl", texts(n, name)) for name, n in (("a", 10), ("b", 30))]
+    weighted = Source(sources[0].path, 3.0), Source(sources[1].path, 1.0)
+    packing = PackingConfig(1, (64,), pack=False)  # the order of batches is that of the stream
+    found = answers(processor, stream(processor, *weighted, packing=packing, epochs=4))
+    few, many = ([name for name in found if name[0] == source] for source in "ab")
+    assert (len(few), len(many)) == (120, 40)
+    passes = [few[i : i + 10] for i in range(0, 120, 10)]
+    assert all(sorted(of_pass) == sorted(f"a{i}" for i in range(10)) for of_pass in passes)
+    assert len({tuple(of_pass) for of_pass in passes}) == 12
+    assert sorted(many[:30]) == sorted(f"b{i}" for i in range(30))
+    assert len(set(many[30:])) == 10
+    assert many[30:] != many[:10]
+    shares = np.cumsum([name[0] == "a" for name in found]) / np.arange(1, 161)
+    assert np.abs(shares[7:] - 0.75).max() < 0.1  # mixed throughout
+
+
 def test_steps_go_on_as_long_as_they_are_asked_for(tmp_path, processor):
     source = manifest(tmp_path / "m.jsonl", texts(7))
     batches = list(stream(processor, source, steps=40))
@@ -224,6 +242,30 @@ def test_augmented_speech_goes_on_where_it_was(tmp_path, processor):
         assert_same(ours, theirs)
     assert Counter(answers(processor, batches)) == {f"c{i}": 3 for i in range(4)}
     assert len({int(b.batch.lengths[0]) for b in batches}) > 4  # of two clips
+
+
+def test_a_run_goes_on_with_its_data_in_another_folder(tmp_path, processor):
+    """Manifest and media together, which it names by paths relative to it: the batches are those it would have had."""
+    media = [{"type": "image", "image": "media/i.png"}, {"type": "audio", "audio": "media/c.flac"}]
+    (tmp_path / "here" / "media").mkdir(parents=True)
+    shutil.copy(INPUTS / "image_0.png", tmp_path / "here" / "media" / "i.png")
+    shutil.copy(INPUTS / "audio_0.flac", tmp_path / "here" / "media" / "c.flac")
+    samples = [sample(f"s{i}", 1 + i % 5, *([media[i % 2]] if i % 3 else [])) for i in range(12)]
+    source = manifest(tmp_path / "here" / "m.jsonl", samples)
+    batches = list(stream(processor, source, packing=MEDIA, epochs=2))
+    begun = stream(processor, source, packing=MEDIA, epochs=2)
+    first = [next(begun) for _ in range(2)]
+    state = json.loads(json.dumps(begun.get_state()))
+    begun.close()
+    (tmp_path / "there").mkdir()
+    shutil.move(tmp_path / "here", tmp_path / "there" / "moved")
+    again = stream(processor, Source(str(tmp_path / "there" / "moved" / "m.jsonl")), packing=MEDIA, epochs=2)
+    again.set_state(state)
+    rest = list(again)
+    assert len(rest) > 2
+    assert len(batches) == 2 + len(rest)
+    for ours, theirs in zip([*first, *rest], batches, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_an_epoch_may_be_added(tmp_path, processor):

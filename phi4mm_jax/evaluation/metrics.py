@@ -181,7 +181,7 @@ def _bleu(tokenize: str) -> Metric:
         raise InputError(f"tokenize is {tokenize!r}; expected one of sacreBLEU's: {', '.join(sorted(bleu.TOKENIZERS))}")
     try:
         sentence, corpus = (bleu(tokenize=tokenize, effective_order=by_item) for by_item in (True, False))
-    except (ImportError, RuntimeError) as error:  # a tokeniser that needs a package of its own
+    except (ImportError, RuntimeError, AssertionError) as error:  # a package of its own is missing, or another one's
         raise InputError(f"the tokeniser {tokenize!r} cannot be used ({' '.join(str(error).split())})") from error
 
     def counts(references: Sequence[str], answer: str | None) -> tuple[float, ...]:
