@@ -234,6 +234,6 @@ def _trips(computations: Mapping[str, list[Instruction]], condition: str) -> int
     for name in names:
         texts = [x.text for x in computations.get(name, ())]
         constants = [int(n) for t in texts for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", t)]
-        if len(constants) == 1:
+        if len(constants) == 1 and constants[0] > 0:
             return constants[0]
     return 1

@@ -10,7 +10,15 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import decode_attention, flash_attention, merge_partials, tpu, xla
+from phi4mm_jax.kernels import (
+    append_tokens,
+    decode_attention,
+    flash_attention,
+    merge_partials,
+    pallas_tpu_append,
+    tpu,
+    xla,
+)
 
 SMALL = tpu.Blocks(
     rows=384, keys=256, chunk=128, backward_rows=384, backward_keys=256, backward_chunk=128, decode_bytes=1 << 18
@@ -351,3 +359,26 @@ def test_bad_arguments_of_decoding_are_named(arguments, named):
     }  # fmt: skip
     with pytest.raises(InputError, match=named):
         decode_attention(**(good | arguments))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_append_writes_each_rows_token_alone(dtype, monkeypatch):
+    """Six rows, four at once, one of which rests, in the first, a middle and the last token of a page."""
+    draw = np.random.default_rng(0)
+    shape = (2, 9, 2, 128, 128)
+    caches = [jnp.asarray(draw.integers(-100, 100, shape), dtype) for _ in range(2)]
+    if dtype == "int8":
+        caches += [jnp.asarray(draw.standard_normal(shape[:4]), jnp.float32) for _ in range(2)]
+    new = [jnp.asarray(draw.integers(-100, 100, (6, 2, *c.shape[4:])), c.dtype) for c in caches]
+    pages, slots = np.array([3, 8, 0, 5, 7, 1]), np.array([0, 5, 127, 33, 64, 31])  # the last page is for what rests
+    monkeypatch.setattr(pallas_tpu_append, "_BYTES", 4 * 4 * 2 * 32 * 128 * caches[0].dtype.itemsize + (1 << 14))
+    pltpu.reset_tpu_interpret_mode_state()
+    with tpu.interpreted(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+        found = jax.jit(lambda c, n: append_tokens(c, n, layer=1, pages=pages, slots=slots))(caches, new)
+    assert found is not None
+    for cache, token, written in zip(caches, new, found, strict=True):
+        expected = np.array(cache)
+        for row in (0, 2, 3, 4, 5):
+            expected[1, pages[row], :, slots[row]] = token[row]
+        np.testing.assert_array_equal(written, expected)
+    assert not interpret_pallas_call.races.races_found

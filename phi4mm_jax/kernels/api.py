@@ -1,5 +1,6 @@
 """The attention API. An implementation is chosen by name; a name succeeds or raises."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_decode, tpu, xla
+from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_append, pallas_tpu_decode, tpu, xla
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.mesh import Axes, over_mesh
 
@@ -189,6 +190,29 @@ def decode_attention(
         return partials
     out, _, total = partials
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+
+
+def append_tokens(
+    caches: Sequence[Array],
+    new: Sequence[Array],
+    *,
+    layer: Int[Array, ""] | int,
+    pages: Int[Array, " B"],
+    slots: Int[Array, " B"],
+) -> tuple[Array, ...] | None:
+    """Write one token of each of B rows into pages, all at once and in place; None where no kernel does that.
+
+    Args:
+        caches: keys and values (L, P, K, S, H), and their scales (L, P, K, S) where they are int8.
+        new: for each of them (B, K, H), or (B, K), in its dtype.
+        pages, slots: where each row's token goes. Rows have pages of their own, but for the cache's last page, in which
+            nothing is written.
+    """
+    target = tpu.target()
+    if target is None or not pallas_tpu_append.supported(caches[0]):
+        return None
+    pages, slots = pages.astype(jnp.int32), slots.astype(jnp.int32)
+    return pallas_tpu_append.append(caches, new, jnp.asarray(layer, jnp.int32), pages, slots, target=target)
 
 
 def merge_partials(

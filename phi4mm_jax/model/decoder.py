@@ -14,7 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
-from phi4mm_jax.kernels import decode_attention, flash_attention
+from phi4mm_jax.kernels import append_tokens, decode_attention, flash_attention
 from phi4mm_jax.kernels.mesh import Axes, over_mesh
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
@@ -35,6 +35,10 @@ class Cache(NamedTuple):
     v: Array
     k_scales: Float[Array, "L P K S"] | None = None
     v_scales: Float[Array, "L P K S"] | None = None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(x for x in self if x is not None)
 
     @property
     def num_pages(self) -> int:
@@ -232,7 +236,18 @@ def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
     position = jnp.maximum(rows.lengths - 1, 0)[:, None]
     page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
     page = jnp.where(rows.lengths[:, None] > 0, page, cache.num_pages)
-    return _write(cache, k, v, layer, page, position % cache.page_size)
+    pages, slots = page, position % cache.page_size
+    new = _cache_values(cache, k[:, 0], v[:, 0])
+    written = append_tokens(cache.arrays, new, layer=layer, pages=pages[:, 0], slots=slots[:, 0])
+    return _write(cache, k, v, layer, pages, slots) if written is None else Cache(*written)
+
+
+def _cache_values(cache: Cache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
+    """What the cache holds of keys and values, in the order of its arrays."""
+    if cache.k_scales is None:
+        return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
+    return k, v, k_scales, v_scales
 
 
 def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedRows) -> Cache:
@@ -265,10 +280,7 @@ def _write(
         return jax.lax.fori_loop(0, batch * count, one, old)
 
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, K, T, H), as pages and kernels have them
-    if cache.k_scales is None:
-        return Cache(put(cache.k, k.astype(cache.k.dtype)), put(cache.v, v.astype(cache.v.dtype)))
-    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
-    return Cache(put(cache.k, k), put(cache.v, v), put(cache.k_scales, k_scales), put(cache.v_scales, v_scales))
+    return Cache(*map(put, cache.arrays, _cache_values(cache, k, v)))
 
 
 def _row_major(x: Array) -> Array:
