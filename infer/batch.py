@@ -39,7 +39,7 @@ from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.generation.request import Adapter
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
 
@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--input", metavar="FILE", type=Path, required=True)
     parser.add_argument("--output", metavar="FILE", type=Path, required=True)
+    add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
@@ -117,10 +118,11 @@ def settings(arguments: argparse.Namespace) -> Settings:
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
+    mesh = mesh_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
         model = phi4mm_jax.load(
-            arguments.model, dtype=arguments.dtype, adapters=adapter_folders_of(arguments), merge=arguments.merge,
-            progress=advance,
+            arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapter_folders_of(arguments),
+            merge=arguments.merge, progress=advance,
         )  # fmt: skip
     engine = model.engine(config)
     if arguments.warmup:

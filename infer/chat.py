@@ -38,7 +38,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import progress_bar
 
 
@@ -341,6 +341,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
     parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
     add_adapter_folder(parser)
+    add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="how long it may get")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
@@ -362,8 +363,9 @@ def main() -> int:
         settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, arguments.adapter)
         config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True)
     adapters = adapter_folders_of(arguments)
+    mesh = mesh_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance)
     engine = model.engine(config)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

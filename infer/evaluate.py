@@ -31,7 +31,7 @@ from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.generation import EngineConfig
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
 _WIDTH = 120  # of the table, where the output is no terminal
@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         "--reference", metavar="NAME", choices=PUBLISHED,
         help=f"show the published figures of a benchmark: {', '.join(PUBLISHED)}",
     )  # fmt: skip
+    add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
@@ -116,8 +117,11 @@ def evaluate(
         if file.answered:
             print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
         if file.answered < len(items):
+            mesh = mesh_of(arguments)
             with progress_bar("Reading the weights", size=True) as advance:
-                model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
+                model = phi4mm_jax.load(
+                    arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance
+                )
             engine = model.engine(config)
             with count_bar("Answering", "tokens", len(items), file.answered) as advance:
                 for _, tokens in file.run(engine):

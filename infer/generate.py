@@ -15,7 +15,7 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well, named_options
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import progress_bar
 
 
@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--raw", action="store_true", help="TEXT is a whole prompt with placeholders, no chat message")
+    add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
@@ -85,8 +86,9 @@ def main() -> int:
     arguments = parse_arguments()
     check(arguments)
     adapters = adapter_folders_of(arguments)
+    mesh = mesh_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, adapters=adapters, progress=advance)
+        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance)
     with progress_bar("Compiling and generating"), named_options(arguments):
         (completion,) = model.generate(
             [prompt_of(arguments)],

@@ -148,6 +148,32 @@ def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --mesh, which `mesh_of` reads."""
+    parser.add_argument(
+        "--mesh", metavar="tensor=N",
+        help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can",
+    )  # fmt: skip
+
+
+def mesh_of(arguments: argparse.Namespace) -> Any:
+    """The mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
+
+    Raises:
+        InputError: --mesh is not one that inference can use with this model here.
+    """
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.config import Phi4MMConfig
+    from phi4mm_jax.sharding import inference_mesh
+
+    config = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
+    with named_options(arguments):
+        mesh = inference_mesh(arguments.mesh, config)
+    if mesh is not None:
+        print(f"on {mesh.size} devices, mesh tensor={mesh.shape['tensor']}", file=sys.stderr)
+    return mesh
+
+
 def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
 

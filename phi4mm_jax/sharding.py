@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from phi4mm_jax.config import DecoderConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
 
+AXES = ("data", "fsdp", "tensor", "context")  # of meshes
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
     ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
     ("heads", ("tensor",)),
@@ -42,6 +44,69 @@ def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
             "devices in all"
         )
     return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+    """The axes and sizes of a mesh, written as "fsdp=4,tensor=2".
+
+    Raises:
+        InputError: it is not written so, or names an axis that there is not, or one twice.
+    """
+    sizes: dict[str, int] = {}
+    for part in spec.split(","):
+        axis, equals, size = (word.strip() for word in part.partition("="))
+        if not equals or not size.isdecimal() or not size.isascii() or int(size) < 1:
+            raise InputError(f"mesh is {spec!r:.80}; expected axes with their sizes, such as tensor=8")
+        if axis not in AXES:
+            raise InputError(f"mesh is {spec!r:.80}, and {axis!r} is no axis; choose from {', '.join(AXES)}")
+        if axis in sizes:
+            raise InputError(f"mesh is {spec!r:.80}, which has {axis} twice; give it once")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
+    """The mesh to answer on: as asked for, or of as many of this host's accelerators as can share the heads.
+
+    Returns:
+        None for one device.
+
+    Raises:
+        InputError: an axis that inference does not use, or a size that the heads or the devices do not allow.
+    """
+    devices = jax.local_devices()
+    fitting = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0 and n <= len(devices)]
+    if spec is None:
+        tensor = fitting[-1] if devices[0].platform != "cpu" else 1
+    else:
+        sizes = parse_mesh(spec)
+        for axis in sizes.keys() - {"tensor"}:
+            if sizes[axis] > 1:
+                raise InputError(f"mesh is {spec!r}, but inference splits over tensor only; leave {axis} out")
+        tensor = sizes.get("tensor", 1)
+        if tensor > len(devices):
+            raise InputError(
+                f"mesh is {spec!r}, but there are {len(devices)} devices; tensor can be {_any_of(fitting)}"
+            )
+        check_heads(config, tensor)
+    if tensor == 1:
+        return None
+    return jax.make_mesh((1, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices[:tensor])
+
+
+def check_heads(config: DecoderConfig, tensor: int) -> None:
+    """Raise InputError where the devices of the axis `tensor` cannot share the key heads evenly.
+
+    XLA would give each device all keys and values.
+    """
+    heads = config.num_kv_heads
+    if heads % tensor:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise InputError(f"mesh has tensor={tensor}, which does not divide {heads} key heads; give {_any_of(fitting)}")
+
+
+def _any_of(sizes: Sequence[int]) -> str:
+    return " or ".join(map(str, sizes))
 
 
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of
+from conftest import FIXTURES, TINY, golden_cases, media_of
 from jax.sharding import NamedSharding
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.generation import EngineConfig, Programs, Request
 from phi4mm_jax.generation.programs import _copy_pages
 from phi4mm_jax.model.decoder import Cache, CachedRows, attend, quantize
-from phi4mm_jax.sharding import make_mesh
+from phi4mm_jax.sharding import inference_mesh, make_mesh
 
+DECODER = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json")).decoder
 LAYERS, PAGES, HEADS, PAGE, SIZE = 2, 9, 8, 16, 32  # of a small cache
 
 
@@ -84,7 +87,7 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         arguments = cache, *(jax.device_put(x, NamedSharding(mesh, jax.P(None, None, "tensor"))) for x in (q, *new))
         compiled = jax.jit(chunk_and_token).lower(*arguments).compile()
-    assert not re.search("all-gather|all-reduce|all-to-all|collective", compiled.as_text())
+    assert not re.search("all-gather|all-reduce|all-to-all|collective", str(compiled.as_text()))
     out, last, cache = compiled(*arguments)
     assert cache.k.sharding.is_equivalent_to(by_heads, 5)
     atol = 1e-4 if dtype == "float32" else 0.05
@@ -104,8 +107,44 @@ def test_pages_are_copied_where_they_lie():
     numbers = np.array([3, 5, 1]), np.array([0, 4, 2]), np.int32(2)  # the last copy does not count
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(_copy_pages).lower(cache, *numbers).compile()
-    assert "all-gather" not in compiled.as_text()
+    assert "all-gather" not in str(compiled.as_text())
     found = compiled(cache, *numbers)
     expected = pages[:, [3, 1, 2, 3, 5, 5, 6]]
     np.testing.assert_array_equal(found.k, expected)
     np.testing.assert_array_equal(found.v, -expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        ("tensor", "expected axes with their sizes"),
+        ("tensor=0", "expected axes with their sizes"),
+        ("model=2", "'model' is no axis; choose from data, fsdp, tensor, context"),
+        ("tensor=2,tensor=2", "has tensor twice"),
+        ("fsdp=4,tensor=2", "inference splits over tensor only; leave fsdp out"),
+        ("tensor=2,context=2", "inference splits over tensor only; leave context out"),
+        ("tensor=16", "there are 8 devices; tensor can be 1 or 2 or 4 or 8"),
+        ("tensor=3", "tensor=3, which does not divide 8 key heads; give 1 or 2 or 4 or 8"),
+    ],
+)
+def test_meshes_that_inference_cannot_use(spec, error):
+    with pytest.raises(InputError, match=re.escape(error)):
+        inference_mesh(spec, DECODER)
+
+
+def test_meshes_for_inference():
+    """On CPUs one device, unless it is said otherwise."""
+    assert inference_mesh(None, DECODER) is None
+    assert inference_mesh("tensor=1", DECODER) is None
+    mesh = inference_mesh("tensor=4", DECODER)
+    assert mesh is not None
+    assert mesh.size == mesh.shape["tensor"] == 4
+
+
+def test_heads_that_the_devices_cannot_share(scanned):
+    """Two key heads on four devices: an error, where each device would have the whole cache."""
+    mesh = make_mesh(tensor=4)
+    place = NamedSharding(mesh, jax.P())
+    variables = {"params": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=place)}
+    with pytest.raises(InputError, match="tensor=4, which does not divide 2 key heads; give 1 or 2"):
+        Programs(scanned.module, variables)

@@ -17,7 +17,7 @@ from phi4mm_jax.kernels.mesh import Axes, over_mesh
 from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.model.decoder import cache_axes
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
-from phi4mm_jax.sharding import jit_beside
+from phi4mm_jax.sharding import check_heads, jit_beside
 
 
 class Chunk(NamedTuple):
@@ -82,11 +82,17 @@ class Candidates(NamedTuple):
 
 
 class Programs:
-    """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand."""
+    """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand.
+
+    Raises:
+        InputError: the mesh of the variables cannot share the key heads.
+    """
 
     def __init__(self, model: Phi4MM, variables: Mapping[str, Any]):
         self.model = model
         self._sharding = jax.tree.leaves(variables)[0].sharding
+        if isinstance(self._sharding, NamedSharding):
+            check_heads(model.config.decoder, self._sharding.mesh.shape.get("tensor", 1))
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self.encode = jit_beside(variables, self._encode, donate_argnums=1)
@@ -110,7 +116,7 @@ class Programs:
             return self._sharding
         heads = 2 if x.ndim >= 4 else None  # of the cache: (L, P, K, S, ...)
         mesh = self._sharding.mesh
-        splits = heads is not None and "tensor" in mesh.shape and x.shape[heads] % mesh.shape["tensor"] == 0
+        splits = heads is not None and "tensor" in mesh.shape
         return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
 
     def _mark(self, seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]) -> Bool[Array, "N V"]:
