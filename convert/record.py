@@ -28,6 +28,7 @@ parity.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import re
@@ -44,12 +45,13 @@ import numpy as np
 from phi4mm_jax import goldens
 from phi4mm_jax.checkpoint import orbax
 from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
 from phi4mm_jax.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio", metavar="FILE", type=Path, action="append", default=[], help="of --prompt, in order")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=12, help="of cases that do not say it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the reference")
+    add_adapter_folder(parser)
     parsed = parser.parse_args(arguments)
     if parsed.prompt is None and (parsed.image or parsed.audio):
         parser.error("--image and --audio belong to --prompt")
@@ -256,8 +259,14 @@ def check_layout(folder: Path) -> None:
         )
 
 
-def load_reference(folder: Path, config: Phi4MMConfig, dtype: str) -> Reference:
+def load_reference(
+    folder: Path, config: Phi4MMConfig, dtype: str, adapters: Mapping[str, Path] | None = None
+) -> Reference:
     """The model in a folder in the native layout, nothing missing and nothing left over.
+
+    Args:
+        config: of the model with its adapters.
+        adapters: folders of those that take the place of the folder's own.
 
     Raises:
         CheckpointError: a file or tensor is missing, extra or misshapen, or an adapter's B is all zero.
@@ -287,7 +296,7 @@ def load_reference(folder: Path, config: Phi4MMConfig, dtype: str) -> Reference:
         raise CheckpointError(f"{folder}: transformers finds tensors that do not fit: {wrong!s:.600}")
     for adapter, settings in (("vision", config.vision_lora), ("speech", config.speech_lora)):
         if settings is not None:
-            _add_adapter(model, folder / f"{adapter}-lora", adapter)
+            _add_adapter(model, (adapters or {}).get(adapter, folder / f"{adapter}-lora"), adapter)
     model.eval().requires_grad_(False)
     return Reference(model, tokenizers.Tokenizer.from_file(str(tokenizer)), config)
 
@@ -396,7 +405,10 @@ def record(parsed: argparse.Namespace, out: Path) -> None:
         requests = [Request("prompt", parsed.prompt, tuple(parsed.image), tuple(parsed.audio), parsed.max_new_tokens)]
     folder = local_folder(parsed.model)
     check_layout(folder)
-    config = Phi4MMConfig.from_folder(folder)
+    adapters = adapter_folders(adapter_folders_of(parsed))
+    own = Phi4MMConfig.from_folder(folder)
+    loras = {f"{kind}_lora": PeftAdapter(place, kind, own).lora for kind, place in adapters.items()}
+    config = dataclasses.replace(own, **loras)
     processor = Processor.from_folder(folder, config)
     for request in requests:
         try:
@@ -412,7 +424,7 @@ def record(parsed: argparse.Namespace, out: Path) -> None:
     size = logits + sum(path.stat().st_size for path in inputs)
     check_room(out, size)
     with progress_bar("Reading the weights"):
-        reference = load_reference(folder, config, parsed.dtype)
+        reference = load_reference(folder, config, parsed.dtype, adapters)
     tensors: dict[str, np.ndarray] = {}
     media: dict[Path, Medium] = {}
     cases = []

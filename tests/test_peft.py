@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import phi4mm_jax
-from convert import verify
+from convert import record, verify
 from infer import batch, chat, evaluate, generate
 from phi4mm_jax import CheckpointError, ConfigError, InputError
 from phi4mm_jax.checkpoint.convert import to_torch
@@ -294,6 +294,23 @@ def test_programs_take_adapter_folders(two_adapters, tmp_path, capsys, monkeypat
     assert "--adapter-folder is 'speech'; expected vision=FOLDER or speech=FOLDER" in capsys.readouterr().err
     assert start("--adapter-folder=vision=a", "--adapter-folder=vision=b") == 2
     assert "--adapter-folder has vision twice: a and b" in capsys.readouterr().err
+
+
+def test_goldens_of_adapters_beside_are_recorded(two_adapters, native):
+    """The reference's adapters are those of the folders, on the modules that they are on."""
+    folder, model = two_adapters
+    places = {kind: folder.with_name(kind) for kind in ("vision", "speech")}
+    reference = record.load_reference(native, Phi4MMConfig.from_folder(folder), "float32", places)
+    modules: dict[str, Any] = dict(reference.model.named_modules())
+    for kind, place in places.items():
+        theirs = products(model, place)
+        ours = {
+            name: modules[name].get_delta_weight(kind).detach().numpy()
+            for name in theirs
+            if kind in getattr(modules[name], "lora_A", ())
+        }
+        assert ours.keys() == {name for name, product in theirs.items() if product.any()}
+        assert_same_products({**theirs, **ours}, theirs)
 
 
 def test_a_runs_folder_is_no_model(tmp_path):
