@@ -1,0 +1,124 @@
+"""Everything in the README that can be run, as it stands there, on the small checkpoints."""
+
+import ast
+import asyncio
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import phi4mm_jax
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+LINES = [
+    line.partition("  #")[0].strip() for language, block in BLOCKS if language == "" for line in block.splitlines()
+]
+
+# Every command of the README, and what it is run as; placeholders stand for files of the test.
+RUN_AS = {
+    'python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"':
+        "infer.generate --model MODEL --image IMAGE --audio CLIP --max-new-tokens 2 --dtype float32 hello",
+    "python -m infer.batch --model PATH --input prompts.jsonl --output answers.jsonl":
+        "infer.batch --model MODEL --input prompts.jsonl --output answers.jsonl --dtype float32",
+    "python -m infer.chat --model PATH": "infer.chat --model MODEL --dtype float32",
+    'python -m train.sft train/recipes/speech_adapter.yaml model=PATH "data.sources=[{path: train.jsonl}]"':
+        'train.sft RECIPES/speech_adapter.yaml model=MODEL "data.sources=[{path: train.jsonl}]"',
+    "python -m train.export runs/speech_adapter tuned --layout original":
+        "train.export runs/speech_adapter tuned --layout original",
+    "python -m infer.evaluate --model PATH --task asr|ast|ocr|vqa|exact MANIFEST...":
+        "infer.evaluate --model tuned --task exact --dtype float32 --max-new-tokens 2 train.jsonl",
+    "python -m convert.to_orbax SRC DST [--dtype float32|bfloat16]": "convert.to_orbax tuned orbax --dtype bfloat16",
+    "python -m convert.to_torch SRC DST --layout original|native [--adapters-only]":
+        "convert.to_torch orbax native --layout native",
+}  # fmt: skip
+# Lines that other tests, or CI itself, run.
+RUN_ELSEWHERE = {
+    "make demo": "tests/test_small_model.py asks the demo's questions, in their order",
+    "make test": "this",
+    "python -m convert.verify CHECKPOINT --goldens DIR": "tests/test_verify.py",
+    "python -m convert.record --model HF_DIR --out DIR": "tests/test_verify.py, with transformers",
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with what the README's commands and code find in one."""
+    folder = tmp_path_factory.mktemp("readme")
+    inputs = TINY / "inputs"
+    shutil.copy(inputs / "image_0.png", folder / "chart.png")
+    shutil.copy(inputs / "audio_0.flac", folder / "clip.wav")
+    lines = [{"id": "a", "prompt": "<|user|>hello<|end|><|assistant|>", "max_new_tokens": 2}]
+    lines += [{"id": "b", "prompt": "<|user|><|audio_1|>hear<|end|><|assistant|>", "audios": ["clip.wav"]}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line | {"max_new_tokens": 2}) + "\n" for line in lines))
+    content = [{"type": "audio", "audio": "clip.wav"}, {"type": "text", "text": "What is said?"}]
+    sample = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a word"}]}
+    (folder / "train.jsonl").write_text(2 * (json.dumps(sample) + "\n"))
+    return folder
+
+
+def test_every_line_is_known():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in filter(None, LINES):
+        if line.startswith("pip install "):
+            named = re.findall(r"'\.\[([\w,]+)\]'", line)
+            assert named, line
+            assert {extra for names in named for extra in names.split(",")} <= set(extras), line
+        else:
+            assert line in RUN_AS.keys() | RUN_ELSEWHERE.keys(), line
+    assert {*RUN_AS, *RUN_ELSEWHERE} <= set(LINES)
+
+
+def test_commands(work, monkeypatch, capfd):
+    monkeypatch.chdir(work)
+    places = {
+        "MODEL": TINY,
+        "IMAGE": "chart.png",
+        "CLIP": "clip.wav",
+        "GOLDENS": TINY,
+        "RECIPES": ROOT / "train/recipes",
+    }
+    for line, command in RUN_AS.items():
+        for name, place in places.items():
+            command = re.sub(rf"\b{name}\b", str(place), command)
+        program, *arguments = shlex.split(command)
+        monkeypatch.setattr("sys.argv", [program, *arguments])
+        if program == "infer.chat":
+            monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        status = importlib.import_module(program).main()
+        _, errors = capfd.readouterr()
+        assert status == 0, (line, errors)
+    answers = [json.loads(line) for line in (work / "answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == ["a", "b"]
+
+
+def test_code(work, tiny, monkeypatch):
+    """In one namespace, as a reader types it; `load` gives the tiny checkpoint."""
+    monkeypatch.chdir(work)
+    (work / "Phi-4-multimodal-instruct").symlink_to(TINY)
+    monkeypatch.setattr(phi4mm_jax, "load", lambda folder: {str(TINY): tiny}[os.path.realpath(folder)])
+    asked = "<|user|><|image_1|>hello<|end|><|assistant|>"
+    scope = {"prompt": asked, "path": "chart.png", "work": [(asked, "chart.png")] * 2}
+    smaller = {"max_new_tokens=64": "max_new_tokens=2", "Request(chat)": "Request(chat, max_new_tokens=2)"}
+    smaller |= {"slots=16, cache_tokens=65536": "slots=2, cache_tokens=4096", "slots=16": "slots=2"}
+    for block in PYTHON:
+        for written, run in smaller.items():
+            block = block.replace(written, run)
+        code = compile(block, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if code.co_flags & inspect.CO_COROUTINE:
+            asyncio.run(eval(code, scope))
+        else:
+            exec(code, scope)
+    assert len(scope["answers"]) == 2
+    assert all(len(answer.tokens) == 2 for answer in scope["answers"])
+    assert scope["answer"].result().text
