@@ -166,7 +166,9 @@ def _unindexed(folder: FilePath) -> list[str]:
     names = sorted(p.name for p in folder.glob(_SHARDS))
     for name in names:
         numbered = _NUMBERED.fullmatch(name)
-        for number in range(1, int(numbered[3]) + 1) if numbered else ():
+        if numbered is None:
+            continue
+        for number in range(1, int(numbered[3]) + 1):
             other = f"{numbered[1]}{number:0{len(numbered[2])}}-of-{numbered[3]}.safetensors"
             if other not in names:
                 raise CheckpointError(f"{folder / other}: belongs to {name}, but it is not there; download it again")
