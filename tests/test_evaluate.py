@@ -341,6 +341,12 @@ def test_items(tmp_path):
     assert len(read_items(tmp_path / "m.jsonl", 2)) == 2
 
 
+def test_some_items_are_from_all_over_the_manifest(tmp_path):
+    path = write(tmp_path / "m.jsonl", [{"messages": [user("A?"), assistant(str(i))]} for i in range(9)])
+    assert [item.references for item in read_items(path, 3)] == [("0",), ("3",), ("6",)]
+    assert [item.references for item in read_items(path, 20)] == [(str(i),) for i in range(9)]
+
+
 def test_items_in_the_forms_of_other_tools(tmp_path):
     tool = {"type": "function", "function": {"name": "f"}}
     shown = [{"type": "image"}, {"type": "text", "text": "A?", "image": None}]

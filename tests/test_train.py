@@ -12,6 +12,7 @@ import time
 import warnings
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.training import loop
 from phi4mm_jax.training.augment import SpeechAugmentation
+from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.command import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
@@ -41,7 +43,7 @@ from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
 from phi4mm_jax.training.metrics import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.settings import ALIASES, setting_names
-from phi4mm_jax.training.step import TrainState, supervised
+from phi4mm_jax.training.step import Metrics, TrainState, supervised
 
 ROOT = Path(__file__).parent.parent
 FITTED = ("small", "speech_adapter")  # which have a test of their own
@@ -637,6 +639,43 @@ def slow_steps(monkeypatch, seconds: float) -> list[int]:
     return tokens
 
 
+@pytest.mark.parametrize(("dropout", "seed"), [("true", 0), ("true", 5), ("false", 0)])
+def test_a_run_drops_out_by_its_seed(quick, monkeypatch, dropout, seed):
+    keys = []
+
+    def stepped(state, frozen, batches, key):
+        keys.append(key)
+        ones = [jnp.ones(())] * len(Metrics._fields)
+        return state._replace(step=state.step + 1), Metrics(*ones)
+
+    monkeypatch.setattr(loop, "compiled_step", lambda *_: stepped)
+    assert run(quick, f"dropout={dropout}", f"seed={seed}", "data.epochs=null", "data.steps=2") == 0
+    expected = jax.random.key(seed, impl="rbg") if dropout == "true" else None
+    assert len(keys) == 2
+    for key in keys:
+        assert jax.tree.map(lambda x: jax.random.key_data(x).tolist(), [key, key]) == jax.tree.map(
+            lambda x: jax.random.key_data(x).tolist(), [expected, expected]
+        )
+
+
+def test_the_last_step_is_filled_with_micro_batches_without_targets():
+    def batch(number):
+        return TrainingBatch(None, np.full((1, 4), number), np.full((1, 4), float(number)))
+
+    recipe = SimpleNamespace(accumulate=3)
+    steps = list(loop._steps(SimpleNamespace(recipe=recipe, steps=4, data=map(batch, range(1, 8))), 1))
+    assert [[int(b.targets[0, 0]) for b in step] for step in steps] == [[1, 2, 3], [4, 5, 6], [7, 7, 7]]
+    assert [[b.weights.sum() for b in step] for step in steps] == [[4, 8, 12], [16, 20, 24], [28, 0, 0]]
+
+
+def test_the_log_of_preferences_has_margins():
+    """Where what is minimised is 0.5 a pair, and better answers are ahead by 0.25."""
+    metrics = Metrics(*map(jnp.float32, (0.5, -0.25, 0.75, 8.0, 2.0)))
+    expected = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "pairs": 8.0, "gradient_norm": 2.0}
+    assert loop._values(metrics, "preferences") == expected
+    assert loop._values(metrics, "answers")["cross_entropy"] == -0.25
+
+
 def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
     """Each step takes two seconds, whatever an evaluation takes; a chip can do 10,000 operations a second."""
     tokens = slow_steps(monkeypatch, 2.0)
@@ -691,13 +730,13 @@ def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("metric", "scores", "best", "share"),
-    [("loss", {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}, 4, None), ("exact", {2: 0.1, 4: 0.2, 6: 0.9, 8: 0.3}, 6, 0.5)],
+    [("loss", {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}, 4, None), ("exact", {2: 0.1, 4: 0.2, 6: 0.9, 8: 0.3}, 6, 1 / 3)],
 )
 def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeypatch, metric, scores, best, share):
     """Neither the worst nor the last: its weights are those that were evaluated, its figures those of its logits."""
     prompt = "<|user|>Number 3?<|end|><|assistant|>"
     (said,) = tiny.generate([prompt], max_new_tokens=1)
-    references = [said.text, "x x x"]
+    references = [said.text, "x x x", "x " * 20]
     held = write(
         tmp_path / "held.jsonl",
         [{"messages": [message("user", "Number 3?"), message("assistant", r)]} for r in references],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,12 +31,12 @@ from phi4mm_jax.processing.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
-from phi4mm_jax.training.flops import step_flops
+from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.loss import LossConfig, token_losses
 from phi4mm_jax.training.metrics import Log, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from phi4mm_jax.training.patterns import join, matching, split
-from phi4mm_jax.training.step import dropout_key, gradients, initial_state, supervised, train_step
+from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state, supervised, train_step
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
 ADAPTERS = ["lora_vision", "lora_speech"]
@@ -472,6 +473,13 @@ def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
 def test_the_schedule():
     rates: Any = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
     np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
+    for schedule, expected in (
+        ("cosine", [0, 0.5, 1.0, 0.1 + 0.9 * 0.75, 0.55, 0.1]),
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+    ):
+        config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1, schedule=schedule)
+        rates = learning_rates(config, 100)
+        np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 40, 55, 100)], expected, rtol=1e-6)
     with pytest.raises(InputError, match=r"warmup_steps is 50, and the run has 20 steps"):
         learning_rates(OptimizerConfig(warmup_steps=50), 20)
 
@@ -485,6 +493,42 @@ def test_a_share_of_the_steps_warms_up(steps, rates):
     np.testing.assert_allclose([schedule(i) for i in range(len(rates))], rates, rtol=1e-6)
     with pytest.raises(InputError, match=r"optimizer.warmup_steps is 1.0; .* a share below 1"):
         OptimizerConfig(warmup_steps=1.0)
+
+
+def test_gradients_are_clipped_before_the_moments_as_in_pytorch():
+    """Of four steps all but the second one are clipped, which the moments of the later ones show."""
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip=1.0)
+    start = np.asarray([1.0, -2.0, 3.0], np.float32)
+    ours: Any = {"a": jnp.asarray(start)}
+    optimizer = make_optimizer(config, 10, ours)
+    state = optimizer.init(ours)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    adamw = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
+    for scale in (10.0, 0.1, 3.0, 20.0):
+        gradient = scale * np.asarray([1.0, -0.5, 0.2], np.float32)
+        updates, state = optimizer.update({"a": jnp.asarray(gradient)}, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        theirs.grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_norm_([theirs], 1.0)
+        adamw.step()
+    np.testing.assert_allclose(ours["a"], theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_metrics_of_a_step_by_hand():
+    """Micro-batches of one and of three targets: means of all four; the norm is that before clipping."""
+
+    def objective(trainable, frozen, batch, key):
+        loss = jnp.sum(trainable["a"] * batch["x"])
+        return loss, Sums(loss, batch["weight"], -2.0 * batch["weight"], batch["correct"])
+
+    batches = {"x": jnp.asarray([[8.0, 0.0], [4.0, 16.0]]), "weight": jnp.asarray([1.0, 3.0]),
+               "correct": jnp.asarray([1.0, 0.0])}  # fmt: skip
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    state = initial_state({"a": jnp.asarray([1.0, 2.0])}, optimizer)
+    after, metrics = train_step(objective, optimizer, state, {}, batches, None)
+    np.testing.assert_allclose(metrics, [(8 + 4 + 32) / 4, 2.0, 1 / 4, 4.0, 5.0])  # gradients of 12 / 4 and 16 / 4
+    np.testing.assert_allclose(after.trainable["a"], [1 - 3 / 5, 2 - 4 / 5], rtol=1e-6)
+    assert after.step == 1
 
 
 def test_weight_decay_by_patterns(scanned):
@@ -514,6 +558,16 @@ def trained(name: str, size: int = 70):
     """Parameters of this name, so many in all."""
     collection, _, rest = name.partition("/")
     return {collection: {rest or "x": {"kernel": np.zeros(size)}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12),
+     ("TPU v50", None), ("cpu", None)],
+)  # fmt: skip
+def test_peaks_by_the_makers_data_sheets(monkeypatch, kind, peak):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert peak_flops() == peak
 
 
 def text_batch(segments, targets: int) -> TrainingBatch:
