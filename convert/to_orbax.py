@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from phi4mm_jax.checkpoint.convert import to_orbax
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import add_adapters_from, ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -14,6 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default the source's")
     parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
+    add_adapters_from(parser)
     return parser.parse_args()
 
 
@@ -26,6 +27,7 @@ def main() -> int:
             arguments.destination,
             dtype=arguments.dtype,
             fresh_adapters=arguments.fresh_adapters,
+            adapters_from=arguments.adapters_from,
             progress=advance,
             say=lambda text: print(text, file=sys.stderr),
         )

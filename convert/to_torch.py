@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import add_adapters_from, ends_well
 from phi4mm_jax.progress import progress_bar
 
 
@@ -18,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--adapters-only", action="store_true", help="write only vision-lora and speech-lora, for PEFT")
     parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
+    add_adapters_from(parser)
     return parser.parse_args()
 
 
@@ -31,6 +32,7 @@ def main() -> int:
             arguments.layout,
             adapters_only=arguments.adapters_only,
             fresh_adapters=arguments.fresh_adapters,
+            adapters_from=arguments.adapters_from,
             progress=advance,
             say=lambda text: print(text, file=sys.stderr),
         )

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
-from phi4mm_jax.checkpoint.contents import read_config
+from phi4mm_jax.checkpoint.contents import check_copies, folder_adapters, read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
@@ -48,11 +48,12 @@ def table_of(checks: Sequence[Check], exact: bool) -> Table:
     return table
 
 
-def check_copies(folder: Path) -> None:
-    """`load` reads the adapters of the original layout from its shards, and leaves the copies for PEFT alone."""
-    checkpoint = open_checkpoint(folder, read_config(folder))
+def compare_copies(folder: Path) -> None:
+    """The original layout has each adapter twice, of which `load` compares some values only."""
+    config = read_config(folder)
+    checkpoint = open_checkpoint(folder, config)
     if isinstance(checkpoint, PyTorchCheckpoint):
-        checkpoint.check_copies()
+        check_copies(checkpoint, config, folder_adapters(folder, config))
 
 
 @ends_well
@@ -60,9 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     goldens = read_goldens(parsed.goldens)
     folder = local_folder(parsed.checkpoint)
-    check_copies(folder)
+    if parsed.adapters_from is None:
+        compare_copies(folder)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(folder, dtype=parsed.dtype, adapters=adapter_folders_of(parsed), progress=advance)
+        model = phi4mm_jax.load(
+            folder, dtype=parsed.dtype, adapters=adapter_folders_of(parsed), adapters_from=parsed.adapters_from,
+            progress=advance,
+        )  # fmt: skip
     media: list[tuple[Kind, int]] = [(kind, number) for kind in KINDS for number in goldens.media[kind]]
     checks: list[Check] = []
     with progress_bar("Comparing") as advance:

@@ -111,7 +111,8 @@ def main() -> int:
 
 def settings(arguments: argparse.Namespace) -> Settings:
     """What answers depend on besides their lines."""
-    names = ("dtype", "merge", "adapter", "cache_dtype", "max_new_tokens")
+    names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
+    names += [] if arguments.adapters_from is None else ["adapters_from"]  # not in answers of earlier versions
     return settings_of(
         arguments.model, adapter_folders_of(arguments), **{name: getattr(arguments, name) for name in names}
     )
@@ -122,7 +123,7 @@ def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerF
     with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
         model = phi4mm_jax.load(
             arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapter_folders_of(arguments),
-            merge=arguments.merge, progress=advance,
+            adapters_from=arguments.adapters_from, merge=arguments.merge, progress=advance,
         )  # fmt: skip
     engine = model.engine(config)
     if arguments.warmup:

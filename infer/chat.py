@@ -365,7 +365,14 @@ def main() -> int:
     adapters = adapter_folders_of(arguments)
     mesh = mesh_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance)
+        model = phi4mm_jax.load(
+            arguments.model,
+            dtype=arguments.dtype,
+            mesh=mesh,
+            adapters=adapters,
+            adapters_from=arguments.adapters_from,
+            progress=advance,
+        )
     engine = model.engine(config)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

@@ -15,6 +15,7 @@ docs/evaluation.md tells how to get the benchmarks.
 """
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,6 +114,8 @@ def evaluate(
     adapters = adapter_folders_of(arguments)
     check_adapter(arguments.model, adapter, adapters)
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
+    if arguments.adapters_from is not None:
+        settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
     with answer_file(folder, settings, items) as file:
         if file.answered:
             print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
@@ -120,7 +123,12 @@ def evaluate(
             mesh = mesh_of(arguments)
             with progress_bar("Reading the weights", size=True) as advance:
                 model = phi4mm_jax.load(
-                    arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance
+                    arguments.model,
+                    dtype=arguments.dtype,
+                    mesh=mesh,
+                    adapters=adapters,
+                    adapters_from=arguments.adapters_from,
+                    progress=advance,
                 )
             engine = model.engine(config)
             with count_bar("Answering", "tokens", len(items), file.answered) as advance:

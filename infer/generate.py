@@ -88,7 +88,14 @@ def main() -> int:
     adapters = adapter_folders_of(arguments)
     mesh = mesh_of(arguments)
     with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters, progress=advance)
+        model = phi4mm_jax.load(
+            arguments.model,
+            dtype=arguments.dtype,
+            mesh=mesh,
+            adapters=adapters,
+            adapters_from=arguments.adapters_from,
+            progress=advance,
+        )
     with progress_bar("Compiling and generating"), named_options(arguments):
         (completion,) = model.generate(
             [prompt_of(arguments)],

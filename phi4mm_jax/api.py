@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from phi4mm_jax.checkpoint.contents import read_config
+from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
@@ -47,6 +47,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     adapters: Mapping[str, str | Path] | None = None,
+    adapters_from: AdaptersFrom | None = None,
     fresh_adapters: bool = False,
     merge: Literal["vision", "speech"] | None = None,
     scan: bool | None = None,
@@ -59,12 +60,14 @@ def load(
 
     Args:
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
-            converted one; or a repository on the Hub, "org/name", which is downloaded. Of the adapters' two copies in
-            the original layout those in the shards are read; `convert.verify` tells whether the others are the same.
+            converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters take the place of the
             checkpoint's own: {"speech": FOLDER}.
+        adapters_from: where adapters come from in the original layout, which has them in its shards and in the folders
+            vision-lora and speech-lora: "shards" or "folders". By default from a folder where it differs from the
+            shards, as after fine-tuning, which is logged; see `checkpoint.contents.folder_adapters`.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
         merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
             the adapter's cost; others are errors.
@@ -86,7 +89,10 @@ def load(
     path = local_folder(path)
     own = read_config(path)
     given = [PeftAdapter(folder, kind, own) for kind, folder in adapter_folders(adapters).items()]
-    config = dataclasses.replace(own, **{f"{adapter.kind}_lora": adapter.lora for adapter in given})
+    if newer := folder_adapters(path, own, adapters_from, [adapter.kind for adapter in given]):
+        _log.warning("%s", taken_line(path, newer))
+    given += newer
+    config = with_adapters(own, given)
     collection = f"lora_{merge}"
     if merge is not None and collection not in lora_configs(config):
         found = [name.removeprefix("lora_") for name in lora_configs(config)]

@@ -164,12 +164,10 @@ class Phi4MMConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Phi4MMConfig":
-        """Read `config.json` and the adapters' `adapter_config.json` of a checkpoint folder.
-
-        Both files have an adapter's settings in the original layout; they must agree.
+        """Read `config.json` of a checkpoint folder, and in the native layout the adapters' `adapter_config.json`.
 
         Raises:
-            CheckpointError: no such folder or file, a file that is not JSON, or two that contradict each other.
+            CheckpointError: no such folder or file, or a file that is not JSON.
             ConfigError: as in `from_dict`.
         """
         folder = Path(folder)
@@ -184,12 +182,9 @@ class Phi4MMConfig:
                     f"{path.with_name('adapter_model.bin')}: pickle files are not read, since they can run code; "
                     "save the adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
                 )
-            settings = read_json(path) if path.name in files or (native and files) else {}
-            check_adapter_settings(path, settings)
             if native and files:
-                adapters[kind] = settings
-            elif files:
-                _check_agree(folder, config, kind, settings)
+                adapters[kind] = read_json(path)
+                check_adapter_settings(path, adapters[kind])
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
@@ -243,28 +238,6 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
                 remedy = "or merge it (PEFT: merge_and_unload(), then save_pretrained(FOLDER)) and give FOLDER"
             raise ConfigError(
                 f"{name}: {key} is {value!r:.60}, which is not supported; train the adapter without it, {remedy}"
-            )
-
-
-def _check_agree(folder: Path, config: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> None:
-    """What config.json of the original layout says of an adapter, and the adapter's folder, with its own settings."""
-    path, own = folder / f"{kind}-lora" / "adapter_config.json", config.get(f"{kind}_lora")
-    if own is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: has no {kind}_lora, but there is an adapter in {path.parent}; copy the "
-            "config.json that belongs to it here, or remove the folder"
-        )
-    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
-        if settings.get(key):
-            raise CheckpointError(
-                f"{path}: {key} is {settings[key]!r:.60}, but the adapter in the shards, of {kind}_lora of "
-                f"{folder / 'config.json'}, has none; one of them is of another checkpoint"
-            )
-    for key in ("r", "lora_alpha"):
-        if isinstance(own, Mapping) and key in settings and settings[key] != own.get(key):
-            raise CheckpointError(
-                f"{path}: {key} is {settings[key]!r}, but in {kind}_lora of {folder / 'config.json'} it is "
-                f"{own.get(key)!r}; one of them is of another checkpoint"
             )
 
 

@@ -140,11 +140,21 @@ def _backend_error() -> str | None:
 
 
 def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
-    """Give a program the option --adapter-folder, which `adapter_folders_of` reads."""
+    """Give a program the options --adapter-folder, which `adapter_folders_of` reads, and --adapters-from."""
     parser.add_argument(
         "--adapter-folder", metavar="NAME=FOLDER", action="append", default=[],
         help="an adapter's folder, of PEFT or train.export, in place of the checkpoint's own: speech=FOLDER or "
         "vision=FOLDER; may be given for both",
+    )  # fmt: skip
+    add_adapters_from(parser)
+
+
+def add_adapters_from(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --adapters-from."""
+    parser.add_argument(
+        "--adapters-from", choices=("folders", "shards"),
+        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora and "
+        "speech-lora where these differ from the shards",
     )  # fmt: skip
 
 

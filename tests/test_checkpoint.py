@@ -37,7 +37,12 @@ def copy(tmp_path):
 
 
 def rewrite(folder, change):
-    """Apply `change` to the tensors of the shard that has what it wants; it returns whether it did."""
+    """Apply `change` to the tensors of the shard that has what it wants; it returns whether it did.
+
+    The adapters' folders, which would be taken in place of the shards' adapters, are removed.
+    """
+    for name in ("vision-lora", "speech-lora"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for path in sorted(folder.glob("model-*.safetensors")):
         tensors = load_file(path)
         if change(tensors):

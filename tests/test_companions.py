@@ -386,29 +386,6 @@ def test_media_tokens_that_the_tokenizer_lacks(original):
         companion_files(original, "native")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("setting", "named"),
-    [
-        (None, r"config\.json: has no {kind}_lora, but there is an adapter in .*{kind}-lora"),
-        ("r", r"{kind}-lora/adapter_config\.json: r is 7, but in {kind}_lora of .*config\.json it is"),
-        (
-            "lora_alpha",
-            r"{kind}-lora/adapter_config\.json: lora_alpha is 7, but in {kind}_lora of .*config\.json it is",
-        ),
-    ],
-)
-def test_adapters_that_config_json_contradicts(original, kind, setting, named):
-    if setting is None:
-        change(original / "config.json", **{f"{kind}_lora": None})
-    else:
-        change(original / f"{kind}-lora" / "adapter_config.json", **{setting: 7})
-    with pytest.raises(CheckpointError, match=named.format(kind=kind)):
-        Phi4MMConfig.from_folder(original)
-    shutil.rmtree(original / f"{kind}-lora")
-    Phi4MMConfig.from_folder(original)
-
-
 def test_no_number_of_crops(original):
     change(original / "preprocessor_config.json", dynamic_hd=True)
     with pytest.raises(CheckpointError, match="dynamic_hd is True"):

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import TINY, golden_cases, media_of
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
-from phi4mm_jax import InputError
+from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.generation import EngineConfig, Request
 
@@ -150,3 +151,76 @@ def test_a_missing_adapter_can_be_done_without(folder):
         model.generate([CLIP], audios=[MEDIA["clip"]], max_new_tokens=1)
     (completion,) = model.generate([CLIP], audios=[MEDIA["clip"]], max_new_tokens=2, adapter="none")
     assert len(completion.tokens) == 2
+
+
+# An adapter's folder that differs from the shards of the original layout
+
+
+def tuned(folder, halved=False):
+    """What fine-tuning leaves in vision-lora: other values, or another rank and alpha as well."""
+    path = folder / "vision-lora" / "adapter_model.safetensors"
+    held = {name: x * 3 for name, x in load_file(path).items()}
+    settings = json.loads((path.parent / "adapter_config.json").read_text())
+    if halved:
+        rank = settings["r"] // 2
+        held = {n: np.ascontiguousarray(x[:rank] if "lora_A" in n else x[:, :rank]) for n, x in held.items()}
+        settings |= {"r": rank, "lora_alpha": 5 * rank}
+    save_file(held, path)
+    (path.parent / "adapter_config.json").write_text(json.dumps(settings))
+    return path.parent
+
+
+def assert_same(model, other):
+    assert (model.config.vision_lora, model.config.speech_lora) == (other.config.vision_lora, other.config.speech_lora)
+    jax.tree.map(np.testing.assert_array_equal, model.variables, other.variables)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_folder_that_differs_from_the_shards_is_taken(folder, tiny, native, tmp_path, caplog, halved):
+    """As in the native layout, which has the adapter there alone; and it goes along in conversions."""
+    copy = tmp_path / "native"
+    shutil.copytree(native, copy)
+    place = tuned(folder, halved)
+    shutil.rmtree(copy / "vision-lora")
+    shutil.copytree(place, copy / "vision-lora")
+    expected, said = phi4mm_jax.load(copy, dtype="float32"), []
+    caplog.clear()
+    assert_same(phi4mm_jax.load(folder, dtype="float32"), expected)
+    (line,) = caplog.messages
+    assert "vision-lora taken in place of the shards'" in line
+    assert_same(phi4mm_jax.load(folder, dtype="float32", adapters_from="shards"), tiny)
+    to_orbax(folder, tmp_path / "orbax", say=said.append)
+    to_torch(folder, tmp_path / "original", "original", say=said.append)
+    assert ["vision-lora taken" in text for text in said] == [True, True]
+    caplog.clear()
+    for converted in ("orbax", "original"):
+        assert_same(phi4mm_jax.load(tmp_path / converted, dtype="float32"), expected)
+    assert not caplog.messages
+    to_torch(folder, tmp_path / "shards", "original", adapters_from="shards", say=said.append)
+    assert_same(phi4mm_jax.load(tmp_path / "shards", dtype="float32"), tiny)
+
+
+def test_equal_folders_are_not_told_of(folder, tiny, caplog):
+    assert_same(phi4mm_jax.load(folder, dtype="float32"), tiny)
+    assert not caplog.messages
+    (folder / "vision-lora" / "adapter_config.json").unlink()
+    assert_same(phi4mm_jax.load(folder, dtype="float32", adapters_from="folders"), tiny)
+
+
+def test_a_folder_beside_merged_shards_is_asked_about(folder):
+    """Whether it is merged already cannot be told."""
+    save_shards(folder, {n.replace(".base_layer", ""): x for n, x in shards(folder).items() if ".lora_" not in n})
+    with pytest.raises(CheckpointError, match=r"vision-lora, but none in the shards.*adapters_from='shards'"):
+        phi4mm_jax.load(folder)
+    assert set(phi4mm_jax.load(folder, adapters_from="shards").variables) == {"params"}
+    both = phi4mm_jax.load(folder, dtype="float32", adapters_from="folders")
+    assert set(both.variables) == {"params", "lora_vision", "lora_speech"}
+
+
+@pytest.mark.parametrize("folder", ["native"], indirect=True)
+def test_adapters_from_where_there_is_one_copy(folder):
+    for value in ("folders", "shards"):
+        with pytest.raises(InputError, match=f"adapters_from is '{value}'.*each adapter once"):
+            phi4mm_jax.load(folder, adapters_from=value)
+    with pytest.raises(InputError, match="adapters_from is 'both'"):
+        phi4mm_jax.load(TINY, adapters_from="both")

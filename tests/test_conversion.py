@@ -22,7 +22,7 @@ from convert import record, verify
 from convert import to_orbax as programs_to_orbax
 from convert import to_torch as programs_to_torch
 from phi4mm_jax import CheckpointError, InputError
-from phi4mm_jax.checkpoint import staging
+from phi4mm_jax.checkpoint import contents, staging
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.sharding import make_mesh
@@ -208,6 +208,8 @@ def test_all_zero_adapters(layout, tmp_path, request):
     name = next(n for n in stored if "layers.1" in n and "lora_B" in n and (layout == "native") == ("base_model" in n))
     held = load_file(stored[name])
     save_file(held | {name: np.full_like(held[name], -0.0)}, stored[name])
+    if layout == "original":  # the copy would be taken
+        shutil.rmtree(source / f"{name.split('.')[-2]}-lora")
     with pytest.raises(CheckpointError, match=f"{re.escape(name)}: all zero"):
         to_orbax(source, tmp_path / "destination")
     assert not (tmp_path / "destination").exists()
@@ -218,13 +220,15 @@ def test_all_zero_adapters(layout, tmp_path, request):
         phi4mm_jax.load(tmp_path / "destination", fresh_adapters=True)
 
 
-def test_adapter_copies_must_agree(original, tmp_path):
-    """The original layout has its adapters twice, and its users read one or the other."""
+def test_adapter_copies_that_differ_in_a_few_values(original, tmp_path, monkeypatch):
+    """The original layout has its adapters twice; of which is meant only most of their values can tell."""
+    monkeypatch.setattr(contents, "_SAMPLE", 16)
     shutil.copytree(original, tmp_path / "source")
     path = tmp_path / "source" / "speech-lora" / "adapter_model.safetensors"
     held = load_file(path)
     name = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
-    save_file(held | {name: held[name] + 1}, path)
+    held[name].flat[0] += 1
+    save_file(held, path)
     with pytest.raises(CheckpointError, match=re.escape(name)):
         to_orbax(tmp_path / "source", tmp_path / "destination")
     assert not (tmp_path / "destination").exists()

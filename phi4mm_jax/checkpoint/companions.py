@@ -21,7 +21,7 @@ from phi4mm_jax.checkpoint.settings import (
 )
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, ConfigError
-from phi4mm_jax.peft_settings import is_uniform, module_loras
+from phi4mm_jax.peft_settings import common_lora, is_uniform, module_loras
 from phi4mm_jax.processing.processor import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -50,7 +50,9 @@ _ON_ALL_MODULES: Json = {
 _AUDIO_RATES = {"audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1}
 
 
-def companion_files(source: Path, target: Layout, *, adapters_only: bool = False) -> dict[str, bytes]:
+def companion_files(
+    source: Path, target: Layout, *, config: Phi4MMConfig | None = None, adapters_only: bool = False
+) -> dict[str, bytes]:
     """The files that go with the weights of a checkpoint when it is written in a layout.
 
     Weights, hidden files, files over 64 MiB and folders other than the adapters' and the chat templates' (figures,
@@ -60,6 +62,7 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
         source: a checkpoint folder of any layout, converted ones included.
         target: the layout whose files are wanted. Where the source has the same, its files stay as they are; only an
             `adapter_config.json` that it lacks is made, from its config.json.
+        config: of what is written, if its adapters are not those of the source's config.json.
         adapters_only: only what PEFT needs beside the adapters' weights.
 
     Returns:
@@ -69,7 +72,7 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
         CheckpointError: a file cannot be read, or transformers could not do without one that the source lacks.
         ConfigError: config.json asks for something unsupported.
     """
-    config = read_config(source)
+    config = config or read_config(source)
     translate = layout_of(source) != target
     adapters = {
         f"{kind}-lora/adapter_config.json": _adapter_config(
@@ -83,6 +86,8 @@ def companion_files(source: Path, target: Layout, *, adapters_only: bool = False
     files = _travelling(source)
     if translate:
         (_to_native if target == "native" else _to_original)(source, config, files)
+    elif target == "original" and (stated := _stating_adapters(read_json(source / "config.json"), config)) is not None:
+        files["config.json"] = _json(stated)
     return files | adapters
 
 
@@ -266,12 +271,11 @@ def _adapter_config(
     """
     path = source / f"{kind}-lora" / "adapter_config.json"
     own = _optional(path)
-    if (
-        own
-        and not translate
-        and (target == "original" or is_uniform(module_loras(str(path), own, num_layers), num_layers))
-    ):
-        return path.read_bytes()
+    if own and not translate:
+        loras = module_loras(str(path), own, num_layers)
+        common = common_lora(loras)
+        if is_uniform(loras, num_layers) and (common.rank, common.scale) == (lora.rank, lora.scale):
+            return path.read_bytes()
     usual = {
         "base_model_name_or_path": None,
         "bias": "none",
@@ -288,6 +292,17 @@ def _adapter_config(
         "target_modules": ORIGINAL_TARGETS[kind] if target == "original" else NATIVE_TARGETS,
     }
     return _json(usual | own | settings | {key: value for key, value in _ON_ALL_MODULES.items() if key in own})
+
+
+def _stating_adapters(model: Json, config: Phi4MMConfig) -> Json | None:
+    """config.json of the original layout with the adapters' settings; None where it has them already."""
+    stated = dict(model)
+    for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora)):
+        own = model.get(f"{kind}_lora")
+        settings = {} if lora is None else {"lora_alpha": whole(lora.alpha), "r": lora.rank}
+        if lora is not None and (not isinstance(own, Mapping) or {**own, **settings} != own):
+            stated[f"{kind}_lora"] = {**(own or {"dp": lora.dropout, "layer": ORIGINAL_TARGETS[kind]}), **settings}
+    return stated if stated != model else None
 
 
 def _optional(path: Path) -> Json:

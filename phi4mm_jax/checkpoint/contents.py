@@ -1,11 +1,22 @@
 """What a checkpoint folder holds of the model: people delete a tower or an adapter, train, and save the rest."""
 
 import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
+from typing import Literal, get_args
+
+import numpy as np
 
 from phi4mm_jax.checkpoint import orbax, pytorch
+from phi4mm_jax.checkpoint.files import Stored
+from phi4mm_jax.checkpoint.peft import KINDS, WEIGHTS_FILE, PeftAdapter
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.errors import CheckpointError, InputError
+
+AdaptersFrom = Literal["folders", "shards"]
+_SAMPLE = 4096  # bytes of a tensor, at a third and at two thirds of it, that are compared at load
 
 _TOWERS = {  # by the names of tensors in both layouts, and of parameters in a converted checkpoint
     "has_vision": (".image_embed.", "params.vision."),
@@ -38,3 +49,129 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
             if not any(mark in name for name in names for mark in marks):
                 changes[f"{kind}_lora"] = None
     return dataclasses.replace(config, **changes) if names else config
+
+
+def folder_adapters(
+    folder: FilePath, config: Phi4MMConfig, adapters_from: AdaptersFrom | None = None, given: Collection[str] = ()
+) -> list[PeftAdapter]:
+    """The adapters of the original layout that are taken from `vision-lora/` and `speech-lora/`, not from the shards.
+
+    The release has each adapter twice. What has been fine-tuned or exported is in the folders, which vLLM reads too: a
+    folder that differs from the shards is the newer one, and deliberate. Settings, names, shapes, dtypes and 8 KiB of
+    each tensor are compared.
+
+    Args:
+        config: of the shards, see `read_config`.
+        adapters_from: take all that are in folders, or none; by default those that differ.
+        given: "vision" or "speech", whose adapters are replaced by others in any case.
+
+    Raises:
+        CheckpointError: a folder is not whole; there is none where they are asked for; or the shards have no such
+            adapter, so that it may be merged into them.
+        ConfigError: an adapter's settings are not supported.
+        InputError: `adapters_from` is not one of its values, or the checkpoint has each adapter once.
+    """
+    if adapters_from not in (None, *get_args(AdaptersFrom)):
+        raise InputError(f"adapters_from is {adapters_from!r:.60}; expected 'folders', 'shards' or None")
+    if (folder / orbax.FOLDER).exists() or pytorch.layout_of(folder) != "original":
+        if adapters_from is not None:
+            raise InputError(
+                f"adapters_from is {adapters_from!r}, but {folder} has each adapter once: only the original layout has "
+                "them in folders and in shards; leave it out"
+            )
+        return []
+    present = [kind for kind in KINDS if os.path.lexists(folder / f"{kind}-lora" / WEIGHTS_FILE)]
+    if adapters_from == "folders" and not present:
+        raise CheckpointError(f"{folder}: has no adapter in a folder vision-lora or speech-lora")
+    towers = {"vision": config.has_vision, "speech": config.has_speech}
+    present = [kind for kind in present if towers[kind] and kind not in given]  # without a tower it is a remainder
+    if adapters_from == "shards" or not present:
+        return []
+    for kind in present:
+        if adapters_from is None and getattr(config, f"{kind}_lora") is None:
+            raise CheckpointError(
+                f"{folder}: has an adapter in {kind}-lora, but none in the shards, into which it may be merged. If it "
+                "is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it is to be added, "
+                "give 'folders'"
+            )
+    found = [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in present]
+    if adapters_from == "folders":
+        return found
+    different = _differences(pytorch.PyTorchCheckpoint(folder, config), config, found, whole=False)
+    return [adapter for adapter in found if adapter.kind in different]
+
+
+def with_adapters(config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> Phi4MMConfig:
+    """The configuration with these adapters in place of its own."""
+    return dataclasses.replace(config, **{f"{adapter.kind}_lora": adapter.lora for adapter in adapters})
+
+
+def taken_line(folder: FilePath, adapters: Sequence[PeftAdapter]) -> str:
+    """What a program says where adapters are taken from folders."""
+    names = " and ".join(f"{adapter.kind}-lora" for adapter in adapters)
+    return f"{folder}: {names} taken in place of the shards' adapters (adapters_from='shards' takes those)"
+
+
+def check_copies(checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> None:
+    """Compare all of the adapters in folders, but for those that are taken, with those in the shards.
+
+    Args:
+        adapters: those that are taken from folders.
+
+    Raises:
+        CheckpointError: one differs in what `folder_adapters` does not look at, so that which is meant cannot be told.
+    """
+    if pytorch.layout_of(checkpoint.folder) != "original":
+        return
+    taken = {adapter.kind for adapter in adapters}
+    places = {kind: checkpoint.folder / f"{kind}-lora" for kind in KINDS if kind not in taken}
+    others = [
+        PeftAdapter(place, kind, config)
+        for kind, place in places.items()
+        if getattr(config, f"{kind}_lora") is not None and os.path.lexists(place / WEIGHTS_FILE)
+    ]
+    for kind, name in _differences(checkpoint, config, others, whole=True).items():
+        raise CheckpointError(
+            f"{places[kind] / WEIGHTS_FILE}: {name} differs from the main shards' in a few values. If the shards are "
+            "right, give adapters_from='shards' (--adapters-from shards), else 'folders'"
+        )
+
+
+def _differences(
+    checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, adapters: Iterable[PeftAdapter], whole: bool
+) -> dict[str, str]:
+    """For each adapter that is not the same as in the shards what differs: a tensor's name, or the settings."""
+    ours = {(tensor.parts[0].path, tensor.layer): tensor.key for tensor in checkpoint.tensors}
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(8) as pool:
+        for adapter in adapters:
+            own = getattr(config, f"{adapter.kind}_lora")
+            if own is None or (own.rank, own.scale) != (adapter.lora.rank, adapter.lora.scale):
+                found[adapter.kind] = "adapter_config.json"
+                continue
+            pairs = [
+                (checkpoint.stored[ours[tensor.parts[0].path, tensor.layer]], adapter.stored[tensor.key])
+                for tensor in adapter.tensors
+            ]
+            same = pool.map(lambda pair: _is_same(*pair, whole=whole), pairs)
+            names = [t.name for t, is_same in zip(adapter.tensors, same, strict=True) if not is_same]
+            if names:
+                found[adapter.kind] = names[0]
+    return found
+
+
+def _is_same(first: object, second: object, whole: bool) -> bool:
+    if not isinstance(first, Stored) or not isinstance(second, Stored):
+        return False  # one that is fitted to the model's rank and scale
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    size = first.nbytes
+    if whole or size <= 2 * _SAMPLE:
+        rows = (held.rows(0, held.shape[0]).view(np.uint8) for held in (first, second))
+        return np.array_equal(*rows)
+    return all(_bytes(first, at) == _bytes(second, at) for at in (size // 3, 2 * size // 3 - _SAMPLE))
+
+
+def _bytes(held: Stored, at: int) -> bytes:
+    with held.file.open("rb", buffering=0) as opened:
+        return os.pread(opened.fileno(), _SAMPLE, held.start + at)

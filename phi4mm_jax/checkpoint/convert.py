@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import NamedTuple, get_args
 
@@ -12,10 +12,18 @@ import numpy as np
 
 from phi4mm_jax.checkpoint import orbax, pytorch
 from phi4mm_jax.checkpoint.companions import companion_files, left_behind
-from phi4mm_jax.checkpoint.contents import read_config
+from phi4mm_jax.checkpoint.contents import (
+    AdaptersFrom,
+    check_copies,
+    folder_adapters,
+    read_config,
+    taken_line,
+    with_adapters,
+)
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.native import adapter_table
+from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
 from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
@@ -32,6 +40,7 @@ def to_orbax(
     *,
     dtype: str | None = None,
     fresh_adapters: bool = False,
+    adapters_from: AdaptersFrom | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -42,6 +51,7 @@ def to_orbax(
         destination: a folder that does not exist.
         dtype: "float32" or "bfloat16"; by default the source's.
         fresh_adapters: accept adapters whose B matrices are all zero.
+        adapters_from: of the original layout's two copies of the adapters, as in `phi4mm_jax.load`.
         progress: called with the bytes written so far, and in all.
         say: called with what the user should know.
 
@@ -53,14 +63,13 @@ def to_orbax(
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or None, the source's")
     with _staged(source, destination, say) as (source, folder):
-        config = read_config(source)
+        config, checkpoint = _opened(source, fresh_adapters, adapters_from, say)
         Processor.from_folder(source, config)  # without which nobody could use what comes out
-        checkpoint = _checked(source, config, fresh_adapters)
         parameters = checkpoint.parameters
         if dtype is not None:
             parameters = {path: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)) for path, p in parameters.items()}
         check_room(folder, sum(parameter_bytes(p) for p in parameters.values()))
-        files = companion_files(source, layout_of(source))
+        files = companion_files(source, layout_of(source), config=config)
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         orbax.write(folder / orbax.FOLDER, parameters, read, progress=progress)
         _write_files(folder, files, dtype)
@@ -74,6 +83,7 @@ def to_torch(
     *,
     adapters_only: bool = False,
     fresh_adapters: bool = False,
+    adapters_from: AdaptersFrom | None = None,
     trained: Mapping[Path, np.ndarray] | None = None,
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -93,15 +103,14 @@ def to_torch(
     if layout not in get_args(Layout):
         raise InputError(f"layout is {layout!r}; expected 'original' or 'native'")
     with _staged(source, destination, say) as (source, folder):
-        config = read_config(source)
+        config, checkpoint = _opened(source, fresh_adapters, adapters_from, say)
         if not adapters_only:
             Processor.from_folder(source, config)
-        checkpoint = _checked(source, config, fresh_adapters)
         tensors = adapter_table(config) if adapters_only else tensors_of(layout, config)
         if not tensors:
             raise CheckpointError(f"{source}: has no adapters to write")
         check_room(folder, sum(pytorch.nbytes(t, checkpoint.parameters) for t in tensors))
-        files = companion_files(source, layout, adapters_only=adapters_only)
+        files = companion_files(source, layout, config=config, adapters_only=adapters_only)
         if card is not None:
             files["README.md"] = card.encode()
         read = _finite(_Tuned(checkpoint, trained or {}), tensors_of(layout_of(source), config))
@@ -128,10 +137,31 @@ def _staged(
         yield local_folder(source), aside
 
 
+class _Source(NamedTuple):
+    """A checkpoint with some of its adapters replaced."""
+
+    checkpoint: Checkpoint
+    adapters: Sequence[PeftAdapter]
+
+    @property
+    def parameters(self) -> dict[Path, jax.ShapeDtypeStruct]:
+        replaced = {f"lora_{adapter.kind}" for adapter in self.adapters}
+        own = {path: p for path, p in self.checkpoint.parameters.items() if path[0] not in replaced}
+        return own | {path: p for adapter in self.adapters for path, p in adapter.parameters.items()}
+
+    @property
+    def files(self) -> set[FilePath]:
+        return self.checkpoint.files | {file for adapter in self.adapters for file in adapter.files}
+
+    def read(self, path: Path, dtype: str | None = None) -> np.ndarray:
+        adapter = next((adapter for adapter in self.adapters if path in adapter.parameters), None)
+        return (adapter or self.checkpoint).read(path, dtype)
+
+
 class _Tuned(NamedTuple):
     """A checkpoint with some of its parameters replaced."""
 
-    checkpoint: Checkpoint
+    checkpoint: _Source
     trained: Mapping[Path, np.ndarray]
 
     def read(self, path: Path, dtype: str | None = None) -> np.ndarray:
@@ -141,7 +171,7 @@ class _Tuned(NamedTuple):
 
 
 def _finite(
-    checkpoint: "Checkpoint | _Tuned", table: Iterable[Tensor], dtype: str | None = None
+    checkpoint: "_Source | _Tuned", table: Iterable[Tensor], dtype: str | None = None
 ) -> Callable[[Path], np.ndarray]:
     """Reads parameters, and checks that they are numbers.
 
@@ -160,14 +190,21 @@ def _finite(
     return read
 
 
-def _say_left(source: FilePath, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+def _say_left(source: FilePath, checkpoint: _Source, say: Callable[[str], None]) -> None:
     if names := left_behind(source, checkpoint.files):
         say(f"Not carried along: {', '.join(names)}")
 
 
-def _checked(folder: FilePath, config: Phi4MMConfig, fresh_adapters: bool) -> Checkpoint:
+def _opened(
+    folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom | None, say: Callable[[str], None]
+) -> tuple[Phi4MMConfig, _Source]:
     """The source, with its adapters' values checked before anything is written."""
-    checkpoint = open_checkpoint(folder, config)
+    own = read_config(folder)
+    adapters = folder_adapters(folder, own, adapters_from)
+    if adapters:
+        say(taken_line(folder, adapters))
+    config, opened = with_adapters(own, adapters), open_checkpoint(folder, own)
+    checkpoint = _Source(opened, adapters)
 
     def layers_used(path: Path) -> np.ndarray:
         stacked = checkpoint.read(path)
@@ -176,9 +213,9 @@ def _checked(folder: FilePath, config: Phi4MMConfig, fresh_adapters: bool) -> Ch
 
     if not fresh_adapters:
         check_trained(tensors_of(layout_of(folder), config), layers_used)
-    if isinstance(checkpoint, pytorch.PyTorchCheckpoint):
-        checkpoint.check_copies()
-    return checkpoint
+    if adapters_from is None and isinstance(opened, pytorch.PyTorchCheckpoint):
+        check_copies(opened, own, adapters)
+    return config, checkpoint
 
 
 def _write_files(folder: FilePath, files: Mapping[str, bytes], dtype: str | None) -> None:

@@ -84,9 +84,13 @@ class PeftAdapter(StackedTensors):
     """
 
     def __init__(self, folder: FilePath, kind: str, config: Phi4MMConfig):
-        """`config`: of the model that the adapter is for."""
+        """`config`: of the model that the adapter is for; its settings are the adapter's where the folder has none."""
         self.folder, self.kind = folder, kind
-        settings = read_json(folder / SETTINGS_FILE)
+        own: LoraConfig | None = getattr(config, f"{kind}_lora")
+        if own is None or (folder / SETTINGS_FILE).exists():
+            settings = read_json(folder / SETTINGS_FILE)
+        else:
+            settings = {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout}
         self.lora: LoraConfig = read_adapter(str(folder / SETTINGS_FILE), settings, config.decoder)
         self.files = {folder / WEIGHTS_FILE}
         alone = {"vision_lora": None, "speech_lora": None, f"{kind}_lora": self.lora}

@@ -18,7 +18,7 @@ from phi4mm_jax.checkpoint.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.peft import KINDS, PeftAdapter
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
-from phi4mm_jax.checkpoint.stacked import StackedTensors, rows_by_parameter
+from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Part, Path, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
@@ -67,62 +67,40 @@ class PyTorchCheckpoint(StackedTensors):
         self.folder = folder
         layout = layout_of(folder)
         table = tensors_of(layout, config)
-        copies, adapters = [t for t in table if t.folder], []
+        adapters = []
         if layout == "native":
             kinds = [kind for kind in KINDS if getattr(config, f"{kind}_lora") is not None]
-            copies, adapters = [], [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in kinds]
-        # The original layout's folders repeat its shards, and may have been left out of a download.
-        copies = [t for t in copies if os.path.lexists(folder / t.folder / ADAPTER_FILE)]
+            adapters = [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in kinds]
         main = [t for t in table if not t.folder]
         index = _read_index(folder)
-        stored = _stored(folder, index, sorted({t.folder for t in copies}))
+        stored = _stored(folder, index)
         self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
-        self.files |= {file for adapter in adapters for file in adapter.files}
-        held = model_tensors(folder, stored, {t.key for t in [*main, *copies]})
-        held = _as_in_table(held, {t.key for t in main})
-        _check(held, [*main, *copies])
+        self.files |= {folder / t.folder / ADAPTER_FILE for t in table if t.folder}  # or their copies
+        held = _as_in_table(model_tensors(folder, stored, {t.key for t in main}), {t.key for t in main})
+        _check(held, main)
         _check_index(folder, index, stored)
-        self._copies = rows_by_parameter(copies)
         super().__init__(
             [*main, *(t for adapter in adapters for t in adapter.tensors)],
             {**held, **{key: matrix for adapter in adapters for key, matrix in adapter.stored.items()}},
         )
 
-    def check_copies(self) -> None:
-        """The original layout has each adapter twice; both must be the same.
 
-        Raises:
-            CheckpointError: they differ, so that which is meant cannot be told; names the tensor.
-        """
-        for path, copies in self._copies.items():
-            for (tensor, _, start, stop), (copy, *_) in zip(self._rows[path], copies, strict=True):
-                first, second = (self.stored[t.key].rows(start, stop).view(np.uint8) for t in (tensor, copy))
-                if not np.array_equal(first, second):
-                    raise CheckpointError(
-                        f"{self.folder / copy.folder / ADAPTER_FILE}: {copy.name} differs from {tensor.name} "
-                        "in the main shards. If the shards are right, remove the folder's file."
-                    )
-
-
-def _stored(folder: FilePath, index: Mapping[str, str], adapters: Iterable[str]) -> dict[str, Stored]:
-    """Where each tensor is, by `Tensor.key`."""
+def _stored(folder: FilePath, index: Mapping[str, str]) -> dict[str, Stored]:
+    """Where each tensor of the main shards is, by its name."""
     stored: dict[str, Stored] = {}
     names = sorted(set(index.values())) if index else _unindexed(folder)
-    files = [("", folder / name) for name in names] + [(a, folder / a / ADAPTER_FILE) for a in adapters]
-    for place, file in files:
+    for file in (folder / name for name in names):
         try:
             header = read_header(file)
         except FileNotFoundError:
-            cause = "holds an adapter" if place else f"is named by {_INDEX}"
-            hint = _pickles(file.parent) if place else ""
-            raise CheckpointError(f"{file}: {cause}, but it is not there; {hint or 'download it again'}") from None
+            raise CheckpointError(f"{file}: is named by {_INDEX}, but it is not there; download it again") from None
         for name, tensor in header.items():
-            key = f"{place}/{name}" if place else name
-            if key in stored:
+            if name in stored:
                 raise CheckpointError(
-                    f"{folder}: tensor {key} is in {stored[key].file.name} and again in {file.name}; remove one of them"
+                    f"{folder}: tensor {name} is in {stored[name].file.name} and again in {file.name}; remove "
+                    "one of them"
                 )
-            stored[key] = tensor
+            stored[name] = tensor
     return stored
 
 
