@@ -10,6 +10,7 @@ import pytest
 import torch_native
 from conftest import FIXTURES, TINY
 
+import phi4mm_jax
 from phi4mm_jax import CheckpointError, ConfigError
 from phi4mm_jax.config import Phi4MMConfig
 
@@ -239,7 +240,7 @@ def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
 def test_adapter_settings_that_change_the_numbers_are_refused_by_name(tmp_path, layout, setting, value, remedy):
     folder = adapter_folder(tmp_path, layout, {setting: value})
     with pytest.raises(ConfigError, match=rf"vision-lora/adapter_config\.json: {setting} is .*{remedy}"):
-        Phi4MMConfig.from_folder(folder)
+        phi4mm_jax.load(folder)
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
