@@ -252,7 +252,7 @@ def test_bad_usage():
 def test_bfloat16_is_no_proof(tmp_path, monkeypatch, capsys):
     folder = golden_folder(tmp_path / "goldens", ["speech"], ["audio_0"])
     rounded = phi4mm_jax.load(TINY, dtype="bfloat16")
-    monkeypatch.setattr(phi4mm_jax, "load", lambda path, dtype, progress: {"bfloat16": rounded}[dtype])
+    monkeypatch.setattr(phi4mm_jax, "load", lambda path, dtype, **_: {"bfloat16": rounded}[dtype])
     arguments = [str(TINY), "--goldens", str(folder), "--dtype", "bfloat16"]
     assert verify.main(arguments) == 0
     printed = capsys.readouterr().out
