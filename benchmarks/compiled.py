@@ -137,8 +137,8 @@ def size(type_: str) -> float:
     return total
 
 
-def cost(text: str, chip: Chip) -> Cost:
-    """Count what one device does in one run of the program."""
+def cost(text: str, chip: Chip, unknown_trips: int = 1) -> Cost:
+    """Count what one device does in one run of the program; a loop of unknown trips counts so often."""
     computations, entry = read(text)
 
     @cache
@@ -146,7 +146,7 @@ def cost(text: str, chip: Chip) -> Cost:
         total, own = Cost(), Cost()
         for x in computations.get(name, ()):
             if x.op == "while":
-                total.add(of(_called(x, "body")), _trips(computations, _called(x, "condition")))
+                total.add(of(_called(x, "body")), _trips(computations, _called(x, "condition"), unknown_trips))
             elif x.op == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", x.text)
                 names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
@@ -211,7 +211,8 @@ def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
         return 0.0
     products, place = kinds[name]
     batch, kv_heads, group, length, head = queries
-    visited = keys[2] if "vision" in x.origin else min(keys[2] / 2 + 384, keys[2])  # blocks on the diagonal are whole
+    whole = "vision" in x.origin or "shard_map/while" in x.origin  # of crops, and of what is in the cache
+    visited = keys[2] if whole else min(keys[2] / 2 + 384, keys[2])  # blocks on the diagonal are whole
     macs = products * batch * kv_heads * group * length * visited * head
     return macs / (chip.macs * chip.cores * chip.kernels[place])
 
@@ -228,12 +229,15 @@ def _called(x: Instruction, attribute: str) -> str:
     return found.group(1) if found else ""
 
 
-def _trips(computations: Mapping[str, list[Instruction]], condition: str) -> int:
-    """By the one constant that a loop's counter is compared with, there or in what is called there; 1 if unknown."""
+def _trips(computations: Mapping[str, list[Instruction]], condition: str, unknown: int) -> int:
+    """By the one constant that a loop's counter is compared with, there or in what is called there.
+
+    A loop that ends at 0, such as that of decoding, is one step.
+    """
     names = [condition, *(_called(x, "calls") for x in computations[condition])]
     for name in names:
         texts = [x.text for x in computations.get(name, ())]
         constants = [int(n) for t in texts for n in re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", t)]
-        if len(constants) == 1 and constants[0] > 0:
-            return constants[0]
-    return 1
+        if len(constants) == 1:
+            return max(constants[0], 1)
+    return unknown

@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from benchmarks import serving
 from benchmarks.compiled import CHIPS, Cost, cost
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import Phi4MM
@@ -63,26 +64,47 @@ CASES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="some alone")
+    parser.add_argument(
+        "--case", nargs="+", choices=[*CASES, *serving.CASES], default=[*CASES, *serving.CASES], help="some alone"
+    )
     parser.add_argument("--text", type=Path, help="a folder for the compiled modules' text")
     parser.add_argument("--dear", type=int, default=0, help="how many of the dearest operations to list")
     arguments = parser.parse_args()
-    print(
-        "| trained | chips | rows | recomputed | parameters and optimizer, GiB | temporaries | of HBM | collectives |"
-        " products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
-    )
-    print("|" + "---|" * 15)
-    for name in arguments.case:
+    training, engine = ([name for name in arguments.case if name in of] for of in (CASES, serving.CASES))
+    if training:
+        print(
+            "| trained | chips | rows | recomputed | parameters and optimizer, GiB | temporaries | of HBM "
+            "| collectives | products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
+        )
+        print("|" + "---|" * 15)
+    for name in training:
         start = time.perf_counter()
         compiled = compile_step(CASES[name])
         seconds, text = time.perf_counter() - start, str(compiled.as_text())
-        if arguments.text:
-            (arguments.text / f"{name.replace(' ', '_')}.txt").write_text(text)
+        _keep(arguments.text, name, text)
         found = cost(text, chip_of(CASES[name]))
         print(row(name, compiled, found, seconds), flush=True)
         for place, cycles in found.dear.most_common(arguments.dear):
             print(f"    {cycles / chip_of(CASES[name]).clock * 1e3:8.1f} ms  {place}")
+    if engine:
+        print(
+            "| program | chips | rows | of HBM, GiB | temporaries | collectives, MB | floor, ms | estimated | ratio |"
+            " tokens/s | compiled in, s |"
+        )
+        print("|" + "---|" * 11)
+    config = Phi4MMConfig.from_dict(read_json(RELEASE))
+    for name in engine:
+        start = time.perf_counter()
+        compiled = serving.compile_serving(serving.CASES[name], config)
+        seconds = time.perf_counter() - start
+        _keep(arguments.text, name, str(compiled.as_text()))
+        print(serving.row(name, compiled, config, held(compiled), seconds), flush=True)
     return 0
+
+
+def _keep(folder: Path | None, name: str, text: str) -> None:
+    if folder is not None:
+        (folder / f"{name.replace(' ', '_')}.txt").write_text(text)
 
 
 def chip_of(case: Case):

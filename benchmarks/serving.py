@@ -1,0 +1,124 @@
+"""The engine's programs compiled at full size for TPU slices, for `benchmarks.tpu_aot`: what a chip holds and reads.
+
+The attention of decoding is counted as the transfer of its keys and values, which is what bounds it, and a write of new
+tokens as the start of two transfers; neither has an estimate of the compiler's. Latencies of collectives are left out.
+"""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding
+
+from benchmarks.compiled import CHIPS, cost
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.generation import Programs, Sampling
+from phi4mm_jax.generation.programs import Chunk, Slots
+from phi4mm_jax.generation.sampling import SamplingRows
+from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
+from phi4mm_jax.sharding import shardings
+
+BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
+PAGE = 128
+APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and a few hundred cycles
+
+
+class Serving(NamedTuple):
+    """A program of the engine: `rows` of `length` tokens each, those in the cache included; `chunk` are prefilled."""
+
+    topology: str
+    program: Literal["decode", "prefill"]
+    rows: int
+    length: int
+    chunk: int = 2048
+
+
+CASES = {
+    "prefill": Serving("v5e:2x4", "prefill", 1, 131072),
+    "decode": Serving("v5e:2x4", "decode", 16, 8192),
+    "decode, v6e": Serving("v6e:2x4", "decode", 64, 8192),
+}
+
+
+class Estimate(NamedTuple):
+    seconds: float  # of a step, or of a whole prompt
+    floor: float  # seconds in which a step's weights, keys and values are read, or a prompt's products done
+    moved: float  # bytes of collectives on a chip
+
+
+def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
+    """The program with a cache that holds all rows, its heads over all chips, without adapters."""
+    module = Phi4MM(config, jnp.bfloat16)
+    abstract = abstract_variables(module)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    mesh = jax.make_mesh((1, len(chips)), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+    places = shardings(abstract, mesh)
+
+    def on_chips(shape, dtype, place):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
+    variables = {p: on_chips(x.shape, jnp.bfloat16, places[p]) for p, x in flat.items() if p[0] == "params"}
+    variables = unflatten_dict(variables)
+    programs = Programs(module, variables)
+    everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
+    numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
+    pages = jax.eval_shape(lambda: empty_cache(config, case.rows * case.length // PAGE, PAGE, jnp.bfloat16))
+    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs._placement(x)), pages)
+    settings = SamplingRows.of([Sampling()] * case.rows)
+    settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)
+    seen = flags((case.rows, config.decoder.vocab_size))
+    row, long, tables = numbers((case.rows,)), flags((case.rows,)), numbers((case.rows, case.length // PAGE))
+    if case.program == "decode":
+        slots = Slots(row, row, row, tables, row, long, row, settings)
+        return programs.decode.lower(variables, pages, seen, slots, width=8).compile()
+    tokens = numbers((case.rows, case.chunk))
+    chunk = Chunk(tokens, tokens, row, row, tables, row, long, row, row, settings)
+    features = everywhere((512 * 64, config.decoder.embed_dim), jnp.bfloat16)
+    return programs.prefill.lower(variables, pages, features, seen, chunk).compile()
+
+
+def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
+    kind = case.topology.split(":")[0]
+    chip, bandwidth, d = CHIPS[kind], BANDWIDTH[kind], config.decoder
+    chips = len(topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices)
+    heads = d.num_heads + 2 * d.num_kv_heads
+    layer = d.embed_dim * d.head_size * (heads + d.num_heads) + 3 * d.embed_dim * d.mlp_dim
+    weights = d.num_layers * layer + d.vocab_size * d.embed_dim
+    if case.program == "decode":
+        found = cost(text, chip)
+        keys = 4 * d.num_layers * case.rows * case.length * d.num_kv_heads * d.head_size / chips
+        seconds = found.seconds + keys / bandwidth + d.num_layers * APPEND
+        return Estimate(seconds, (2 * weights / chips + keys) / bandwidth, sum(found.bytes.values()))
+    # The loop over cached keys is the one whose trips no constant tells; the i-th chunk takes i of them.
+    first, second = (cost(text, chip, unknown_trips=n) for n in (0, 1))
+    count = case.length // case.chunk
+    blocks = count * (count - 1) // 2 * case.chunk // 2048
+
+    def whole(of: Any) -> float:
+        return count * of(first) + blocks * (of(second) - of(first))
+
+    products = 2 * d.num_layers * layer * case.length * case.rows
+    pairs = 4 * d.num_layers * d.num_heads * d.head_size * case.length**2 / 2 * case.rows
+    moved = whole(lambda c: sum(c.bytes.values()))
+    return Estimate(whole(lambda c: c.seconds), (products + pairs) / chips / chip.peak, moved)
+
+
+def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, held: float, seconds: float) -> str:
+    """A line of the table."""
+    case = CASES[name]
+    memory: Any = compiled.memory_analysis()
+    found = estimate(case, config, str(compiled.as_text()))
+    hbm = CHIPS[case.topology.split(":")[0]].hbm
+    tokens = case.rows * (1 if case.program == "decode" else case.length)
+    return (
+        f"| {case.program} | {case.topology} | {case.rows} x {case.length} | {held:.1f} of {hbm:.1f} "
+        f"| {memory.temp_size_in_bytes / 2**30:.2f} | {found.moved / 1e6:.0f} | {found.floor * 1e3:.2f} "
+        f"| {found.seconds * 1e3:.2f} | {found.seconds / found.floor:.2f} | {tokens / found.seconds:.0f} "
+        f"| {seconds:.0f} |"
+    )
