@@ -167,8 +167,8 @@ def _is_same(first: object, second: object, whole: bool) -> bool:
         return False
     size = first.nbytes
     if whole or size <= 2 * _SAMPLE:
-        rows = (held.rows(0, held.shape[0]).view(np.uint8) for held in (first, second))
-        return np.array_equal(*rows)
+        ours, theirs = (held.rows(0, held.shape[0]).view(np.uint8) for held in (first, second))
+        return np.array_equal(ours, theirs)
     return all(_bytes(first, at) == _bytes(second, at) for at in (size // 3, 2 * size // 3 - _SAMPLE))
 
 
