@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.generation import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.training import loop
 from phi4mm_jax.training.augment import SpeechAugmentation
@@ -751,8 +752,15 @@ def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeyp
         values[step] = found
         return found | {f"evaluation_{metric}": scores[step]}
 
+    answering: list[np.ndarray] = []  # the norm of what generates answers, a call each
+
+    def engine(programs, variables, *arguments):
+        answering.append(np.array(variables["params"]["decoder"]["norm"]["scale"]))
+        return Engine(programs, variables, *arguments)
+
     values: dict[int, dict] = {}
     monkeypatch.setattr(Evaluation, "__call__", scored)
+    monkeypatch.setattr("phi4mm_jax.training.evaluation.Engine", engine)
     evaluation = f"evaluation={{sources: [{{path: {held}}}], every: 2, metric: {metric}, max_new_tokens: 1}}"
     assert run(quick, evaluation, "data.epochs=null", "data.steps=8", "keep=1") == 0
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None, read_only=True).steps == [best, 8]
@@ -765,6 +773,8 @@ def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeyp
     losses = [answer_losses(exported, prompt, reference) for reference in references]
     np.testing.assert_allclose(values[best]["evaluation_loss"], np.concatenate(losses).mean(), rtol=1e-5)
     assert values[best].get("evaluation_exact") == share
+    norms = [evaluated[step]["params", "decoder", "norm", "scale"] for step in sorted(evaluated)]
+    np.testing.assert_array_equal(answering, norms if metric == "exact" else [])
     assert f"step {best}" in (tmp_path / "run" / "report.md").read_text()
 
 
