@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
-    parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="of all rows together")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="the most that a line may ask for")
     parser.add_argument(
         "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
@@ -126,6 +126,7 @@ def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerF
             adapters_from=arguments.adapters_from, merge=arguments.merge, progress=advance,
         )  # fmt: skip
     engine = model.engine(config)
+    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
     if arguments.warmup:
         with progress_bar("Compiling") as advance:
             engine.warm_up(advance)

@@ -343,7 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     add_adapter_folder(parser)
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="how long it may get")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, help="how long it may get; by default what fits")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=1024, help="of an answer")
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
@@ -374,6 +374,7 @@ def main() -> int:
             progress=advance,
         )
     engine = model.engine(config)
+    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     prompt = "> " if sys.stdin.isatty() else ""

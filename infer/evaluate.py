@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
-    parser.add_argument("--cache-tokens", metavar="N", type=int, default=32768, help="of all rows together")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
     parser.add_argument(
         "--compilation-cache", metavar="DIR", default=str(default_folder()),
         help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
@@ -131,6 +131,7 @@ def evaluate(
                     progress=advance,
                 )
             engine = model.engine(config)
+            print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
             with count_bar("Answering", "tokens", len(items), file.answered) as advance:
                 for _, tokens in file.run(engine):
                     advance(1, tokens)

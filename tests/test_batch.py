@@ -606,6 +606,8 @@ def test_warming_up_comes_before_the_first_answer(tmp_path, engine, monkeypatch,
     calls = []
 
     class Loaded:
+        config = SimpleNamespace(cache_tokens=8192)
+
         def engine(self, config):
             return self
 

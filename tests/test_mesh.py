@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.generation import EngineConfig, Programs, Request
+from phi4mm_jax.generation.engine import default_cache_tokens
 from phi4mm_jax.generation.programs import _copy_pages
+from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import Cache, CachedRows, attend, quantize
 from phi4mm_jax.sharding import inference_mesh, make_mesh
 
@@ -148,3 +151,22 @@ def test_heads_that_the_devices_cannot_share(scanned):
     variables = {"params": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=place)}
     with pytest.raises(InputError, match="tensor=4, which does not divide 2 key heads; give 1 or 2"):
         Programs(scanned.module, variables)
+
+
+@pytest.mark.parametrize(
+    ("free", "cache_dtype", "expected"),
+    [
+        (17.0, None, 805 * 128),  # 12.6 GiB beside features; a page of 128 tokens takes 16 MiB, and one is no row's
+        (2.0, "int8", 167 * 128),
+        (400.0, None, 8 * 131072),  # all that eight slots can use
+    ],
+)
+def test_the_default_cache_is_what_fits(free, cache_dtype, expected):
+    stats = {"bytes_limit": 1000 << 30, "bytes_in_use": (1000 << 30) - int(free * 2**30)}
+    model = Phi4MM(Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json")))
+    programs = SimpleNamespace(model=model, shares=1, devices=[SimpleNamespace(memory_stats=lambda: stats)])
+    config = EngineConfig(page_size=128, cache_dtype=cache_dtype)
+    assert default_cache_tokens(config, programs, 131072) == expected
+    stats["bytes_in_use"] = (1000 << 30) - (1 << 27)
+    with pytest.raises(InputError, match="which is no room for a cache"):
+        default_cache_tokens(config, programs, 131072)

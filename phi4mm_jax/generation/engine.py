@@ -31,6 +31,7 @@ from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.batch import NO_MEDIA
 from phi4mm_jax.processing.processor import Processor, Row
 
+_CACHE_TOKENS = 32768  # where the memory is not known
 _BLOCK = 64  # features, see `FeatureStore`
 _ROWS = (4, 1)  # rows that are prefilled at once
 _PATIENCE = 1.0  # seconds that the first request is waited for before it is overtaken
@@ -45,7 +46,8 @@ class EngineConfig:
 
     Attributes:
         slots: rows that are decoded at once.
-        cache_tokens: what the cache holds, of all rows together.
+        cache_tokens: what the cache holds, of all rows together. By default three quarters of what is free of each
+            device's memory, at most what the slots can use; 32768 on CPUs, which do not tell.
         page_size: tokens of a page; prompts share whole pages, and prefill at least one. By default 128 on TPUs, whose
             kernel asks for that, and 64 elsewhere, where a short prompt then costs half as much.
         chunk: tokens of a row that are prefilled at once, at most; a multiple of the page size.
@@ -60,7 +62,7 @@ class EngineConfig:
     """
 
     slots: int = 8
-    cache_tokens: int = 32768
+    cache_tokens: int | None = None
     page_size: int = field(default_factory=lambda: 128 if jax.default_backend() == "tpu" else 64)
     chunk: int = 2048
     steps: int = 8
@@ -75,6 +77,8 @@ class EngineConfig:
         sizes = ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams")
         for name in (*sizes, "workers", "media_seconds"):
             value = getattr(self, name)
+            if name == "cache_tokens" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}; expected a positive whole number")
         if self.chunk % self.page_size:
@@ -93,7 +97,7 @@ class EngineConfig:
 
     @property
     def pages(self) -> int:
-        return math.ceil(self.cache_tokens / self.page_size)
+        return math.ceil((self.cache_tokens or _CACHE_TOKENS) / self.page_size)
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,9 @@ class Engine:
     """
 
     def __init__(self, programs: Programs, variables: Mapping[str, Any], processor: Processor, config: EngineConfig):
+        if config.cache_tokens is None:
+            tokens = default_cache_tokens(config, programs, processor.context)
+            config = replace(config, cache_tokens=tokens)
         self.config, self._programs, self._processor = config, programs, processor
         self._variables = variables
         self._context = processor.context
@@ -817,6 +824,30 @@ class Engine:
     def _variables_for(self, adapters: set[int]) -> dict[str, Any]:
         """Without the adapters that no row uses, which then cost nothing."""
         return {name: v for name, v in self._variables.items() if ADAPTERS.get(name) in {None, *adapters}}
+
+
+def default_cache_tokens(config: EngineConfig, programs: Programs, context: int) -> int:
+    """The size of the cache that the devices have room for, see `EngineConfig`.
+
+    Raises:
+        InputError: there is no room for one page.
+    """
+    stats = [device.memory_stats() for device in programs.devices]
+    if not all(found and "bytes_limit" in found for found in stats):
+        return _CACHE_TOKENS
+    free = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+    decoder, itemsize = programs.model.config.decoder, jnp.dtype(programs.model.dtype).itemsize
+    features, seen = config.feature_blocks * _BLOCK * decoder.embed_dim * itemsize, config.slots * decoder.vocab_size
+    cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
+    head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
+    token = 2 * decoder.num_layers * decoder.num_kv_heads // programs.shares * head
+    pages = int(0.75 * (free - features - seen)) // (token * config.page_size) - 1  # the scratch page
+    if pages < 1:
+        raise InputError(
+            f"of a device's memory {free / 2**30:.1f} GiB are free, which is no room for a cache; use more devices "
+            "(mesh), cache_dtype int8 or fewer feature_blocks, or say what to try with cache_tokens"
+        )
+    return config.page_size * min(pages, config.slots * config.beams * math.ceil(context / config.page_size))
 
 
 def _column(rows: Sequence[_Active | None], count: int, value) -> np.ndarray:

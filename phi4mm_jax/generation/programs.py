@@ -101,6 +101,17 @@ class Programs:
         self.extend = jit_beside(variables, self._extend, donate_argnums=1, static_argnames="candidates")
         self.mark = jit_beside(variables, self._mark, donate_argnums=0)
 
+    @property
+    def devices(self) -> list[Any]:
+        """This host's that compute."""
+        return sorted(self._sharding.addressable_devices, key=lambda device: device.id)
+
+    @property
+    def shares(self) -> int:
+        """How many devices share the heads."""
+        place = self._sharding
+        return place.mesh.shape.get("tensor", 1) if isinstance(place, NamedSharding) else 1
+
     def place(self, state: Any) -> Any:
         """Puts an engine's state where the parameters are: keys and values by heads, the rest on every device.
 
