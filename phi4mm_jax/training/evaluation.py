@@ -23,6 +23,8 @@ from phi4mm_jax.training.patterns import join
 from phi4mm_jax.training.recipe import EvaluationConfig
 from phi4mm_jax.training.step import Objective, Variables
 
+_CACHE_TOKENS = 32768  # the same on all hosts, and little beside the optimizer
+
 
 class Evaluation:
     """To be called with the parameters of a step.
@@ -79,5 +81,6 @@ class Evaluation:
     def _answers(self, trainable: Variables, frozen: Variables, ended: Callable[[], bool]) -> list[Answer] | None:
         dtype = self._programs.model.dtype
         variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
-        engine = Engine(self._programs, variables, self._model.processor, EngineConfig())
+        config = EngineConfig(cache_tokens=_CACHE_TOKENS)
+        engine = Engine(self._programs, variables, self._model.processor, config)
         return ask(engine, self._items, self._config.max_new_tokens, ended=ended)
