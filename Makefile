@@ -1,7 +1,9 @@
 # Each target sets up what it needs in a fresh clone, in a virtual environment of its own.
 #   make demo EXTRA=cuda     on a GPU (EXTRA=tpu on a TPU VM)
+#   make test TESTS=tests-without-torch     skips what compares with PyTorch live
 PYTHON ?= python3
 EXTRA ?= cpu
+TESTS ?= tests
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -11,10 +13,10 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/installed-$(EXTRA)
 	@$(RUN) -m infer.demo
 
-test: $(VENV)/installed-tests
+test: $(VENV)/installed-$(TESTS)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/installed-tests
+lint: $(VENV)/installed-$(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright

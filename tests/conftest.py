@@ -16,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inheri
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -33,6 +34,27 @@ TINY = FIXTURES / "ms_tiny"
 
 def pytest_configure() -> None:
     assert jax.device_count() == 8, "the tests need 8 host devices; was jax imported before tests/conftest.py?"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    return (yield from _skipped_without_pytorch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    return (yield from _skipped_without_pytorch())
+
+
+def _skipped_without_pytorch():
+    """Skip what imports torch, peft or transformers where they are not installed: the extra tests-without-torch."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("torch", "peft", "transformers") or find_spec(package):
+            raise
+        pytest.skip(f"{package} is not installed; it is in the extra oracle")
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import soundfile
-import torch
 from safetensors.numpy import load_file
-from transformers import Phi4MultimodalFeatureExtractor
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing import audio
@@ -140,6 +138,8 @@ def test_mel_filters() -> None:
 @pytest.mark.parametrize("num_samples", [400, 559, 560, 16000, 16123, 100_000])
 def test_transformers(num_samples: int) -> None:
     """One clip at a time (its batches keep frames that no clip fills)."""
+    from transformers import Phi4MultimodalFeatureExtractor
+
     extractor = Phi4MultimodalFeatureExtractor()
     samples = noise(num_samples)
     features = log_mel(samples, 16000)
@@ -155,6 +155,8 @@ def test_transformers(num_samples: int) -> None:
 
 def test_transformers_highest_band() -> None:
     """A tone where its extractor has a bin more moves its highest band, and no other; ours is the original's."""
+    from transformers import Phi4MultimodalFeatureExtractor
+
     extractor = Phi4MultimodalFeatureExtractor()
     t = np.arange(40 * 16000) / 16000
     samples = (0.5 * np.sin(2 * np.pi * 7700 * t)).astype(np.float32) + noise(len(t)) / 10
@@ -316,6 +318,8 @@ def test_int16_equals_its_float_version() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_narrow_floats_and_tensors(dtype: str) -> None:
+    import torch
+
     tensor = torch.tensor(noise(8000)).to(getattr(torch, dtype))
     array = jnp.asarray(noise(8000), dtype)
     expected = tensor.float().numpy()
@@ -633,7 +637,6 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
         ((np.zeros((0, 2)), 16000), r"shape \(0, 2\)"),
         ((np.zeros((2, 2, 9000)), 16000), r"shape \(2, 2, 9000\)"),
         (([[0.0], [0.0, 1.0]], 16000), "the values make no array"),
-        ((torch.zeros(16000, device="meta"), 16000), "the values make no array"),
         ((np.zeros((100, 16000)), 16000), "100 channels, more than 64; pass one clip, not a batch"),
         ((np.zeros(16000, np.int64), 16000), "samples of int64, whose full scale is not known"),
         (([0] * 16000, 16000), "samples of int64"),
@@ -669,7 +672,7 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/no/such/file.wav", "the file does not exist; check the path"),
         (Path("/no/such/file.wav"), "the file does not exist"),
         ("", "the file does not exist"),
-        ("null\0byte.wav", r"cannot be opened \(embedded null byte\); check the path"),
+        ("null\0byte.wav", r"cannot be opened \(.*embedded null (byte|character).*\); check the path"),
         ("a" * 5000, r"cannot be opened \(File name too long\); check the path"),
         (TINY, r"cannot be opened \(Is a directory\); check the path"),
         (TINY / "config.json", "the audio clip cannot be read"),
@@ -678,6 +681,13 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unusable_sources(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_audio(source)
+
+
+def test_tensors_without_values() -> None:
+    import torch
+
+    with pytest.raises(InputError, match="the values make no array"):
+        load_audio((torch.zeros(16000, device="meta"), 16000))
 
 
 def test_one_frame() -> None:

@@ -6,12 +6,9 @@ import random
 
 import numpy as np
 import pytest
-import torch
-import torch_native
 from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
 from PIL import Image
 from scipy.special import log_softmax
-from torch_native import load_native
 
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request, Sampling
@@ -28,7 +25,9 @@ ADAPTERS = {0: None, 1: "vision", 2: "speech"}
 
 @pytest.fixture(scope="module")
 def oracle():
-    return load_native(TINY)
+    import torch_native
+
+    return torch_native.load_native(TINY)
 
 
 def request_of(case, tokens, beams, **settings):
@@ -38,6 +37,9 @@ def request_of(case, tokens, beams, **settings):
 
 def transformers_search(oracle, tokens, *, beams, new_tokens, penalty, stops, adapter=None, **media):
     """The n best continuations and their scores. Without a cache, so that the length alone selects the rotary set."""
+    import torch
+    import torch_native
+
     torch_native._use_adapter(oracle.model, adapter)
     prompt = torch.as_tensor(np.asarray(tokens), dtype=torch.int64)[None]
     with torch.no_grad():
@@ -105,6 +107,8 @@ def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
 
 def test_media_as_transformers(tiny, goldens, oracle):
     """Clips, an image and a long text, side by side."""
+    import torch
+
     names = ["speech", "vision", "speech_8k", "text_long", "text_tools"]
     engine = tiny.engine(CONFIG)
     answers = dict(engine.run([request_of(CASES[name], 10, 4) for name in names]))

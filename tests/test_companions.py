@@ -13,26 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch_native
-from conftest import FIXTURES, TINY, media_of
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from conftest import FIXTURES, TINY, golden_cases, media_of
 from safetensors.numpy import load_file, save_file
 from soundfile import read as read_audio
-from test_parity import CASES, native_inputs
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    Phi4MultimodalAudioConfig,
-    Phi4MultimodalConfig,
-    Phi4MultimodalFeatureExtractor,
-    Phi4MultimodalVisionConfig,
-    PreTrainedConfig,
-)
-from transformers.models.auto.auto_mappings import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from phi4mm_jax import CheckpointError, ConfigError
 from phi4mm_jax.checkpoint.companions import companion_files
@@ -41,6 +24,7 @@ from phi4mm_jax.processing.processor import Processor, read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())
+CASES = {case["name"]: case for case in golden_cases()}
 KINDS = ("vision", "speech")
 CODE = ("configuration_phi4mm.py", "modeling_phi4mm.py", "processing_phi4mm.py")
 TEXTS = (
@@ -48,6 +32,13 @@ TEXTS = (
     "<|user|>  hi there<|end|>\n\n<|assistant|> don't I'LL 12345  \t\n x",
     "日本語 élève 한국어 <|endoftext10|><|endoftext11|> y",
 )
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    import transformers
+
+    return transformers
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> Path:
@@ -186,11 +177,11 @@ def test_the_release_comes_back_with_its_code(release, tmp_path):
     assert b"auto_map" not in without["config.json"] + without["preprocessor_config.json"]
 
 
-def test_from_a_folder_that_transformers_wrote(original, tmp_path):
+def test_from_a_folder_that_transformers_wrote(original, tmp_path, transformers):
     """Rotary settings in rope_parameters, dtype for torch_dtype, no generation_config.json, a nested processor."""
     native = write(companion_files(original, "native"), tmp_path / "native")
-    AutoConfig.from_pretrained(native).save_pretrained(native)
-    AutoTokenizer.from_pretrained(native).save_pretrained(native)
+    transformers.AutoConfig.from_pretrained(native).save_pretrained(native)
+    transformers.AutoTokenizer.from_pretrained(native).save_pretrained(native)
     crops = values(native / "preprocessor_config.json") | {"dynamic_hd": 7}
     (native / "processor_config.json").write_text(json.dumps({"image_processor": crops, "audio_processor": {}}))
     for name in ("generation_config.json", "preprocessor_config.json"):
@@ -212,7 +203,7 @@ def test_from_a_folder_that_transformers_wrote(original, tmp_path):
 
 
 @pytest.mark.parametrize("stated", [{}, {"eos_token_id": 633, "temperature": 0.5}])
-def test_stop_tokens_travel(original, tmp_path, stated):
+def test_stop_tokens_travel(original, tmp_path, stated, transformers):
     """config.json of the original outranks generation_config.json, which is all that the native layout goes by."""
     change(original / "config.json", eos_token_ids=[639, 647])
     (original / "generation_config.json").write_text(json.dumps(stated))
@@ -220,7 +211,7 @@ def test_stop_tokens_travel(original, tmp_path, stated):
     back = write(companion_files(native, "original"), tmp_path / "back")
     for folder in (native, back):
         assert Phi4MMConfig.from_folder(folder).stop_token_ids == (639, 647)
-        generation = GenerationConfig.from_pretrained(folder)
+        generation = transformers.GenerationConfig.from_pretrained(folder)
         assert generation.eos_token_id == [639, 647]
         assert (generation.pad_token_id, generation.temperature) == (633, stated.get("temperature"))
 
@@ -238,10 +229,12 @@ def test_adapters_that_are_not_there(original, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["original", "release"])
-def test_autoconfig(source, tmp_path, request):
+def test_autoconfig(source, tmp_path, request, transformers):
+    import torch_native
+
     source = request.getfixturevalue(source)
     native = write(companion_files(source, "native"), tmp_path / "native")
-    ours = AutoConfig.from_pretrained(native).to_dict()
+    ours = transformers.AutoConfig.from_pretrained(native).to_dict()
     del ours["_name_or_path"]
     theirs = torch_native.native_config(values(source / "config.json")).to_dict()
     assert ours.pop("architectures") == ["Phi4MultimodalForCausalLM"]
@@ -256,25 +249,25 @@ def test_autoconfig(source, tmp_path, request):
     assert ours == {key: value for key, value in theirs.items() if key not in dropped}
 
 
-def test_every_key_of_transformers_is_stated(original):
+def test_every_key_of_transformers_is_stated(original, transformers):
     """None is left to a default, which are not the release's."""
     stated = json.loads(companion_files(original, "native")["config.json"])
     stated["rope_parameters"] = stated["rope_scaling"]  # the name that all versions read
     for section, known in (
-        (stated, Phi4MultimodalConfig),
-        (stated["vision_config"], Phi4MultimodalVisionConfig),
-        (stated["audio_config"], Phi4MultimodalAudioConfig),
+        (stated, transformers.Phi4MultimodalConfig),
+        (stated["vision_config"], transformers.Phi4MultimodalVisionConfig),
+        (stated["audio_config"], transformers.Phi4MultimodalAudioConfig),
     ):
-        settings = {field for field in known.__annotations__ if not hasattr(PreTrainedConfig, field)}
+        settings = {field for field in known.__annotations__ if not hasattr(transformers.PreTrainedConfig, field)}
         assert len(settings) > 10
         assert settings <= section.keys()
 
 
 @pytest.mark.parametrize("source", ["original", "release"])
-def test_autotokenizer(source, tmp_path, request):
+def test_autotokenizer(source, tmp_path, request, transformers):
     source = request.getfixturevalue(source)
     native = write(companion_files(source, "native"), tmp_path / "native")
-    theirs, ours = AutoTokenizer.from_pretrained(native), Tokenizer.from_folder(source)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(native), Tokenizer.from_folder(source)
     config = values(native / "config.json")
     for text in TEXTS:
         assert theirs(text)["input_ids"] == ours.encode(text, special=True)
@@ -283,10 +276,13 @@ def test_autotokenizer(source, tmp_path, request):
     assert (theirs.pad_token_id, theirs.model_max_length) == (config["pad_token_id"], 131072)
 
 
-def test_chat_template(tiny, original, tmp_path):
+def test_chat_template(tiny, original, tmp_path, transformers):
     """Texts as in the release's template, and the parts of a content as in our own chat."""
-    tokenizer = AutoTokenizer.from_pretrained(write(companion_files(original, "native"), tmp_path / "native"))
-    release = AutoTokenizer.from_pretrained(original, config=AutoConfig.from_pretrained(tmp_path / "native"))
+    native = write(companion_files(original, "native"), tmp_path / "native")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(native)
+    release = transformers.AutoTokenizer.from_pretrained(
+        original, config=transformers.AutoConfig.from_pretrained(native)
+    )
     image, audio = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
     texts = [
         {"role": "system", "content": "Be kind.", "tools": '[{"name": "f"}]'},
@@ -304,11 +300,11 @@ def test_chat_template(tiny, original, tmp_path):
     assert tokenizer(rendered)["input_ids"] == once
 
 
-def test_feature_extractor_and_processor_settings(tiny, original, tmp_path):
+def test_feature_extractor_and_processor_settings(tiny, original, tmp_path, transformers):
     native = write(companion_files(original, "native"), tmp_path / "native")
-    extractor = AutoFeatureExtractor.from_pretrained(native)
-    usual = Phi4MultimodalFeatureExtractor()
-    assert type(extractor) is Phi4MultimodalFeatureExtractor
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(native)
+    usual = transformers.Phi4MultimodalFeatureExtractor()
+    assert type(extractor) is transformers.Phi4MultimodalFeatureExtractor
     assert usual.to_dict().items() <= extractor.to_dict().items()
     clip, rate = read_audio(TINY / "inputs" / "audio_0.flac", dtype="float32")
     ours = tiny.processor.row("<|audio_1|>", (), [(clip, rate)]).clips[0]
@@ -316,7 +312,7 @@ def test_feature_extractor_and_processor_settings(tiny, original, tmp_path):
     assert theirs["audio_embed_sizes"].tolist() == [-(-len(ours) // 8)]
     assert np.abs(theirs["audio_input_features"][0] - ours).max() < 0.01  # its STFT differs a little
     settings = values(native / "preprocessor_config.json")
-    known = IMAGE_PROCESSOR_MAPPING_NAMES["phi4_multimodal"]["torchvision"]
+    known = transformers.models.auto.auto_mappings.IMAGE_PROCESSOR_MAPPING_NAMES["phi4_multimodal"]["torchvision"]
     assert settings["image_processor_type"] == f"{known}Fast"  # version 4's name, which 5 takes for its own
     assert settings["processor_class"] == "Phi4MultimodalProcessor"
     assert not (native / "processor_config.json").exists()
@@ -325,6 +321,8 @@ def test_feature_extractor_and_processor_settings(tiny, original, tmp_path):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """The native layout: our files, and the weights under transformers' names."""
+    import torch_native
+
     folder = write(companion_files(TINY, "native"), tmp_path_factory.mktemp("exported"))
     tensors = {}
     for path in TINY.glob("model-*.safetensors"):
@@ -337,8 +335,15 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
-def test_adapters_land_and_logits_are_ours(tiny, exported, loader):
-    loaded: Any = AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager", output_loading_info=True)
+def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers):
+    import torch_native
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+    from test_parity import native_inputs
+
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        exported, attn_implementation="eager", output_loading_info=True
+    )
     model, info = loaded
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     if loader == "peft":

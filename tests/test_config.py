@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch_native
 from conftest import FIXTURES, TINY
 
 import phi4mm_jax
@@ -194,6 +193,8 @@ def adapter_folder(tmp_path: Path, layout: str, settings: dict[str, Any]) -> Pat
         shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("inputs", "goldens*"))
     else:
         (tmp_path / "model").mkdir()
+        import torch_native
+
         native = torch_native.native_config(json.loads((TINY / "config.json").read_text())).to_dict()
         (tmp_path / "model" / "config.json").write_text(json.dumps(native, default=str))
         for kind in ("vision", "speech"):

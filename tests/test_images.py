@@ -16,7 +16,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from PIL import EpsImagePlugin, Image
 from safetensors.numpy import load_file
 
@@ -123,6 +122,8 @@ def test_features_have_the_documented_types() -> None:
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (3, 2), (4, 3), (5, 4), (6, 6), (1, 8), (9, 1), (36, 1)])
 def test_global_view_is_torch_bicubic(grid: tuple[int, int]) -> None:
     """All grids have sides in whole multiples of a crop; noise, so that each weight counts and values overshoot."""
+    import torch
+
     columns, rows = grid
     features = preprocess_image(noise(columns * 448, rows * 448))
     tiles = features.crops[1:].reshape(rows, columns, 448, 448, 3).swapaxes(1, 2)
@@ -334,7 +335,7 @@ def test_arrays() -> None:
     for grey in (pixels[:, :, 0], pixels[:, :, :1]):
         np.testing.assert_array_equal(np.asarray(load_image(grey)), np.repeat(pixels[:, :, :1], 3, 2))
     opaque = np.concatenate([pixels, np.full_like(pixels[:, :, :1], 255)], 2)
-    for source in (opaque, torch.tensor(pixels), jnp.asarray(pixels)):
+    for source in (opaque, jnp.asarray(pixels)):
         np.testing.assert_array_equal(np.asarray(load_image(source)), pixels)
 
 
@@ -368,7 +369,7 @@ def test_transparency_is_flattened_on_white(mode: str) -> None:
     assert image.mode == mode
     rgba = np.asarray(image.convert("RGBA"), np.float64)
     expected = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
-    sources: list[Any] = [image, np.asarray(image.convert("RGBA")), torch.tensor(np.asarray(image.convert("RGBA")))]
+    sources: list[Any] = [image, np.asarray(image.convert("RGBA"))]
     sources += [encoded(image.convert("RGBA"), file_format) for file_format in ("PNG", "TIFF")]
     for source in sources:
         seen = np.asarray(load_image(source), np.float64)
@@ -488,7 +489,7 @@ def closed(opened: Any) -> Any:
         ("/no/such/file.png", "the file does not exist; check the path"),
         (Path("/no/such/file.png"), "the file does not exist"),
         ("", "the file does not exist"),
-        ("null\0byte.png", r"cannot be opened \(embedded null byte\); check the path"),
+        ("null\0byte.png", r"cannot be opened \(.*embedded null (byte|character).*\); check the path"),
         ("a" * 5000, r"cannot be opened \(File name too long\); check the path"),
         (FIXTURES, r"cannot be opened \(Is a directory\); check the path"),
         (None, "of type NoneType"),
@@ -501,8 +502,6 @@ def closed(opened: Any) -> Any:
         (np.zeros((4, 4, 3), np.float32), r"array of float32 \(4, 4, 3\)"),
         (np.zeros((3, 8, 8), np.uint8), r"array of uint8 \(3, 8, 8\)"),
         (np.zeros((4, 4, 2), np.uint8), r"expected uint8 \(height, width\), or .* with 1, 3 or 4 channels"),
-        (torch.zeros((4, 4, 3), dtype=torch.bfloat16), r"array of float32 \(4, 4, 3\)"),
-        (torch.zeros((4, 4, 3), dtype=torch.uint8, device="meta"), "the values make no array"),
         (np.zeros((0, 4, 3), np.uint8), r"array of uint8 \(0, 4, 3\)"),
         (np.zeros(4, np.uint8), r"array of uint8 \(4,\)"),
         (Image.new("RGB", (0, 5)), "0x5 pixels"),
@@ -511,6 +510,20 @@ def closed(opened: Any) -> Any:
 def test_unusable_sources(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_image(source)
+
+
+def test_tensors() -> None:
+    import torch
+
+    rgb = np.asarray(picture(30, 20))
+    rgba = np.asarray(with_alpha("RGBA"))
+    np.testing.assert_array_equal(np.asarray(load_image(torch.tensor(rgb))), rgb)
+    on_white = rgba[..., :3] * (rgba[..., 3:] / 255) + 255 - rgba[..., 3:]
+    assert np.abs(np.asarray(load_image(torch.tensor(rgba)), np.float64) - on_white).max() <= 1
+    with pytest.raises(InputError, match=r"array of float32 \(4, 4, 3\)"):
+        load_image(torch.zeros((4, 4, 3), dtype=torch.bfloat16))
+    with pytest.raises(InputError, match="the values make no array"):
+        load_image(torch.zeros((4, 4, 3), dtype=torch.uint8, device="meta"))
 
 
 @pytest.mark.parametrize("file_format", [*FORMATS, "AVIF"])

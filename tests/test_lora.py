@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig as PeftConfig
-from peft import inject_adapter_in_model
 
 from phi4mm_jax.config import LoraConfig
 from phi4mm_jax.model.lora import Projection, dropout
@@ -62,19 +59,22 @@ def test_dropout_is_the_same_however_the_array_lies_on_a_mesh(spec):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-class _Mask(torch.nn.Module):
-    """Dropout whose draws are given."""
-
-    def __init__(self, kept: np.ndarray, rate: float):
-        super().__init__()
-        self.factor = torch.tensor(kept / (1 - rate), dtype=torch.float32)
-
-    def forward(self, x):
-        return x * self.factor
-
-
 def test_dropout_comes_before_the_down_projection_as_in_peft():
     """With the same draws, which powers of two in A make visible: y = x W + (alpha / r) drop(x) A B."""
+    import torch
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    class Mask(torch.nn.Module):
+        """Dropout whose draws are given."""
+
+        def __init__(self, kept: np.ndarray, rate: float):
+            super().__init__()
+            self.factor = torch.tensor(kept / (1 - rate), dtype=torch.float32)
+
+        def forward(self, x):
+            return x * self.factor
+
     rate, inputs, outputs, rank = 0.5, 12, 7, 3
     lora = LoraConfig(rank=rank, alpha=6.0, dropout=rate)
     sizes = {"D": inputs, "F": outputs}
@@ -105,6 +105,6 @@ def test_dropout_comes_before_the_down_projection_as_in_peft():
         layer.base_layer.weight.copy_(torch.tensor(w.T))
         layer.lora_A["default"].weight.copy_(torch.tensor(a.T))
         layer.lora_B["default"].weight.copy_(torch.tensor(b.T))
-    layer.lora_dropout["default"] = _Mask(kept, rate)
+    layer.lora_dropout["default"] = Mask(kept, rate)
     x = rng.normal(size=(2, 5, inputs)).astype(np.float32)
     np.testing.assert_allclose(apply(x, w, a, b), layer.train()(torch.tensor(x)).detach().numpy(), atol=1e-5)

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch_native
 from conftest import FIXTURES, TINY, golden_cases, media_of
 from flax.traverse_util import unflatten_dict
 from PIL import Image
+
+pytest.importorskip("torch")
+import torch
+import torch_native
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.original import original_table

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY
+
+pytest.importorskip("torch")
 import torch
 import torch_native
-from conftest import TINY
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import torch
-import torch_native
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("torch")
+import torch
+import torch_native
 from torch_native import Adapter, NativeImage, NativeModel, load_native
 
 from phi4mm_jax.processing.audio import log_mel

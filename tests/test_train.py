@@ -19,15 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch_native
 import yaml
-from conftest import TINY, media_of
+from conftest import TINY, golden_cases, media_of
 from flax.traverse_util import flatten_dict
-from peft import PeftModel
-from test_parity import CASES, native_inputs
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
@@ -195,6 +189,11 @@ def test_export(recipe, tmp_path, layout):
 def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
     and their cards are of the run."""
+    import torch_native
+    from peft import PeftModel
+    from test_parity import native_inputs
+    from transformers import AutoModelForCausalLM
+
     assert run(recipe, "data.steps=4", "data.epochs=null") == 0
     caplog.clear()
     with warnings.catch_warnings():
@@ -216,7 +215,7 @@ def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
         assert yaml.safe_load(written) == yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(native, attn_implementation="eager")
     PeftModel.from_pretrained(model, str(tmp_path / "adapters" / "speech-lora"), adapter_name="speech")
-    case = CASES["speech"]
+    (case,) = (case for case in golden_cases() if case["name"] == "speech")
     before, ours = (phi4mm_jax.load(folder, dtype="float32") for folder in (TINY, tmp_path / "whole"))
     tokens, *rest = native_inputs(ours, case)
     theirs = torch_native.NativeModel(model.eval()).logits(tokens, *rest)
@@ -780,6 +779,9 @@ def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeyp
 
 def answer_losses(model, prompt: str, answer: str) -> np.ndarray:
     """Of each token of an answer, by the whole logits."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
     batch = model.process([f"{prompt}{answer}<|end|><|endoftext|>"])
     start, stop = len(model.processor.tokenizer.encode(prompt, special=True)), int(batch.lengths[0])
     logits = torch.tensor(np.asarray(model.logits(batch))[0, start - 1 : stop - 1])

@@ -12,11 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-import torch_native
 from conftest import TINY, golden_gradient_cases, media_of, original_tensor
 from flax.traverse_util import flatten_dict
-from test_torch_native import native_media
 
 import phi4mm_jax
 from benchmarks.compiled import CHIPS, cost, size
@@ -110,6 +107,8 @@ def head():
 @pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 1e-3)])
 def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
     """Value and gradients are those of the whole logits, by PyTorch."""
+    import torch
+
     hidden, embedding, targets, weights = head
     monkeypatch.setattr("phi4mm_jax.training.loss._CHUNK_LOGITS", chunk * 3 * 50)
 
@@ -339,6 +338,9 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
 
     At twice this learning rate PyTorch itself, begun with weights that differ by 1e-7, comes to losses 3e-4 apart.
     """
+    import torch
+    import torch_native
+
     name = f"grad_{adapter}"
     batches = micro_batches(case_sample(scanned, name))
     config = OptimizerConfig(learning_rate=1e-4, warmup_steps=2, weight_decay=0.01, clip=1.0)
@@ -381,6 +383,9 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
 
 def native_inputs(model, name: str, goldens):
     """The arguments of `NativeModel.loss` for a case."""
+    import torch_native
+    from test_torch_native import native_media
+
     batch = case_sample(model, name).batch
     ids, answer = batch.tokens[0, : batch.lengths[0]], len(goldens[f"{name}.answer_ids"])
     labels = np.where(np.arange(len(ids)) < len(ids) - answer, torch_native.IGNORED, ids)
@@ -497,6 +502,8 @@ def test_a_share_of_the_steps_warms_up(steps, rates):
 
 def test_gradients_are_clipped_before_the_moments_as_in_pytorch():
     """Of four steps all but the second one are clipped, which the moments of the later ones show."""
+    import torch
+
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip=1.0)
     start = np.asarray([1.0, -2.0, 3.0], np.float32)
     ours: Any = {"a": jnp.asarray(start)}
