@@ -14,14 +14,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from phi4mm_jax.paths import path_argument
+
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 RELEASE = FIXTURES / "ms_release_config.json"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description="Conversion beside cp.")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to work; must not exist")
-    parser.add_argument("--config", metavar="FILE", type=Path, default=RELEASE, help="sizes; by default the release's")
+    parser.add_argument("folder", metavar="FOLDER", type=path_argument, help="where to work; must not exist")
+    parser.add_argument(
+        "--config", metavar="FILE", type=path_argument, default=RELEASE, help="sizes; by default the release's"
+    )
     arguments = parser.parse_args()
     work: Path = arguments.folder
     if work.exists():

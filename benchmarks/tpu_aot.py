@@ -28,6 +28,7 @@ from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.sharding import shardings
 from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.flops import step_flops
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument(
         "--case", nargs="+", choices=[*CASES, *serving.CASES], default=[*CASES, *serving.CASES], help="some alone"
     )
-    parser.add_argument("--text", type=Path, help="a folder for the compiled modules' text")
+    parser.add_argument("--text", type=path_argument, help="a folder for the compiled modules' text")
     parser.add_argument("--dear", type=int, default=0, help="how many of the dearest operations to list")
     arguments = parser.parse_args()
     training, engine = ([name for name in arguments.case if name in of] for of in (CASES, serving.CASES))

@@ -49,6 +49,7 @@ from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
@@ -80,12 +81,20 @@ class Request:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m convert.record", description="Record goldens with transformers.")
     parser.add_argument("--model", metavar="HF_DIR", required=True, help="a native checkpoint, or its name on the Hub")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the goldens' folder; must not exist")
+    parser.add_argument(
+        "--out", metavar="DIR", type=path_argument, required=True, help="the goldens' folder; must not exist"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--cases", metavar="FILE", type=Path, default=DEFAULT_CASES, help="JSON; see the module's text")
+    which.add_argument(
+        "--cases", metavar="FILE", type=path_argument, default=DEFAULT_CASES, help="JSON; see the module's text"
+    )
     which.add_argument("--prompt", metavar="TEXT", help="one case: a raw prompt with its placeholders, <|image_1|> ...")
-    parser.add_argument("--image", metavar="FILE", type=Path, action="append", default=[], help="of --prompt, in order")
-    parser.add_argument("--audio", metavar="FILE", type=Path, action="append", default=[], help="of --prompt, in order")
+    parser.add_argument(
+        "--image", metavar="FILE", type=path_argument, action="append", default=[], help="of --prompt, in order"
+    )
+    parser.add_argument(
+        "--audio", metavar="FILE", type=path_argument, action="append", default=[], help="of --prompt, in order"
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=12, help="of cases that do not say it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the reference")
     add_adapter_folder(parser)

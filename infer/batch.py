@@ -31,7 +31,6 @@ import argparse
 import sys
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import phi4mm_jax
@@ -39,6 +38,7 @@ from phi4mm_jax.compilation import default_folder, keep_compiled
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.generation.request import Adapter
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
@@ -48,8 +48,8 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m infer.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
-    parser.add_argument("--input", metavar="FILE", type=Path, required=True)
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True)
+    parser.add_argument("--input", metavar="FILE", type=path_argument, required=True)
+    parser.add_argument("--output", metavar="FILE", type=path_argument, required=True)
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")

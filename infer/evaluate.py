@@ -32,6 +32,7 @@ from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.generation import EngineConfig
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
 from phi4mm_jax.progress import count_bar, progress_bar
 
@@ -42,11 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m infer.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("manifests", metavar="MANIFEST", type=Path, nargs="+", help="each is a set of its own")
+    parser.add_argument("manifests", metavar="MANIFEST", type=path_argument, nargs="+", help="each is a set of its own")
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="a folder for the files; without, there is the table"
+        "--output", metavar="DIR", type=path_argument, help="a folder for the files; without, there is the table"
     )
     parser.add_argument(
         "--adapter", choices=(AUTO, "none", "speech", "vision"), default=AUTO,

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.paths import local_path
 
 
 def default_folder() -> Path:
@@ -35,7 +36,7 @@ def keep_compiled(folder: str | Path) -> None:
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    folder = Path(folder)
+    folder = local_path(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         cause = None if os.access(folder, os.W_OK | os.X_OK) else "it is not writable"

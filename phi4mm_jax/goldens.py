@@ -38,6 +38,7 @@ from phi4mm_jax.api import Model
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.model.speech import HALO_FRAMES
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.chat import KINDS, Kind
 from phi4mm_jax.processing.images import choose_grid, load_image
@@ -130,7 +131,7 @@ def read_goldens(folder: str | Path) -> Goldens:
     Raises:
         CheckpointError: otherwise; it names the file, and the case or tensor.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     path = folder / "goldens.json"
     if not path.exists():
         raise CheckpointError(f"{path}: no such file. Give a folder that python -m convert.record has written.")

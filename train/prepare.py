@@ -10,8 +10,8 @@ OUT.dropped.jsonl. An output is written whole or not at all.
 
 import argparse
 import sys
-from pathlib import Path
 
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import ends_well, named_options
 from phi4mm_jax.training.prepare import decontaminate, dropped_path, filter_speech
 
@@ -24,11 +24,15 @@ def parse_arguments() -> argparse.Namespace:
     clean = commands.add_parser("decontaminate", help="drop samples that share texts with evaluations")
     speech = commands.add_parser("filter-speech", help="keep speech that a recogniser understands")
     for command in (clean, speech):
-        command.add_argument("--input", metavar="FILE", type=Path, required=True)
-        command.add_argument("--output", metavar="FILE", type=Path, required=True)
-    clean.add_argument("--against", metavar="FILE", type=Path, nargs="+", required=True, help="evaluation samples")
+        command.add_argument("--input", metavar="FILE", type=path_argument, required=True)
+        command.add_argument("--output", metavar="FILE", type=path_argument, required=True)
+    clean.add_argument(
+        "--against", metavar="FILE", type=path_argument, nargs="+", required=True, help="evaluation samples"
+    )
     clean.add_argument("--ngram", metavar="N", type=int, default=13, help="words in a row that must not be shared")
-    speech.add_argument("--hypotheses", metavar="FILE", type=Path, required=True, help="what a recogniser heard")
+    speech.add_argument(
+        "--hypotheses", metavar="FILE", type=path_argument, required=True, help="what a recogniser heard"
+    )
     speech.add_argument("--max-wer", metavar="RATE", type=float, required=True, help="the largest word error rate")
     return parser.parse_args()
 

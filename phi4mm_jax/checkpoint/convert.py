@@ -29,6 +29,7 @@ from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
 from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.processing.processor import Processor
 
 Progress = Callable[[int, int], None]
@@ -125,8 +126,9 @@ def _staged(
     source: str | FilePath, destination: str | FilePath, say: Callable[[str], None]
 ) -> Iterator[tuple[FilePath, FilePath]]:
     """The source's folder, downloaded where it has to be, and the one to write to: see `staged`."""
-    destination = FilePath(destination)
-    if os.path.isdir(source):
+    destination = local_path(destination)
+    if os.path.isdir(local_path(source)):
+        source = local_path(source)
         folder = FilePath(os.path.realpath(source))
         if FilePath(os.path.realpath(destination)).is_relative_to(folder):
             raise CheckpointError(f"{destination}: lies within the source {source}; give another destination")

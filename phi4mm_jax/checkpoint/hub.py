@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.paths import local_path
 
 # What a checkpoint consists of. The release's *.py files are never run, but an export has to bring them back.
 _NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
@@ -24,12 +25,18 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             is never looked for on the Hub.
 
     Raises:
-        CheckpointError: there is no such folder, and no such repository could be downloaded.
+        CheckpointError: it is a URL or no path at all; or there is no such folder, and no such repository could be
+            downloaded.
     """
-    if os.path.isdir(path):
-        _refuse_run(Path(path))
-        return Path(path)
-    name = _NAME.fullmatch(path) if isinstance(path, str) else None
+    given = path
+    try:
+        path = local_path(given)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    if path.is_dir():
+        _refuse_run(path)
+        return path
+    name = _NAME.fullmatch(given) if isinstance(given, str) else None
     if os.path.exists(path):
         raise CheckpointError(f"{path}: is a file; give the folder that holds it")
     if name is None:
@@ -37,7 +44,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             f"{path}: no such folder. Give the folder of a Phi-4-multimodal checkpoint, or the name of a repository on "
             "the Hub: org/name, or org/name@revision."
         )
-    return _download(str(path), name["repository"], name["revision"])
+    return _download(str(given), name["repository"], name["revision"])
 
 
 def _refuse_run(folder: Path) -> None:

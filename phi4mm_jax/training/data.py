@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.augment import (
     CLIP_AUGMENTATIONS,
@@ -207,7 +207,7 @@ class TrainingData:
                 "lower it, or give data.packing=auto"
             )
         self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
-        self._manifests = [open_manifest(Path(source.path)) for source in config.sources]
+        self._manifests = [open_manifest(local_path(source.path)) for source in config.sources]
         self._augment = _augment(config)
         self._fitting = self._planner()  # says at once what cannot be divided
         self._order = _order(config, [len(m) for m in self._manifests])

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.generation import Engine, EngineConfig, Programs
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.sharding import jit_beside
 from phi4mm_jax.training.data import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.training.dpo import without_reference
@@ -45,7 +45,7 @@ class Evaluation:
         self._metric = None if config.metric == "loss" else make_metric(config.metric)
         self._items: list[Item] = []
         for source in config.sources if self._metric is not None else ():
-            self._items += read_items(Path(source.path), math.ceil(config.samples / len(config.sources)))
+            self._items += read_items(local_path(source.path), math.ceil(config.samples / len(config.sources)))
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.training.checkpoints import Checkpoints
 from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
 from phi4mm_jax.training.metrics import read_log
@@ -43,7 +44,7 @@ def export(
         InputError: the run has no such checkpoint, or has trained more than adapters where they alone are asked for.
         CheckpointError: as `to_torch`; or the run's checkpoint cannot be read.
     """
-    run = Path(run)
+    run = local_path(run)
     recipe = load_recipe(run / RECIPE)
     greater = recipe.evaluation is not None and recipe.evaluation.greater
     checkpoints = Checkpoints(run / CHECKPOINTS, None, greater, read_only=True)
@@ -91,7 +92,7 @@ def model_card(name: str, run: Path, recipe: Recipe, step: int, collections: Seq
         rows["evaluated on"] = ", ".join(str(source.path) for source in recipe.evaluation.sources)
     settings = yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
     header: dict[str, Any] = {"library_name": "peft" if adapters_only else "transformers"}
-    if not Path(recipe.model).exists():  # a repository on the Hub
+    if not local_path(recipe.model).exists():  # a repository on the Hub
         header |= {"base_model": recipe.model.partition("@")[0]}
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False) + "---", "", f"# {name}", "",

@@ -24,6 +24,7 @@ from phi4mm_jax.api import Model, load
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.mesh import ROWS
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.progress import progress_bar, step_bar
 from phi4mm_jax.sharding import jit_beside, make_mesh
 from phi4mm_jax.training.batch import TrainingBatch
@@ -91,7 +92,7 @@ def prepare(
         InputError, CheckpointError, ConfigError: something in the recipe, the data or the checkpoint cannot be used.
     """
     mesh = _mesh(recipe)
-    folder = Path(recipe.output)
+    folder = local_path(recipe.output)
     _check_folder(folder)
     if (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists():
         recipe = resolved_as_before(recipe, folder / RECIPE)
@@ -123,7 +124,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     Returns:
         The status to end the program with.
     """
-    recipe, folder = run.recipe, Path(run.recipe.output)
+    recipe, folder = run.recipe, local_path(run.recipe.output)
     optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
     state = first_state(run, optimizer)
     rates: Any = learning_rates(recipe.optimizer, run.steps)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.training.examples import BadSample
 
 _BLOCK = 1 << 24  # bytes
@@ -50,6 +51,7 @@ def open_manifest(path: Path) -> Manifest:
     Raises:
         InputError: it cannot be read, has no samples, or needs a package that is not installed.
     """
+    path = local_path(path)
     try:
         reader = _Dataset if path.is_dir() else _Parquet if path.suffix == ".parquet" else _JsonLines
         manifest = reader(path)

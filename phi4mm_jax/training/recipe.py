@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.files import write_whole
 from phi4mm_jax.model.layers import Remat
+from phi4mm_jax.paths import local_path
 from phi4mm_jax.training.augment import SpeechAugmentation
 from phi4mm_jax.training.data import DataConfig, Source
 from phi4mm_jax.training.dpo import DPOConfig
@@ -140,7 +141,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: the file cannot be read, or a setting is unknown, missing or has a value that cannot be.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import ends_well
 from phi4mm_jax.training.metrics import read_log
 
@@ -22,8 +22,8 @@ STAGES = {
 @ends_well
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m train.tiny.curves", description=__doc__)
-    parser.add_argument("runs", metavar="RUNS", type=Path, help="the folder of the stages' outputs")
-    parser.add_argument("picture", metavar="PICTURE", type=Path)
+    parser.add_argument("runs", metavar="RUNS", type=path_argument, help="the folder of the stages' outputs")
+    parser.add_argument("picture", metavar="PICTURE", type=path_argument)
     arguments = parser.parse_args()
     figure = Figure((3 * len(STAGES), 3), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, len(STAGES)), STAGES.items(), strict=True):

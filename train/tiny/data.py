@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import ends_well
 from train.tiny import content, pictures, speech
 from train.tiny.content import Split
@@ -91,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     destination = parser.parse_args().destination
     with ProcessPoolExecutor() as pool:
         for split, counts in COUNTS.items():

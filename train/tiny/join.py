@@ -8,12 +8,12 @@ with the decoder's embeddings of these letters.
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.programs import ends_well
 from train.tiny.letters import CLIP_CLASSES, PAGE_CLASSES
 
@@ -28,10 +28,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="the decoder, exported")
-    parser.add_argument("pages", metavar="PAGES", type=Path, help="of train.tiny.letters")
-    parser.add_argument("clips", metavar="CLIPS", type=Path, help="likewise")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("model", metavar="MODEL", type=path_argument, help="the decoder, exported")
+    parser.add_argument("pages", metavar="PAGES", type=path_argument, help="of train.tiny.letters")
+    parser.add_argument("clips", metavar="CLIPS", type=path_argument, help="likewise")
+    parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     arguments = parser.parse_args()
     model = phi4mm_jax.load(arguments.model, dtype="float32", fresh_adapters=True)
     embedding = np.asarray(model.variables["params"]["decoder"]["embedding"])

@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Int
 
 import phi4mm_jax
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
 from phi4mm_jax.processing.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.images import load_image, preprocess_image
@@ -195,9 +196,9 @@ def main() -> int:
         prog="python -m train.tiny.letters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("medium", choices=ENCODERS)
-    parser.add_argument("start", metavar="START", type=Path, help="the checkpoint to begin with")
-    parser.add_argument("data", metavar="DATA", type=Path, help="of train.tiny.data")
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("start", metavar="START", type=path_argument, help="the checkpoint to begin with")
+    parser.add_argument("data", metavar="DATA", type=path_argument, help="of train.tiny.data")
+    parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     parser.add_argument("--steps", metavar="N", type=int, required=True)
     parser.add_argument("--rate", metavar="X", type=float, default=7e-4, help="of learning, at most")
     arguments = parser.parse_args()

@@ -26,6 +26,7 @@ from phi4mm_jax.config import (
     SpeechConfig,
     VisionConfig,
 )
+from phi4mm_jax.paths import path_argument
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
 from phi4mm_jax.programs import ends_well
 
@@ -170,7 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("destination", metavar="DESTINATION", type=Path)
+    parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     destination = parser.parse_args().destination
     of_text, settings = tokenizer()
     files = {
