@@ -38,7 +38,15 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
+from phi4mm_jax.programs import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    ends_well,
+    mesh_of,
+    named_options,
+    tell_notice,
+)
 from phi4mm_jax.progress import progress_bar
 
 
@@ -364,6 +372,7 @@ def main() -> int:
         config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True)
     adapters = adapter_folders_of(arguments)
     mesh = mesh_of(arguments)
+    tell_notice(arguments.model)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(
             arguments.model,

@@ -15,7 +15,15 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
+from phi4mm_jax.programs import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    ends_well,
+    mesh_of,
+    named_options,
+    tell_notice,
+)
 from phi4mm_jax.progress import progress_bar
 
 
@@ -87,6 +95,7 @@ def main() -> int:
     check(arguments)
     adapters = adapter_folders_of(arguments)
     mesh = mesh_of(arguments)
+    tell_notice(arguments.model)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(
             arguments.model,

@@ -184,6 +184,15 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     return mesh
 
 
+def tell_notice(model: str) -> None:
+    """Print what the model's card says to those who ask it, where it does, on standard error."""
+    from phi4mm_jax.checkpoint.card import notice_of
+    from phi4mm_jax.checkpoint.hub import local_folder
+
+    if (notice := notice_of(local_folder(model))) is not None:
+        print(notice, file=sys.stderr)
+
+
 def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
 

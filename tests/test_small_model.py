@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 
-from infer import evaluate
+from infer import chat, evaluate, generate
+from phi4mm_jax.checkpoint.card import notice_of
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.export import export
@@ -41,6 +42,39 @@ def measured(folder: Path, manifest: Path, task: str, *arguments, model: Path = 
 @pytest.mark.parametrize(("name", "task", "least"), [("ocr", "ocr", 95), ("asked", "vqa", 90), ("text", "exact", 95)])
 def test_held_out_questions_are_answered(name, task, least, tmp_path):
     assert measured(tmp_path / "run", HELD / f"{name}.jsonl", task) >= least
+
+
+def test_the_card_lists_the_words():
+    section = (MODEL / "README.md").read_text().split("## Words")[1].split("## ")[0]
+    listed = section.split("random.")[1].replace("\n", " ").split(",")
+    assert [word.strip() for word in listed] == [*content.NUMBER_WORDS, *content.THINGS]
+
+
+@pytest.mark.parametrize("program", [generate, chat])
+def test_programs_say_what_the_card_says(program, monkeypatch, capsys):
+    """Before the model is loaded."""
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(MODEL), *(["hi"] if program is generate else [])])
+    monkeypatch.setattr("phi4mm_jax.load", lambda *_, **__: sys.exit(7))
+    with pytest.raises(SystemExit, match="7"):
+        program.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "words" in line]
+    assert "This model knows 124 words, in small letters, and digits; capitals and sentences are unknown" in line
+
+
+@pytest.mark.parametrize(
+    ("card", "notice"),
+    [
+        ("# A model\n\nnotice: none", None),
+        ("---\nlicense: mit\n---\n", None),
+        ("---\nnotice: [1, 2]\n---\n", None),
+        ("---\nnotice: {a\n---\n", None),
+        ("---\nlicense: mit\nnotice: 'one\n  line'\n---\n# A model", "one line"),
+        ('---\nlicense: mit\nnotice: "a\\e[31mb"\n---\n', "a [31mb"),
+    ],
+)
+def test_notices_of_cards(card, notice, tmp_path):
+    (tmp_path / "README.md").write_text(card)
+    assert notice_of(tmp_path) == notice
 
 
 def test_held_out_speech_is_understood(tmp_path):
