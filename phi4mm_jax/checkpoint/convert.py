@@ -126,7 +126,10 @@ def _staged(
     source: str | FilePath, destination: str | FilePath, say: Callable[[str], None]
 ) -> Iterator[tuple[FilePath, FilePath]]:
     """The source's folder, downloaded where it has to be, and the one to write to: see `staged`."""
-    destination = local_path(destination)
+    try:
+        destination = local_path(destination)
+    except InputError as error:
+        raise CheckpointError(f"{destination}: cannot be written ({error})") from error
     if os.path.isdir(local_path(source)):
         source = local_path(source)
         folder = FilePath(os.path.realpath(source))
