@@ -216,6 +216,7 @@ def test_page_keys_depend_on_salt_and_media():
     other = list(page_keys(tokens, [(70, 80, b"b")], 64, bytes([0, 0])))
     assert with_medium[0] == other[0] == keys[0][0]
     assert not set(with_medium[1:]) & set(other[1:])
+    assert list(page_keys(tokens[:250], [], 64, bytes([0, 0]))) == keys[0][:3]  # whole pages alone
 
 
 def test_rows_wait_for_pages_and_none_is_lost(tiny):
