@@ -167,14 +167,17 @@ class TestEveryImplementation:
         garbage = np.resize([np.nan, np.inf, -np.inf], int(np.sum(~valid)))[:, None, None]
         check(implementation, (3, 40, 300, 2, 1, 8), options, garbage=(garbage, ~valid))
 
-    def test_bfloat16_is_as_good_as_its_inputs(self, implementation):
+    @pytest.mark.parametrize(("out_dtype", "atol"), [(None, 2e-2), (jnp.float32, 5e-3)])
+    def test_bfloat16_is_as_good_as_its_inputs(self, implementation, out_dtype, atol):
         q, k, v = random_qkv(3, 2, 640, 640, 6, 2, 16)
         out = flash_attention(
-            *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), causal=True, implementation=implementation
-        )
-        assert out.dtype == jnp.bfloat16
+            *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), causal=True, implementation=implementation,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+        assert out.dtype == (out_dtype or jnp.bfloat16)
+        assert bool((out == out.astype(jnp.bfloat16)).all()) == (out_dtype is None)  # not rounded on the way
         rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (q, k, v)]
-        np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, causal=True)[0], atol=2e-2)
+        np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, causal=True)[0], atol=atol)
 
     @pytest.mark.parametrize("growth", [1.0, 200.0])
     def test_scores_that_grow_towards_the_beginning(self, implementation, growth):

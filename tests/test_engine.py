@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
 from scipy.special import log_softmax
 
+import phi4mm_jax
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import EngineConfig, Request, Sampling
 from phi4mm_jax.generation.pages import PagePool, page_keys
@@ -306,6 +307,61 @@ def test_quantised_values_use_all_of_int8():
     values, scales = quantize(np.asarray([[1.0, -0.5, 0.25, 0.0], [0.0] * 4, [-254.0, 127.0, 2.0, 1.9]], np.float32))
     assert np.asarray(values).tolist() == [[127, -64, 32, 0], [0] * 4, [-127, 64, 1, 1]]
     np.testing.assert_allclose(scales, [1 / 127, 0, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "prefill", "decode", "uncached"), [("float32", 1e-5, 1e-5, 1e-4), ("bfloat16", 1e-5, 0.02, 0.1)]
+)
+def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached):
+    """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of
+    the others, and of both to float32 logits without a cache."""
+    monkeypatch.setattr("phi4mm_jax.model.decoder._CACHED_KEYS", 128)  # several blocks
+    model = phi4mm_jax.load(TINY, dtype=dtype)
+    words = texts(60, seed=2)
+    short = [prompt for prompt in words if 12 < prompt.count(" ") < 22][:3]
+    whole = "".join(prompt for prompt in words if prompt.count(" ") > 30)[:800]
+    requests = [Request(p, max_new_tokens=6) for p in (whole, whole + short[0], *short)]
+    config = dataclasses.replace(SMALL, slots=1, chunk=128, cache_dtype=cache_dtype)
+    alone = [answer for request in requests for _, answer in model.engine(config).run([request])]
+    engine = model.engine(dataclasses.replace(config, slots=4, chunk=64))
+    for _ in range(2):  # the second time with the pages of the first
+        found = dict(engine.run(requests))
+        for place, expected in enumerate(alone):
+            assert found[place].tokens == expected.tokens
+            ours, theirs = (np.asarray(x.log_probabilities) for x in (found[place], expected))
+            np.testing.assert_allclose(ours[:1], theirs[:1], atol=prefill)
+            np.testing.assert_allclose(ours, theirs, atol=decode)
+    rows = [
+        tiny.processor.tokenizer.encode(r.prompt, special=True) + a.tokens for r, a in zip(requests, alone, strict=True)
+    ]
+    lengths = np.asarray([*map(len, rows)], np.int32)
+    assert not ((lengths - 6 <= 96) & (lengths > 96)).any()  # the boundary of LongRoPE, which changes whole rows
+    tokens = np.asarray([row + [0] * (lengths.max() - len(row)) for row in rows], np.int32)
+    logits = tiny.logits(Batch(tokens, lengths, 0 * lengths, np.full_like(tokens, NO_MEDIA), None, None))
+    log_probabilities = np.asarray(jax.nn.log_softmax(logits))
+    for i, answer in enumerate(alone):
+        at = np.arange(answer.prompt_tokens, lengths[i])
+        expected = log_probabilities[i, at - 1, answer.tokens]
+        atol = uncached + (0.1 if cache_dtype else 0)
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=atol)
+
+
+def test_pages_that_were_another_requests(tiny):
+    """Requests of five and four of six pages, in turn: each takes what the one before has given back."""
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4, cache_tokens=64 * 6))
+    prompts = [begin + prompt_of(tiny.processor.tokenizer, n) for n, begin in ((300, "a"), (250, "b"))]
+    taken = []
+    for prompt in (*prompts, prompts[0]):
+        engine.submit(Request(prompt, max_new_tokens=5))
+        updates = engine.step()
+        taken += [set(active.pages) for active in engine._slots if active is not None]
+        while not engine.idle:
+            updates += engine.step()
+        (answer,) = (update.completion for update in updates if update.completion)
+        check_greedy(tiny, prompt, answer)
+    assert len(taken[0] & taken[1]) >= 2
+    assert len(taken[1] & taken[2]) >= 2
 
 
 def test_streaming_splits_no_character(tiny):

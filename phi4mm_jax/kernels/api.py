@@ -28,6 +28,7 @@ def flash_attention(
     q_segments: Int[Array, "B T"] | None = None,
     kv_segments: Int[Array, "B S"] | None = None,
     return_lse: bool = False,
+    out_dtype: Any = None,
     implementation: Implementation | None = None,
 ) -> Any:
     """Softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
@@ -38,16 +39,17 @@ def flash_attention(
     Args:
         causal: query t of row b attends to keys s <= t + q_offset[b] only.
         scale: of the scores; H**-0.5 by default.
-        q_offset: the position of each row's first query among its keys; 0 by default.
+        q_offset: the position of each row's first query among its keys; 0 by default, negative before them.
         kv_lengths: keys from this index on are not attended to; they may hold any value, NaN included.
         kv_mask: keys where it is False are not attended to, likewise.
         q_segments: a query attends to the keys with the same id only; ids are not negative. Needs `kv_segments`.
         kv_segments: ids of the keys. Needs `q_segments`.
         return_lse: also return the logarithm of the sum of the exponentials of each query's scores.
+        out_dtype: of the output; q's by default. Results that are joined with others are best left in float32.
         implementation: None chooses what is best on this platform; a name succeeds or raises.
 
     Returns:
-        (B, T, N, H) in q's dtype; with `return_lse` also (B, T, N) in float32, -inf for a query without keys.
+        (B, T, N, H) in `out_dtype`; with `return_lse` also (B, T, N) in float32, -inf for a query without keys.
 
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
@@ -94,12 +96,13 @@ def flash_attention(
         segments,
     )
     factor = size**-0.5 if scale is None else float(scale)
+    out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     target = _tpu("flash_attention", implementation, pallas_tpu.unsupported(q))
     if target is not None:
         heads_split, per_row = Axes("rows", None, "heads", None), Axes("rows")
         ids = None if segments is None else (Axes("rows", None),) * 2
         out, lse = over_mesh(
-            partial(pallas_tpu.flash_attention, causal=causal, scale=factor, target=target),
+            partial(pallas_tpu.flash_attention, causal=causal, scale=factor, out_dtype=out_dtype, target=target),
             (q, k, v, limits),
             (heads_split, heads_split, heads_split, Limits(per_row, per_row, ids)),  # type: ignore
             (heads_split, Axes("rows", None, "heads")),
@@ -109,7 +112,7 @@ def flash_attention(
     else:
         if kv_lengths is not None:
             k, v = _cleared(jnp.arange(kv_len) < kv_lengths[:, None], k, v)
-        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=factor)
+        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=factor, out_dtype=out_dtype)
     return (out, lse) if return_lse else out
 
 

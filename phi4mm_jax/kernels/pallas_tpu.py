@@ -38,6 +38,7 @@ class _Call(NamedTuple):
 
     causal: bool
     scale: float
+    out_dtype: Any
     target: Target
 
 
@@ -50,7 +51,7 @@ def unsupported(q) -> str | None:
     return None
 
 
-def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, target: Target):
+def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype, target: Target):
     """See `phi4mm_jax.kernels.flash_attention`; returns the output and the log-sum-exp (B, T, N)."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
@@ -60,7 +61,7 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, targ
     q, k, v = (_heads_first(x, target) for x in (q, k, v))
     groups = _pad(q.transpose(0, 2, 1, 3), 2, rows).reshape(batch, kv_heads, heads // kv_heads, rows, size)
     k, v = (_pad(x.transpose(0, 2, 1, 3), 2, keys) for x in (k, v))
-    results: Any = _attend(groups, k, v, limits, _Call(causal, scale, target))
+    results: Any = _attend(groups, k, v, limits, _Call(causal, scale, out_dtype, target))
     out, log_sum = results[0].reshape(batch, heads, rows, size), results[1].reshape(batch, heads, rows)
     return _heads_first(out[:, :, :q_len].transpose(0, 2, 1, 3), target), log_sum[:, :, :q_len].transpose(0, 2, 1)
 
@@ -283,7 +284,7 @@ def _forward(q, k, v, limits: Limits, call: _Call):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, call.out_dtype),
             jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
         ],
         compiler_params=_compiler_params(call),
@@ -402,6 +403,7 @@ def _backward(call: _Call, residuals, cotangents):
     batch, kv_heads, group, q_len, size = q.shape
     kv_len, blocks = k.shape[2], call.target.blocks
     row_sum = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
+    d_out = d_out.astype(q.dtype)
     stats = jnp.concatenate([log_sum * LOG2_E, row_sum], 2)  # (B, K, 2 G, T)
     bq, bk = block(q_len, blocks.backward_rows // group), block(kv_len, blocks.backward_keys)
     lengths = limits, call.causal, q_len, kv_len, bq, bk

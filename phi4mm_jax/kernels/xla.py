@@ -33,9 +33,10 @@ class _Tiling(NamedTuple):
     scale: float
     queries: int  # of a tile
     keys: int
+    out_dtype: Any
 
 
-def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float) -> tuple[Array, Array]:
+def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -> tuple[Array, Array]:
     """See `phi4mm_jax.kernels.flash_attention`; returns the output and the log-sum-exp (B, T, N)."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
@@ -50,7 +51,7 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float) -> t
         _pad(k.transpose(0, 2, 1, 3), 2, keys),  # (B, K, S, H)
         _pad(v.transpose(0, 2, 1, 3), 2, keys),
         limits,
-        _Tiling(causal, scale, queries, keys),
+        _Tiling(causal, scale, queries, keys, out_dtype),
     )
     out, log_sum = (jnp.moveaxis(x[:, :, :, :q_len], 3, 1) for x in result)
     return out.reshape(batch, q_len, heads, size), log_sum.reshape(batch, q_len, heads)
@@ -79,7 +80,7 @@ def _forward(q, k, v, limits: Limits, tiling: _Tiling):
             weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)
             total = jnp.where((total := row_sum(weights)) > 0, total, 1.0)
             out = _einsum("BKGTS,BKSH->BKGTH", (weights / total[..., None]).astype(v.dtype), v)
-            return out.astype(q.dtype), maximum + jnp.log(total)
+            return out.astype(tiling.out_dtype), maximum + jnp.log(total)
 
         def key_tile(j, carry):
             maximum, total, out = carry
@@ -96,7 +97,7 @@ def _forward(q, k, v, limits: Limits, tiling: _Tiling):
         start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
         maximum, total, out = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
         total = jnp.where(total > 0, total, 1.0)
-        return (out / total[..., None]).astype(q.dtype), maximum + jnp.log(total)
+        return (out / total[..., None]).astype(tiling.out_dtype), maximum + jnp.log(total)
 
     num_tiles = q.shape[3] // tiling.queries
     if num_tiles == 1:
@@ -115,6 +116,7 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
     q, k, v, limits, out, log_sum = residuals
     d_out, d_log_sum = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum  # (B, K, G, T)
+    d_out = d_out.astype(q.dtype)
 
     def query_tile(carry, i):
         """The gradients of one tile of queries; those of keys and values are summed in the carry."""

@@ -22,7 +22,7 @@ from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
 from phi4mm_jax.sharding import constrain_batch
 
-_CACHED_KEYS = 2048  # of earlier tokens, that a chunk attends to at once
+_CACHED_KEYS = 2048  # that a chunk attends to at once
 
 
 class Cache(NamedTuple):
@@ -181,51 +181,64 @@ def _attend(q, k, v, layer, rows: CachedRows, cache: Cache) -> tuple[Float[Array
             k_scales=cache.k_scales, v_scales=cache.v_scales,
         )  # fmt: skip
         return out[:, None], cache
-    own, log_sum = flash_attention(q, k, v, causal=True, kv_lengths=rows.lengths - rows.starts, return_lse=True)
     cache = _fill(cache, k, v, layer, rows)  # before it is read, or else XLA would copy it
-    return _attend_to_cached(q, own, log_sum, layer, rows, cache), cache
+    return _attend_to_cached(q, layer, rows, cache), cache
 
 
-def _attend_to_cached(q, own, log_sum, layer, rows: CachedRows, cache: Cache) -> Float[Array, "B T N H"]:
-    """The attention to a chunk's own tokens, joined with that to the tokens before it, some pages at a time."""
-    pages = max(_CACHED_KEYS // cache.page_size, 1)
-    keys = pages * cache.page_size
+def _attend_to_cached(q, layer, rows: CachedRows, cache: Cache) -> Float[Array, "B T N H"]:
+    """Causal attention of new tokens, which are in the cache already, to all tokens there.
+
+    Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined:
+    how a token's attention is rounded depends on its position alone, neither on where its chunk began nor on which
+    pages were shared.
+    """
+    size = cache.page_size
+    pages = max(_CACHED_KEYS // size, 1)
+    keys = pages * size
     tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages)))
 
     def block(i, carry):
         out, log_sum = carry
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
+        lengths = jnp.clip(rows.lengths - i * keys, 0, keys)
+        filled = jax.lax.div(lengths.max() + size - 1, size)
         k, v = (
-            _gather(x, scales, layer, table, q.dtype)
+            _gather(x, scales, layer, table, filled, q.dtype)
             for x, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
         )
-        lengths = jnp.clip(rows.starts - i * keys, 0, keys)
-        theirs, their_log_sum = flash_attention(q, k, v, causal=False, kv_lengths=lengths, return_lse=True)
+        theirs, their_log_sum = flash_attention(
+            q, k, v, causal=True, q_offset=rows.starts - i * keys, kv_lengths=lengths, return_lse=True,
+            out_dtype=jnp.float32,
+        )  # fmt: skip
         both = jnp.logaddexp(log_sum, their_log_sum)
         weight, their_weight = (
             jnp.where(jnp.isfinite(x), jnp.exp(x - both), 0.0)[..., None] for x in (log_sum, their_log_sum)
         )
         return out * weight + theirs * their_weight, both
 
-    blocks = jax.lax.div(rows.starts.max() + keys - 1, keys)
-    out, _ = jax.lax.fori_loop(0, blocks, block, (own.astype(jnp.float32), log_sum))
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    out, _ = jax.lax.fori_loop(0, jax.lax.div(rows.lengths.max() + keys - 1, keys), block, start)
     return out.astype(q.dtype)
 
 
-def _gather(x, scales, layer, table: Int[Array, "B M"], dtype) -> Float[Array, "B S K H"]:
-    """The tokens of some pages of each row, one page after the other, and by the same reason as in `_write`."""
+def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[Array, "B S K H"]:
+    """The tokens of the first pages of each row, one page after the other, and by the same reason as in `_write`.
+
+    Args:
+        filled: pages of each row to take; zeros follow.
+    """
     batch, count = table.shape
 
     def gathered(x):
         _, _, heads, size, *rest = x.shape
 
         def one(i, out):
-            b, n = i // count, i % count
+            b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)
             page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
             return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
 
         out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
-        return _row_major(jax.lax.fori_loop(0, batch * count, one, out)).swapaxes(1, 2)
+        return _row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
 
     taken = gathered(x)
     return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
@@ -279,7 +292,7 @@ def _write(
 
         return jax.lax.fori_loop(0, batch * count, one, old)
 
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # (B, K, T, H), as pages and kernels have them
+    k, v = (_row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
     return Cache(*map(put, cache.arrays, _cache_values(cache, k, v)))
 
 
