@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
     from phi4mm_jax.generation import Completion
 
-__all__ = ["CheckpointError", "Completion", "ConfigError", "InputError", "Model", "load"]
+__version__ = "0.1.0"
+
+__all__ = ["CheckpointError", "Completion", "ConfigError", "InputError", "Model", "__version__", "load"]
 
 _MODULES = {
     "CheckpointError": "errors", "ConfigError": "errors", "InputError": "errors",
