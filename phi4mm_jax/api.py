@@ -166,7 +166,7 @@ class Model:
         images: MediaLists | None = None,
         audios: MediaLists | None = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,

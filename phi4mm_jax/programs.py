@@ -72,6 +72,9 @@ def ends_well(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 raise
             line, status = found
             print(line, file=sys.stderr)
+            if isinstance(error, KeyboardInterrupt) and sys.excepthook is _end:
+                sys.stdout.flush()
+                os._exit(status)  # Python would wait for the compiler's threads, or end beneath them
             return status
 
     return program

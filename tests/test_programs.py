@@ -175,7 +175,7 @@ def test_a_missing_extra_is_one_line(program, package, extra, tmp_path):
     assert f"pip install '.[{extra}]'" in line
 
 
-@pytest.mark.parametrize("moment", ["importing", "compiling"])
+@pytest.mark.parametrize("moment", ["importing", "compiling", "compiling for long"])
 def test_ctrl_c_ends_a_program_wherever_it_is(moment, tmp_path):
     """While extensions are imported, and while XLA compiles, which Python cannot interrupt."""
     program = subprocess.Popen(
@@ -191,6 +191,7 @@ def test_ctrl_c_ends_a_program_wherever_it_is(moment, tmp_path):
         while not any(tmp_path.iterdir()):  # the first program is compiled, many follow
             assert program.poll() is None
             time.sleep(0.01)
+        time.sleep(2.0 if moment == "compiling for long" else 0.0)
     program.send_signal(signal.SIGINT)
     sent = time.monotonic()
     output, errors = program.communicate(timeout=60)

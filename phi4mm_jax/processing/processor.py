@@ -144,7 +144,10 @@ class Processor:
         """The prompts, each by itself; as in `__call__`, and as in `row`."""
         is_list = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
         if not is_list or not prompts or isinstance(prompts[0], Mapping):
-            raise InputError("prompts must be a non-empty list with one entry per row; put a single prompt into a list")
+            one = "; this is one chat: put it into a list" if is_list and prompts else ""
+            raise InputError(
+                f"prompts must be a non-empty list with one entry per row{one or '; put a single prompt into a list'}"
+            )
         rows = []
         for i, prompt in enumerate(prompts):
             try:
