@@ -457,6 +457,35 @@ def test_lines_of_openai(tmp_path, engine):
     assert plain[0]["tokens"] == expected.tokens
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_tools_of_openai_are_where_chats_have_them(tmp_path, role):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [{"role": role, "content": "s"}, {"role": "user", "content": "q"}]
+    bodies = [{"messages": messages, "tools": tools}, {"messages": messages, "tools": []},
+              {"messages": [{**messages[0], "tools": tools}, messages[1]], "tools": tools}]  # fmt: skip
+    lines = [{"custom_id": str(i), "body": body} for i, body in enumerate(bodies)]
+    with_tools, without, twice = read_requests(write(tmp_path / "in", lines), max_new_tokens=3)
+    assert with_tools.request.prompt == [{"role": role, "content": "s", "tools": tools}, messages[1]]
+    assert without.request.prompt == messages
+    assert "tools are given beside the messages and in the system message" in twice.error
+
+
+def test_continued_answers_of_openai_bodies_and_nulls(tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    goes_on = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    lines = [
+        {"custom_id": "a", "body": goes_on},
+        {"custom_id": "b", "body": {"messages": messages[:1], "add_generation_prompt": True}},
+        {"custom_id": "c", "body": {"messages": messages[:1], "add_generation_prompt": False}},
+        {"id": "d", "prompt": None, "messages": messages[:1], "images": None, "logprobs": None},
+    ]
+    first, second, third, fourth = read_requests(write(tmp_path / "in", lines), max_new_tokens=3)
+    assert first.request.continue_final_message
+    assert not second.request.continue_final_message
+    assert "add_generation_prompt is False" in third.error
+    assert fourth.request.prompt == messages[:1]
+
+
 def test_memory_grows_with_ids_alone(tmp_path):
     """Lines are read as they are asked for: those of 40 MB leave less than 1 MB."""
     with (tmp_path / "in").open("w") as file:

@@ -414,6 +414,7 @@ def test_low_detail_is_one_crop(tokenizer: Tokenizer):
         {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
         {"type": "input_image", "image_url": "a.png", "detail": "low"},
         {"type": "image", "image": "a.png", "detail": "low"},
+        {"type": "image", "image": {"url": "a.png", "detail": "low"}},
     ):
         (frame,) = render_chat(user(part), tokenizer).images
         assert (frame.image, frame.max_crops) == ("a.png", 1)
@@ -597,6 +598,10 @@ def url(value: Any) -> dict[str, Any]:
         ({"type": "audio_url", "audio_url": {"url": "https://a.b"}}, r"\.audio_url\.url is .*nothing is downloaded"),
         ({"type": "image_embeds", "image_embeds": "a"}, r"\.type is 'image_embeds'"),
         ({"type": "video", "video": None}, r"\.video is NoneType: pass a path"),
+        ({"type": "video_url", "video_url": {"url": "a.mp4"}, "fps": 2}, r"\.fps is a setting that is not taken"),
+        ({"type": "video_url", "video_url": {"url": "a.mp4", "fps": 2}}, r"\.video_url\.fps is a setting that is"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}, "max_crops": 1}, r"\.max_crops is a setting that is"),
+        ({"type": "image", "image": {"path": "a.png", "max_pixels": 9}}, r"\.image\.max_pixels is a setting"),
         ({"type": "text"}, r"\.text is missing"),
         ({"type": "text", "text": None}, r"\.text is NoneType"),
         ({"type": "text", "text": b"a"}, r"\.text is bytes"),

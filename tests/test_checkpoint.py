@@ -22,6 +22,7 @@ from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.sharding import make_mesh
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -241,6 +242,32 @@ def test_a_vocabulary_of_another_size(copy):
     save_as_one(copy, tensors | {EMBEDDING: rows})
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight: has shape.*resize_token_embeddings"):
         open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
+
+
+def test_a_file_beside_an_index_that_does_not_name_it(copy):
+    """transformers reads it, and not the shards."""
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is there besides the shards"):
+        phi4mm_jax.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.48, 0.46, 0.41]}, "image_mean is"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
+        ("processor_config.json", {"feature_extractor": {"sampling_rate": 8000}}, "sampling_rate is 8000"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "rescale_factor": 0.00392156862745098}, None),
+    ],
+)
+def test_other_processing_is_refused(copy, name, change, named):
+    path = copy / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    if named is None:
+        Processor.from_folder(copy, Phi4MMConfig.from_folder(copy))
+        return
+    with pytest.raises(CheckpointError, match=named):
+        Processor.from_folder(copy, Phi4MMConfig.from_folder(copy))
 
 
 def test_pickles_are_not_read(copy):

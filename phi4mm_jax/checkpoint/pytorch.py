@@ -137,6 +137,12 @@ def _read_index(folder: FilePath) -> dict[str, str]:
     for name, file in mapping.items():
         if file != FilePath(file).name:
             raise CheckpointError(f"{folder / _INDEX}: says that {name} is in {file}, but shards lie beside the index")
+    alone = folder / "model.safetensors"
+    if alone.exists() and alone.name not in mapping.values():
+        raise CheckpointError(
+            f"{alone}: is there besides the shards that {_INDEX} names, and transformers would read it in their place; "
+            "remove it, or the index with its shards, whichever is not meant"
+        )
     return mapping
 
 

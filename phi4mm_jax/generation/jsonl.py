@@ -27,7 +27,7 @@ from phi4mm_jax.fingerprint import file_fingerprint, weights_fingerprint
 from phi4mm_jax.generation.engine import Engine
 from phi4mm_jax.generation.request import Completion, Request
 from phi4mm_jax.generation.sampling import Sampling
-from phi4mm_jax.processing.chat import path_in, with_paths
+from phi4mm_jax.processing.chat import path_in, with_paths, with_tools
 from phi4mm_jax.strict_json import strict_json
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
@@ -204,7 +204,8 @@ def _line(number: int, text: bytes, folder: Path, settings: Mapping[str, Any]) -
 
 
 _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
-_SAME = ("messages", "temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty")  # as here
+_SAME = ("messages", "temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
+         "continue_final_message")  # as here  # fmt: skip
 _NOTHING = {  # what changes no answer, whatever it says
     "model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "prompt_cache_key", "stream_options",
@@ -238,8 +239,12 @@ def _from_openai(values: Mapping[str, Any]) -> dict[str, Any]:
         found["stop"] = [stop] if isinstance(stop, str) else stop
     if "stop_token_ids" in body:
         found["stop_tokens"] = body.pop("stop_token_ids")
-    if "tools" in body:
-        found["messages"] = _with_tools(found["messages"], body.pop("tools"))
+    tools = body.pop("tools", None)
+    if tools and isinstance(found["messages"], list):  # another kind of messages is an error of its own
+        found["messages"] = with_tools(found["messages"], tools)
+    generation = body.pop("add_generation_prompt", not found.get("continue_final_message", False))
+    if generation is bool(found.get("continue_final_message", False)):
+        raise InputError(f"body.add_generation_prompt is {generation}, which goes with no answer; leave it out")
     for key, value in body.items():
         if value not in _USUAL.get(key, ()):
             usual = f"; expected {_USUAL[key][0]!r}" if key in _USUAL else ""
@@ -250,16 +255,8 @@ def _from_openai(values: Mapping[str, Any]) -> dict[str, Any]:
 _URL = "/v1/chat/completions"
 
 
-def _with_tools(messages: Any, tools: Any) -> Any:
-    """Tools are the system message's here."""
-    if not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
-        return messages  # which is an error of its own
-    if messages[0].get("role") == "system":
-        return [{**messages[0], "tools": tools}, *messages[1:]]
-    return [{"role": "system", "content": "", "tools": tools}, *messages]
-
-
 def _request(values: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> Request:
+    values = {key: value for key, value in values.items() if value is not None}
     if unknown := sorted(values.keys() - _KEYS):
         raise InputError(f"{unknown[0]!r} is not known; expected some of {', '.join(sorted(_KEYS))}")
     if ("prompt" in values) == ("messages" in values):

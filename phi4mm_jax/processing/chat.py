@@ -336,17 +336,19 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         yield _string(where, part, _TEXTS[kind])
     elif kind in _URLS:
         key = "image_url" if kind == "input_image" else kind
-        _check_keys(where, given, key, "detail", "frames", "max_crops")
         inner = given.get(key)
+        beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
+        known = ("frames", "max_crops") if _URLS[kind] == "video" else ("detail",)
+        for at_key, found in ((where, given), (f"{where}.{key}", beside)):
+            _check_keys(at_key, found, key, "url", "detail", *known)
         at, url = (f"{where}.{key}.url", _string(f"{where}.{key}", inner, "url")) if isinstance(inner, Mapping) else (
             f"{where}.{key}", _string(where, part, key)
         )  # fmt: skip
         source = _located(at, url, _URLS[kind])
         if _URLS[kind] == "video":
-            for frame in _frames(at, source, given):
+            for frame in _frames(at, source, {**given, **beside}):
                 yield "image", frame
         elif _URLS[kind] == "image":
-            beside = {str(k): v for k, v in inner.items()} if isinstance(inner, Mapping) else {}
             yield "image", _detailed(f"{where}.{key}", source, {**given, **beside})
         else:
             yield "audio", source
@@ -361,7 +363,11 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         yield "image", _payload(where, {"image": given.get(kind, _NEXT)}, "image")
     elif kind in KINDS:
         payload = _payload(where, given, kind)
-        yield kind, payload if kind == "audio" else _detailed(where, payload, given)
+        inner = given.get(kind)
+        beside = inner if isinstance(inner, Mapping) else {}
+        _check_keys(f"{where}.{kind}", beside, *beside.keys() - _SETTINGS, "detail")
+        detail = {"detail": beside["detail"]} if beside.get("detail") is not None else {}
+        yield kind, payload if kind == "audio" else _detailed(where, payload, {**given, **detail})
     elif kind == "video":
         payload = _payload(where, given, kind)
         if payload is _NEXT:
@@ -376,9 +382,18 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         )
 
 
+# Of media, in the parts of others; those that are taken are named where they are.
+_SETTINGS = frozenset({
+    "fps", "frames", "nframes", "num_frames", "max_frames", "min_frames", "max_crops", "max_pixels", "min_pixels",
+    "total_pixels", "resized_height", "resized_width", "video_start", "video_end",
+})  # fmt: skip
+
+
 def _check_keys(where: str, given: Mapping[str, Any], *known: str) -> None:
-    """A part that has a medium besides what its type says would lose it."""
+    """A part that has a medium, or a setting of it, besides what its type says would lose it."""
     for key, value in given.items():
+        if key not in known and key in _SETTINGS and value is not None:
+            raise InputError(f"{where}.{key} is a setting that is not taken here; leave it out")
         if key not in ("type", *known) and looks_like_media(key, value):
             raise InputError(f"{where}.{key} is not taken in a part of type {given.get('type', known[0])}: make it one")
 
@@ -520,6 +535,21 @@ def _base64(where: str, data: str) -> bytes:
     if not content:
         raise InputError(f"{where} holds no data: encode the file's bytes with base64.b64encode")
     return content
+
+
+def with_tools(messages: Sequence[Any], tools: Any) -> list[Any]:
+    """The messages, with tools that stand beside them in the first system message, as `render_chat` puts them.
+
+    Raises:
+        InputError: that message has tools of its own.
+    """
+    roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
+    at = next((i for i, role in enumerate(roles) if role in ("system", "developer")), None)
+    if at is None:
+        return [{"role": "system", "content": "", "tools": tools}, *messages]
+    if messages[at].get("tools"):
+        raise InputError("tools are given beside the messages and in the system message; leave one out")
+    return [*messages[:at], {**messages[at], "tools": tools}, *messages[at + 1 :]]
 
 
 def _tools(where: str, tools: Any, tokenizer: Tokenizer) -> list[str | int]:

@@ -100,6 +100,7 @@ class Processor:
             CheckpointError: a file is missing or unusable.
         """
         folder = Path(folder)
+        check_processing(folder)
         return cls(config, Tokenizer.from_folder(folder), read_dynamic_hd(folder), _context(folder, config))
 
     def __call__(
@@ -443,6 +444,39 @@ def bucket(n: int, least: int = 1) -> int:
     n = max(n, least)
     step = 1 << max((n - 1).bit_length() - 3, 0)
     return -(-n // step) * step
+
+
+# What the files may say of processing, and what is done here whatever they say.
+_PROCESSING: Mapping[str, Any] = {
+    "image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_resize": True, "feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "n_fft": 512, "win_length": 400,
+    "preemphasis": 0.97, "audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1,
+}  # fmt: skip
+
+
+def check_processing(folder: Path) -> None:
+    """Check that the checkpoint's media are processed as they are here.
+
+    Raises:
+        CheckpointError: a setting that would change the numbers; it names the file and the key.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        values = read_json(path) if path.exists() else {}
+        sections = [values, *(values.get(key) for key in ("image_processor", "feature_extractor"))]
+        for section in sections:
+            for key in _PROCESSING.keys() & (section.keys() if isinstance(section, Mapping) else set()):
+                found = section[key]
+                numbers = found if isinstance(found, list) else [found]
+                if found is not None and not all(_is_close(number, _PROCESSING[key]) for number in numbers):
+                    raise CheckpointError(
+                        f"{path}: {key} is {found!r:.60}; only {_PROCESSING[key]!r:.20}, the release's, is supported: "
+                        "media are processed as in its training"
+                    )
+
+
+def _is_close(found: Any, usual: float) -> bool:
+    return isinstance(found, int | float) and math.isclose(found, usual, rel_tol=1e-6)
 
 
 def read_dynamic_hd(folder: Path) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import looks_like_media, words_of
+from phi4mm_jax.processing.chat import looks_like_media, with_tools, words_of
 
 MESSAGES = ("messages", "conversations", "conversation")
 MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
@@ -94,7 +94,7 @@ def _check_line(values: Mapping[str, Any]) -> None:
     choice = values.get("tool_choice")
     if choice not in (None, "auto"):
         raise InputError(f'tool_choice is {choice!r:.60} and has no place in the prompt; leave it out, or say "auto"')
-    if values.get("kto_tag") is False or values.get("label") is False:
+    if any(values.get(key) in (False, 0) for key in ("kto_tag", "label")):
         raise InputError("the answer is marked as a bad one, which only KTO learns from; take the line out")
     objects = values.get("objects")
     if isinstance(objects, Mapping) and (objects.get("bbox") or objects.get("ref")):
@@ -199,12 +199,7 @@ def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
         return messages
     if not isinstance(tools, str | list):
         raise InputError(f"tools is a {type(tools).__name__}; expected a list of tools, or its JSON as a string")
-    at = next((i for i, message in enumerate(messages) if message["role"] in ("system", "developer")), None)
-    if at is None:
-        return [{"role": "system", "content": "", "tools": tools}, *messages]
-    if messages[at].get("tools"):
-        raise InputError("tools are given beside the messages and in the system message; leave one out")
-    return [*messages[:at], {**messages[at], "tools": tools}, *messages[at + 1 :]]
+    return with_tools(messages, tools)
 
 
 # Media beside the messages.
