@@ -828,6 +828,16 @@ def test_a_score_that_came_later_keeps_its_checkpoint(tmp_path, greater):
     assert read.trained(2)["a"].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("greater", [True, False])
+def test_of_equal_scores_the_later_is_best(tmp_path, greater):
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
+    for step, score in ((1, 0.5), (2, 0.5), (3, 0.4 if greater else 0.6)):
+        checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
+    checkpoints.close()
+    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater, read_only=True)
+    assert (read.best, read.steps) == (2, [2, 3])
+
+
 @pytest.mark.parametrize(
     ("values", "weight", "told"),
     [
