@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
+from PIL import Image
 from scipy.special import log_softmax
 
 import phi4mm_jax
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request, Sampling
+from phi4mm_jax.generation import EngineConfig, Request, Sampling, media
 from phi4mm_jax.generation.pages import PagePool, page_keys
 from phi4mm_jax.generation.request import Text
 from phi4mm_jax.model.decoder import Cache, CachedRows, _fill, quantize
@@ -218,6 +219,16 @@ def test_page_keys_depend_on_salt_and_media():
     assert with_medium[0] == other[0] == keys[0][0]
     assert not set(with_medium[1:]) & set(other[1:])
     assert list(page_keys(tokens[:250], [], 64, bytes([0, 0]))) == keys[0][:3]  # whole pages alone
+
+
+def test_equal_crops_in_another_layout_are_another_medium(tiny):
+    """White images of two crops side by side, and of two one above the other."""
+    side = tiny.config.vision.crop_size
+    images = [Image.new("RGB", size, "white") for size in ((2 * side, side), (side, 2 * side))]
+    rows = [tiny.processor.row("<|image_1|>", [image]) for image in images]
+    assert np.array_equal(rows[0].images[0].crops, rows[1].images[0].crops)
+    digests = {media.media_of(row, tiny.config).spans[0][2] for row in rows}
+    assert len(digests) == 2
 
 
 def test_rows_wait_for_pages_and_none_is_lost(tiny):
