@@ -198,6 +198,15 @@ def test_a_short_row_fills_no_page_too_many():
         np.testing.assert_array_equal(pages[0, :4], expected)
 
 
+def test_a_row_that_ends_with_a_page_fills_no_other():
+    k, v = np.random.default_rng(0).normal(size=(2, 1, 8, 1, 2)).astype(np.float32)
+    empty = jnp.zeros((1, 3, 1, 4, 2))
+    rows = CachedRows(*map(jnp.asarray, ([0], [4], [[1, 0]])))  # page 0 is another row's
+    filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    for pages, new in zip(filled[:2], (k, v), strict=True):
+        np.testing.assert_array_equal(pages[0, :2], np.stack([np.zeros((4, 1, 2)), new[0, :4]]).swapaxes(1, 2))
+
+
 def test_draws_continue_across_the_longrope_boundary(tiny):
     """Each token is the largest of logits plus Gumbel noise of its own position."""
     prompt = prompt_of(tiny.processor.tokenizer, 85)
