@@ -174,6 +174,20 @@ def test_a_prompt_of_whole_pages_is_prefilled_when_it_is_cached(tiny):
         check_greedy(tiny, prompt, answer)
 
 
+def test_a_row_at_rest_leaves_its_pages_alone(tiny):
+    """It ends early in a round that another goes on with; a longer prompt then shares all its pages."""
+    prompt = prompt_of(tiny.processor.tokenizer, 128)
+    engine = tiny.engine(SMALL)
+    beside = Request("<|user|>another<|end|><|assistant|>", max_new_tokens=16)
+    list(engine.run([Request(prompt, max_new_tokens=2), beside]))
+    longer = prompt + "<|tag|>" * 10
+    ((_, answer),) = engine.run([Request(longer, max_new_tokens=4)])
+    check_greedy(tiny, longer, answer)
+    logits = recompute(tiny, longer, answer.tokens)
+    expected = log_softmax(logits, -1)[np.arange(4), answer.tokens]
+    np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
+
+
 def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
     monkeypatch.setattr("phi4mm_jax.model.decoder._CACHED_KEYS", 128)
