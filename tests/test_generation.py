@@ -48,6 +48,8 @@ def test_penalty_divides_what_was_seen():
     seen = jnp.asarray([[True, False, True], [False, False, False]])
     settings = SamplingRows.of([Sampling(repetition_penalty=2.0)] * 2)
     assert sample(logits, jnp.zeros(2, jnp.int32), settings, seen).tolist() == [1, 0]
+    below = jnp.asarray([[-1.0, -1.5, -9.0]] * 2)  # negative ones are multiplied
+    assert sample(below, jnp.zeros(2, jnp.int32), settings, seen).tolist() == [1, 0]
 
 
 def test_rows_have_their_own_settings():
