@@ -39,7 +39,15 @@ from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
+from phi4mm_jax.programs import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    ends_well,
+    load_model,
+    make_engine,
+    named_options,
+)
 from phi4mm_jax.progress import count_bar, progress_bar
 
 
@@ -119,14 +127,7 @@ def settings(arguments: argparse.Namespace) -> Settings:
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
-    mesh = mesh_of(arguments)
-    with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
-        model = phi4mm_jax.load(
-            arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapter_folders_of(arguments),
-            adapters_from=arguments.adapters_from, merge=arguments.merge, progress=advance,
-        )  # fmt: skip
-    engine = model.engine(config)
-    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
+    engine = make_engine(load_model(arguments, merge=arguments.merge), config)
     if arguments.warmup:
         with progress_bar("Compiling") as advance:
             engine.warm_up(advance)

@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TextIO, get_args
 
-import phi4mm_jax
 from phi4mm_jax import InputError
 from phi4mm_jax.generation import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.generation.request import Adapter
@@ -38,16 +37,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import (
-    adapter_folders_of,
-    add_adapter_folder,
-    add_mesh,
-    ends_well,
-    mesh_of,
-    named_options,
-    tell_notice,
-)
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import add_adapter_folder, add_mesh, ends_well, load_model, make_engine, named_options
 
 
 @dataclass(frozen=True)
@@ -105,8 +95,9 @@ class Settings:
 def messages_of(
     conversation: Conversation, part: Callable[[Attachment], dict[str, Any]], *, drawn: bool = False
 ) -> list[dict[str, Any]]:
-    """As chat messages; `part` is what stands for a medium, and answers are texts or, where asked for, drawn tokens. An
-    answer that is only begun is the last message."""
+    """Return chat messages; `part` is what stands for a medium, answers are texts or, where asked for, drawn tokens.
+
+    An answer that is only begun is the last message."""
     messages: list[dict[str, Any]] = []
     if conversation.system:
         messages.append({"role": "system", "content": conversation.system})
@@ -370,20 +361,8 @@ def main() -> int:
         stop = tuple(arguments.stop)
         settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, arguments.adapter)
         config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True)
-    adapters = adapter_folders_of(arguments)
-    mesh = mesh_of(arguments)
-    tell_notice(arguments.model)
-    with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(
-            arguments.model,
-            dtype=arguments.dtype,
-            mesh=mesh,
-            adapters=adapters,
-            adapters_from=arguments.adapters_from,
-            progress=advance,
-        )
-    engine = model.engine(config)
-    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
+    model = load_model(arguments, notice=True)
+    engine = make_engine(model, config)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     prompt = "> " if sys.stdin.isatty() else ""

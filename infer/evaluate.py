@@ -33,8 +33,16 @@ from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.generation import EngineConfig
 from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, add_mesh, ends_well, mesh_of, named_options
-from phi4mm_jax.progress import count_bar, progress_bar
+from phi4mm_jax.programs import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    ends_well,
+    load_model,
+    make_engine,
+    named_options,
+)
+from phi4mm_jax.progress import count_bar
 
 _WIDTH = 120  # of the table, where the output is no terminal
 
@@ -121,18 +129,7 @@ def evaluate(
         if file.answered:
             print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
         if file.answered < len(items):
-            mesh = mesh_of(arguments)
-            with progress_bar("Reading the weights", size=True) as advance:
-                model = phi4mm_jax.load(
-                    arguments.model,
-                    dtype=arguments.dtype,
-                    mesh=mesh,
-                    adapters=adapters,
-                    adapters_from=arguments.adapters_from,
-                    progress=advance,
-                )
-            engine = model.engine(config)
-            print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
+            engine = make_engine(load_model(arguments), config)
             with count_bar("Answering", "tokens", len(items), file.answered) as advance:
                 for _, tokens in file.run(engine):
                     advance(1, tokens)

@@ -15,15 +15,7 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import (
-    adapter_folders_of,
-    add_adapter_folder,
-    add_mesh,
-    ends_well,
-    mesh_of,
-    named_options,
-    tell_notice,
-)
+from phi4mm_jax.programs import add_adapter_folder, add_mesh, ends_well, load_model, named_options
 from phi4mm_jax.progress import progress_bar
 
 
@@ -93,18 +85,7 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
 def main() -> int:
     arguments = parse_arguments()
     check(arguments)
-    adapters = adapter_folders_of(arguments)
-    mesh = mesh_of(arguments)
-    tell_notice(arguments.model)
-    with progress_bar("Reading the weights", size=True) as advance:
-        model = phi4mm_jax.load(
-            arguments.model,
-            dtype=arguments.dtype,
-            mesh=mesh,
-            adapters=adapters,
-            adapters_from=arguments.adapters_from,
-            progress=advance,
-        )
+    model = load_model(arguments, notice=True)
     with progress_bar("Compiling and generating"), named_options(arguments):
         (completion,) = model.generate(
             [prompt_of(arguments)],

@@ -1,4 +1,4 @@
-"""How all programs start and end, and options of several: what goes wrong, from their imports on, is one line on
+"""Start and end of all programs, and options of several: what goes wrong, from their imports on, is one line on
 standard error.
 
 A package of programs calls `started` as it is imported. The program's `main` is wrapped by `ends_well`.
@@ -111,7 +111,7 @@ def _end_unraisable(unraisable: Any) -> None:
 
 
 def _ending(error: BaseException) -> tuple[str, int] | None:
-    """What is said of an error, and the status; None for one that nobody expected."""
+    """Line that is said of an error, and the status; None for an unexpected one."""
     if isinstance(error, InputError | ConfigError | CheckpointError):
         return f"error: {error}", 2
     if isinstance(error, KeyboardInterrupt):
@@ -187,15 +187,6 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     return mesh
 
 
-def tell_notice(model: str) -> None:
-    """Print what the model's card says to those who ask it, where it does, on standard error."""
-    from phi4mm_jax.checkpoint.card import notice_of
-    from phi4mm_jax.checkpoint.hub import local_folder
-
-    if (notice := notice_of(local_folder(model))) is not None:
-        print(notice, file=sys.stderr)
-
-
 def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
 
@@ -211,3 +202,35 @@ def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
             raise InputError(f"--adapter-folder has {name} twice: {folders[name]} and {folder}; give it once")
         folders[name] = folder
     return folders
+
+
+def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:
+    """Load the model that a program's options name: --model, --dtype, --mesh, --adapter-folder, --adapters-from.
+
+    Args:
+        notice: print what the model's card says to those who ask it, where it does, on standard error.
+        options: further arguments of `phi4mm_jax.load`.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: as `phi4mm_jax.load`; they name the program's options.
+    """
+    import phi4mm_jax
+    from phi4mm_jax.checkpoint.card import notice_of
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.progress import progress_bar
+
+    adapters, mesh = adapter_folders_of(arguments), mesh_of(arguments)
+    if notice and (line := notice_of(local_folder(arguments.model))) is not None:
+        print(line, file=sys.stderr)
+    with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
+        return phi4mm_jax.load(
+            arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters,
+            adapters_from=arguments.adapters_from, progress=advance, **options,
+        )  # fmt: skip
+
+
+def make_engine(model: Any, config: Any) -> Any:
+    """An engine of the model, whose cache's size is said on standard error."""
+    engine = model.engine(config)
+    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
+    return engine

@@ -367,7 +367,7 @@ def test_the_program(engine):
 
 
 def test_arguments_are_checked_before_the_checkpoint_is_read(monkeypatch, capsys):
-    monkeypatch.setattr(chat.phi4mm_jax, "load", None)  # not called
+    monkeypatch.setattr("phi4mm_jax.load", None)  # not called
     for arguments, named in (
         (["--top-p", "2"], "--top-p is 2"),
         (["--frames", "0"], "--frames is 0"),
