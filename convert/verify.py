@@ -53,7 +53,7 @@ def compare_copies(folder: Path) -> None:
     config = read_config(folder)
     checkpoint = open_checkpoint(folder, config)
     if isinstance(checkpoint, PyTorchCheckpoint):
-        check_copies(checkpoint, config, folder_adapters(folder, config))
+        check_copies(checkpoint, config, folder_adapters(folder, lambda: checkpoint, config))
 
 
 @ends_well

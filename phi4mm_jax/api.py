@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
 from phi4mm_jax.checkpoint.hub import local_folder
-from phi4mm_jax.checkpoint.load import check_structure, load_variables
+from phi4mm_jax.checkpoint.load import check_structure, load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.compilation import keep_compiled_by_default
 from phi4mm_jax.config import Phi4MMConfig
@@ -88,8 +88,9 @@ def load(
     keep_compiled_by_default()
     path = local_folder(path)
     own = read_config(path)
+    opened = cache(partial(open_checkpoint, path, own))
     given = [PeftAdapter(folder, kind, own) for kind, folder in adapter_folders(adapters).items()]
-    if newer := folder_adapters(path, own, adapters_from, [adapter.kind for adapter in given]):
+    if newer := folder_adapters(path, opened, own, adapters_from, [adapter.kind for adapter in given]):
         _log.warning("%s", taken_line(path, newer))
     given += newer
     config = with_adapters(own, given)
@@ -104,8 +105,8 @@ def load(
     abstract = abstract_variables(module)
     places = shardings(abstract, mesh)
     variables = load_variables(
-        path, own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
-    )  # fmt: skip
+        path, opened(), own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
+    )
     check_structure(variables, nn.unbox(abstract))
     if merge is not None:
         variables = merged(variables, collection, lora_configs(config)[collection].scale)

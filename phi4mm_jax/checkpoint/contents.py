@@ -1,11 +1,11 @@
-"""What a checkpoint folder holds of the model: people delete a tower or an adapter, train, and save the rest."""
+"""Contents of a checkpoint folder: people delete a tower or an adapter of the model, train, and save the rest."""
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path as FilePath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -37,10 +37,10 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
     converted = folder / orbax.FOLDER
     if converted.exists():
         names: Collection[str] = [path.name + "." for path in converted.iterdir()] if converted.is_dir() else []
-        adapters = {kind: (f"lora_{kind}.",) for kind in ("vision", "speech")}
+        adapters = {kind: (f"lora_{kind}.",) for kind in KINDS}
     else:
         names = pytorch.shard_names(folder)
-        adapters = {kind: (f".lora_A.{kind}.", f".lora_B.{kind}.") for kind in ("vision", "speech")}
+        adapters = {kind: (f".lora_A.{kind}.", f".lora_B.{kind}.") for kind in KINDS}
     changes: dict[str, object] = {
         has: any(mark in name for name in names for mark in marks) for has, marks in _TOWERS.items()
     }
@@ -52,7 +52,11 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
 
 
 def folder_adapters(
-    folder: FilePath, config: Phi4MMConfig, adapters_from: AdaptersFrom | None = None, given: Collection[str] = ()
+    folder: FilePath,
+    opened: Callable[[], Any],
+    config: Phi4MMConfig,
+    adapters_from: AdaptersFrom | None = None,
+    given: Collection[str] = (),
 ) -> list[PeftAdapter]:
     """The adapters of the original layout that are taken from `vision-lora/` and `speech-lora/`, not from the shards.
 
@@ -61,6 +65,7 @@ def folder_adapters(
     each tensor are compared.
 
     Args:
+        opened: gives the folder's shards, see `open_checkpoint`; asked for where there is something to compare.
         config: of the shards, see `read_config`.
         adapters_from: take all that are in folders, or none; by default those that differ.
         given: "vision" or "speech", whose adapters are replaced by others in any case.
@@ -97,7 +102,7 @@ def folder_adapters(
     found = [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in present]
     if adapters_from == "folders":
         return found
-    different = _differences(pytorch.PyTorchCheckpoint(folder, config), config, found, whole=False)
+    different = _differences(opened(), config, found, whole=False)
     return [adapter for adapter in found if adapter.kind in different]
 
 
@@ -107,7 +112,7 @@ def with_adapters(config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> Phi4
 
 
 def taken_line(folder: FilePath, adapters: Sequence[PeftAdapter]) -> str:
-    """What a program says where adapters are taken from folders."""
+    """Line that a program says where adapters are taken from folders."""
     names = " and ".join(f"{adapter.kind}-lora" for adapter in adapters)
     return f"{folder}: {names} taken in place of the shards' adapters (adapters_from='shards' takes those)"
 
@@ -140,7 +145,7 @@ def check_copies(checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, ad
 def _differences(
     checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, adapters: Iterable[PeftAdapter], whole: bool
 ) -> dict[str, str]:
-    """For each adapter that is not the same as in the shards what differs: a tensor's name, or the settings."""
+    """Name what differs, a tensor or the settings, for each adapter that is not the same as in the shards."""
     ours = {(tensor.parts[0].path, tensor.layer): tensor.key for tensor in checkpoint.tensors}
     found: dict[str, str] = {}
     with ThreadPoolExecutor(8) as pool:

@@ -205,11 +205,11 @@ def _opened(
 ) -> tuple[Phi4MMConfig, _Source]:
     """The source, with its adapters' values checked before anything is written."""
     own = read_config(folder)
-    adapters = folder_adapters(folder, own, adapters_from)
+    opened = open_checkpoint(folder, own)
+    adapters = folder_adapters(folder, lambda: opened, own, adapters_from)
     if adapters:
         say(taken_line(folder, adapters))
-    config, opened = with_adapters(own, adapters), open_checkpoint(folder, own)
-    checkpoint = _Source(opened, adapters)
+    config, checkpoint = with_adapters(own, adapters), _Source(opened, adapters)
 
     def layers_used(path: Path) -> np.ndarray:
         stacked = checkpoint.read(path)

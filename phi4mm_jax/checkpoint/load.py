@@ -47,6 +47,7 @@ def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
 
 def load_variables(
     folder: FilePath,
+    checkpoint: Checkpoint,
     config: Phi4MMConfig,
     dtype: Any,
     shardings: Mapping[Path, jax.sharding.Sharding],
@@ -58,7 +59,7 @@ def load_variables(
     """Read the parameters of a checkpoint onto the devices, with layers stacked.
 
     Args:
-        config: of the folder alone.
+        checkpoint, config: of the folder alone.
         dtype: what the parameters are cast to.
         shardings: where each parameter lies.
         adapters: that take the place of the folder's own.
@@ -69,7 +70,7 @@ def load_variables(
         CheckpointError: a missing, extra, misshapen or unreadable tensor, one with values that are not finite, or an
             all-zero adapter; it names them.
     """
-    checkpoint, replaced = open_checkpoint(folder, config), {f"lora_{a.kind}": a for a in adapters}
+    replaced = {f"lora_{adapter.kind}" for adapter in adapters}
     sources: dict[Path, Checkpoint | PeftAdapter] = {
         p: checkpoint for p in checkpoint.parameters if p[0] not in replaced
     }

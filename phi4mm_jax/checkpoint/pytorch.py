@@ -76,7 +76,8 @@ class PyTorchCheckpoint(StackedTensors):
         stored = _stored(folder, index)
         self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
         self.files |= {folder / t.folder / ADAPTER_FILE for t in table if t.folder}  # or their copies
-        held = _as_in_table(model_tensors(folder, stored, {t.key for t in main}), {t.key for t in main})
+        expected = {t.key for t in main}
+        held = _as_in_table(model_tensors(folder, stored, expected), expected)
         _check(held, main)
         _check_index(folder, index, stored)
         super().__init__(
@@ -86,7 +87,7 @@ class PyTorchCheckpoint(StackedTensors):
 
 
 def _stored(folder: FilePath, index: Mapping[str, str]) -> dict[str, Stored]:
-    """Where each tensor of the main shards is, by its name."""
+    """Find each tensor of the main shards, by its name."""
     stored: dict[str, Stored] = {}
     names = sorted(set(index.values())) if index else _unindexed(folder)
     for file in (folder / name for name in names):
@@ -166,7 +167,7 @@ def _unindexed(folder: FilePath) -> list[str]:
 
 
 def _pickles(folder: FilePath) -> str:
-    """What to do where there are only such, or others that are not read."""
+    """Remedy where there are only such, or others that are not read."""
     if quantised := sorted(p.name for p in folder.glob("*.gguf")):
         return f"{quantised[0]}: GGUF files, mostly of quantised weights, are not read; give the safetensors"
     names = ", ".join(sorted(p.name for p in folder.glob("*.bin")))

@@ -33,7 +33,7 @@ class StackedTensors:
 
     def __init__(self, tensors: Iterable[Tensor], stored: Mapping[str, Rows]):
         self.tensors, self.stored = list(tensors), stored
-        self._rows = rows_by_parameter(self.tensors)
+        self._rows = _rows_by_parameter(self.tensors)
         dtypes = {path: {stored[t.key].dtype for t, *_ in rows} for path, rows in self._rows.items()}
         self.parameters = {
             path: jax.ShapeDtypeStruct(shape, DTYPES["F32" if len(dtypes[path]) > 1 else next(iter(dtypes[path]))])
@@ -55,8 +55,8 @@ class StackedTensors:
         return out
 
 
-def rows_by_parameter(tensors: Iterable[Tensor]) -> dict[Path, list[Row]]:
-    """For each parameter the parts of tensors that it is made of."""
+def _rows_by_parameter(tensors: Iterable[Tensor]) -> dict[Path, list[Row]]:
+    """Parts of tensors that each parameter is made of."""
     rows: dict[Path, list[Row]] = {}
     for tensor in tensors:
         for part, start, stop in tensor.spans():
