@@ -22,6 +22,7 @@ from phi4mm_jax.checkpoint.settings import (
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.peft_settings import common_lora, is_uniform, module_loras
+from phi4mm_jax.processing.audio import AUDIO_RATES
 from phi4mm_jax.processing.processor import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -47,7 +48,6 @@ _ON_ALL_MODULES: Json = {
     "rank_pattern": {},
     "use_rslora": False,
 }
-_AUDIO_RATES = {"audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1}
 
 
 def companion_files(
@@ -148,7 +148,7 @@ def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> N
     files["config.json"] = _json(native_config(config, model))
     files["generation_config.json"] = _generation_config(config, model, files, source)
     files["preprocessor_config.json"] = _json(
-        _AUDIO_RATES
+        AUDIO_RATES
         | {
             "dynamic_hd": read_dynamic_hd(source),
             "feature_extractor_type": "Phi4MultimodalFeatureExtractor",
@@ -213,7 +213,7 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
     files["generation_config.json"] = _generation_config(config, model, files, source)
     files["preprocessor_config.json"] = _json(
         ({"auto_map": processing} if travels(processing) else {})
-        | _AUDIO_RATES
+        | AUDIO_RATES
         | {
             "dynamic_hd": read_dynamic_hd(source),
             "feature_extractor_type": "Phi4MMAudioFeatureExtractor",
@@ -265,7 +265,7 @@ def _chat_template(source: Path) -> str | None:
 def _adapter_config(
     source: Path, kind: str, lora: LoraConfig, num_layers: int, target: Layout, translate: bool
 ) -> bytes:
-    """What PEFT reads. In the original layout the settings are those of config.json, as its code has them.
+    """Return what PEFT reads. In the original layout the settings are those of config.json, as its code has them.
 
     A file stays as it is where all modules have one rank and alpha; others are written with what `common_lora` gives.
     """

@@ -242,9 +242,9 @@ def _from_openai(values: Mapping[str, Any]) -> dict[str, Any]:
     tools = body.pop("tools", None)
     if tools and isinstance(found["messages"], list):  # another kind of messages is an error of its own
         found["messages"] = with_tools(found["messages"], tools)
-    generation = body.pop("add_generation_prompt", not found.get("continue_final_message", False))
-    if generation is bool(found.get("continue_final_message", False)):
-        raise InputError(f"body.add_generation_prompt is {generation}, which goes with no answer; leave it out")
+    continued = bool(found.get("continue_final_message", False))
+    if body.pop("add_generation_prompt", not continued) is continued:
+        raise InputError(f"body.add_generation_prompt is {continued}, which goes with no answer; leave it out")
     for key, value in body.items():
         if value not in _USUAL.get(key, ()):
             usual = f"; expected {_USUAL[key][0]!r}" if key in _USUAL else ""

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.generation.sampling import SamplingRows, sample
 from phi4mm_jax.kernels.mesh import Axes, over_mesh
 from phi4mm_jax.model import Cache, Phi4MM
-from phi4mm_jax.model.decoder import cache_axes
+from phi4mm_jax.model.decoder import cache_axes, row_major
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.sharding import check_heads, jit_beside
 
@@ -108,7 +107,7 @@ class Programs:
 
     @property
     def shares(self) -> int:
-        """How many devices share the heads."""
+        """Number of devices that share the heads."""
         place = self._sharding
         return place.mesh.shape.get("tensor", 1) if isinstance(place, NamedSharding) else 1
 
@@ -227,23 +226,19 @@ def _likeliest(logits: Float[Array, "R V"], count: int) -> Candidates:
 
 
 def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
-    """Of all layers. One after the other, in the cache's own order of bytes: XLA then copies nothing else.
+    """Copy pages of all layers, one after the other, in the cache's own order of bytes: XLA then copies nothing else.
 
     On a mesh each device copies its heads.
     """
 
     def copy(cache, sources, targets, count):
         def one(i, x):
-            x = _row_major(x)
+            x = row_major(x)
             page = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, 1)
-            return _row_major(jax.lax.dynamic_update_slice_in_dim(x, page, targets[i], 1))
+            return row_major(jax.lax.dynamic_update_slice_in_dim(x, page, targets[i], 1))
 
         return jax.tree.map(lambda x: jax.lax.fori_loop(0, count, one, x), cache)
 
     pages = cache_axes(cache)
     inputs = pages, Axes(None), Axes(None), Axes()
     return over_mesh(copy, (cache, sources, targets, count), inputs, pages, rows=1, heads=cache.k.shape[2])
-
-
-def _row_major(x: Array) -> Array:
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

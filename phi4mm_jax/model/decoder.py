@@ -238,7 +238,7 @@ def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[
             return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
 
         out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
-        return _row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
+        return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
 
     taken = gathered(x)
     return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
@@ -256,7 +256,7 @@ def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
 
 
 def _cache_values(cache: Cache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
-    """What the cache holds of keys and values, in the order of its arrays."""
+    """Values that the cache holds for keys and values, in the order of its arrays."""
     if cache.k_scales is None:
         return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
     (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
@@ -288,15 +288,16 @@ def _write(
             b, n = i // count, i % count
             piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)
             place = layer, pages[b, n], 0, slots[b, n], *[0] * (x.ndim - 4)
-            return _row_major(jax.lax.dynamic_update_slice(_row_major(x), piece[None, None], place))
+            return row_major(jax.lax.dynamic_update_slice(row_major(x), piece[None, None], place))
 
         return jax.lax.fori_loop(0, batch * count, one, old)
 
-    k, v = (_row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
+    k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
     return Cache(*map(put, cache.arrays, _cache_values(cache, k, v)))
 
 
-def _row_major(x: Array) -> Array:
+def row_major(x: Array) -> Array:
+    """The same values, with their bytes in the order of their axes."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 

@@ -53,6 +53,13 @@ _UNKNOWN_LENGTH = 2**62  # libsndfile then says 2**63 - 1
 _NEARLY_ALL = 0x7FFF0000
 _LEAST_ROUND, _ROUND, _HEADER_BYTES = 2**28, (2**20, 10**6), 128
 
+# These as the files of PyTorch's processors name them.
+AUDIO_RATES = {"audio_compression_rate": TIME_REDUCTION, "audio_downsample_rate": 1, "audio_feat_stride": 1}
+FEATURE_SETTINGS = {
+    "feature_size": NUM_BANDS, "sampling_rate": _RATE, "hop_length": round(_HOP * _RATE), "n_fft": _NUM_FFT,
+    "win_length": round(_WINDOW * _RATE), "preemphasis": round(float(_PRE_EMPHASIS), 6),
+}  # fmt: skip
+
 AudioSource = tuple[Any, int] | str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 

@@ -365,9 +365,9 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         payload = _payload(where, given, kind)
         inner = given.get(kind)
         beside = inner if isinstance(inner, Mapping) else {}
-        _check_keys(f"{where}.{kind}", beside, *beside.keys() - _SETTINGS, "detail")
-        detail = {"detail": beside["detail"]} if beside.get("detail") is not None else {}
-        yield kind, payload if kind == "audio" else _detailed(where, payload, {**given, **detail})
+        _check_settings(f"{where}.{kind}", beside)
+        detail = given.get("detail") if beside.get("detail") is None else beside["detail"]
+        yield kind, payload if kind == "audio" else _detailed(where, payload, {"detail": detail})
     elif kind == "video":
         payload = _payload(where, given, kind)
         if payload is _NEXT:
@@ -382,6 +382,12 @@ def _part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         )
 
 
+def _check_settings(where: str, given: Mapping[str, Any], *known: str) -> None:
+    for key, value in given.items():
+        if key in _SETTINGS and key not in known and value is not None:
+            raise InputError(f"{where}.{key} is a setting that is not taken here; leave it out")
+
+
 # Of media, in the parts of others; those that are taken are named where they are.
 _SETTINGS = frozenset({
     "fps", "frames", "nframes", "num_frames", "max_frames", "min_frames", "max_crops", "max_pixels", "min_pixels",
@@ -391,9 +397,8 @@ _SETTINGS = frozenset({
 
 def _check_keys(where: str, given: Mapping[str, Any], *known: str) -> None:
     """A part that has a medium, or a setting of it, besides what its type says would lose it."""
+    _check_settings(where, given, *known)
     for key, value in given.items():
-        if key not in known and key in _SETTINGS and value is not None:
-            raise InputError(f"{where}.{key} is a setting that is not taken here; leave it out")
         if key not in ("type", *known) and looks_like_media(key, value):
             raise InputError(f"{where}.{key} is not taken in a part of type {given.get('type', known[0])}: make it one")
 

@@ -10,7 +10,15 @@ from PIL import Image
 
 from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
+from phi4mm_jax.processing.audio import (
+    AUDIO_RATES,
+    FEATURE_SETTINGS,
+    load_audio,
+    log_mel,
+    measure_audio,
+    num_audio_tokens,
+    num_frames,
+)
 from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.processing.chat import Kind, Media, Prompt, Tokens, given_media, parse_prompt
 from phi4mm_jax.processing.images import (
@@ -449,8 +457,7 @@ def bucket(n: int, least: int = 1) -> int:
 # What the files may say of processing, and what is done here whatever they say.
 _PROCESSING: Mapping[str, Any] = {
     "image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_resize": True, "feature_size": 80, "sampling_rate": 16000, "hop_length": 160, "n_fft": 512, "win_length": 400,
-    "preemphasis": 0.97, "audio_compression_rate": 8, "audio_downsample_rate": 1, "audio_feat_stride": 1,
+    "do_resize": True, **FEATURE_SETTINGS, **AUDIO_RATES,
 }  # fmt: skip
 
 
