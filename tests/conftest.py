@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.table import UNUSED, Tensor
@@ -154,6 +154,18 @@ def uncached_logits(model: phi4mm_jax.Model, batch: Batch, answers: list[list[in
         places = np.arange(starts[row], starts[row] + len(answer))  # sequences of so many tokens
         found.append(np.where(places[:, None] <= boundary, short[row, places - 1], long[row, places - 1]))
     return found
+
+
+def shards(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint's main shards."""
+    return {name: x for path in sorted(folder.glob("model*.safetensors")) for name, x in load_file(path).items()}
+
+
+def save_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """All tensors in one file, as small models are saved."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def original_tensor(tensor: Tensor, variables) -> np.ndarray:

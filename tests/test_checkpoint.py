@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases
+from conftest import TINY, golden_cases, save_shards, shards
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
@@ -135,25 +135,12 @@ def test_wrong_files(copy, tmp_path):
         phi4mm_jax.load(copy, dtype="float64")
 
 
-def tensors_of(folder):
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def save_as_one(folder, tensors):
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
-    save_file(tensors, folder / "model.safetensors")
-
-
 EMBEDDING = "model.embed_tokens.weight"
 
 
 def test_buffers_and_a_tied_head_are_left_out(copy, goldens):
     """The head in a file of its own beside the embedding, or alone, as safetensors' save_model may leave it."""
-    tensors = tensors_of(copy)
+    tensors = shards(copy)
     head = tensors[EMBEDDING]
     buffers = {
         "model.rotary_emb.inv_freq": np.ones(4, np.float32),
@@ -163,7 +150,7 @@ def test_buffers_and_a_tied_head_are_left_out(copy, goldens):
     for head_alone in (False, True):
         if head_alone:
             del tensors[EMBEDDING]
-        save_as_one(copy, tensors | buffers)
+        save_shards(copy, tensors | buffers)
         save_file({"lm_head.weight": head}, copy / "model_head.safetensors")
         case = next(c for c in golden_cases() if c["name"] == "text")
         model = phi4mm_jax.load(copy, dtype="float32")
@@ -174,8 +161,8 @@ def test_buffers_and_a_tied_head_are_left_out(copy, goldens):
 
 @pytest.mark.parametrize("change", [lambda x: x * 2, lambda x: x[:-8], lambda x: x.astype(ml_dtypes.bfloat16)])
 def test_an_untied_head_is_refused(copy, change):
-    tensors = tensors_of(copy)
-    save_as_one(copy, tensors | {"lm_head.weight": np.ascontiguousarray(change(tensors[EMBEDDING]))})
+    tensors = shards(copy)
+    save_shards(copy, tensors | {"lm_head.weight": np.ascontiguousarray(change(tensors[EMBEDDING]))})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight .*only a head that is tied to the embedding"):
         open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
 
@@ -193,7 +180,7 @@ def test_an_untied_head_is_refused(copy, change):
     ],
 )
 def test_a_prefix_is_named(copy, rename, named):
-    save_as_one(copy, {rename(name): x for name, x in tensors_of(copy).items()})
+    save_shards(copy, {rename(name): x for name, x in shards(copy).items()})
     with pytest.raises(CheckpointError, match=f"(?s)tensors have {named}"):
         open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
 
@@ -213,8 +200,8 @@ MATRIX = "model.layers.0.mlp.down_proj.base_layer.weight"
     ],
 )  # fmt: skip
 def test_quantised_tensors_are_refused(copy, as_saved):
-    tensors = tensors_of(copy)
-    save_as_one(copy, tensors | as_saved(MATRIX, tensors.pop(MATRIX)))
+    tensors = shards(copy)
+    save_shards(copy, tensors | as_saved(MATRIX, tensors.pop(MATRIX)))
     with pytest.raises(CheckpointError, match=r"down_proj.*the weights are quantised.*bfloat16"):
         open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
 
@@ -237,9 +224,9 @@ def test_a_shard_that_is_not_there_is_named_without_an_index(copy):
 
 
 def test_a_vocabulary_of_another_size(copy):
-    tensors = tensors_of(copy)
+    tensors = shards(copy)
     rows = np.concatenate([tensors[EMBEDDING], tensors[EMBEDDING][:8]])
-    save_as_one(copy, tensors | {EMBEDDING: rows})
+    save_shards(copy, tensors | {EMBEDDING: rows})
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight: has shape.*resize_token_embeddings"):
         open_checkpoint(copy, Phi4MMConfig.from_folder(copy))
 

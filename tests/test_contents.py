@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of
+from conftest import TINY, golden_cases, media_of, save_shards, shards
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
@@ -30,17 +30,6 @@ def folder(tmp_path, native, request):
     return copy
 
 
-def shards(folder):
-    return {name: x for path in folder.glob("model*.safetensors") for name, x in load_file(path).items()}
-
-
-def save_shards(folder, tensors):
-    """All tensors in one file, as small models are saved."""
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def without_folders(folder):
     for name in NATIVE_FOLDERS:
         shutil.rmtree(folder / name)
@@ -57,7 +46,7 @@ def adapter_of(folder, kind):
 
 
 def merge(folder, kind):
-    """What PEFT's merge_and_unload leaves: W + (alpha / r) B A under the modules' own names."""
+    """Leave what PEFT's merge_and_unload does: W + (alpha / r) B A under the modules' own names."""
     settings = json.loads((folder / f"{kind}-lora" / "adapter_config.json").read_text())
     scale = settings["lora_alpha"] / settings["r"]
     held = {n.replace(".base_layer.", "."): x for n, x in shards(folder).items() if ".lora_" not in n}
@@ -116,7 +105,7 @@ def test_vision_alone_by_its_config(folder):
 
 
 def test_vision_alone(folder, goldens, tmp_path):
-    """What Microsoft's sample of vision fine-tuning saves: no speech encoder, no speech adapter."""
+    """Microsoft's sample of vision fine-tuning saves this: no speech encoder, no speech adapter."""
     cut(folder, "audio_embed", ".speech.")
     saved = shards(folder)
     to_orbax(folder, tmp_path / "converted")
@@ -160,7 +149,7 @@ def test_a_missing_adapter_can_be_done_without(folder):
 
 
 def tuned(folder, halved=False):
-    """What fine-tuning leaves in vision-lora: other values, or another rank and alpha as well."""
+    """Write what fine-tuning leaves in vision-lora: other values, or another rank and alpha as well."""
     path = folder / "vision-lora" / "adapter_model.safetensors"
     held = {name: x * 3 for name, x in load_file(path).items()}
     settings = json.loads((path.parent / "adapter_config.json").read_text())
@@ -180,7 +169,7 @@ def assert_same(model, other):
 
 @pytest.mark.parametrize("halved", [False, True])
 def test_a_folder_that_differs_from_the_shards_is_taken(folder, tiny, native, tmp_path, caplog, halved):
-    """As in the native layout, which has the adapter there alone; and it goes along in conversions."""
+    """Read them like the native layout, which has the adapter there alone; and it goes along in conversions."""
     copy = tmp_path / "native"
     shutil.copytree(native, copy)
     place = tuned(folder, halved)
