@@ -230,7 +230,7 @@ def _called(x: Instruction, attribute: str) -> str:
 
 
 def _trips(computations: Mapping[str, list[Instruction]], condition: str, unknown: int) -> int:
-    """By the one constant that a loop's counter is compared with, there or in what is called there.
+    """Read the one constant that a loop's counter is compared with, there or in what is called there.
 
     A loop that ends at 0, such as that of decoding, is one step.
     """

@@ -1,4 +1,4 @@
-"""What a prefill chunk costs, beside another checkout of this project: python -m benchmarks.prefill_cost FOLDER.
+"""Cost of a prefill chunk, beside another checkout of this project: python -m benchmarks.prefill_cost FOLDER.
 
 With random weights at the release's widths and few layers, in float32, on the CPU. The two checkouts have a process
 each and take turns. Times are of the processor, over all threads, so that what else the machine does counts little.

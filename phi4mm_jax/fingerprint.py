@@ -26,7 +26,7 @@ def file_fingerprint(path: Path) -> bytes:
 
 
 def weights_fingerprint(folder: Path, adapters: Mapping[str, Path]) -> str:
-    """Of a checkpoint, and of the folders of adapters that take the place of its own.
+    """Fingerprint of a checkpoint and of the folders of adapters that take the place of its own.
 
     Raises:
         OSError: a file cannot be read.

@@ -294,7 +294,7 @@ def as_folder(name):
 
 
 def without_half_an_adapter(folder):
-    """In its shards; without all of it, the checkpoint is one that has no such adapter."""
+    """Take half of it out of the shards; without all of it, the checkpoint is one that has no such adapter."""
     (folder / "model.safetensors.index.json").unlink()
     for path in folder.glob("model-*"):
         save_file({n: x for n, x in load_file(path).items() if ".lora_A.speech.weight" not in n}, path)

@@ -111,7 +111,7 @@ def test_many_mixed_requests_are_as_each_alone(tiny, goldens):
 
 
 def plain_scores(logits: np.ndarray, settings: Sampling) -> np.ndarray:
-    """What a token is the largest of: the logits, or those that are left, divided, with the noise of their place."""
+    """Values that a token is the largest of: logits, or those that are left, divided, with the noise of their place."""
     if not settings.temperature:
         return logits
     noise = gumbel(settings.seed, settings.stream)[: len(logits)]

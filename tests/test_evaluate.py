@@ -147,7 +147,7 @@ SPLIT = {  # by hand
     ],
 )  # fmt: skip
 def test_bleu_by_the_tokeniser_of_a_language(tokenize, pairs):
-    """That of the words which it finds; 13a would take a sentence for one or a few."""
+    """BLEU of the words which it finds; 13a would take a sentence for one or a few."""
     references, answers = ([SPLIT[text] for text in texts] for texts in zip(*pairs, strict=True))
     expected = sacrebleu.corpus_bleu(answers, [references], tokenize="none").score
     metric = make_metric("bleu", tokenize)

@@ -398,7 +398,7 @@ def test_masks_are_spans_of_frames_and_bands(masks, widest):
 
 
 def test_augmented_speech_is_as_long_as_was_measured(processor):
-    """By the generator alone: the same gives the same, another another length and other features."""
+    """Draws depend on the generator alone: the same gives the same, another another length and other features."""
     sample = parse(
         processor, {"messages": [user({"type": "audio", "audio": str(TINY / "inputs" / "audio_1.flac")}), says("a")]}
     )

@@ -343,7 +343,7 @@ CLIPS = Size((400,), 0, 1, 375, 2)  # 30 s and a few words
     ],
 )
 def test_sizes_follow_the_data(sizes, options, rows, length, media):
-    """By hand: sizes of 4 to the octave."""
+    """Sizes of 4 to the octave, by hand."""
     options = {"context": 131072, **options}
     found = propose_packing(sizes, **options)
     pack = "kind" not in options

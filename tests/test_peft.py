@@ -40,7 +40,7 @@ def reference():
 
 
 def save_adapter(model: Any, folder: Path, **settings: Any) -> None:
-    """What PEFT saves of an adapter, each of whose values was moved by training."""
+    """Tensors that PEFT saves of an adapter, each of whose values was moved by training."""
     torch.manual_seed(0)
     settings = {"r": 8, "lora_alpha": 12, "target_modules": DECODER, "task_type": "CAUSAL_LM"} | settings
     tuned = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
@@ -51,7 +51,7 @@ def save_adapter(model: Any, folder: Path, **settings: Any) -> None:
 
 
 def products(model: Any, folder: Path) -> dict[str, np.ndarray]:
-    """What the adapter adds to each matrix of the decoder, in PEFT."""
+    """Product that the adapter adds to each matrix of the decoder, in PEFT."""
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
     modules: dict[str, Any] = dict(loaded.get_base_model().named_modules())
     decoder = [f"model.layers.{i}.{name}" for i in range(model.config.num_hidden_layers) for name in MODULES]
@@ -261,7 +261,7 @@ def test_answers_depend_on_the_adapter_beside(two_adapters, tmp_path):
 
 
 class _Loads(Exception):
-    """What a program would load."""
+    """Stand-in for what a program would load."""
 
 
 def _loads(path: str | Path, **options: Any) -> None:

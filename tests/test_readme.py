@@ -88,7 +88,7 @@ def test_commands(work, monkeypatch, capfd):
 
 
 def test_code(work, tiny, monkeypatch):
-    """In one namespace, as a reader types it; `load` gives the tiny checkpoint."""
+    """Run it in one namespace, as a reader types it; `load` gives the tiny checkpoint."""
     monkeypatch.chdir(work)
     (work / "Phi-4-multimodal-instruct").symlink_to(TINY)
     monkeypatch.setattr(phi4mm_jax, "load", lambda folder: {str(TINY): tiny}[os.path.realpath(folder)])

@@ -50,7 +50,7 @@ def test_logits_are_those_of_the_row_alone(tiny, rows):
 
 
 def test_tokens_are_those_of_logits_without_a_cache(tiny, rows):
-    """Of whole rows, whose logits are those of the row alone."""
+    """Compare with whole rows, whose logits are those of the row alone."""
     prompts, images, audios = map(list, zip(*rows, strict=True))
     found = tiny.generate(prompts, images, audios, max_new_tokens=12)
     batch = tiny.process(prompts, images, audios)

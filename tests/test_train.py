@@ -669,7 +669,7 @@ def test_the_last_step_is_filled_with_micro_batches_without_targets():
 
 
 def test_the_log_of_preferences_has_margins():
-    """Where what is minimised is 0.5 a pair, and better answers are ahead by 0.25."""
+    """Preferences whose loss is 0.5 a pair, and whose better answers are ahead by 0.25."""
     metrics = Metrics(*map(jnp.float32, (0.5, -0.25, 0.75, 8.0, 2.0)))
     expected = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "pairs": 8.0, "gradient_norm": 2.0}
     assert loop._values(metrics, "preferences") == expected
@@ -778,7 +778,7 @@ def test_the_best_state_by_evaluation_is_exported(tiny, quick, tmp_path, monkeyp
 
 
 def answer_losses(model, prompt: str, answer: str) -> np.ndarray:
-    """Of each token of an answer, by the whole logits."""
+    """Losses of each token of an answer, by the whole logits."""
     import torch
     from torch.nn.functional import cross_entropy
 

@@ -501,7 +501,7 @@ def test_a_share_of_the_steps_warms_up(steps, rates):
 
 
 def test_gradients_are_clipped_before_the_moments_as_in_pytorch():
-    """Of four steps all but the second one are clipped, which the moments of the later ones show."""
+    """All of four steps but the second are clipped, which the moments of the later ones show."""
     import torch
 
     config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip=1.0)

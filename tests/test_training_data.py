@@ -184,7 +184,7 @@ def test_preferences(tmp_path, processor):
     ],
 )
 def test_proposed_sizes_take_every_sample(tmp_path, processor, make, count, hosts, steps):
-    """In orders that they were not proposed for, of several epochs; and there are steps enough to learn from."""
+    """Plan orders that they were not proposed for, of several epochs; there are steps enough to learn from."""
     source = manifest(tmp_path / "m.jsonl", make(count))
     measured = measure_samples(DataConfig((Source(source.path, 1.0),), None, steps=1, threads=2), processor)
     assert len(measured) == count

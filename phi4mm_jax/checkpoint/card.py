@@ -1,4 +1,4 @@
-"""What a checkpoint's card, its README.md, tells its users before they ask."""
+"""Notices of a checkpoint's card, its README.md, to those who ask the model."""
 
 from pathlib import Path
 

@@ -131,7 +131,7 @@ class FittedTensor:
 def _fitted(
     folder: FilePath, settings: Mapping[str, Any], num_layers: int, tensors: Iterable[Tensor]
 ) -> dict[str, Stored | FittedTensor]:
-    """For each tensor of the weight table, by `Tensor.key`, the one in the file."""
+    """Find each tensor of the weight table, by `Tensor.key`, in the file."""
     file = folder / WEIGHTS_FILE
     loras = module_loras(str(folder / SETTINGS_FILE), settings, num_layers)
     common = common_lora(loras)

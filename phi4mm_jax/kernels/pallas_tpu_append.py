@@ -89,7 +89,7 @@ def _kernel(layer_ref, pages_ref, slots_ref, new_refs, _, cache_refs, tile_refs,
         lax.fori_loop(0, at_once, one, None)
 
     def places(b, page, slot):
-        """For each array the tile in the cache and in vector memory."""
+        """Tiles of each array, in the cache and in vector memory."""
         start = pl.multiple_of(lax.div(slot, _TILE) * _TILE, _TILE)
         for cache, tile in zip(cache_refs, tile_refs, strict=True):
             place = cache.at[layer, page]

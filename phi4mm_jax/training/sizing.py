@@ -26,7 +26,7 @@ _NEEDS = {  # of parameters: the media that reach them
 
 
 class Divisors(NamedTuple):
-    """What the sizes of a batch must be divisible by."""
+    """Numbers that the sizes of a batch must be divisible by."""
 
     devices: int = 1  # that share the rows
     hosts: int = 1
