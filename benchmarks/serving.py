@@ -24,7 +24,7 @@ from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
 from phi4mm_jax.sharding import shardings
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
-PAGE = 128
+PAGE, BLOCK = 128, 2048  # tokens of a page, and keys that a chunk attends to at once
 APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and a few hundred cycles
 
 
@@ -95,13 +95,16 @@ def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
         keys = 4 * d.num_layers * case.rows * case.length * d.num_kv_heads * d.head_size / chips
         seconds = found.seconds + keys / bandwidth + d.num_layers * APPEND
         return Estimate(seconds, (2 * weights / chips + keys) / bandwidth, sum(found.bytes.values()))
-    # The loop over cached keys is the one whose trips no constant tells; the i-th chunk takes i of them.
-    first, second = (cost(text, chip, unknown_trips=n) for n in (0, 1))
-    count = case.length // case.chunk
-    blocks = count * (count - 1) // 2 * case.chunk // 2048
+    # No constant tells the trips of the loop over blocks of keys, of which the i-th chunk takes i, and of that over a
+    # block's pages within it: with n trips of both, a chunk costs a + b n + c n**2.
+    costs = [cost(text, chip, unknown_trips=n) for n in (0, 1, 2)]
+    count, pages = case.length // case.chunk, case.rows * BLOCK // PAGE
+    blocks = count * (count + 1) // 2 * case.chunk // BLOCK
 
     def whole(of: Any) -> float:
-        return count * of(first) + blocks * (of(second) - of(first))
+        none, one, two = map(of, costs)
+        page = (two - 2 * one + none) / 2
+        return count * none + blocks * (one - none - page + pages * page)
 
     products = 2 * d.num_layers * layer * case.length * case.rows
     pairs = 4 * d.num_layers * d.num_heads * d.head_size * case.length**2 / 2 * case.rows
