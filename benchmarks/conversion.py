@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from phi4mm_jax.paths import path_argument
+from phi4mm_jax.utils.paths import path_argument
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 RELEASE = FIXTURES / "ms_release_config.json"

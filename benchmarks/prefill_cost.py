@@ -16,10 +16,10 @@ CODE = """
 import sys, time
 import jax, numpy as np
 from benchmarks.decode_cost import random_model
-from phi4mm_jax.generation import EngineConfig, Sampling
-from phi4mm_jax.generation.programs import Chunk
-from phi4mm_jax.generation.sampling import SamplingRows
-from phi4mm_jax.processing.batch import NO_MEDIA
+from phi4mm_jax.engine import EngineConfig, Sampling
+from phi4mm_jax.engine.steps import Chunk
+from phi4mm_jax.engine.sampling import SamplingRows
+from phi4mm_jax.batch import NO_MEDIA
 
 layers, cache_dtype = int(sys.argv[1]), sys.argv[2] if sys.argv[2] != "float32" else None
 model = random_model(layers)

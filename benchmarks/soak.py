@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
-from phi4mm_jax.generation import EngineConfig, Request, Sampling
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.engine import EngineConfig, Request, Sampling
+from phi4mm_jax.utils.progress import progress_bar
 
 TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_tiny"
 _CONFIG = EngineConfig(slots=8, cache_tokens=8192, page_size=64, chunk=64, steps=4, feature_blocks=32)

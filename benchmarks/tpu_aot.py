@@ -24,17 +24,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from benchmarks import serving
 from benchmarks.compiled import CHIPS, Cost, cost
+from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
-from phi4mm_jax.paths import path_argument
-from phi4mm_jax.sharding import shardings
-from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.flops import step_flops
 from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from phi4mm_jax.training.patterns import split
+from phi4mm_jax.training.param_filter import split
 from phi4mm_jax.training.step import compiler_options, dropout_key, initial_state, supervised, train_step
+from phi4mm_jax.utils.paths import path_argument
 
 RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
 CHUNK_TOKENS = 384  # of a clip of 30 s

@@ -87,11 +87,10 @@ def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
     import jax
 
     import phi4mm_jax
+    from phi4mm_jax.batch import NO_MEDIA, Batch, TrainingBatch
     from phi4mm_jax.model.lora import SPEECH
-    from phi4mm_jax.processing.batch import NO_MEDIA, Batch
-    from phi4mm_jax.training.batch import TrainingBatch
     from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from phi4mm_jax.training.patterns import split
+    from phi4mm_jax.training.param_filter import split
     from phi4mm_jax.training.step import initial_state, supervised, train_step
 
     model = phi4mm_jax.load(checkpoint, dtype="float32", scan=True)

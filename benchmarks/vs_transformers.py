@@ -31,11 +31,11 @@ from PIL import Image
 from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, PreTrainedTokenizerFast
 
 import phi4mm_jax
+from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.audio import log_mel, num_audio_tokens
-from phi4mm_jax.processing.batch import ImageStack
 from phi4mm_jax.processing.chat import Media
 from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_image
 from phi4mm_jax.processing.processor import Row

@@ -42,18 +42,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from phi4mm_jax import goldens
-from phi4mm_jax.checkpoint import orbax
+from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.paths import path_argument
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, cli_entrypoint
+from phi4mm_jax.testing import goldens
+from phi4mm_jax.utils.paths import path_argument
+from phi4mm_jax.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +260,7 @@ class Reference:
 
 
 def check_layout(folder: Path) -> None:
-    converted = (folder / orbax.FOLDER).is_dir()
+    converted = (folder / orbax_io.FOLDER).is_dir()
     if converted or read_json(folder / "config.json").get("model_type") == "phi4mm":
         raise CheckpointError(
             f"{folder}: is {'converted' if converted else 'in the original layout'}, which transformers does not load. "
@@ -457,7 +457,7 @@ def record(parsed: argparse.Namespace, out: Path) -> None:
     goldens.write_goldens(out, cases, tensors, {"image": images, "audio": audios}, recorded)
 
 
-@ends_well
+@cli_entrypoint
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     with staged(parsed.out, lambda text: print(text, file=sys.stderr)) as out:

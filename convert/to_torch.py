@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.programs import add_adapters_from, ends_well
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import add_adapters_from, cli_entrypoint
+from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     with progress_bar("Converting", size=True) as advance:

@@ -1,9 +1,9 @@
 """Prove parity: python -m convert.verify CHECKPOINT --goldens DIR.
 
 Runs every case of the goldens, and every image and clip by itself, and compares with what the reference computed: see
-`phi4mm_jax/goldens.py` for what is compared and the bounds. Compares the two copies of the adapters that the original
-layout has, and says what no case exercises. The exit status is 0 if all pass, 1 if anything differs, 2 if nothing could
-be compared.
+`phi4mm_jax/testing/goldens.py` for what is compared and the bounds. Compares the two copies of the adapters that the
+original layout has, and says what no case exercises. The exit status is 0 if all pass, 1 if anything differs, 2 if
+nothing could be compared.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from phi4mm_jax.checkpoint.contents import check_copies, folder_adapters, read_c
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
-from phi4mm_jax.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
 from phi4mm_jax.processing.chat import KINDS, Kind
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, ends_well
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, cli_entrypoint
+from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
+from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def compare_copies(folder: Path) -> None:
         check_copies(checkpoint, config, folder_adapters(folder, lambda: checkpoint, config))
 
 
-@ends_well
+@cli_entrypoint
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     goldens = read_goldens(parsed.goldens)

@@ -34,21 +34,21 @@ from functools import partial
 from typing import get_args
 
 import phi4mm_jax
-from phi4mm_jax.compilation import default_folder, keep_compiled
-from phi4mm_jax.generation import EngineConfig
-from phi4mm_jax.generation.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
-from phi4mm_jax.generation.request import Adapter
-from phi4mm_jax.paths import path_argument
+from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.engine.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
+from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.programs import (
     adapter_folders_of,
     add_adapter_folder,
     add_mesh,
-    ends_well,
+    cli_entrypoint,
     load_model,
     make_engine,
     named_options,
 )
-from phi4mm_jax.progress import count_bar, progress_bar
+from phi4mm_jax.utils.compilation import default_folder, keep_compiled
+from phi4mm_jax.utils.paths import path_argument
+from phi4mm_jax.utils.progress import count_bar, progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     if arguments.max_new_tokens < 1:

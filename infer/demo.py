@@ -6,14 +6,14 @@ from pathlib import Path
 
 import phi4mm_jax
 from phi4mm_jax.evaluation.items import read_items
-from phi4mm_jax.programs import ends_well
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.progress import progress_bar
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 EXAMPLES = MODEL / "examples" / "examples.jsonl"
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     items = read_items(EXAMPLES)
     with progress_bar("Reading the weights", size=True) as advance:

@@ -8,15 +8,15 @@ import sys
 from typing import get_args
 
 import phi4mm_jax
-from phi4mm_jax.generation import Request, Sampling
-from phi4mm_jax.generation.request import Adapter
+from phi4mm_jax.engine import Request, Sampling
+from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.programs import add_adapter_folder, add_mesh, ends_well, load_model, named_options
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import add_adapter_folder, add_mesh, cli_entrypoint, load_model, named_options
+from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +81,7 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
     return [*system, {"role": "user", "content": [*media, {"type": "text", "text": arguments.text}]}]
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     check(arguments)

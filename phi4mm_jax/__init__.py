@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phi4mm_jax.api import Model, load
+    from phi4mm_jax.engine import Completion
     from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
-    from phi4mm_jax.generation import Completion
 
 __version__ = "0.1.0"
 
@@ -13,7 +13,7 @@ __all__ = ["CheckpointError", "Completion", "ConfigError", "InputError", "Model"
 
 _MODULES = {
     "CheckpointError": "errors", "ConfigError": "errors", "InputError": "errors",
-    "Completion": "generation", "Model": "api", "load": "api",
+    "Completion": "engine", "Model": "api", "load": "api",
 }  # fmt: skip
 
 

@@ -16,24 +16,24 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from phi4mm_jax.batch import Batch
 from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import check_structure, load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
-from phi4mm_jax.compilation import keep_compiled_by_default
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
+from phi4mm_jax.engine.encoder_cache import media_of
+from phi4mm_jax.engine.request import Adapter
+from phi4mm_jax.engine.sampling import is_whole
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
-from phi4mm_jax.generation.media import media_of
-from phi4mm_jax.generation.request import Adapter
-from phi4mm_jax.generation.sampling import is_whole
+from phi4mm_jax.mesh import jit_on_mesh, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
 from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.processing.batch import Batch
 from phi4mm_jax.processing.processor import Processor, PromptLike, Row
-from phi4mm_jax.sharding import jit_beside, shardings
+from phi4mm_jax.utils.compilation import keep_compiled_by_default
 
 _log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16"]
@@ -62,7 +62,7 @@ def load(
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
             converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations.
-        mesh: the devices to spread the parameters over (see `phi4mm_jax.sharding`); by default the first device.
+        mesh: the devices to spread the parameters over (see `phi4mm_jax.mesh`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters take the place of the
             checkpoint's own: {"speech": FOLDER}.
         adapters_from: where adapters come from in the original layout, which has them in its shards and in the folders
@@ -132,7 +132,7 @@ class Model:
 
     def __init__(self, module: Phi4MM, variables: dict[str, Any], processor: Processor):
         self.module, self.variables, self.processor = module, variables, processor
-        self._logits = jit_beside(variables, module.apply)
+        self._logits = jit_on_mesh(variables, module.apply)
         self._last_engine: Engine | None = None
 
     @property
@@ -256,7 +256,7 @@ class Model:
         return found if logprobs else [_without_logprobs(completion) for completion in found]
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
-        """An engine for many requests; see `phi4mm_jax.generation`."""
+        """An engine for many requests; see `phi4mm_jax.engine`."""
         return Engine(self._programs, self.variables, self.processor, config or EngineConfig())
 
     @cached_property

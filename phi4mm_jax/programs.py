@@ -1,7 +1,7 @@
 """Start and end of all programs, and options of several: what goes wrong, from their imports on, is one line on
 standard error.
 
-A package of programs calls `started` as it is imported. The program's `main` is wrapped by `ends_well`.
+A package of programs calls `started` as it is imported. The program's `main` is wrapped by `cli_entrypoint`.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def started() -> None:
     threading.Thread(target=watch, name="phi4mm-interrupt", daemon=True).start()
 
 
-def ends_well(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     """Make the program's errors, and Ctrl-C, one line on standard error; its status is then 2, or 130."""
 
     @wraps(main)
@@ -177,7 +177,7 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     """
     from phi4mm_jax.checkpoint.hub import local_folder
     from phi4mm_jax.config import Phi4MMConfig
-    from phi4mm_jax.sharding import inference_mesh
+    from phi4mm_jax.mesh import inference_mesh
 
     config = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
     with named_options(arguments):
@@ -215,9 +215,9 @@ def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options
         CheckpointError, ConfigError, InputError: as `phi4mm_jax.load`; they name the program's options.
     """
     import phi4mm_jax
-    from phi4mm_jax.checkpoint.card import notice_of
     from phi4mm_jax.checkpoint.hub import local_folder
-    from phi4mm_jax.progress import progress_bar
+    from phi4mm_jax.checkpoint.model_card import notice_of
+    from phi4mm_jax.utils.progress import progress_bar
 
     adapters, mesh = adapter_folders_of(arguments), mesh_of(arguments)
     if notice and (line := notice_of(local_folder(arguments.model))) is not None:

@@ -25,8 +25,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
+from phi4mm_jax.batch import NO_MEDIA, Batch
 from phi4mm_jax.checkpoint.table import UNUSED, Tensor
-from phi4mm_jax.processing.batch import NO_MEDIA, Batch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "ms_tiny"

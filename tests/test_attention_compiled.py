@@ -21,9 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
-from phi4mm_jax.generation.programs import _copy_pages
+from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
-from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedRows, Decoder, Rows
+from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
@@ -175,7 +175,7 @@ def inputs(config, batch, length, pages_of_a_row=None):
     """What the decoder is called with, for new tokens that come after cached ones where there are pages."""
     angles = shape(batch, length, config.rope.rotary_size // 2, dtype=jnp.float32)
     numbers = shape(batch, dtype=jnp.int32)
-    cached = pages_of_a_row and CachedRows(numbers, numbers, shape(batch, pages_of_a_row, dtype=jnp.int32))
+    cached = pages_of_a_row and CachedInputs(numbers, numbers, shape(batch, pages_of_a_row, dtype=jnp.int32))
     rows = Rows(numbers, angles, angles, {"lora_speech": shape(batch, dtype=jnp.float32)}, cached)
     return shape(batch, length, config.embed_dim), rows
 

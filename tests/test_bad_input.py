@@ -17,8 +17,8 @@ from conftest import TINY
 from PIL import Image
 
 from phi4mm_jax import CheckpointError, InputError
-from phi4mm_jax.generation import EngineConfig, Request
-from phi4mm_jax.generation import engine as engine_module
+from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.engine import engine as engine_module
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.images import image_size, load_image
 from phi4mm_jax.processing.processor import Processor

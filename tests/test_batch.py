@@ -20,9 +20,9 @@ from conftest import TINY
 
 from infer import batch
 from phi4mm_jax import InputError
-from phi4mm_jax.compilation import keep_compiled
-from phi4mm_jax.generation import Completion, EngineConfig, Request
-from phi4mm_jax.generation.jsonl import AnswerFile, read_requests, settings_of
+from phi4mm_jax.engine import Completion, EngineConfig, Request
+from phi4mm_jax.engine.jsonl import AnswerFile, read_requests, settings_of
+from phi4mm_jax.utils.compilation import keep_compiled
 
 ROOT = Path(__file__).parents[1]
 SMALL = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=256, steps=4)

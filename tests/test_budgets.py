@@ -12,7 +12,7 @@ from conftest import FIXTURES, TINY
 from PIL import Image
 
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import audio, processor
 from phi4mm_jax.processing.images import choose_grid
 from phi4mm_jax.processing.processor import Processor, bucket

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError
-from phi4mm_jax.checkpoint import orbax
+from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.convert import to_orbax
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.load import is_finite, open_checkpoint
-from phi4mm_jax.checkpoint.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.sharding import make_mesh
 
 SHARD = "model-00002-of-00003.safetensors"
 LORA_B = "model.layers.1.mlp.down_proj.lora_B.vision.weight"  # in that shard or another
@@ -292,7 +292,7 @@ def test_a_value_that_is_not_finite_is_named(copy, name, value):
 def test_a_converted_value_that_is_not_finite_is_named(copy):
     """Where it lies on several devices, too."""
     to_orbax(TINY, copy / "converted")
-    folder = copy / "converted" / orbax.FOLDER
+    folder = copy / "converted" / orbax_io.FOLDER
     config = Phi4MMConfig.from_folder(TINY)
     converted = open_checkpoint(copy / "converted", config)
     name = ("params", "decoder", "norm", "scale")
@@ -300,7 +300,7 @@ def test_a_converted_value_that_is_not_finite_is_named(copy):
     values[name] = values[name] * np.float32(np.nan).astype(values[name].dtype)
     parameters = dict(converted.parameters)
     shutil.rmtree(folder)
-    orbax.write(folder, parameters, values.__getitem__)
+    orbax_io.write(folder, parameters, values.__getitem__)
     for mesh in (None, make_mesh(fsdp=4)):
         with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN or infinity"):
             phi4mm_jax.load(copy / "converted", dtype="float32", mesh=mesh)

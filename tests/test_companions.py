@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from soundfile import read as read_audio
 
 from phi4mm_jax import CheckpointError, ConfigError
-from phi4mm_jax.checkpoint.companions import companion_files
+from phi4mm_jax.checkpoint.sidecar_files import companion_files
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor, read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer

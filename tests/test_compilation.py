@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import TINY
 
-from phi4mm_jax import compilation
+from phi4mm_jax.utils import compilation
 
 CODE = """
 import jax

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request
 
 CASES = {c["name"]: c for c in golden_cases()}
 IMAGE = "<|user|><|image_1|>hello there<|end|><|assistant|>"

@@ -18,7 +18,7 @@ from PIL import Image
 from infer import chat
 from infer.chat import Conversation, Settings, Turn, converse, prepare
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.processor import Processor
 
@@ -298,7 +298,7 @@ def test_an_answer_is_cut_where_the_cache_ends(tiny, engine, monkeypatch: pytest
 
 
 def test_saved_conversations_are_lines_for_batch(tiny, engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from phi4mm_jax.generation.jsonl import read_requests
+    from phi4mm_jax.engine.jsonl import read_requests
 
     monkeypatch.chdir(TINY / "inputs")
     path = tmp_path / "saved.jsonl"

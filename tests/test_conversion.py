@@ -25,7 +25,7 @@ from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint import contents, staging
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
-from phi4mm_jax.sharding import make_mesh
+from phi4mm_jax.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,11 +13,12 @@ from scipy.special import log_softmax
 
 import phi4mm_jax
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request, Sampling, media
-from phi4mm_jax.generation.pages import PagePool, page_keys
-from phi4mm_jax.generation.request import Text
-from phi4mm_jax.model.decoder import Cache, CachedRows, _fill, quantize
-from phi4mm_jax.processing.batch import NO_MEDIA, Batch
+from phi4mm_jax.batch import NO_MEDIA, Batch
+from phi4mm_jax.engine import EngineConfig, Request, Sampling
+from phi4mm_jax.engine import encoder_cache as media
+from phi4mm_jax.engine.page_allocator import PagePool, page_keys
+from phi4mm_jax.engine.request import Text
+from phi4mm_jax.model.decoder import Cache, CachedInputs, _fill, quantize
 
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -205,7 +206,7 @@ def test_a_short_row_fills_no_page_too_many():
     """Beyond its tokens a row's table names page 0, which is another row's."""
     k, v = np.random.default_rng(0).normal(size=(2, 2, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 5, 1, 4, 2))
-    rows = CachedRows(*map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])))
+    rows = CachedInputs(*map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])))
     filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         expected = np.stack([new[0, :4], np.zeros((4, 1, 2)), new[1, :4], new[0, 4:]]).swapaxes(1, 2)
@@ -215,7 +216,7 @@ def test_a_short_row_fills_no_page_too_many():
 def test_a_row_that_ends_with_a_page_fills_no_other():
     k, v = np.random.default_rng(0).normal(size=(2, 1, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 3, 1, 4, 2))
-    rows = CachedRows(*map(jnp.asarray, ([0], [4], [[1, 0]])))  # page 0 is another row's
+    rows = CachedInputs(*map(jnp.asarray, ([0], [4], [[1, 0]])))  # page 0 is another row's
     filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         np.testing.assert_array_equal(pages[0, :2], np.stack([np.zeros((4, 1, 2)), new[0, :4]]).swapaxes(1, 2))

@@ -24,12 +24,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from test_attention_compiled import copies
 
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.generation import Programs, Sampling
-from phi4mm_jax.generation.programs import Beams, Chunk, Slots
-from phi4mm_jax.generation.sampling import SamplingRows
+from phi4mm_jax.engine import Programs, Sampling
+from phi4mm_jax.engine.sampling import SamplingRows
+from phi4mm_jax.engine.steps import Beams, Chunk, Slots
+from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
-from phi4mm_jax.sharding import shardings
 
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
 CHUNK, VOCABULARY = 512, 1024

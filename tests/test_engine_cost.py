@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from phi4mm_jax.generation import Engine, EngineConfig
-from phi4mm_jax.generation.media import every_stack
-from phi4mm_jax.processing.batch import NO_MEDIA, ImageStack
+from phi4mm_jax.batch import NO_MEDIA, ImageStack
+from phi4mm_jax.engine import Engine, EngineConfig
+from phi4mm_jax.engine.encoder_cache import every_stack
 
 SMALL = EngineConfig(slots=4, cache_tokens=2048, chunk=256, feature_blocks=32)
 LARGE = dataclasses.replace(SMALL, cache_tokens=32768, feature_blocks=512)  # and tables of 256 pages a row, not 16

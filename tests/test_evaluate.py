@@ -19,13 +19,13 @@ from conftest import TINY
 import phi4mm_jax
 from infer import evaluate
 from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.evaluation import intervals, metrics
 from phi4mm_jax.evaluation.answers import Answer, answer_file, ask, settings_of
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, counts_of, make_metric, make_normalizer
 from phi4mm_jax.evaluation.published import PUBLISHED, published_mean
 from phi4mm_jax.evaluation.report import TASKS, Measure
-from phi4mm_jax.generation import Engine, EngineConfig, Request
 
 CLIP = TINY / "inputs" / "audio_0.flac"
 SMALL = EngineConfig(slots=1, cache_tokens=2048)

@@ -9,7 +9,7 @@ import pytest
 from conftest import FIXTURES
 from flax import linen as nn
 
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import Phi4MM

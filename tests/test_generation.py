@@ -12,8 +12,8 @@ import pytest
 from conftest import TINY, count_compilations
 
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import AsyncEngine, EngineConfig, Request
-from phi4mm_jax.generation.sampling import Sampling, SamplingRows, restrict, sample
+from phi4mm_jax.engine import AsyncEngine, EngineConfig, Request
+from phi4mm_jax.engine.sampling import Sampling, SamplingRows, restrict, sample
 
 PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from conftest import TINY, golden_cases, golden_gradient_cases, media_of, original_tensor
 
-from phi4mm_jax.checkpoint.original import original_table
-from phi4mm_jax.goldens import audio_tensors, image_tensors
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.testing.goldens import audio_tensors, image_tensors
 
 CASES = {c["name"]: c for c in golden_cases()}
 GRADIENT_CASES = {c["name"]: c for c in golden_gradient_cases()}

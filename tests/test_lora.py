@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from phi4mm_jax.config import LoraConfig
+from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model.lora import Projection, dropout
-from phi4mm_jax.sharding import make_mesh
 
 RATE = 0.1
 

@@ -9,7 +9,7 @@ from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
 from infer import batch
-from phi4mm_jax.sharding import make_mesh
+from phi4mm_jax.mesh import make_mesh
 
 
 @pytest.fixture(scope="module", params=["vision", "speech"])

@@ -14,13 +14,13 @@ from jax.sharding import NamedSharding
 import phi4mm_jax
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.engine import EngineConfig, Programs, Request
+from phi4mm_jax.engine.engine import default_cache_tokens
+from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation import EngineConfig, Programs, Request
-from phi4mm_jax.generation.engine import default_cache_tokens
-from phi4mm_jax.generation.programs import _copy_pages
+from phi4mm_jax.mesh import inference_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.decoder import Cache, CachedRows, attend, quantize
-from phi4mm_jax.sharding import inference_mesh, make_mesh
+from phi4mm_jax.model.decoder import Cache, CachedInputs, attend, quantize
 
 DECODER = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json")).decoder
 LAYERS, PAGES, HEADS, PAGE, SIZE = 2, 9, 8, 16, 32  # of a small cache
@@ -82,7 +82,7 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
     cache = jax.device_put(Cache(k, v, k_scales, v_scales), by_heads)
 
     def chunk_and_token(cache, q, k, v):
-        chunk, token = CachedRows(starts, lengths, tables), CachedRows(lengths, lengths + 1, tables)
+        chunk, token = CachedInputs(starts, lengths, tables), CachedInputs(lengths, lengths + 1, tables)
         out, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], jnp.int32(1), chunk, cache)
         last, cache = attend(q[:, -1:], k[:, -1:], v[:, -1:], jnp.int32(1), token, cache)
         return out, last, cache

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError
-from phi4mm_jax.checkpoint.native import native_table
+from phi4mm_jax.checkpoint.layouts.native import native_table
 
 
 def test_same_parameters(tiny, native):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.data.examples import BadSample, Example, Size
+from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting, build
+from phi4mm_jax.data.sizing import Divisors, check_reached, propose_packing, propose_trainable
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.batch import NO_MEDIA
 from phi4mm_jax.processing.chat import Media
 from phi4mm_jax.processing.images import GLOBAL_SEPARATOR, SUB_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
-from phi4mm_jax.training.examples import BadSample, Example, Size
-from phi4mm_jax.training.packing import PackingConfig, Planner, Waiting, build
-from phi4mm_jax.training.sizing import Divisors, check_reached, propose_packing, propose_trainable
 
 LENGTH = 128
 

@@ -15,7 +15,7 @@ import torch
 import torch_native
 
 import phi4mm_jax
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.config import Phi4MMConfig, with_layers
 from phi4mm_jax.model import decoder, lora, rope, speech, vision
 from phi4mm_jax.processing.images import choose_grid

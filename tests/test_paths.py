@@ -11,12 +11,12 @@ from conftest import TINY
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.goldens import read_goldens
-from phi4mm_jax.paths import local_path
+from phi4mm_jax.testing.goldens import read_goldens
 from phi4mm_jax.training.export import export
-from phi4mm_jax.training.manifests import open_manifest
 from phi4mm_jax.training.recipe import load_recipe
+from phi4mm_jax.utils.paths import local_path
 
 ROOT = Path(__file__).parents[1]
 URLS = [

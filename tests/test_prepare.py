@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from phi4mm_jax.data import filters as prepare
+from phi4mm_jax.data.filters import decontaminate, dropped_path, filter_speech, words
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.training import prepare
-from phi4mm_jax.training.prepare import decontaminate, dropped_path, filter_speech, words
 from train import prepare as program
 
 SECRET = "the quick brown fox jumps over the lazy dog near a quiet river bank today"

@@ -6,8 +6,8 @@ import pytest
 from conftest import TINY, golden_cases, media_of, uncached_logits
 from scipy.special import log_softmax
 
+from phi4mm_jax.batch import Batch
 from phi4mm_jax.model.lora import SPEECH
-from phi4mm_jax.processing.batch import Batch
 
 INPUTS = TINY / "inputs"
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import FIXTURES
 
 from infer import chat, evaluate, generate
-from phi4mm_jax.checkpoint.card import notice_of
+from phi4mm_jax.checkpoint.model_card import notice_of
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.export import export

@@ -7,9 +7,9 @@ import pytest
 
 from infer import chat
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request, ToolCall
-from phi4mm_jax.generation.jsonl import AnswerFile, read_requests
-from phi4mm_jax.generation.tools import parse_tool_calls
+from phi4mm_jax.engine import EngineConfig, Request, ToolCall
+from phi4mm_jax.engine.jsonl import AnswerFile, read_requests
+from phi4mm_jax.engine.tool_calls import parse_tool_calls
 
 
 def parsed(tiny, text: str):

@@ -25,17 +25,17 @@ from flax.traverse_util import flatten_dict
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
-from phi4mm_jax.generation import Engine
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.augment import SpeechAugmentation
+from phi4mm_jax.engine import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.training import loop
-from phi4mm_jax.training.augment import SpeechAugmentation
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.checkpoints import Checkpoints
+from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.command import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
-from phi4mm_jax.training.metrics import read_log
+from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.settings import ALIASES, setting_names
 from phi4mm_jax.training.step import Metrics, TrainState, supervised
@@ -440,7 +440,7 @@ def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch, sent):
     def told(*_):
         os.kill(os.getpid(), sent)
 
-    monkeypatch.setattr("phi4mm_jax.training.metrics.Log.write", told)
+    monkeypatch.setattr("phi4mm_jax.training.metrics_log.Log.write", told)
     assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == STOPPED
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == 1
 

@@ -20,19 +20,18 @@ from benchmarks.compiled import CHIPS, cost, size
 from benchmarks.tpu_aot import CASES as COMPILED
 from benchmarks.tpu_aot import compile_step, held, work
 from phi4mm_jax import InputError
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.batch import AudioStack, Batch, ImageStack, TrainingBatch
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.lora import SPEECH, dropout
-from phi4mm_jax.processing.batch import AudioStack, Batch, ImageStack
-from phi4mm_jax.sharding import jit_beside, make_mesh
-from phi4mm_jax.training.batch import TrainingBatch
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
-from phi4mm_jax.training.loss import LossConfig, token_losses
-from phi4mm_jax.training.metrics import Log, read_log
+from phi4mm_jax.training.losses import LossConfig, token_losses
+from phi4mm_jax.training.metrics_log import Log, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
-from phi4mm_jax.training.patterns import join, matching, split
+from phi4mm_jax.training.param_filter import join, matching, split
 from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state, supervised, train_step
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
@@ -110,7 +109,7 @@ def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
     import torch
 
     hidden, embedding, targets, weights = head
-    monkeypatch.setattr("phi4mm_jax.training.loss._CHUNK_LOGITS", chunk * 3 * 50)
+    monkeypatch.setattr("phi4mm_jax.training.losses._CHUNK_LOGITS", chunk * 3 * 50)
 
     def ours(hidden, embedding):
         losses = token_losses(hidden, embedding, targets, weights, LossConfig(smoothing, z))
@@ -146,7 +145,7 @@ def test_the_logits_of_all_positions_are_never_held(scanned):
         return token_losses(hidden, embedding, targets, weights).loss.sum()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phi4mm_jax.training.loss._CHUNK_LOGITS", 16 * vocabulary)
+        patch.setattr("phi4mm_jax.training.losses._CHUNK_LOGITS", 16 * vocabulary)
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, embedding).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * length * vocabulary / 4
 
@@ -284,7 +283,7 @@ def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
     if mesh is not None:
         spread = phi4mm_jax.load(TINY, dtype="float32", mesh=mesh, scan=True)
         trainable, frozen = split(spread.variables, ["params/speech/stem", "params/speech/layers"], "trainable")
-    found, found_sums = jit_beside(trainable, lambda t, f: compute(t, f))(trainable, frozen)
+    found, found_sums = jit_on_mesh(trainable, lambda t, f: compute(t, f))(trainable, frozen)
     np.testing.assert_allclose(found_sums, sums, rtol=1e-5)
     difference = jax.tree.map(lambda a, b: jax.device_get(a) - jax.device_get(b), found, whole)
     bound = 1e-5 if mesh is None else 1e-4  # sums over devices round otherwise
@@ -306,7 +305,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(scanned, eight, mesh):
     expected, expected_sums = jax.jit(compute)(*split(scanned.variables, trained, "trainable"))
     spread = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(*mesh), scan=True)
     trainable, frozen = split(spread.variables, trained, "trainable")
-    found, sums = jit_beside(trainable, lambda t, f: compute(t, f))(trainable, frozen)
+    found, sums = jit_on_mesh(trainable, lambda t, f: compute(t, f))(trainable, frozen)
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5)
     assert relative(jax.device_get(found), jax.device_get(expected)) <= 1e-4
     alike = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim), found, trainable)

@@ -10,13 +10,13 @@ import pytest
 from conftest import TINY
 
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.data.augment import SpeechAugmentation
+from phi4mm_jax.data.examples import BadSample
+from phi4mm_jax.data.packing import PackingConfig
+from phi4mm_jax.data.pipeline import DataConfig, Source, TrainingData, measure_samples
+from phi4mm_jax.data.sizing import Divisors, propose_packing
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.training.augment import SpeechAugmentation
-from phi4mm_jax.training.data import DataConfig, Source, TrainingData, measure_samples
-from phi4mm_jax.training.examples import BadSample
-from phi4mm_jax.training.packing import PackingConfig
-from phi4mm_jax.training.sizing import Divisors, propose_packing
 
 INPUTS = TINY / "inputs"
 TEXTS = PackingConfig(2, (64,), window=4)

@@ -6,8 +6,8 @@ import pytest
 from conftest import TINY, golden_cases, media_of
 
 import phi4mm_jax
+from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model.layers import unstack_layers
-from phi4mm_jax.sharding import make_mesh
 
 CASE = next(c for c in golden_cases() if c["name"] == "vision_speech")
 

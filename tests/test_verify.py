@@ -19,7 +19,7 @@ from convert import record, verify
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint import contents
 from phi4mm_jax.checkpoint.convert import to_orbax
-from phi4mm_jax.goldens import (
+from phi4mm_jax.testing.goldens import (
     ROUNDED_LOGITS,
     Bound,
     compare_exactly,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from phi4mm_jax import InputError
-from phi4mm_jax.generation import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import containers, video
 from phi4mm_jax.processing.images import preprocess_image
 from phi4mm_jax.processing.sources import Deadline

@@ -7,12 +7,12 @@ As train.sft, with data.kind=preferences. The reference is the model as it was b
 
 import sys
 
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.command import parse_arguments, start
 from phi4mm_jax.training.dpo import preference
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.dpo", __doc__, "preferences")
     return start(arguments, recipe, lambda module: preference(module, recipe.dpo))

@@ -12,9 +12,9 @@ import sys
 from typing import get_args
 
 from phi4mm_jax.checkpoint.pytorch import Layout
-from phi4mm_jax.programs import ends_well
-from phi4mm_jax.progress import progress_bar
+from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.export import export
+from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     with progress_bar("Writing", size=True) as advance:

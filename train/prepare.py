@@ -11,9 +11,9 @@ OUT.dropped.jsonl. An output is written whole or not at all.
 import argparse
 import sys
 
-from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import ends_well, named_options
-from phi4mm_jax.training.prepare import decontaminate, dropped_path, filter_speech
+from phi4mm_jax.data.filters import decontaminate, dropped_path, filter_speech
+from phi4mm_jax.programs import cli_entrypoint, named_options
+from phi4mm_jax.utils.paths import path_argument
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     with named_options(arguments):

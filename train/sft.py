@@ -8,12 +8,12 @@ Where the recipe's output has checkpoints, the run goes on from the last one. SI
 
 import sys
 
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.command import parse_arguments, start
 from phi4mm_jax.training.step import supervised
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.sft", __doc__, "answers")
     return start(arguments, recipe, lambda module: supervised(module, recipe.loss))

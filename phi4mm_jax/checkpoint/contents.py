@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from phi4mm_jax.checkpoint import orbax, pytorch
-from phi4mm_jax.checkpoint.files import Stored
+from phi4mm_jax.checkpoint import orbax_io, pytorch
 from phi4mm_jax.checkpoint.peft import KINDS, WEIGHTS_FILE, PeftAdapter
+from phi4mm_jax.checkpoint.safetensors_io import Stored
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, InputError
 
@@ -34,7 +34,7 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
         ConfigError: as in `Phi4MMConfig.from_folder`.
     """
     config = Phi4MMConfig.from_folder(folder)
-    converted = folder / orbax.FOLDER
+    converted = folder / orbax_io.FOLDER
     if converted.exists():
         names: Collection[str] = [path.name + "." for path in converted.iterdir()] if converted.is_dir() else []
         adapters = {kind: (f"lora_{kind}.",) for kind in KINDS}
@@ -78,7 +78,7 @@ def folder_adapters(
     """
     if adapters_from not in (None, *get_args(AdaptersFrom)):
         raise InputError(f"adapters_from is {adapters_from!r:.60}; expected 'folders', 'shards' or None")
-    if (folder / orbax.FOLDER).exists() or pytorch.layout_of(folder) != "original":
+    if (folder / orbax_io.FOLDER).exists() or pytorch.layout_of(folder) != "original":
         if adapters_from is not None:
             raise InputError(
                 f"adapters_from is {adapters_from!r}, but {folder} has each adapter once: only the original layout has "

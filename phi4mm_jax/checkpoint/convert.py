@@ -10,8 +10,7 @@ from typing import NamedTuple, get_args
 import jax
 import numpy as np
 
-from phi4mm_jax.checkpoint import orbax, pytorch
-from phi4mm_jax.checkpoint.companions import companion_files, left_behind
+from phi4mm_jax.checkpoint import orbax_io, pytorch
 from phi4mm_jax.checkpoint.contents import (
     AdaptersFrom,
     check_copies,
@@ -21,16 +20,17 @@ from phi4mm_jax.checkpoint.contents import (
     with_adapters,
 )
 from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
-from phi4mm_jax.checkpoint.native import adapter_table
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
+from phi4mm_jax.checkpoint.sidecar_files import companion_files, left_behind
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
 from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
-from phi4mm_jax.paths import local_path
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.utils.paths import local_path
 
 Progress = Callable[[int, int], None]
 
@@ -72,7 +72,7 @@ def to_orbax(
         check_room(folder, sum(parameter_bytes(p) for p in parameters.values()))
         files = companion_files(source, layout_of(source), config=config)
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
-        orbax.write(folder / orbax.FOLDER, parameters, read, progress=progress)
+        orbax_io.write(folder / orbax_io.FOLDER, parameters, read, progress=progress)
         _write_files(folder, files, dtype)
         _say_left(source, checkpoint, say)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.paths import local_path
+from phi4mm_jax.utils.paths import local_path
 
 # What a checkpoint consists of. The release's *.py files are never run, but an export has to bring them back.
 _NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")

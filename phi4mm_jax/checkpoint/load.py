@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from phi4mm_jax.checkpoint import orbax
-from phi4mm_jax.checkpoint.files import DTYPES
-from phi4mm_jax.checkpoint.orbax import OrbaxCheckpoint
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint import orbax_io
+from phi4mm_jax.checkpoint.layouts.original import original_table
+from phi4mm_jax.checkpoint.orbax_io import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
+from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
@@ -30,13 +30,13 @@ def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
     Raises:
         CheckpointError: a file, tensor or parameter is missing, extra, misshapen or unreadable; it names them.
     """
-    if not (folder / orbax.FOLDER).exists():
+    if not (folder / orbax_io.FOLDER).exists():
         return PyTorchCheckpoint(folder, config)
     expected = parameter_shapes(original_table(config))
-    checkpoint = OrbaxCheckpoint((folder / orbax.FOLDER).absolute(), expected)
+    checkpoint = OrbaxCheckpoint((folder / orbax_io.FOLDER).absolute(), expected)
     for path in sorted(expected.keys() | checkpoint.parameters.keys()):
         found = checkpoint.parameters.get(path)
-        name = f"{folder / orbax.FOLDER}: {'/'.join(path)}"
+        name = f"{folder / orbax_io.FOLDER}: {'/'.join(path)}"
         if path not in expected or found is None or found.shape != expected[path]:
             shape = "nothing" if found is None else found.shape
             raise CheckpointError(f"{name}: is {shape}, expected {expected.get(path, 'nothing')}; convert again")

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from phi4mm_jax.checkpoint.files import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.hub import local_folder
-from phi4mm_jax.checkpoint.native import adapter_table
+from phi4mm_jax.checkpoint.layouts.native import adapter_table
+from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Tensor
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json

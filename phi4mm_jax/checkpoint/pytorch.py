@@ -12,12 +12,12 @@ from typing import Literal
 import jax
 import numpy as np
 
-from phi4mm_jax.checkpoint.files import DTYPES, Stored, Writer, read_header, shard
-from phi4mm_jax.checkpoint.foreign import EMBEDDING, model_tensors
-from phi4mm_jax.checkpoint.native import adapter_table, native_table
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.layouts.foreign import EMBEDDING, model_tensors
+from phi4mm_jax.checkpoint.layouts.native import adapter_table, native_table
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.peft import KINDS, PeftAdapter
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
+from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Part, Path, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json

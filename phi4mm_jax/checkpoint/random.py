@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.checkpoint import pytorch
-from phi4mm_jax.checkpoint.files import DTYPES
+from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.checkpoint.table import Path, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig, read_json

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from phi4mm_jax.checkpoint.files import DTYPES
+from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.table import Part, Path, Tensor, parameter_shapes
 
 Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows

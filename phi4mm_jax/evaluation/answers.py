@@ -11,15 +11,15 @@ from typing import Any, Literal
 from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import adapter_folders
+from phi4mm_jax.engine import Engine, Request
+from phi4mm_jax.engine.jsonl import AnswerFile, Line
+from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
-from phi4mm_jax.files import INCOMPLETE, write_whole
-from phi4mm_jax.fingerprint import weights_fingerprint
-from phi4mm_jax.generation import Engine, Request
-from phi4mm_jax.generation.jsonl import AnswerFile, Line
-from phi4mm_jax.generation.request import Adapter
 from phi4mm_jax.model.lora import lora_configs
-from phi4mm_jax.strict_json import strict_json
+from phi4mm_jax.utils.files import INCOMPLETE, write_atomically
+from phi4mm_jax.utils.fingerprint import weights_fingerprint
+from phi4mm_jax.utils.strict_json import strict_json
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 AUTO: Literal["auto"] = "auto"
@@ -140,7 +140,7 @@ def _claim(folder: Path, settings: Settings) -> None:
         before = path.read_text() if path.exists() else None
         is_empty = all(p.name.endswith(INCOMPLETE) for p in folder.iterdir())
         if is_empty:
-            write_whole(path, strict_json(now, indent=1))
+            write_atomically(path, strict_json(now, indent=1))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
     if is_empty:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.data.conversation import read_conversation
+from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import with_paths
-from phi4mm_jax.training.conversation import read_conversation
-from phi4mm_jax.training.manifests import open_manifest
 
 _MOST_TOLD = 5
 

@@ -24,8 +24,8 @@ from phi4mm_jax.evaluation.metrics import (
     make_normalizer,
 )
 from phi4mm_jax.evaluation.published import Published, published_mean
-from phi4mm_jax.files import write_whole
-from phi4mm_jax.strict_json import strict_json
+from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.strict_json import strict_json
 
 TASKS: Mapping[str, tuple[tuple[MetricName, ...], NormalizerName]] = {  # metrics, normaliser
     "asr": (("wer", "cer"), "english"),
@@ -207,8 +207,10 @@ def write_report(
                 "metrics": {n: _of_item(metric, of_set[i].tolist()) for n, (metric, of_set) in counts.items()},
             }  # fmt: skip
             lines.append(strict_json(values | ({} if answer.error is None else {"error": answer.error})))
-    write_whole(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
-    write_whole(folder / "report.json", strict_json({**asdict(report), "settings": asdict(settings)}, indent=1) + "\n")
+    write_atomically(folder / "items.jsonl", "".join(f"{line}\n" for line in lines))
+    write_atomically(
+        folder / "report.json", strict_json({**asdict(report), "settings": asdict(settings)}, indent=1) + "\n"
+    )
 
 
 def _of_item(metric: Metric, counts: Sequence[float]) -> float | None:

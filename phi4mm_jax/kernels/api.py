@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_append, pallas_tpu_decode, tpu, xla
 from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.kernels.mesh import Axes, over_mesh
+from phi4mm_jax.mesh import Axes, over_mesh
 
 Implementation = Literal["xla", "pallas_tpu"]
 

@@ -15,12 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import append_tokens, decode_attention, flash_attention
-from phi4mm_jax.kernels.mesh import Axes, over_mesh
+from phi4mm_jax.mesh import Axes, constrain_batch, over_mesh
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
-from phi4mm_jax.sharding import constrain_batch
 
 _CACHED_KEYS = 2048  # that a chunk attends to at once
 
@@ -50,7 +49,7 @@ class Cache(NamedTuple):
         return self.k.shape[3]
 
 
-class CachedRows(NamedTuple):
+class CachedInputs(NamedTuple):
     """Where the rows of a call are in the cache."""
 
     starts: Int[Array, " B"]  # tokens of each row in the cache before this call
@@ -65,7 +64,7 @@ class Rows(NamedTuple):
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
     scales: RowScales
-    cached: CachedRows | None = None
+    cached: CachedInputs | None = None
     segments: Int[Array, "B T"] | None = None  # tokens attend to those of the same segment
 
 
@@ -154,7 +153,7 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     layer: Int[Array, ""],
-    rows: CachedRows,
+    rows: CachedInputs,
     cache: Cache,
 ) -> tuple[Float[Array, "B T N H"], Cache]:
     """Causal attention of new tokens to themselves and to the cached ones, and the cache with the new ones in it.
@@ -163,7 +162,7 @@ def attend(
     heads of all rows; no key or value leaves it.
     """
     heads, pages = Axes(None, None, "heads", None), cache_axes(cache)
-    tables = CachedRows(Axes(None), Axes(None), Axes(None, None))  # type: ignore
+    tables = CachedInputs(Axes(None), Axes(None), Axes(None, None))  # type: ignore
     inputs = heads, heads, heads, Axes(), tables, pages
     return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (heads, pages), rows=1, heads=k.shape[2])
 
@@ -173,7 +172,7 @@ def cache_axes(cache: Cache) -> Cache:
     return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
 
 
-def _attend(q, k, v, layer, rows: CachedRows, cache: Cache) -> tuple[Float[Array, "B T N H"], Cache]:
+def _attend(q, k, v, layer, rows: CachedInputs, cache: Cache) -> tuple[Float[Array, "B T N H"], Cache]:
     if q.shape[1] == 1:
         cache = _append(cache, k, v, layer, rows)
         out = decode_attention(
@@ -185,7 +184,7 @@ def _attend(q, k, v, layer, rows: CachedRows, cache: Cache) -> tuple[Float[Array
     return _attend_to_cached(q, layer, rows, cache), cache
 
 
-def _attend_to_cached(q, layer, rows: CachedRows, cache: Cache) -> Float[Array, "B T N H"]:
+def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array, "B T N H"]:
     """Causal attention of new tokens, which are in the cache already, to all tokens there.
 
     Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined:
@@ -244,7 +243,7 @@ def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[
     return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
 
 
-def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedRows) -> Cache:
+def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
     """One token a row, after its last."""
     position = jnp.maximum(rows.lengths - 1, 0)[:, None]
     page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
@@ -263,7 +262,7 @@ def _cache_values(cache: Cache, k: Float[Array, "..."], v: Float[Array, "..."]) 
     return k, v, k_scales, v_scales
 
 
-def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedRows) -> Cache:
+def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
     """Whole pages, those after a row's last token excepted."""
     size = cache.page_size
     index = rows.starts[:, None] // size + jnp.arange(k.shape[1] // size)  # (B, pages)

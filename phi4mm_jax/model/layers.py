@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.precision import einsum, row_mean
-from phi4mm_jax.sharding import constrain_param
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",

@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
+from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
-from phi4mm_jax.sharding import constrain_param
 
 NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
 ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from phi4mm_jax.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import lora, rope
-from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedRows, Decoder, Rows
+from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
 from phi4mm_jax.model.layers import Projector, Remat
 from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
-from phi4mm_jax.processing.batch import AudioStack, Batch, ImageStack
 
 MediaFeatures = Float[Array, "M D"]
 
@@ -107,7 +107,7 @@ class Phi4MM(nn.Module):
             positions, sizes = rope.within_segments(segments)
         settings = self.config.decoder.rope
         cos, sin = rope.rotations(settings, positions, rope.is_long(settings, sizes) if long is None else long)
-        cached = None if starts is None or tables is None else CachedRows(starts, lengths, tables)
+        cached = None if starts is None or tables is None else CachedInputs(starts, lengths, tables)
         rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
         return self.decoder(embedded, rows, cache)
 

@@ -14,10 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
-from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
+from phi4mm_jax.mesh import ROWS, automatic_axes, constrain_batch
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
 from phi4mm_jax.precision import gated, precision_of, row_sum
-from phi4mm_jax.sharding import constrain_batch
 
 HALO_FRAMES = 8  # frames before a chunk: more than the stem's three convolutions look back, and one whole token
 _MAP_BYTES = 1 << 28  # larger intermediates are computed a few chunks at a time

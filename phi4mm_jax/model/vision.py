@@ -9,9 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.kernels import flash_attention
+from phi4mm_jax.mesh import constrain_batch
 from phi4mm_jax.model.layers import LayerNorm, Linear, Projector, Remat, Sizes, declare, gelu_tanh, run_layers
 from phi4mm_jax.precision import precision_of
-from phi4mm_jax.sharding import constrain_batch
 
 
 def sizes_of(config: VisionConfig) -> Sizes:

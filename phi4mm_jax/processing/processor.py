@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from phi4mm_jax.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.audio import (
@@ -19,7 +20,6 @@ from phi4mm_jax.processing.audio import (
     num_audio_tokens,
     num_frames,
 )
-from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.processing.chat import Kind, Media, Prompt, Tokens, given_media, parse_prompt
 from phi4mm_jax.processing.images import (
     SUB_SEPARATOR,

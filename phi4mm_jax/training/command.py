@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.pipeline import Kind
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.data import Kind
-from phi4mm_jax.training.loop import Run, compiled_step, first_state, place, prepare, train
+from phi4mm_jax.training.loop import Run, compiled_step, init_train_state, place, prepare, train
 from phi4mm_jax.training.optimizer import make_optimizer
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.step import Objective, Variables, dropout_key
@@ -67,7 +67,7 @@ def trainable_table(trainable: Variables) -> str:
 def memory(run: Run, batch: TrainingBatch) -> str:
     """What a step takes of each device, as its compiled program says."""
     optimizer = make_optimizer(run.recipe.optimizer, run.steps, run.trainable)
-    state = first_state(run, optimizer)
+    state = init_train_state(run, optimizer)
     batches = place([batch] * run.recipe.accumulate, mesh=run.mesh)
     step: Any = compiled_step(run, optimizer, state)
     found = step.lower(state, run.frozen, batches, dropout_key(run.recipe.seed)).compile().memory_analysis()

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.loss import LossConfig
+from phi4mm_jax.training.losses import LossConfig
 from phi4mm_jax.training.step import Objective, Sums, Variables, losses_of
 
 

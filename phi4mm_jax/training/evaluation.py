@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from phi4mm_jax.api import Model
+from phi4mm_jax.data.pipeline import DataConfig, TrainingData, without_augmentation
+from phi4mm_jax.engine import Engine, EngineConfig, Programs
 from phi4mm_jax.evaluation.answers import Answer, ask
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
-from phi4mm_jax.generation import Engine, EngineConfig, Programs
+from phi4mm_jax.mesh import jit_on_mesh
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.sharding import jit_beside
-from phi4mm_jax.training.data import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.training.dpo import without_reference
-from phi4mm_jax.training.patterns import join
+from phi4mm_jax.training.param_filter import join
 from phi4mm_jax.training.recipe import EvaluationConfig
 from phi4mm_jax.training.step import Objective, Variables
+from phi4mm_jax.utils.paths import local_path
 
 _CACHE_TOKENS = 32768  # the same on all hosts, and little beside the optimizer
 
@@ -57,7 +57,7 @@ class Evaluation:
     ) -> dict[str, float] | None:
         """evaluation_loss, and the recipe's metric; None as soon as `ended` says so."""
         if self._compiled is None:
-            self._compiled = jit_beside(trainable, lambda t, f, b: objective(t, f, b, None)[1])
+            self._compiled = jit_on_mesh(trainable, lambda t, f, b: objective(t, f, b, None)[1])
         loss = weight = 0.0
         with closing(self._stream()) as stream:
             for batch in stream:

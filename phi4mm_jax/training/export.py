@@ -13,11 +13,11 @@ from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.training.checkpoints import Checkpoints
+from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
-from phi4mm_jax.training.metrics import read_log
+from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.utils.paths import local_path
 
 
 def export(

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.training.batch import TrainingBatch
 
 # Operations a second in bfloat16 without sparsity, of one device, by their makers' data sheets.
 PEAK_FLOPS: Mapping[str, float] = {

@@ -21,22 +21,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from phi4mm_jax.api import Model, load
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.packing import PackingConfig
+from phi4mm_jax.data.pipeline import Kind, TrainingData, measure_samples, without_augmentation
+from phi4mm_jax.data.sizing import Divisors, check_reached, describe, propose_packing, propose_trainable
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels.mesh import ROWS
+from phi4mm_jax.mesh import ROWS, jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.progress import progress_bar, step_bar
-from phi4mm_jax.sharding import jit_beside, make_mesh
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.checkpoints import Checkpoints
-from phi4mm_jax.training.data import Kind, TrainingData, measure_samples, without_augmentation
+from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.flops import peak_flops, step_flops
-from phi4mm_jax.training.metrics import REPORT, Log, draw, report
+from phi4mm_jax.training.metrics_log import REPORT, Log, draw, report
 from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
-from phi4mm_jax.training.packing import PackingConfig
-from phi4mm_jax.training.patterns import split
+from phi4mm_jax.training.param_filter import split
 from phi4mm_jax.training.recipe import (
     AUTO,
     EvaluationConfig,
@@ -45,7 +43,6 @@ from phi4mm_jax.training.recipe import (
     resolved_as_before,
     save_recipe,
 )
-from phi4mm_jax.training.sizing import Divisors, check_reached, describe, propose_packing, propose_trainable
 from phi4mm_jax.training.step import (
     Metrics,
     Objective,
@@ -56,6 +53,8 @@ from phi4mm_jax.training.step import (
     initial_state,
     train_step,
 )
+from phi4mm_jax.utils.paths import local_path
+from phi4mm_jax.utils.progress import progress_bar, step_bar
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
 _IDLE = 10  # as many steps without any gradient are no chance
@@ -126,7 +125,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     """
     recipe, folder = run.recipe, local_path(run.recipe.output)
     optimizer = make_optimizer(recipe.optimizer, run.steps, run.trainable)
-    state = first_state(run, optimizer)
+    state = init_train_state(run, optimizer)
     rates: Any = learning_rates(recipe.optimizer, run.steps)
     key = dropout_key(recipe.seed) if recipe.dropout else None
     asked = recipe.evaluation
@@ -258,7 +257,7 @@ def train(run: Run, say: Callable[[str], None] = print) -> int:
     return 0
 
 
-def first_state(run: Run, optimizer: Any) -> TrainState:
+def init_train_state(run: Run, optimizer: Any) -> TrainState:
     """The state before the first step: as the parameters are spread, and what is a number on every device."""
     state = initial_state(run.trainable, optimizer)
     everywhere = None if run.mesh is None else NamedSharding(run.mesh, jax.P())
@@ -279,7 +278,7 @@ def compiled_step(run: Run, optimizer: Any, state: TrainState) -> Callable[..., 
 
     places = jax.tree.map(lambda x: x.sharding, state)
     options = compiler_options(jax.default_backend())
-    return jit_beside(run.trainable, step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
+    return jit_on_mesh(run.trainable, step, donate_argnums=0, out_shardings=(places, None), compiler_options=options)
 
 
 def place(batches: Sequence[TrainingBatch], *, mesh: Mesh | None) -> Any:

@@ -9,7 +9,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.training.patterns import matching
+from phi4mm_jax.training.param_filter import matching
 
 Schedule = Literal["linear", "cosine", "constant"]
 

@@ -10,17 +10,17 @@ import yaml
 from annotated_types import MinLen
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
+from phi4mm_jax.data.augment import SpeechAugmentation
+from phi4mm_jax.data.packing import PackingConfig
+from phi4mm_jax.data.pipeline import DataConfig, Source
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.files import write_whole
 from phi4mm_jax.model.layers import Remat
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.training.augment import SpeechAugmentation
-from phi4mm_jax.training.data import DataConfig, Source
 from phi4mm_jax.training.dpo import DPOConfig
-from phi4mm_jax.training.loss import LossConfig
+from phi4mm_jax.training.losses import LossConfig
 from phi4mm_jax.training.optimizer import OptimizerConfig
-from phi4mm_jax.training.packing import PackingConfig
 from phi4mm_jax.training.settings import meant, setting_names
+from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.paths import local_path
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
 Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
@@ -73,10 +73,10 @@ class Recipe:
     Attributes:
         model: the checkpoint to begin with, as `phi4mm_jax.load` takes it.
         output: the run's folder. Where it has checkpoints, the run goes on from the last one.
-        trainable: patterns of the parameters that are trained, see `phi4mm_jax.training.patterns`; or "auto": the
+        trainable: patterns of the parameters that are trained, see `phi4mm_jax.training.param_filter`; or "auto": the
             adapters that the data's media need, the decoder if all are text.
         data: what is learnt from. `data.packing.rows` are those of a micro-batch. Packing may be "auto": sizes that
-            every sample fits into, see `phi4mm_jax.training.sizing`. Both are settled when the run begins.
+            every sample fits into, see `phi4mm_jax.data.sizing`. Both are settled when the run begins.
         accumulate: micro-batches of a step.
         fresh_adapters: begin with adapters that change nothing yet, where the checkpoint's are all zero.
         dropout: whether adapters drop out, as the checkpoint's config says.
@@ -168,7 +168,7 @@ def _settle_auto(settings: dict[str, Any]) -> None:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe with all settings that it came to have; `load_recipe` reads it."""
     settings = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    write_whole(path, yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 # What a run may go on with another value of. All else decides what the steps before would have been.

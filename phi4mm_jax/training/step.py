@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.mesh import split_batch
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.sharding import split_batch
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.loss import LossConfig, TokenLosses, token_losses
-from phi4mm_jax.training.patterns import join
+from phi4mm_jax.training.losses import LossConfig, TokenLosses, token_losses
+from phi4mm_jax.training.param_filter import join
 
 Variables = dict[str, Any]
 

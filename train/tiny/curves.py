@@ -5,9 +5,9 @@ import sys
 
 from matplotlib.figure import Figure
 
-from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import ends_well
-from phi4mm_jax.training.metrics import read_log
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.training.metrics_log import read_log
+from phi4mm_jax.utils.paths import path_argument
 
 STAGES = {
     "text": "decoder: text, pages and clips as text",
@@ -19,7 +19,7 @@ STAGES = {
 }
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m train.tiny.curves", description=__doc__)
     parser.add_argument("runs", metavar="RUNS", type=path_argument, help="the folder of the stages' outputs")

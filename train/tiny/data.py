@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures, speech
 from train.tiny.content import Split
 
@@ -87,7 +87,7 @@ def shares(kind: str, split: Split, folder: Path, count: int) -> Iterator[tuple[
         yield (kind, split, folder, start, min(start + _SHARE, count))
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -13,8 +13,8 @@ import numpy as np
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.paths import path_argument
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.paths import path_argument
 from train.tiny.letters import CLIP_CLASSES, PAGE_CLASSES
 
 _PROJECTORS = {
@@ -23,7 +23,7 @@ _PROJECTORS = {
 }
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

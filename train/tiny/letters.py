@@ -26,14 +26,14 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Int
 
 import phi4mm_jax
-from phi4mm_jax.paths import path_argument
+from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
-from phi4mm_jax.processing.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
-from phi4mm_jax.programs import ends_well
-from phi4mm_jax.training.metrics import Log
-from phi4mm_jax.training.patterns import join, split
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.training.metrics_log import Log
+from phi4mm_jax.training.param_filter import join, split
+from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures
 
 PAGE_CLASSES = content.BLANK + content.ROW_END + content.GLOBAL + content.BAR + content.LETTERS + content.DIGITS
@@ -190,7 +190,7 @@ def teach(
     return trained
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.letters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

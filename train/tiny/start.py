@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from phi4mm_jax.checkpoint.config_json import original_config
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import tensors_of
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
-from phi4mm_jax.checkpoint.settings import original_config
 from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
 from phi4mm_jax.config import (
     DecoderConfig,
@@ -26,9 +26,9 @@ from phi4mm_jax.config import (
     SpeechConfig,
     VisionConfig,
 )
-from phi4mm_jax.paths import path_argument
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
-from phi4mm_jax.programs import ends_well
+from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.paths import path_argument
 
 _SPECIAL = str.split(
     "endoftext dummy_0 endoftext10 endoftext11 endofprompt assistant end user system tool /tool tool_call /tool_call "
@@ -166,7 +166,7 @@ def _looking_at_own_cell(vision: VisionConfig, found: dict[tuple[str, ...], np.n
     return made
 
 
-@ends_well
+@cli_entrypoint
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m train.tiny.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

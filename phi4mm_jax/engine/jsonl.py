@@ -21,14 +21,14 @@ from typing import Any, Literal
 
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import adapter_folders
+from phi4mm_jax.engine.engine import Engine
+from phi4mm_jax.engine.request import Completion, Request
+from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.files import write_whole
-from phi4mm_jax.fingerprint import file_fingerprint, weights_fingerprint
-from phi4mm_jax.generation.engine import Engine
-from phi4mm_jax.generation.request import Completion, Request
-from phi4mm_jax.generation.sampling import Sampling
 from phi4mm_jax.processing.chat import path_in, with_paths, with_tools
-from phi4mm_jax.strict_json import strict_json
+from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.fingerprint import file_fingerprint, weights_fingerprint
+from phi4mm_jax.utils.strict_json import strict_json
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
@@ -436,7 +436,7 @@ class AnswerFile:
                 )
             return
         try:
-            write_whole(path, strict_json(now) + "\n")
+            write_atomically(path, strict_json(now) + "\n")
         except OSError as error:
             raise self._unwritable(error) from error
 

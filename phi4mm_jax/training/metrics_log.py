@@ -9,8 +9,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.files import write_whole
-from phi4mm_jax.strict_json import strict_json
+from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.strict_json import strict_json
 
 LINES, REPORT = "metrics.jsonl", "report.md"
 
@@ -26,7 +26,7 @@ class Log:
         self._path = folder / LINES
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if line["step"] <= step]
-        write_whole(self._path, "".join(strict_json(line) + "\n" for line in kept))
+        write_atomically(self._path, "".join(strict_json(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         try:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -6,7 +6,7 @@ Its tensors are those of the original layout under other names, the adapters' in
 import dataclasses
 import re
 
-from phi4mm_jax.checkpoint.original import original_table
+from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import Tensor
 from phi4mm_jax.config import Phi4MMConfig
 

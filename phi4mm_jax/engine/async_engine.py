@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
+from phi4mm_jax.engine.engine import Engine
+from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.engine import Engine
-from phi4mm_jax.generation.request import Completion, Request
 
 
 class Answer:

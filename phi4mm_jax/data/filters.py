@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.data.conversation import MEDIA, MESSAGES, read_conversation
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.processing.chat import path_in, with_paths
-from phi4mm_jax.strict_json import strict_json
-from phi4mm_jax.training.conversation import MEDIA, MESSAGES, read_conversation
+from phi4mm_jax.utils.strict_json import strict_json
 
 # Scripts without spaces between words: each character is one.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from phi4mm_jax.data.examples import BadSample
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.training.examples import BadSample
+from phi4mm_jax.utils.paths import local_path
 
 _BLOCK = 1 << 24  # bytes
 _SHORT = 8  # bytes; longer lines are not looked at to tell whether they are empty

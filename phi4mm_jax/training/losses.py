@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels.mesh import automatic_axes
+from phi4mm_jax.mesh import automatic_axes
 from phi4mm_jax.precision import precision_of
 
 _CHUNK_LOGITS = 1 << 26  # held at once by one device: 256 MiB in float32

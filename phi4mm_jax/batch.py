@@ -43,3 +43,11 @@ class Batch(NamedTuple):
     images: ImageStack | None
     audio: AudioStack | None
     segments: Int[Any, "B T"] | None = None  # packed rows: which sample a token belongs to, from 1 on; 0 for padding
+
+
+class TrainingBatch(NamedTuple):
+    """B rows of T positions; a row holds one sample, or several after one another, which do not see each other."""
+
+    batch: Batch
+    targets: Int[Any, "B T"]  # the token that follows each position in its sample; any where the weight is 0
+    weights: Float[Any, "B T"]  # how much a position's loss counts: 1 where its target is part of an answer, else 0

@@ -19,20 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phi4mm_jax.batch import NO_MEDIA
+from phi4mm_jax.engine.beam_search import MOST_STOPS, Group, Search, advance
+from phi4mm_jax.engine.encoder_cache import EncoderCache, RowMedia, every_stack, media_of
+from phi4mm_jax.engine.page_allocator import Key, PagePool, page_keys
+from phi4mm_jax.engine.request import Completion, FinishReason, Request, Text
+from phi4mm_jax.engine.sampling import Sampling, SamplingRows
+from phi4mm_jax.engine.steps import Beams, Candidates, Chunk, Drawn, Programs, Slots
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.beams import MOST_STOPS, Group, Search, advance
-from phi4mm_jax.generation.media import FeatureStore, RowMedia, every_stack, media_of
-from phi4mm_jax.generation.pages import Key, PagePool, page_keys
-from phi4mm_jax.generation.programs import Beams, Candidates, Chunk, Drawn, Programs, Slots
-from phi4mm_jax.generation.request import Completion, FinishReason, Request, Text
-from phi4mm_jax.generation.sampling import Sampling, SamplingRows
 from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
-from phi4mm_jax.processing.batch import NO_MEDIA
 from phi4mm_jax.processing.processor import Processor, Row
 
 _CACHE_TOKENS = 32768  # where the memory is not known
-_BLOCK = 64  # features, see `FeatureStore`
+_BLOCK = 64  # features, see `EncoderCache`
 _ROWS = (4, 1)  # rows that are prefilled at once
 _PATIENCE = 1.0  # seconds that the first request is waited for before it is overtaken
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
@@ -176,7 +176,7 @@ class Engine:
         self._cache = programs.place(empty_cache(model, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
-        self._features = FeatureStore(lambda *arguments: programs.encode(base, *arguments), features)
+        self._features = EncoderCache(lambda *arguments: programs.encode(base, *arguments), features)
         self._seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self._stops = set(model.stop_token_ids)
         self._candidates = config.beams + max(MOST_STOPS, len(self._stops)) if config.beams > 1 else 0

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.checkpoint.contents import read_config
-from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
-from phi4mm_jax.checkpoint.settings import (
+from phi4mm_jax.checkpoint.config_json import (
     CODE,
     NATIVE_TARGETS,
     ORIGINAL_TARGETS,
@@ -19,6 +17,8 @@ from phi4mm_jax.checkpoint.settings import (
     original_config,
     whole,
 )
+from phi4mm_jax.checkpoint.contents import read_config
+from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.peft_settings import common_lora, is_uniform, module_loras

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.files import write_whole
 from phi4mm_jax.training.step import TrainState
+from phi4mm_jax.utils.files import write_atomically
 
 _SCORE = "score"
 _LATE = "late_scores.json"  # beside the checkpoints
@@ -79,7 +79,7 @@ class Checkpoints:
         """Score a checkpoint that was saved without; beside it, since what is saved is not written again."""
         with self._writable():
             scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
-            write_whole(self._late, json.dumps(scores, allow_nan=False))
+            write_atomically(self._late, json.dumps(scores, allow_nan=False))
 
     def _late_scores(self) -> dict[str, float]:
         return json.loads(self._late.read_text()) if self._late.is_file() else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.paths import local_path
+from phi4mm_jax.utils.paths import local_path
 
 
 def default_folder() -> Path:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.audio import num_audio_tokens
-from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.processing.images import SUB_SEPARATOR
 from phi4mm_jax.processing.processor import Row, clip_chunks
 
@@ -109,7 +109,7 @@ def _lengths(config: Phi4MMConfig) -> list[int]:
     return sorted({n for n in (64, 128, 256) if n < most} | {most})
 
 
-class FeatureStore:
+class EncoderCache:
     """A table of features on the device, and what lies where in it.
 
     Args:

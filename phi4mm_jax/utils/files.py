@@ -6,7 +6,7 @@ from pathlib import Path
 INCOMPLETE = ".incomplete"  # ends the name of a file that is being written
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all.
 
     Raises:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.config import DecoderConfig
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels.mesh import ROWS, automatic_axes
 
 AXES = ("data", "fsdp", "tensor", "context")  # of meshes
+ROWS, HEADS = ("data", "fsdp"), ("tensor",)  # mesh axes that split the batch, and those that split heads
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
     ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
     ("heads", ("tensor",)),
@@ -192,7 +192,7 @@ def _split(
     return jax.P(*(tuple(n for n in names if n not in gathered) or None for names in split))
 
 
-def jit_beside(variables: Any, function: Callable[..., Any], **options: Any) -> Any:
+def jit_on_mesh(variables: Any, function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit` of a function of these variables, with their mesh in context: kernels are split over its devices."""
     place = jax.tree.leaves(variables)[0].sharding
 
@@ -204,3 +204,42 @@ def jit_beside(variables: Any, function: Callable[..., Any], **options: Any) -> 
             return function(*arguments, **named)
 
     return jax.jit(on_mesh, **options)
+
+
+def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outputs: Any, *, rows: int, heads: int):
+    """function(*arguments), on each device of the mesh in context its part of it; without such a mesh, just that.
+
+    XLA cannot split a kernel over devices by itself: each device is given its rows and heads.
+
+    Args:
+        inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads" or None.
+        rows, heads: how many there are. What a mesh axis does not divide is not split over it.
+    """
+    automatic = automatic_axes()
+    if math.prod(automatic.values()) == 1:
+        return function(*arguments)
+    axes: dict[str | None, Any] = {None: None}
+    for name, candidates, count in (("rows", ROWS, rows), ("heads", HEADS, heads)):
+        present = tuple(n for n in candidates if n in automatic)
+        axes[name] = present if present and count % math.prod(automatic[n] for n in present) == 0 else None
+
+    def specs(tree):
+        return jax.tree.map(lambda a: jax.P(*(axes[n] for n in a)), tree, is_leaf=lambda a: isinstance(a, Axes))
+
+    return jax.shard_map(
+        function, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=set(automatic), check_vma=False
+    )(*arguments)
+
+
+def automatic_axes() -> dict[str, int]:
+    """The axes of the mesh in context over which XLA splits arrays, and how many devices each has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+class Axes(tuple[str | None, ...]):
+    """What the axes of one array are."""
+
+    def __new__(cls, *names: str | None):
+        return super().__new__(cls, names)

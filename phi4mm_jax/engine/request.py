@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from phi4mm_jax.engine.sampling import Sampling, is_whole
+from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.generation.sampling import Sampling, is_whole
-from phi4mm_jax.generation.tools import ToolCall, parse_tool_calls
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer

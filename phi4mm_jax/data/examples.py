@@ -14,15 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool
 
-from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.audio import load_audio, measure_audio
-from phi4mm_jax.processing.chat import Prompt, render_chat, with_paths
-from phi4mm_jax.processing.images import load_image
-from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
-from phi4mm_jax.processing.sources import each
-from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.processing.video import Frame
-from phi4mm_jax.training.augment import (
+from phi4mm_jax.data.augment import (
     Augment,
     Clip,
     SpeechAugmentation,
@@ -31,7 +23,15 @@ from phi4mm_jax.training.augment import (
     mask_features,
     stretched_length,
 )
-from phi4mm_jax.training.conversation import read_conversation
+from phi4mm_jax.data.conversation import read_conversation
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.audio import load_audio, measure_audio
+from phi4mm_jax.processing.chat import Prompt, render_chat, with_paths
+from phi4mm_jax.processing.images import load_image
+from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
+from phi4mm_jax.processing.sources import each
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.processing.video import Frame
 
 # line: not an object; messages: no conversation to learn from; answer: nothing to say; media: cannot be read;
 # length: exceeds a row or a batch.

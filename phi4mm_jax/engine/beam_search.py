@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from phi4mm_jax.generation.pages import PagePool
-from phi4mm_jax.generation.request import Completion, FinishReason, Hypothesis, Text
+from phi4mm_jax.engine.page_allocator import PagePool
+from phi4mm_jax.engine.request import Completion, FinishReason, Hypothesis, Text
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 MOST_STOPS = 8  # tokens that may end a beam

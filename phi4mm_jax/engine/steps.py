@@ -11,12 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from phi4mm_jax.generation.sampling import SamplingRows, sample
-from phi4mm_jax.kernels.mesh import Axes, over_mesh
+from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
+from phi4mm_jax.engine.sampling import SamplingRows, sample
+from phi4mm_jax.mesh import Axes, check_heads, jit_on_mesh, over_mesh
 from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.model.decoder import cache_axes, row_major
-from phi4mm_jax.processing.batch import NO_MEDIA, AudioStack, ImageStack
-from phi4mm_jax.sharding import check_heads, jit_beside
 
 
 class Chunk(NamedTuple):
@@ -94,11 +93,11 @@ class Programs:
             check_heads(model.config.decoder, self._sharding.mesh.shape.get("tensor", 1))
         self._apply: Callable[..., Any] = model.apply
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
-        self.encode = jit_beside(variables, self._encode, donate_argnums=1)
-        self.prefill = jit_beside(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
-        self.decode = jit_beside(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
-        self.extend = jit_beside(variables, self._extend, donate_argnums=1, static_argnames="candidates")
-        self.mark = jit_beside(variables, self._mark, donate_argnums=0)
+        self.encode = jit_on_mesh(variables, self._encode, donate_argnums=1)
+        self.prefill = jit_on_mesh(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
+        self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
+        self.extend = jit_on_mesh(variables, self._extend, donate_argnums=1, static_argnames="candidates")
+        self.mark = jit_on_mesh(variables, self._mark, donate_argnums=0)
 
     @property
     def devices(self) -> list[Any]:

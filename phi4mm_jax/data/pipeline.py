@@ -20,10 +20,8 @@ from typing import Any, Literal, NamedTuple
 import grain
 import numpy as np
 
-from phi4mm_jax.errors import InputError
-from phi4mm_jax.paths import local_path
-from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.training.augment import (
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.augment import (
     CLIP_AUGMENTATIONS,
     IMAGE_AUGMENTATIONS,
     Augment,
@@ -31,10 +29,12 @@ from phi4mm_jax.training.augment import (
     AugmentImage,
     SpeechAugmentation,
 )
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
-from phi4mm_jax.training.manifests import open_manifest
-from phi4mm_jax.training.packing import PackingConfig, Plan, Planner, Waiting, build
+from phi4mm_jax.data.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
+from phi4mm_jax.data.manifests import open_manifest
+from phi4mm_jax.data.packing import PackingConfig, Plan, Planner, Waiting, build
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.utils.paths import local_path
 
 _LEAST_SAMPLES = 100  # before a rate of bad samples means anything
 

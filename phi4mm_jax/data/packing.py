@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import BatchSizes, Outline, Processor
-from phi4mm_jax.training.batch import TrainingBatch
-from phi4mm_jax.training.examples import BadSample, Example, Size
 
 
 @dataclass(frozen=True)

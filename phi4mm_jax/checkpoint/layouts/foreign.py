@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 
 import numpy as np
 
-from phi4mm_jax.checkpoint.files import Stored
+from phi4mm_jax.checkpoint.safetensors_io import Stored
 from phi4mm_jax.errors import CheckpointError
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

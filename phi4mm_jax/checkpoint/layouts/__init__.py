@@ -1,0 +1,1 @@
+"""Tables of names: one layout of a checkpoint a file."""

@@ -1,0 +1,1 @@
+"""Files, checks and programs: nothing of the model."""
