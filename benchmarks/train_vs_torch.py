@@ -122,7 +122,7 @@ def theirs(checkpoint: Path, tokens: np.ndarray, attention: str) -> Callable[[],
     import torch
 
     from benchmarks.vs_transformers import use_attention
-    from tests import torch_native
+    from tests.helpers import torch_native
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA takes
     native = torch_native.load_native(checkpoint)

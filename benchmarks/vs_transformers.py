@@ -39,7 +39,7 @@ from phi4mm_jax.processing.audio import log_mel, num_audio_tokens
 from phi4mm_jax.processing.chat import Media
 from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_image
 from phi4mm_jax.processing.processor import Row
-from tests import torch_native
+from tests.helpers import torch_native
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"

@@ -78,7 +78,7 @@ def goldens() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def native(tmp_path_factory) -> Path:
     """The tiny checkpoint, saved by transformers; the adapters' folders and the tokenizer as they are."""
-    import torch_native
+    from helpers import torch_native
     from transformers import Phi4MultimodalForCausalLM
 
     folder = tmp_path_factory.mktemp("native") / "checkpoint"

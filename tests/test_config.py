@@ -193,7 +193,7 @@ def adapter_folder(tmp_path: Path, layout: str, settings: dict[str, Any]) -> Pat
         shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("inputs", "goldens*"))
     else:
         (tmp_path / "model").mkdir()
-        import torch_native
+        from helpers import torch_native
 
         native = torch_native.native_config(json.loads((TINY / "config.json").read_text())).to_dict()
         (tmp_path / "model" / "config.json").write_text(json.dumps(native, default=str))

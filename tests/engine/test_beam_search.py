@@ -25,7 +25,7 @@ ADAPTERS = {0: None, 1: "vision", 2: "speech"}
 
 @pytest.fixture(scope="module")
 def oracle():
-    import torch_native
+    from helpers import torch_native
 
     return torch_native.load_native(TINY)
 
@@ -38,7 +38,7 @@ def request_of(case, tokens, beams, **settings):
 def transformers_search(oracle, tokens, *, beams, new_tokens, penalty, stops, adapter=None, **media):
     """The n best continuations and their scores. Without a cache, so that the length alone selects the rotary set."""
     import torch
-    import torch_native
+    from helpers import torch_native
 
     torch_native._use_adapter(oracle.model, adapter)
     prompt = torch.as_tensor(np.asarray(tokens), dtype=torch.int64)[None]

@@ -18,7 +18,7 @@ from phi4mm_jax.training.export import export
 from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.utils.paths import local_path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 URLS = [
     ("gs://bucket/model", "gcloud storage cp -r gs://bucket/model FOLDER"),
     ("s3://bucket/model", "aws s3 cp --recursive s3://bucket/model FOLDER"),

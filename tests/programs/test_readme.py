@@ -17,7 +17,7 @@ from conftest import TINY
 
 import phi4mm_jax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 LINES = [
@@ -38,13 +38,13 @@ RUN_AS = {
 }  # fmt: skip
 # Lines that other tests, or CI itself, run.
 RUN_ELSEWHERE = {
-    "make demo": "tests/test_small_model.py asks the demo's questions, in their order",
+    "make demo": "tests/programs/test_small_model.py asks the demo's questions, in their order",
     "make test": "this",
-    'python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"': "tests/test_programs.py",
-    "python -m infer.batch --model PATH --input prompts.jsonl --output answers.jsonl": "tests/test_batch.py",
-    "python -m infer.chat --model PATH": "tests/test_conversation.py",
-    "python -m convert.verify CHECKPOINT --goldens DIR": "tests/test_verify.py",
-    "python -m convert.record --model HF_DIR --out DIR": "tests/test_verify.py, with transformers",
+    'python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"': "tests/utils/test_cli.py",
+    "python -m infer.batch --model PATH --input prompts.jsonl --output answers.jsonl": "tests/programs/test_batch.py",
+    "python -m infer.chat --model PATH": "tests/programs/test_infer_chat.py",
+    "python -m convert.verify CHECKPOINT --goldens DIR": "tests/programs/test_verify.py",
+    "python -m convert.record --model HF_DIR --out DIR": "tests/programs/test_verify.py, with transformers",
 }
 
 

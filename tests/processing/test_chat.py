@@ -17,7 +17,7 @@ from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt, parse_raw, path_in, render_chat
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
-TINY = Path(__file__).parent / "fixtures" / "ms_tiny"
+TINY = Path(__file__).parents[1] / "fixtures" / "ms_tiny"
 CASES = json.loads((TINY / "goldens.json").read_text())["cases"]
 IMAGE, AUDIO = Media("image", 0), Media("audio", 0)
 

@@ -22,7 +22,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing import audio
 from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
 
-TINY = Path(__file__).parent / "fixtures" / "ms_tiny"
+TINY = Path(__file__).parents[1] / "fixtures" / "ms_tiny"
 
 # Features reach 29, where neighbouring float32 numbers are 1.9e-6 apart: it is what the last bit may differ by.
 LAST_BIT = 1.95e-6

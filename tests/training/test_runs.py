@@ -40,7 +40,7 @@ from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.settings import ALIASES, setting_names
 from phi4mm_jax.training.step import Metrics, TrainState, supervised
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FITTED = ("small", "speech_adapter")  # which have a test of their own
 RECIPES = sorted(p for p in (ROOT / "train" / "recipes").rglob("*.yaml") if p.stem not in FITTED)
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -189,9 +189,9 @@ def test_export(recipe, tmp_path, layout):
 def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
     and their cards are of the run."""
-    import torch_native
+    from helpers import torch_native
+    from helpers.native_cases import native_inputs
     from peft import PeftModel
-    from test_parity import native_inputs
     from transformers import AutoModelForCausalLM
 
     assert run(recipe, "data.steps=4", "data.epochs=null") == 0

@@ -22,7 +22,7 @@ from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.processor import Processor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
 SETTINGS = Settings(max_new_tokens=6)
 

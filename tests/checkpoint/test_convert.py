@@ -27,7 +27,7 @@ from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.mesh import make_mesh
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

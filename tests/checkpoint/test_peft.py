@@ -12,7 +12,7 @@ from conftest import TINY
 
 pytest.importorskip("torch")
 import torch
-import torch_native
+from helpers import torch_native
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 

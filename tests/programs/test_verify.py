@@ -29,7 +29,7 @@ from phi4mm_jax.testing.goldens import (
     verify_case,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def golden_folder(folder: Path, cases: list[str], media: list[str]) -> Path:

@@ -24,7 +24,7 @@ from phi4mm_jax.engine import Completion, EngineConfig, Request
 from phi4mm_jax.engine.jsonl import AnswerFile, read_requests, settings_of
 from phi4mm_jax.utils.compilation import keep_compiled
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=256, steps=4)
 IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
 

@@ -21,7 +21,7 @@ from phi4mm_jax.training.step import supervised
 from train.tiny import content, pictures, speech
 from train.tiny.data import line, text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny"
 HELD = FIXTURES / "held"  # the first hundred of each held-out set of train.tiny.data
 NEW_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "cmmi10.ttf")

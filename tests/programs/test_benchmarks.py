@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = [
     "image encoder, 1 crop,", "image encoder, 2 crops,", "audio encoder, 1 s,", "audio encoder, 2 s,",
     "prefill, 64 tokens,", "prefill, 128 tokens,", "decoding, batch 1,", "decoding, batch 8,", "mixed batch of 8,",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import FIXTURES
 from flax import linen as nn
+from helpers.compiled import copies
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -109,19 +110,6 @@ def test_decode_at_128k(mesh, int8):
     text = compiled(mesh, program, shape(4, 24, 128), pages, pages, lengths, tables, scales)
     assert "phi4mm_decode" in text
     assert copies(text, 4096 * 8 * 128 * 128) == []
-
-
-def copies(text: str, least: int) -> list[str]:
-    """Copies and transposes of at least so many elements in a compiled module; those onto themselves excepted."""
-    in_place = set(re.findall(r"output_to_operand_aliasing=\{\{\}: \(0, \{\}\)\}, calls=(%\S+)", text))
-    found, computation = [], ""
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            computation = line.split()[0]
-        copy = re.search(r"= (\w+\[([\d,]+)\]\S*) (?:copy|transpose|copy-start)\((.*)", line)
-        if copy and np.prod([int(n) for n in copy[2].split(",")]) >= least and computation not in in_place:
-            found.append(f"{copy[1]} {copy[3]}")
-    return found
 
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads():

@@ -230,7 +230,7 @@ def test_adapters_that_are_not_there(original, tmp_path):
 
 @pytest.mark.parametrize("source", ["original", "release"])
 def test_autoconfig(source, tmp_path, request, transformers):
-    import torch_native
+    from helpers import torch_native
 
     source = request.getfixturevalue(source)
     native = write(companion_files(source, "native"), tmp_path / "native")
@@ -321,7 +321,7 @@ def test_feature_extractor_and_processor_settings(tiny, original, tmp_path, tran
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """The native layout: our files, and the weights under transformers' names."""
-    import torch_native
+    from helpers import torch_native
 
     folder = write(companion_files(TINY, "native"), tmp_path_factory.mktemp("exported"))
     tensors = {}
@@ -336,10 +336,10 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
 def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers):
-    import torch_native
+    from helpers import torch_native
+    from helpers.native_cases import native_inputs
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from test_parity import native_inputs
 
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         exported, attn_implementation="eager", output_loading_info=True

@@ -4,33 +4,27 @@ If these pass, a disagreement with `torch_native` anywhere else in the tests is 
 """
 
 import json
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 pytest.importorskip("torch")
 import torch
-import torch_native
-from torch_native import Adapter, NativeImage, NativeModel, load_native
+from helpers import torch_native
+from helpers.native_cases import clip_of, image_of, native_media
+from helpers.torch_native import Adapter, NativeModel, load_native
 
-from phi4mm_jax.processing.audio import log_mel
-from phi4mm_jax.processing.images import preprocess_image
-
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = FIXTURES / "ms_tiny"
 LOGITS_TOLERANCE = 3e-4  # absolute; the logits' scale is about 6
 # Rounding grows most over this case's 2,163 positions: the recorded float32 logits are themselves 3.5e-4 from those of
 # a float64 run, and noise of 1e-7 relative in what enters the decoder moves them by 1e-4.
 MULTI_TOLERANCE = 1e-3
 FEATURE_TOLERANCE = 2e-5  # absolute; the features' scale is 3 to 9
-ADAPTER_OF_MODE: dict[int, Adapter | None] = {0: None, 1: "vision", 2: "speech", 3: "vision"}
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -48,26 +42,6 @@ GENERATED = [name for name in CASES if CASES[name]["tokens"] < 1000]  # the long
 @pytest.fixture(scope="module")
 def native() -> NativeModel:
     return load_native(TINY)
-
-
-@cache
-def _image(index: int) -> NativeImage:
-    processed = preprocess_image(Image.open(TINY / "inputs" / f"image_{index}.png"))
-    height, width = load_file(TINY / "goldens.safetensors")[f"image_{index}.size"]
-    pixels = np.ascontiguousarray(processed.crops.transpose(0, 3, 1, 2))
-    return NativeImage(pixels, processed.patch_mask, (int(height) // 448, int(width) // 448))
-
-
-@cache
-def _clip(index: int) -> np.ndarray:
-    if index == 4:  # the one whose recorded features are thinned
-        return log_mel(*soundfile.read(TINY / "inputs" / "audio_4.flac", dtype="float32"))
-    return load_file(TINY / "goldens.safetensors")[f"audio_{index}.features"]
-
-
-def native_media(case: dict[str, Any]) -> tuple[list[NativeImage], list[np.ndarray], Adapter | None]:
-    images = [_image(index) for index in case["images"]]
-    return images, [_clip(index) for index in case["audios"]], ADAPTER_OF_MODE[case["mode"]]
 
 
 def _error(ours: np.ndarray, recorded: np.ndarray) -> float:
@@ -157,7 +131,7 @@ def test_loading_is_strict(tmp_path: Path):
 
 @pytest.mark.parametrize("index", range(4))
 def test_image(native: NativeModel, goldens: dict[str, np.ndarray], index: int):
-    image = _image(index)
+    image = image_of(index)
     features = native.vision_features(image.pixels, image.patch_mask)
     assert _error(features[:, ::9], goldens[f"image_{index}.vision_features"]) < FEATURE_TOLERANCE
     embeds = native.image_embeds(image)
@@ -167,7 +141,7 @@ def test_image(native: NativeModel, goldens: dict[str, np.ndarray], index: int):
 
 @pytest.mark.parametrize("index", range(5))
 def test_audio(native: NativeModel, goldens: dict[str, np.ndarray], index: int):
-    clip = _clip(index)
+    clip = clip_of(index)
     # Clip 4's features are computed here, not recorded, and 40 s of them are cut into chunks.
     stride, tolerance = (4, 1e-4) if index == 4 else (1, FEATURE_TOLERANCE)
     assert _error(native.audio_encoder(clip)[::stride], goldens[f"audio_{index}.encoder"]) < tolerance
@@ -281,11 +255,11 @@ def test_adapters_train(goldens: dict[str, np.ndarray]):
 
 def test_media_must_fit_their_placeholders(native: NativeModel, goldens: dict[str, np.ndarray]):
     with pytest.raises(ValueError, match="placeholders 636 for 40 media tokens"):
-        native.logits(goldens["speech.input_ids"], audios=[_clip(1)], adapter="speech")
+        native.logits(goldens["speech.input_ids"], audios=[clip_of(1)], adapter="speech")
     with pytest.raises(ValueError, match="placeholders 636 for 0 media tokens"):
         native.logits(goldens["speech.input_ids"])
     with pytest.raises(ValueError, match="needs 4 masks"):
-        native.image_embeds(_image(0)._replace(grid=(3, 1)))
+        native.image_embeds(image_of(0)._replace(grid=(3, 1)))
 
 
 def test_bfloat16(native: NativeModel, goldens: dict[str, np.ndarray]):
@@ -343,7 +317,7 @@ def test_vision_layer_is_the_models():
     state, run = torch_native.vision_layer(TINY_CONFIG, seed=2)
     _transplant(native, VISION, state)
     seen = _spy(native.model.model.embed_tokens_extend.image_embed.img_processor.encoder.layers[1])
-    image = _image(1)
+    image = image_of(1)
     native.vision_features(image.pixels, image.patch_mask)
     ((hidden, output),) = seen
     masked = next(crop for crop in range(len(hidden)) if not image.patch_mask[crop].all())
@@ -359,7 +333,7 @@ def test_conformer_block_is_the_models():
     _transplant(native, f"{SPEECH}encoders.1.", {name: value for name, value in state.items() if name not in table})
     _transplant(native, f"{SPEECH}relative_attention_bias_layer.", {"bias_values.weight": next(iter(table.values()))})
     seen = _spy(native.model.model.embed_tokens_extend.audio_embed.encoder.encoders[1])
-    native.audio_encoder(_clip(1))
+    native.audio_encoder(clip_of(1))
     ((hidden, output),) = seen
     assert _error(run(hidden), output) < 1e-5
 

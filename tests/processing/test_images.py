@@ -31,7 +31,7 @@ from phi4mm_jax.processing.images import (
     preprocess_image,
 )
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PREP, TINY = FIXTURES / "ms_prep", FIXTURES / "ms_tiny"
 PREP_CASES = json.loads((PREP / "goldens.json").read_text())
 

@@ -17,7 +17,7 @@ import tokenizers
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = FIXTURES / "ms_tiny"
 TINY_CASES = json.loads((TINY / "goldens.json").read_text())["tokenizer"]
 O200K_CASES = json.loads((FIXTURES / "o200k" / "cases.json").read_text())["cases"]

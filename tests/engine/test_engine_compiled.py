@@ -19,9 +19,9 @@ import pytest
 from conftest import FIXTURES
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers.compiled import copies
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
-from test_attention_compiled import copies
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling

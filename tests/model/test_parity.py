@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 from conftest import FIXTURES, TINY, golden_cases, media_of
 from flax.traverse_util import unflatten_dict
-from PIL import Image
 
 pytest.importorskip("torch")
 import torch
-import torch_native
+from helpers import torch_native
+from helpers.native_cases import native_inputs
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.config import Phi4MMConfig, with_layers
 from phi4mm_jax.model import decoder, lora, rope, speech, vision
-from phi4mm_jax.processing.images import choose_grid
 
 CASES = {c["name"]: c for c in golden_cases()}
 ADAPTERS = [None, "vision", "speech", "vision"]  # by input mode
@@ -28,20 +27,6 @@ RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())
 @pytest.fixture(scope="module")
 def native():
     return torch_native.load_native(TINY)
-
-
-def native_inputs(model, case):
-    """What our processor made of the case, as the native model takes it."""
-    media = media_of(case)
-    row = model.processor.row(case["prompt"], media["images"][0], media["audios"][0])
-    images = []
-    for path, features in zip(media["images"][0], row.images, strict=True):
-        columns, rows = choose_grid(*Image.open(path).size)
-        assert rows * columns + 1 == len(features.crops)
-        images.append(
-            torch_native.NativeImage(features.crops.transpose(0, 3, 1, 2), features.patch_mask, (rows, columns))
-        )
-    return row.tokens, images, list(row.clips), ADAPTERS[case["mode"]]
 
 
 @pytest.mark.parametrize("name", ["text_tools", "text_long", "vision", "speech", "speech_multi", "vision_speech"])

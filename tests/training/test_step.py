@@ -338,7 +338,7 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     At twice this learning rate PyTorch itself, begun with weights that differ by 1e-7, comes to losses 3e-4 apart.
     """
     import torch
-    import torch_native
+    from helpers import torch_native
 
     name = f"grad_{adapter}"
     batches = micro_batches(case_sample(scanned, name))
@@ -382,8 +382,8 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
 
 def native_inputs(model, name: str, goldens):
     """The arguments of `NativeModel.loss` for a case."""
-    import torch_native
-    from test_torch_native import native_media
+    from helpers import torch_native
+    from helpers.native_cases import native_media
 
     batch = case_sample(model, name).batch
     ids, answer = batch.tokens[0, : batch.lengths[0]], len(goldens[f"{name}.answer_ids"])
