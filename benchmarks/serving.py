@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
-from benchmarks.compiled import CHIPS, cost
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
@@ -22,6 +21,7 @@ from phi4mm_jax.engine.steps import Chunk, Slots
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
+from phi4mm_jax.testing.compiled import CHIPS, cost
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
 PAGE, BLOCK = 128, 2048  # tokens of a page, and keys that a chunk attends to at once

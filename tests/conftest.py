@@ -22,14 +22,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from helpers.paths import TINY
+from safetensors.numpy import load_file
 
 import phi4mm_jax
-from phi4mm_jax.batch import NO_MEDIA, Batch
-from phi4mm_jax.checkpoint.table import UNUSED, Tensor
-
-FIXTURES = Path(__file__).parent / "fixtures"
-TINY = FIXTURES / "ms_tiny"
 
 
 def pytest_configure() -> None:
@@ -104,78 +100,3 @@ def _programs_are_forgotten():
     """Each file's compiled programs are freed after it: thousands at once exceed the memory maps a process may have."""
     yield
     jax.clear_caches()
-
-
-_compilations: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
-)
-
-
-def count_compilations() -> int:
-    """How many programs were compiled so far."""
-    return len(_compilations)
-
-
-def golden_cases() -> list[dict]:
-    return json.loads((TINY / "goldens.json").read_text())["cases"]
-
-
-def golden_gradient_cases() -> list[dict]:
-    return json.loads((TINY / "goldens.json").read_text())["grad_cases"]
-
-
-def media_of(case: dict) -> dict:
-    """The case's media, as the arguments of `process` and `generate` for one row."""
-    return {
-        "images": [[TINY / "inputs" / f"image_{i}.png" for i in case["images"]]],
-        "audios": [[TINY / "inputs" / f"audio_{i}.flac" for i in case["audios"]]],
-    }
-
-
-def uncached_logits(model: phi4mm_jax.Model, batch: Batch, answers: list[list[int]]) -> list[np.ndarray]:
-    """Logits before each token of the rows' answers, of whole rows without a cache.
-
-    Where a row crosses LongRoPE's boundary, rows are computed up to it as well, where they have the other rotary set.
-    """
-    boundary, width = model.config.decoder.rope.original_length, max(map(len, answers))
-    tokens = np.pad(batch.tokens, ((0, 0), (0, width)))
-    media = np.pad(batch.media, ((0, 0), (0, width)), constant_values=NO_MEDIA)
-    starts, ends = batch.lengths, batch.lengths.copy()
-    for row, answer in enumerate(answers):
-        tokens[row, starts[row] : starts[row] + len(answer)] = answer
-        ends[row] += len(answer) - 1  # what follows the last one is not asked
-    whole = batch._replace(tokens=tokens, media=media)
-    short = long = np.asarray(model.logits(whole._replace(lengths=ends)))
-    if ((starts <= boundary) & (ends > boundary)).any():
-        short = np.asarray(model.logits(whole._replace(lengths=np.minimum(ends, boundary))))
-    found = []
-    for row, answer in enumerate(answers):
-        places = np.arange(starts[row], starts[row] + len(answer))  # sequences of so many tokens
-        found.append(np.where(places[:, None] <= boundary, short[row, places - 1], long[row, places - 1]))
-    return found
-
-
-def shards(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint's main shards."""
-    return {name: x for path in sorted(folder.glob("model*.safetensors")) for name, x in load_file(path).items()}
-
-
-def save_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
-    """All tensors in one file, as small models are saved."""
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def original_tensor(tensor: Tensor, variables) -> np.ndarray:
-    """A tensor of the original layout, from variables with stacked layers; zeros for one that is never used."""
-    if tensor.collection == UNUSED:
-        return np.zeros(tensor.shape)
-    values = []
-    for part in tensor.parts:
-        value = variables
-        for key in part.path:
-            value = value[key]
-        values.append(np.asarray(value if tensor.layer is None else value[tensor.layer]))
-    return tensor.join(values)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FIXTURES, TINY
+from helpers.paths import FIXTURES, TINY
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, ConfigError

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, TINY, golden_cases, media_of
+from helpers.cases import golden_cases, media_of
+from helpers.paths import FIXTURES, TINY
 from jax.sharding import NamedSharding
 
 import phi4mm_jax

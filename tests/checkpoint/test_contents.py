@@ -6,7 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of, save_shards, shards
+from helpers.cases import golden_cases, media_of
+from helpers.checkpoints import save_shards, shards
+from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax

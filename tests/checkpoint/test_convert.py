@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from huggingface_hub import constants
 
 import phi4mm_jax

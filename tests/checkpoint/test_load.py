@@ -8,8 +8,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, save_shards, shards
 from flax import linen as nn
+from helpers.cases import golden_cases
+from helpers.checkpoints import save_shards, shards
+from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax

@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of
+from helpers.cases import golden_cases, media_of
+from helpers.paths import TINY
 
 import phi4mm_jax
 from infer import batch

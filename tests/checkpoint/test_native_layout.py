@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax

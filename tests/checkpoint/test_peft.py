@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 pytest.importorskip("torch")
 import torch

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, TINY, golden_cases, media_of
+from helpers.cases import golden_cases, media_of
+from helpers.paths import FIXTURES, TINY
 from safetensors.numpy import load_file, save_file
 from soundfile import read as read_audio
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint import staging

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from PIL import Image
 
 from phi4mm_jax.config import Phi4MMConfig

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.config import Phi4MMConfig

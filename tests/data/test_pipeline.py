@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.augment import SpeechAugmentation

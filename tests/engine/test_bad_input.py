@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from PIL import Image
 
 from phi4mm_jax import CheckpointError, InputError

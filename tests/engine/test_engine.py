@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, count_compilations, golden_cases, media_of, uncached_logits
+from helpers.cases import golden_cases, media_of
+from helpers.compilations import count_compilations
+from helpers.paths import TINY
+from helpers.reference import uncached_logits
 from PIL import Image
 from scipy.special import log_softmax
 

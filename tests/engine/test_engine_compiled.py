@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers.compiled import copies
+from helpers.paths import FIXTURES
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -30,6 +29,7 @@ from phi4mm_jax.engine.steps import Beams, Chunk, Slots
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
+from phi4mm_jax.testing.compiled import copies
 
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
 CHUNK, VOCABULARY = 512, 1024

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, count_compilations
+from helpers.compilations import count_compilations
+from helpers.paths import TINY
 
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import AsyncEngine, EngineConfig, Request

@@ -2,9 +2,10 @@
 
 import os
 
-from conftest import TINY, count_compilations
+from helpers.compilations import count_compilations
+from helpers.paths import TINY
 
-from benchmarks.soak import Soak
+from phi4mm_jax.testing.soak import Soak
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "600"))
 

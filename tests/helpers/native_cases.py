@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from conftest import TINY, media_of
 from PIL import Image
 from safetensors.numpy import load_file
 
+from helpers.cases import media_of
+from helpers.paths import TINY
 from helpers.torch_native import Adapter, NativeImage
 from phi4mm_jax.processing.audio import log_mel
 from phi4mm_jax.processing.images import choose_grid, preprocess_image

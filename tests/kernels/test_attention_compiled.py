@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES
 from flax import linen as nn
-from helpers.compiled import copies
+from helpers.paths import FIXTURES
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -25,6 +24,7 @@ from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
 from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
+from phi4mm_jax.testing.compiled import copies
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 

@@ -6,8 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import FIXTURES
 from flax import linen as nn
+from helpers.paths import FIXTURES
 
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED

@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, golden_gradient_cases, media_of, original_tensor
+from helpers.cases import golden_cases, golden_gradient_cases, media_of
+from helpers.checkpoints import original_tensor
+from helpers.paths import TINY
 
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.model import Phi4MM

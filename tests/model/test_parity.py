@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FIXTURES, TINY, golden_cases, media_of
 from flax.traverse_util import unflatten_dict
+from helpers.cases import golden_cases, media_of
+from helpers.paths import FIXTURES, TINY
 
 pytest.importorskip("torch")
 import torch

@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of, uncached_logits
+from helpers.cases import golden_cases, media_of
+from helpers.paths import TINY
+from helpers.reference import uncached_logits
 from scipy.special import log_softmax
 
 from phi4mm_jax.batch import Batch

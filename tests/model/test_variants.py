@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, golden_cases, media_of
+from helpers.cases import golden_cases, media_of
+from helpers.paths import TINY
 
 import phi4mm_jax
 from phi4mm_jax.mesh import make_mesh

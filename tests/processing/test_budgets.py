@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import FIXTURES, TINY
+from helpers.paths import FIXTURES, TINY
 from PIL import Image
 
 from phi4mm_jax import InputError

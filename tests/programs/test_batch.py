@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from infer import batch
 from phi4mm_jax import InputError

@@ -14,7 +14,7 @@ import jiwer
 import numpy as np
 import pytest
 import sacrebleu
-from conftest import TINY
+from helpers.paths import TINY
 
 import phi4mm_jax
 from infer import evaluate

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from PIL import Image
 
 from infer import chat

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 import phi4mm_jax
 

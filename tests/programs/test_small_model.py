@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from conftest import FIXTURES
+from helpers.paths import FIXTURES
 
 from infer import chat, evaluate, generate
 from phi4mm_jax.checkpoint.model_card import notice_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY, golden_cases, media_of
 from flax.traverse_util import flatten_dict
+from helpers.cases import golden_cases, media_of
+from helpers.paths import TINY
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError

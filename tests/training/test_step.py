@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, golden_gradient_cases, media_of, original_tensor
 from flax.traverse_util import flatten_dict
+from helpers.cases import golden_gradient_cases, media_of
+from helpers.checkpoints import original_tensor
+from helpers.paths import FIXTURES, TINY
 
 import phi4mm_jax
-from benchmarks.compiled import CHIPS, cost, size
-from benchmarks.tpu_aot import CASES as COMPILED
-from benchmarks.tpu_aot import compile_step, held, work
 from phi4mm_jax import InputError
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack, TrainingBatch
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.lora import SPEECH, dropout
+from phi4mm_jax.testing.compiled import CHIPS, cost, size
+from phi4mm_jax.testing.training_steps import CASES as COMPILED
+from phi4mm_jax.testing.training_steps import compile_step, held, work
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
@@ -675,7 +678,8 @@ def test_operations_of_what_is_trained_before_the_decoder(scanned):
 def test_tuning_the_speech_adapter_fits_eight_chips():
     """Compiled by the TPU's compiler, without one: what a chip holds, gathers and sums, and the estimated time."""
     case = COMPILED["speech adapter"]
-    compiled = compile_step(case)
+    config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
+    compiled = compile_step(case, config)
     assert held(compiled) < 12.0
     text = compiled.as_text()
     assert text is not None
@@ -690,7 +694,7 @@ def test_tuning_the_speech_adapter_fits_eight_chips():
     weights = [line for line in text.splitlines() if " all-gather(" in line and "sharding_constraint" in line]
     largest = max(size(line.split(" all-gather(")[0]) for line in weights)
     assert largest <= 2 * 8192 * 3072, "more than one layer's weight is gathered at a time"
-    assert work(case) / 8 / CHIPS["v5e"].peak / found.seconds > 0.5
+    assert work(case, config) / 8 / CHIPS["v5e"].peak / found.seconds > 0.5
 
 
 # Preferences.

@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from phi4mm_jax.utils import compilation
 

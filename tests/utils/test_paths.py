@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch

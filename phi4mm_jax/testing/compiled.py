@@ -12,6 +12,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
     "u64": 8,
@@ -241,3 +243,16 @@ def _trips(computations: Mapping[str, list[Instruction]], condition: str, unknow
         if len(constants) == 1:
             return max(constants[0], 1)
     return unknown
+
+
+def copies(text: str, at_least: int) -> list[str]:
+    """Copies and transposes of at least so many elements in a compiled module; those onto themselves excepted."""
+    in_place = set(re.findall(r"output_to_operand_aliasing=\{\{\}: \(0, \{\}\)\}, calls=(%\S+)", text))
+    found, computation = [], ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.split()[0]
+        copy = re.search(r"= (\w+\[([\d,]+)\]\S*) (?:copy|transpose|copy-start)\((.*)", line)
+        if copy and np.prod([int(n) for n in copy[2].split(",")]) >= at_least and computation not in in_place:
+            found.append(f"{copy[1]} {copy[3]}")
+    return found
