@@ -6,15 +6,22 @@ EXTRA ?= cpu
 TESTS ?= tests
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test lint
+.PHONY: demo lint test test-all test-slow
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-$(EXTRA)
 	@$(RUN) -m infer.demo
 
-test: $(VENV)/installed-$(TESTS)
-	$(RUN) -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed-$(TESTS) # every guarantee at least once
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(VENV)/installed-$(TESTS) # the rest
+	$(PYTEST) -m slow
+
+test-all: $(VENV)/installed-$(TESTS)
+	$(PYTEST)
 
 lint: $(VENV)/installed-$(TESTS)
 	$(VENV)/bin/ruff check .

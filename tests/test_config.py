@@ -204,6 +204,7 @@ def adapter_folder(tmp_path: Path, layout: str, settings: dict[str, Any]) -> Pat
     return tmp_path / "model"
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("layout", ["original", "native"])
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
 def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
@@ -213,6 +214,7 @@ def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
     assert (config.vision_lora.rank, config.vision_lora.scale) == (8, 2.0)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("layout", ["original", "native"])
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
@@ -244,6 +246,7 @@ def test_adapter_settings_that_change_the_numbers_are_refused_by_name(tmp_path, 
         phi4mm_jax.load(folder)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("layout", ["original", "native"])
 def test_pickled_adapters_are_refused(tmp_path, layout):
     folder = adapter_folder(tmp_path, layout, {}) / "vision-lora"

@@ -16,6 +16,8 @@ from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.engine import EngineConfig, Request
 
+pytestmark = pytest.mark.torch
+
 CASES = {c["name"]: c for c in golden_cases()}
 IMAGE = "<|user|><|image_1|>hello there<|end|><|assistant|>"
 CLIP = "<|user|><|audio_1|>hello there<|end|><|assistant|>"

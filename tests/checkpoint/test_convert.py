@@ -102,6 +102,7 @@ def test_bfloat16_round_trip(original, tmp_path):
     assert json.loads((tmp_path / "torch" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.torch
 def test_original_to_native_is_what_transformers_saves(original, native, tmp_path):
     to_torch(original, tmp_path / "native", "native")
     assert_same_tensors(tensors(tmp_path / "native"), tensors(native))
@@ -345,6 +346,7 @@ def test_sources_that_are_not_whole(change, named, original, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.torch
 def test_an_adapter_of_pickle_alone(native, tmp_path):
     shutil.copytree(native, tmp_path / "source")
     (tmp_path / "source" / "vision-lora" / "adapter_model.safetensors").rename(
@@ -480,6 +482,7 @@ def test_destinations(original, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("program", [["convert.to_orbax"], ["convert.to_torch", "--layout", "native"]])
 def test_a_disk_that_fills_up(program, original, tmp_path):
     """A limit on the size of files stands for the full disk: writes fail half-way."""
@@ -499,6 +502,7 @@ def test_a_disk_that_fills_up(program, original, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.subprocess
 def test_interrupted(tmp_path):
     """Killed half-way, a conversion leaves nothing under the destination's name; the next run says so, and is whole."""
     settings = json.loads((TINY / "config.json").read_text()) | {"vocab_size": 200064, "num_hidden_layers": 8}
@@ -526,6 +530,7 @@ def test_interrupted(tmp_path):
     assert_same_tensors(tensors(tmp_path / "back"), tensors(source))
 
 
+@pytest.mark.subprocess
 def test_help_shows_how():
     environment = {**os.environ, "COLUMNS": "100"}
     for program in ("convert.to_orbax", "convert.to_torch"):

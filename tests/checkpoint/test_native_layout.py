@@ -13,6 +13,7 @@ from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint.layouts.native import native_table
 
 
+@pytest.mark.torch
 def test_same_parameters(tiny, native):
     model = phi4mm_jax.load(native, dtype="float32")
     assert model.config == tiny.config
@@ -20,6 +21,7 @@ def test_same_parameters(tiny, native):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.torch
 def test_adapters_may_be_absent(native, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(native, folder)
@@ -30,6 +32,7 @@ def test_adapters_may_be_absent(native, tmp_path):
         model.process(["<|image_1|>"], [[TINY / "inputs" / "image_0.png"]])
 
 
+@pytest.mark.torch
 def test_zero_adapters_are_an_error(native, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(native, folder)

@@ -29,6 +29,8 @@ from phi4mm_jax.evaluation.answers import settings_of as settings_of_evaluation
 from phi4mm_jax.peft_settings import MODULES
 from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
 
+pytestmark = pytest.mark.torch
+
 DECODER = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
 
 

@@ -178,6 +178,7 @@ def test_the_release_comes_back_with_its_code(release, tmp_path):
     assert b"auto_map" not in without["config.json"] + without["preprocessor_config.json"]
 
 
+@pytest.mark.torch
 def test_from_a_folder_that_transformers_wrote(original, tmp_path, transformers):
     """Rotary settings in rope_parameters, dtype for torch_dtype, no generation_config.json, a nested processor."""
     native = write(companion_files(original, "native"), tmp_path / "native")
@@ -203,6 +204,7 @@ def test_from_a_folder_that_transformers_wrote(original, tmp_path, transformers)
     assert values(back / "tokenizer_config.json") == expected
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("stated", [{}, {"eos_token_id": 633, "temperature": 0.5}])
 def test_stop_tokens_travel(original, tmp_path, stated, transformers):
     """config.json of the original outranks generation_config.json, which is all that the native layout goes by."""
@@ -229,6 +231,7 @@ def test_adapters_that_are_not_there(original, tmp_path):
 # Between the layouts: transformers' and PEFT's reading.
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("source", ["original", "release"])
 def test_autoconfig(source, tmp_path, request, transformers):
     from helpers import torch_native
@@ -250,6 +253,7 @@ def test_autoconfig(source, tmp_path, request, transformers):
     assert ours == {key: value for key, value in theirs.items() if key not in dropped}
 
 
+@pytest.mark.torch
 def test_every_key_of_transformers_is_stated(original, transformers):
     """None is left to a default, which are not the release's."""
     stated = json.loads(companion_files(original, "native")["config.json"])
@@ -264,6 +268,7 @@ def test_every_key_of_transformers_is_stated(original, transformers):
         assert settings <= section.keys()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("source", ["original", "release"])
 def test_autotokenizer(source, tmp_path, request, transformers):
     source = request.getfixturevalue(source)
@@ -277,6 +282,7 @@ def test_autotokenizer(source, tmp_path, request, transformers):
     assert (theirs.pad_token_id, theirs.model_max_length) == (config["pad_token_id"], 131072)
 
 
+@pytest.mark.torch
 def test_chat_template(tiny, original, tmp_path, transformers):
     """Texts as in the release's template, and the parts of a content as in our own chat."""
     native = write(companion_files(original, "native"), tmp_path / "native")
@@ -301,6 +307,7 @@ def test_chat_template(tiny, original, tmp_path, transformers):
     assert tokenizer(rendered)["input_ids"] == once
 
 
+@pytest.mark.torch
 def test_feature_extractor_and_processor_settings(tiny, original, tmp_path, transformers):
     native = write(companion_files(original, "native"), tmp_path / "native")
     extractor = transformers.AutoFeatureExtractor.from_pretrained(native)
@@ -335,6 +342,7 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
 def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers):
     from helpers import torch_native

@@ -166,6 +166,7 @@ for leftover in (nothing, half, renamed):
 """
 
 
+@pytest.mark.subprocess
 def test_a_run_that_is_killed_anywhere_is_run_again(tmp_path):
     (tmp_path / "kills.py").write_text(KILLS)
     command = [sys.executable, tmp_path / "kills.py", tmp_path / "root"]

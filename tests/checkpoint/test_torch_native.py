@@ -18,6 +18,8 @@ from helpers import torch_native
 from helpers.native_cases import clip_of, image_of, native_media
 from helpers.torch_native import Adapter, NativeModel, load_native
 
+pytestmark = pytest.mark.torch
+
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 TINY = FIXTURES / "ms_tiny"
 LOGITS_TOLERANCE = 3e-4  # absolute; the logits' scale is about 6

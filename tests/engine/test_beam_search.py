@@ -70,6 +70,7 @@ def assert_found(answer, expected, penalty=1.0):
 # ---------------------------------------------------------------------------------------------- as transformers
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("beams", [2, 3, 4])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0, 2.0])
 def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
@@ -94,6 +95,7 @@ def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
     assert lengths == ({False} if penalty == 2.0 else {False, True})  # a power of 2 favours the longest
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("config", [CONFIG, SMALL], ids=["64", "32"])
 def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
     """From 61 tokens over the boundary of 96: keys and values of all beams are made anew with the long rotary set."""
@@ -108,6 +110,7 @@ def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
     assert engine._pool.available == engine.config.pages
 
 
+@pytest.mark.torch
 def test_media_as_transformers(tiny, goldens, oracle):
     """Clips, an image and a long text, side by side."""
     import torch

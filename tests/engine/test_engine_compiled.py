@@ -31,6 +31,8 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
 from phi4mm_jax.testing.compiled import copies
 
+pytestmark = pytest.mark.tpu_compile
+
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
 CHUNK, VOCABULARY = 512, 1024
 BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}

@@ -26,6 +26,8 @@ from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
 from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
 from phi4mm_jax.testing.compiled import copies
 
+pytestmark = pytest.mark.tpu_compile
+
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 

@@ -59,6 +59,7 @@ def test_dropout_is_the_same_however_the_array_lies_on_a_mesh(spec):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.torch
 def test_dropout_comes_before_the_down_projection_as_in_peft():
     """With the same draws, which powers of two in A make visible: y = x W + (alpha / r) drop(x) A B."""
     import torch

@@ -20,6 +20,8 @@ from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.config import Phi4MMConfig, with_layers
 from phi4mm_jax.model import decoder, lora, rope, speech, vision
 
+pytestmark = pytest.mark.torch
+
 CASES = {c["name"]: c for c in golden_cases()}
 ADAPTERS = [None, "vision", "speech", "vision"]  # by input mode
 RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())

@@ -135,6 +135,7 @@ def test_mel_filters() -> None:
     assert filters.dtype == np.float32
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("num_samples", [400, 559, 560, 16000, 16123, 100_000])
 def test_transformers(num_samples: int) -> None:
     """One clip at a time (its batches keep frames that no clip fills)."""
@@ -153,6 +154,7 @@ def test_transformers(num_samples: int) -> None:
     np.testing.assert_allclose(features, theirs, rtol=0, atol=LAST_BIT)
 
 
+@pytest.mark.torch
 def test_transformers_highest_band() -> None:
     """A tone where its extractor has a bin more moves its highest band, and no other; ours is the original's."""
     from transformers import Phi4MultimodalFeatureExtractor
@@ -316,6 +318,7 @@ def test_int16_equals_its_float_version() -> None:
         np.testing.assert_array_equal(log_mel(*load_audio((samples, 16000))), expected)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_narrow_floats_and_tensors(dtype: str) -> None:
     import torch
@@ -683,6 +686,7 @@ def test_unusable_sources(source: Any, message: str) -> None:
         load_audio(source)
 
 
+@pytest.mark.torch
 def test_tensors_without_values() -> None:
     import torch
 

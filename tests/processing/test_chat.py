@@ -493,6 +493,7 @@ BEGUN = [
 ]  # fmt: skip
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("messages", BEGUN, ids=range(len(BEGUN)))
 def test_a_final_message_is_continued_as_in_transformers(
     tokenizer: Tokenizer, library: tokenizers.Tokenizer, messages: list[dict[str, Any]]

@@ -119,6 +119,7 @@ def test_features_have_the_documented_types() -> None:
 # The global view
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (3, 2), (4, 3), (5, 4), (6, 6), (1, 8), (9, 1), (36, 1)])
 def test_global_view_is_torch_bicubic(grid: tuple[int, int]) -> None:
     """All grids have sides in whole multiples of a crop; noise, so that each weight counts and values overshoot."""
@@ -512,6 +513,7 @@ def test_unusable_sources(source: Any, message: str) -> None:
         load_image(source)
 
 
+@pytest.mark.torch
 def test_tensors() -> None:
     import torch
 

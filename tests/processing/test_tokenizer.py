@@ -242,6 +242,7 @@ def test_splits_as_tokenizers(tmp_path: Path, regex: str | None, behavior: str, 
         assert ours.encode(text) == theirs(library, text), ascii(text)
 
 
+@pytest.mark.torch
 def test_a_folder_that_transformers_saved(tmp_path: Path):
     """AutoTokenizer takes the published class, GPT-2's, and saves another split into words: what it says is done."""
     from transformers import AutoTokenizer
@@ -721,6 +722,7 @@ def test_bad_file_beside_vocab_and_merges(tmp_path: Path, name: str, content: st
 ADDED = ["<loc_1>", "<loc_12>", "[cell]", "naïve"]
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("text", ["a <loc_1> b", "<loc_12><loc_1>", "x[cell]y <|end|> z", " naïve naïve", "none"])
 def test_added_tokens_are_vocabulary_as_in_transformers(tmp_path: Path, text: str):
     """In plain text, where tokens that structure a prompt stay text; the folder is as transformers 5 saves it."""

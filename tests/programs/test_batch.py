@@ -669,6 +669,8 @@ def written(output: Path) -> int:
     return output.read_bytes().count(b"\n") if output.exists() else 0
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_killed_ten_times(tmp_path, compiled, tiny):
     """At random moments, from the start on; then each id is there once, with what a run without kills answers."""
     draw = random.Random(4)

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.subprocess
+
 ROOT = Path(__file__).parents[2]
 ROWS = [
     "image encoder, 1 crop,", "image encoder, 2 crops,", "audio encoder, 1 s,", "audio encoder, 2 s,",
@@ -13,6 +17,7 @@ ROWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_vs_transformers_prints_every_row():
     command = [sys.executable, "-m", "benchmarks.vs_transformers", "--small", "--rounds", "1"]
     environment = os.environ | {"XLA_FLAGS": ""}  # one device, as its users have it

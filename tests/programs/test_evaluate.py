@@ -193,6 +193,7 @@ def test_english(text, expected):
     assert make_normalizer("english")(text) == expected
 
 
+@pytest.mark.torch
 def test_english_is_that_of_transformers():
     """Its copy of Whisper's rules takes the list of spellings from a checkpoint's file; here from the package."""
     from importlib.resources import files

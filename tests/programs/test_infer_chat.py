@@ -343,6 +343,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str):
         Settings(**settings)
 
 
+@pytest.mark.subprocess
 def test_the_program(engine):
     """Through its standard streams: answers go to one, all else to the other."""
     lines = ["Hello", "/image nowhere.png", "What is this?", "/nonsense", "/undo", "And?"]

@@ -134,6 +134,7 @@ def test_pages_and_clips_as_text_are_what_they_show():
         assert collapsed.replace(content.PAUSE, "") == spoken
 
 
+@pytest.mark.slow
 def test_tuning_lowers_the_error_of_a_new_font(tmp_path):
     """The vision recipe, a hundred steps on pages in a font that the model hardly reads."""
     rng = np.random.default_rng(0)

@@ -80,6 +80,7 @@ def rows_of(printed: str) -> dict[str, list[str]]:
 # The program.
 
 
+@pytest.mark.subprocess
 def test_passes_as_a_user_starts_it(tmp_path):
     folder = golden_folder(tmp_path / "goldens", ["speech"], ["audio_0"])
     command = [sys.executable, "-m", "convert.verify", str(TINY), "--goldens", str(folder)]
@@ -328,6 +329,7 @@ def recorded(native, tmp_path_factory):
     return folder / "goldens"
 
 
+@pytest.mark.torch
 def test_the_record_is_what_the_original_computed(recorded):
     ours, theirs = load_file(recorded / "goldens.safetensors"), load_file(TINY / "goldens.safetensors")
     read, fixture = read_goldens(recorded), {c.name: c for c in read_goldens(TINY).cases}
@@ -357,6 +359,7 @@ def test_the_record_is_what_the_original_computed(recorded):
     assert values["audio"] == of_fixture["audio"][:1]
 
 
+@pytest.mark.torch
 def test_the_record_verifies_the_original_checkpoint(loaded, recorded, capsys):
     assert verify.main([str(TINY), "--goldens", str(recorded)]) == 0
     rows = rows_of(capsys.readouterr().out)
@@ -364,6 +367,7 @@ def test_the_record_verifies_the_original_checkpoint(loaded, recorded, capsys):
     assert rows["text_cross.generated"][0] == "40/40"
 
 
+@pytest.mark.torch
 def test_a_prompt_ends_with_its_stop_token(native, goldens, tmp_path, capsys):
     """Both sides stop where the checkpoint says."""
     checkpoint, third = tmp_path / "native", int(goldens["text.generated"][2])
@@ -379,6 +383,7 @@ def test_a_prompt_ends_with_its_stop_token(native, goldens, tmp_path, capsys):
     assert rows_of(capsys.readouterr().out)["prompt.generated"][0] == "3/3"
 
 
+@pytest.mark.torch
 def test_a_generated_placeholder_is_a_token(native, goldens, tmp_path):
     checkpoint, out = tmp_path / "native", tmp_path / "goldens"
     shutil.copytree(native, checkpoint)
@@ -400,6 +405,7 @@ def test_the_default_cases_are_the_fixtures():
     assert [([*r.images], [*r.audios]) for r in requests] == [read.media_of(c) for c in read.cases]
 
 
+@pytest.mark.torch
 def test_an_existing_folder_is_left_alone(native, tmp_path, capsys):
     out = tmp_path / "goldens"
     out.mkdir()
@@ -409,6 +415,7 @@ def test_an_existing_folder_is_left_alone(native, tmp_path, capsys):
     assert [p.name for p in out.iterdir()] == ["mine"]
 
 
+@pytest.mark.torch
 def test_an_interrupted_record_leaves_nothing(native, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -421,6 +428,7 @@ def test_an_interrupted_record_leaves_nothing(native, tmp_path, monkeypatch):
 IMAGE = str(TINY / "inputs" / "image_0.png")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -440,6 +448,7 @@ def test_what_cannot_be_recorded_is_an_error(native, tmp_path, capsys, arguments
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("cases", "named"),
     [
@@ -463,12 +472,14 @@ def test_bad_cases_are_errors(native, tmp_path, capsys, cases, named):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.torch
 def test_a_converted_checkpoint_is_not_recorded(native, tmp_path, capsys):
     to_orbax(native, tmp_path / "orbax")
     assert record.main(["--model", str(tmp_path / "orbax"), "--out", str(tmp_path / "o"), "--prompt", "Hello"]) == 2
     assert "is converted, which transformers does not load" in capsys.readouterr().err
 
 
+@pytest.mark.torch
 def test_a_broken_checkpoint_is_not_recorded(native, tmp_path, capsys):
     def attempt(change) -> str:
         shutil.rmtree(tmp_path / "native", ignore_errors=True)
@@ -501,12 +512,14 @@ def test_a_broken_checkpoint_is_not_recorded(native, tmp_path, capsys):
     assert "not finite" in attempt(lambda folder: change_tensor(folder / shard, norm, lambda x, n: x[n].fill(np.nan)))
 
 
+@pytest.mark.torch
 def test_the_packages_are_named(native, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: None)
     assert record.main(["--model", str(native), "--out", str(tmp_path / "goldens"), "--prompt", "Hello"]) == 2
     assert "torch, transformers, peft, not installed here: pip install '.[torch]'" in capsys.readouterr().err
 
 
+@pytest.mark.torch
 def test_bad_usage_of_the_recorder(native, tmp_path):
     out = ["--model", str(native), "--out", str(tmp_path / "goldens")]
     for arguments in (

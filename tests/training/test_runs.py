@@ -125,6 +125,8 @@ def command(recipe, *arguments):
 ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_killed_ten_times(recipe, tmp_path):
     """And once told to end. The weights are those of the run that nobody interrupted, bit by bit, and so is the log."""
     endless = ["data.epochs=null", "data.steps=100"]
@@ -187,6 +189,7 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
+@pytest.mark.torch
 def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
     and their cards are of the run."""
@@ -729,6 +732,7 @@ def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch)
     assert run(quick, evaluation) == 0
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("metric", "scores", "best", "share"),
     [("loss", {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.5}, 4, None), ("exact", {2: 0.1, 4: 0.2, 6: 0.9, 8: 0.3}, 6, 1 / 3)],

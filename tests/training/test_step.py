@@ -105,6 +105,7 @@ def head():
     return hidden, embedding, rng.integers(0, 50, (3, 37)), weights
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
 @pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 1e-3)])
 def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
@@ -334,6 +335,7 @@ def test_frozen_parameters_are_not_differentiated(scanned, eight):
 STEPS = 10
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("adapter", ["vision", "speech"])
 def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     """Losses of transformers, PEFT and torch.optim within 1e-4; the total update of each tensor within 1 %.
@@ -502,6 +504,7 @@ def test_a_share_of_the_steps_warms_up(steps, rates):
         OptimizerConfig(warmup_steps=1.0)
 
 
+@pytest.mark.torch
 def test_gradients_are_clipped_before_the_moments_as_in_pytorch():
     """All of four steps but the second are clipped, which the moments of the later ones show."""
     import torch
@@ -675,6 +678,7 @@ def test_operations_of_what_is_trained_before_the_decoder(scanned):
 # At full size.
 
 
+@pytest.mark.tpu_compile
 def test_tuning_the_speech_adapter_fits_eight_chips():
     """Compiled by the TPU's compiler, without one: what a chip holds, gathers and sums, and the estimated time."""
     case = COMPILED["speech adapter"]

@@ -29,6 +29,7 @@ def run(*arguments: str, stdout: Any = subprocess.PIPE, **environment: str) -> s
     )
 
 
+@pytest.mark.subprocess
 def test_generate(tiny):
     image = str(TINY / "inputs" / "image_0.png")
     result = run(
@@ -49,6 +50,7 @@ def test_generate(tiny):
     assert result.stdout == completion.text + "\n"
 
 
+@pytest.mark.subprocess
 def test_generate_from_a_raw_prompt_on_two_devices(tiny):
     prompt, clip = "<|user|><|audio_1|>Transcribe.<|end|><|assistant|>", str(TINY / "inputs" / "audio_0.flac")
     result = run(
@@ -61,6 +63,7 @@ def test_generate_from_a_raw_prompt_on_two_devices(tiny):
     assert result.stdout == completion.text + "\n"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -112,6 +115,7 @@ def test_arguments_are_checked_before_the_checkpoint_is_read(arguments, named, m
 ANSWER = ("infer.generate", "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "8", "Describe.")
 
 
+@pytest.mark.subprocess
 def test_an_encoding_that_lacks_the_answer(tiny):
     (completion,) = tiny.generate([[{"role": "user", "content": "Describe."}]], max_new_tokens=8)
     assert not completion.text.isascii()
@@ -120,6 +124,7 @@ def test_an_encoding_that_lacks_the_answer(tiny):
     assert result.stdout == completion.text.encode("ascii", "backslashreplace").decode() + "\n"
 
 
+@pytest.mark.subprocess
 def test_an_answer_that_cannot_be_written():
     with open("/dev/full", "w") as full:
         result = run(*ANSWER, stdout=full)
@@ -129,6 +134,7 @@ def test_an_answer_that_cannot_be_written():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.subprocess
 def test_demo_answers_what_is_expected():
     result = run("infer.demo")
     assert result.returncode == 0, result.stderr
@@ -145,6 +151,7 @@ def test_demo_answers_what_is_expected():
 # ---------------------------------------------------------------------------------------------- starts and ends
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_a_missing_backend_is_one_line(platform):
     result = run("infer.generate", "--model", str(TINY), "hello", JAX_PLATFORMS=platform)
@@ -155,6 +162,7 @@ def test_a_missing_backend_is_one_line(platform):
     assert ("pip install '.[cuda]'" in last) == (platform == "cuda")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("program", "package", "extra"),
     [
@@ -175,6 +183,7 @@ def test_a_missing_extra_is_one_line(program, package, extra, tmp_path):
     assert f"pip install '.[{extra}]'" in line
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("moment", ["importing", "compiling", "compiling for long"])
 def test_ctrl_c_ends_a_program_wherever_it_is(moment, tmp_path):
     """While extensions are imported, and while XLA compiles, which Python cannot interrupt."""

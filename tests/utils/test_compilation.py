@@ -20,6 +20,7 @@ print(len(found))
 """
 
 
+@pytest.mark.subprocess
 def test_a_second_process_compiles_nothing(tmp_path):
     """`load` keeps programs in the user's cache, where nothing else is said."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}

@@ -77,6 +77,7 @@ def test_every_reader_and_writer_says_so(use, given, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("output", "named"),
     [
