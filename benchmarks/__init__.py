@@ -1,5 +1,5 @@
 """Measurements, each a program: python -m benchmarks.NAME."""
 
-from phi4mm_jax.programs import started
+from phi4mm_jax.utils.cli import started
 
 started()

@@ -46,12 +46,13 @@ from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.checkpoint.staging import check_room, staged
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, cli_entrypoint
 from phi4mm_jax.testing import goldens
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import progress_bar
 

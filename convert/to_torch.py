@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.programs import add_adapters_from, cli_entrypoint
+from phi4mm_jax.commands.options import add_adapters_from
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.progress import progress_bar
 
 

@@ -19,9 +19,10 @@ from phi4mm_jax.checkpoint.contents import check_copies, folder_adapters, read_c
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.processing.chat import KINDS, Kind
-from phi4mm_jax.programs import adapter_folders_of, add_adapter_folder, cli_entrypoint
 from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.progress import progress_bar
 
 

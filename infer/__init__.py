@@ -1,3 +1,3 @@
-from phi4mm_jax.programs import started
+from phi4mm_jax.utils.cli import started
 
 started()

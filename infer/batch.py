@@ -34,18 +34,11 @@ from functools import partial
 from typing import get_args
 
 import phi4mm_jax
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.engine.request import Adapter
-from phi4mm_jax.programs import (
-    adapter_folders_of,
-    add_adapter_folder,
-    add_mesh,
-    cli_entrypoint,
-    load_model,
-    make_engine,
-    named_options,
-)
+from phi4mm_jax.utils.cli import cli_entrypoint, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import count_bar, progress_bar

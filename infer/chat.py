@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TextIO, get_args
 
 from phi4mm_jax import InputError
+from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
@@ -37,7 +38,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.programs import add_adapter_folder, add_mesh, cli_entrypoint, load_model, make_engine, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, named_options
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import phi4mm_jax
 from phi4mm_jax.evaluation.items import read_items
-from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.progress import progress_bar
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny"

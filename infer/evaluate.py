@@ -25,21 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.evaluation.answers import AUTO, answer_file, check_adapter, read_answers, settings_of
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
-from phi4mm_jax.programs import (
-    adapter_folders_of,
-    add_adapter_folder,
-    add_mesh,
-    cli_entrypoint,
-    load_model,
-    make_engine,
-    named_options,
-)
+from phi4mm_jax.utils.cli import cli_entrypoint, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import count_bar

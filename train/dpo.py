@@ -7,9 +7,9 @@ As train.sft, with data.kind=preferences. The reference is the model as it was b
 
 import sys
 
-from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.command import parse_arguments, start
 from phi4mm_jax.training.dpo import preference
+from phi4mm_jax.utils.cli import cli_entrypoint
 
 
 @cli_entrypoint

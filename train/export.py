@@ -12,8 +12,8 @@ import sys
 from typing import get_args
 
 from phi4mm_jax.checkpoint.pytorch import Layout
-from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.export import export
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.progress import progress_bar
 
 

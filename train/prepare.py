@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from phi4mm_jax.data.filters import decontaminate, dropped_path, filter_speech
-from phi4mm_jax.programs import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, named_options
 from phi4mm_jax.utils.paths import path_argument
 
 

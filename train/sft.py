@@ -8,9 +8,9 @@ Where the recipe's output has checkpoints, the run goes on from the last one. SI
 
 import sys
 
-from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.command import parse_arguments, start
 from phi4mm_jax.training.step import supervised
+from phi4mm_jax.utils.cli import cli_entrypoint
 
 
 @cli_entrypoint

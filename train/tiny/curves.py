@@ -5,8 +5,8 @@ import sys
 
 from matplotlib.figure import Figure
 
-from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.metrics_log import read_log
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 
 STAGES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures, speech
 from train.tiny.content import Split

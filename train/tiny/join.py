@@ -13,7 +13,7 @@ import numpy as np
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny.letters import CLIP_CLASSES, PAGE_CLASSES
 

@@ -30,9 +30,9 @@ from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
 from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
-from phi4mm_jax.programs import cli_entrypoint
 from phi4mm_jax.training.metrics_log import Log
 from phi4mm_jax.training.param_filter import join, split
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures
 

@@ -27,7 +27,7 @@ from phi4mm_jax.config import (
     VisionConfig,
 )
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
-from phi4mm_jax.programs import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
 
 _SPECIAL = str.split(

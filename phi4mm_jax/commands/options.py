@@ -1,0 +1,102 @@
+"""Options that several programs of inference and conversion share, and the model and engine that they ask for."""
+
+import argparse
+import sys
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.cli import named_options
+
+
+def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
+    """Give a program the options --adapter-folder, which `adapter_folders_of` reads, and --adapters-from."""
+    parser.add_argument(
+        "--adapter-folder", metavar="NAME=FOLDER", action="append", default=[],
+        help="an adapter's folder, of PEFT or train.export, in place of the checkpoint's own: speech=FOLDER or "
+        "vision=FOLDER; may be given for both",
+    )  # fmt: skip
+    add_adapters_from(parser)
+
+
+def add_adapters_from(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --adapters-from."""
+    parser.add_argument(
+        "--adapters-from", choices=("folders", "shards"),
+        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora and "
+        "speech-lora where these differ from the shards",
+    )  # fmt: skip
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --mesh, which `mesh_of` reads."""
+    parser.add_argument(
+        "--mesh", metavar="tensor=N",
+        help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can",
+    )  # fmt: skip
+
+
+def mesh_of(arguments: argparse.Namespace) -> Any:
+    """The mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
+
+    Raises:
+        InputError: --mesh is not one that inference can use with this model here.
+    """
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.config import Phi4MMConfig
+    from phi4mm_jax.mesh import inference_mesh
+
+    config = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
+    with named_options(arguments):
+        mesh = inference_mesh(arguments.mesh, config)
+    if mesh is not None:
+        print(f"on {mesh.size} devices, mesh tensor={mesh.shape['tensor']}", file=sys.stderr)
+    return mesh
+
+
+def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
+
+    Raises:
+        InputError: one is not NAME=FOLDER, or a name is there twice.
+    """
+    folders: dict[str, str] = {}
+    for given in arguments.adapter_folder:
+        name, equals, folder = given.partition("=")
+        if not equals or not folder or name not in ("vision", "speech"):
+            raise InputError(f"--adapter-folder is {given!r:.200}; expected vision=FOLDER or speech=FOLDER")
+        if name in folders:
+            raise InputError(f"--adapter-folder has {name} twice: {folders[name]} and {folder}; give it once")
+        folders[name] = folder
+    return folders
+
+
+def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:
+    """Load the model that a program's options name: --model, --dtype, --mesh, --adapter-folder, --adapters-from.
+
+    Args:
+        notice: print what the model's card says to those who ask it, where it does, on standard error.
+        options: further arguments of `phi4mm_jax.load`.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: as `phi4mm_jax.load`; they name the program's options.
+    """
+    import phi4mm_jax
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.checkpoint.model_card import notice_of
+    from phi4mm_jax.utils.progress import progress_bar
+
+    adapters, mesh = adapter_folders_of(arguments), mesh_of(arguments)
+    if notice and (line := notice_of(local_folder(arguments.model))) is not None:
+        print(line, file=sys.stderr)
+    with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
+        return phi4mm_jax.load(
+            arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters,
+            adapters_from=arguments.adapters_from, progress=advance, **options,
+        )  # fmt: skip
+
+
+def make_engine(model: Any, config: Any) -> Any:
+    """An engine of the model, whose cache's size is said on standard error."""
+    engine = model.engine(config)
+    print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
+    return engine
