@@ -35,7 +35,7 @@ from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.processing.audio import log_mel, num_audio_tokens
+from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
 from phi4mm_jax.processing.chat import Media
 from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_image
 from phi4mm_jax.processing.processor import Row

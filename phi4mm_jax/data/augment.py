@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image, ImageEnhance
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.audio import num_frames
+from phi4mm_jax.processing.audio_features import num_frames
 
 Clip = tuple[np.ndarray, int]  # samples (n,) of full scale 1; Hz
 AugmentImage = Callable[[Image.Image, np.random.Generator], Image.Image]

@@ -11,7 +11,7 @@ import numpy as np
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.processing.audio import num_audio_tokens
+from phi4mm_jax.processing.audio_features import num_audio_tokens
 from phi4mm_jax.processing.images import SUB_SEPARATOR
 from phi4mm_jax.processing.processor import Row, clip_chunks
 

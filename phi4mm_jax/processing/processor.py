@@ -11,12 +11,11 @@ from PIL import Image
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.audio import (
+from phi4mm_jax.processing.audio import load_audio, measure_audio
+from phi4mm_jax.processing.audio_features import (
     AUDIO_RATES,
     FEATURE_SETTINGS,
-    load_audio,
     log_mel,
-    measure_audio,
     num_audio_tokens,
     num_frames,
 )

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from helpers.cases import media_of
 from helpers.paths import TINY
 from helpers.torch_native import Adapter, NativeImage
-from phi4mm_jax.processing.audio import log_mel
+from phi4mm_jax.processing.audio_features import log_mel
 from phi4mm_jax.processing.images import choose_grid, preprocess_image
 
 ADAPTER_OF_MODE: dict[int, Adapter | None] = {0: None, 1: "vision", 2: "speech", 3: "vision"}

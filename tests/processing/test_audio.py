@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing import audio
-from phi4mm_jax.processing.audio import load_audio, log_mel, measure_audio, num_audio_tokens, num_frames
+from phi4mm_jax.processing.audio import load_audio, measure_audio
+from phi4mm_jax.processing.audio_features import log_mel, mel_filters, num_audio_tokens, num_frames, resample
 
 TINY = Path(__file__).parents[1] / "fixtures" / "ms_tiny"
 
@@ -125,7 +126,7 @@ def test_definition(rate: int, scale: float) -> None:
 
 
 def test_mel_filters() -> None:
-    filters = audio._mel_filters()
+    filters = mel_filters()
     np.testing.assert_allclose(filters.T, filters_by_definition(), rtol=0, atol=6e-8)
     # Neighbouring triangles add up to one, from the first band's centre (22 Hz) to the last band's (7428 Hz).
     np.testing.assert_allclose(filters[1:238].sum(axis=1), 1, rtol=0, atol=2e-7)
@@ -249,13 +250,12 @@ def test_low_rates_are_resampled_too(rate: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [11025, 44100, 48000, 37123])
-def test_resampling_by_blocks_is_that_of_the_whole(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "_SAMPLES_AT_ONCE", 20_000)
+def test_resampling_by_blocks_is_that_of_the_whole(rate: int) -> None:
     for num_samples in (1500, 100_000, 148_492):
         samples = noise(num_samples)
         divisor = math.gcd(rate, 16000)
         whole = scipy.signal.resample_poly(samples.astype(np.float64), 16000 // divisor, rate // divisor)
-        np.testing.assert_array_equal(audio._at_feature_rate(samples, rate), whole.astype(np.float32))
+        np.testing.assert_array_equal(resample(samples, rate, block=20_000), whole.astype(np.float32))
 
 
 def test_memory_of_resampling() -> None:
@@ -425,10 +425,9 @@ def test_lossy_files(file_format: str, subtype: str | None, tmp_path: Path) -> N
     np.testing.assert_array_equal(load_audio(path)[0], samples)
 
 
-def test_long_files_are_read_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = np.round(noise(30_001) * 32768) / 32768
+def test_long_files_are_read_by_blocks() -> None:
+    x = np.round(noise(2 * (1 << 20) + 3) * 32768) / 32768  # three blocks
     data = encoded(np.stack([x, x], 1), 16000, "FLAC", "PCM_16")
-    monkeypatch.setattr(audio, "_SAMPLES_AT_ONCE", 1000)
     np.testing.assert_array_equal(load_audio(data)[0], x.astype(np.float32))
 
 
@@ -765,7 +764,7 @@ def test_samples_at_high_rates_are_bounded() -> None:
     """A clip of an allowed length whose samples would take 25 GB."""
     part = encoded(np.zeros(4096 * 2000, np.float32), 192_000, "FLAC")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audio, "_MAX_SAMPLES", 4096 * 1000)
+        patch.setattr(audio, "MAX_SAMPLES", 4096 * 1000)
         with pytest.raises(InputError, match=r"more than 4096000 samples at 192000 Hz; resample it to 16 kHz"):
             load_audio(part)
 

@@ -27,7 +27,8 @@ from jaxtyping import Array, Int
 
 import phi4mm_jax
 from phi4mm_jax.batch import AudioStack, ImageStack
-from phi4mm_jax.processing.audio import load_audio, log_mel, num_audio_tokens
+from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
 from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
 from phi4mm_jax.training.metrics_log import Log
