@@ -2,20 +2,24 @@
 
     python -m train.dpo RECIPE [key=value]... [--dry-run]
 
-As train.sft, with data.kind=preferences. The reference is the model as it was before the first step.
+As train.sft, whose loop it runs, with data.kind=preferences. The reference is the model as it was before the first
+step: a copy of what is trained, among the frozen parameters.
 """
 
 import sys
 
-from phi4mm_jax.training.command import parse_arguments, start
-from phi4mm_jax.training.dpo import preference
+from phi4mm_jax.training.arguments import parse_arguments
+from phi4mm_jax.training.dpo import preference, with_reference
 from phi4mm_jax.utils.cli import cli_entrypoint
+from train.sft import Method, train
+
+DPO = Method(lambda module, recipe: preference(module, recipe.dpo), with_reference)
 
 
 @cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.dpo", __doc__, "preferences")
-    return start(arguments, recipe, lambda module: preference(module, recipe.dpo))
+    return train(recipe, DPO, dry_run=arguments.dry_run)
 
 
 if __name__ == "__main__":

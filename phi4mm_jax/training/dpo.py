@@ -15,7 +15,9 @@ from phi4mm_jax.training.step import Objective, Sums, Variables, losses_of
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """Attributes:
+    """Settings of the objective.
+
+    Attributes:
         beta: how strongly the policy is held to the reference.
         label_smoothing: the share of pairs that are taken to be the wrong way round.
 
@@ -37,8 +39,9 @@ REFERENCE = "reference"  # among the frozen parameters: what the trainable ones 
 
 
 def preference(model: Phi4MM, config: DPOConfig) -> Objective:
-    """The objective of batches whose rows are pairs, the better answer first and the worse one after it. The frozen
-    parameters have the reference besides.
+    """Return the objective of batches whose rows are pairs, the better answer first and the worse one after it.
+
+    The frozen parameters have the reference besides.
 
     In `Sums`, weights count pairs, correct those whose better answer gained more on the reference, and
     log_probability sums the margins of these gains, times beta.
@@ -60,13 +63,18 @@ def preference(model: Phi4MM, config: DPOConfig) -> Objective:
     return objective
 
 
+def with_reference(frozen: Variables, trainable: Variables) -> Variables:
+    """Return the frozen parameters with the reference besides: a copy, since what is trained is donated to the step."""
+    return frozen | {REFERENCE: jax.tree.map(jnp.copy, trainable)}
+
+
 def without_reference(frozen: Variables) -> Variables:
-    """The frozen parameters of the model itself."""
+    """Return the frozen parameters of the model itself."""
     return {name: value for name, value in frozen.items() if name != REFERENCE}
 
 
 def of_answers(
     model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None
 ) -> Float[Array, " B"]:
-    """The log-probability of each row's answer."""
+    """Return the log-probability of each row's answer."""
     return -losses_of(model, trainable, frozen, batch, LossConfig(), key).loss.sum(1)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from phi4mm_jax.api import Model
 from phi4mm_jax.data.pipeline import DataConfig, TrainingData, without_augmentation
@@ -20,6 +21,7 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.dpo import without_reference
 from phi4mm_jax.training.param_filter import join
 from phi4mm_jax.training.recipe import EvaluationConfig
+from phi4mm_jax.training.sharding import shard_batches
 from phi4mm_jax.training.step import Objective, Variables
 from phi4mm_jax.utils.paths import local_path
 
@@ -27,7 +29,11 @@ _CACHE_TOKENS = 32768  # the same on all hosts, and little beside the optimizer
 
 
 class Evaluation:
-    """To be called with the parameters of a step.
+    """Evaluation of states on data that are not trained on.
+
+    Args:
+        data: of training; those of evaluation are read alike, without augmentation.
+        module: with which the loss is computed.
 
     Raises:
         InputError: the data cannot be used.
@@ -38,7 +44,7 @@ class Evaluation:
         self._data = dataclasses.replace(
             without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )
-        with closing(self._stream()) as stream:
+        with closing(self.batches()) as stream:
             stream.count_batches()  # reads all samples: now, and not when the first evaluation is due
         self._programs = Programs(Phi4MM(module.config, module.dtype), model.variables)
         self._compiled: Any = None
@@ -52,22 +58,23 @@ class Evaluation:
         trainable: Variables,
         frozen: Variables,
         objective: Objective,
-        place: Callable[[list], Any],
-        ended: Callable[[], bool] = lambda: False,
+        mesh: Mesh | None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float] | None:
-        """evaluation_loss, and the recipe's metric; None as soon as `ended` says so."""
+        """Return evaluation_loss, and the recipe's metric; None as soon as `stopped` says so."""
         if self._compiled is None:
             self._compiled = jit_on_mesh(trainable, lambda t, f, b: objective(t, f, b, None)[1])
         loss = weight = 0.0
-        with closing(self._stream()) as stream:
+        with closing(self.batches()) as stream:
             for batch in stream:
-                found = self._compiled(trainable, frozen, jax.tree.map(lambda x: x[0], place([batch])))
+                on_devices = jax.tree.map(lambda x: x[0], shard_batches([batch], mesh))
+                found = self._compiled(trainable, frozen, on_devices)
                 loss, weight = loss + float(found.loss), weight + float(found.weight)
-                if ended():
+                if stopped():
                     return None
         values = {"evaluation_loss": loss / max(weight, 1.0)}
         if self._metric is not None:
-            found = self._answers(trainable, frozen, ended)
+            found = self._answers(trainable, frozen, stopped)
             if found is None:
                 return None
             answers = [answer.text for answer in found]
@@ -75,12 +82,17 @@ class Evaluation:
             values[f"evaluation_{self._config.metric}"] = score
         return values
 
-    def _stream(self) -> TrainingData:
+    def score(self, values: Mapping[str, float] | None) -> float | None:
+        """Return the value that decides which state is the best one; None of an evaluation that was stopped."""
+        return None if values is None else values[f"evaluation_{self._config.metric}"]
+
+    def batches(self) -> TrainingData:
+        """Return the batches of an evaluation, to be closed."""
         return TrainingData(self._data, self._model.processor, jax.process_index(), jax.process_count())
 
-    def _answers(self, trainable: Variables, frozen: Variables, ended: Callable[[], bool]) -> list[Answer] | None:
+    def _answers(self, trainable: Variables, frozen: Variables, stopped: Callable[[], bool]) -> list[Answer] | None:
         dtype = self._programs.model.dtype
         variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
         config = EngineConfig(cache_tokens=_CACHE_TOKENS)
         engine = Engine(self._programs, variables, self._model.processor, config)
-        return ask(engine, self._items, self._config.max_new_tokens, ended=ended)
+        return ask(engine, self._items, self._config.max_new_tokens, ended=stopped)

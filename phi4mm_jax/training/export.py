@@ -14,9 +14,9 @@ from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.training.checkpointing import Checkpoints
-from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 from phi4mm_jax.utils.paths import local_path
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines of JSON, TensorBoard, and in the end a picture and a report."""
+"""Metrics of a run by step: lines of JSON, and TensorBoard."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.strict_json import strict_json
 
-LINES, REPORT = "metrics.jsonl", "report.md"
+LINES = "metrics.jsonl"
 
 
-class Log:
-    """Metrics by step, in the run's folder.
+class MetricsLog:
+    """Writer of metrics, in the run's folder.
 
     Args:
-        step: the run goes on from here; what an earlier process has logged after it is taken out.
+        step: the run resumes after it; what an earlier process has logged of later ones is taken out.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -34,18 +34,24 @@ class Log:
             raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a line at once."""
         self._file.write(strict_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines so far, with NaN for null; one that a killed process has left half-written is left out."""
+    """Return the lines so far, with NaN for null; one that a killed process has left half-written is left out.
+
+    Raises:
+        InputError: a line is damaged.
+    """
     path = folder / LINES
     if not path.exists():
         return []
@@ -57,37 +63,3 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: line {number} is no line of metrics; take it out") from error
     return lines
-
-
-def draw(folder: Path) -> None:
-    """loss.png: the loss by step, and that of the evaluations."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines = read_log(folder)
-    for name, style in (("loss", "-"), ("evaluation_loss", "o-")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=0.8)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-
-
-def report(folder: Path, facts: Mapping[str, Any]) -> None:
-    """report.md: what was trained, on what, and how it ended."""
-    lines = read_log(folder)
-    steps = [line for line in lines if "loss" in line]
-    rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    if steps:
-        rows += [f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |"]
-        counted = "pairs" if "pairs" in steps[0] else "targets"
-        rows += [f"| {counted} | {sum(line[counted] for line in steps):,.0f} |"]
-    evaluations = [line for line in lines if "evaluation_loss" in line]
-    for name in sorted({key for line in evaluations for key in line if key != "step"}):
-        values = [line[name] for line in evaluations if name in line]
-        rows += [f"| {name.replace('_', ' ')}, first and last | {values[0]:.4f}, {values[-1]:.4f} |"]
-    skeleton = ["# Report", "", "| | |", "|---|---|", *rows, "", "![loss](loss.png)", ""]
-    (folder / REPORT).write_text("\n".join(skeleton))

@@ -13,11 +13,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 
 
-def matching(paths: Collection[Path], patterns: Sequence[str], what: str) -> set[Path]:
-    """The paths that the patterns stand for.
+def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -> set[ParamPath]:
+    """Return the paths that the patterns stand for.
 
     Args:
         what: the setting that the patterns are of, for errors.
@@ -27,7 +27,7 @@ def matching(paths: Collection[Path], patterns: Sequence[str], what: str) -> set
     """
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{what} is {patterns!r}; expected a list of patterns, such as ['lora_speech']")
-    found: set[Path] = set()
+    found: set[ParamPath] = set()
     for pattern in patterns:
         expression = _expression(pattern.removeprefix("!"))
         of_pattern = {path for path in paths if expression.fullmatch("/".join(path))}
@@ -48,7 +48,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def split(variables: dict[str, Any], patterns: Sequence[str], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The variables that the patterns stand for, and the others.
+    """Return the variables that the patterns stand for, and the others.
 
     Raises:
         InputError: as `matching`.
@@ -62,5 +62,5 @@ def split(variables: dict[str, Any], patterns: Sequence[str], what: str) -> tupl
 
 
 def join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `split`."""
+    """Merge what `split` has taken apart."""
     return unflatten_dict({**flatten_dict(one), **flatten_dict(other)})

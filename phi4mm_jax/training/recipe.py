@@ -1,4 +1,4 @@
-"""A recipe: all settings of a run in one YAML file, which arguments may override."""
+"""Recipes: all settings of a run in one YAML file, which arguments may override."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ Metric = Literal["loss", "wer", "cer", "bleu", "exact"]
 AUTO = ("auto",)  # as `trainable`: what the data's media need
 
 
-def _at_least(value: int, least: int) -> int:
-    if value < least:
-        raise ValueError(f"expected a whole number from {least} on")
+def _at_least(value: int, min_: int) -> int:
+    if value < min_:
+        raise ValueError(f"expected a whole number from {min_} on")
     return value
 
 
@@ -42,7 +42,7 @@ def _without_weights(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on other data during the run.
+    """Evaluation on other data during the run.
 
     Attributes:
         sources: manifests, of which each sample counts once.
@@ -68,11 +68,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run.
+    """Settings of a run.
 
     Attributes:
         model: the checkpoint to begin with, as `phi4mm_jax.load` takes it.
-        output: the run's folder. Where it has checkpoints, the run goes on from the last one.
+        output: the run's folder. Where it has checkpoints, the run resumes from the last one.
         trainable: patterns of the parameters that are trained, see `phi4mm_jax.training.param_filter`; or "auto": the
             adapters that the data's media need, the decoder if all are text.
         data: what is learnt from. `data.packing.rows` are those of a micro-batch. Packing may be "auto": sizes that
@@ -126,6 +126,10 @@ class Recipe:
             if (name == "loss") == preferences and getattr(self, name) != default:
                 raise InputError(f"{name} has settings, which data.kind={self.data.kind} does not use; leave them out")
 
+    def evaluates_after(self, step: int, steps: int) -> bool:
+        """Return whether the state after a step of so many is to be evaluated."""
+        return self.evaluation is not None and (step % self.evaluation.every == 0 or step == steps)
+
 
 _SECTIONS = (DataConfig, Source, PackingConfig, SpeechAugmentation, OptimizerConfig, LossConfig, DPOConfig)
 for _strict in (Recipe, EvaluationConfig, *_SECTIONS):
@@ -171,7 +175,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
 
 
-# What a run may go on with another value of. All else decides what the steps before would have been.
+# Settings that a resumed run may change. All others decide what the steps before would have been.
 _MAY_CHANGE = re.compile(
     r"output|fsdp|tensor|remat|save_every|keep|log_every|optimizer\..*|evaluation(?!\.metric)(\..*)?"
     r"|data\.(sources|epochs|steps|bad_samples|threads|prefetch)(\..*)?"
@@ -179,18 +183,23 @@ _MAY_CHANGE = re.compile(
 
 
 def resolved_as_before(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with what it leaves to the data as the run that was saved at `path` has settled it."""
+    """Return the recipe with what it leaves to the data as the run that was saved at `path` has settled it.
+
+    Raises:
+        InputError: that run cannot be resumed with this recipe.
+    """
     before = load_recipe(path)
     if recipe.data.packing is None:
         recipe = replace(recipe, data=replace(recipe.data, packing=before.data.packing))
-    return replace(recipe, trainable=before.trainable) if recipe.trainable == AUTO else recipe
+    recipe = replace(recipe, trainable=before.trainable) if recipe.trainable == AUTO else recipe
+    _check_same_run(recipe, before, path)
+    return recipe
 
 
-def check_same_run(recipe: Recipe, path: Path) -> None:
-    """Raise InputError if a run of the recipe that was saved at `path` cannot go on with this one."""
-    before, now = (_flat(TypeAdapter(Recipe).dump_python(r, mode="json")) for r in (load_recipe(path), recipe))
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
+def _check_same_run(recipe: Recipe, before: Recipe, path: Path) -> None:
+    saved, now = (_flat(TypeAdapter(Recipe).dump_python(r, mode="json")) for r in (before, recipe))
+    for name in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(name), now.get(name)
         if name == "evaluation.metric" and None in (old, new):
             continue  # there was none, or is none any more
         if old != new and not _MAY_CHANGE.fullmatch(name):

@@ -27,7 +27,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine.jsonl import settings_of as settings_of_batch
 from phi4mm_jax.evaluation.answers import settings_of as settings_of_evaluation
 from phi4mm_jax.peft_settings import MODULES
-from phi4mm_jax.training.loop import CHECKPOINTS, RECIPE
+from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 
 pytestmark = pytest.mark.torch
 

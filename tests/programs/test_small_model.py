@@ -15,9 +15,8 @@ from phi4mm_jax.checkpoint.model_card import notice_of
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.export import export
-from phi4mm_jax.training.loop import prepare, train
 from phi4mm_jax.training.recipe import load_recipe
-from phi4mm_jax.training.step import supervised
+from train.sft import train
 from train.tiny import content, pictures, speech
 from train.tiny.data import line, text
 
@@ -156,7 +155,7 @@ def test_tuning_lowers_the_error_of_a_new_font(tmp_path):
             "data.packing.chunks=[]", "log_every=1", "optimizer.learning_rate=5.0e-4", "optimizer.warmup_steps=10",
         ],
     )  # fmt: skip
-    assert train(prepare(recipe, lambda module: supervised(module, recipe.loss))) == 0
+    assert train(recipe) == 0
     export(tmp_path / "run", tmp_path / "tuned", "original")
     before = measured(tmp_path / "before", manifests["held"], "ocr")
     after = measured(tmp_path / "after", manifests["held"], "ocr", model=tmp_path / "tuned")

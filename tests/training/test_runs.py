@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -30,16 +30,22 @@ from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.engine import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.training import loop
+from phi4mm_jax.training import throughput
 from phi4mm_jax.training.checkpointing import Checkpoints
-from phi4mm_jax.training.command import trainable_table
+from phi4mm_jax.training.divergence import check_finite
+from phi4mm_jax.training.dry_run import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
-from phi4mm_jax.training.loop import CHECKPOINTS, STOPPED, prepare, train
 from phi4mm_jax.training.metrics_log import read_log
+from phi4mm_jax.training.preemption import STOPPED
 from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.training.run_folder import CHECKPOINTS
 from phi4mm_jax.training.settings import ALIASES, setting_names
-from phi4mm_jax.training.step import Metrics, TrainState, supervised
+from phi4mm_jax.training.step import Metrics, TrainState
+from phi4mm_jax.training.step_batches import step_batches
+from phi4mm_jax.training.step_log import metric_values
+from phi4mm_jax.training.throughput import Throughput
+from train import dpo, sft
 
 ROOT = Path(__file__).parents[2]
 FITTED = ("small", "speech_adapter")  # which have a test of their own
@@ -86,8 +92,7 @@ def recipe(tmp_path) -> Path:
 
 
 def run(path, *overrides):
-    recipe = load_recipe(path, overrides)
-    return train(prepare(recipe, lambda module: supervised(module, recipe.loss)))
+    return sft.train(load_recipe(path, overrides))
 
 
 def final(folder: Path):
@@ -254,11 +259,10 @@ def test_every_recipe_trains(path, tmp_path):
         *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
     ]  # fmt: skip
-    program = "dpo" if "kind" in settings["data"] else "sft"
-    module = __import__(f"train.{program}", fromlist=["main"])
+    program = dpo if "kind" in settings["data"] else sft
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program, str(path), *overrides])
-        assert module.main() == 0
+        patch.setattr(sys, "argv", ["x", str(path), *overrides])
+        assert program.main() == 0
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
 
 
@@ -291,8 +295,6 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
-    from train import sft
-
     monkeypatch.setattr(sys, "argv", ["sft", str(recipe), "--dry-run"])
     assert sft.main() == 0
     shown = capsys.readouterr().out
@@ -339,7 +341,7 @@ def test_evaluation_is_never_augmented(recipe, scanned):
     settings = ["data.augment_speech={speed: [0.8, 0.8], time_masks: 2}", "data.augment_clip=noise"]
     augmented, plain = (load_recipe(recipe, [*evaluation, *more]) for more in (settings, []))
     assert augmented.data.augment_speech == SpeechAugmentation(speed=(0.8, 0.8), time_masks=2)
-    batches = [next(Evaluation(r.evaluation, r.data, scanned, scanned.module)._stream()) for r in (augmented, plain)]
+    batches = [next(Evaluation(r.evaluation, r.data, scanned, scanned.module).batches()) for r in (augmented, plain)]
     for ours, theirs in zip(*map(jax.tree.leaves, batches), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -444,7 +446,7 @@ def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch, sent):
     def told(*_):
         os.kill(os.getpid(), sent)
 
-    monkeypatch.setattr("phi4mm_jax.training.metrics_log.Log.write", told)
+    monkeypatch.setattr("phi4mm_jax.training.metrics_log.MetricsLog.write", told)
     assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == STOPPED
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == 1
 
@@ -523,7 +525,7 @@ def loss_tokens(size: int) -> int:
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    monkeypatch.setattr("phi4mm_jax.training.loop._Signals.reached", lambda _, number: number == step)
+    monkeypatch.setattr("phi4mm_jax.training.preemption.PreemptionSignal.should_stop", lambda _, number: number == step)
 
 
 def targets(folder: Path) -> float:
@@ -600,13 +602,12 @@ def test_more_epochs_after_a_partial_batch(quick, tmp_path):
 
 def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
     """Though its metrics are not written yet when a bad sample ends the run."""
-    steps = loop._steps
 
     def broken(*arguments):
-        yield from islice(steps(*arguments), 3)
+        yield from islice(step_batches(*arguments), 3)
         raise InputError("a bad sample")
 
-    monkeypatch.setattr(loop, "_steps", broken)
+    monkeypatch.setattr(sft, "step_batches", broken)
     texts(tmp_path / "train.jsonl", [20] * 12)
     wild = ["optimizer.learning_rate=1e38", "optimizer.warmup_steps=0", "optimizer.clip=null", "log_every=100"]
     with pytest.raises(InputError, match="has diverged"):
@@ -618,14 +619,14 @@ def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "tame" / CHECKPOINTS, None).last == 3
 
 
-def slow_steps(monkeypatch, seconds: float) -> list[int]:
+def slow_steps(monkeypatch, seconds: float, peak: float | None = None) -> list[int]:
     """Each step takes so long of a clock that stands still meanwhile, an evaluation a hundred; their tokens."""
     clock, tokens = [0.0], []
-    monkeypatch.setattr("phi4mm_jax.training.loop.time.monotonic", lambda: clock[0])
-    compiled = loop.compiled_step
+    monkeypatch.setattr(sft, "Throughput", partial(Throughput, clock=lambda: clock[0], peak=peak))
+    compile_step = sft.compile_step
 
     def slow(*arguments):
-        step = compiled(*arguments)
+        step = compile_step(*arguments)
 
         def stepped(state, frozen, batches, key):
             tokens.append(int(batches.batch.lengths.sum()))
@@ -638,7 +639,7 @@ def slow_steps(monkeypatch, seconds: float) -> list[int]:
         clock[0] += 100.0
         return {"evaluation_loss": 1.0}
 
-    monkeypatch.setattr(loop, "compiled_step", slow)
+    monkeypatch.setattr(sft, "compile_step", slow)
     monkeypatch.setattr("phi4mm_jax.training.evaluation.Evaluation.__call__", evaluated)
     return tokens
 
@@ -652,7 +653,7 @@ def test_a_run_drops_out_by_its_seed(quick, monkeypatch, dropout, seed):
         ones = [jnp.ones(())] * len(Metrics._fields)
         return state._replace(step=state.step + 1), Metrics(*ones)
 
-    monkeypatch.setattr(loop, "compiled_step", lambda *_: stepped)
+    monkeypatch.setattr(sft, "compile_step", lambda *_: stepped)
     assert run(quick, f"dropout={dropout}", f"seed={seed}", "data.epochs=null", "data.steps=2") == 0
     expected = jax.random.key(seed, impl="rbg") if dropout == "true" else None
     assert len(keys) == 2
@@ -666,8 +667,7 @@ def test_the_last_step_is_filled_with_micro_batches_without_targets():
     def batch(number):
         return TrainingBatch(None, np.full((1, 4), number), np.full((1, 4), float(number)))
 
-    recipe = SimpleNamespace(accumulate=3)
-    steps = list(loop._steps(SimpleNamespace(recipe=recipe, steps=4, data=map(batch, range(1, 8))), 1))
+    steps = list(step_batches(map(batch, range(1, 8)), accumulate=3, steps=3))
     assert [[int(b.targets[0, 0]) for b in step] for step in steps] == [[1, 2, 3], [4, 5, 6], [7, 7, 7]]
     assert [[b.weights.sum() for b in step] for step in steps] == [[4, 8, 12], [16, 20, 24], [28, 0, 0]]
 
@@ -676,15 +676,14 @@ def test_the_log_of_preferences_has_margins():
     """Preferences whose loss is 0.5 a pair, and whose better answers are ahead by 0.25."""
     metrics = Metrics(*map(jnp.float32, (0.5, -0.25, 0.75, 8.0, 2.0)))
     expected = {"loss": 0.5, "margin": 0.25, "accuracy": 0.75, "pairs": 8.0, "gradient_norm": 2.0}
-    assert loop._values(metrics, "preferences") == expected
-    assert loop._values(metrics, "answers")["cross_entropy"] == -0.25
+    assert metric_values(metrics, "preferences") == expected
+    assert metric_values(metrics, "answers")["cross_entropy"] == -0.25
 
 
 def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
     """Each step takes two seconds, whatever an evaluation takes; a chip can do 10,000 operations a second."""
-    tokens = slow_steps(monkeypatch, 2.0)
-    monkeypatch.setattr(loop, "peak_flops", lambda: 1e4)
-    monkeypatch.setattr(loop, "step_flops", lambda config, trainable, batches: 100.0 * batches[0].batch.lengths.sum())
+    tokens = slow_steps(monkeypatch, 2.0, peak=1e4)
+    monkeypatch.setattr(throughput, "step_flops", lambda *given: 100.0 * given[-1][0].batch.lengths.sum())
     held = texts(tmp_path / "held.jsonl", [5])
     texts(tmp_path / "train.jsonl", [20] * 12)
     assert run(quick, f"evaluation={{sources: [{{path: {held}}}], every: 3}}", "save_every=2") == 0
@@ -857,5 +856,5 @@ def test_of_equal_scores_the_later_is_best(tmp_path, greater):
 )
 def test_what_has_diverged_is_named(values, weight, told):
     with pytest.raises(InputError, match=told):
-        loop._check_finite(7, values, TrainState(jnp.int32(7), {"a": jnp.full(2, weight)}, ()))
-    loop._check_finite(7, {"loss": 2.0, "gradient_norm": 1.0}, TrainState(jnp.int32(7), {"a": jnp.ones(2)}, ()))
+        check_finite(7, values, TrainState(jnp.int32(7), {"a": jnp.full(2, weight)}, ()))
+    check_finite(7, {"loss": 2.0, "gradient_norm": 1.0}, TrainState(jnp.int32(7), {"a": jnp.ones(2)}, ()))

@@ -31,7 +31,7 @@ from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
 from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
-from phi4mm_jax.training.metrics_log import Log
+from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.param_filter import join, split
 from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import path_argument
@@ -167,7 +167,7 @@ def teach(
     batches: Iterator[Batch],
     steps: int,
     rate: float,
-    log: Log,
+    log: MetricsLog,
 ) -> Any:
     """The encoder's variables after so many steps of AdamW."""
     trained, frozen = split(model.variables, patterns, "the encoder")
@@ -205,7 +205,7 @@ def main() -> int:
     arguments = parser.parse_args()
     model = phi4mm_jax.load(arguments.start, dtype="float32", fresh_adapters=True)
     kept: dict[str, np.ndarray] = {}
-    log = Log(arguments.destination, step=0)
+    log = MetricsLog(arguments.destination, step=0)
     if arguments.medium == "pages":
         loss, batches = page_loss, page_batches(model)
     else:

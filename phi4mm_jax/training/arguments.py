@@ -1,0 +1,26 @@
+"""Arguments of the training programs."""
+
+import argparse
+
+from phi4mm_jax.data.pipeline import Kind
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.recipe import Recipe, load_recipe
+
+
+def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[argparse.Namespace, Recipe]:
+    """Return a program's arguments, and the recipe that they name.
+
+    Raises:
+        InputError: the recipe cannot be used, or its data are of another kind.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained, its memory, a batch; end")
+    arguments = parser.parse_intermixed_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.data.kind != kind:
+        raise InputError(f"{arguments.recipe}: data.kind is {recipe.data.kind!r}; {program} needs {kind!r}")
+    return arguments, recipe

@@ -1,0 +1,50 @@
+"""Settings that a recipe leaves to its data: sizes of batches, and what is trained."""
+
+import dataclasses
+from dataclasses import replace
+
+import jax
+from jax.sharding import Mesh
+
+from phi4mm_jax.data.pipeline import measure_samples, without_augmentation
+from phi4mm_jax.data.sizing import Divisors, check_reached, describe, propose_packing, propose_trainable
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.training.recipe import AUTO, Recipe
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Return whether a recipe leaves anything to its data."""
+    return recipe.data.packing is None or recipe.trainable == AUTO
+
+
+def settle_auto(recipe: Recipe, processor: Processor, mesh: Mesh | None) -> tuple[Recipe, list[str]]:
+    """Measure all samples, and settle what the recipe leaves open.
+
+    Returns:
+        The recipe, and lines for the user: what the data are like, and which settings are taken, or would be proposed.
+
+    Raises:
+        InputError: a sample cannot be used, or none has the media that what is trained needs.
+    """
+    sizes = measure_samples(recipe.data, processor)
+    held_out = []
+    if recipe.evaluation is not None:
+        data = replace(without_augmentation(recipe.data), sources=recipe.evaluation.sources)
+        held_out = measure_samples(data, processor)
+    lines = [f"The data: {describe(sizes)}."]
+    check_reached(sizes, recipe.trainable)
+    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    packing = propose_packing(
+        sizes, held_out, kind=recipe.data.kind, accumulate=recipe.accumulate,
+        divisors=Divisors(devices, jax.process_count()), context=processor.context,
+    )  # fmt: skip
+    settings = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(packing).items()}
+    listed = ", ".join(f"{name}: {str(x).lower()}" for name, x in settings.items())
+    taken = "Taken" if recipe.data.packing is None else "Proposed"
+    lines += [f'{taken} for these: "data.packing={{{listed}}}"']
+    if recipe.trainable == AUTO:
+        recipe = replace(recipe, trainable=propose_trainable(sizes))
+        lines += [f"Trained on these: {', '.join(recipe.trainable)}"]
+    if recipe.data.packing is None:
+        recipe = replace(recipe, data=replace(recipe.data, packing=packing))
+    return recipe, lines

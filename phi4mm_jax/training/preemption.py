@@ -1,0 +1,43 @@
+"""Preemption: a run that is told to end saves after its step, and ends."""
+
+import signal
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+STOPPED = 143  # status of a program that SIGTERM ended
+
+
+class PreemptionSignal:
+    """SIGTERM and Ctrl-C, noted within `with` instead of ending the process."""
+
+    def __init__(self):
+        self._noted = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: Any) -> None:
+        self._noted = True
+
+    def requested(self) -> bool:
+        """Return whether the run was told to end, at any time; among several hosts only `should_stop` can tell."""
+        return self._noted and jax.process_count() == 1
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether to stop after a step: the same on all hosts, once any was told to end."""
+        if jax.process_count() == 1:
+            return self._noted
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step) or bool(
+            multihost_utils.process_allgather(np.asarray(self._noted)).any()
+        )

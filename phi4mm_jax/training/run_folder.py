@@ -1,0 +1,43 @@
+"""Folder of a run: the names of its files, the checks before it is written, and its lock."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from phi4mm_jax.errors import InputError
+
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError if a run could not write its folder: before the weights are read, and not after."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"output is {folder}, and {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"output is {folder}, and {there} may not be written to; give another one")
+
+
+@contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is not there. The first host locks for all of its run.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index():
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: another process is training here; wait for it, or give another output"
+            ) from error
+        yield

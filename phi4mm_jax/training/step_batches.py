@@ -1,0 +1,66 @@
+"""Batches of steps: how many steps the data make, and the micro-batches of each."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.data.pipeline import TrainingData
+from phi4mm_jax.training.recipe import Recipe
+from phi4mm_jax.utils.progress import progress_bar
+
+
+def count_steps(data: TrainingData, accumulate: int) -> int:
+    """Return the steps of a run that begins.
+
+    Raises:
+        InputError: a sample cannot be used.
+    """
+    with progress_bar("Counting the batches"):
+        return math.ceil(data.count_batches() / accumulate)
+
+
+def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Mapping[str, Any]) -> int:
+    """Return the steps of a resumed run: those done, and those that the rest of the data make.
+
+    Counted from where the data are, not from their beginning: repaired files may divide otherwise, and a last batch
+    that was not full stays one when more epochs follow.
+
+    Args:
+        data: after `set_state`.
+        step: the last one that was done.
+        saved: state of the data that was saved after it, see `saved_data_state`.
+
+    Raises:
+        InputError: a sample cannot be used.
+    """
+    if same_files(data, saved) and "total" in saved and saved.get("epochs") == recipe.data.epochs:
+        return saved["total"] if recipe.data.steps is None else count_steps(data, recipe.accumulate)
+    with progress_bar("Counting the batches that are left"):
+        return step + math.ceil(data.count_remaining() / recipe.accumulate)
+
+
+def saved_data_state(state: Mapping[str, Any], steps: int, recipe: Recipe) -> dict[str, Any]:
+    """Return what a checkpoint holds of the data: their state, and what the run's steps were counted by."""
+    return {**state, "total": steps, "epochs": recipe.data.epochs}
+
+
+def same_files(data: TrainingData, saved: Mapping[str, Any]) -> bool:
+    """Return whether the data's files have the sizes that they had when a state was saved."""
+    return saved["data"]["bytes"] == data.get_state()["data"]["bytes"]
+
+
+def step_batches(data: Iterator[TrainingBatch], accumulate: int, steps: int) -> Iterator[list[TrainingBatch]]:
+    """Yield the micro-batches of each of so many steps, or until the data end.
+
+    The last step's may be fewer than the others': it is filled with batches without targets.
+    """
+    for _ in range(steps):
+        batches = list(islice(data, accumulate))
+        if not batches:
+            return
+        empty = batches[-1]._replace(weights=np.zeros_like(batches[-1].weights))
+        yield batches + [empty] * (accumulate - len(batches))

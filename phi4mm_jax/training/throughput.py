@@ -1,0 +1,83 @@
+"""Throughput of training: tokens a second, and the share of the chips' peak."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.training.flops import peak_flops, step_flops
+from phi4mm_jax.training.step import Metrics, Variables
+
+
+class Throughput:
+    """Throughput from the end of one step to the end of another.
+
+    Metrics are written a step late, and two at once before an evaluation; the clock is the steps' own.
+
+    Args:
+        step: the last one that was done before.
+        clock: seconds.
+        peak: operations a second of one device; by default as its maker says, where that is known.
+    """
+
+    def __init__(
+        self,
+        config: Phi4MMConfig,
+        trainable: Variables,
+        step: int,
+        clock: Callable[[], float] = time.monotonic,
+        peak: float | None = None,
+    ):
+        self._config, self._trainable, self._clock = config, trainable, clock
+        self._last_step, self._last_end = step, clock()
+        self._compiled = False  # the first step is not timed
+        self._ends: dict[int, float | Future[float]] = {}
+        self._work: dict[int, tuple[int, float]] = {}  # of each step this host's tokens and operations
+        self._peak = peak_flops() if peak is None else peak
+        self._watcher = ThreadPoolExecutor(1, "phi4mm-throughput")
+
+    def watch(self, step: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
+        """Note what a step that was just dispatched works on, and when it ends."""
+        arrays: Any = metrics
+        ready = all(x.is_ready() for x in arrays)
+        self._ends[step] = self._clock() if ready else self._watcher.submit(self._end_of, metrics)
+        tokens = sum(int(batch.batch.lengths.sum()) for batch in batches)
+        flops = step_flops(self._config, self._trainable, batches) if self._peak else 0.0
+        self._work[step] = tokens, flops
+
+    def pause(self) -> None:
+        """Leave out the time since the last step's end: it was spent on an evaluation or a checkpoint."""
+        self._last_end = self._clock()
+
+    def since_last(self, step: int) -> dict[str, float]:
+        """Return the throughput of the steps since the last call, of which `step` is the last; it has ended.
+
+        Returns:
+            seconds (a step), tokens_per_second, and mfu where the peak is known; nothing for the first call, whose
+            step was compiled.
+        """
+        end = self._ends[step]
+        end = end.result() if isinstance(end, Future) else end
+        self._ends = {number: e for number, e in self._ends.items() if number > step}
+        done = [self._work.pop(number) for number in sorted(self._work) if number <= step]
+        tokens, flops = (sum(x) * jax.process_count() for x in zip(*done, strict=True))
+        seconds, steps, timed = end - self._last_end, step - self._last_step, self._compiled
+        self._last_end, self._last_step, self._compiled = end, step, True
+        if not timed or seconds <= 0:
+            return {}
+        values = {"seconds": seconds / steps, "tokens_per_second": tokens / seconds}
+        if self._peak:
+            values["mfu"] = flops / seconds / self._peak / jax.device_count()
+        return values
+
+    def close(self) -> None:
+        """End the thread."""
+        self._watcher.shutdown()
+
+    def _end_of(self, metrics: Metrics) -> float:
+        jax.block_until_ready(metrics)
+        return self._clock()
