@@ -12,14 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from phi4mm_jax.batch import Batch
 from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
 from phi4mm_jax.checkpoint.hub import local_folder
-from phi4mm_jax.checkpoint.load import check_structure, load_variables, open_checkpoint
+from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
@@ -101,13 +100,11 @@ def load(
     if not lora_configs(config) and (config.has_vision or config.has_speech):
         _log.warning("%s has no adapters: images and clips are answered by its weights alone, as merged ones are", path)
     processor = Processor.from_folder(path, config)
-    module = Phi4MM(config, jnp.dtype(dtype))  # checkpoints are read in stacks
-    abstract = abstract_variables(module)
-    places = shardings(abstract, mesh)
+    abstract = None if mesh is None else abstract_variables(Phi4MM(config))  # a trace of the model: seconds
+    places = None if abstract is None else shardings(abstract, mesh)
     variables = load_variables(
         path, opened(), own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
     )
-    check_structure(variables, nn.unbox(abstract))
     if merge is not None:
         variables = merged(variables, collection, lora_configs(config)[collection].scale)
         config = dataclasses.replace(config, vision_lora=None, speech_lora=None)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.layouts.original import original_table
@@ -50,7 +50,7 @@ def load_variables(
     checkpoint: Checkpoint,
     config: Phi4MMConfig,
     dtype: Any,
-    shardings: Mapping[Path, jax.sharding.Sharding],
+    shardings: Mapping[Path, jax.sharding.Sharding] | None = None,
     *,
     adapters: Sequence[PeftAdapter] = (),
     fresh_adapters: bool = False,
@@ -61,7 +61,7 @@ def load_variables(
     Args:
         checkpoint, config: of the folder alone.
         dtype: what the parameters are cast to.
-        shardings: where each parameter lies.
+        shardings: where each parameter lies; by default on the first device.
         adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
@@ -78,6 +78,8 @@ def load_variables(
     table = [t for t in tensors_of(layout_of(folder), config) if t.collection not in replaced]
     table += [tensor for adapter in adapters for tensor in adapter.tensors]
     used = {path: source.parameters[path] for path, source in sources.items() if path[0] != UNUSED}
+    if shardings is None:
+        shardings = dict.fromkeys(used, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     for path in used.keys() ^ shardings.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
@@ -180,17 +182,3 @@ def _untrained(tensor: Tensor) -> CheckpointError:
         "an untrained adapter is meant, pass fresh_adapters=True to load, write fresh_adapters: true in a recipe, give "
         "--fresh-adapters to a converter."
     )
-
-
-def check_structure(variables: Any, abstract: Any) -> None:
-    """The variables are those that the model declares: a guard against a table that drifts from the modules.
-
-    Raises:
-        CheckpointError: a parameter is missing, undeclared or misshapen.
-    """
-    found: dict[Path, Any] = dict(flatten_dict(variables))
-    declared: dict[Path, Any] = dict(flatten_dict(abstract))
-    for path in found.keys() | declared.keys():
-        shapes = [tree[path].shape if path in tree else None for tree in (found, declared)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{'/'.join(path)}: read with shape {shapes[0]}, declared with {shapes[1]}")

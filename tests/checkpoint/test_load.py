@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from helpers.cases import golden_cases
 from helpers.checkpoints import save_shards, shards
 from helpers.paths import TINY
@@ -20,7 +20,7 @@ from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.load import is_finite, open_checkpoint
-from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model import Phi4MM
@@ -70,10 +70,9 @@ def test_table_covers_the_checkpoint_and_the_model():
     names = [t.name for t in table]
     assert len(set(names)) == len(names)
     assert set(names) == set(json.loads((TINY / "model.safetensors.index.json").read_text())["weight_map"])
-    paths = {part.path for t in table for part in t.parts}
-    declared = nn.unbox(abstract_variables(Phi4MM(config)))
-    read = {path for path in paths if path[0] != UNUSED}
-    assert read == {tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(declared)}
+    declared = flatten_dict(nn.unbox(abstract_variables(Phi4MM(config))))
+    read = {path: shape for path, shape in parameter_shapes(table).items() if path[0] != UNUSED}
+    assert read == {path: leaf.shape for path, leaf in declared.items()}
 
 
 def test_table_is_a_bijection():
