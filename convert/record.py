@@ -52,7 +52,7 @@ from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.chat import Kind, parse_prompt
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.testing import goldens
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import progress_bar
 
@@ -80,7 +80,7 @@ class Request:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m convert.record", description="Record goldens with transformers.")
+    parser = make_parser("convert.record", "Record goldens with transformers.")
     parser.add_argument("--model", metavar="HF_DIR", required=True, help="a native checkpoint, or its name on the Hub")
     parser.add_argument(
         "--out", metavar="DIR", type=path_argument, required=True, help="the goldens' folder; must not exist"

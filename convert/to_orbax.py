@@ -5,12 +5,12 @@ import sys
 
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.commands.options import add_adapters_from
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m convert.to_orbax", description="Convert a checkpoint to Orbax.")
+    parser = make_parser("convert.to_orbax", "Convert a checkpoint to Orbax.")
     parser.add_argument("source", metavar="SRC", help="a checkpoint's folder, or its name on the Hub (org/name)")
     parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters; by default the source's")

@@ -22,12 +22,12 @@ from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.processing.chat import KINDS, Kind
 from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m convert.verify", description="Compare a checkpoint with goldens.")
+    parser = make_parser("convert.verify", "Compare a checkpoint with goldens.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="whatever phi4mm_jax.load takes")
     parser.add_argument("--goldens", metavar="DIR", required=True, help="a folder that convert.record has written")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="only float32 is a proof")

@@ -38,16 +38,14 @@ from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, 
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
 from phi4mm_jax.engine.request import Adapter
-from phi4mm_jax.utils.cli import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import count_bar, progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m infer.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("infer.batch", __doc__)
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--input", metavar="FILE", type=path_argument, required=True)
     parser.add_argument("--output", metavar="FILE", type=path_argument, required=True)

@@ -38,7 +38,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor, Row
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.utils.cli import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 
 
 @dataclass(frozen=True)
@@ -334,9 +334,7 @@ def complete(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m infer.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("infer.chat", __doc__)
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
     parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")

@@ -1,12 +1,13 @@
 """Answer a picture, a clip, a picture with a spoken question, and a text with the small model, and show what was
-expected: make demo."""
+expected: make demo.
+"""
 
 import sys
 from pathlib import Path
 
 import phi4mm_jax
 from phi4mm_jax.evaluation.items import read_items
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny"
@@ -15,6 +16,7 @@ EXAMPLES = MODEL / "examples" / "examples.jsonl"
 
 @cli_entrypoint
 def main() -> int:
+    make_parser("infer.demo", __doc__).parse_args()
     items = read_items(EXAMPLES)
     with progress_bar("Reading the weights", size=True) as advance:
         model = phi4mm_jax.load(MODEL, dtype="float32", progress=advance)

@@ -32,7 +32,7 @@ from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
-from phi4mm_jax.utils.cli import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import count_bar
@@ -41,9 +41,7 @@ _WIDTH = 120  # of the table, where the output is no terminal
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m infer.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("infer.evaluate", __doc__)
     parser.add_argument("manifests", metavar="MANIFEST", type=path_argument, nargs="+", help="each is a set of its own")
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--task", choices=TASKS, required=True)

@@ -16,12 +16,12 @@ from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.utils.cli import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m infer.generate", description="Answer one prompt.")
+    parser = make_parser("infer.generate", "Answer one prompt.")
     parser.add_argument("text", metavar="TEXT", help="what to ask; media are put before it, in the order given")
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be given several times")

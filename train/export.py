@@ -13,14 +13,12 @@ from typing import get_args
 
 from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.training.export import export
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.export", __doc__)
     parser.add_argument("run", metavar="RUN", help="the output of a recipe")
     parser.add_argument("destination", metavar="DESTINATION", help="a folder that does not exist")
     parser.add_argument("--layout", choices=get_args(Layout), required=True)

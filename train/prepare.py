@@ -12,14 +12,12 @@ import argparse
 import sys
 
 from phi4mm_jax.data.filters import decontaminate, dropped_path, filter_speech
-from phi4mm_jax.utils.cli import cli_entrypoint, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.paths import path_argument
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.prepare", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     clean = commands.add_parser("decontaminate", help="drop samples that share texts with evaluations")
     speech = commands.add_parser("filter-speech", help="keep speech that a recogniser understands")

@@ -17,10 +17,10 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.losses import LossConfig
+from phi4mm_jax.training.named_recipes import recipe_path
 from phi4mm_jax.training.optimizer import OptimizerConfig
 from phi4mm_jax.training.settings import meant, setting_names
 from phi4mm_jax.utils.files import write_atomically
-from phi4mm_jax.utils.paths import local_path
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
 Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
@@ -140,12 +140,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
+        path: the file, or the name of a recipe of the package, such as "small".
         overrides: settings as "key=value", parts of a key joined by dots, values in YAML: "optimizer.clip=null".
 
     Raises:
         InputError: the file cannot be read, or a setting is unknown, missing or has a value that cannot be.
     """
-    path = local_path(path)
+    path = recipe_path(path)
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,18 +1,25 @@
 """Start and end of programs: what goes wrong, from their imports on, is one line on standard error.
 
-A package of programs calls `started` as it is imported. The program's `main` is wrapped by `cli_entrypoint`.
+A package of programs calls `started` as it is imported. The program's `main` is wrapped by `cli_entrypoint`, and reads
+its arguments with a `make_parser`. A program has two names: `python -m infer.generate` in a clone, `phi4mm generate`
+where the package is installed.
 """
 
 import argparse
+import json
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec
+from functools import cache, wraps
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
 
+from phi4mm_jax import __version__
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 
 Arguments = ParamSpec("Arguments")
@@ -25,14 +32,36 @@ _EXTRAS = {  # an optional package, as it is imported: the extra that brings it
     "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
 }  # fmt: skip
 
+COMMANDS = {  # what follows `phi4mm`: the program's module, and what it does
+    "generate": ("infer.generate", "answer one prompt"),
+    "chat": ("infer.chat", "talk with the model in a terminal"),
+    "batch": ("infer.batch", "answer a file of prompts"),
+    "evaluate": ("infer.evaluate", "measure a model on benchmarks"),
+    "convert to-orbax": ("convert.to_orbax", "convert a checkpoint to Orbax"),
+    "convert to-torch": ("convert.to_torch", "write a checkpoint for PyTorch"),
+    "verify": ("convert.verify", "compare a checkpoint with goldens"),
+    "record": ("convert.record", "record goldens with transformers"),
+    "train sft": ("train.sft", "train on answers"),
+    "train dpo": ("train.dpo", "train on preferences"),
+    "export": ("train.export", "write what a run has trained as a checkpoint"),
+    "prepare": ("train.prepare", "filter a manifest"),
+}
+_COMMAND_OF = {module: command for command, (module, _) in COMMANDS.items()}
+_CALL = re.compile(rf"python -m ({'|'.join(map(re.escape, _COMMAND_OF))})\b")
+_MODULE = re.compile(rf"(?<![\w.])(?:python -m )?({'|'.join(map(re.escape, _COMMAND_OF))})\b(?!\.)")
+_ROOT = Path(__file__).parents[2]  # the clone, where this is one
 
 _began = threading.Event()  # the program's `main` has: imports are over
 
 
 def started() -> None:
-    """Handle errors and Ctrl-C of a program from here on, its imports included; nothing where none is started."""
-    if sys.argv[:1] != ["-m"]:  # Python has it so while it imports the package of a program
-        return
+    """Handle errors and Ctrl-C of a program that `python -m` starts, from here on; nothing where none is started."""
+    if sys.argv[:1] == ["-m"]:  # Python has it so while it imports the package of a program
+        handle_errors()
+
+
+def handle_errors() -> None:
+    """Make an error, and Ctrl-C, of this process one line from here on, imports included."""
     sys.excepthook, sys.unraisablehook = _end, _end_unraisable
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -79,6 +108,58 @@ def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     return program
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says the programs' names as this one was started."""
+
+    def format_help(self) -> str:
+        return _as_called(super().format_help(), _MODULE)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(_as_called(message, _CALL))
+
+
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of a program's arguments, with --version; `module` is what `python -m` starts."""
+    parser = _Parser(
+        prog=_as_called(f"python -m {module}", _CALL),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version_line())
+    return parser
+
+
+def version_line() -> str:
+    """Name and version of the package."""
+    return f"phi4mm-jax {__version__}"
+
+
+def _is_command() -> bool:
+    """Whether programs are called `phi4mm NAME` here: this one was, or there is no clone to start another in."""
+    return sys.argv[0].startswith("phi4mm ") or not _is_clone()
+
+
+@cache
+def _is_clone() -> bool:
+    return (_ROOT / "pyproject.toml").is_file() and (_ROOT / "infer").is_dir()
+
+
+def _as_called(text: str, names: re.Pattern[str]) -> str:
+    """A text that names programs as modules, with the names that they have here."""
+    return names.sub(lambda found: f"phi4mm {_COMMAND_OF[found[1]]}", text) if _is_command() else text
+
+
+def _with_extra(extra: str) -> str:
+    """What pip installs the package with an extra from."""
+    if _is_clone():
+        return f".[{extra}]"
+    try:
+        source = json.loads(metadata.distribution("phi4mm-jax").read_text("direct_url.json") or "{}").get("url")
+    except metadata.PackageNotFoundError:
+        source = None
+    return f"phi4mm-jax[{extra}]" + (f" @ {source}" if source else "")
+
+
 @contextmanager
 def named_options(arguments: argparse.Namespace) -> Iterator[None]:
     """Errors about a setting name the option that it came from: "--top-p is 2", not "top_p is 2"."""
@@ -112,12 +193,15 @@ def _end_unraisable(unraisable: Any) -> None:
 def _ending(error: BaseException) -> tuple[str, int] | None:
     """Line that is said of an error, and the status; None for an unexpected one."""
     if isinstance(error, InputError | ConfigError | CheckpointError):
-        return f"error: {error}", 2
+        return f"error: {_as_called(str(error), _CALL)}", 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", _INTERRUPTED
     if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in _EXTRAS:
         extra = _EXTRAS[name]
-        return f"error: {name} is not installed, which the extra {extra!r} brings; pip install '.[{extra}]'", 2
+        return (
+            f"error: {name} is not installed, which the extra {extra!r} brings; pip install '{_with_extra(extra)}'",
+            2,
+        )
     if (cause := _backend_error()) is not None:
         return f"error: {cause}", 2
     return None
@@ -136,6 +220,6 @@ def _backend_error() -> str | None:
         cause = f": {str(error).splitlines()[0]:.200}" if str(error) else ""
         names = [name for name in (asked or "").split(",") if name in ("cuda", "gpu", "tpu")]
         extra = "tpu" if names[:1] == ["tpu"] else "cuda"
-        remedy = f"it needs such a device, and pip install '.[{extra}]'; or " if names else ""
+        remedy = f"it needs such a device, and pip install '{_with_extra(extra)}'; or " if names else ""
         return f"JAX_PLATFORMS is {asked!r}, which jax cannot use here{cause}; {remedy}unset it to use what there is"
     return None

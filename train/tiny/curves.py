@@ -1,12 +1,11 @@
 """Draw the losses of all stages as one picture: python -m train.tiny.curves RUNS PICTURE.png"""
 
-import argparse
 import sys
 
 from matplotlib.figure import Figure
 
 from phi4mm_jax.training.metrics_log import read_log
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 
 STAGES = {
@@ -21,7 +20,7 @@ STAGES = {
 
 @cli_entrypoint
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.tiny.curves", description=__doc__)
+    parser = make_parser("train.tiny.curves", __doc__)
     parser.add_argument("runs", metavar="RUNS", type=path_argument, help="the folder of the stages' outputs")
     parser.add_argument("picture", metavar="PICTURE", type=path_argument)
     arguments = parser.parse_args()

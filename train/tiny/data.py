@@ -6,7 +6,6 @@ DESTINATION gets manifests with their pictures and clips, and those of held/, wh
 others. The same seed gives the same data. Needs espeak-ng and fonts of Debian's packages.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures, speech
 from train.tiny.content import Split
@@ -89,9 +88,7 @@ def shares(kind: str, split: Split, folder: Path, count: int) -> Iterator[tuple[
 
 @cli_entrypoint
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tiny.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.tiny.data", __doc__)
     parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     destination = parser.parse_args().destination
     with ProcessPoolExecutor() as pool:

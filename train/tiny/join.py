@@ -6,14 +6,13 @@ The encoders' outputs are classes, one dimension each (`train.tiny.letters`); th
 with the decoder's embeddings of these letters.
 """
 
-import argparse
 import sys
 
 import numpy as np
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny.letters import CLIP_CLASSES, PAGE_CLASSES
 
@@ -25,9 +24,7 @@ _PROJECTORS = {
 
 @cli_entrypoint
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tiny.join", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.tiny.join", __doc__)
     parser.add_argument("model", metavar="MODEL", type=path_argument, help="the decoder, exported")
     parser.add_argument("pages", metavar="PAGES", type=path_argument, help="of train.tiny.letters")
     parser.add_argument("clips", metavar="CLIPS", type=path_argument, help="likewise")

@@ -9,7 +9,6 @@ decoder's own embeddings in their place: the decoder then sees media as the text
 DESTINATION gets encoder.npz and metrics.jsonl.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -33,7 +32,7 @@ from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.processor import clip_chunks
 from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.param_filter import join, split
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from train.tiny import content, pictures
 
@@ -193,9 +192,7 @@ def teach(
 
 @cli_entrypoint
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tiny.letters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.tiny.letters", __doc__)
     parser.add_argument("medium", choices=ENCODERS)
     parser.add_argument("start", metavar="START", type=path_argument, help="the checkpoint to begin with")
     parser.add_argument("data", metavar="DATA", type=path_argument, help="of train.tiny.data")

@@ -3,7 +3,6 @@
 python -m train.tiny.start DESTINATION
 """
 
-import argparse
 import json
 import math
 import sys
@@ -27,7 +26,7 @@ from phi4mm_jax.config import (
     VisionConfig,
 )
 from phi4mm_jax.processing.tokenizer import O200K_PATTERN
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 
 _SPECIAL = str.split(
@@ -168,9 +167,7 @@ def _looking_at_own_cell(vision: VisionConfig, found: dict[tuple[str, ...], np.n
 
 @cli_entrypoint
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.tiny.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("train.tiny.start", __doc__)
     parser.add_argument("destination", metavar="DESTINATION", type=path_argument)
     destination = parser.parse_args().destination
     of_text, settings = tokenizer()
