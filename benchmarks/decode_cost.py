@@ -24,7 +24,7 @@ import phi4mm_jax
 from phi4mm_jax.config import Phi4MMConfig, read_json, with_layers
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
-from phi4mm_jax.engine.steps import Slots
+from phi4mm_jax.engine.steps import DecodeInputs
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.processor import Processor
@@ -88,7 +88,7 @@ def decoding(model: phi4mm_jax.Model, cache_tokens: int, keys: int) -> Callable[
     tables = np.zeros((8, engine._table_size), np.int32)
     tables[:, :needed] = np.arange(8 * needed).reshape(8, needed) % config.pages  # rows may share pages: all are read
     whole = np.zeros(8, np.int32)
-    slots = Slots(
+    slots = DecodeInputs(
         last=whole, lengths=whole + keys, steps=whole + _STEPS, tables=tables, adapters=whole,
         long=whole.astype(bool), drawn=whole, settings=SamplingRows.of([Sampling()] * 8),
     )  # fmt: skip

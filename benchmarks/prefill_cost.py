@@ -17,7 +17,7 @@ import sys, time
 import jax, numpy as np
 from benchmarks.decode_cost import random_model
 from phi4mm_jax.engine import EngineConfig, Sampling
-from phi4mm_jax.engine.steps import Chunk
+from phi4mm_jax.engine.steps import PrefillInputs
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.batch import NO_MEDIA
 
@@ -31,7 +31,7 @@ variables = {"params": model.variables["params"]}
 for line in sys.stdin:
     new, cached = map(int, line.split())
     tokens = np.random.default_rng(0).integers(0, 200, (1, new)).astype(np.int32)
-    chunk = Chunk(
+    chunk = PrefillInputs(
         tokens, np.full_like(tokens, NO_MEDIA), none + cached, none + cached + new, tables, none, none.astype(bool),
         none, none, SamplingRows.of([Sampling()]),
     )

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import Chunk, Slots
+from phi4mm_jax.engine.steps import DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
@@ -75,10 +75,10 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     seen = flags((case.rows, config.decoder.vocab_size))
     row, long, tables = numbers((case.rows,)), flags((case.rows,)), numbers((case.rows, case.length // PAGE))
     if case.program == "decode":
-        slots = Slots(row, row, row, tables, row, long, row, settings)
+        slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
         return programs.decode.lower(variables, pages, seen, slots, width=8).compile()
     tokens = numbers((case.rows, case.chunk))
-    chunk = Chunk(tokens, tokens, row, row, tables, row, long, row, row, settings)
+    chunk = PrefillInputs(tokens, tokens, row, row, tables, row, long, row, row, settings)
     features = everywhere((512 * 64, config.decoder.embed_dim), jnp.bfloat16)
     return programs.prefill.lower(variables, pages, features, seen, chunk).compile()
 

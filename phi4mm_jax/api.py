@@ -22,7 +22,7 @@ from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
-from phi4mm_jax.engine.encoder_cache import media_of
+from phi4mm_jax.engine.encoder_cache import media_inputs
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.engine.sampling import is_whole
 from phi4mm_jax.errors import InputError
@@ -301,7 +301,7 @@ def _streams(rows: Sequence[Row], config: Phi4MMConfig) -> list[int]:
     for row in rows:
         prompt: Any = row.tokens.tobytes()
         if texts[prompt] > 1:  # only then are their media looked at
-            prompt = prompt, media_of(row, config).spans
+            prompt = prompt, media_inputs(row, config).spans
         streams.append(earlier[prompt])
         earlier[prompt] += 1
     return streams

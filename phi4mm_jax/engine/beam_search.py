@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from phi4mm_jax.engine.page_allocator import PagePool
-from phi4mm_jax.engine.request import Completion, FinishReason, Hypothesis, Text
+from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.page_allocator import PageAllocator
+from phi4mm_jax.engine.request import Completion, FinishReason, Hypothesis
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 MOST_STOPS = 8  # tokens that may end a beam
@@ -113,27 +114,27 @@ class Group:
         """How many pages they have."""
         return len({page for pages in self.pages for page in pages})
 
-    def reorder(self, pool: PagePool, parents: Sequence[int]) -> None:
+    def reorder(self, pool: PageAllocator, parents: Sequence[int]) -> None:
         """Gives each beam the pages of the one that it continues."""
         before, self.pages = self.pages, [list(self.pages[parent]) for parent in parents]
         for pages in self.pages:
-            pool.hold(pages)
+            pool.incref(pages)
         for pages in before:
-            pool.release(pages)
+            pool.decref(pages)
 
-    def part(self, pool: PagePool, take: Callable[[], int]) -> None:
+    def part(self, pool: PageAllocator, take: Callable[[], int]) -> None:
         """Beams that have their last page in common get copies of it, but for the first of them."""
         theirs: set[int] = set()
         for pages in self.pages:
             if pages[-1] in theirs:
                 source, pages[-1] = pages[-1], take()
-                pool.release([source])
+                pool.decref([source])
                 self.copies.append((source, pages[-1]))
             theirs.add(pages[-1])
 
-    def release(self, pool: PagePool) -> None:
+    def release(self, pool: PageAllocator) -> None:
         for pages in self.pages:
-            pool.release(pages)
+            pool.decref(pages)
         self.pages, self.copies = [], []
 
     def completion(self, tokenizer: Tokenizer, prompt_tokens: int, reason: FinishReason | None = None) -> Completion:
@@ -154,9 +155,9 @@ class Group:
 
 
 def _text(beam: Beam, search: Search, tokenizer: Tokenizer) -> str:
-    text = Text(tokenizer, ())
+    text = IncrementalDetokenizer(tokenizer, ())
     for token in beam.tokens:
         if token not in search.stops:
             text.add(token)
-    text.end()
-    return text.whole
+    text.finish()
+    return text.text

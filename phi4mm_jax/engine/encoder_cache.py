@@ -1,4 +1,4 @@
-"""Encoded media on the device: each crop and each chunk of a clip once, for as long as there is room."""
+"""Encoded media on the device: each crop and each chunk of a clip once, evicted LRU."""
 
 import hashlib
 import math
@@ -15,102 +15,110 @@ from phi4mm_jax.processing.audio_features import num_audio_tokens
 from phi4mm_jax.processing.images import SUB_SEPARATOR
 from phi4mm_jax.processing.processor import Row, clip_chunks
 
-_BLOCK = 64  # features; units are kept in as many blocks as they need
-_GROUPS = (4, 1)  # units that are encoded at once
+BLOCK_SIZE = 64  # features; an input's features take as many whole blocks as they need
+_GROUP_SIZES = (4, 1)  # inputs that are encoded at once
 _NONE, _SUB_SEPARATOR, _GLOBAL_SEPARATOR = -1, -2, -3
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A crop or a chunk: what is encoded by itself."""
+class EncoderInput:
+    """A crop of an image or a chunk of a clip: the unit that is encoded and cached."""
 
     kind: Literal["image", "audio"]
     arrays: tuple[np.ndarray, ...] = field(repr=False)  # one entry of an `ImageStack` or `AudioStack`
-    features: int
+    num_features: int
     digest: bytes  # of the arrays
+
+    @property
+    def num_blocks(self) -> int:
+        return math.ceil(self.num_features / BLOCK_SIZE)
 
 
 @dataclass(frozen=True)
-class RowMedia:
-    """The media of one prompt.
+class MediaInputs:
+    """Media of one prompt.
 
     Attributes:
-        units: what has to be encoded.
-        unit: for each token the unit that it takes a feature of, or a separator, or none.
-        offset: which feature of the unit.
+        inputs: what has to be encoded.
+        input_index: for each token the input that it takes a feature of, or a separator, or none.
+        feature_index: which feature of that input.
         spans: for each medium its first token, one past its last, and what tells it from all others.
     """
 
-    units: tuple[Unit, ...]
-    unit: np.ndarray
-    offset: np.ndarray
+    inputs: tuple[EncoderInput, ...]
+    input_index: np.ndarray
+    feature_index: np.ndarray
     spans: tuple[tuple[int, int, bytes], ...]
 
 
-def media_of(row: Row, config: Phi4MMConfig) -> RowMedia:
-    units: list[Unit] = []
-    unit = np.full(len(row.tokens), _NONE, np.int32)
-    offset = np.zeros(len(row.tokens), np.int32)
+Chunk = tuple[MediaInputs, int, int]  # a prompt's media, and its tokens from start to stop
+
+
+def media_inputs(row: Row, config: Phi4MMConfig) -> MediaInputs:
+    """Cut a prompt's media into inputs of the encoders, and map its tokens to their features."""
+    inputs: list[EncoderInput] = []
+    input_index = np.full(len(row.tokens), _NONE, np.int32)
+    feature_index = np.zeros(len(row.tokens), np.int32)
     spans = []
     per_crop = config.vision.features_per_crop
     for medium, start in row.media:
         if medium.kind == "image":
             image = row.images[medium.index]
-            own = [_unit("image", per_crop, c, m) for c, m in zip(image.crops, image.patch_mask, strict=True)]
+            own = [_input("image", per_crop, c, m) for c, m in zip(image.crops, image.patch_mask, strict=True)]
             separator = np.where(image.layout == SUB_SEPARATOR, _SUB_SEPARATOR, _GLOBAL_SEPARATOR)
-            numbers = np.where(image.layout >= 0, image.layout // per_crop + len(units), separator)
-            offsets, extra = np.maximum(image.layout, 0) % per_crop, image.layout.tobytes()
+            numbers = np.where(image.layout >= 0, image.layout // per_crop + len(inputs), separator)
+            features, extra = np.maximum(image.layout, 0) % per_crop, image.layout.tobytes()
         else:
-            own = list(_chunks(row.clips[medium.index], bool(row.images), config))
+            own = list(_audio_chunks(row.clips[medium.index], bool(row.images), config))
             tokens = np.arange(num_audio_tokens(len(row.clips[medium.index])))
-            most, extra = config.speech.chunk_tokens, b""
-            numbers, offsets = tokens // most + len(units), tokens % most
+            per_chunk, extra = config.speech.chunk_tokens, b""
+            numbers, features = tokens // per_chunk + len(inputs), tokens % per_chunk
         stop = start + len(numbers)
-        unit[start:stop], offset[start:stop] = numbers, offsets
-        digest = hashlib.blake2b(b"".join(u.digest for u in own) + extra, digest_size=16).digest()
+        input_index[start:stop], feature_index[start:stop] = numbers, features
+        digest = hashlib.blake2b(b"".join(x.digest for x in own) + extra, digest_size=16).digest()
         spans.append((start, stop, digest))
-        units += own
-    return RowMedia(tuple(units), unit, offset, tuple(spans))
+        inputs += own
+    return MediaInputs(tuple(inputs), input_index, feature_index, tuple(spans))
 
 
-def _unit(kind: Literal["image", "audio"], features: int, *arrays: Any) -> Unit:
+def _input(kind: Literal["image", "audio"], num_features: int, *arrays: Any) -> EncoderInput:
     arrays = tuple(np.asarray(a) for a in arrays)
     state = hashlib.blake2b(kind.encode(), digest_size=16)
     for array in arrays:
         state.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-    return Unit(kind, arrays, features, state.digest())
+    return EncoderInput(kind, arrays, num_features, state.digest())
 
 
-def _chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iterator[Unit]:
-    """A clip's chunks, each padded to one of a few lengths."""
+def _audio_chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -> Iterator[EncoderInput]:
+    """Yield a clip's chunks, each padded to one of a few lengths."""
     count = min(num_audio_tokens(len(frames)), config.speech.chunk_tokens)
-    tokens = next(n for n in _lengths(config) if n >= count)
+    tokens = next(n for n in _chunk_lengths(config) if n >= count)
     for entry in clip_chunks(frames, with_images, tokens, config.speech):
-        yield _unit("audio", tokens, *entry)
+        yield _input("audio", tokens, *entry)
 
 
-def every_stack(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:
-    """Zeros in every shape that is ever encoded, and how many features each gives."""
+def warm_up_stacks(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:
+    """Yield zeros in every shape that is ever encoded, and how many features each gives."""
     vision, speech = config.vision, config.speech
     side, patches, reduction = vision.crop_size, vision.patches_per_side, speech.time_reduction
-    for count in _GROUPS:
+    for count in _GROUP_SIZES:
         if config.has_vision:
             crops = np.zeros((count, side, side, 3), np.float32)
             yield ImageStack(crops, np.zeros((count, patches, patches), bool)), count * vision.features_per_crop + 2
         number = np.zeros(count, np.int32)
-        for tokens in _lengths(config) if config.has_speech else ():
+        for tokens in _chunk_lengths(config) if config.has_speech else ():
             frames = np.zeros((count, reduction + tokens * reduction, speech.num_bands), np.float32)
             yield AudioStack(frames, number, number, number, number.astype(bool)), count * tokens
 
 
-def _lengths(config: Phi4MMConfig) -> list[int]:
-    """Tokens to which chunks are padded."""
-    most = config.speech.chunk_tokens
-    return sorted({n for n in (64, 128, 256) if n < most} | {most})
+def _chunk_lengths(config: Phi4MMConfig) -> list[int]:
+    """Tokens to which chunks of clips are padded."""
+    whole = config.speech.chunk_tokens
+    return sorted({n for n in (64, 128, 256) if n < whole} | {whole})
 
 
 class EncoderCache:
-    """A table of features on the device, and what lies where in it.
+    """Table of features on the device, in blocks of 64, with the inputs that they were encoded from.
 
     Args:
         encode: (table, stack, rows of the table for its features) -> table; see `Programs.encode`.
@@ -119,87 +127,85 @@ class EncoderCache:
 
     def __init__(self, encode: Callable[..., Any], table: Any):
         self.table = table
+        self.num_encoded = 0  # inputs, since the start
         self._encode = encode
-        self._free = list(range(1, len(table) // _BLOCK))[::-1]
-        self._blocks: OrderedDict[bytes, list[int]] = OrderedDict()  # the longest unused first
+        self._free = list(range(1, len(table) // BLOCK_SIZE))[::-1]
+        self._blocks: OrderedDict[bytes, list[int]] = OrderedDict()  # by the inputs' digests, least recently used first
 
     @property
     def capacity(self) -> int:
-        return len(self.table) // _BLOCK - 1
+        """Number of blocks for inputs."""
+        return len(self.table) // BLOCK_SIZE - 1
 
-    def warm_up(self, stack: ImageStack | AudioStack, features: int) -> None:
-        """Encode a stack, and keep nothing of it."""
-        self.table = self._encode(self.table, stack, np.full(features, len(self.table), np.int32))  # out of range
+    def warm_up(self, stack: ImageStack | AudioStack, num_features: int) -> None:
+        """Encode a stack and keep none of its features."""
+        self.table = self._encode(self.table, stack, np.full(num_features, len(self.table), np.int32))  # out of range
 
-    def fit(self, media: RowMedia, start: int, stop: int) -> int:
-        """How far from `start` on, at most to `stop`, the tokens' units fit into the table together."""
-        numbers, first = np.unique(media.unit[start:stop], return_index=True)
+    def max_stop(self, media: MediaInputs, start: int, stop: int) -> int:
+        """End of the longest run of tokens from `start` on, at most to `stop`, whose inputs fit into the table."""
+        numbers, first = np.unique(media.input_index[start:stop], return_index=True)
         room = self.capacity
         for at, number in sorted(zip(first.tolist(), numbers.tolist(), strict=True)):
-            room -= _blocks(media.units[number]) if number >= 0 else 0
+            room -= media.inputs[number].num_blocks if number >= 0 else 0
             if room < 0:
                 return start + at
         return stop
 
-    def fits(self, media: Sequence[tuple[RowMedia, int, int]]) -> bool:
-        """Whether the units of all these tokens fit together."""
-        return sum(map(_blocks, _units(media).values())) <= self.capacity
+    def fits(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether the inputs of all these tokens fit into the table together."""
+        return sum(x.num_blocks for x in _inputs_of(chunks).values()) <= self.capacity
 
-    def rows(self, media: Sequence[tuple[RowMedia, int, int]]) -> list[np.ndarray]:
-        """For each prompt's tokens from start to stop the rows of the table; encodes what is not there."""
-        needed = _units(media)
+    def lookup_or_encode(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
+        """Rows of the table that each chunk's tokens take, `NO_MEDIA` for text; encodes what is not in the table."""
+        needed = _inputs_of(chunks)
         for digest in needed.keys() & self._blocks.keys():
             self._blocks.move_to_end(digest)
-        self._add([unit for digest, unit in needed.items() if digest not in self._blocks], needed)
-        return [self._index(m, start, stop) for m, start, stop in media]
+        self._encode_all([x for digest, x in needed.items() if digest not in self._blocks], needed)
+        return [self._rows(*chunk) for chunk in chunks]
 
-    def _index(self, media: RowMedia, start: int, stop: int) -> np.ndarray:
-        unit, offset = media.unit[start:stop], media.offset[start:stop]
-        index = np.full(len(unit), NO_MEDIA, np.int32)  # none where a chunk begins behind the prompt
-        index[unit == _SUB_SEPARATOR], index[unit == _GLOBAL_SEPARATOR] = 0, 1
-        for number in np.unique(unit[unit >= 0]).tolist():
-            blocks = np.asarray(self._blocks[media.units[number].digest])
-            at = offset[unit == number]
-            index[unit == number] = blocks[at // _BLOCK] * _BLOCK + at % _BLOCK
-        return index
+    def _rows(self, media: MediaInputs, start: int, stop: int) -> np.ndarray:
+        inputs, features = media.input_index[start:stop], media.feature_index[start:stop]
+        rows = np.full(len(inputs), NO_MEDIA, np.int32)  # empty where a chunk begins behind the prompt
+        rows[inputs == _SUB_SEPARATOR], rows[inputs == _GLOBAL_SEPARATOR] = 0, 1
+        for number in np.unique(inputs[inputs >= 0]).tolist():
+            blocks = np.asarray(self._blocks[media.inputs[number].digest])
+            at = features[inputs == number]
+            rows[inputs == number] = blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        return rows
 
-    def _add(self, units: Sequence[Unit], pinned: Collection[bytes]) -> None:
-        alike: dict[tuple, list[Unit]] = {}
-        for unit in units:
-            alike.setdefault((unit.kind, unit.features), []).append(unit)
-        for (kind, _), waiting in alike.items():
+    def _encode_all(self, inputs: Sequence[EncoderInput], pinned: Collection[bytes]) -> None:
+        by_shape: dict[tuple, list[EncoderInput]] = {}
+        for x in inputs:
+            by_shape.setdefault((x.kind, x.num_features), []).append(x)
+        for (kind, _), waiting in by_shape.items():
             while waiting:
-                size = next(n for n in _GROUPS if n <= len(waiting))
+                size = next(n for n in _GROUP_SIZES if n <= len(waiting))
                 group, waiting = waiting[:size], waiting[size:]
-                rows = np.concatenate([self._place(unit, pinned) for unit in group])
-                stacked = (np.stack(arrays) for arrays in zip(*(u.arrays for u in group), strict=True))
+                rows = np.concatenate([self._allocate(x, pinned) for x in group])
+                stacked = (np.stack(arrays) for arrays in zip(*(x.arrays for x in group), strict=True))
                 if kind == "image":
                     stack, rows = ImageStack(*stacked), np.concatenate([rows, [0, 1]])
                 else:
                     stack = AudioStack(*stacked)
                 self.table = self._encode(self.table, stack, rows.astype(np.int32))
+                self.num_encoded += size
 
-    def _place(self, unit: Unit, pinned: Collection[bytes]) -> np.ndarray:
-        """Rows for a unit's features, where need be those of the units that were not used for longest."""
-        count = _blocks(unit)
-        while len(self._free) < count:
+    def _allocate(self, x: EncoderInput, pinned: Collection[bytes]) -> np.ndarray:
+        """Rows for an input's features; evicts the least recently used inputs if need be, but none that is pinned."""
+        while len(self._free) < x.num_blocks:
             oldest = next(digest for digest in self._blocks if digest not in pinned)
             self._free += self._blocks.pop(oldest)
-        blocks = [self._free.pop() for _ in range(count)]
-        self._blocks[unit.digest] = blocks
-        rows = np.concatenate([np.arange(b * _BLOCK, (b + 1) * _BLOCK) for b in blocks])
-        return rows[: unit.features]
+        blocks = [self._free.pop() for _ in range(x.num_blocks)]
+        self._blocks[x.digest] = blocks
+        rows = np.concatenate([np.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in blocks])
+        return rows[: x.num_features]
 
 
-def _units(media: Iterable[tuple[RowMedia, int, int]]) -> dict[bytes, Unit]:
-    """The units of these prompts' tokens from start to stop."""
+def _inputs_of(chunks: Iterable[Chunk]) -> dict[bytes, EncoderInput]:
+    """Inputs that these tokens take features of, by digest."""
     return {
-        m.units[n].digest: m.units[n]
-        for m, start, stop in media
-        for n in np.unique(m.unit[start:stop]).tolist()
+        media.inputs[n].digest: media.inputs[n]
+        for media, start, stop in chunks
+        for n in np.unique(media.input_index[start:stop]).tolist()
         if n >= 0
     }
-
-
-def _blocks(unit: Unit) -> int:
-    return math.ceil(unit.features / _BLOCK)

@@ -21,18 +21,18 @@ import numpy as np
 
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import MOST_STOPS, Group, Search, advance
-from phi4mm_jax.engine.encoder_cache import EncoderCache, RowMedia, every_stack, media_of
-from phi4mm_jax.engine.page_allocator import Key, PagePool, page_keys
-from phi4mm_jax.engine.request import Completion, FinishReason, Request, Text
+from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, MediaInputs, media_inputs, warm_up_stacks
+from phi4mm_jax.engine.page_allocator import Key, PageAllocator, page_keys
+from phi4mm_jax.engine.request import Completion, FinishReason, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
-from phi4mm_jax.engine.steps import Beams, Candidates, Chunk, Drawn, Programs, Slots
+from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.processor import Processor, Row
 
 _CACHE_TOKENS = 32768  # where the memory is not known
-_BLOCK = 64  # features, see `EncoderCache`
 _ROWS = (4, 1)  # rows that are prefilled at once
 _PATIENCE = 1.0  # seconds that the first request is waited for before it is overtaken
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
@@ -116,11 +116,11 @@ class _Active:
     id: int
     request: Request
     row: Row
-    media: RowMedia
+    media: MediaInputs
     limit: int  # tokens that it may draw
     slot: int
     needed: int  # pages that it may come to need
-    text: Text
+    text: IncrementalDetokenizer
     tokens: list[int] = field(default_factory=list)  # drawn
     log_probabilities: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -164,7 +164,7 @@ class Engine:
         self._context = processor.context
         self._boundary = processor.config.decoder.rope.original_length
         model = programs.model.config
-        self._pool = PagePool(config.pages)
+        self._pool = PageAllocator(config.pages)
         dtype = jnp.dtype(programs.model.dtype)
         cache_dtype = jnp.dtype(config.cache_dtype or dtype)
         if cache_dtype not in (dtype, jnp.int8):
@@ -174,14 +174,14 @@ class Engine:
             )
         self._table_size = min(config.pages, math.ceil(self._context / config.page_size))
         self._cache = programs.place(empty_cache(model, config.pages, config.page_size, cache_dtype))
-        features = programs.place(jnp.zeros((config.feature_blocks * _BLOCK, model.decoder.embed_dim), dtype))
+        features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
         self._features = EncoderCache(lambda *arguments: programs.encode(base, *arguments), features)
         self._seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self._stops = set(model.stop_token_ids)
         self._candidates = config.beams + max(MOST_STOPS, len(self._stops)) if config.beams > 1 else 0
         self._slots: list[_Active | None] = [None] * config.slots
-        self._waiting: deque[tuple[int, Request, Future[tuple[Row, RowMedia]]]] = deque()
+        self._waiting: deque[tuple[int, Request, Future[tuple[Row, MediaInputs]]]] = deque()
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="phi4mm-process")
         self._started: dict[int, float] = {}  # when the processing of each waiting request began
         self._earlier: dict[int, Counter[bytes]] = {}  # of waiting requests, see `submit`
@@ -202,14 +202,14 @@ class Engine:
             earlier: one of all requests that belong together; of equal ones each then draws for itself.
         """
 
-        def process() -> tuple[Row, RowMedia]:
+        def process() -> tuple[Row, MediaInputs]:
             self._started[number] = time.monotonic()
             asked = (
                 request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message,
                 request.adapter,
             )  # fmt: skip
             made = self._processor.row(*asked) if row is None else row
-            return made, media_of(made, self._processor.config)
+            return made, media_inputs(made, self._processor.config)
 
         number, self._next_id = self._next_id, self._next_id + 1
         if earlier is not None:
@@ -333,7 +333,7 @@ class Engine:
         widths = sorted({self._width(count * self.config.page_size) for count in range(1, pages + 1)})
         prefills = [(adapter, count, width) for adapter in [0, *present] for count in _ROWS for width in widths]
         together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
-        stacks = list(every_stack(self._processor.config))
+        stacks = list(warm_up_stacks(self._processor.config))
         extends = [(adapters, size) for adapters in together for size in self._extend_sizes()]
         total, done = len(stacks) + len(prefills) + len(together) + len(extends) + 1, 0
 
@@ -435,11 +435,11 @@ class Engine:
     def _promise(self, active: _Active) -> bool:
         if active.needed > self._pool.available:
             return False
-        self._pool.promise(active.needed)
+        self._pool.reserve(active.needed)
         active.promised, active.admitted = active.needed, True
         return True
 
-    def _activate(self, number: int, request: Request, row: Row, media: RowMedia) -> _Active:
+    def _activate(self, number: int, request: Request, row: Row, media: MediaInputs) -> _Active:
         length, size = len(row.tokens), self.config.page_size
         if length >= self._context:
             raise InputError(
@@ -457,20 +457,20 @@ class Engine:
                 f"the cache has {self._pool.num_pages}; give it more tokens, or ask for fewer ("
                 f"{self.config.named('cache_tokens')})"
             )
-        text = Text(self._processor.tokenizer, request.stop)
+        text = IncrementalDetokenizer(self._processor.tokenizer, request.stop)
         active = _Active(number, request, row, media, limit, self._slots.index(None), needed, text)
         active.group = self._group(request, limit)
         self._begin(active)
         return active
 
-    def _check_room(self, media: RowMedia, length: int) -> None:
+    def _check_room(self, media: MediaInputs, length: int) -> None:
         """A chunk is a page at least, whose media must be in the table together."""
-        if self._features.fit(media, 0, length) == length:
+        if self._features.max_stop(media, 0, length) == length:
             return
         size = self.config.page_size
         for start in range(0, length, size):
             stop = min(start + size, length)
-            if self._features.fit(media, start, stop) < stop:
+            if self._features.max_stop(media, start, stop) < stop:
                 raise InputError(
                     f"tokens {start} to {stop} of the prompt take features of more media than feature_blocks="
                     f"{self.config.feature_blocks} hold together; give the engine more"
@@ -497,10 +497,10 @@ class Engine:
 
     def _give_back(self, active: _Active) -> None:
         """Its pages, and those that it was promised."""
-        self._pool.release(active.pages)
+        self._pool.decref(active.pages)
         if active.group is not None:
             active.group.release(self._pool)
-        self._pool.promise(-active.promised)
+        self._pool.unreserve(active.promised)
         active.pages, active.promised, active.admitted = [], 0, False
 
     # ------------------------------------------------------------------------------------------ prefill
@@ -520,7 +520,7 @@ class Engine:
         admitted = (a for a in self._slots if a is not None and a.target and a.admitted)
         for active in sorted(admitted, key=lambda a: a.id):
             if not active.started:
-                shared = min(self._pool.find(active.keys), (active.target - 1) // self.config.page_size)
+                shared = min(self._pool.match_prefix(active.keys), (active.target - 1) // self.config.page_size)
                 if any(key in computed for key in active.keys[shared : shared + 1]):
                     continue  # another is about to make what this one needs next
                 self._share(active, shared)
@@ -536,8 +536,8 @@ class Engine:
 
     def _share(self, active: _Active, pages: int) -> None:
         """Take pages that others made; as many are no longer promised."""
-        active.pages = self._pool.share(active.keys[:pages])
-        self._pool.promise(-pages)
+        active.pages = self._pool.acquire_cached(active.keys[:pages])
+        self._pool.unreserve(pages)
         active.promised -= pages
         active.cached, active.started = pages * self.config.page_size, True
 
@@ -548,7 +548,7 @@ class Engine:
         """As far as the chunk and the room for its media go; short of the end, to a page's border."""
         stop = min(active.cached + self.config.chunk, active.target)
         prompt = min(stop, active.prompt_tokens)
-        fit = self._features.fit(active.media, active.cached, prompt)
+        fit = self._features.max_stop(active.media, active.cached, prompt)
         return stop if fit >= prompt else fit // self.config.page_size * self.config.page_size
 
     def _width(self, tokens: int) -> int:
@@ -560,7 +560,7 @@ class Engine:
         count = len(chosen)
         tokens = np.zeros((count, width), np.int32)
         media = np.full((count, width), NO_MEDIA, np.int32)
-        indices = self._features.rows(
+        indices = self._features.lookup_or_encode(
             [(a.media, a.cached, min(s, a.prompt_tokens)) for a, s in zip(chosen, stops, strict=True)]
         )
         for i, (active, stop) in enumerate(zip(chosen, stops, strict=True)):
@@ -574,18 +574,18 @@ class Engine:
                 continue
             size = self.config.page_size
             for page in range(active.cached // size, min(stop // size, len(active.keys))):
-                self._pool.publish(active.pages[page], active.keys[page])
+                self._pool.cache_page(active.pages[page], active.keys[page])
             active.cached = stop
             if stop == active.target:
                 active.target = 0
                 if active.group is None:
                     self._append(active, drawn.tokens[i], drawn.log_probabilities[i])
                 else:
-                    self._start_beams(active, active.group, Candidates(*(x[i : i + 1] for x in candidates)))
+                    self._start_beams(active, active.group, TopLogprobs(*(x[i : i + 1] for x in candidates)))
         return count
 
     def _run_prefill(self, adapters: set[int], chosen, count: int, tokens, media, stops: Sequence[int]):
-        chunk = Chunk(
+        chunk = PrefillInputs(
             tokens, media,
             starts=_column(chosen, count, lambda a: a.cached),
             lengths=_padded(stops, count),
@@ -632,9 +632,9 @@ class Engine:
                 if not finite:
                     self._fail(active)
 
-    def _run_decode(self, adapters: set[int], rows: Sequence[_Active | None], steps: np.ndarray) -> Drawn:
+    def _run_decode(self, adapters: set[int], rows: Sequence[_Active | None], steps: np.ndarray) -> SampledTokens:
         count = len(rows)
-        slots = Slots(
+        slots = DecodeInputs(
             last=_column(rows, count, lambda a: a.tokens[-1]),
             lengths=_column(rows, count, lambda a: a.cached),
             steps=steps,
@@ -679,9 +679,9 @@ class Engine:
     ) -> None:
         if active.group is not None:
             return self._finish_beams(active, active.group, reason, error)
-        rest = active.text.end()
+        rest = active.text.finish()
         completion = Completion.of(
-            self._processor.tokenizer, active.text.whole, active.tokens, reason, active.prompt_tokens,
+            self._processor.tokenizer, active.text.text, active.tokens, reason, active.prompt_tokens,
             log_probabilities=tuple(active.log_probabilities), error=error,
         )  # fmt: skip
         self._updates.append(Update(active.id, "".join(pieces) + rest, completion))
@@ -734,7 +734,7 @@ class Engine:
                 if not found.finite[first:stop].all():
                     self._fail(active)
                 elif active.cached == active.prompt_tokens + group.search.drawn:
-                    self._select(active, group, Candidates(*(x[first:stop] for x in found)))
+                    self._select(active, group, TopLogprobs(*(x[first:stop] for x in found)))
                 first = stop
 
     def _extend_sizes(self) -> list[int]:
@@ -742,10 +742,10 @@ class Engine:
         beams = self.config.beams
         return sorted({beams, beams * self.config.slots}) if beams > 1 else []
 
-    def _run_extend(self, adapters: set[int], groups: Sequence[tuple[_Active, Group]], size: int) -> Candidates:
+    def _run_extend(self, adapters: set[int], groups: Sequence[tuple[_Active, Group]], size: int) -> TopLogprobs:
         rows = [(a, beam, pages) for a, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
         copies = [copy for _, group in groups for copy in group.copies]
-        beams = Beams(
+        beams = BeamInputs(
             last=_padded([beam.tokens[a.cached - a.prompt_tokens] for a, beam, _ in rows], size),
             lengths=_padded([a.cached + 1 for a, _, _ in rows], size),
             tables=np.zeros((size, self._table_size), np.int32),
@@ -763,7 +763,7 @@ class Engine:
         )
         return jax.device_get(found)
 
-    def _start_beams(self, active: _Active, group: Group, candidates: Candidates) -> None:
+    def _start_beams(self, active: _Active, group: Group, candidates: TopLogprobs) -> None:
         """Once the prompt is in the cache. Beams that were there before have their tokens put there one by one."""
         whole = active.prompt_tokens // self.config.page_size
         group.pages, active.pages = [active.pages[whole:]], active.pages[:whole]
@@ -772,7 +772,7 @@ class Engine:
         else:
             self._select(active, group, candidates)
 
-    def _select(self, active: _Active, group: Group, candidates: Candidates) -> None:
+    def _select(self, active: _Active, group: Group, candidates: TopLogprobs) -> None:
         group.search, parents = advance(group.search, candidates.tokens, candidates.log_probabilities)
         if group.search.over:
             self._finish_beams(active, group)
@@ -783,7 +783,7 @@ class Engine:
         """Each beam gets the pages of the one that it continues: all but one of them a copy of the page in writing."""
         group.reorder(self._pool, parents)
         promised = active.needed - len(active.pages) - group.own  # what no beam continues may be needed again
-        self._pool.promise(promised - active.promised)
+        self._pool.reserve(promised - active.promised)
         active.promised = promised
         if active.cached % self.config.page_size:
             group.part(self._pool, lambda: self._take(active))
@@ -807,7 +807,7 @@ class Engine:
 
     def _take(self, active: _Active) -> int:
         active.promised -= 1
-        return self._pool.take()
+        return self._pool.allocate()
 
     def _grow(self, active: _Active, tokens: int) -> None:
         """Pages for its first tokens."""
@@ -837,7 +837,10 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
         return _CACHE_TOKENS
     free = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
     decoder, itemsize = programs.model.config.decoder, jnp.dtype(programs.model.dtype).itemsize
-    features, seen = config.feature_blocks * _BLOCK * decoder.embed_dim * itemsize, config.slots * decoder.vocab_size
+    features, seen = (
+        config.feature_blocks * BLOCK_SIZE * decoder.embed_dim * itemsize,
+        config.slots * decoder.vocab_size,
+    )
     cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
     head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
     token = 2 * decoder.num_layers * decoder.num_kv_heads // programs.shares * head

@@ -1,4 +1,4 @@
-"""The pages of the cache, as the host keeps account of them: whose each is, and which prompts begin alike."""
+"""Pages of the KV cache, as the host keeps account of them: reference counts, reservations and the prefix cache."""
 
 import hashlib
 from collections import OrderedDict
@@ -6,85 +6,91 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-Key = bytes  # of a page: of its tokens and media, and of all that comes before
+Key = bytes  # hash of a page's tokens and media, and of all that comes before
 
 
-class PagePool:
-    """Hands out pages. A page whose last user is gone is kept for prompts that begin alike, until it is needed.
+class PageAllocator:
+    """Hands out pages. Unreferenced pages stay in the prefix cache, evicted LRU.
 
-    Rows are admitted by the pages that they may come to need, so that no row is ever without one.
+    Sequences are admitted only once all pages that they may come to need are reserved: none is ever preempted for lack
+    of one.
     """
 
-    def __init__(self, pages: int):
-        self.num_pages = pages
-        self._free = list(range(pages))[::-1]
-        self._users = [0] * pages
-        self._promised = 0
-        self._pages: dict[Key, int] = {}
-        self._keys: dict[int, Key] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # kept without users, the longest unused first
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free = list(range(num_pages))[::-1]
+        self._ref_counts = [0] * num_pages
+        self._num_reserved = 0
+        self._page_of: dict[Key, int] = {}  # the prefix cache
+        self._key_of: dict[int, Key] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached and unreferenced, least recently used first
 
     @property
     def available(self) -> int:
-        """Pages that nobody uses or was promised."""
-        return len(self._free) + len(self._idle) - self._promised
+        """Number of pages that are neither referenced nor reserved."""
+        return len(self._free) + len(self._evictable) - self._num_reserved
 
     @property
     def in_use(self) -> int:
-        return self.num_pages - len(self._free) - len(self._idle)
+        """Number of referenced pages."""
+        return self.num_pages - len(self._free) - len(self._evictable)
 
-    def promise(self, count: int) -> None:
-        """Set pages aside; a negative count gives them back."""
-        self._promised += count
+    def reserve(self, count: int) -> None:
+        """Set pages aside for later calls of `allocate`."""
+        self._num_reserved += count
 
-    def take(self) -> int:
-        """One of the pages that were promised."""
-        self._promised -= 1
+    def unreserve(self, count: int) -> None:
+        """Give reserved pages back that were not allocated."""
+        self._num_reserved -= count
+
+    def allocate(self) -> int:
+        """Turn one reservation into a page with a reference count of 1, evicted from the prefix cache if need be."""
+        self._num_reserved -= 1
         if self._free:
             page = self._free.pop()
         else:
-            page, _ = self._idle.popitem(last=False)
-            del self._pages[self._keys.pop(page)]
-        self._users[page] = 1
+            page, _ = self._evictable.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        self._ref_counts[page] = 1
         return page
 
-    def find(self, keys: Sequence[Key]) -> int:
-        """How many of these pages, from the first on, are kept."""
-        return next((i for i, key in enumerate(keys) if key not in self._pages), len(keys))
+    def match_prefix(self, keys: Sequence[Key]) -> int:
+        """Number of these pages, from the first on, that are in the prefix cache."""
+        return next((i for i, key in enumerate(keys) if key not in self._page_of), len(keys))
 
-    def share(self, keys: Sequence[Key]) -> list[int]:
-        """The pages with these keys, each with one user more."""
-        pages = [self._pages[key] for key in keys]
+    def acquire_cached(self, keys: Sequence[Key]) -> list[int]:
+        """Pages with these keys, which are in the prefix cache; increments their reference counts."""
+        pages = [self._page_of[key] for key in keys]
         for page in pages:
-            self._users[page] += 1
-            self._idle.pop(page, None)
+            self._ref_counts[page] += 1
+            self._evictable.pop(page, None)
         return pages
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """One user more for each of these pages, which have some."""
+    def incref(self, pages: Sequence[int]) -> None:
+        """Increment the reference counts of pages that have some."""
         for page in pages:
-            self._users[page] += 1
+            self._ref_counts[page] += 1
 
-    def publish(self, page: int, key: Key) -> None:
-        """Others may share the page from now on; it is whole and is not written to again."""
-        if key not in self._pages and page not in self._keys:
-            self._pages[key], self._keys[page] = page, key
-
-    def release(self, pages: Sequence[int]) -> None:
-        """One user less for each. What begins a prompt is kept longer than what ends it."""
+    def decref(self, pages: Sequence[int]) -> None:
+        """Decrement reference counts. Pages at a prompt's end are evicted before those at its beginning."""
         for page in reversed(pages):
-            self._users[page] -= 1
-            if self._users[page] == 0:
-                if page in self._keys:
-                    self._idle[page] = None
+            self._ref_counts[page] -= 1
+            if self._ref_counts[page] == 0:
+                if page in self._key_of:
+                    self._evictable[page] = None
                 else:
                     self._free.append(page)
+
+    def cache_page(self, page: int, key: Key) -> None:
+        """Put a page, whole and never written to again, into the prefix cache, unless its key is there."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
 
 
 def page_keys(
     tokens: np.ndarray, media: Sequence[tuple[int, int, bytes]], page_size: int, salt: bytes
 ) -> Iterator[Key]:
-    """The keys of the whole pages of a sequence.
+    """Yield the keys of a sequence's whole pages.
 
     Args:
         media: for each medium its first position, one past its last, and what tells it from all others.

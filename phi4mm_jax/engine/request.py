@@ -1,6 +1,5 @@
 """What is asked of the engine, and what it answers."""
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -156,50 +155,3 @@ class Completion:
         """A completion with the tool calls that its tokens have, as far as its text goes."""
         content, calls = parse_tool_calls(tokens, tokenizer, len(text))
         return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
-
-
-class Text:
-    """The text so far, in pieces that split no character and show nothing that a stop string may begin."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, tuple(s.encode() for s in stop)
-        self._bytes = b""
-        self._given = 0  # bytes that were decoded
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._pieces: list[str] = []
-        self.stopped = False
-
-    @property
-    def whole(self) -> str:
-        return "".join(self._pieces)
-
-    def add(self, token: int) -> str:
-        """What can be shown now."""
-        before = len(self._bytes)
-        self._bytes += self._tokenizer.decode_bytes([token])
-        longest = max(map(len, self._stop), default=1) - 1
-        found = [at for s in self._stop if (at := self._bytes.find(s, max(before - longest, 0))) >= 0]
-        if found:
-            self.stopped = True
-            self._bytes = self._bytes[: min(found)]
-            return self._show(len(self._bytes))
-        return self._show(len(self._bytes) - self._held())
-
-    def end(self) -> str:
-        """What was held back."""
-        rest = self._show(len(self._bytes))
-        self._pieces.append(last := self._decoder.decode(b"", final=True))
-        return rest + last
-
-    def _held(self) -> int:
-        """Bytes at the end that may begin a stop string."""
-        return max(
-            (n for s in self._stop for n in range(1, len(s)) if self._bytes.endswith(s[:n])),
-            default=0,
-        )
-
-    def _show(self, stop: int) -> str:
-        piece = self._decoder.decode(self._bytes[self._given : stop]) if stop > self._given else ""
-        self._given = max(self._given, stop)
-        self._pieces.append(piece)
-        return piece

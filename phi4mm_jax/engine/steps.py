@@ -1,4 +1,4 @@
-"""The compiled programs of generation.
+"""The compiled programs of the engine.
 
 Encode media, prefill a chunk of some rows, decode all slots for some steps, extend some beams by a token.
 """
@@ -18,7 +18,7 @@ from phi4mm_jax.model import Cache, Phi4MM
 from phi4mm_jax.model.decoder import cache_axes, row_major
 
 
-class Chunk(NamedTuple):
+class PrefillInputs(NamedTuple):
     """The next tokens of R rows, whose earlier ones are in the cache."""
 
     tokens: Int[Any, "R T"]
@@ -33,7 +33,7 @@ class Chunk(NamedTuple):
     settings: SamplingRows
 
 
-class Slots(NamedTuple):
+class DecodeInputs(NamedTuple):
     """All N slots as a round of decoding begins. A slot's last token is not in the cache."""
 
     last: Int[Any, " N"]
@@ -46,7 +46,7 @@ class Slots(NamedTuple):
     settings: SamplingRows
 
 
-class Drawn(NamedTuple):
+class SampledTokens(NamedTuple):
     """Tokens chosen in a round, and their log-probabilities, before any setting of the sampling.
 
     A row whose logits are not finite draws nothing from them, and rests.
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
     finite: Bool[Array, " N"]  # whether all logits were
 
 
-class Beams(NamedTuple):
+class BeamInputs(NamedTuple):
     """The last tokens of R beams, whose earlier ones are in the cache, and the C pages to copy before."""
 
     last: Int[Any, " R"]
@@ -71,7 +71,7 @@ class Beams(NamedTuple):
     copies: Int[Any, ""]  # how many of these count; no target is a source
 
 
-class Candidates(NamedTuple):
+class TopLogprobs(NamedTuple):
     """The C likeliest tokens after each row, the likeliest first, and their log-probabilities."""
 
     tokens: Int[Any, "R C"]
@@ -137,9 +137,9 @@ class Programs:
         return self._kept(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
-        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: Chunk, *,
+        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: PrefillInputs, *,
         candidates: int = 0,
-    ) -> tuple[Cache, Drawn, Candidates | None]:  # fmt: skip
+    ) -> tuple[Cache, SampledTokens, TopLogprobs | None]:  # fmt: skip
         """Fills the cache, and chooses the token that follows each row's last; where asked for, also the likeliest."""
         embedded = self._apply(variables, chunk.tokens, chunk.media, table, method="embed")
         hidden, cache = self._apply(
@@ -151,16 +151,16 @@ class Programs:
         logits = self._apply(variables, hidden, method="logits")
         tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
         log_probabilities = _log_probability(logits, tokens)
-        drawn = Drawn(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
+        drawn = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
         return self._kept(cache), drawn, _likeliest(logits, candidates) if candidates else None
 
     def _decode(
-        self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: Slots, *, width: int
-    ) -> tuple[Cache, Bool[Array, "N V"], Drawn]:
+        self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: DecodeInputs, *, width: int
+    ) -> tuple[Cache, Bool[Array, "N V"], SampledTokens]:
         """Decodes until every slot has taken its steps, at most `width`, or has drawn a stop token."""
         count = len(slots.last)
         every = jnp.arange(count)
-        drawn = Drawn(
+        drawn = SampledTokens(
             jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
             jnp.ones(count, bool),
         )  # fmt: skip
@@ -183,7 +183,7 @@ class Programs:
             finite = drawn.finite & (_finite(logits) | ~active)
             active &= finite
             at = every, jnp.where(active, drawn.counts, width)  # out of range: dropped
-            drawn = Drawn(
+            drawn = SampledTokens(
                 drawn.tokens.at[at].set(tokens, mode="drop"),
                 drawn.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
                 drawn.counts + active,
@@ -197,7 +197,7 @@ class Programs:
         cache, seen, _, drawn, _ = jax.lax.while_loop(going_on, advance, start)
         return self._kept(cache), self._kept(seen), drawn
 
-    def _extend(self, variables, cache: Cache, beams: Beams, *, candidates: int) -> tuple[Cache, Candidates]:
+    def _extend(self, variables, cache: Cache, beams: BeamInputs, *, candidates: int) -> tuple[Cache, TopLogprobs]:
         """Puts each beam's last token into the cache."""
         cache = _copy_pages(cache, beams.sources, beams.targets, beams.copies)
         media = jnp.full((len(beams.last), 1), NO_MEDIA)
@@ -219,9 +219,9 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     return jnp.isfinite(logits).all(-1)
 
 
-def _likeliest(logits: Float[Array, "R V"], count: int) -> Candidates:
+def _likeliest(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
-    return Candidates(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
+    return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
 
 
 def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:

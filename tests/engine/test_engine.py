@@ -19,8 +19,8 @@ from phi4mm_jax import InputError
 from phi4mm_jax.batch import NO_MEDIA, Batch
 from phi4mm_jax.engine import EngineConfig, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
-from phi4mm_jax.engine.page_allocator import PagePool, page_keys
-from phi4mm_jax.engine.request import Text
+from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.page_allocator import PageAllocator, page_keys
 from phi4mm_jax.model.decoder import Cache, CachedInputs, _fill, quantize
 
 CASES = golden_cases()
@@ -145,15 +145,13 @@ def test_prompts_that_begin_alike_share_pages(tiny):
     """Ten questions about an image: it is encoded once, and its pages are there once."""
     image = [TINY / "inputs" / "image_0.png"]
     engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
-    encoded, prefilled = [], []
-    encode, prefill = engine._features._encode, engine._prefill_rows
-    engine._features._encode = lambda table, stack, rows: encoded.append(len(stack[0])) or encode(table, stack, rows)
+    prefilled, prefill = [], engine._prefill_rows
     engine._prefill_rows = lambda rows, stops, width: (
         prefilled.extend(s - a.cached for a, s in zip(rows, stops, strict=True)) or prefill(rows, stops, width)
     )
     questions = [f"<|user|><|image_1|>Question number {i}?<|end|><|assistant|>" for i in range(10)]
     answers = dict(engine.run([Request(q, image, max_new_tokens=4) for q in questions]))
-    assert sum(encoded) == 1  # its only crop is its global view, too
+    assert engine._features.num_encoded == 1  # its only crop is its global view, too
     assert sum(prefilled) < 600 + 10 * 2 * 64  # once the image, ten times what follows its last whole page
     for i, question in enumerate(questions):
         (alone,) = tiny.generate([question], [image], max_new_tokens=4)
@@ -254,7 +252,7 @@ def test_equal_crops_in_another_layout_are_another_medium(tiny):
     images = [Image.new("RGB", size, "white") for size in ((2 * side, side), (side, 2 * side))]
     rows = [tiny.processor.row("<|image_1|>", [image]) for image in images]
     assert np.array_equal(rows[0].images[0].crops, rows[1].images[0].crops)
-    digests = {media.media_of(row, tiny.config).spans[0][2] for row in rows}
+    digests = {media.media_inputs(row, tiny.config).spans[0][2] for row in rows}
     assert len(digests) == 2
 
 
@@ -412,16 +410,16 @@ def test_streaming_splits_no_character(tiny):
 
 def test_text_holds_back_what_may_be_a_stop_string(tiny):
     tokenizer = tiny.processor.tokenizer
-    text = Text(tokenizer, ["END", "日本"])
+    text = IncrementalDetokenizer(tokenizer, ["END", "日本"])
     shown = []
     for token in tokenizer.encode("a EN b 日本 c"):
         shown.append(text.add(token))
         if text.stopped:
             break
     assert text.stopped
-    assert "".join(shown) + text.end() == "a EN b " == text.whole
+    assert "".join(shown) + text.finish() == "a EN b " == text.text
     assert not any("E" in piece and "EN" not in piece for piece in shown)
-    half = Text(tokenizer, [])
+    half = IncrementalDetokenizer(tokenizer, [])
     tokens = tokenizer.encode("日")
     pieces = [half.add(token) for token in tokens]
     assert "\ufffd" not in "".join(pieces)
@@ -501,7 +499,7 @@ def poisoned(tiny):
             updates += engine.step()
         assert engine._pool.available == engine.config.pages
         answers = {u.id: u.completion for u in updates if u.completion}
-        return [answers[n] for n in numbers], engine._pool.find(first.keys)
+        return [answers[n] for n in numbers], engine._pool.match_prefix(first.keys)
 
     return run
 
@@ -564,31 +562,31 @@ def test_bad_sizes_are_named(size):
 
 
 def test_pages_are_kept_until_they_are_needed():
-    pool = PagePool(3)
-    pool.promise(2)
-    pages = [pool.take(), pool.take()]
-    pool.publish(pages[0], b"a")
-    pool.publish(pages[1], b"b")
+    pool = PageAllocator(3)
+    pool.reserve(2)
+    pages = [pool.allocate(), pool.allocate()]
+    pool.cache_page(pages[0], b"a")
+    pool.cache_page(pages[1], b"b")
     assert pool.available == 1
-    pool.release(pages)
+    pool.decref(pages)
     assert pool.available == 3
-    assert pool.find([b"a", b"b", b"c"]) == 2
-    assert pool.share([b"a"]) == pages[:1]
+    assert pool.match_prefix([b"a", b"b", b"c"]) == 2
+    assert pool.acquire_cached([b"a"]) == pages[:1]
     assert pool.available == 2
-    pool.promise(2)
-    assert {pool.take(), pool.take()} == {0, 1, 2} - set(pages[:1])
-    assert pool.find([b"a", b"b"]) == 1
+    pool.reserve(2)
+    assert {pool.allocate(), pool.allocate()} == {0, 1, 2} - set(pages[:1])
+    assert pool.match_prefix([b"a", b"b"]) == 1
 
 
 def test_the_end_of_what_was_unused_longest_is_forgotten_first():
-    pool = PagePool(4)
-    pool.promise(4)
-    pages = [pool.take() for _ in range(4)]
+    pool = PageAllocator(4)
+    pool.reserve(4)
+    pages = [pool.allocate() for _ in range(4)]
     for page, key in zip(pages, (b"a", b"ab", b"abc", b"x"), strict=True):
-        pool.publish(page, key)
-    pool.release(pages[:3])  # a prompt of three pages, and after it one of one
-    pool.release(pages[3:])
-    pool.promise(2)
-    assert [pool.take(), pool.take()] == [pages[2], pages[1]]
-    assert pool.find([b"a", b"ab", b"abc"]) == 1
-    assert pool.find([b"x"]) == 1
+        pool.cache_page(page, key)
+    pool.decref(pages[:3])  # a prompt of three pages, and after it one of one
+    pool.decref(pages[3:])
+    pool.reserve(2)
+    assert [pool.allocate(), pool.allocate()] == [pages[2], pages[1]]
+    assert pool.match_prefix([b"a", b"ab", b"abc"]) == 1
+    assert pool.match_prefix([b"x"]) == 1

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import Beams, Chunk, Slots
+from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
@@ -67,14 +67,14 @@ def compiled(program: str) -> tuple[Any, int]:
     seen = flags((SLOTS, VOCABULARY))
     row, long = numbers((rows,)), flags((rows,))
     if program == "decode":
-        slots = Slots(row, row, row, tables, row, long, row, settings)
+        slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
         lowered = programs.decode.lower(variables, pages, seen, slots, width=8)
     elif program == "extend":
-        beams = Beams(row, row, tables, row, long, row, row, numbers(()))
+        beams = BeamInputs(row, row, tables, row, long, row, row, numbers(()))
         lowered = programs.extend.lower(variables, pages, beams, candidates=16)
     else:
         tokens = numbers((rows, CHUNK))
-        chunk = Chunk(tokens, tokens, row, row, tables, row, long, row, row, settings)
+        chunk = PrefillInputs(tokens, tokens, row, row, tables, row, long, row, row, settings)
         features = everywhere((1024, config.decoder.embed_dim), jnp.bfloat16)
         lowered = programs.prefill.lower(variables, pages, features, seen, chunk)
     return lowered.compile(), held

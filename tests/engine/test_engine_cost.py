@@ -9,7 +9,7 @@ import pytest
 
 from phi4mm_jax.batch import NO_MEDIA, ImageStack
 from phi4mm_jax.engine import Engine, EngineConfig
-from phi4mm_jax.engine.encoder_cache import every_stack
+from phi4mm_jax.engine.encoder_cache import warm_up_stacks
 
 SMALL = EngineConfig(slots=4, cache_tokens=2048, chunk=256, feature_blocks=32)
 LARGE = dataclasses.replace(SMALL, cache_tokens=32768, feature_blocks=512)  # and tables of 256 pages a row, not 16
@@ -38,7 +38,7 @@ def compiled(tiny, config, program):
     programs: Any = Compiling(tiny._programs)
     engine = Engine(programs, tiny.variables, tiny.processor, config)
     nothing = np.zeros((1, 256), np.int32)
-    stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(every_stack(tiny.config)))}
+    stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config)))}
     calls = {
         "decode": lambda: engine._run_decode({0, 1, 2}, [None] * config.slots, np.zeros(config.slots, np.int32)),
         "prefill": lambda: engine._run_prefill({1}, [], 1, nothing, nothing + NO_MEDIA, []),
