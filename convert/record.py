@@ -49,8 +49,9 @@ from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.chat import Kind, parse_prompt
+from phi4mm_jax.processing.chat import parse_prompt
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.prompt import Kind
 from phi4mm_jax.testing import goldens
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument

@@ -20,7 +20,7 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
-from phi4mm_jax.processing.chat import KINDS, Kind
+from phi4mm_jax.processing.prompt import KINDS, Kind
 from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar

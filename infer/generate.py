@@ -12,8 +12,8 @@ from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model
 from phi4mm_jax.engine import Request, Sampling
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
-from phi4mm_jax.processing.chat import given_media
 from phi4mm_jax.processing.images import load_image
+from phi4mm_jax.processing.prompt import given_media
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import looks_like_media, with_tools, words_of
+from phi4mm_jax.processing.chat import with_tools
+from phi4mm_jax.processing.message_parts import looks_like_media, words_of
 
 MESSAGES = ("messages", "conversations", "conversation")
 MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}

@@ -14,7 +14,7 @@ from typing import Any
 from phi4mm_jax.data.conversation import MEDIA, MESSAGES, read_conversation
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
-from phi4mm_jax.processing.chat import path_in, with_paths
+from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.strict_json import strict_json
 
 # Scripts without spaces between words: each character is one.

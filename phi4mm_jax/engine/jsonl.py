@@ -25,7 +25,8 @@ from phi4mm_jax.engine.engine import Engine
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import path_in, with_paths, with_tools
+from phi4mm_jax.processing.chat import with_tools
+from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.fingerprint import file_fingerprint, weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json

@@ -8,7 +8,7 @@ from typing import Any
 from phi4mm_jax.data.conversation import read_conversation
 from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import with_paths
+from phi4mm_jax.processing.media_urls import with_paths
 
 _MOST_TOLD = 5
 

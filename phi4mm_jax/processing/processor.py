@@ -19,7 +19,7 @@ from phi4mm_jax.processing.audio_features import (
     num_audio_tokens,
     num_frames,
 )
-from phi4mm_jax.processing.chat import Kind, Media, Prompt, Tokens, given_media, parse_prompt
+from phi4mm_jax.processing.chat import parse_prompt
 from phi4mm_jax.processing.images import (
     SUB_SEPARATOR,
     ImageFeatures,
@@ -31,6 +31,7 @@ from phi4mm_jax.processing.images import (
     load_image,
     preprocess_image,
 )
+from phi4mm_jax.processing.prompt import Kind, Media, Prompt, Tokens, given_media
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.processing.video import Frame

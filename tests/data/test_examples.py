@@ -12,7 +12,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.augment import Augment, SpeechAugmentation, augment_clip, jitter, mask_features, noise
 from phi4mm_jax.data.examples import BadSample, Sample, load_examples, measure, parse_sample
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import with_paths
+from phi4mm_jax.processing.media_urls import with_paths
 from phi4mm_jax.processing.processor import Processor
 
 IMAGE, CLIP = {"type": "image", "image": "image_0.png"}, {"type": "audio", "audio": "audio_0.flac"}

@@ -14,7 +14,9 @@ import tokenizers
 from PIL import Image
 
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.processing.chat import Media, Prompt, parse_prompt, parse_raw, path_in, render_chat
+from phi4mm_jax.processing.chat import parse_prompt, render_chat
+from phi4mm_jax.processing.media_urls import path_in
+from phi4mm_jax.processing.prompt import Media, Prompt, parse_raw
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[1] / "fixtures" / "ms_tiny"

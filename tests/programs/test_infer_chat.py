@@ -19,8 +19,8 @@ from infer import chat
 from infer.chat import Conversation, Settings, Turn, converse, prepare
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.processing.chat import Tokens
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.prompt import Tokens
 
 ROOT = Path(__file__).parents[2]
 IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"

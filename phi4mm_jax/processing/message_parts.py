@@ -1,0 +1,206 @@
+"""Content of a chat message: its parts, in the forms of OpenAI, transformers and vLLM, as texts and media.
+
+Whatever seems to hold a medium and is not taken is refused: it would be lost.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.images import check_max_crops
+from phi4mm_jax.processing.media_urls import decode_base64, locate
+from phi4mm_jax.processing.prompt import KINDS, Kind
+from phi4mm_jax.processing.video import MAX_FRAMES, Frame, crops_per_frame, video_frames
+
+NEXT = object()  # stands for the next of the media given beside the messages
+
+
+# What stands for a part's own key, as transformers has it.
+_SOURCES = ("url", "path", "base64")
+_URLS = {"image_url": "image", "input_image": "image", "audio_url": "audio", "video_url": "video"}
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_TYPES = ("text", *_URLS, "input_audio", "image", "audio", "video")
+_DETAILS = ("low", "high", "auto", "original")
+
+
+def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
+    """Yield the texts and media of a part of a message's content, media as (kind, source or `NEXT`).
+
+    Raises:
+        InputError: it fits no form that `render_chat` takes; it begins with `where`.
+    """
+    if not isinstance(part, Mapping):
+        raise InputError(f'{where} is {type(part).__name__}: pass a dict such as {{"type": "text", "text": ...}}')
+    given = {key: value for key, value in part.items() if value is not None}  # tables give every part all keys
+    kind = given.get("type")
+    if kind is None:
+        found = [key for key in _TYPES if key in given]
+        kind = found[0] if len(found) == 1 else None
+    if not isinstance(kind, str):
+        kind = None
+    if kind in _TEXTS:
+        _check_keys(where, given, _TEXTS[kind])
+        yield string_at(where, part, _TEXTS[kind])
+    elif kind in _URLS:
+        key = "image_url" if kind == "input_image" else kind
+        inner = given.get(key)
+        beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
+        known = ("frames", "max_crops") if _URLS[kind] == "video" else ("detail",)
+        for at_key, found in ((where, given), (f"{where}.{key}", beside)):
+            _check_keys(at_key, found, key, "url", "detail", *known)
+        at, url = (f"{where}.{key}.url", string_at(f"{where}.{key}", inner, "url")) if isinstance(inner, Mapping) else (
+            f"{where}.{key}", string_at(where, part, key)
+        )  # fmt: skip
+        source = locate(at, url, _URLS[kind])
+        if _URLS[kind] == "video":
+            for frame in _frames(at, source, {**given, **beside}):
+                yield "image", frame
+        elif _URLS[kind] == "image":
+            yield "image", _detailed(f"{where}.{key}", source, {**given, **beside})
+        else:
+            yield "audio", source
+    elif kind == "input_audio":
+        _check_keys(where, given, kind)
+        inner = given.get(kind)
+        if not isinstance(inner, Mapping):
+            raise InputError(f'{where}.input_audio is {kind_of(part, kind)}: pass {{"data": base64, "format": "wav"}}')
+        at, data = f"{where}.input_audio.data", string_at(f"{where}.input_audio", inner, "data")
+        yield "audio", locate(at, data, "audio") if data[:5].lower() == "data:" else decode_base64(at, data)
+    elif kind == "image_pil":
+        yield "image", _payload(where, {"image": given.get(kind, NEXT)}, "image")
+    elif kind in KINDS:
+        payload = _payload(where, given, kind)
+        inner = given.get(kind)
+        beside = inner if isinstance(inner, Mapping) else {}
+        _check_settings(f"{where}.{kind}", beside)
+        detail = given.get("detail") if beside.get("detail") is None else beside["detail"]
+        yield kind, payload if kind == "audio" else _detailed(where, payload, {"detail": detail})
+    elif kind == "video":
+        payload = _payload(where, given, kind)
+        if payload is NEXT:
+            raise InputError(f"{where}.video is {kind_of(part, kind)}: pass a path, a file's bytes or a list of images")
+        for frame in _frames(f"{where}.video", payload, given):
+            yield "image", frame
+    else:
+        raise InputError(
+            f"{where}.type is {part.get('type')!r:.60}: it must be text, image_url, input_audio, image, audio or video"
+        )
+
+
+def _check_settings(where: str, given: Mapping[str, Any], *known: str) -> None:
+    for key, value in given.items():
+        if key in _SETTINGS and key not in known and value is not None:
+            raise InputError(f"{where}.{key} is a setting that is not taken here; leave it out")
+
+
+# Of media, in the parts of others; those that are taken are named where they are.
+_SETTINGS = frozenset({
+    "fps", "frames", "nframes", "num_frames", "max_frames", "min_frames", "max_crops", "max_pixels", "min_pixels",
+    "total_pixels", "resized_height", "resized_width", "video_start", "video_end",
+})  # fmt: skip
+
+
+def _check_keys(where: str, given: Mapping[str, Any], *known: str) -> None:
+    """Refuse a medium, or a setting of one, beside what the part's type says: it would be lost."""
+    _check_settings(where, given, *known)
+    for key, value in given.items():
+        if key not in ("type", *known) and looks_like_media(key, value):
+            raise InputError(f"{where}.{key} is not taken in a part of type {given.get('type', known[0])}: make it one")
+
+
+def _detailed(where: str, source: Any, given: Mapping[str, Any]) -> Any:
+    """Return an image with the detail that OpenAI's form asks for: "low" is one crop besides the global view."""
+    detail = given.get("detail")
+    if detail not in (None, *_DETAILS):
+        raise InputError(f"{where}.detail is {detail!r:.60}: it must be one of {', '.join(_DETAILS)}")
+    if detail == "low" and source is NEXT:
+        raise InputError(f"{where}.detail: an image that is given beside the messages has none; use max_crops")
+    return Frame(source, 1) if detail == "low" else source
+
+
+def string_at(where: str, mapping: Mapping[str, Any], key: str) -> str:
+    """Return the string at a key, or raise an InputError that names the key."""
+    value = mapping.get(key)
+    if not isinstance(value, str):
+        raise InputError(f"{where}.{key} is {kind_of(mapping, key)}: pass a string")
+    return value
+
+
+def kind_of(mapping: Mapping[str, Any], key: str) -> str:
+    """Name the type of the value at a key, for an error."""
+    return type(mapping[key]).__name__ if key in mapping else "missing"
+
+
+_PART_KEYS = {
+    "image": ("detail", "uuid", "cache_control"),
+    "audio": ("uuid", "cache_control"),
+    "video": ("frames", "max_crops", "uuid", "cache_control"),
+}
+
+
+def _payload(where: str, given: Mapping[str, Any], kind: str) -> Any:
+    """Return the medium of a part of type image, audio or video, or `NEXT`."""
+    sources = (kind, *_SOURCES)
+    for key in given:
+        if key not in ("type", *sources, *_PART_KEYS[kind]):
+            raise InputError(
+                f'{where}.{key}: a part of type {kind} has only the key "{kind}", or {", ".join(_SOURCES)}; put the '
+                f"{kind} there"
+            )
+    found = [key for key in sources if key in given]
+    if len(found) > 1:
+        raise InputError(f"{where} has both {found[0]} and {found[1]}: give the {kind} once")
+    if not found:
+        return NEXT
+    source, at = given[found[0]], f"{where}.{found[0]}"
+    if found[0] == "base64" and isinstance(source, str) and source[:5].lower() != "data:":
+        return decode_base64(at, source)
+    return source if source is NEXT else locate(at, source, kind)
+
+
+def _frames(where: str, source: Any, given: Mapping[str, Any]) -> list[Frame]:
+    max_crops = given.get("max_crops")
+    if max_crops is not None:
+        check_max_crops(f"{where.removesuffix('.video')}.max_crops", max_crops)
+    try:
+        frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]
+
+
+# Keys that seem to hold a medium.
+
+_MEDIA_WORDS = {
+    "image", "img", "picture", "pic", "photo", "pixel", "frame", "video", "clip", "audio", "sound", "speech", "wav",
+    "media", "medium",
+}  # fmt: skip
+# A key that ends with one of these tells something about a medium.
+_ABOUT = {
+    "id", "ids", "size", "sizes", "width", "height", "duration", "length", "seconds", "rate", "format", "type",
+    "caption", "description", "title", "alt", "text", "transcript", "transcription", "language", "lang", "source",
+    "license", "author", "hash", "md5", "sha1", "sha256", "count", "number", "index",
+}  # fmt: skip
+
+
+def words_of(key: Any) -> list[str]:
+    """Split a key into its words, however it is written: image_path, imagePath and image-path have two."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", str(key)).lower().split()
+
+
+def looks_like_media(key: Any, value: Any) -> bool:
+    """Return whether a key that is not taken seems to hold a medium, by its name or because it holds bytes.
+
+    Numbers, switches and empty values are none.
+    """
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
+        return any(v is not None for v in value.values())
+    if value is None or isinstance(value, bool | int | float):
+        return False
+    if isinstance(value, str | bytes | list | tuple | Mapping) and not value:
+        return False
+    words = words_of(key)
+    named = any(word.removesuffix("s") in _MEDIA_WORDS for word in words) and words[-1] not in _ABOUT
+    numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value) and "pixel" not in key
+    return isinstance(value, bytes) or (named and not numbers)
