@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo lint test test-all test-slow
+.PHONY: demo docs lint test test-all test-slow
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-$(EXTRA)
@@ -23,6 +23,9 @@ test-slow: $(VENV)/installed-$(TESTS) # the rest
 test-all: $(VENV)/installed-$(TESTS)
 	$(PYTEST)
 
+docs: $(VENV)/installed-docs # into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 lint: $(VENV)/installed-$(TESTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -31,6 +34,6 @@ lint: $(VENV)/installed-$(TESTS)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed-%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-%: pyproject.toml setup.py | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --editable '.[$*]'
 	@touch $@

@@ -99,7 +99,10 @@ def to_torch(
         trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
         card: README.md, in place of the source's, which does not tell what was trained.
         shard_bytes: the largest file, unless a single tensor is larger.
-        The others, and what is raised, are as in `to_orbax`.
+        source, destination, fresh_adapters, adapters_from, progress, say: as in `to_orbax`.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: as in `to_orbax`.
     """
     if layout not in get_args(Layout):
         raise InputError(f"layout is {layout!r}; expected 'original' or 'native'")

@@ -35,7 +35,7 @@ def export(
     Args:
         run: the recipe's output.
         step: of the checkpoint: its number, "last" or "best".
-        The others are those of `to_torch`.
+        destination, layout, adapters_only, progress, say: as in `to_torch`.
 
     Returns:
         The step.
