@@ -25,7 +25,7 @@ from phi4mm_jax.config import (
     SpeechConfig,
     VisionConfig,
 )
-from phi4mm_jax.processing.tokenizer import O200K_PATTERN
+from phi4mm_jax.processing.tokenizer_files import O200K_PATTERN
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 
