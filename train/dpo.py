@@ -11,7 +11,8 @@ import sys
 from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.dpo import preference, with_reference
 from phi4mm_jax.utils.cli import cli_entrypoint
-from train.sft import Method, train
+
+from .sft import Method, train
 
 DPO = Method(lambda module, recipe: preference(module, recipe.dpo), with_reference)
 

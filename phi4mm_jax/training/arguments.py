@@ -5,6 +5,7 @@ import argparse
 from phi4mm_jax.data.pipeline import Kind
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.utils.cli import make_parser
 
 
 def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[argparse.Namespace, Recipe]:
@@ -13,10 +14,8 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     Raises:
         InputError: the recipe cannot be used, or its data are of another kind.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    parser = make_parser(program, description)
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in train/recipes")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, its memory, a batch; end")
     arguments = parser.parse_intermixed_args()

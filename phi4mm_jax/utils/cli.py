@@ -145,7 +145,8 @@ def _is_clone() -> bool:
 
 
 def _as_called(text: str, names: re.Pattern[str]) -> str:
-    """A text that names programs as modules, with the names that they have here."""
+    """A text that names programs as modules, and extras as in a clone, with the names that they have here."""
+    text = text if _is_clone() else re.sub(r"(?<=')\.\[(\w+)\](?=')", lambda found: _with_extra(found[1]), text)
     return names.sub(lambda found: f"phi4mm {_COMMAND_OF[found[1]]}", text) if _is_command() else text
 
 

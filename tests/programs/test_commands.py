@@ -1,5 +1,6 @@
 """`phi4mm COMMAND`, as it is in an installed wheel."""
 
+import ast
 import json
 import os
 import shutil
@@ -52,6 +53,15 @@ def test_usage_names_every_command():
     }
     assert {module for module, _ in COMMANDS.values()} == programs - {"infer.demo"}, "a program that no command starts"
     assert [line.split("  ")[1] for line in usage().splitlines() if line.startswith("  ")] == list(COMMANDS)
+
+
+def test_programs_import_each_other_relatively():
+    """Their packages have other names in the wheel."""
+    for command, (module, _) in COMMANDS.items():
+        tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+        absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+        absolute += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+        assert not {"convert", "infer", "train"} & {(name or "").partition(".")[0] for name in absolute}, command
 
 
 def test_a_recipe_by_its_name():
