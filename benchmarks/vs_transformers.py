@@ -156,7 +156,7 @@ def wide_checkpoint(folder: str) -> Path:
     (work / "tokenizer.json").write_text(json.dumps(whole_tokenizer()))
     (work / "tokenizer_config.json").write_text(json.dumps({"model_max_length": config["max_position_embeddings"]}))
     shutil.copy(FIXTURES / "ms_tiny" / "preprocessor_config.json", work)
-    write_random_checkpoint(work / "config.json", work / "checkpoint", work, shard_bytes=1 << 30, say=lambda _: None)
+    write_random_checkpoint(work / "config.json", work / "checkpoint", work, shard_bytes=1 << 30)
     return work / "checkpoint"
 
 

@@ -462,7 +462,7 @@ def record(parsed: argparse.Namespace, out: Path) -> None:
 @cli_entrypoint
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
-    with staged(parsed.out, lambda text: print(text, file=sys.stderr)) as out:
+    with staged(parsed.out) as out:
         record(parsed, out)
     print(f"{parsed.out}: ready for python -m convert.verify")
     return 0

@@ -30,7 +30,6 @@ def main() -> int:
             fresh_adapters=arguments.fresh_adapters,
             adapters_from=arguments.adapters_from,
             progress=advance,
-            say=lambda text: print(text, file=sys.stderr),
         )
     print(f"{arguments.destination}: ready for phi4mm_jax.load")
     return 0

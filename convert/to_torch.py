@@ -35,7 +35,6 @@ def main() -> int:
             fresh_adapters=arguments.fresh_adapters,
             adapters_from=arguments.adapters_from,
             progress=advance,
-            say=lambda text: print(text, file=sys.stderr),
         )
     print(f"{arguments.destination}: ready for PyTorch")
     return 0

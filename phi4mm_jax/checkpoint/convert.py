@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
@@ -33,6 +34,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.paths import local_path
 
 Progress = Callable[[int, int], None]
+_log = logging.getLogger(__name__)
 
 
 def to_orbax(
@@ -43,7 +45,6 @@ def to_orbax(
     fresh_adapters: bool = False,
     adapters_from: AdaptersFrom | None = None,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Convert a checkpoint of any layout to Orbax, which restores it sharded onto a mesh.
 
@@ -54,7 +55,6 @@ def to_orbax(
         fresh_adapters: accept adapters whose B matrices are all zero.
         adapters_from: of the original layout's two copies of the adapters, as in `phi4mm_jax.load`.
         progress: called with the bytes written so far, and in all.
-        say: called with what the user should know.
 
     Raises:
         CheckpointError: the source is not whole, or the destination cannot be written; nothing is left there.
@@ -63,8 +63,8 @@ def to_orbax(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or None, the source's")
-    with _staged(source, destination, say) as (source, folder):
-        config, checkpoint = _opened(source, fresh_adapters, adapters_from, say)
+    with _staged(source, destination) as (source, folder):
+        config, checkpoint = _opened(source, fresh_adapters, adapters_from)
         Processor.from_folder(source, config)  # without which nobody could use what comes out
         parameters = checkpoint.parameters
         if dtype is not None:
@@ -74,7 +74,7 @@ def to_orbax(
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         orbax_io.write(folder / orbax_io.FOLDER, parameters, read, progress=progress)
         _write_files(folder, files, dtype)
-        _say_left(source, checkpoint, say)
+        _log_left(source, checkpoint)
 
 
 def to_torch(
@@ -89,7 +89,6 @@ def to_torch(
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint of any layout as PyTorch's safetensors.
 
@@ -99,15 +98,15 @@ def to_torch(
         trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
         card: README.md, in place of the source's, which does not tell what was trained.
         shard_bytes: the largest file, unless a single tensor is larger.
-        source, destination, fresh_adapters, adapters_from, progress, say: as in `to_orbax`.
+        source, destination, fresh_adapters, adapters_from, progress: as in `to_orbax`.
 
     Raises:
         CheckpointError, ConfigError, InputError: as in `to_orbax`.
     """
     if layout not in get_args(Layout):
         raise InputError(f"layout is {layout!r}; expected 'original' or 'native'")
-    with _staged(source, destination, say) as (source, folder):
-        config, checkpoint = _opened(source, fresh_adapters, adapters_from, say)
+    with _staged(source, destination) as (source, folder):
+        config, checkpoint = _opened(source, fresh_adapters, adapters_from)
         if not adapters_only:
             Processor.from_folder(source, config)
         tensors = adapter_table(config) if adapters_only else tensors_of(layout, config)
@@ -121,13 +120,11 @@ def to_torch(
         pytorch.write(folder, tensors, checkpoint.parameters, read, shard_bytes=shard_bytes, progress=progress)
         _write_files(folder, files, None)
         if not adapters_only:
-            _say_left(source, checkpoint, say)
+            _log_left(source, checkpoint)
 
 
 @contextlib.contextmanager
-def _staged(
-    source: str | FilePath, destination: str | FilePath, say: Callable[[str], None]
-) -> Iterator[tuple[FilePath, FilePath]]:
+def _staged(source: str | FilePath, destination: str | FilePath) -> Iterator[tuple[FilePath, FilePath]]:
     """The source's folder, downloaded where it has to be, and the one to write to: see `staged`."""
     try:
         destination = local_path(destination)
@@ -141,7 +138,7 @@ def _staged(
         written = [aside_of(destination), destination] if destination.name else []
         if any(folder.is_relative_to(os.path.realpath(path)) for path in written):
             raise CheckpointError(f"{source}: is where {destination} would be written first; give another destination")
-    with staged(destination, say) as aside:
+    with staged(destination) as aside:
         yield local_folder(source), aside
 
 
@@ -198,20 +195,18 @@ def _finite(
     return read
 
 
-def _say_left(source: FilePath, checkpoint: _Source, say: Callable[[str], None]) -> None:
+def _log_left(source: FilePath, checkpoint: _Source) -> None:
     if names := left_behind(source, checkpoint.files):
-        say(f"Not carried along: {', '.join(names)}")
+        _log.warning("Not carried along: %s", ", ".join(names))
 
 
-def _opened(
-    folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom | None, say: Callable[[str], None]
-) -> tuple[Phi4MMConfig, _Source]:
+def _opened(folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom | None) -> tuple[Phi4MMConfig, _Source]:
     """The source, with its adapters' values checked before anything is written."""
     own = read_config(folder)
     opened = open_checkpoint(folder, own)
     adapters = folder_adapters(folder, lambda: opened, own, adapters_from)
     if adapters:
-        say(taken_line(folder, adapters))
+        _log.warning("%s", taken_line(folder, adapters))
     config, checkpoint = with_adapters(own, adapters), _Source(opened, adapters)
 
     def layers_used(path: Path) -> np.ndarray:

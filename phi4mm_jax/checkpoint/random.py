@@ -28,7 +28,6 @@ def write_random_checkpoint(
     seed: int = 0,
     shard_bytes: int = pytorch.SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Write config.json, the shards with their index, and the adapters' folders, in bfloat16.
 
@@ -60,7 +59,7 @@ def write_random_checkpoint(
         return out
 
     size = sum(pytorch.nbytes(t, parameters) for t in tensors)
-    with staged(destination, say) as folder:
+    with staged(destination) as folder:
         check_room(folder, size)
         pytorch.write(folder, tensors, parameters, draw, shard_bytes=shard_bytes, progress=progress)
         if processor is not None:

@@ -3,29 +3,28 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from phi4mm_jax.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MARKER = ".written-by-phi4mm-jax"  # in a folder that may be removed
 
 
 @contextlib.contextmanager
-def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
+def staged(destination: Path) -> Iterator[Path]:
     """Yields a folder beside the destination, which takes the destination's name when all went well.
 
-    What an interrupted run has left there is removed, and said. Enter it before any work: from then on the name is
+    What an interrupted run has left there is removed, and logged. Enter it before any work: from then on the name is
     this process's, and a destination that cannot be written is known.
 
     A marker in the folder tells the next run that it may be removed. It stays until everything is on the disk under the
     destination's name, so that a kill at any point leaves nothing that is in the way.
-
-    Args:
-        say: called with what the user should know.
 
     Raises:
         CheckpointError: the destination exists, is being written by another process, or cannot be written.
@@ -44,7 +43,7 @@ def staged(destination: Path, say: Callable[[str], None]) -> Iterator[Path]:
             try:
                 (aside / _MARKER).touch()
                 if _reclaim(destination, aside) or leftover:
-                    say(f"An earlier run was interrupted before {destination} was whole; starting again.")
+                    _log.warning("An earlier run was interrupted before %s was whole; starting again.", destination)
                 yield aside
                 _flush(aside)
                 (aside / _MARKER).touch()  # no older than any file: see `_is_unfinished`

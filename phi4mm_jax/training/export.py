@@ -28,14 +28,13 @@ def export(
     step: str | int = "best",
     adapters_only: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    say: Callable[[str], None] = print,
 ) -> int:
     """Write the model that the run began with, with what was trained in place of its own, in its dtype; and its card.
 
     Args:
         run: the recipe's output.
         step: of the checkpoint: its number, "last" or "best".
-        destination, layout, adapters_only, progress, say: as in `to_torch`.
+        destination, layout, adapters_only, progress: as in `to_torch`.
 
     Returns:
         The step.
@@ -62,7 +61,7 @@ def export(
     card = model_card(Path(destination).name, run, recipe, number, sorted({path[0] for path in trained}), adapters_only)
     to_torch(
         recipe.model, destination, layout, adapters_only=adapters_only, fresh_adapters=recipe.fresh_adapters,
-        trained=trained, card=card, progress=progress, say=say,
+        trained=trained, card=card, progress=progress,
     )  # fmt: skip
     return number
 

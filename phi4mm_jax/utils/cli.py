@@ -7,6 +7,7 @@ where the package is installed.
 
 import argparse
 import json
+import logging
 import os
 import re
 import signal
@@ -93,7 +94,8 @@ def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     def program(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         _began.set()
         try:
-            return main(*args, **kwargs)
+            with _log_lines():
+                return main(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
             found = _ending(error)
             if found is None:
@@ -106,6 +108,27 @@ def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             return status
 
     return program
+
+
+class _Lines(logging.Handler):
+    """Writes records as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(_as_called(self.format(record), _CALL), file=sys.stderr)
+
+
+@contextmanager
+def _log_lines() -> Iterator[None]:
+    """Show what the library logs, as a program's own lines."""
+    logger, handler = logging.getLogger("phi4mm_jax"), _Lines()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -428,18 +428,22 @@ def test_a_killed_conversion_leaves_nothing_that_loads(way, original, tmp_path):
     phi4mm_jax.load(destination)
 
 
-def test_what_stays_behind_is_said(original, tmp_path):
-    source, said = tmp_path / "source", []
+def test_what_stays_behind_is_logged(original, tmp_path, caplog, capsys, monkeypatch):
+    source = tmp_path / "source"
     shutil.copytree(original, source)
     (source / "figures").mkdir()
     for name in ("figures/chart.png", "training_args.bin", ".gitattributes", "vision-lora/optimizer.pt", "notes.md"):
         (source / name).write_text("")
     (source / "LICENSE").symlink_to("nowhere")
-    to_orbax(source, tmp_path / "orbax", say=said.append)
-    assert said == ["Not carried along: .gitattributes, LICENSE, figures/, training_args.bin, vision-lora/optimizer.pt"]
+    left = "Not carried along: .gitattributes, LICENSE, figures/, training_args.bin, vision-lora/optimizer.pt"
+    to_orbax(source, tmp_path / "orbax")
+    assert caplog.messages == [left]
     assert (tmp_path / "orbax" / "notes.md").exists()
-    to_torch(tmp_path / "orbax", tmp_path / "torch", "original", say=said.append)
-    assert len(said) == 1  # what was read is not left behind
+    to_torch(tmp_path / "orbax", tmp_path / "torch", "original")
+    assert caplog.messages == [left]  # what was read is not left behind
+    monkeypatch.setattr(sys, "argv", ["to_orbax", str(source), str(tmp_path / "program")])
+    assert programs_to_orbax.main() == 0
+    assert capsys.readouterr().err.splitlines().count(left) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,15 @@ from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.staging import staged
 
 
-def write(destination: Path, content: str = "whole") -> list[str]:
-    said = []
-    with staged(destination, said.append) as folder:
+def write(destination: Path, content: str = "whole") -> None:
+    with staged(destination) as folder:
         (folder / "file").write_text(content)
-    return said
 
 
 def killed(destination: Path) -> Path:
     """What a run that is killed leaves."""
     aside = staging.aside_of(destination)
-    with contextlib.suppress(CheckpointError), staged(destination, print) as folder:
+    with contextlib.suppress(CheckpointError), staged(destination) as folder:
         (folder / "file").write_text("half")
         (folder / "folder").mkdir()
         folder.rename(f"{folder}-kept")
@@ -37,14 +35,18 @@ def killed(destination: Path) -> Path:
     return aside
 
 
-def test_leftovers_are_removed_and_said(tmp_path):
+def test_leftovers_are_removed_and_logged(tmp_path, caplog):
     killed(tmp_path / "destination")
-    (said,) = write(tmp_path / "destination")
-    assert "interrupted" in said
+    caplog.clear()
+    write(tmp_path / "destination")
+    (message,) = caplog.messages
+    assert "interrupted" in message
     assert [p.name for p in tmp_path.iterdir()] == ["destination"]
     assert [p.name for p in (tmp_path / "destination").iterdir()] == ["file"]
     staging.aside_of(tmp_path / "other").mkdir()  # killed before anything was written
-    assert write(tmp_path / "other") == []
+    caplog.clear()
+    write(tmp_path / "other")
+    assert caplog.messages == []
 
 
 def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
@@ -60,7 +62,7 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypa
 
         monkeypatch.setattr(owner, name, noted)
 
-    with staged(tmp_path / "new" / "destination", print) as folder:
+    with staged(tmp_path / "new" / "destination") as folder:
         (folder / "inner").mkdir()
         for name in ("file", "inner/file"):
             (folder / name).write_text("")
@@ -82,17 +84,18 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypa
 
 # Kills a run of `staged` at each of its lines in turn, and runs it again after each; prints what is wrong.
 KILLS = """
-import contextlib, os, shutil, signal, sys
+import contextlib, logging, os, shutil, signal, sys
 from pathlib import Path
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint import staging
 
 FILES = ["file", "inner/file"]
 READERS = ("_check_free", "_is_unfinished", "_sync", "<genexpr>")  # change nothing: a kill before them is one in them
+logging.disable()  # it says each time that an earlier run was interrupted
 os.fsync = lambda file: None  # slow, and nothing to a process that is killed
 
 def write(destination):
-    with staging.staged(destination, lambda text: None) as folder:
+    with staging.staged(destination) as folder:
         (folder / "inner").mkdir()
         for content in ("half", "whole"):
             for name in FILES:
@@ -240,7 +243,7 @@ def test_a_source_that_is_in_the_way(tmp_path, inner):
 
 def test_a_source_within_an_unfinished_destination(tmp_path):
     destination = tmp_path / "destination"
-    with staged(destination, print) as folder:
+    with staged(destination) as folder:
         shutil.copytree(TINY / "speech-lora", folder / "source")
     (destination / staging._MARKER).touch()
     with pytest.raises(CheckpointError, match=r"is where .*destination would be written first"):
@@ -293,11 +296,11 @@ def test_runs_at_the_same_time(tmp_path, monkeypatch, other, leftover):
         def late(descriptor, how):
             monkeypatch.setattr(staging.fcntl, "flock", flock)
             if other == "goes on":
-                (running.enter_context(staged(destination, print)) / "file").write_text("other")
+                (running.enter_context(staged(destination)) / "file").write_text("other")
             elif other == "finishes":
                 write(destination, "other")
             else:
-                with contextlib.suppress(ZeroDivisionError), staged(destination, print):
+                with contextlib.suppress(ZeroDivisionError), staged(destination):
                     raise ZeroDivisionError
             flock(descriptor, how)
 
@@ -312,7 +315,7 @@ def test_runs_at_the_same_time(tmp_path, monkeypatch, other, leftover):
 
 def test_a_destination_that_appears_meanwhile(tmp_path):
     precious = tmp_path / "destination" / "precious"
-    with pytest.raises(CheckpointError, match="cannot be written"), staged(precious.parent, print):
+    with pytest.raises(CheckpointError, match="cannot be written"), staged(precious.parent):
         shutil.copytree(TINY / "speech-lora", precious)
     assert os.listdir(tmp_path) == ["destination"]
     assert len(os.listdir(precious)) == 2
@@ -320,7 +323,7 @@ def test_a_destination_that_appears_meanwhile(tmp_path):
 
 def test_the_converters_hold_the_name_first(tmp_path):
     with (
-        staged(tmp_path / "destination", print),
+        staged(tmp_path / "destination"),
         pytest.raises(CheckpointError, match="another process is writing it"),
     ):
         to_orbax(TINY, tmp_path / "destination")
