@@ -36,8 +36,8 @@ from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
+from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_image
-from phi4mm_jax.processing.processor import Row
 from phi4mm_jax.processing.prompt import Media
 from tests.helpers import torch_native
 

@@ -33,8 +33,9 @@ from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import load_image
-from phi4mm_jax.processing.processor import Processor, Row
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Tokens
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames

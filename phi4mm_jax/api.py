@@ -31,7 +31,8 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
 from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.processing.processor import Processor, PromptLike, Row
+from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.processor import Processor, PromptLike
 from phi4mm_jax.utils.compilation import keep_compiled_by_default
 
 _log = logging.getLogger(__name__)

@@ -26,10 +26,11 @@ from phi4mm_jax.data.augment import (
 from phi4mm_jax.data.conversation import read_conversation
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.audio import load_audio, measure_audio
+from phi4mm_jax.processing.batching import Outline, Row, num_chunks
 from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.media_urls import with_paths
-from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Prompt
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ import numpy as np
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.processor import BatchSizes, Outline, Processor
+from phi4mm_jax.processing.batching import BatchSizes, Outline, assemble
+from phi4mm_jax.processing.processor import Processor
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def build(
     for slot in plan.slots[host]:
         found = [example for at in slot for example in examples.get(at, ())]
         rows += [found] if config.pack else [[example] for example in found] or [[]] * sequences
-    batch = processor.assemble([[e.row for e in row] for row in rows], plan.sizes, host, len(plan.slots))
+    batch = assemble([[e.row for e in row] for row in rows], plan.sizes, processor.config, host, len(plan.slots))
     targets = np.full(batch.tokens.shape, processor.config.pad_token_id, np.int32)
     weights = np.zeros(batch.tokens.shape, np.float32)
     for b, row in enumerate(rows):

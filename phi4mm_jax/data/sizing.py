@@ -8,7 +8,7 @@ from phi4mm_jax.data.examples import Kind, Size
 from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS, SPEECH
-from phi4mm_jax.processing.processor import bucket
+from phi4mm_jax.processing.batching import bucket
 
 _LEAST_STEPS = 8  # an epoch, where the samples are enough
 _LENGTH, _ROWS = 4096, 8  # of large sets: tokens of a row, and rows at least

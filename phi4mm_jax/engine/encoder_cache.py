@@ -12,8 +12,8 @@ import numpy as np
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.audio_features import num_audio_tokens
+from phi4mm_jax.processing.batching import Row, clip_chunks
 from phi4mm_jax.processing.images import SUB_SEPARATOR
-from phi4mm_jax.processing.processor import Row, clip_chunks
 
 BLOCK_SIZE = 64  # features; an input's features take as many whole blocks as they need
 _GROUP_SIZES = (4, 1)  # inputs that are encoded at once

@@ -30,7 +30,8 @@ from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Pro
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
-from phi4mm_jax.processing.processor import Processor, Row
+from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.processor import Processor
 
 _CACHE_TOKENS = 32768  # where the memory is not known
 _ROWS = (4, 1)  # rows that are prefilled at once

@@ -39,8 +39,9 @@ from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.model.speech import HALO_FRAMES
 from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import choose_grid, load_image
-from phi4mm_jax.processing.processor import Processor, Row
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import KINDS, Kind
 from phi4mm_jax.utils.paths import local_path
 

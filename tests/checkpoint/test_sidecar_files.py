@@ -21,7 +21,8 @@ from soundfile import read as read_audio
 from phi4mm_jax import CheckpointError, ConfigError
 from phi4mm_jax.checkpoint.sidecar_files import companion_files
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.processing.processor import Processor, read_dynamic_hd
+from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.processing.processor_files import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())

@@ -12,8 +12,9 @@ from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting, build
 from phi4mm_jax.data.sizing import Divisors, check_reached, propose_packing, propose_trainable
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.batching import Outline, Row, num_chunks
 from phi4mm_jax.processing.images import GLOBAL_SEPARATOR, SUB_SEPARATOR, ImageFeatures
-from phi4mm_jax.processing.processor import Outline, Processor, Row, num_chunks
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Media
 
 LENGTH = 128

@@ -14,8 +14,9 @@ from PIL import Image
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import processor
+from phi4mm_jax.processing.batching import bucket
 from phi4mm_jax.processing.images import choose_grid
-from phi4mm_jax.processing.processor import Processor, bucket
+from phi4mm_jax.processing.processor import Processor
 
 IMAGES = sorted([*(FIXTURES / "ms_prep" / "inputs").glob("*.png"), *(TINY / "inputs").glob("*.png")])
 CLIPS = sorted((TINY / "inputs").glob("*.flac"))

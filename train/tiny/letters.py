@@ -28,8 +28,8 @@ import phi4mm_jax
 from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
+from phi4mm_jax.processing.batching import clip_chunks
 from phi4mm_jax.processing.images import load_image, preprocess_image
-from phi4mm_jax.processing.processor import clip_chunks
 from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.param_filter import join, split
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser

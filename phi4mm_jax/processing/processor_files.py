@@ -1,0 +1,77 @@
+"""Processor files of a checkpoint folder: settings of media, the crops of an image, the context."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.processing.audio_features import AUDIO_RATES, FEATURE_SETTINGS
+
+# Settings that the files may state, with the only values that are supported.
+_PROCESSING: Mapping[str, Any] = {
+    "image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_resize": True, **FEATURE_SETTINGS, **AUDIO_RATES,
+}  # fmt: skip
+
+
+def check_processing(folder: Path) -> None:
+    """Check that the checkpoint's media are processed as they are here.
+
+    Raises:
+        CheckpointError: a setting that would change the numbers; it names the file and the key.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        values = read_json(path) if path.exists() else {}
+        sections = [values, *(values.get(key) for key in ("image_processor", "feature_extractor"))]
+        for section in sections:
+            for key in _PROCESSING.keys() & (section.keys() if isinstance(section, Mapping) else set()):
+                found = section[key]
+                numbers = found if isinstance(found, list) else [found]
+                if found is not None and not all(_is_close(number, _PROCESSING[key]) for number in numbers):
+                    raise CheckpointError(
+                        f"{path}: {key} is {found!r:.60}; only {_PROCESSING[key]!r:.20}, the release's, is supported: "
+                        "media are processed as in its training"
+                    )
+
+
+def _is_close(found: Any, usual: float) -> bool:
+    return isinstance(found, int | float) and math.isclose(found, usual, rel_tol=1e-6)
+
+
+def read_dynamic_hd(folder: Path) -> int:
+    """Return the largest number of crops of an image.
+
+    It is in preprocessor_config.json or, as transformers 5 saves a processor, in a section of processor_config.json,
+    which transformers reads first.
+
+    Raises:
+        CheckpointError: neither file says it, or one is unusable.
+    """
+    path = folder / "processor_config.json"
+    settings = read_json(path).get("image_processor") if path.exists() else None
+    if not isinstance(settings, Mapping):  # older ones only name the processor's class
+        path = folder / "preprocessor_config.json"
+        settings = read_json(path)
+    dynamic_hd = settings.get("dynamic_hd")
+    if not isinstance(dynamic_hd, int) or isinstance(dynamic_hd, bool) or dynamic_hd < 1:
+        raise CheckpointError(f"{path}: dynamic_hd is {dynamic_hd!r}; expected the largest number of crops")
+    return dynamic_hd
+
+
+def read_context(folder: Path, config: Phi4MMConfig) -> int:
+    """Return the number of tokens of the longest sequence, of the tokenizer's file, else of the network.
+
+    Raises:
+        CheckpointError: the file states no number of tokens.
+    """
+    path = folder / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.exists() else None
+    is_number = isinstance(length, int | float) and not isinstance(length, bool)
+    if length is None or (is_number and length >= 10**9):  # some tools write 10**30 for "unknown"
+        return config.decoder.rope.max_length
+    if not is_number or not length >= 1 or length != int(length):
+        raise CheckpointError(f"{path}: model_max_length is {length!r:.80}; expected the context's number of tokens")
+    return int(length)
