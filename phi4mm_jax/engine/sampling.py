@@ -107,6 +107,7 @@ def _real(value: Any) -> float:
         return float("inf")
 
 
+@jax.named_scope("sampling")
 def sample(
     logits: Float[Array, "B V"], positions: Int[Array, " B"], rows: SamplingRows, seen: Bool[Array, "B V"] | None = None
 ) -> Int[Array, " B"]:

@@ -210,6 +210,7 @@ class Programs:
         return self._kept(cache), _likeliest(logits, candidates)
 
 
+@jax.named_scope("log_probability")
 def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
     chosen = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, -1)
@@ -219,11 +220,13 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
     return jnp.isfinite(logits).all(-1)
 
 
+@jax.named_scope("log_probability")
 def _likeliest(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
 
 
+@jax.named_scope("copy_on_write")
 def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
     """Copy pages of all layers, one after the other, in the cache's own order of bytes: XLA then copies nothing else.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,6 +16,7 @@ from phi4mm_jax.mesh import Axes, over_mesh
 Implementation = Literal["xla", "pallas_tpu"]
 
 
+@jax.named_scope("flash_attention")
 def flash_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -116,6 +118,7 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+@jax.named_scope("decode_attention")
 def decode_attention(
     q: Float[Array, "B N H"],
     k: Array,
@@ -195,6 +198,7 @@ def decode_attention(
     return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
 
 
+@jax.named_scope("append_tokens")
 def append_tokens(
     caches: Sequence[Array],
     new: Sequence[Array],

@@ -184,6 +184,7 @@ def _attend(q, k, v, layer, rows: CachedInputs, cache: Cache) -> tuple[Float[Arr
     return _attend_to_cached(q, layer, rows, cache), cache
 
 
+@jax.named_scope("cached_attention")
 def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array, "B T N H"]:
     """Causal attention of new tokens, which are in the cache already, to all tokens there.
 
@@ -220,6 +221,7 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array
     return out.astype(q.dtype)
 
 
+@jax.named_scope("cache_gather")
 def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[Array, "B S K H"]:
     """The tokens of the first pages of each row, one page after the other, and by the same reason as in `_write`.
 
@@ -243,6 +245,7 @@ def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[
     return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
 
 
+@jax.named_scope("cache_write")
 def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
     """One token a row, after its last."""
     position = jnp.maximum(rows.lengths - 1, 0)[:, None]
@@ -262,6 +265,7 @@ def _cache_values(cache: Cache, k: Float[Array, "..."], v: Float[Array, "..."]) 
     return k, v, k_scales, v_scales
 
 
+@jax.named_scope("cache_write")
 def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
     """Whole pages, those after a row's last token excepted."""
     size = cache.page_size

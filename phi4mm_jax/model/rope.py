@@ -50,6 +50,7 @@ def within_segments(segments: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int
     return index - start, stop - start
 
 
+@jax.named_scope("rope")
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
 ) -> Float[Array, "B T N H"]:

@@ -46,6 +46,7 @@ class TokenLosses(NamedTuple):
     correct: Float[Array, "B T"]  # 1 where the target is the likeliest
 
 
+@jax.named_scope("loss")
 def token_losses(
     hidden: Float[Array, "B T D"],
     embedding: Float[Array, "V D"],

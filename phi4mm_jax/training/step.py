@@ -122,8 +122,9 @@ def train_step(
     """
     own = None if key is None else jax.random.fold_in(key, state.step)
     found, sums = gradients(objective, state.trainable, frozen, batches, own)
-    updates, optimizer_state = optimizer.update(found, state.optimizer, state.trainable)
-    trainable: Any = optax.apply_updates(state.trainable, updates)
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(found, state.optimizer, state.trainable)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
     weight = jnp.maximum(sums.weight, 1.0)
     metrics = Metrics(
         sums.loss / weight, -sums.log_probability / weight, sums.correct / weight, sums.weight,
