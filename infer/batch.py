@@ -41,6 +41,7 @@ from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
+from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import count_bar, progress_bar
 
 
@@ -74,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
         "--compilation-cache", metavar="DIR", default=str(default_folder()),
         help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
     )  # fmt: skip
+    add_profile(parser, "some lines in the middle")
     return parser.parse_args()
 
 
@@ -122,9 +124,13 @@ def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerF
     if arguments.warmup:
         with progress_bar("Compiling") as advance:
             engine.warm_up(advance)
-    with count_bar("Answering", "tokens", lines, answers.answered) as advance:
+    with (
+        count_bar("Answering", "tokens", lines, answers.answered) as advance,
+        Profile(arguments.profile, lines, answers.answered, arguments.slots) as profile,
+    ):
         for _, tokens in answers.run(engine):
             advance(1, tokens)
+            profile.advance()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_rep
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
+from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import count_bar
 
 _WIDTH = 120  # of the table, where the output is no terminal
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         "--compilation-cache", metavar="DIR", default=str(default_folder()),
         help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
     )  # fmt: skip
+    add_profile(parser, "some items in the middle")
     return parser.parse_args()
 
 
@@ -121,9 +123,13 @@ def evaluate(
             print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
         if file.answered < len(items):
             engine = make_engine(load_model(arguments), config)
-            with count_bar("Answering", "tokens", len(items), file.answered) as advance:
+            with (
+                count_bar("Answering", "tokens", len(items), file.answered) as advance,
+                Profile(arguments.profile, len(items), file.answered, arguments.slots) as profile,
+            ):
                 for _, tokens in file.run(engine):
                     advance(1, tokens)
+                    profile.advance()
     answers = read_answers(folder, items)
     starts = iter(answers)
     answered = {name: (of_set, [next(starts) for _ in of_set]) for name, of_set in sets.items()}

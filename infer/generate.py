@@ -17,6 +17,7 @@ from phi4mm_jax.processing.prompt import given_media
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import progress_bar
 
 
@@ -43,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add_adapter_folder(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
+    add_profile(parser, "the answer, once more after what compiles has been compiled,")
     return parser.parse_args()
 
 
@@ -82,27 +84,35 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
     return [*system, {"role": "user", "content": [*media, {"type": "text", "text": arguments.text}]}]
 
 
+def answer(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax.Completion:
+    (completion,) = model.generate(
+        [prompt_of(arguments)],
+        images=[arguments.image] if arguments.raw else None,
+        audios=[arguments.audio] if arguments.raw else None,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        beams=arguments.beams,
+        adapter=arguments.adapter,
+        seed=arguments.seed,
+        stop=arguments.stop,
+    )
+    return completion
+
+
 @cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
     check(arguments)
     model = load_model(arguments, notice=True)
     with progress_bar("Compiling and generating"), named_options(arguments):
-        (completion,) = model.generate(
-            [prompt_of(arguments)],
-            images=[arguments.image] if arguments.raw else None,
-            audios=[arguments.audio] if arguments.raw else None,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            min_p=arguments.min_p,
-            repetition_penalty=arguments.repetition_penalty,
-            beams=arguments.beams,
-            adapter=arguments.adapter,
-            seed=arguments.seed,
-            stop=arguments.stop,
-        )
+        completion = answer(arguments, model)
+        if arguments.profile is not None:
+            with Profile(arguments.profile):
+                answer(arguments, model)
     try:
         # A stream of its own: what standard output's could not write would be tried again at the program's end.
         descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding

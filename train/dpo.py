@@ -20,7 +20,7 @@ DPO = Method(lambda module, recipe: preference(module, recipe.dpo), with_referen
 @cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.dpo", __doc__, "preferences")
-    return train(recipe, DPO, dry_run=arguments.dry_run)
+    return train(recipe, DPO, dry_run=arguments.dry_run, profile=arguments.profile)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Where the recipe's output has checkpoints, the run resumes from the last one. SI
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,10 @@ from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
 from phi4mm_jax.utils.cli import cli_entrypoint
 from phi4mm_jax.utils.paths import local_path
+from phi4mm_jax.utils.profiling import Profile
 from phi4mm_jax.utils.progress import progress_bar, step_bar
+
+PROFILED_STEPS = 3
 
 
 class Method(NamedTuple):
@@ -57,11 +61,12 @@ class Method(NamedTuple):
 SFT = Method(lambda module, recipe: supervised(module, recipe.loss))
 
 
-def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False) -> int:
+def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: Path | None = None) -> int:
     """Train to the last step, or until SIGTERM or Ctrl-C: then save, and end; the same call resumes from there.
 
     Args:
         dry_run: show what would be trained, and write nothing.
+        profile: a folder for a profile of some steps.
 
     Returns:
         The status to end the program with.
@@ -132,6 +137,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False) -> int:
             closing(MetricsLog(folder, number)) as metrics_log,
             step_bar(steps, number) as advance,
             closing(Throughput(model.config, trainable, number)) as throughput,
+            Profile(profile, steps, number, PROFILED_STEPS) as trace,
         ):
             zero_gradients = ZeroGradientCheck(recipe.trainable, number, steps)
             log = StepLog(metrics_log, throughput, rates, recipe.data.kind, zero_gradients, advance)
@@ -172,6 +178,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False) -> int:
                 number += 1
                 throughput.watch(number, metrics, batches)
                 log.flush()  # the step before, while the devices are busy with this one
+                trace.advance()
                 if number % recipe.log_every == 0:
                     log.add(number, metrics)
 
@@ -207,7 +214,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False) -> int:
 @cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.sft", __doc__, "answers")
-    return train(recipe, dry_run=arguments.dry_run)
+    return train(recipe, dry_run=arguments.dry_run, profile=arguments.profile)
 
 
 if __name__ == "__main__":

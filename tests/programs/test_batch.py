@@ -649,11 +649,14 @@ def test_warming_up_comes_before_the_first_answer(tmp_path, engine, monkeypatch,
             return engine.run(requests)
 
     monkeypatch.setattr(batch.phi4mm_jax, "load", lambda *_, **__: Loaded())
-    given = command(write(tmp_path / "in", [GOOD]), tmp_path / "out", "", "--warmup")
+    given = command(
+        write(tmp_path / "in", [GOOD]), tmp_path / "out", "", "--warmup", "--profile", str(tmp_path / "profile")
+    )
     monkeypatch.setattr(sys, "argv", given[2:])
     assert batch.main() == 0
     assert calls == ["warm up", "run"]
     assert "Compiling" in capsys.readouterr().err
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert batch.main() == 0  # all is answered: nothing is loaded
     assert calls == ["warm up", "run"]
 

@@ -102,8 +102,9 @@ def final(folder: Path):
 
 def test_a_run(recipe, tmp_path, capsys, caplog):
     with jax.log_compiles():
-        assert run(recipe) == 0
+        assert sft.train(load_recipe(recipe), profile=tmp_path / "profile") == 0
     assert caplog.text.count("XLA compilation of jit(step)") == 1
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     lines = read_log(tmp_path / "run")
     steps = [line["step"] for line in lines]
     assert steps == list(range(1, len(steps) + 1))

@@ -51,13 +51,14 @@ def test_generate(tiny):
 
 
 @pytest.mark.subprocess
-def test_generate_from_a_raw_prompt_on_two_devices(tiny):
+def test_generate_from_a_raw_prompt_on_two_devices(tiny, tmp_path):
     prompt, clip = "<|user|><|audio_1|>Transcribe.<|end|><|assistant|>", str(TINY / "inputs" / "audio_0.flac")
     result = run(
         "infer.generate", "--model", str(TINY), "--dtype", "float32", "--raw", "--audio", clip, "--max-new-tokens", "6",
-        "--mesh", "tensor=2", prompt,
+        "--mesh", "tensor=2", "--profile", str(tmp_path), prompt,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
     assert "on 2 devices, mesh tensor=2\n" in result.stderr
     (completion,) = tiny.generate([prompt], audios=[[clip]], max_new_tokens=6)
     assert result.stdout == completion.text + "\n"

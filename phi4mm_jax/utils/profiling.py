@@ -1,0 +1,70 @@
+"""Profiles of programs: traces of jax, in which the phases of the model have their names."""
+
+import argparse
+from pathlib import Path
+from types import TracebackType
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.paths import path_argument
+
+
+def add_profile(parser: argparse.ArgumentParser, traced: str) -> None:
+    """Give a program the option --profile, a folder for `Profile`; `traced` says of which part it is."""
+    parser.add_argument(
+        "--profile", metavar="DIR", type=path_argument,
+        help=f"write a profile of {traced} there, for TensorBoard, XProf or Perfetto",
+    )  # fmt: skip
+
+
+class Profile:
+    """Trace of some items in the middle of work, when what compiles has been compiled; to be entered and left.
+
+    Args:
+        folder: where to write; None traces nothing.
+        total: items of the work, those that are done included.
+        count: items to trace.
+
+    Raises:
+        InputError: the folder cannot be written to; on entering.
+    """
+
+    def __init__(self, folder: Path | None, total: int = 1, done: int = 0, count: int = 1):
+        self._folder, self._done = folder, done
+        self._start = done + (total - done) // 2
+        self._stop = self._start + count
+        self._running = False
+
+    def __enter__(self) -> "Profile":
+        if self._folder is not None:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / ".writable").touch()
+                (self._folder / ".writable").unlink()
+            except OSError as error:
+                cause = f"{self._folder}: a profile cannot be written there ({error.strerror})"
+                raise InputError(f"{cause}; choose another folder") from error
+            self.advance(0)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._end()
+
+    def advance(self, items: int = 1) -> None:
+        """Note that so many more items are done."""
+        import jax
+
+        self._done += items
+        if self._running and self._done >= self._stop:
+            self._end()
+        elif self._folder is not None and self._start <= self._done < self._stop and not self._running:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # a host's Python calls would be most of the trace
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._running = True
+
+    def _end(self) -> None:
+        import jax
+
+        if self._running:
+            self._running, self._folder = False, None
+            jax.profiler.stop_trace()
