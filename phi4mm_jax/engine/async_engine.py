@@ -96,6 +96,11 @@ class AsyncEngine:
             if not answer.future.done():
                 answer.cancel()
 
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken: it is not closed, nor was it stopped by an error."""
+        return self._closed is None
+
     def close(self) -> None:
         """Cancel what is not answered, and end the thread. From any thread, any number of times."""
         with self._lock:

@@ -1,0 +1,213 @@
+"""A folder of answers in parts, each written whole; rerun the same command to resume a run that was stopped."""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from phi4mm_jax.engine.jsonl import Format
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.ray.answer import with_columns
+from phi4mm_jax.ray.inputs import digest_number, is_parquet, key_of
+from phi4mm_jax.ray.storage import open_storage, write_whole
+from phi4mm_jax.utils.strict_json import strict_json
+
+_PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
+_ROWS = 20_000  # of a part at most
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the answers of a part tell, one value each: see `inputs.Index`."""
+
+    keys: np.ndarray
+    digests: np.ndarray
+    failed: np.ndarray
+
+
+class Parts:
+    """The folder of a run's answers, written by one process.
+
+    Args:
+        url: of the folder, which is made where there is none.
+        form: of the answers.
+        parquet: write Parquet; by default a line of JSON for each answer.
+        seconds: that an answer may wait to be written: what a killed run has to answer again.
+
+    Attributes:
+        answers: the number of answers that were added.
+        errors: how many of them are errors.
+
+    Raises:
+        InputError: the folder has something else in it, or cannot be written.
+    """
+
+    def __init__(self, url: str, form: Format = "plain", parquet: bool = False, seconds: float = 30.0):
+        self.url, self._form, self._suffix = url, form, "parquet" if parquet else "jsonl"
+        self.storage, self._folder = open_storage(url)
+        self.answers = self.errors = 0
+        self._waiting: list[bytes] = []
+        self._seconds = seconds
+        self._since = 0.0
+        try:
+            self.storage.create_dir(self._folder, recursive=True)
+            infos = self.storage.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        names = [i.base_name for i in infos if not i.base_name.startswith(".") and i.base_name != _SETTINGS]
+        for name in names:
+            match = _PART.fullmatch(name)
+            if match is None:
+                raise InputError(f"{url}: has {name!r:.80}, which is no part of a run's answers; give another folder")
+            if match[2] != self._suffix:
+                raise InputError(f"{url}: has answers in .{match[2]}; give that --output-format, or another folder")
+        self._names = sorted(names, key=lambda name: int(_PART.fullmatch(name)[1]))  # type: ignore[index]
+        self._next = int(_PART.fullmatch(self._names[-1])[1]) + 1 if self._names else 0  # type: ignore[index]
+
+    @property
+    def paths(self) -> list[str]:
+        """The parts that there are, in the order in which they were written."""
+        return [f"{self._folder}/{name}" for name in self._names]
+
+    def check_settings(self, now: Mapping[str, Any]) -> None:
+        """Compare with the settings of the answers that are there; without answers, keep these.
+
+        Raises:
+            InputError: they differ, are missing or broken, or cannot be written.
+        """
+        path = f"{self._folder}/{_SETTINGS}"
+        if not self._names:
+            try:
+                write_whole(self.storage, path, (strict_json(now) + "\n").encode())
+            except OSError as error:
+                raise self._unwritable(error) from error
+            return
+        try:
+            with self.storage.open_input_file(path) as file:
+                before = json.loads(file.read())
+            others = [key for key in now if key != "model" and before.get(key) != now[key]]
+        except (OSError, ValueError, AttributeError):
+            raise InputError(
+                f"{self.url}: has answers, but {_SETTINGS}, which tells their model and settings, is missing or "
+                "broken; restore it, or give another folder"
+            ) from None
+        if others:
+            told = {"weights": "model"}
+            others = [told.get(key, key) for key in others]
+            causes = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in others)
+            raise InputError(
+                f"{self.url}: its answers are of another {causes}; give another folder, or resume with what it was"
+            )
+
+    def add(self, lines: Iterable[bytes], errors: int) -> None:
+        """Take answers, as lines of JSON; they are written with others, or after some seconds."""
+        before = len(self._waiting)
+        self._waiting += lines
+        self.answers += len(self._waiting) - before
+        self.errors += errors
+        self._since = self._since or time.monotonic()
+        if len(self._waiting) >= _ROWS or time.monotonic() - self._since >= self._seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the answers that wait as one part.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        if not self._waiting:
+            return
+        name = f"part-{self._next:06d}.{self._suffix}"
+        self._write(name, self._waiting)
+        self._names.append(name)
+        self._next += 1
+        self._waiting, self._since = [], 0.0
+
+    def keep(self, part: int, kept: np.ndarray) -> None:
+        """Rewrite a part with some of its answers only, or remove it where it keeps none.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        path = self.paths[part]
+        try:
+            if not kept.any():
+                self.storage.delete_file(path)
+            elif self._suffix == "parquet":
+                self._write(self._names[part], pq.read_table(path, filesystem=self.storage).filter(pa.array(kept)))
+            else:
+                self._write(self._names[part], list(compress(_lines(path, self.storage), kept)))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _write(self, name: str, answers: list[bytes] | pa.Table) -> None:
+        if self._suffix == "parquet":
+            sink = pa.BufferOutputStream()
+            pq.write_table(answers if isinstance(answers, pa.Table) else _table(answers), sink)
+            content = sink.getvalue()
+        else:
+            content = b"".join(line + b"\n" for line in answers)
+        try:
+            write_whole(self.storage, f"{self._folder}/{name}", content)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.url}: cannot be written ({error.strerror or error}); with room and permission, rerun the same "
+            "command to resume"
+        )
+
+
+def index_part(path: str, storage: fs.FileSystem, form: Format) -> Records:
+    """What the answers of a part tell of their lines.
+
+    Raises:
+        InputError: it is of another format, or has something else in it.
+    """
+    try:
+        if is_parquet(path):
+            table = pq.read_table(path, columns=["id", "request", "error"], filesystem=storage)
+            found = [(r["id"], r["request"], r["error"] is not None) for r in table.to_pylist()]
+        else:
+            found = [_record(json.loads(line), path, form) for line in _lines(path, storage)]
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read ({error!s:.200}); restore it, or give another folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is no part of a run's answers; give another folder") from None
+    names, digests, failed = zip(*found, strict=True) if found else ((), (), ())
+    return Records(
+        np.array([key_of(name) for name in names], np.uint64),
+        np.array([digest_number(digest) for digest in digests], np.uint64), np.array(failed, bool),
+    )  # fmt: skip
+
+
+def _record(answer: Mapping[str, Any], path: str, form: Format) -> tuple[Any, str | None, bool]:
+    is_openai = "custom_id" in answer
+    if is_openai != (form == "openai"):
+        other = "openai" if is_openai else "plain"
+        raise InputError(f"{path}: has answers of --format {other}; give that format, or another folder")
+    if is_openai:
+        return answer["custom_id"], answer["id"].removeprefix("batch_req_"), answer["error"] is not None
+    return answer["id"], answer.get("request"), "error" in answer
+
+
+def _lines(path: str, storage: fs.FileSystem) -> list[bytes]:
+    with storage.open_input_file(path) as file:
+        return file.read().split(b"\n")[:-1]
+
+
+def _table(lines: list[bytes]) -> pa.Table:
+    """Answers as columns; their ids are all whole numbers, or all strings."""
+    answers = [json.loads(line) for line in lines]
+    named = {name: pa.array([a.get(name) for a in answers], pa.string()) for name in ("request", "media")}
+    return with_columns(pa.table({"id": pa.array([a["id"] for a in answers]), **named}), answers)

@@ -1,0 +1,268 @@
+"""A run of infer.ray: files of requests, engines on all chips of a cluster, and a folder of answers."""
+
+import asyncio
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from phi4mm_jax.engine.jsonl import Format, completion_answer, encode_answer, error_answer, parse_line
+from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+from phi4mm_jax.ray.answer import Answer
+from phi4mm_jax.ray.inputs import Chunk, Index, folder_of, index_file, read_chunk
+from phi4mm_jax.ray.parts import Parts, Records, index_part
+from phi4mm_jax.ray.storage import find_files
+
+_IN_FLIGHT = 4  # batches of an engine at once
+_SMALLEST_BATCH = 16
+
+
+class AnswerLines(Answer):
+    """`Answer` for lines of request files; an answer is a line of the output.
+
+    Args:
+        form: of the answers.
+        options: arguments of `Answer`.
+    """
+
+    def __init__(self, form: Format, **options: Any):
+        super().__init__(**options)
+        self._form: Format = form
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        found = await asyncio.gather(*(self._answered(**row) for row in batch.to_pylist()))
+        answers, tokens, failed = zip(*found, strict=True)
+        return pa.table({"answer": pa.array(answers, pa.large_binary()), "tokens": tokens, "failed": failed})
+
+    async def _answered(self, number: int, line: bytes, url: str, name: str) -> tuple[bytes, int, bool]:
+        asked = parse_line(number, line, folder_of(url), self.settings, f"{name}:{number}")
+        found = await self.answer_line(asked)
+        if isinstance(found, str):
+            return encode_answer(error_answer(asked, found, self._form)), 0, True
+        return encode_answer(completion_answer(asked, found, self._form)), len(found.tokens), False
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines of a run, and what each has: so many chips, or processors where there are none."""
+
+    count: int
+    resource: str
+    each: int
+
+    def options(self) -> dict[str, Any]:
+        """Return arguments of `map_batches`."""
+        if self.resource == "TPU":
+            return {"num_cpus": 1, "resources": {"TPU": self.each}}
+        return {"num_cpus": 1, "num_gpus": self.each} if self.resource == "GPU" else {"num_cpus": self.each}
+
+
+def connect(address: str, engines: int | None) -> None:
+    """Join the cluster at an address; "auto": the one that there is, else this host alone, "local".
+
+    Raises:
+        InputError: there is none at the address.
+    """
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # what Ray forks becomes another program at once
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address != "local":
+        try:
+            ray.init(address, **quiet)
+            return
+        except (ConnectionError, ValueError) as error:
+            if address != "auto":
+                raise InputError(f"--cluster is {address!r}, which cannot be joined ({error}); check it") from error
+    ray.init("local", num_cpus=max(os.cpu_count() or 1, (engines or 1) + 1), include_dashboard=False, **quiet)
+
+
+def place_engines(count: int | None, each: int | None) -> Engines:
+    """Find room for engines on the cluster: one for each chip, or each group of chips; one where it has none.
+
+    Raises:
+        InputError: there is not as much room.
+    """
+    there = ray.cluster_resources()
+    resource = next((name for name in ("TPU", "GPU") if there.get(name)), "CPU")
+    room = int(there.get(resource, 0))
+    if resource == "CPU":
+        each, room = each or max(1, (room - 1) // (count or 1)), room - 1  # one processor reads
+    each = each or 1
+    count = room // each if count is None and resource != "CPU" else count or 1
+    if count * each > room or count < 1:
+        raise InputError(
+            f"{count} engines of {each} {resource} each need more than the {room} that the cluster has; give fewer "
+            "--engines, or another --mesh"
+        )
+    return Engines(count, resource, each)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The lines of all files, one value each: see `Index`.
+
+    Attributes:
+        order: that sorts the keys.
+    """
+
+    chunks: list[Chunk]
+    keys: np.ndarray
+    digests: np.ndarray
+    broken: np.ndarray
+    order: np.ndarray
+
+
+def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool) -> Inputs:
+    """Read all inputs once, on the cluster.
+
+    Args:
+        settings: of lines that do not say.
+        parquet: the ids are to be a column.
+
+    Raises:
+        InputError: there is no file, one cannot be read, or two lines have the same id.
+    """
+    files = find_files(pattern)
+    index: list[Index] = _gather(index_file, [(name, url, dict(settings)) for name, url in files.items()])
+    chunks = [chunk for found in index for chunk in found.chunks]
+    keys, digests, broken = (
+        np.concatenate([getattr(found, name) for found in index]) for name in ("keys", "digests", "broken")
+    )
+    if parquet and len(frozenset[type]().union(*(found.kinds for found in index))) > 1:
+        raise InputError(
+            f"{pattern}: ids are whole numbers and strings, which no column holds; give --output-format jsonl"
+        )
+    order = np.argsort(keys, kind="stable")
+    if len(twice := np.flatnonzero(keys[order][1:] == keys[order][:-1])):
+        first, second = (_where(chunks, int(order[at])) for at in (twice[0], twice[0] + 1))
+        raise InputError(f"{first} and {second} have the same id; give each its own")
+    return Inputs(chunks, keys, digests, broken, order)
+
+
+def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.ndarray]:
+    """Keep one answer of each line: an error gives way to an answer, and an earlier error to a later one.
+
+    Returns:
+        Of each line of the inputs whether its answer is an error, and whether it is none.
+
+    Raises:
+        InputError: an answer is to another request than its line is now.
+    """
+    keys, digests, order = inputs.keys, inputs.digests, inputs.order
+    failed, done = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
+    records: list[Records] = _gather(index_part, [(path, parts.storage, form) for path in parts.paths])
+    if not records or not len(keys):
+        return failed, done
+    told, bad, made = (np.concatenate([getattr(r, name) for r in records]) for name in ("keys", "failed", "digests"))
+    places = order[np.minimum(np.searchsorted(keys, told, sorter=order), len(keys) - 1)]
+    known = keys[places] == told
+    changed = known & ~bad & (digests[places] != 0) & (digests[places] != made)
+    if changed.any():
+        where = _where(inputs.chunks, int(places[changed.argmax()]))
+        raise InputError(
+            f"{parts.url}: has an answer to another request than {where} is now; give another folder, or "
+            "restore the input"
+        )
+    ranked = np.lexsort((np.arange(len(told)), ~bad, np.where(known, places, -1)))  # the last of each line is kept
+    last = np.append(places[ranked][1:] != places[ranked][:-1], True)
+    kept = ~known
+    kept[ranked] |= last
+    done[places[known & kept & ~bad]] = True
+    failed[places[known & kept & bad]] = True
+    ends = np.cumsum([len(r.keys) for r in records])
+    for part, mine in enumerate(np.split(kept, ends[:-1])):
+        if not mine.all():
+            parts.keep(part, mine)
+    return failed, done
+
+
+def answer(
+    inputs: Inputs, todo: np.ndarray, parts: Parts, engines: Engines, *, form: Format, options: Mapping[str, Any],
+    settings: Mapping[str, Any], advance: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Answer what is to do; engines that die are replaced, and their rows asked again.
+
+    Args:
+        todo: whether a line is to be answered.
+        options: arguments of `Answer`.
+        settings: of lines that do not say.
+        advance: called with numbers of answers and tokens as they come.
+
+    Raises:
+        InputError, CheckpointError, ConfigError: an engine cannot be made, or the answers cannot be written.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = max(_SMALLEST_BATCH, (options.get("engine") or {}).get("slots", 0))
+    pieces, at = [], 0
+    for chunk in inputs.chunks:
+        wanted = todo[at : at + chunk.lines]
+        at += chunk.lines
+        if wanted.any():
+            pieces.append(asdict(chunk) | {"wanted": np.packbits(wanted).tobytes()})
+    answers = (
+        ray.data.from_items(pieces, override_num_blocks=len(pieces))
+        .map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
+        .repartition(target_num_rows_per_block=rows)
+        .map_batches(
+            AnswerLines, batch_size=rows, batch_format="pyarrow",
+            fn_constructor_kwargs={"form": form, "defaults": dict(settings), **options},
+            compute=ray.data.ActorPoolStrategy(
+                size=engines.count, max_concurrent_calls_per_actor=_IN_FLIGHT,
+                max_tasks_in_flight_per_actor=_IN_FLIGHT + 1,
+            ),
+            **engines.options(),
+        )
+    )  # fmt: skip
+    try:
+        batches: Iterable[Any] = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+        for batch in batches:
+            failed = batch.column("failed").to_pylist()
+            tokens = batch.column("tokens").to_pylist()
+            parts.add(batch.column("answer").to_pylist(), sum(failed))
+            advance(batch.num_rows, sum(tokens))
+    except RayError as error:
+        raise _cause(error) from error
+    finally:
+        parts.flush()
+
+
+def _read(pieces: pa.Table) -> Iterator[pa.Table]:
+    for piece in pieces.to_pylist():
+        bits = np.frombuffer(piece.pop("wanted"), np.uint8)
+        yield read_chunk(Chunk(**piece), np.unpackbits(bits, count=piece["lines"]).astype(bool))
+
+
+def _gather(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Call a function on the cluster once for each tuple of arguments."""
+    remote = ray.remote(num_cpus=0.1)(function)
+    try:
+        return ray.get([remote.remote(*given) for given in arguments])
+    except RayTaskError as error:
+        raise _cause(error) from error
+
+
+def _cause(error: Exception) -> Exception:
+    """One of this package's errors, where that is what a worker raised."""
+    last = str(error).strip().splitlines()[-1]
+    for kind in (InputError, CheckpointError, ConfigError):
+        _, found, message = last.partition(f"{kind.__name__}: ")
+        if found:
+            return kind(message)
+    return error
+
+
+def _where(chunks: list[Chunk], place: int) -> str:
+    """The file that has a line, and about which number it has there."""
+    for chunk in chunks:
+        if place < chunk.lines:
+            return f"{chunk.url}: one of the lines from {chunk.number + 1} on" if chunk.lines else chunk.url
+        place -= chunk.lines
+    raise IndexError(place)

@@ -1,0 +1,233 @@
+"""Batches on many engines: answers of one, whatever is killed, every id once."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.paths import TINY
+
+from phi4mm_jax import InputError
+from phi4mm_jax.engine import EngineConfig, Request
+
+pytest.importorskip("ray", reason="ray is not installed; it is in the extra ray")
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from phi4mm_jax.ray import Answer
+from phi4mm_jax.ray.chips import restrict_to_chips
+from phi4mm_jax.ray.inputs import index_file, key_of, read_chunk
+from phi4mm_jax.ray.media import as_json, fetch_remote
+from phi4mm_jax.ray.parts import Parts, index_part
+from phi4mm_jax.ray.storage import find_files
+
+ROOT = Path(__file__).parents[2]
+IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
+SIZES = {"slots": 3, "cache_tokens": 4096, "page_size": 64, "chunk": 256, "steps": 4}  # as in test_batch.py
+DEFAULTS = {"max_new_tokens": 3}
+
+
+def prompt(text: str, media: str = "") -> str:
+    return f"<|user|>{media}{text}<|end|><|assistant|>"
+
+
+def wanted(count: int, *but: int) -> np.ndarray:
+    return np.array([i not in but for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def answer() -> Answer:
+    return Answer(TINY, engine=SIZES, defaults=DEFAULTS, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return tiny.engine(EngineConfig(**SIZES))
+
+
+def ask(answer: Answer, table: pa.Table) -> list[dict]:
+    return asyncio.run(answer(table)).to_pylist()
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_of_paths_and_bytes_are_answered_as_by_one_engine(answer, engine):
+    table = pa.table(
+        {
+            "page": [7, 8, 9],  # the caller's own
+            "prompt": [prompt("a"), prompt("read", "<|image_1|>"), prompt("hear", "<|audio_1|>")],
+            "images": pa.array([None, [IMAGE.read_bytes()], None], pa.list_(pa.binary())),
+            "audios": pa.array([None, None, [str(CLIP)]], pa.list_(pa.string())),
+        }
+    )
+    found = ask(answer, table)
+    asked = [
+        Request(prompt("a"), max_new_tokens=3),
+        Request(prompt("read", "<|image_1|>"), images=[IMAGE], max_new_tokens=3),
+        Request(prompt("hear", "<|audio_1|>"), audios=[CLIP], max_new_tokens=3),
+    ]
+    expected = dict(engine.run(iter(asked)))
+    assert [row["page"] for row in found] == [7, 8, 9]
+    assert [row["tokens"] for row in found] == [expected[i].tokens for i in range(3)]
+    assert [row["error"] for row in found] == [None] * 3
+    assert not {"prompt", "images", "audios"} & found[0].keys()
+
+
+def test_messages_in_columns_that_have_nulls(answer, engine):
+    parts = pa.list_(pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.binary())]))
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", parts)]))
+    content = [{"type": "image", "text": None, "image": IMAGE.read_bytes()}, {"type": "text", "text": "read"}]
+    found = ask(answer, pa.table({"messages": pa.array([[{"role": "user", "content": content}]], kind)}))
+    chat = [{"role": "user", "content": [{"type": "image", "image": str(IMAGE)}, {"type": "text", "text": "read"}]}]
+    ((_, expected),) = engine.run(iter([Request(chat, max_new_tokens=3)]))
+    assert found[0]["tokens"] == expected.tokens
+
+
+def test_a_bad_row_is_an_error_of_its_own(answer):
+    table = pa.table(
+        {
+            "id": ["bad", "gone", "good"],
+            "prompt": [prompt("x"), prompt("x", "<|image_1|>"), prompt("x")],
+            "temperature": [-1.0, None, None],
+            "images": [None, ["nowhere.png"], None],
+        }
+    )
+    bad, gone, good = ask(answer, table)
+    assert bad["id"] == "bad"
+    assert "temperature" in bad["error"]
+    assert "nowhere.png" in gone["error"]
+    assert gone["tokens"] is None
+    assert good["error"] is None
+    assert len(good["tokens"]) == 3
+    with pytest.raises(InputError, match='batch_format="pyarrow"'):
+        asyncio.run(answer({"prompt": np.array(["x"])}))
+
+
+def test_batches_in_flight_share_the_slots(answer):
+    """A batch that comes later is through before one that draws long: nobody waits for the first batch's end."""
+    ended = []
+
+    async def batches() -> None:
+        async def one(name: str, tokens: int) -> None:
+            await answer(pa.table({"prompt": [prompt(name)], "max_new_tokens": [tokens]}))
+            ended.append(name)
+
+        await asyncio.gather(one("long", 60), one("short", 2))
+
+    asyncio.run(batches())
+    assert ended == ["short", "long"]
+
+
+def test_references_and_bytes_become_data_urls(monkeypatch):
+    reference = ray.ObjectRef(b"r" * 28)
+    monkeypatch.setattr(ray, "get", {reference: b"abc"}.get)
+    stored = {"bytes": b"abc", "path": None}
+    row = as_json({"images": [b"abc", reference, stored, {"bytes": None, "path": "a.png"}, "b.png"], "seed": None})
+    assert row == {"images": ["data:image/unknown;base64,YWJj"] * 3 + ["a.png", "b.png"]}
+    monkeypatch.setattr(ray, "get", {reference: 5}.get)
+    with pytest.raises(InputError, match="holds a int"):
+        as_json({"audios": [reference]})
+
+
+def test_media_at_urls_are_fetched(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"abc")
+    url = f"local://{path}"
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": url}, {"type": "image_url", "image_url": {"url": url}}]}
+    ]
+    assert fetch_remote(Request("x", images=[url, "b.png"])).images == [b"abc", "b.png"]
+    found = fetch_remote(Request(chat)).prompt[0]["content"]
+    assert [found[0]["image"], found[1]["image_url"]["url"]] == [b"abc", b"abc"]
+    with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
+        fetch_remote(Request("x", images=[f"{url[:-5]}gone.png"]))
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_files_of_a_glob(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl", ".hidden.jsonl", "a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert find_files(f"{tmp_path}/*.jsonl") == {n: f"{tmp_path}/{n}" for n in ("a.jsonl", "b.jsonl")}
+    assert find_files(f"local://{tmp_path}/**/*.jsonl").keys() == {"a.jsonl", "b.jsonl", "deep/c.jsonl"}
+    assert find_files(f"file://{tmp_path}").keys() == {"a.jsonl", "b.jsonl", "deep/c.jsonl", "a.txt"}
+    with pytest.raises(InputError, match="no such file"):
+        find_files(f"{tmp_path}/*.parquet")
+
+
+def test_lines_of_chunks_are_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi4mm_jax.ray.inputs._CHUNK_LINES", 2)
+    lines = ['\ufeff{"prompt": "a"}', "", '{"prompt": "b", "id": 7}', "  ", "no JSON", '{"prompt": "d", "id": "7"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines), newline="")
+    index = index_file("in.jsonl", str(tmp_path / "in.jsonl"), DEFAULTS)
+    assert index.keys.tolist() == [key_of(name) for name in ("in.jsonl:0", 7, "in.jsonl:4", "7")]
+    assert index.broken.tolist() == [False, False, True, False]
+    assert [(c.number, c.lines) for c in index.chunks] == [(0, 2), (3, 2)]
+    read = [row for chunk in index.chunks for row in read_chunk(chunk, wanted(2, 0)).to_pylist()]
+    assert [(row["number"], row["line"].strip()) for row in read] == [(2, lines[2].encode()), (5, lines[5].encode())]
+
+
+def test_rows_of_parquet_are_lines(tmp_path):
+    path = tmp_path / "in.parquet"
+    table = pa.table({"id": [5, 6, 7], "prompt": ["a", "b", "c"], "images": [[b"abc"], [], None]})
+    pq.write_table(table, path, row_group_size=2)
+    index = index_file("in.parquet", str(path), DEFAULTS)
+    assert index.keys.tolist() == [key_of(i) for i in (5, 6, 7)]
+    rows = [row for chunk in index.chunks for row in read_chunk(chunk, wanted(chunk.lines)).to_pylist()]
+    assert [json.loads(row["line"]) for row in rows] == [
+        {"id": 5, "prompt": "a", "images": ["data:image/unknown;base64,YWJj"]},
+        {"id": 6, "prompt": "b", "images": []},
+        {"id": 7, "prompt": "c"},
+    ]
+    pq.write_table(table.append_column("page", pa.array([1, 2, 3])), path)
+    with pytest.raises(InputError, match="column 'page' is not known"):
+        index_file("in.parquet", str(path), DEFAULTS)
+
+
+@pytest.mark.parametrize("parquet", [False, True], ids=["jsonl", "parquet"])
+@pytest.mark.parametrize("scheme", ["", "local://"], ids=["path", "url"])
+def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
+    url = f"{scheme}{tmp_path}/out"
+    answers = [{"id": "a", "request": "00ff", "text": "é", "tokens": [1, 2]}, {"id": "b", "request": "1", "error": "e"}]
+    for answer in answers:
+        parts = Parts(url, parquet=parquet, seconds=1000)
+        parts.add([json.dumps(answer).encode()], errors=0)
+        assert len(parts.paths) == answers.index(answer)  # it waits for others
+        parts.flush()
+    parts = Parts(url, parquet=parquet)
+    suffix = "parquet" if parquet else "jsonl"
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"part-00000{i}.{suffix}" for i in range(2)]
+    found = [index_part(path, parts.storage, "plain") for path in parts.paths]
+    assert [(r.keys.tolist(), r.digests.tolist(), r.failed.tolist()) for r in found] == [
+        ([key_of("a")], [0xFF], [False]),
+        ([key_of("b")], [1], [True]),
+    ]
+    with pytest.raises(InputError, match="give that --output-format"):
+        Parts(url, parquet=not parquet)
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match=r"mine\.txt"):
+        Parts(url, parquet=parquet)
+
+
+# ---------------------------------------------------------------------------------------------- chips
+
+
+@pytest.mark.parametrize(
+    ("chips", "bounds"), [([3], "1,1,1"), ([2, 3], "1,2,1"), ([4, 5, 6, 7], "2,2,1"), ([*range(8)], "2,4,1")]
+)
+def test_an_engine_sees_its_own_chips(chips, bounds):
+    environment = {"TPU_HOST_BOUNDS": "2,2,1", "TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}
+    restrict_to_chips(chips, environment)
+    assert environment["TPU_VISIBLE_CHIPS"] == ",".join(map(str, chips))
+    assert environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] == bounds
+    assert environment["TPU_PROCESS_BOUNDS"] == "1,1,1"
+    assert environment["TPU_WORKER_HOSTNAMES"] == "localhost"
+    assert environment["TPU_PROCESS_PORT"] == str(8476 + chips[0])
+    assert "TPU_HOST_BOUNDS" not in environment
+    with pytest.raises(InputError, match="3 TPU chips"):
+        restrict_to_chips([0, 1, 2], environment)
