@@ -45,25 +45,25 @@ class SpeechAugmentation:
     frequency_width: int = 27
 
     def __post_init__(self):
-        for name, (least, most) in (("speed", _SPEEDS), ("pitch", _SEMITONES)):
+        for name, (min_, max_) in (("speed", _SPEEDS), ("pitch", _SEMITONES)):
             value = getattr(self, name)
-            if value is not None and not (len(value) == 2 and least <= value[0] <= value[1] <= most):
+            if value is not None and not (len(value) == 2 and min_ <= value[0] <= value[1] <= max_):
                 raise InputError(
-                    f"augment_speech.{name} is {value!r:.80}; expected a range within {least:g} and {most:g}, such as "
+                    f"augment_speech.{name} is {value!r:.80}; expected a range within {min_:g} and {max_:g}, such as "
                     f"{'(0.9, 1.1)' if name == 'speed' else '(-2, 2)'}"
                 )
-        for name, least in (("time_masks", 0), ("time_width", 1), ("frequency_masks", 0), ("frequency_width", 1)):
+        for name, min_ in (("time_masks", 0), ("time_width", 1), ("frequency_masks", 0), ("frequency_width", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"augment_speech.{name} is {value!r:.80}; expected a whole number from {least} on")
+            if not isinstance(value, int) or isinstance(value, bool) or value < min_:
+                raise InputError(f"augment_speech.{name} is {value!r:.80}; expected a whole number from {min_} on")
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to media after they are decoded.
+    """Changes of media after they are decoded.
 
     The functions must keep an image's size and a clip's length and rate, by which tokens are counted before. Draws come
-    from the generator alone, so that they repeat when a run goes on.
+    from the generator alone, so that they repeat when a run is resumed.
     """
 
     image: AugmentImage | None = None
@@ -72,7 +72,7 @@ class Augment:
 
 
 def draw_speed(augmentation: SpeechAugmentation, num_samples: int, rate: int, rng: np.random.Generator) -> float:
-    """The factor of a clip, the first draw of its generator; 1 for one that would become shorter than a frame."""
+    """Draw the factor of a clip, first of its generator; 1 for one that would become shorter than a frame."""
     if augmentation.speed is None:
         return 1.0
     speed = float(rng.uniform(*augmentation.speed))

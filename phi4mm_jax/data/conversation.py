@@ -1,7 +1,7 @@
-"""Lines of manifests as conversations in one form, whoever's tool they were written for.
+"""Lines of manifests as conversations in one form, also those that were written for other tools.
 
 Besides our own chats these are ms-swift's, LLaMA-Factory's and TRL's, with media beside the messages and their places
-in the texts, and OpenAI's, with tools and weights beside them. What changes what is learnt is taken or refused.
+in the texts, and OpenAI's, with tools and weights beside them. Keys that change the loss mask are taken or refused.
 """
 
 import json
@@ -38,7 +38,7 @@ class Conversation:
     """Chat messages as `render_chat` takes them, with their media and tools.
 
     Attributes:
-        loss_mask: for each message of role assistant whether it carries loss.
+        loss_mask: of each message of role assistant.
     """
 
     messages: list[dict[str, Any]]
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def read_conversation(values: Mapping[str, Any]) -> Conversation:
-    """The conversation of a line.
+    """Return the conversation of a line.
 
     Raises:
         InputError: it has none, its media are not as many as their places, or a key that looks like media, tools or a
@@ -120,7 +120,7 @@ def _looks_like(key: str, value: Any) -> str | None:
 
 
 def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with role and content, without nulls and loss."""
+    """Return a message with role and content, without nulls and loss."""
     for key, value in given.items():
         if key not in _MESSAGE_KEYS and (what := _looks_like(key, value)):
             raise InputError(f"{where}.{key} looks like {what} and is not taken; rename it, or take it out")
@@ -133,7 +133,7 @@ def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
-    """What a message says of its loss: true or false, or 1 or 0, by one of several names."""
+    """Return what a message says of its loss: true or false, or 1 or 0, by one of several names."""
     said = {}
     for key in _LOSS:
         value = message.get(key)
@@ -194,7 +194,7 @@ def _with_system(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
 
 
 def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools beside the messages in the first system message, as `render_chat` puts them."""
+    """Put tools beside the messages into the first system message, as `render_chat` puts them."""
     tools = values.get("tools")
     if not tools or (isinstance(tools, str) and tools.split() in ([], ["[]"])):
         return messages
@@ -230,7 +230,7 @@ def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
 
 
 def _beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
-    """The media of a kind; None if the line has no such key."""
+    """Return the media of a kind; None if the line has no such key."""
     plural, singular = MEDIA[kind]
     given = [key for key in (plural, singular) if values.get(key) is not None]
     if len(given) > 1:
@@ -248,7 +248,7 @@ def _beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
 
 
 def _empty_parts(message: Mapping[str, Any]) -> Iterator[str]:
-    """The kinds of the parts that have no medium of their own."""
+    """Return the kinds of the parts that have no medium of their own."""
     content = message.get("content")
     for part in content if isinstance(content, list) else ():
         if isinstance(part, Mapping) and _is_empty(part):
@@ -261,7 +261,7 @@ def _is_empty(part: Mapping[str, Any]) -> bool:
 
 
 def _split(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a message, its texts cut where media belong."""
+    """Return the content of a message, its texts cut where media belong."""
     content = message.get("content")
     if isinstance(content, str):
         return {"content": _parts(content)} if _PLACE.search(content) else {}

@@ -1,4 +1,4 @@
-"""Samples of a manifest: a conversation becomes a row with its answers marked.
+"""Samples of a manifest: a conversation becomes a row with its loss mask.
 
 A sample is a conversation (see `conversation`) whose assistant turns are its answers; or, a preference, one that ends
 with a prompt, and the answers "chosen" and "rejected". The tokens are those that the model sees and says when it
@@ -44,7 +44,7 @@ Kind = Literal["answers", "preferences"]
 
 
 class BadSample(InputError):
-    """A sample that cannot be learnt from; `cause` is what is counted where bad samples are skipped."""
+    """Sample that cannot be trained on; `cause` is counted where bad samples are skipped."""
 
     def __init__(self, cause: Cause, message: str):
         super().__init__(message)
@@ -53,28 +53,28 @@ class BadSample(InputError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation whose text is checked and whose media are still files.
+    """Conversation whose text is checked and whose media are still files.
 
     Attributes:
         prompt: all of it, as pieces; ends with the last answer.
-        learnt: of each assistant turn, whether it carries loss.
+        loss_mask: of each assistant turn.
         rejected: of a preference, what may stand in place of the last answer.
     """
 
     prompt: Prompt
-    learnt: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     rejected: str | None = None
 
 
 class Example(NamedTuple):
-    """A processed conversation."""
+    """Processed conversation."""
 
     row: Row
-    answers: Bool[np.ndarray, " T"]  # the tokens that carry loss
+    loss_mask: Bool[np.ndarray, " T"]
 
 
 class Size(NamedTuple):
-    """What a sample takes of a batch; a preference is two sequences over the same media."""
+    """Size of a sample in a batch; a preference is two sequences over the same media."""
 
     tokens: tuple[int, ...]  # of each sequence
     crops: int
@@ -84,7 +84,7 @@ class Size(NamedTuple):
 
 
 def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "answers") -> Sample:
-    """A line of a manifest.
+    """Return the sample of a manifest's line.
 
     Args:
         folder: what the paths of media are relative to.
@@ -121,7 +121,7 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
 
 
 def _preference(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
-    """The prompt's line and the answers chosen and rejected, of our form, TRL's, LLaMA-Factory's, ms-swift's and
+    """Return the prompt's line and the answers chosen and rejected, of our form, TRL's, LLaMA-Factory's, ms-swift's and
     OpenAI's."""
     if isinstance(values.get("input"), Mapping) and "preferred_output" in values:
         outputs = {"chosen": values["preferred_output"], "rejected": values.get("non_preferred_output")}
@@ -138,7 +138,7 @@ def _preference(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]
 
 
 def _answer_text(values: Mapping[str, Any], key: str, answer: Any) -> str:
-    """The text of an answer: a string, a message, or a list of one message."""
+    """Return the text of an answer: a string, a message, or a list of one message."""
     message = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     text = message
     if isinstance(message, Mapping):
@@ -169,7 +169,7 @@ def measure(
     speech: SpeechAugmentation | None = None,
     rng: np.random.Generator | None = None,
 ) -> tuple[Size, Outline]:
-    """What a sample takes, by the headers of its media.
+    """Return the size of a sample, by the headers of its media.
 
     Args:
         speech, rng: what `load_examples` will do to the lengths of clips, by a generator in the same state; without one
@@ -182,14 +182,14 @@ def measure(
     if speech is not None and speech.speed is not None and prompt.audios:
         prompt = _by_media(lambda: _stretched(prompt, speech, rng))
     outline = _by_media(lambda: processor.outline(prompt, max_crops))
-    tokens, tokenizer, most = outline.tokens, processor.tokenizer, processor.config.speech.chunk_tokens
-    answer_mask(tokens, sample.learnt, tokenizer)
+    tokens, tokenizer, chunk_tokens = outline.tokens, processor.tokenizer, processor.config.speech.chunk_tokens
+    token_loss_mask(tokens, sample.loss_mask, tokenizer)
     sequences = [tokens] if sample.rejected is None else [tokens, _rejected(tokens, sample.rejected, tokenizer)]
     size = Size(
         tuple(map(len, sequences)),
         outline.crops,
-        sum(num_chunks(n, most) for n in outline.clips),
-        max((min(n, most) for n in outline.clips), default=0),
+        sum(num_chunks(n, chunk_tokens) for n in outline.clips),
+        max((min(n, chunk_tokens) for n in outline.clips), default=0),
         outline.adapter,
     )
     return size, outline
@@ -202,10 +202,10 @@ def load_examples(
     augment: Augment = Augment(),  # noqa: B008 (frozen)
     rng: np.random.Generator | None = None,
 ) -> tuple[Example, ...]:
-    """One example, or of a preference two, chosen and rejected, whose media are the same objects.
+    """Return one example, or of a preference two, chosen and rejected, whose media are the same objects.
 
     Args:
-        rng: what the augmentations draw from: those of speech, of each clip, from a generator that it spawns.
+        rng: for the augmentations: those of speech, of each clip, from a generator that it spawns.
 
     Raises:
         BadSample: as `measure`, and for media that cannot be decoded.
@@ -219,30 +219,33 @@ def load_examples(
     if augment.speech is not None and of_clips:
         pairs = zip(row.clips, of_clips, strict=True)
         row = row._replace(clips=tuple(mask_features(features, augment.speech, own) for features, own in pairs))
-    chosen = Example(row, answer_mask(row.tokens, sample.learnt, processor.tokenizer))
+    chosen = Example(row, token_loss_mask(row.tokens, sample.loss_mask, processor.tokenizer))
     if sample.rejected is None:
         return (chosen,)
     tokens = _rejected(row.tokens, sample.rejected, processor.tokenizer)
-    rejected = Example(row._replace(tokens=tokens), answer_mask(tokens, sample.learnt, processor.tokenizer))
+    rejected = Example(row._replace(tokens=tokens), token_loss_mask(tokens, sample.loss_mask, processor.tokenizer))
     return chosen, rejected
 
 
-def answer_mask(tokens: np.ndarray, learnt: Sequence[bool], tokenizer: Tokenizer) -> Bool[np.ndarray, " T"]:
-    """Which tokens of a whole conversation carry loss: those of answers, with `<|end|>` and a last `<|endoftext|>`.
+def token_loss_mask(tokens: np.ndarray, turns: Sequence[bool], tokenizer: Tokenizer) -> Bool[np.ndarray, " T"]:
+    """Return the loss mask of a whole conversation: its answers, with `<|end|>` and a last `<|endoftext|>`.
 
     In a chat these tokens come from the structure alone, so the turns can be told by them.
 
+    Args:
+        turns: the loss mask of the assistant's turns.
+
     Raises:
-        BadSample: an answer that carries loss has no tokens, or media.
+        BadSample: an answer in the loss mask has no tokens, or media.
     """
     mask = np.zeros(len(tokens), bool)
     ends = np.flatnonzero(tokens == tokenizer.special_tokens["<|end|>"])
     for number, begin in enumerate(np.flatnonzero(tokens == tokenizer.special_tokens["<|assistant|>"])):
         end = ends[np.searchsorted(ends, begin)]
-        if learnt[number] and end == begin + 1:
+        if turns[number] and end == begin + 1:
             raise BadSample("answer", f'answer {number + 1} is empty; give it a text, or say "loss": false')
-        mask[begin + 1 : end + 1] = learnt[number]
-    mask[-1] = learnt[-1]
+        mask[begin + 1 : end + 1] = turns[number]
+    mask[-1] = turns[-1]
     media = [tokenizer.special_tokens[name] for name in ("<|endoftext10|>", "<|endoftext11|>")]
     if np.isin(tokens[mask], media).any():
         raise BadSample("messages", "an answer has media, which cannot be learnt; put them into a user's message")
@@ -250,14 +253,14 @@ def answer_mask(tokens: np.ndarray, learnt: Sequence[bool], tokenizer: Tokenizer
 
 
 def _rejected(tokens: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """The conversation with another last answer."""
+    """Return the conversation with another last answer."""
     assistant, end, last = (tokenizer.special_tokens[f"<|{name}|>"] for name in ("assistant", "end", "endoftext"))
     begin = np.flatnonzero(tokens == assistant)[-1]
     return np.concatenate([tokens[:begin], tokenizer.encode_pieces([assistant, text, end, last])]).astype(np.int32)
 
 
 def _by_media(process: Callable[[], Any]) -> Any:
-    """Errors of media, told from those of the text and of the lengths."""
+    """Call a function, and give its errors their cause: media, text or length."""
     try:
         return process()
     except InputError as error:
@@ -266,7 +269,7 @@ def _by_media(process: Callable[[], Any]) -> Any:
 
 
 def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Generator | None) -> Prompt:
-    """The prompt with silence in place of its clips, as long as they will be."""
+    """Return the prompt with silence in place of its clips, as long as they will be."""
     of_clips = iter([None] * len(prompt.audios) if rng is None else rng.spawn(len(prompt.audios)))
     slowest = replace(speech, speed=(speech.speed[0],) * 2) if speech.speed else speech
 
@@ -283,7 +286,7 @@ def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Genera
 def _augmented(
     prompt: Prompt, augment: Augment, rng: np.random.Generator, of_clips: Sequence[np.random.Generator]
 ) -> Prompt:
-    """The prompt with its media decoded and changed; `of_clips` draw what is done to speech."""
+    """Return the prompt with its media decoded and changed; `of_clips` draw what is done to speech."""
     rest = iter(of_clips)
 
     def image(source: Any) -> Any:

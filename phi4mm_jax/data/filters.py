@@ -1,4 +1,4 @@
-"""Before training: what of a manifest should not be learnt. Reads and writes JSON lines; both outputs are manifests."""
+"""Filters of manifests, before training. Reads and writes JSON lines; both outputs are manifests."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ _NOT_TEXT = {
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a file, and the object that it holds."""
+    """Line of a file, and the object that it holds."""
 
     number: int  # from 0
     values: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many samples were kept and dropped, and what else the user should know."""
+    """Counts of samples that were kept and dropped, and notes for the user."""
 
     kept: int
     dropped: int
@@ -142,12 +142,12 @@ def dropped_path(output: Path) -> Path:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, alike for comparing: without case and punctuation, in one spelling of Unicode."""
+    """Return the words of a text, alike for comparing: without case and punctuation, in one spelling of Unicode."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The objects of a file of JSON lines; empty lines are skipped, but counted.
+    """Yield the objects of a file of JSON lines; empty lines are skipped, but counted.
 
     Raises:
         InputError: the file cannot be read, or a line is no object.
@@ -250,7 +250,7 @@ def _moved_media(media: Any, prefix: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Any]:
-    """A file that takes its name when all of it is written."""
+    """File that takes its name when all of it is written."""
     aside = path.with_name(f".{path.name}.incomplete")
     try:
         with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:

@@ -33,11 +33,11 @@ class Manifest(Protocol):
     def __len__(self) -> int: ...
 
     def where(self, number: int) -> str:
-        """What an error calls a sample."""
+        """Return the name of a sample in errors."""
         ...
 
     def read(self, number: int) -> Any:
-        """A sample.
+        """Return a sample.
 
         Raises:
             BadSample: it is broken.
@@ -46,7 +46,7 @@ class Manifest(Protocol):
 
 
 def open_manifest(path: Path) -> Manifest:
-    """A file of JSON lines, a Parquet file (by its ending), or a folder that `Dataset.save_to_disk` has written.
+    """Open a file of JSON lines, a Parquet file (by its ending), or a folder that `Dataset.save_to_disk` has written.
 
     Raises:
         InputError: it cannot be read, has no samples, or needs a package that is not installed.
@@ -139,7 +139,7 @@ class _Parquet:
 
 
 class _Dataset:
-    """A Hugging Face dataset, whose Arrow files are mapped into memory."""
+    """Hugging Face dataset, whose Arrow files are mapped into memory."""
 
     def __init__(self, path: Path):
         import datasets

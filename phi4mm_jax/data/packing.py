@@ -1,4 +1,4 @@
-"""Which samples make up a batch, and the batch of static shapes that they make.
+"""Packing: the samples of each batch, and the arrays of static shapes that they make.
 
 Planning knows samples by their sizes alone. So it looks far ahead at no cost in memory, and every host can make the
 same plan for all and then load only what is its own: hosts have the same number of batches, of the same shapes, and
@@ -20,7 +20,7 @@ from phi4mm_jax.processing.processor import Processor
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """The shapes of batches. Each combination of sizes is compiled once, when it first comes.
+    """Shapes of batches. Each combination of sizes is compiled once, when it first comes.
 
     Rows, crops and chunks are those of the whole batch, of which every host has an equal part.
 
@@ -31,7 +31,7 @@ class PackingConfig:
         crops: sizes of the stack of crops, ascending; empty if the data have no images. A batch takes the smallest one
             that is enough; its samples never need more than the largest.
         chunks: likewise, of the stack of chunks of clips: one for each 40 s of a clip.
-        chunk_tokens: what a chunk has room for, 80 ms a token. 512 takes every clip; where all are shorter,
+        chunk_tokens: tokens of a chunk, 80 ms each. 512 takes every clip; where all are shorter,
             less saves computing.
         window: samples that may wait for a later batch before one is closed that they do not fit into.
 
@@ -66,21 +66,21 @@ def _is_positive(value: object) -> bool:
 
 
 class Waiting(NamedTuple):
-    """A sample that is in no batch yet."""
+    """Sample that is in no batch yet."""
 
     position: int  # in the stream
     size: Size
 
 
 class Plan(NamedTuple):
-    """What goes into a batch, for all hosts."""
+    """Samples of a batch, for all hosts."""
 
     slots: tuple[tuple[tuple[int, ...], ...], ...]  # of each host, of each slot: positions of samples
     sizes: BatchSizes  # of each host's part
 
 
 class Planner:
-    """Fills batches first-fit, in the order in which samples come.
+    """Planner that fills batches first-fit, in the order in which samples come.
 
     A slot is what a sample is put into: of packed batches a row, otherwise a row, or for preferences two. All that it
     will do depends on `pending` alone, which may be added again to a new planner.
@@ -110,11 +110,7 @@ class Planner:
         }
 
     def check(self, size: Size, outline: Outline) -> None:
-        """Whether a batch can ever take a sample.
-
-        Raises:
-            BadSample: it cannot.
-        """
+        """Raise BadSample if no batch can ever take a sample."""
         longest, config = self.config.lengths[-1], self.config
         tokens = sum(size.tokens) if config.pack else max(size.tokens)
         if tokens > longest:
@@ -150,17 +146,17 @@ class Planner:
 
     @property
     def pending(self) -> list[Waiting]:
-        """All that is in no batch yet, in the order of the stream."""
+        """Samples that are in no batch yet, in the order of the stream."""
         return sorted(sample for batch in self._open.values() for sample in batch.pending)
 
     def next(self, ended: bool = False) -> Plan | None:
-        """The next batch, if one is complete; once the stream has ended, what is left, until there is none."""
+        """Return the next batch, if one is complete; once the stream has ended, what is left, until there is none."""
         complete = [b for b in self._open.values() if b.pending and (ended or b.is_complete)]
         return min(complete, key=lambda batch: batch.pending[0].position).take() if complete else None
 
 
 class _Open:
-    """The next batch of one length."""
+    """Batch of one length that is being filled."""
 
     def __init__(self, planner: Planner, length: int, slots: int):
         self.planner, self.length, self.num_slots = planner, length, slots
@@ -183,14 +179,14 @@ class _Open:
 
     @property
     def _is_full(self) -> bool:
-        """Whether no sample can be added any more."""
+        """True if no sample can be added any more."""
         slots = [slot for host in self.slots for slot in host]
         if self.planner.config.pack:
             return all(_tokens(slot) == self.length for slot in slots)
         return len(self.placed) == len(slots)
 
     def add(self, sample: Waiting) -> None:
-        """Into the first slot with room; of slots, those of all hosts in turn, so that each has its share of media."""
+        """Put a sample into the first slot with room; all hosts in turn, so that each has its share of media."""
         crops, chunks = (max(sizes, default=0) for sizes in (self.planner.crops, self.planner.chunks))
         for s in range(self.num_slots):
             for host in range(self.planner.hosts):
@@ -214,7 +210,7 @@ class _Open:
         return _tokens([*slot, sample]) <= self.length
 
     def take(self) -> Plan:
-        """The batch; those that wait then begin the next one."""
+        """Return the batch; the samples that wait then begin the next one."""
         config, planner = self.planner.config, self.planner
         sizes = BatchSizes(
             self.length,
@@ -246,7 +242,7 @@ def build(
     examples: Mapping[int, Sequence[Example]],
     sequences: int = 1,
 ) -> TrainingBatch:
-    """A host's part of a batch. Joined along the first axis of every array, the parts are the batch.
+    """Return a host's part of a batch. Joined along the first axis of every array, the parts are the batch.
 
     Rows of a packed batch have the sequences of their samples one after another: of preferences, segments 1, 3, ... are
     chosen and 2, 4, ... rejected. Otherwise the rows 0, 2, ... are chosen and 1, 3, ... rejected. Rows that are left
@@ -267,8 +263,8 @@ def build(
     for b, row in enumerate(rows):
         start = 0
         for example in row:
-            stop = start + len(example.answers)
+            stop = start + len(example.loss_mask)
             targets[b, start : stop - 1] = example.row.tokens[1:]
-            weights[b, start : stop - 1] = example.answers[1:]
+            weights[b, start : stop - 1] = example.loss_mask[1:]
             start = stop
     return TrainingBatch(batch if config.pack else batch._replace(segments=None), targets, weights)

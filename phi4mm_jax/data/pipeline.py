@@ -1,4 +1,4 @@
-"""The stream of training batches: read, shuffled, mixed, packed, and resumed exactly where it was.
+"""Stream of training batches: read, shuffled, mixed, packed, and resumed exactly where it was.
 
     manifests --shuffle, mix--> positions --measure (threads)--> sizes --plan--> batches of positions --load--> arrays
 
@@ -11,11 +11,10 @@ import contextlib
 import functools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -32,16 +31,17 @@ from phi4mm_jax.data.augment import (
 from phi4mm_jax.data.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
 from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.data.packing import PackingConfig, Plan, Planner, Waiting, build
+from phi4mm_jax.data.plans import BadSampleLimit, Plans, Tally, sample_order
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.paths import local_path
 
-_LEAST_SAMPLES = 100  # before a rate of bad samples means anything
+_MIN_SAMPLES = 100  # before a rate of bad samples means anything
 
 
 @dataclass(frozen=True)
 class Source:
-    """A manifest and its share of the stream.
+    """Manifest and its share of the stream.
 
     Attributes:
         path: a file of JSON lines, a Parquet file, or the folder of a Hugging Face dataset.
@@ -55,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is learnt from, in which order and shapes.
+    """Data of a run: their order, and the shapes of their batches.
 
     Attributes:
         sources: the manifests.
@@ -65,7 +65,7 @@ class DataConfig:
         steps: how many batches to make, whatever epochs that takes. Either this or epochs is given.
         seed: of shuffling and augmentation.
         shuffle: each epoch in another order; otherwise each in that of the files.
-        max_crops: the most crops of an image, besides its global view.
+        max_crops: of an image, besides its global view.
         augment_image, augment_clip: "jitter" and "noise", or functions of one's own, see `Augment`.
         augment_speech: speed, pitch and masks of clips, each drawn by the seed and the sample's position in the stream.
         bad_samples: the share of samples that may be unusable. They are skipped and counted; more of them, over all of
@@ -105,10 +105,10 @@ class DataConfig:
             raise InputError(
                 f"epochs is {self.epochs} and steps is {self.steps}; give one of them, and null for the other"
             )
-        for name, least in (("epochs", 1), ("steps", 1), ("seed", 0), ("threads", 1), ("prefetch", 1)):
+        for name, min_ in (("epochs", 1), ("steps", 1), ("seed", 0), ("threads", 1), ("prefetch", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise InputError(f"{name} is {value!r:.40}; expected a whole number from {least} on")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < min_):
+                raise InputError(f"{name} is {value!r:.40}; expected a whole number from {min_} on")
         if not 0 <= self.bad_samples < 1:
             raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a share from 0 to below 1")
         if self.kind not in ("answers", "preferences"):
@@ -117,7 +117,7 @@ class DataConfig:
 
     @property
     def sizes(self) -> PackingConfig:
-        """The packing that is given.
+        """Packing that is given.
 
         Raises:
             InputError: there is none.
@@ -128,6 +128,7 @@ class DataConfig:
 
 
 def without_augmentation(config: DataConfig) -> DataConfig:
+    """Return the settings of data that are read as they are."""
     return replace(config, augment_image=None, augment_clip=None, augment_speech=None)
 
 
@@ -150,44 +151,8 @@ def _name(augmentation: Any) -> str | None:
     return getattr(augmentation, "__qualname__", augmentation)
 
 
-class Tally(NamedTuple):
-    """Samples that were seen, and what was skipped of them."""
-
-    seen: int = 0
-    skipped: Mapping[str, int] = {}  # by cause
-    last: str = ""  # what was wrong with the last one
-
-    def plus(self, other: "Tally") -> "Tally":
-        skipped = Counter(self.skipped) + Counter(other.skipped)
-        return Tally(self.seen + other.seen, dict(skipped), other.last or self.last)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The share of samples that may be unusable, and how many must have been seen before it means anything."""
-
-    share: float
-    least: int
-
-    def skip(self, tally: Tally, error: BadSample) -> Tally:
-        """Raises the error if none may be skipped."""
-        if not self.share:
-            raise error
-        return tally.plus(Tally(0, {error.cause: 1}, str(error)))
-
-    def check(self, tally: Tally) -> None:
-        """Raises InputError if too many were skipped."""
-        skipped = sum(tally.skipped.values())
-        if tally.seen >= self.least and skipped > self.share * tally.seen:
-            causes = ", ".join(f"{cause}: {n}" for cause, n in sorted(tally.skipped.items()))
-            raise InputError(
-                f"{skipped} of {tally.seen} samples are unusable ({causes}), more than the share of {self.share} that "
-                f"bad_samples allows; repair or remove them, or raise it. The last one: {tally.last}"
-            )
-
-
 class TrainingData:
-    """An iterator of this host's parts of the batches.
+    """Iterator of this host's parts of the batches.
 
     Hosts that are given the same data have as many batches, of the same shapes, and of each batch other samples. Joined
     along the first axis of every array, their parts are the batch.
@@ -210,10 +175,13 @@ class TrainingData:
         self._manifests = [open_manifest(local_path(source.path)) for source in config.sources]
         self._augment = _augment(config)
         self._fitting = self._planner()  # says at once what cannot be divided
-        self._order = _order(config, [len(m) for m in self._manifests])
+        self._order = sample_order(
+            [len(m) for m in self._manifests], [s.weight for s in config.sources if s.weight is not None],
+            epochs=config.epochs, shuffle=config.shuffle, seed=config.seed,
+        )  # fmt: skip
         self._at: Any = self._order.__getitem__  # position -> source, number
         self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
-        self._limit = Limit(config.bad_samples, min(_LEAST_SAMPLES, sum(map(len, self._manifests))))
+        self._limit = BadSampleLimit(config.bad_samples, min(_MIN_SAMPLES, sum(map(len, self._manifests))))
         self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
         self._batches: Any = self._stream(self._load)
         self._steps = 0
@@ -232,14 +200,14 @@ class TrainingData:
         return batch
 
     def count_batches(self) -> int:
-        """How many there are in all. With `epochs`, every sample's text is read, and the headers of its media."""
+        """Return how many there are in all. With `epochs`, all texts are read, and the headers of all media."""
         if self._config.steps is not None:
             return self._config.steps
-        plans = _Plans(self._measured(), self._planner, self._limit)
+        plans = Plans(self._measured(), self._planner, self._limit)
         return sum(1 for _ in iter(plans))
 
     def count_remaining(self) -> int:
-        """How many follow the last one that was taken, counted as `count_batches` counts."""
+        """Return how many follow the last one that was taken, counted as `count_batches` counts."""
         if self._config.steps is not None:
             return max(self._config.steps - self._steps, 0)
         stream = self._stream(lambda planned: planned)
@@ -250,7 +218,7 @@ class TrainingData:
             stream.close()
 
     def measured_sizes(self) -> list[Size]:
-        """The sizes of the stream's samples, those left out that cannot be used and may be skipped."""
+        """Return the sizes of the stream's samples, those left out that cannot be used and may be skipped."""
         sizes, tally = [], Tally()
         for measured in self._measured():
             tally = tally._replace(seen=tally.seen + 1)
@@ -262,8 +230,8 @@ class TrainingData:
         return sizes
 
     def _stream(self, load: Callable[[tuple[Plan, Tally]], Any]) -> Any:
-        """An iterator of what `load` makes of the plans, some of which it makes ahead."""
-        plans = _Plans(self._measured(), self._planner, self._limit).map(load)
+        """Return an iterator of what `load` makes of the plans, some of which it makes ahead."""
+        plans = Plans(self._measured(), self._planner, self._limit).map(load)
         return iter(grain.experimental.ThreadPrefetchIterDataset(plans, prefetch_buffer_size=self._config.prefetch))
 
     @property
@@ -273,15 +241,17 @@ class TrainingData:
         return dict(self._tally.plus(self._unreadable).skipped)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream is: after the last batch that was taken. Plain values for JSON; the same on every host, but
-        for what `skipped` counts."""
+        """Return where the stream is: after the last batch that was taken.
+
+        Plain values for JSON; the same on every host, but for what `skipped` counts.
+        """
         return {
             "data": self._signature, "steps": self._steps, "stream": self._batches.get_state(),
             "tally": self._tally._asdict(), "unreadable": self._unreadable._asdict(),
         }  # fmt: skip
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `get_state` was.
+        """Resume where `get_state` was.
 
         Raises:
             InputError: the state is of other data, or of another number of hosts. Files of another size with as many
@@ -307,7 +277,7 @@ class TrainingData:
 
     @functools.cached_property
     def _signature(self) -> dict[str, Any]:
-        """What the order and the shapes depend on."""
+        """Settings that the order and the shapes depend on."""
         config = self._config
         speech = config.augment_speech
         signature = {
@@ -333,7 +303,7 @@ class TrainingData:
 
     @contextlib.contextmanager
     def _sample(self, position: int) -> Iterator[Sample]:
-        """A sample; what is wrong with it, there or in what is done with it, is said with its place."""
+        """Yield a sample; errors about it, here or in the body of `with`, name its place."""
         source, number = self._at(position)
         manifest = self._manifests[source]
         try:
@@ -366,7 +336,7 @@ class TrainingData:
             return error
 
     def _load(self, planned: tuple[Plan, Tally]) -> tuple[TrainingBatch, Tally, Tally]:
-        """This host's part of a batch; what was seen and skipped until then; what it had to leave out itself."""
+        """Return this host's part of a batch; what was seen and skipped until then; what it had to leave out itself."""
         plan, tally = planned
         positions = [at for slot in plan.slots[self._host] for at in slot]
         found = dict(zip(positions, self._pool.map(self._examples, positions), strict=True))
@@ -380,8 +350,9 @@ class TrainingData:
 
 
 def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
-    """The sizes of all samples, each once, whatever its source's weight, with clips at their slowest; those left out
-    that may be skipped.
+    """Return the sizes of all samples, each once, whatever its source's weight, with clips at their slowest.
+
+    Bad samples that may be skipped are left out.
 
     Raises:
         InputError: as `TrainingData`, but for what exceeds a batch.
@@ -395,73 +366,3 @@ def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
     once = replace(config, packing=packing, sources=sources, epochs=1, steps=None, augment_speech=speech)
     with contextlib.closing(TrainingData(once, processor)) as data:
         return data.measured_sizes()
-
-
-def _order(config: DataConfig, lengths: Sequence[int]) -> grain.MapDataset[tuple[int, int]]:
-    """The stream: at each position a source and the number of a sample in it."""
-    sources = [
-        grain.MapDataset.range(length).map(functools.partial(_of_source, number))
-        for number, length in enumerate(lengths)
-    ]
-
-    def shuffled(data: grain.MapDataset, number: int) -> grain.MapDataset:
-        seed = np.random.SeedSequence((config.seed, number)).generate_state(1)[0]
-        return data.shuffle(seed=int(seed)) if config.shuffle else data
-
-    weights = [s.weight for s in config.sources if s.weight is not None]
-    if not weights:
-        return shuffled(grain.MapDataset.concatenate(sources), 0).repeat(config.epochs)
-    mixed = grain.MapDataset.mix([shuffled(data, i).repeat() for i, data in enumerate(sources)], weights)
-    return mixed if config.epochs is None else mixed[: config.epochs * sum(lengths)]
-
-
-def _of_source(source: int, number: int) -> tuple[int, int]:
-    return source, number
-
-
-class _Plans(grain.IterDataset[tuple[Plan, Tally]]):
-    """Plans from a stream of measured samples. The state is the stream's, and the samples that are in no plan yet."""
-
-    def __init__(self, measured: grain.IterDataset, planner: Callable[[], Planner], limit: Limit):
-        super().__init__(measured)
-        self._planner, self._limit = planner, limit
-
-    def __iter__(self) -> grain.DatasetIterator[tuple[Plan, Tally]]:
-        return _PlanIterator(iter(self.parents[0]), self._planner, self._limit)
-
-
-class _PlanIterator(grain.DatasetIterator[tuple[Plan, Tally]]):
-    def __init__(self, measured: Any, planner: Callable[[], Planner], limit: Limit):
-        super().__init__(measured)
-        self._measured, self._new_planner, self._limit = measured, planner, limit
-        self._begin([], Tally())
-
-    def _begin(self, pending: Iterable[Waiting], tally: Tally) -> None:
-        self._planner, self._tally, self._ended = self._new_planner(), tally, False
-        for sample in pending:
-            self._planner.add(sample)
-
-    def __next__(self) -> tuple[Plan, Tally]:
-        while (plan := self._planner.next(self._ended)) is None:
-            if self._ended:
-                raise StopIteration
-            measured = next(self._measured, None)
-            if measured is None:
-                self._ended = True
-                continue
-            self._tally = self._tally._replace(seen=self._tally.seen + 1)
-            if isinstance(measured, BadSample):
-                self._tally = self._limit.skip(self._tally, measured)
-            else:
-                self._planner.add(measured)
-            self._limit.check(self._tally)
-        return plan, self._tally
-
-    def get_state(self) -> dict[str, Any]:
-        pending = [[w.position, *w.size] for w in self._planner.pending]
-        return {"measured": self._measured.get_state(), "pending": pending, "tally": self._tally._asdict()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._measured.set_state(state["measured"])
-        pending = [Waiting(at, Size(tuple(tokens), *rest)) for at, tokens, *rest in state["pending"]]
-        self._begin(pending, Tally(**state["tally"]))

@@ -1,4 +1,4 @@
-"""Sizes of batches, and what is trained, as the data suggest: for recipes that leave them open."""
+"""Proposals by the data: sizes of batches, and what is trained, for recipes that leave them open."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.lora import ADAPTERS, SPEECH
 from phi4mm_jax.processing.batching import bucket
 
-_LEAST_STEPS = 8  # an epoch, where the samples are enough
+_MIN_STEPS = 8  # an epoch, where the samples are enough
 _LENGTH, _ROWS = 4096, 8  # of large sets: tokens of a row, and rows at least
-_LEAST_LENGTH = 64
-_MOST_PLANNED = 4096  # samples; the stacks of media that these need are those of all
+_MIN_LENGTH = 64
+_MAX_PLANNED = 4096  # samples; the stacks of media that these need are those of all
 _UNBOUNDED = 1 << 40
 _NEEDS = {  # of parameters: the media that reach them
     "lora_vision": "images",
@@ -41,7 +41,7 @@ def propose_packing(
     divisors: Divisors = Divisors(),  # noqa: B008 (a tuple)
     context: int,
 ) -> PackingConfig:
-    """Sizes that every sample fits into, whatever order they come in.
+    """Return sizes that every sample fits into, whatever order they come in.
 
     A step takes an eighth of the tokens, but not more than 8 rows of 4096 for each of its micro-batches (a row a
     device, if these are more). Rows are as long as that allows, or as the longest sample. The stacks of media hold what
@@ -59,20 +59,20 @@ def propose_packing(
     longest = max(map(sum if pack else max, (size.tokens for size in together)))
     tokens = min(
         _LENGTH * max(_ROWS, divisors.devices),
-        math.ceil(sum(sum(size.tokens) for size in sizes) / _LEAST_STEPS / accumulate),
+        math.ceil(sum(sum(size.tokens) for size in sizes) / _MIN_STEPS / accumulate),
     )
     wanted = max(longest, min(_LENGTH, tokens // divisors.devices)) if pack else longest
-    length = min(bucket(wanted, _LEAST_LENGTH), context)
+    length = min(bucket(wanted, _MIN_LENGTH), context)
     rows = _multiple(math.ceil(tokens / length), divisors.devices, divisors.hosts * sequences)
-    chunk_tokens = bucket(max(size.longest for size in together), _LEAST_LENGTH)
+    chunk_tokens = bucket(max(size.longest for size in together), _MIN_LENGTH)
     open_sizes = (_UNBOUNDED * divisors.hosts,)
     unbounded = PackingConfig(rows, (length,), pack, open_sizes, open_sizes, chunk_tokens)
-    crops, chunks = _media_of_batches(sizes[:_MOST_PLANNED], Planner(unbounded, divisors.hosts, sequences))
+    crops, chunks = _media_of_batches(sizes[:_MAX_PLANNED], Planner(unbounded, divisors.hosts, sequences))
 
-    def stack(most: int, each: Sequence[int]) -> tuple[int, ...]:
+    def stack(needed: int, each: Sequence[int]) -> tuple[int, ...]:
         if not any(each):
             return ()
-        return (_multiple(bucket(max(most, *each)) * divisors.hosts, divisors.devices, divisors.hosts),)
+        return (_multiple(bucket(max(needed, *each)) * divisors.hosts, divisors.devices, divisors.hosts),)
 
     return PackingConfig(
         rows, (length,), pack, stack(crops, [size.crops for size in together]),
@@ -81,20 +81,20 @@ def propose_packing(
 
 
 def _media_of_batches(sizes: Sequence[Size], planner: Planner) -> tuple[int, int]:
-    """The most crops and chunks of a host's part of a batch."""
-    most = [0, 0]
+    """Return the maximum of crops and chunks of a host's part of a batch."""
+    max_ = [0, 0]
 
     def count_complete(ended: bool = False) -> None:
         while (plan := planner.next(ended)) is not None:
             for host in plan.slots:
                 found = [sizes[at] for slot in host for at in slot]
-                most[:] = max(most[0], sum(s.crops for s in found)), max(most[1], sum(s.chunks for s in found))
+                max_[:] = max(max_[0], sum(s.crops for s in found)), max(max_[1], sum(s.chunks for s in found))
 
     for position, size in enumerate(sizes):
         planner.add(Waiting(position, size))
         count_complete()
     count_complete(ended=True)
-    return most[0], most[1]
+    return max_[0], max_[1]
 
 
 def _multiple(count: int, *divisors: int) -> int:
@@ -103,7 +103,7 @@ def _multiple(count: int, *divisors: int) -> int:
 
 
 def propose_trainable(sizes: Sequence[Size]) -> tuple[str, ...]:
-    """The adapters that the samples' media need; the decoder, if all are text."""
+    """Return the adapters that the samples' media need; the decoder, if all are text."""
     needed = {size.adapter for size in sizes}
     return tuple(name for name, index in ADAPTERS.items() if index in needed) or ("params/decoder",)
 
@@ -129,7 +129,7 @@ def _is_below(pattern: str, path: str) -> bool:
 
 
 def describe(sizes: Sequence[Size]) -> str:
-    """Summary of the sizes of samples, in a line."""
+    """Return a summary of the sizes of samples, in a line."""
     if not sizes:
         raise InputError("no sample can be learnt from; repair the data")
     tokens = sorted(sum(size.tokens) for size in sizes)

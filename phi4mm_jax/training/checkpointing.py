@@ -1,4 +1,4 @@
-"""What a run saves and goes on from: the last checkpoints and the best one, each whole or not there."""
+"""Checkpoints of a run: the last ones and the best one, each whole or not there."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ _LATE = "late_scores.json"  # beside the checkpoints
 
 
 class Checkpoints:
-    """Of a run, by step. Writing goes on in the background; `close` waits for it.
+    """Checkpoints by step. They are written in the background; `close` waits for it.
 
     Args:
         folder: is made if it is not there.
@@ -58,17 +58,17 @@ class Checkpoints:
 
     @property
     def last(self) -> int | None:
-        """The step of the last checkpoint."""
+        """Step of the last checkpoint."""
         return self._manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """The step of the one with the best score; of the last one, if none has a score."""
+        """Step of the checkpoint with the best score; of the last one, if none has a score."""
         scores = {step: score for step in self.steps if (score := self.score(step)) is not None}
         return _best(scores, self._greater) if scores else self.last
 
     def score(self, step: int) -> float | None:
-        """How good the state of a step was found to be."""
+        """Return the score of a step's state; None if it has none."""
         late = self._late_scores().get(str(step))
         if late is not None:
             return late
@@ -76,7 +76,7 @@ class Checkpoints:
         return None if metrics is None else metrics.get(_SCORE)
 
     def add_score(self, step: int, score: float) -> None:
-        """Score a checkpoint that was saved without; beside it, since what is saved is not written again."""
+        """Score a checkpoint that was saved without a score; beside it, since what is saved is not written again."""
         with self._writable():
             scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
             write_atomically(self._late, json.dumps(scores, allow_nan=False))
@@ -88,7 +88,7 @@ class Checkpoints:
         """Save after a step, in the background. The state may be donated at once.
 
         Args:
-            data: where the data are, as `TrainingData.get_state` gives it.
+            data: state of the data, see `saved_data_state`.
             score: how good the state is.
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(dict(data)))
@@ -96,7 +96,7 @@ class Checkpoints:
             self._manager.save(int(state.step), args=items, metrics=None if score is None else {_SCORE: score})
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state, placed as `like` is, and where the data were.
+        """Return a state, sharded as `like` is, and the state of the data.
 
         Raises:
             CheckpointError: it cannot be read, or is of another model, other trained parameters or another optimizer.
@@ -108,7 +108,7 @@ class Checkpoints:
             return TrainState(**found["state"]), found["data"]
 
     def trained(self, step: int) -> dict[str, Any]:
-        """The trained parameters of a checkpoint, as numpy arrays.
+        """Return the trained parameters of a checkpoint, as numpy arrays.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -133,8 +133,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:  # tensorstore's of a full disk are of the latter kind
             raise CheckpointError(
-                f"{self._folder}: cannot be written ({str(error)[:300]}); make room, then run the same command again, "
-                "which goes on from the last whole checkpoint"
+                f"{self._folder}: cannot be written ({str(error)[:300]}); make room, then rerun the same command to "
+                "resume from the last whole checkpoint"
             ) from error
 
     @contextlib.contextmanager
@@ -170,7 +170,7 @@ class _BestScored(checkpoint_managers.PreservationPolicy):
 
 
 def _best(scores: Mapping[int, float], greater: bool) -> int:
-    """The step with the best score; of equal ones the last."""
+    """Return the step with the best score; of equal ones the last."""
     sign = 1 if greater else -1
     return max(scores, key=lambda step: (sign * scores[step], step))
 
@@ -181,7 +181,7 @@ def _score(metrics: Mapping[str, Any]) -> float:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax tells of every step that it takes."""
+    """Silence Orbax, which logs every step that it takes."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

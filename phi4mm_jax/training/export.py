@@ -1,4 +1,4 @@
-"""What a run has trained, as a checkpoint in PyTorch's layouts."""
+"""Export of trained parameters as a checkpoint in PyTorch's layouts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The arithmetic of a training step, by the model's sizes, and what the chips could do at most."""
+"""Operations of a training step, by the model's sizes, and the peak of the chips."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -19,14 +19,14 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 
 def peak_flops() -> float | None:
-    """Of one device; None where it is not known."""
+    """Return the peak of one device, in operations a second; None where it is not known."""
     kind = jax.devices()[0].device_kind
     known = [name for name in PEAK_FLOPS if kind == name or kind.startswith(f"{name} ")]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequence[TrainingBatch]) -> float:
-    """Of these micro-batches forward and backward, without what is computed again.
+    """Return the operations of micro-batches, forward and backward, without recomputation.
 
     A product of matrices costs 2 operations a weight and token forward, as many for the gradient of its input, and as
     many again for that of its weights where they are trained. Causal attention is counted in full squares' halves,
@@ -94,7 +94,7 @@ def _speech_weights(config: Phi4MMConfig, attended: np.ndarray) -> tuple[float, 
 
 
 def _sample_lengths(batch: TrainingBatch) -> np.ndarray:
-    """Tokens of each sample."""
+    """Return the tokens of each sample."""
     segments = batch.batch.segments
     if segments is None:
         return np.asarray(batch.batch.lengths)

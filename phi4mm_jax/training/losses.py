@@ -1,4 +1,4 @@
-"""The loss, without ever holding the logits of all positions."""
+"""Loss of tokens, without ever holding the logits of all positions."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _CHUNK_LOGITS = 1 << 26  # held at once by one device: 256 MiB in float32
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is added to the cross-entropy.
+    """Terms that are added to the cross-entropy.
 
     Attributes:
         label_smoothing: the share of the target's probability that is spread over the vocabulary (arXiv:1512.00567).
@@ -39,7 +39,7 @@ class LossConfig:
 
 
 class TokenLosses(NamedTuple):
-    """Of each position; zeros where its weight is 0. The loss alone has gradients."""
+    """Losses of each position; zeros where its weight is 0. The loss alone has gradients."""
 
     loss: Float[Array, "B T"]  # what is minimised
     log_probability: Float[Array, "B T"]  # of the target
@@ -54,7 +54,7 @@ def token_losses(
     weights: Float[Array, "B T"],
     config: LossConfig = LossConfig(),
 ) -> TokenLosses:
-    """The losses of the positions that have a weight.
+    """Return the losses of the positions that have a weight.
 
     Each row's such positions are gathered to its front, and the rows then go through the head some positions at a
     time; where none has a weight any more, nothing is computed. While their logits are there, the gradients of the
@@ -85,7 +85,7 @@ def token_losses(
 
 
 def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
-    """The losses of some positions; nothing is computed where none counts."""
+    """Return the losses of some positions; nothing is computed where none counts."""
 
     def losses(hidden, embedding, targets, counted) -> TokenLosses:
         zeros = jnp.zeros(targets.shape, jnp.float32)

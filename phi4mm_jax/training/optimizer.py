@@ -24,7 +24,7 @@ class OptimizerConfig:
         warmup_steps: over which it rises from 0: a whole number, or a share below 1 of the run's steps.
         schedule: how it falls from there to `final_share` of it at the last step.
         decay: patterns of the parameters that weight decay applies to.
-        clip: the most that the norm of all gradients may be; None does not clip.
+        clip: maximum of the norm of all gradients; None does not clip.
 
     Raises:
         InputError: a value out of range.
@@ -61,7 +61,7 @@ class OptimizerConfig:
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step, of `steps` in all.
+    """Return the learning rate of each step, of `steps` in all.
 
     Raises:
         InputError: the warm-up is not over before the last step.
@@ -84,7 +84,7 @@ def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any]) -> optax.GradientTransformation:
-    """The optimizer of these parameters, for a run of `steps`.
+    """Return the optimizer of these parameters, for a run of `steps`.
 
     Raises:
         InputError: the warm-up is as long as the run, or a pattern of `decay` matches no trained parameter.
@@ -100,6 +100,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any
         weight_decay=config.weight_decay,
         mask=mask,
     )
-    # Without clipping the state has the same structure, so that a run can go on with it changed.
+    # Without clipping the state has the same structure, so that a resumed run may change it.
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     return optax.chain(clip, adamw)

@@ -62,7 +62,7 @@ class EvaluationConfig:
 
     @property
     def greater(self) -> bool:
-        """Whether a greater value of the metric is the better one."""
+        """True if a greater value of the metric is the better one."""
         return self.metric in ("bleu", "exact")
 
 

@@ -98,7 +98,7 @@ ALIASES = {
 
 
 def setting_names(config: type, prefix: str = "") -> Iterator[str]:
-    """The names of all settings, those of sections with a dot; a section's own name comes before its settings'."""
+    """Yield the names of all settings, those of sections with a dot; a section comes before its settings."""
     types = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         yield f"{prefix}{field.name}"
@@ -107,13 +107,13 @@ def setting_names(config: type, prefix: str = "") -> Iterator[str]:
 
 
 def _section(of: Any) -> type | None:
-    """The dataclass that a setting is, or may be."""
+    """Return the dataclass that a setting is, or may be."""
     options = [of, *typing.get_args(of)]
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def meant(name: str, known: Sequence[str]) -> str | None:
-    """The setting that is likely meant by a name which is none.
+    """Return the setting that is likely meant by an unknown name; None if nothing is close.
 
     Args:
         name: with its section: "optimizer.lr".

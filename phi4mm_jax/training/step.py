@@ -1,4 +1,4 @@
-"""The training step: gradients of the trainable parameters alone, summed over micro-batches, and one update."""
+"""Training step: gradients of the trainable parameters alone, summed over micro-batches, and one update."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Variables = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """What a step changes.
+    """State of training, which a step changes.
 
     The trainable parameters are float32 whatever the model computes in, which casts them where it uses them: so small
     updates are not lost.
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over the positions of a batch that have a weight. What is minimised is loss / weight."""
+    """Sums over the positions of a batch that have a weight. What is minimised is loss / weight."""
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
@@ -39,7 +39,7 @@ class Sums(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step."""
+    """Metrics of one step."""
 
     loss: Float[Array, ""]  # what is minimised, a target token
     cross_entropy: Float[Array, ""]  # without smoothing and z-loss
@@ -52,7 +52,7 @@ Objective = Callable[[Variables, Variables, Any, Array | None], tuple[Float[Arra
 
 
 def supervised(model: Phi4MM, config: LossConfig = LossConfig()) -> Objective:  # noqa: B008 (frozen)
-    """The objective of answers that are given: their summed cross-entropy."""
+    """Return the objective of given answers: their summed cross-entropy."""
 
     def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
         losses = losses_of(model, trainable, frozen, batch, config, key)
@@ -66,7 +66,7 @@ def supervised(model: Phi4MM, config: LossConfig = LossConfig()) -> Objective:  
 def losses_of(
     model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, config: LossConfig, key: Array | None
 ) -> TokenLosses:
-    """The losses of a batch's positions; with a key, adapters drop out."""
+    """Return the losses of a batch's positions; with a key, adapters drop out."""
     # Cast before they are spread over the devices' layers: half of the bytes.
     variables = join(jax.tree.map(lambda x: x.astype(model.dtype), trainable), frozen)
     rngs = None if key is None else {"dropout": key}
@@ -81,7 +81,7 @@ def losses_of(
 def gradients(
     objective: Objective, trainable: Variables, frozen: Variables, batches: Any, key: Array | None
 ) -> tuple[Variables, Sums]:
-    """The gradients of the mean loss a target, of all micro-batches together, and the sums behind it.
+    """Return the gradients of the mean loss a target, of all micro-batches together, and the sums behind it.
 
     Args:
         batches: micro-batches stacked along a new first axis. A sum over them is divided once, by all targets: a
@@ -134,7 +134,7 @@ def train_step(
 
 
 def compiler_options(platform: str) -> dict[str, str | bool] | None:
-    """How XLA compiles a step for a platform.
+    """Return XLA's options of a step on a platform.
 
     On TPUs the gradient of a split weight is one product and one sum over the devices: of adapters' low ranks XLA would
     else make products of an eighth of their rows, which leave most of the matrix unit idle.
@@ -143,11 +143,14 @@ def compiler_options(platform: str) -> dict[str, str | bool] | None:
 
 
 def initial_state(trainable: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, where the parameters are."""
+    """Return the state before the first step, sharded as the parameters are."""
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters))
 
 
 def dropout_key(seed: int) -> Array:
-    """Its bits are drawn by the hardware where it can: they cost next to nothing, and repeat on the same chips."""
+    """Return the key of a run's dropout.
+
+    Its bits are drawn by the hardware where it can: they cost next to nothing, and repeat on the same chips.
+    """
     return jax.random.key(seed, impl="rbg")

@@ -76,7 +76,7 @@ def test_tokens_are_those_of_inference(processor, messages):
             marked[len(prompt) : end] = True
     assert (len(tokens), tokens[-1]) == (end + 1, ids["<|endoftext|>"])
     marked[-1] = True
-    np.testing.assert_array_equal(example.answers, marked)
+    np.testing.assert_array_equal(example.loss_mask, marked)
     size, _ = measure(parse(processor, {"messages": messages}), processor)
     assert size.tokens == (len(tokens),)
     assert size.crops == sum(len(f.crops) for f in example.row.images)
@@ -99,7 +99,7 @@ def test_features_are_those_of_inference(processor):
 
 
 def marked_text(processor, example):
-    return processor.tokenizer.decode(example.row.tokens[example.answers])
+    return processor.tokenizer.decode(example.row.tokens[example.loss_mask])
 
 
 PNG = (TINY / "inputs" / "image_0.png").read_bytes()
@@ -177,11 +177,11 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("values", "raw", "images", "clips", "learnt"), OTHERS.values(), ids=OTHERS)
-def test_lines_of_other_tools(processor, values, raw, images, clips, learnt):
+@pytest.mark.parametrize(("values", "raw", "images", "clips", "in_loss"), OTHERS.values(), ids=OTHERS)
+def test_lines_of_other_tools(processor, values, raw, images, clips, in_loss):
     """ms-swift's, LLaMA-Factory's, TRL's and OpenAI's forms have the tokens of the raw prompt that they stand for."""
     (example,) = examples(processor, values)
-    assert marked_text(processor, example) == learnt + END
+    assert marked_text(processor, example) == in_loss + END
     files = [TINY / "inputs" / f"image_{i}.png" for i in images], [TINY / "inputs" / "audio_0.flac"] * clips
     assert (len(example.row.images), len(example.row.clips)) == (len(images), clips)
     spelled = raw + END if raw else None

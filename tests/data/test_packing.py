@@ -190,7 +190,7 @@ def check_joined(processor, config, plan, parts, kept, sequences) -> None:
             own = slice(start, start + len(example.row.tokens))
             np.testing.assert_array_equal(joined["tokens"][b, own], example.row.tokens)
             np.testing.assert_array_equal(targets[b, own][:-1], example.row.tokens[1:])
-            np.testing.assert_array_equal(weights[b, own], [*example.answers[1:], 0])
+            np.testing.assert_array_equal(weights[b, own], [*example.loss_mask[1:], 0])
             assert joined["adapters"][b] == example.row.adapter
             if config.pack:
                 assert set(np.concatenate([p.batch.segments for p in parts])[b, own]) == {number}

@@ -32,7 +32,7 @@ from phi4mm_jax.testing.training_steps import compile_step, held, work
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
-from phi4mm_jax.training.metrics_log import Log, read_log
+from phi4mm_jax.training.metrics_log import MetricsLog, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
 from phi4mm_jax.training.param_filter import join, matching, split
 from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state, supervised, train_step
@@ -775,7 +775,7 @@ def test_dpo_prefers(scanned, eight):
 
 def test_metrics_are_strict_json(tmp_path):
     """A loss that is NaN is null there, and NaN again where it is read."""
-    log = Log(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0)
     log.write(1, {"loss": float("nan"), "targets": 3.0})
     log.close()
     (path,) = tmp_path.glob("*.jsonl")
