@@ -36,7 +36,10 @@ from typing import get_args
 import phi4mm_jax
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
-from phi4mm_jax.engine.jsonl import AnswerFile, Format, Settings, read_requests, settings_of
+from phi4mm_jax.engine.answer_file import AnswerFile
+from phi4mm_jax.engine.answer_lines import Format
+from phi4mm_jax.engine.jsonl import read_requests
+from phi4mm_jax.engine.provenance import Settings, settings_of
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled

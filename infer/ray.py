@@ -26,7 +26,8 @@ from typing import Any, get_args
 
 import phi4mm_jax
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
-from phi4mm_jax.engine.jsonl import Format, settings_of
+from phi4mm_jax.engine.answer_lines import Format
+from phi4mm_jax.engine.provenance import settings_of
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar

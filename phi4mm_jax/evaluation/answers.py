@@ -12,7 +12,8 @@ from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.engine import Engine, Request
-from phi4mm_jax.engine.jsonl import AnswerFile, Line
+from phi4mm_jax.engine.answer_file import AnswerFile
+from phi4mm_jax.engine.jsonl import Line
 from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item

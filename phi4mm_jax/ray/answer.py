@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from phi4mm_jax.engine.jsonl import Line, completion_answer, parse_line
+from phi4mm_jax.engine.answer_lines import answer_of
+from phi4mm_jax.engine.jsonl import Line, parse_line
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.chips import restrict_to_chips, restrict_to_processors
@@ -127,7 +128,7 @@ class Answer:
         found = await self.answer_line(line)
         if isinstance(found, str):
             return {"error": found.removeprefix(f"{line.where}: ")}
-        return completion_answer(line, found)
+        return answer_of(line, found, "plain")
 
     async def _complete(self, request: Request) -> Completion:
         request = await asyncio.to_thread(fetch_remote, request)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phi4mm_jax.engine.jsonl import parse_line
+from phi4mm_jax.engine.jsonl import digest_number, parse_line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.media import REQUEST, as_json
 from phi4mm_jax.ray.storage import open_storage
@@ -69,11 +69,6 @@ def key_of(name: Any) -> int:
     """Return 8 bytes of a hash of an id; 1 and "1" are different ids."""
     content = repr(name).encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
-
-
-def digest_number(digest: str | None) -> int:
-    """Return the number of a line's digest."""
-    return 0 if digest is None else int(digest[:16], 16)
 
 
 def index_file(name: str, url: str, settings: Mapping[str, Any]) -> Index:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from phi4mm_jax.engine.jsonl import Format
+from phi4mm_jax.engine.answer_lines import Format, parse_record
+from phi4mm_jax.engine.jsonl import digest_number
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.answer import with_columns
-from phi4mm_jax.ray.inputs import digest_number, is_parquet, key_of
+from phi4mm_jax.ray.inputs import is_parquet, key_of
 from phi4mm_jax.ray.storage import open_storage, write_whole
 from phi4mm_jax.utils.strict_json import strict_json
 
@@ -179,26 +181,15 @@ def index_part(path: str, storage: fs.FileSystem, form: Format) -> Records:
             table = pq.read_table(path, columns=["id", "request", "error"], filesystem=storage)
             found = [(r["id"], r["request"], r["error"] is not None) for r in table.to_pylist()]
         else:
-            found = [_record(json.loads(line), path, form) for line in _lines(path, storage)]
+            records = [parse_record(Path(path), form, line, i, 0) for i, line in enumerate(_lines(path, storage), 1)]
+            found = [(record.key, record.digest, record.failed) for record in records]
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error!s:.200}); restore it, or give another folder") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: is no part of a run's answers; give another folder") from None
     names, digests, failed = zip(*found, strict=True) if found else ((), (), ())
     return Records(
         np.array([key_of(name) for name in names], np.uint64),
         np.array([digest_number(digest) for digest in digests], np.uint64), np.array(failed, bool),
     )  # fmt: skip
-
-
-def _record(answer: Mapping[str, Any], path: str, form: Format) -> tuple[Any, str | None, bool]:
-    is_openai = "custom_id" in answer
-    if is_openai != (form == "openai"):
-        other = "openai" if is_openai else "plain"
-        raise InputError(f"{path}: has answers of --format {other}; give that format, or another folder")
-    if is_openai:
-        return answer["custom_id"], answer["id"].removeprefix("batch_req_"), answer["error"] is not None
-    return answer["id"], answer.get("request"), "error" in answer
 
 
 def _lines(path: str, storage: fs.FileSystem) -> list[bytes]:

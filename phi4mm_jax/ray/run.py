@@ -13,7 +13,8 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from phi4mm_jax.engine.jsonl import Format, completion_answer, encode_answer, error_answer, parse_line
+from phi4mm_jax.engine.answer_lines import Format, answer_of, encode_answer, error_answer
+from phi4mm_jax.engine.jsonl import parse_line
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.ray.answer import Answer
 from phi4mm_jax.ray.inputs import Chunk, Index, folder_of, index_file, read_chunk
@@ -46,7 +47,7 @@ class AnswerLines(Answer):
         found = await self.answer_line(asked)
         if isinstance(found, str):
             return encode_answer(error_answer(asked, found, self._form)), 0, True
-        return encode_answer(completion_answer(asked, found, self._form)), len(found.tokens), False
+        return encode_answer(answer_of(asked, found, self._form)), len(found.tokens), False
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from scipy.special import log_softmax
 
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request, Sampling
+from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.beam_search import Search, advance
-from phi4mm_jax.engine.jsonl import AnswerFile, read_requests
+from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.processing.images import preprocess_image
 
 CASES = {case["name"]: case for case in golden_cases()}

@@ -8,7 +8,8 @@ import pytest
 from infer import chat
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request, ToolCall
-from phi4mm_jax.engine.jsonl import AnswerFile, read_requests
+from phi4mm_jax.engine.answer_file import AnswerFile
+from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.engine.tool_calls import parse_tool_calls
 
 

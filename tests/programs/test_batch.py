@@ -21,7 +21,9 @@ from helpers.paths import TINY
 from infer import batch
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import Completion, EngineConfig, Request
-from phi4mm_jax.engine.jsonl import AnswerFile, read_requests, settings_of
+from phi4mm_jax.engine.answer_file import AnswerFile
+from phi4mm_jax.engine.jsonl import read_requests
+from phi4mm_jax.engine.provenance import settings_of
 from phi4mm_jax.utils.compilation import keep_compiled
 
 ROOT = Path(__file__).parents[2]

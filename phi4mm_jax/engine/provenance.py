@@ -1,0 +1,98 @@
+"""Provenance of answers: the settings, weights and media that they depend on besides their lines."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.peft import adapter_folders
+from phi4mm_jax.engine.request import Request
+from phi4mm_jax.engine.sampling import Sampling
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.fingerprint import file_fingerprint, weights_fingerprint
+from phi4mm_jax.utils.strict_json import strict_json
+
+Settings = Mapping[str, Any]
+_NEVER_MEDIA = ("text", "role", "type")  # keys of a message's parts
+
+
+def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> dict[str, Any]:
+    """Return what the answers of a run depend on besides its lines; the checkpoint by its fingerprint.
+
+    Args:
+        adapters: as of `phi4mm_jax.load`.
+
+    Raises:
+        CheckpointError: there is no such model or adapter.
+    """
+    weights = weights_fingerprint(local_folder(model), adapter_folders(adapters))
+    return {"model": str(model), "weights": weights, **settings, "sampling": list(asdict(Sampling()).values())}
+
+
+def check_settings(output: Path, now: Settings, *, has_answers: bool) -> None:
+    """Check that the answers that an output has are of these settings; without answers write the settings beside it.
+
+    Raises:
+        InputError: the answers are of other settings, or their settings cannot be read.
+        OSError: the settings cannot be written.
+    """
+    path = output.with_name(f"{output.name}.settings.json")
+    if has_answers:
+        try:
+            before = json.loads(path.read_text())
+            others = [key for key in now if key != "model" and before.get(key) != now[key]]
+        except (OSError, ValueError, AttributeError):
+            raise InputError(
+                f"{output}: has answers, but {path.name}, which tells their model and settings, is missing or "
+                "broken; restore it, or give another output"
+            ) from None
+        if others:
+            told = {"weights": "model"}
+            causes = [
+                f"{told.get(k, k)} (was {before.get(told.get(k, k))!r}, now {now[told.get(k, k)]!r})" for k in others
+            ]
+            raise InputError(
+                f"{output}: its answers are of another {', '.join(causes)}; give another output, or resume with "
+                "what it was"
+            )
+        return
+    write_atomically(path, strict_json(now) + "\n")
+
+
+def media_fingerprint(request: Request) -> str | None:
+    """Return the digest of the files that a request shows; None where it has none, or one is gone."""
+    sources: list[str] = [m for m in (*request.images, *request.audios) if isinstance(m, str)]
+    if isinstance(request.prompt, list):
+        for message in request.prompt:
+            sources += _strings(message.get("content") if isinstance(message, dict) else None)
+    state, found = hashlib.blake2b(digest_size=8), False
+    for source in sources:
+        path = Path(source.removeprefix("file://"))
+        try:
+            if len(source) > _LONGEST_PATH or not path.exists():
+                continue
+            files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+            for file in files:
+                state.update(file_fingerprint(file) if file.is_file() else b"")
+                found = True
+        except (OSError, ValueError):
+            return None
+    return state.hexdigest() if found else None
+
+
+_LONGEST_PATH = 4096
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a message's content that may be the path of a medium."""
+    if isinstance(value, list):
+        for part in value:
+            yield from [part] if isinstance(part, str) else _strings(part)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _NEVER_MEDIA:
+                yield from [inner] if isinstance(inner, str) else _strings(inner)
