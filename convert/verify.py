@@ -21,7 +21,7 @@ from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.processing.prompt import KINDS, Kind
-from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_case, verify_medium
+from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_cases, verify_medium
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with progress_bar("Comparing") as advance:
         total = len(goldens.cases) + len(media)
         advance(0, total)
-        for done, case in enumerate(goldens.cases, 1):
-            checks += verify_case(model, goldens, case)
+        for done, found in enumerate(verify_cases(model, goldens), 1):
+            checks += found
             advance(done, total)
         for done, (kind, number) in enumerate(media, len(goldens.cases) + 1):
             checks += verify_medium(model, goldens, kind, number)

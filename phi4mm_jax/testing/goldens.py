@@ -23,8 +23,10 @@ What is compared, and how far it may be off:
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +37,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from phi4mm_jax.api import Model
+from phi4mm_jax.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.model.speech import HALO_FRAMES
 from phi4mm_jax.processing.audio import load_audio
-from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.batching import Row, bucket
 from phi4mm_jax.processing.images import choose_grid, load_image
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import KINDS, Kind
@@ -47,6 +51,8 @@ from phi4mm_jax.utils.paths import local_path
 
 LAST, FIRST = 24, 4  # positions of which logits are kept
 _LONG_CLIP = 500  # tokens; longer clips are thinned more
+_SHORTEST = 64  # tokens to which rows are padded, or four times that, and so on
+_CHUNK = 256  # tokens that are prefilled at once
 
 _EXACT = ("num_tokens", "size", "frames", "attention_mask")
 _OF_MEDIUM: dict[Kind, tuple[str, ...]] = {
@@ -309,9 +315,10 @@ def image_tensors(model: Model, image: Any) -> dict[str, np.ndarray]:
     """All that goldens hold of an image, thinned, as the model computes it: float32, or what the processor gives."""
     row, tensors = image_inputs(model.processor, image)
     batch = model.processor.batch([row])
-    table, features = _encode(model.module, model.variables, batch.images, method="encode_images", tower="vision")
-    tensors["vision_features"] = _numpy(features)[: len(row.images[0].crops)]
-    tensors["embeds"] = _numpy(table)[batch.media[0, : batch.lengths[0]]]
+    assert batch.images is not None
+    table, features = _encode_images(model, batch.images)
+    tensors["vision_features"] = features[: len(row.images[0].crops)]
+    tensors["embeds"] = table[batch.media[0, : batch.lengths[0]]]
     return {name: thinned(name, value, len(row.tokens)) for name, value in tensors.items()}
 
 
@@ -326,15 +333,42 @@ def audio_tensors(model: Model, audio: Any) -> dict[str, np.ndarray]:
     tensors["features"] = np.concatenate(pieces)
     for name, with_images in (("embeds_speech", False), ("embeds_vision", True)):
         stack = stack._replace(with_images=np.full_like(stack.with_images, with_images))
-        table, encoded = _encode(model.module, model.variables, stack, method="encode_audio", tower="speech")
-        tensors["encoder"] = _numpy(encoded).reshape(-1, encoded.shape[-1])[taken]
-        tensors[name] = _numpy(table)[taken]
+        table, encoded = _encode_audio(model, stack)
+        tensors["encoder"] = encoded[taken]
+        tensors[name] = table[taken]
     return {name: thinned(name, value, len(row.tokens)) for name, value in tensors.items()}
 
 
-@partial(jax.jit, static_argnames=("module", "method", "tower"))
-def _encode(module, variables, stack, *, method: str, tower: str):
+# Crops and chunks are encoded one by one, and chunks padded alike: one compiled program each. None depends on others.
+
+
+def _encode_images(model: Model, images: ImageStack) -> tuple[np.ndarray, np.ndarray]:
+    """The embeddings (C * M + 2, D) that `Batch.media` indexes, and the tower's output (C, M, D)."""
+    ones = [ImageStack(*(values[i : i + 1] for values in images)) for i in range(len(images.crops))]
+    tables, features = zip(*(_encode(model, one, "encode_images", "vision") for one in ones), strict=True)
+    size = model.config.vision.features_per_crop
+    return np.concatenate([*(table[:size] for table in tables), tables[0][size:]]), np.concatenate(features)
+
+
+def _encode_audio(model: Model, stack: AudioStack) -> tuple[np.ndarray, np.ndarray]:
+    """Likewise of chunks, both (A * T, D)."""
+    speech = model.config.speech
+    size = (stack.frames.shape[1] - HALO_FRAMES) // speech.time_reduction
+    padding = (0, 0), (0, (bucket(speech.chunk_tokens) - size) * speech.time_reduction), (0, 0)
+    stack = stack._replace(frames=np.pad(stack.frames, padding))
+    ones = [AudioStack(*(values[i : i + 1] for values in stack)) for i in range(len(stack.frames))]
+    tables, features = zip(*(_encode(model, one, "encode_audio", "speech") for one in ones), strict=True)
+    return np.concatenate([t[:size] for t in tables]), np.concatenate([f[0, :size] for f in features])
+
+
+def _encode(model: Model, stack: ImageStack | AudioStack, method: str, tower: str) -> tuple[np.ndarray, np.ndarray]:
     """A stack of media through its tower and projector: the embeddings, and the tower's output."""
+    table, features = _encode_jit(model.module, model.variables, stack, method, tower)
+    return _numpy(table), _numpy(features)
+
+
+@partial(jax.jit, static_argnames=("module", "method", "tower"))
+def _encode_jit(module, variables, stack, method: str, tower: str):
     table, state = module.apply(
         variables, stack, method=method, capture_intermediates=lambda m, called: (m.name, called) == (tower, "__call__")
     )
@@ -421,14 +455,23 @@ def _not_comparable(ours: np.ndarray, golden: np.ndarray) -> str | None:
     return None if golden.size else "the golden is empty"
 
 
-def verify_case(model: Model, goldens: Goldens, case: Case) -> list[Check]:
-    """Compare a case's token ids, logits, and greedy tokens as the cached decoder generates them.
+def verify_cases(model: Model, goldens: Goldens) -> Iterator[list[Check]]:
+    """Compare each case's token ids, logits, and greedy tokens as the cached decoder generates them.
 
-    Where the ids differ there is nothing more to compare, and only they are reported.
+    Where the ids differ there is nothing more to compare, and only they are reported. All cases share a handful of
+    compiled programs: rows are padded to a few lengths, prefilled by equal chunks, and go with all adapters.
 
     Raises:
         InputError: a prompt or medium that this model cannot take; it names the case.
     """
+    longest = max(case.tokens for case in goldens.cases)
+    room = max(case.tokens + len(goldens.tensors[f"{case.name}.generated"]) for case in goldens.cases)
+    engine = _engine(model, min(room, model.processor.context))
+    for case in goldens.cases:
+        yield _verify_case(model, engine, goldens, case, longest)
+
+
+def _verify_case(model: Model, engine: Engine, goldens: Goldens, case: Case, longest: int) -> list[Check]:
     exact, (images, audios) = is_exact(model, goldens), goldens.media_of(case)
     golden = {tensor: goldens.tensors[f"{case.name}.{tensor}"] for tensor in _OF_CASE}
     expected = golden["generated"].tolist()
@@ -438,11 +481,14 @@ def verify_case(model: Model, goldens: Goldens, case: Case) -> list[Check]:
         ids = compare_tokens(case.name, "input_ids", batch.tokens[0, :length].tolist(), golden["input_ids"].tolist())
         if not ids.passed:
             return [ids]
-        logits = model.logits(batch)[0, :length]
-        (completion,) = model.generate([case.prompt], [images], [audios], max_new_tokens=len(expected))
+        request = Request(case.prompt, images=images, audios=audios, max_new_tokens=len(expected))
+        ((_, completion),) = engine.run([request])
+        if completion.error is not None:
+            raise InputError(completion.error)
     except InputError as error:
         raise InputError(f"case {case.name}: {error}") from error
-    ours = {"logits_first": np.asarray(logits[:FIRST]), "logits": np.asarray(logits[-LAST:])}
+    logits = _logits(model, batch, longest)
+    ours = {"logits_first": logits[:FIRST][:length], "logits": logits[FIRST:][-length:]}
     layers = model.config.decoder.num_layers
     bound = replace(LOGITS_PER_LAYER, relative=LOGITS_PER_LAYER.relative * layers) if exact else ROUNDED_LOGITS
     values = [compare_values(case.name, name, value, golden[name], bound) for name, value in ours.items()]
@@ -453,6 +499,41 @@ def verify_case(model: Model, goldens: Goldens, case: Case) -> list[Check]:
         note = f"{tokens.note}; a near-tie of {case.min_margin:.1e}, which rounding may decide: record another prompt"
         tokens = replace(tokens, note=note)
     return [ids, *values, tokens]
+
+
+def _engine(model: Model, tokens: int) -> Engine:
+    """An engine that prefills by chunks of one width, with all adapters in every program."""
+    programs, compiled = copy(model._programs), model._programs
+    programs.prefill = lambda _, *arguments, **options: compiled.prefill(model.variables, *arguments, **options)
+    programs.decode = lambda _, *arguments, **options: compiled.decode(model.variables, *arguments, **options)
+    config = EngineConfig(slots=1, page_size=_CHUNK, chunk=_CHUNK, cache_tokens=tokens)
+    return Engine(programs, model.variables, model.processor, config)
+
+
+def _logits(model: Model, batch: Batch, longest: int) -> np.ndarray:
+    """The first and the last logits (FIRST + LAST, V) of a row, computed whole, without a cache."""
+    length = int(batch.lengths[0])
+    size = min(next(_SHORTEST * 4**n for n in count() if _SHORTEST * 4**n >= length), longest)
+    media = batch.media[0, :length]
+    tables = [] if batch.images is None else [_encode_images(model, batch.images)[0]]
+    tables += [] if batch.audio is None else [_encode_audio(model, batch.audio)[0]]
+    features = np.zeros((size, model.config.decoder.embed_dim), np.float32)
+    if tables:
+        features[:length] = np.concatenate(tables)[media]  # of a token without a medium, any
+    taken = np.full((1, size), NO_MEDIA, np.int32)
+    taken[0, :length] = np.where(media == NO_MEDIA, NO_MEDIA, np.arange(length))
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, :length] = batch.tokens[0, :length]
+    at = np.concatenate([np.minimum(np.arange(FIRST), length - 1), np.maximum(np.arange(-LAST, 0) + length, 0)])
+    found = _logits_jit(model.module, model.variables, features, tokens, taken, batch.lengths, batch.adapters, at)
+    return np.asarray(found)
+
+
+@partial(jax.jit, static_argnames="module")
+def _logits_jit(module, variables, features, tokens, media, lengths, adapters, at):
+    embedded = module.apply(variables, tokens, media, features, method="embed")
+    hidden, _ = module.apply(variables, embedded, lengths, adapters, method="decode")
+    return module.apply(variables, hidden[0, at], method="logits")
 
 
 def verify_medium(model: Model, goldens: Goldens, kind: Kind, number: int) -> list[Check]:
