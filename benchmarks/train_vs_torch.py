@@ -87,8 +87,8 @@ def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
     import jax
 
     import phi4mm_jax
+    from phi4mm_jax.adapters import ADAPTERS
     from phi4mm_jax.batch import NO_MEDIA, Batch, TrainingBatch
-    from phi4mm_jax.model.lora import SPEECH
     from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
     from phi4mm_jax.training.param_filter import split
     from phi4mm_jax.training.step import initial_state, supervised, train_step
@@ -99,7 +99,9 @@ def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
     optimizer = make_optimizer(OptimizerConfig(RATE, 0, "constant"), 100, trainable)
     rows, length = tokens.shape
     whole = np.full(rows, length, np.int32)
-    batch = Batch(tokens, whole, np.full(rows, SPEECH, np.int32), np.full_like(tokens, NO_MEDIA), None, None)
+    batch = Batch(
+        tokens, whole, np.full(rows, ADAPTERS["speech"].index, np.int32), np.full_like(tokens, NO_MEDIA), None, None
+    )
     position = np.arange(length)
     weights = np.broadcast_to((position >= length // 2) & (position < length - 1), tokens.shape).astype(np.float32)
     batches = jax.tree.map(lambda x: x[None], TrainingBatch(batch, np.roll(tokens, -1, 1), weights))

@@ -28,7 +28,6 @@ parity.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import re
@@ -42,6 +41,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS, default_adapter
 from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
@@ -66,7 +66,7 @@ DEFAULT_CASES = Path(__file__).parents[1] / "tests" / "fixtures" / "ms_tiny" / "
 _PLACEHOLDER = re.compile(r"<\|(image|audio)(?:_[0-9]+)?\|>")
 _ADAPTED = r"model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
 
-Adapter = Literal["vision", "speech"]
+Mode = Literal["vision", "speech"]  # of the projector of clips
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Reference:
                 embeds = embeds.index_put((places,), torch.cat(list(media)))
         return embeds
 
-    def logits(self, embeds: "torch.Tensor", adapter: Adapter | None, positions: Sequence[int]) -> "torch.Tensor":
+    def logits(self, embeds: "torch.Tensor", adapter: str | None, positions: Sequence[int]) -> "torch.Tensor":
         """Float32 (positions, V), by the whole sequence, without a cache."""
         import torch
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -305,9 +305,8 @@ def load_reference(
     model, info = loaded
     if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise CheckpointError(f"{folder}: transformers finds tensors that do not fit: {wrong!s:.600}")
-    for adapter, settings in (("vision", config.vision_lora), ("speech", config.speech_lora)):
-        if settings is not None:
-            _add_adapter(model, (adapters or {}).get(adapter, folder / f"{adapter}-lora"), adapter)
+    for adapter in config.loras:
+        _add_adapter(model, (adapters or {}).get(adapter, folder / ADAPTERS[adapter].folder), adapter)
     model.eval().requires_grad_(False)
     return Reference(model, tokenizers.Tokenizer.from_file(str(tokenizer)), config)
 
@@ -384,8 +383,9 @@ def record_case(
         raise InputError(
             f"case {request.name}: {len(ids)} tokens leave no room in the context of {context}; shorten it"
         )
-    mode = "vision" if images else "speech"
-    adapter: Adapter | None = mode if images or audios else None
+    mode: Mode = "vision" if images else "speech"
+    default = default_adapter(bool(images), bool(audios))
+    adapter = None if default is None else default.name
     embeds = reference.embed(ids, [i.outputs["embeds"] for i in images], [a.outputs[f"embeds_{mode}"] for a in audios])
     first, last = range(len(ids))[: goldens.FIRST], range(len(ids))[-goldens.LAST :]
     logits = reference.logits(embeds, adapter, [*first, *last])
@@ -418,8 +418,7 @@ def record(parsed: argparse.Namespace, out: Path) -> None:
     check_layout(folder)
     adapters = adapter_folders(adapter_folders_of(parsed))
     own = Phi4MMConfig.from_folder(folder)
-    loras = {f"{kind}_lora": PeftAdapter(place, kind, own).lora for kind, place in adapters.items()}
-    config = dataclasses.replace(own, **loras)
+    config = own.with_loras({name: PeftAdapter(place, name, own).lora for name, place in adapters.items()})
     processor = Processor.from_folder(folder, config)
     for request in requests:
         try:

@@ -34,13 +34,13 @@ from functools import partial
 from typing import get_args
 
 import phi4mm_jax
+from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.answer_lines import Format
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.engine.provenance import Settings, settings_of
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
@@ -60,10 +60,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="the most that a line may ask for")
     parser.add_argument(
-        "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
+        "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: for lines that all need it"
     )
     parser.add_argument(
-        "--adapter", choices=get_args(Adapter), help="for lines that do not say; by default that of a line's media"
+        "--adapter", choices=adapter_choices(), help="for lines that do not say; by default that of a line's media"
     )
     add_adapter_folder(parser)
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")

@@ -26,12 +26,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Literal, TextIO
 
 from phi4mm_jax import InputError
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import load_image
@@ -82,7 +82,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     frames: int = MAX_FRAMES
-    adapter: Adapter | None = None
+    adapter: str | None = None
 
     def __post_init__(self):
         check_frames(self.frames)
@@ -202,7 +202,7 @@ def save(conversation: Conversation, path: str) -> None:
 
 
 def prepare(
-    conversation: Conversation, processor: Processor, engine: Engine, adapter: Adapter | None = None
+    conversation: Conversation, processor: Processor, engine: Engine, adapter: str | None = None
 ) -> tuple[Row, int]:
     """The conversation processed, and how many tokens the answer may have. An answer at its end is continued.
 
@@ -338,7 +338,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser("infer.chat", __doc__)
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
-    parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
+    parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
     add_adapter_folder(parser)
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.evaluation.answers import AUTO, answer_file, check_adapter, read_answers, settings_of
@@ -50,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", metavar="DIR", type=path_argument, help="a folder for the files; without, there is the table"
     )
     parser.add_argument(
-        "--adapter", choices=(AUTO, "none", "speech", "vision"), default=AUTO,
+        "--adapter", choices=(AUTO, *adapter_choices()), default=AUTO,
         help="answer all items with this one; auto: each with that of its media (default)",
     )  # fmt: skip
     add_adapter_folder(parser)

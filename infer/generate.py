@@ -5,12 +5,11 @@ With --beams the likeliest answers come one after the other, the likeliest first
 
 import argparse
 import sys
-from typing import get_args
 
 import phi4mm_jax
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model
 from phi4mm_jax.engine import Request, Sampling
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.prompt import given_media
@@ -40,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-p", metavar="X", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="answers to search for")
-    parser.add_argument("--adapter", choices=get_args(Adapter), help="by default that of the media")
+    parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
     add_adapter_folder(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")

@@ -25,10 +25,10 @@ import sys
 from typing import Any, get_args
 
 import phi4mm_jax
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.engine.answer_lines import Format
 from phi4mm_jax.engine.provenance import settings_of
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
 
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
     )
     parser.add_argument(
-        "--adapter", choices=get_args(Adapter), help="for lines that do not say; by default that of a line's media"
+        "--adapter", choices=adapter_choices(), help="for lines that do not say; by default that of a line's media"
     )
     add_adapter_folder(parser)
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")

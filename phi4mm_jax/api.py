@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from phi4mm_jax.adapters import ADAPTERS, used_collections
 from phi4mm_jax.batch import Batch
 from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
 from phi4mm_jax.checkpoint.hub import local_folder
@@ -23,13 +24,12 @@ from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.engine.encoder_cache import media_inputs
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.engine.sampling import is_whole
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import jit_on_mesh, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
-from phi4mm_jax.model.lora import ADAPTERS, lora_configs, merged
+from phi4mm_jax.model.lora import merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor, PromptLike
@@ -49,7 +49,7 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     adapters_from: AdaptersFrom | None = None,
     fresh_adapters: bool = False,
-    merge: Literal["vision", "speech"] | None = None,
+    merge: str | None = None,
     scan: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
@@ -63,14 +63,14 @@ def load(
             converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.mesh`); by default the first device.
-        adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters take the place of the
-            checkpoint's own: {"speech": FOLDER}.
+        adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters are added to the
+            checkpoint's own, or take the place of those of the same names: {"speech": FOLDER}.
         adapters_from: where adapters come from in the original layout, which has them in its shards and in the folders
             vision-lora and speech-lora: "shards" or "folders". By default from a folder where it differs from the
             shards, as after fine-tuning, which is logged; see `checkpoint.contents.folder_adapters`.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
-        merge: add this adapter to the weights, and drop both: prompts of its modality are answered as before, without
-            the adapter's cost; others are errors.
+        merge: add this adapter ("vision", "speech") to the weights, and drop all: prompts of its modality are answered
+            as before, without the adapter's cost; others are errors.
         scan: whether the decoder's layers are one loop over stacked parameters, or are written out ("layers_0", ...).
             The loop compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack for every
             token. By default a loop, except on one CPU.
@@ -94,11 +94,10 @@ def load(
         _log.warning("%s", taken_line(path, newer))
     given += newer
     config = with_adapters(own, given)
-    collection = f"lora_{merge}"
-    if merge is not None and collection not in lora_configs(config):
-        found = [name.removeprefix("lora_") for name in lora_configs(config)]
+    if merge is not None and merge not in config.loras:
+        found = list(config.loras)
         raise InputError(f"merge is {merge!r}; expected None or one of this checkpoint's adapters: {found}")
-    if not lora_configs(config) and (config.has_vision or config.has_speech):
+    if not config.loras and (config.has_vision or config.has_speech):
         _log.warning("%s has no adapters: images and clips are answered by its weights alone, as merged ones are", path)
     processor = Processor.from_folder(path, config)
     abstract = None if mesh is None else abstract_variables(Phi4MM(config))  # a trace of the model: seconds
@@ -107,8 +106,8 @@ def load(
         path, opened(), own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
     )
     if merge is not None:
-        variables = merged(variables, collection, lora_configs(config)[collection].scale)
-        config = dataclasses.replace(config, vision_lora=None, speech_lora=None)
+        variables = merged(variables, ADAPTERS[merge].collection, config.loras[merge].scale)
+        config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     if scan is None:
         scan = mesh is not None or jax.default_backend() != "cpu"
@@ -124,7 +123,7 @@ class Model:
 
     Attributes:
         module: the Linen module; `module.apply(variables, batch)` is the pure function behind `logits`.
-        variables: "params", and an adapter's parameters in "lora_vision" and "lora_speech".
+        variables: "params", and each adapter's parameters in its collection: "lora_vision", "lora_speech".
         processor: turns prompts into batches; has the tokenizer.
     """
 
@@ -177,7 +176,7 @@ class Model:
         beams: int = 1,
         length_penalty: float = 1.0,
         n: int = 1,
-        adapter: Adapter | None = None,
+        adapter: str | None = None,
         logprobs: bool = True,
         max_crops: int | None = None,
         continue_final_message: bool = False,
@@ -202,7 +201,8 @@ class Model:
             beams: search for so many answers of a row at once; they are its completion's `alternatives`.
             length_penalty: see `Request`.
             n: draw so many answers of each row, which are its completion's `alternatives`; the first is its own.
-            adapter: "none", "vision" or "speech" for all rows; by default each has that of its media.
+            adapter: "none" or an adapter's name ("vision", "speech") for all rows; by default each has that of its
+                media.
             logprobs: whether completions have the log-probabilities of their tokens.
             max_crops: the most crops of an image, see `Processor.__call__`.
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
@@ -276,8 +276,7 @@ class Model:
 
     def _variables_for(self, batch: Batch) -> dict[str, Any]:
         """Without the adapters that no row uses, which then cost nothing."""
-        used = set(np.unique(batch.adapters).tolist())
-        return {name: v for name, v in self.variables.items() if ADAPTERS.get(name) in {None, *used}}
+        return used_collections(self.variables, set(np.unique(batch.adapters).tolist()))
 
 
 def _together(drawn: Sequence[Completion]) -> Completion:

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     tokens: Int[Any, "B T"]  # padded with the pad token
     lengths: Int[Any, " B"]
-    adapters: Int[Any, " B"]  # of each row: 0 none, 1 vision, 2 speech
+    adapters: Int[Any, " B"]  # of each row: `Adapter.index`, or 0 for none
     media: Int[Any, "B T"]  # row of the features, or NO_MEDIA: the token's own embedding
     images: ImageStack | None
     audio: AudioStack | None

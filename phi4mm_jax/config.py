@@ -8,10 +8,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.adapters import ADAPTERS, Adapter
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.peft_settings import common_lora, module_loras
 
@@ -120,8 +121,7 @@ class Phi4MMConfig:
     decoder: DecoderConfig
     vision: VisionConfig
     speech: SpeechConfig
-    vision_lora: LoraConfig | None
-    speech_lora: LoraConfig | None
+    loras: Mapping[str, LoraConfig] = field(hash=False)  # by the adapter's name, in the registry's order
     image_token_id: int
     audio_token_id: int
     pad_token_id: int
@@ -138,7 +138,7 @@ class Phi4MMConfig:
         Args:
             config: the parsed file.
             adapters: for the native layout, whose `config.json` says nothing of them: the parsed
-                `adapter_config.json` of "vision" and "speech". An adapter that is not given is absent.
+                `adapter_config.json` of each adapter by name. An adapter that is not given is absent.
 
         Raises:
             ConfigError: a key is missing, malformed, or asks for what is not supported; it names the key.
@@ -174,21 +174,30 @@ class Phi4MMConfig:
         config = read_json(folder / "config.json")
         native = config.get("model_type") == "phi4_multimodal"
         adapters = {}
-        for kind in ("vision", "speech"):
-            files = _adapter_files(folder / f"{kind}-lora")
-            path = folder / f"{kind}-lora" / "adapter_config.json"
+        for name, adapter in ADAPTERS.items():
+            files = _adapter_files(folder / adapter.folder)
+            path = folder / adapter.folder / "adapter_config.json"
             if "adapter_model.bin" in files and "adapter_model.safetensors" not in files:
                 raise CheckpointError(
                     f"{path.with_name('adapter_model.bin')}: pickle files are not read, since they can run code; "
                     "save the adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
                 )
             if native and files:
-                adapters[kind] = read_json(path)
-                check_adapter_settings(path, adapters[kind])
+                adapters[name] = read_json(path)
+                check_adapter_settings(path, adapters[name])
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
         return cls.from_dict(config_with_stops, adapters=adapters)
+
+    def with_loras(self, loras: Mapping[str, LoraConfig]) -> "Phi4MMConfig":
+        """Return the configuration with these adapters added, or in place of its own of the same names."""
+        loras = {**self.loras, **loras}
+        return dataclasses.replace(self, loras={name: loras[name] for name in ADAPTERS if name in loras})
+
+    def lacks_tower(self, adapter: Adapter) -> bool:
+        """Tell whether the checkpoint cannot encode the media that an adapter is for."""
+        return not {"images": self.has_vision, "clips": self.has_speech, None: True}[adapter.media]
 
 
 def _adapter_files(folder: Path) -> list[str]:
@@ -399,10 +408,6 @@ def _read_lora(keys: _Keys) -> LoraConfig:
     )
 
 
-def _read_peft(kind: str, adapters: Mapping[str, Mapping[str, Any]], decoder: DecoderConfig) -> LoraConfig | None:
-    return read_adapter(f"{kind}-lora/adapter_config.json", adapters[kind], decoder) if kind in adapters else None
-
-
 def read_adapter(name: str, settings: Mapping[str, Any], decoder: DecoderConfig) -> LoraConfig:
     """An adapter by its adapter_config.json: its modules' ranks and scales as one rank and scale (see `common_lora`).
 
@@ -488,8 +493,11 @@ def _read_original(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Ph
             kernel_size=audio.positive("kernel_size"),
             bias_distance=bias.positive("t5_bias_max_distance"),
         ),
-        vision_lora=_read_lora(keys.section("vision_lora")) if keys.has("vision_lora") else None,
-        speech_lora=_read_lora(keys.section("speech_lora")) if keys.has("speech_lora") else None,
+        loras={
+            name: _read_lora(keys.section(adapter.config_key))
+            for name, adapter in ADAPTERS.items()
+            if keys.has(adapter.config_key)
+        },
         image_token_id=keys.get("image_token_id", int, RELEASE_IMAGE_TOKEN),
         audio_token_id=keys.get("audio_token_id", int, RELEASE_AUDIO_TOKEN),
         pad_token_id=keys.get("pad_token_id", int),
@@ -537,8 +545,11 @@ def _read_native(keys: _Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Phi4
             kernel_size=audio.positive("kernel_size"),
             bias_distance=audio.positive("bias_max_distance"),
         ),
-        vision_lora=_read_peft("vision", adapters, decoder),
-        speech_lora=_read_peft("speech", adapters, decoder),
+        loras={
+            name: read_adapter(f"{adapter.folder}/adapter_config.json", adapters[name], decoder)
+            for name, adapter in ADAPTERS.items()
+            if name in adapters
+        },
         image_token_id=vision.get("image_token_id", int),
         audio_token_id=audio.get("audio_token_id", int),
         pad_token_id=keys.get("pad_token_id", int),

@@ -76,8 +76,9 @@ def test_release():
     assert v.features_per_crop == 256
     assert (s.num_layers, s.embed_dim, s.mlp_dim, s.num_heads, s.conv_channels) == (24, 1024, 1536, 16, 1024)
     assert (s.bias_distance, s.chunk_tokens, s.subsampled_bands) == (500, 500, 10)
-    assert (config.vision_lora.rank, config.vision_lora.scale) == (256, 2.0)
-    assert (config.speech_lora.rank, config.speech_lora.scale, config.speech_lora.dropout) == (320, 2.0, 0.01)
+    assert (config.loras["vision"].rank, config.loras["vision"].scale) == (256, 2.0)
+    speech = config.loras["speech"]
+    assert (speech.rank, speech.scale, speech.dropout) == (320, 2.0, 0.01)
     assert (config.image_token_id, config.audio_token_id, config.pad_token_id) == (200010, 200011, 199999)
     assert config.stop_token_ids == (199999, 200020)
 
@@ -93,8 +94,7 @@ def test_native_layout_says_the_same(original):
     modern["rope_parameters"]["rope_type"] = modern["rope_parameters"].pop("type")
     assert Phi4MMConfig.from_dict(modern, adapters=adapters) == Phi4MMConfig.from_dict(original)
     without = Phi4MMConfig.from_dict(native)
-    assert without.vision_lora is None
-    assert without.speech_lora is None
+    assert without.loras == {}
 
 
 UNSUPPORTED = {
@@ -211,7 +211,7 @@ def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
     """As PEFT writes them, with every setting at its default."""
     folder = adapter_folder(tmp_path, layout, {"init_lora_weights": init})
     config = Phi4MMConfig.from_folder(folder)
-    assert (config.vision_lora.rank, config.vision_lora.scale) == (8, 2.0)
+    assert (config.loras["vision"].rank, config.loras["vision"].scale) == (8, 2.0)
 
 
 @pytest.mark.torch

@@ -98,7 +98,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     steps = count_steps(data, recipe.accumulate)
 
     # ---- shard
-    trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes)
+    trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
     frozen = method.extend_frozen(frozen, trainable)
     optimizer = make_optimizer(recipe.optimizer, steps, trainable)
     state = init_train_state(trainable, optimizer, mesh)

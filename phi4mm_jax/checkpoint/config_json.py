@@ -7,16 +7,13 @@ depend on (its name, how it was trained) is the release's, or the source's where
 from collections.abc import Mapping
 from typing import Any
 
+from phi4mm_jax.adapters import ADAPTERS, Adapter
 from phi4mm_jax.config import RELEASE_AUDIO_TOKEN, RELEASE_IMAGE_TOKEN, RELEASE_TOWER, LoraConfig, Phi4MMConfig
 
 Json = dict[str, Any]
 
-# The modules that an adapter is for, which PEFT looks for within what it wraps: the decoder in the release's code, the
-# model with its head in transformers. The release's pattern would match nothing there.
-ORIGINAL_TARGETS = {
-    "vision": r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))",
-    "speech": r"((layers.*self_attn\.(qkv|o)_proj)|(layers.*mlp\.(gate_up|down)_proj))",
-}
+# The modules that an adapter is for, which PEFT looks for within what it wraps: the decoder in the release's code (see
+# `Adapter.targets`), the model with its head in transformers. The release's pattern would match nothing there.
 NATIVE_TARGETS = r"(.*\.)?layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)"
 
 # The release's code, which its config.json names.
@@ -90,7 +87,6 @@ def original_config(config: Phi4MMConfig, source: Mapping[str, Any], *, code: bo
         code: name the release's code, which then has to be in the folder.
     """
     own = source.get("eos_token_id")
-    loras = {"vision": config.vision_lora, "speech": config.speech_lora}
     return {
         "architectures": ["Phi4MMForCausalLM"],
         "model_type": "phi4mm",
@@ -126,7 +122,7 @@ def original_config(config: Phi4MMConfig, source: Mapping[str, Any], *, code: bo
                 "with_learnable_separator": True,
             },
         },
-        **{f"{kind}_lora": _original_lora(kind, lora) for kind, lora in loras.items() if lora is not None},
+        **{ADAPTERS[name].config_key: _original_lora(ADAPTERS[name], lora) for name, lora in config.loras.items()},
         **_unlike_the_release(config),
     }
 
@@ -168,8 +164,8 @@ def _original_speech(config: Phi4MMConfig) -> Json:
     }
 
 
-def _original_lora(kind: str, lora: LoraConfig) -> Json:
-    return {"dp": lora.dropout, "layer": ORIGINAL_TARGETS[kind], "lora_alpha": whole(lora.alpha), "r": lora.rank}
+def _original_lora(adapter: Adapter, lora: LoraConfig) -> Json:
+    return {"dp": lora.dropout, "layer": adapter.targets, "lora_alpha": whole(lora.alpha), "r": lora.rank}
 
 
 def _unlike_the_release(config: Phi4MMConfig) -> Json:

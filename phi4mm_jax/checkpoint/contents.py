@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint import orbax_io, pytorch
-from phi4mm_jax.checkpoint.peft import KINDS, WEIGHTS_FILE, PeftAdapter
+from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE, PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import Stored
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, InputError
@@ -37,17 +38,19 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
     converted = folder / orbax_io.FOLDER
     if converted.exists():
         names: Collection[str] = [path.name + "." for path in converted.iterdir()] if converted.is_dir() else []
-        adapters = {kind: (f"lora_{kind}.",) for kind in KINDS}
+        adapters = {name: (f"{adapter.collection}.",) for name, adapter in ADAPTERS.items()}
     else:
         names = pytorch.shard_names(folder)
-        adapters = {kind: (f".lora_A.{kind}.", f".lora_B.{kind}.") for kind in KINDS}
+        adapters = {name: (f".lora_A.{name}.", f".lora_B.{name}.") for name in ADAPTERS}
     changes: dict[str, object] = {
         has: any(mark in name for name in names for mark in marks) for has, marks in _TOWERS.items()
     }
     if converted.exists() or pytorch.layout_of(folder) == "original":  # the native layout has them in folders
-        for kind, marks in adapters.items():
-            if not any(mark in name for name in names for mark in marks):
-                changes[f"{kind}_lora"] = None
+        changes["loras"] = {
+            kind: lora
+            for kind, lora in config.loras.items()
+            if any(mark in name for name in names for mark in adapters[kind])
+        }
     return dataclasses.replace(config, **changes) if names else config
 
 
@@ -58,21 +61,21 @@ def folder_adapters(
     adapters_from: AdaptersFrom | None = None,
     given: Collection[str] = (),
 ) -> list[PeftAdapter]:
-    """The adapters of the original layout that are taken from `vision-lora/` and `speech-lora/`, not from the shards.
+    """The adapters of the original layout that are taken from their folders, not from the shards.
 
-    The release has each adapter twice. What has been fine-tuned or exported is in the folders, which vLLM reads too: a
-    folder that differs from the shards is the newer one, and deliberate. Settings, names, shapes, dtypes and 8 KiB of
-    each tensor are compared.
+    The release has each of its adapters twice; others may be in folders alone. What has been fine-tuned or exported is
+    in the folders, which vLLM reads too: a folder that differs from the shards is the newer one, and deliberate.
+    Settings, names, shapes, dtypes and 8 KiB of each tensor are compared.
 
     Args:
         opened: gives the folder's shards, see `open_checkpoint`; asked for where there is something to compare.
         config: of the shards, see `read_config`.
         adapters_from: take all that are in folders, or none; by default those that differ.
-        given: "vision" or "speech", whose adapters are replaced by others in any case.
+        given: names of adapters that are replaced by others in any case.
 
     Raises:
         CheckpointError: a folder is not whole; there is none where they are asked for; or the shards have no such
-            adapter, so that it may be merged into them.
+            adapter of the release, so that it may be merged into them.
         ConfigError: an adapter's settings are not supported.
         InputError: `adapters_from` is not one of its values, or the checkpoint has each adapter once.
     """
@@ -85,21 +88,22 @@ def folder_adapters(
                 "them in folders and in shards; leave it out"
             )
         return []
-    present = [kind for kind in KINDS if os.path.lexists(folder / f"{kind}-lora" / WEIGHTS_FILE)]
+    present = [a for a in ADAPTERS.values() if os.path.lexists(folder / a.folder / WEIGHTS_FILE)]
     if adapters_from == "folders" and not present:
-        raise CheckpointError(f"{folder}: has no adapter in a folder vision-lora or speech-lora")
-    towers = {"vision": config.has_vision, "speech": config.has_speech}
-    present = [kind for kind in present if towers[kind] and kind not in given]  # without a tower it is a remainder
+        names = " or ".join(adapter.folder for adapter in ADAPTERS.values())
+        raise CheckpointError(f"{folder}: has no adapter in a folder {names}")
+    # Without a tower an adapter is a remainder.
+    present = [adapter for adapter in present if not config.lacks_tower(adapter) and adapter.name not in given]
     if adapters_from == "shards" or not present:
         return []
-    for kind in present:
-        if adapters_from is None and getattr(config, f"{kind}_lora") is None:
+    for adapter in present:
+        if adapters_from is None and adapter.name not in config.loras and adapter.media is not None:
             raise CheckpointError(
-                f"{folder}: has an adapter in {kind}-lora, but none in the shards, into which it may be merged. If it "
-                "is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it is to be added, "
-                "give 'folders'"
+                f"{folder}: has an adapter in {adapter.folder}, but none in the shards, into which it may be merged. "
+                "If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it is to be "
+                "added, give 'folders'"
             )
-    found = [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in present]
+    found = [PeftAdapter(folder / adapter.folder, adapter.name, config) for adapter in present]
     if adapters_from == "folders":
         return found
     different = _differences(opened(), config, found, whole=False)
@@ -108,12 +112,12 @@ def folder_adapters(
 
 def with_adapters(config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> Phi4MMConfig:
     """The configuration with these adapters in place of its own."""
-    return dataclasses.replace(config, **{f"{adapter.kind}_lora": adapter.lora for adapter in adapters})
+    return config.with_loras({adapter.kind: adapter.lora for adapter in adapters})
 
 
 def taken_line(folder: FilePath, adapters: Sequence[PeftAdapter]) -> str:
     """Line that a program says where adapters are taken from folders."""
-    names = " and ".join(f"{adapter.kind}-lora" for adapter in adapters)
+    names = " and ".join(ADAPTERS[adapter.kind].folder for adapter in adapters)
     return f"{folder}: {names} taken in place of the shards' adapters (adapters_from='shards' takes those)"
 
 
@@ -129,11 +133,9 @@ def check_copies(checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, ad
     if pytorch.layout_of(checkpoint.folder) != "original":
         return
     taken = {adapter.kind for adapter in adapters}
-    places = {kind: checkpoint.folder / f"{kind}-lora" for kind in KINDS if kind not in taken}
+    places = {kind: checkpoint.folder / ADAPTERS[kind].folder for kind in config.loras if kind not in taken}
     others = [
-        PeftAdapter(place, kind, config)
-        for kind, place in places.items()
-        if getattr(config, f"{kind}_lora") is not None and os.path.lexists(place / WEIGHTS_FILE)
+        PeftAdapter(place, kind, config) for kind, place in places.items() if os.path.lexists(place / WEIGHTS_FILE)
     ]
     for kind, name in _differences(checkpoint, config, others, whole=True).items():
         raise CheckpointError(
@@ -150,7 +152,7 @@ def _differences(
     found: dict[str, str] = {}
     with ThreadPoolExecutor(8) as pool:
         for adapter in adapters:
-            own = getattr(config, f"{adapter.kind}_lora")
+            own = config.loras.get(adapter.kind)
             if own is None or (own.rank, own.scale) != (adapter.lora.rank, adapter.lora.scale):
                 found[adapter.kind] = "adapter_config.json"
                 continue

@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 import jax
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint import orbax_io, pytorch
 from phi4mm_jax.checkpoint.contents import (
     AdaptersFrom,
@@ -94,7 +95,7 @@ def to_torch(
 
     Args:
         layout: "original" (as published) or "native" (as transformers and PEFT save it).
-        adapters_only: write the folders vision-lora and speech-lora alone, for PEFT.
+        adapters_only: write the adapters' folders alone (vision-lora, speech-lora), for PEFT.
         trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
         card: README.md, in place of the source's, which does not tell what was trained.
         shard_bytes: the largest file, unless a single tensor is larger.
@@ -150,7 +151,7 @@ class _Source(NamedTuple):
 
     @property
     def parameters(self) -> dict[Path, jax.ShapeDtypeStruct]:
-        replaced = {f"lora_{adapter.kind}" for adapter in self.adapters}
+        replaced = {ADAPTERS[adapter.kind].collection for adapter in self.adapters}
         own = {path: p for path, p in self.checkpoint.parameters.items() if path[0] not in replaced}
         return own | {path: p for adapter in self.adapters for path, p in adapter.parameters.items()}
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from phi4mm_jax.adapters import ADAPTERS, adapter_indices
 from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.orbax_io import OrbaxCheckpoint
@@ -70,7 +71,7 @@ def load_variables(
         CheckpointError: a missing, extra, misshapen or unreadable tensor, one with values that are not finite, or an
             all-zero adapter; it names them.
     """
-    replaced = {f"lora_{adapter.kind}" for adapter in adapters}
+    replaced = {ADAPTERS[adapter.kind].collection for adapter in adapters}
     sources: dict[Path, Checkpoint | PeftAdapter] = {
         p: checkpoint for p in checkpoint.parameters if p[0] not in replaced
     }
@@ -165,7 +166,7 @@ def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.nd
     trained: set[str] = set()
     for tensor in tensors:
         adapter, paths = tensor.collection, [part.path for part in tensor.parts]
-        if not adapter.startswith("lora_") or paths[0][-1] == "a":
+        if adapter not in adapter_indices() or paths[0][-1] == "a":
             continue
         first.setdefault(adapter, tensor)
         if any(is_used(path, tensor.layer) for path in paths):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
@@ -24,7 +25,6 @@ from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.peft_settings import MODULES, common_lora, module_loras
 
-KINDS = ("vision", "speech")
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Of the decoder, as PEFT names them where it wraps the model with its head, or the model alone; with the adapter's name
 # (`.default`) where the state was not saved by PEFT itself.
@@ -35,7 +35,7 @@ _NAME = re.compile(
 
 
 def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, FilePath]:
-    """The PEFT folders of adapters that are given beside a checkpoint, by "vision" and "speech".
+    """The PEFT folders of adapters that are given beside a checkpoint, by name.
 
     Args:
         adapters: by the same names: a PEFT folder; one that holds it as `speech-lora` (an export of adapters, a whole
@@ -49,12 +49,14 @@ def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, 
         raise InputError(f"adapters is a {type(adapters).__name__}; expected names with folders: {{'speech': FOLDER}}")
     found: dict[str, FilePath] = {}
     for kind, given in (adapters or {}).items():
-        if kind not in KINDS:
-            raise InputError(f"adapter {kind!r:.60} is not known; an adapter takes the place of 'vision' or 'speech'")
+        if kind not in ADAPTERS:
+            names = " or ".join(map(repr, ADAPTERS))
+            raise InputError(f"adapter {kind!r:.60} is not known; an adapter takes the place of {names}")
         if not isinstance(given, str | os.PathLike):
             raise InputError(f"adapter {kind!r} is a {type(given).__name__}; expected the adapter's folder")
         folder = local_folder(given)
-        places = [folder, folder / f"{kind}-lora", folder / kind]
+        inner = ADAPTERS[kind].folder
+        places = [folder, folder / inner, folder / kind]
         place = next((place for place in places if (place / SETTINGS_FILE).is_file()), None)
         if place is None:
             others = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS_FILE}")))
@@ -62,7 +64,7 @@ def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, 
                 "give a folder that PEFT or train.export --adapters-only has written"
             )  # fmt: skip
             raise CheckpointError(
-                f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE}, nor a folder {kind}-lora or {kind} with "
+                f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE}, nor a folder {inner} or {kind} with "
                 f"one; {hint}"
             )
         found[kind] = place
@@ -74,7 +76,7 @@ class PeftAdapter(StackedTensors):
 
     Attributes:
         folder: where it is.
-        kind: "vision" or "speech".
+        kind: its name.
         lora: rank and scale that the model has for it.
         files: those that hold it.
 
@@ -86,15 +88,14 @@ class PeftAdapter(StackedTensors):
     def __init__(self, folder: FilePath, kind: str, config: Phi4MMConfig):
         """`config`: of the model that the adapter is for; its settings are the adapter's where the folder has none."""
         self.folder, self.kind = folder, kind
-        own: LoraConfig | None = getattr(config, f"{kind}_lora")
+        own = config.loras.get(kind)
         if own is None or (folder / SETTINGS_FILE).exists():
             settings = read_json(folder / SETTINGS_FILE)
         else:
             settings = {"r": own.rank, "lora_alpha": own.alpha, "lora_dropout": own.dropout}
         self.lora: LoraConfig = read_adapter(str(folder / SETTINGS_FILE), settings, config.decoder)
         self.files = {folder / WEIGHTS_FILE}
-        alone = {"vision_lora": None, "speech_lora": None, f"{kind}_lora": self.lora}
-        tensors = adapter_table(dataclasses.replace(config, **alone))
+        tensors = adapter_table(dataclasses.replace(config, loras={kind: self.lora}))
         super().__init__(tensors, _fitted(folder, settings, config.decoder.num_layers, tensors))
 
 

@@ -12,11 +12,12 @@ from typing import Literal
 import jax
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.layouts.foreign import EMBEDDING, model_tensors
 from phi4mm_jax.checkpoint.layouts.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.layouts.original import original_table
-from phi4mm_jax.checkpoint.peft import KINDS, PeftAdapter
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
+from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Part, Path, Tensor
@@ -69,8 +70,7 @@ class PyTorchCheckpoint(StackedTensors):
         table = tensors_of(layout, config)
         adapters = []
         if layout == "native":
-            kinds = [kind for kind in KINDS if getattr(config, f"{kind}_lora") is not None]
-            adapters = [PeftAdapter(folder / f"{kind}-lora", kind, config) for kind in kinds]
+            adapters = [PeftAdapter(folder / ADAPTERS[name].folder, name, config) for name in config.loras]
         main = [t for t in table if not t.folder]
         index = _read_index(folder)
         stored = _stored(folder, index)

@@ -9,14 +9,8 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.checkpoint.config_json import (
-    CODE,
-    NATIVE_TARGETS,
-    ORIGINAL_TARGETS,
-    native_config,
-    original_config,
-    whole,
-)
+from phi4mm_jax.adapters import ADAPTERS, Adapter
+from phi4mm_jax.checkpoint.config_json import CODE, NATIVE_TARGETS, native_config, original_config, whole
 from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
@@ -28,7 +22,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
-_FOLDERS = ("vision-lora", "speech-lora", "additional_chat_templates")
+_TEMPLATES = "additional_chat_templates"  # a folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".data", ".h5", ".msgpack")
 _INDEX = (".safetensors.index.json", ".bin.index.json")
 _LARGEST = 64 << 20  # bytes; the release's largest is the tokenizer, of 15 MB
@@ -75,11 +69,10 @@ def companion_files(
     config = config or read_config(source)
     translate = layout_of(source) != target
     adapters = {
-        f"{kind}-lora/adapter_config.json": _adapter_config(
-            source, kind, lora, config.decoder.num_layers, target, translate
+        f"{ADAPTERS[name].folder}/adapter_config.json": _adapter_config(
+            source, ADAPTERS[name], lora, config.decoder.num_layers, target, translate
         )
-        for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora))
-        if lora is not None
+        for name, lora in config.loras.items()
     }
     if adapters_only:
         return adapters
@@ -115,7 +108,8 @@ def _travelling(source: Path) -> dict[str, bytes]:
 def _entries(source: Path) -> list[Path]:
     """What lies in the folder and in those whose files travel."""
     try:
-        inner = [source / name for name in _FOLDERS if (source / name).is_dir()]
+        names = [*(adapter.folder for adapter in ADAPTERS.values()), _TEMPLATES]
+        inner = [source / name for name in names if (source / name).is_dir()]
         return [p for folder in (source, *inner) for p in sorted(folder.iterdir()) if p not in inner]
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -263,13 +257,13 @@ def _chat_template(source: Path) -> str | None:
 
 
 def _adapter_config(
-    source: Path, kind: str, lora: LoraConfig, num_layers: int, target: Layout, translate: bool
+    source: Path, adapter: Adapter, lora: LoraConfig, num_layers: int, target: Layout, translate: bool
 ) -> bytes:
     """Return what PEFT reads. In the original layout the settings are those of config.json, as its code has them.
 
     A file stays as it is where all modules have one rank and alpha; others are written with what `common_lora` gives.
     """
-    path = source / f"{kind}-lora" / "adapter_config.json"
+    path = source / adapter.folder / "adapter_config.json"
     own = _optional(path)
     if own and not translate:
         loras = module_loras(str(path), own, num_layers)
@@ -289,7 +283,7 @@ def _adapter_config(
         "lora_alpha": whole(lora.alpha),
         "lora_dropout": lora.dropout,
         "r": lora.rank,
-        "target_modules": ORIGINAL_TARGETS[kind] if target == "original" else NATIVE_TARGETS,
+        "target_modules": adapter.targets if target == "original" else NATIVE_TARGETS,
     }
     return _json(usual | own | settings | {key: value for key, value in _ON_ALL_MODULES.items() if key in own})
 
@@ -297,11 +291,12 @@ def _adapter_config(
 def _stating_adapters(model: Json, config: Phi4MMConfig) -> Json | None:
     """config.json of the original layout with the adapters' settings; None where it has them already."""
     stated = dict(model)
-    for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora)):
-        own = model.get(f"{kind}_lora")
-        settings = {} if lora is None else {"lora_alpha": whole(lora.alpha), "r": lora.rank}
-        if lora is not None and (not isinstance(own, Mapping) or {**own, **settings} != own):
-            stated[f"{kind}_lora"] = {**(own or {"dp": lora.dropout, "layer": ORIGINAL_TARGETS[kind]}), **settings}
+    for name, lora in config.loras.items():
+        adapter = ADAPTERS[name]
+        own = model.get(adapter.config_key)
+        settings = {"lora_alpha": whole(lora.alpha), "r": lora.rank}
+        if not isinstance(own, Mapping) or {**own, **settings} != own:
+            stated[adapter.config_key] = {**(own or {"dp": lora.dropout, "layer": adapter.targets}), **settings}
     return stated if stated != model else None
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.cli import named_options
 
@@ -13,7 +14,7 @@ def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-folder", metavar="NAME=FOLDER", action="append", default=[],
         help="an adapter's folder, of PEFT or train.export, in place of the checkpoint's own: speech=FOLDER or "
-        "vision=FOLDER; may be given for both",
+        "vision=FOLDER; may be given for each",
     )  # fmt: skip
     add_adapters_from(parser)
 
@@ -22,8 +23,8 @@ def add_adapters_from(parser: argparse.ArgumentParser) -> None:
     """Give a program the option --adapters-from."""
     parser.add_argument(
         "--adapters-from", choices=("folders", "shards"),
-        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora and "
-        "speech-lora where these differ from the shards",
+        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora, "
+        "speech-lora ... where these differ from the shards",
     )  # fmt: skip
 
 
@@ -62,8 +63,9 @@ def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
     folders: dict[str, str] = {}
     for given in arguments.adapter_folder:
         name, equals, folder = given.partition("=")
-        if not equals or not folder or name not in ("vision", "speech"):
-            raise InputError(f"--adapter-folder is {given!r:.200}; expected vision=FOLDER or speech=FOLDER")
+        if not equals or not folder or name not in ADAPTERS:
+            expected = " or ".join(f"{name}=FOLDER" for name in ADAPTERS)
+            raise InputError(f"--adapter-folder is {given!r:.200}; expected {expected}")
         if name in folders:
             raise InputError(f"--adapter-folder has {name} twice: {folders[name]} and {folder}; give it once")
         folders[name] = folder

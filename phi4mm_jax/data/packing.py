@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from phi4mm_jax.adapters import NO_ADAPTER, index_of
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.errors import InputError
@@ -241,6 +242,7 @@ def build(
     host: int,
     examples: Mapping[int, Sequence[Example]],
     sequences: int = 1,
+    adapter: str | None = None,
 ) -> TrainingBatch:
     """Return a host's part of a batch. Joined along the first axis of every array, the parts are the batch.
 
@@ -252,12 +254,15 @@ def build(
         examples: of the plan's positions; a sample that is not among them, since it cannot be read, leaves its place
             empty.
         sequences: of a sample: 2 for preferences.
+        adapter: of all rows; by default each has that of its media.
     """
     rows: list[list[Example]] = []
     for slot in plan.slots[host]:
         found = [example for at in slot for example in examples.get(at, ())]
         rows += [found] if config.pack else [[example] for example in found] or [[]] * sequences
     batch = assemble([[e.row for e in row] for row in rows], plan.sizes, processor.config, host, len(plan.slots))
+    if adapter is not None:
+        batch = batch._replace(adapters=np.where(batch.lengths > 0, index_of(adapter), NO_ADAPTER).astype(np.int32))
     targets = np.full(batch.tokens.shape, processor.config.pad_token_id, np.int32)
     weights = np.zeros(batch.tokens.shape, np.float32)
     for b, row in enumerate(rows):

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from phi4mm_jax.adapters import NONE, adapter_choices, index_of
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.augment import (
     CLIP_AUGMENTATIONS,
@@ -66,6 +67,7 @@ class DataConfig:
         seed: of shuffling and augmentation.
         shuffle: each epoch in another order; otherwise each in that of the files.
         max_crops: of an image, besides its global view.
+        adapter: "none" or an adapter's name, for all samples; by default each has that of its media.
         augment_image, augment_clip: "jitter" and "noise", or functions of one's own, see `Augment`.
         augment_speech: speed, pitch and masks of clips, each drawn by the seed and the sample's position in the stream.
         bad_samples: the share of samples that may be unusable. They are skipped and counted; more of them, over all of
@@ -85,6 +87,7 @@ class DataConfig:
     seed: int = 0
     shuffle: bool = True
     max_crops: int | None = None
+    adapter: str | None = None
     augment_image: Literal["jitter"] | AugmentImage | None = None
     augment_clip: Literal["noise"] | AugmentClip | None = None
     augment_speech: SpeechAugmentation | None = None
@@ -113,6 +116,8 @@ class DataConfig:
             raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a share from 0 to below 1")
         if self.kind not in ("answers", "preferences"):
             raise InputError(f"kind is {self.kind!r:.40}; expected answers or preferences")
+        if self.adapter is not None and self.adapter not in adapter_choices():
+            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(adapter_choices())}")
         _augment(self)
 
     @property
@@ -170,6 +175,11 @@ class TrainingData:
             raise InputError(
                 f"data.packing.lengths is {self._packing.lengths}, beyond the model's context of {processor.context}; "
                 "lower it, or give data.packing=auto"
+            )
+        if config.adapter not in (None, NONE, *processor.config.loras):
+            raise InputError(
+                f"data.adapter is {config.adapter!r}, which the model lacks (it has "
+                f"{', '.join(processor.config.loras) or 'none'}); give a model with it"
             )
         self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
         self._manifests = [open_manifest(local_path(source.path)) for source in config.sources]
@@ -259,6 +269,7 @@ class TrainingData:
         """
         ours = self._signature
         unsaid = {name: ours[name] for name in ("augment_image", "augment_clip")}  # by older states
+        unsaid["adapter"] = None
         theirs = unsaid | state["data"]
         if different := [name for name in ours if name != "bytes" and theirs.get(name) != ours[name]]:
             name = different[0]
@@ -284,6 +295,7 @@ class TrainingData:
             "samples": [len(m) for m in self._manifests], "bytes": [m.size for m in self._manifests],
             "weights": [s.weight for s in config.sources], "packing": asdict(self._packing), "kind": config.kind,
             "seed": config.seed, "shuffle": config.shuffle, "max_crops": config.max_crops, "hosts": self._hosts,
+            "adapter": config.adapter,
             "augment_image": _name(config.augment_image), "augment_clip": _name(config.augment_clip),
             "augment_speech": None if speech is None else asdict(speech),
         }  # fmt: skip
@@ -323,6 +335,8 @@ class TrainingData:
                 self._fitting.check(size, outline)
                 if speech is not None and speech.speed is not None and size.chunks:
                     size, _ = measure(sample, self._processor, max_crops, speech, self._rng(position))
+                if self._config.adapter is not None:
+                    size = size._replace(adapter=index_of(self._config.adapter))
                 return Waiting(position, size)
         except BadSample as error:
             return error
@@ -345,7 +359,7 @@ class TrainingData:
             if isinstance(error, BadSample):
                 unreadable = self._limit.skip(unreadable, error)
         examples = {at: e for at, e in found.items() if not isinstance(e, BadSample)}
-        batch = build(self._processor, self._packing, plan, self._host, examples, self._sequences)
+        batch = build(self._processor, self._packing, plan, self._host, examples, self._sequences, self._config.adapter)
         return batch, tally, unreadable
 
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.data.examples import Kind, Size
 from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model.lora import ADAPTERS, SPEECH
 from phi4mm_jax.processing.batching import bucket
 
 _MIN_STEPS = 8  # an epoch, where the samples are enough
@@ -15,14 +15,7 @@ _LENGTH, _ROWS = 4096, 8  # of large sets: tokens of a row, and rows at least
 _MIN_LENGTH = 64
 _MAX_PLANNED = 4096  # samples; the stacks of media that these need are those of all
 _UNBOUNDED = 1 << 40
-_NEEDS = {  # of parameters: the media that reach them
-    "lora_vision": "images",
-    "params/vision": "images",
-    "params/image_embedder": "images",
-    "lora_speech": "clips without images",
-    "params/speech": "clips",
-    "params/audio_projector": "clips",
-}
+_USED_BY_DEFAULT = {"images": "images", "clips": "clips without images"}  # by `Adapter.media`
 
 
 class Divisors(NamedTuple):
@@ -105,21 +98,28 @@ def _multiple(count: int, *divisors: int) -> int:
 def propose_trainable(sizes: Sequence[Size]) -> tuple[str, ...]:
     """Return the adapters that the samples' media need; the decoder, if all are text."""
     needed = {size.adapter for size in sizes}
-    return tuple(name for name, index in ADAPTERS.items() if index in needed) or ("params/decoder",)
+    return tuple(adapter.collection for adapter in ADAPTERS.values() if adapter.index in needed) or ("params/decoder",)
 
 
 def check_reached(sizes: Sequence[Size], trainable: Sequence[str]) -> None:
-    """Raise InputError if no sample has the media that all of the trained parameters need."""
-    has = {
-        "images": any(size.crops for size in sizes),
-        "clips": any(size.chunks for size in sizes),
-        "clips without images": any(size.adapter == SPEECH for size in sizes),
+    """Raise InputError if no sample reaches any of the trained parameters: it has not their media, or their adapter."""
+    images, clips = any(size.crops for size in sizes), any(size.chunks for size in sizes)
+    needs = {  # of parameters: the samples that reach them, and whether there are any
+        "params/vision": ("images", images),
+        "params/image_embedder": ("images", images),
+        "params/speech": ("clips", clips),
+        "params/audio_projector": ("clips", clips),
     }
+    for name, adapter in ADAPTERS.items():
+        samples = f"the {name} adapter (data.adapter={name})"
+        if adapter.media is not None:
+            samples = _USED_BY_DEFAULT[adapter.media]
+        needs[adapter.collection] = samples, any(size.adapter == adapter.index for size in sizes)
     patterns = [pattern for pattern in trainable if not pattern.startswith("!")]
-    needs = [next((need for path, need in _NEEDS.items() if _is_below(p, path)), None) for p in patterns]
-    if needs and all(need is not None and not has[need] for need in needs):
+    found = [next((need for path, need in needs.items() if _is_below(p, path)), ("", True)) for p in patterns]
+    if found and not any(is_reached for _, is_reached in found):
         raise InputError(
-            f"trainable is {', '.join(patterns)}, which need samples with {needs[0]}, and the data have none; give "
+            f"trainable is {', '.join(patterns)}, which need samples with {found[0][0]}, and the data have none; give "
             "such data, or trainable=auto"
         )
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS, NONE, adapter_indices, index_of, used_collections
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import MOST_STOPS, Group, Search, advance
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
@@ -28,7 +29,6 @@ from phi4mm_jax.engine.request import Completion, FinishReason, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model.lora import ADAPTERS, NONE
 from phi4mm_jax.model.phi4mm import empty_cache
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor
@@ -138,7 +138,7 @@ class _Active:
     @property
     def adapter(self) -> int:
         asked = self.request.adapter
-        return self.row.adapter if asked is None else ADAPTERS.get(f"lora_{asked}", NONE)
+        return self.row.adapter if asked is None else index_of(asked)
 
     @property
     def prompt_tokens(self) -> int:
@@ -329,7 +329,8 @@ class Engine:
         Args:
             progress: called with how many programs are compiled, and of how many.
         """
-        present = [ADAPTERS[name] for name in self._variables if name in ADAPTERS]
+        index = adapter_indices()
+        present = [index[name] for name in self._variables if name in index]
         pages = self.config.chunk // self.config.page_size
         widths = sorted({self._width(count * self.config.page_size) for count in range(1, pages + 1)})
         prefills = [(adapter, count, width) for adapter in [0, *present] for count in _ROWS for width in widths]
@@ -483,7 +484,7 @@ class Engine:
                 f"adapter is {adapter!r}, but the {self._processor.merged} adapter is merged into the weights; load "
                 "the checkpoint without merge"
             )
-        if adapter not in (None, "none") and f"lora_{adapter}" not in self._variables:
+        if adapter not in (None, NONE) and ADAPTERS[adapter].collection not in self._variables:
             raise InputError(f"adapter is {adapter!r}, which this checkpoint lacks; use a checkpoint with it")
 
     def _begin(self, active: _Active) -> None:
@@ -824,7 +825,7 @@ class Engine:
 
     def _variables_for(self, adapters: set[int]) -> dict[str, Any]:
         """Without the adapters that no row uses, which then cost nothing."""
-        return {name: v for name, v in self._variables.items() if ADAPTERS.get(name) in {None, *adapters}}
+        return used_collections(self._variables, adapters)
 
 
 def default_cache_tokens(config: EngineConfig, programs: Programs, context: int) -> int:

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine.sampling import Sampling, is_whole
 from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
-
-Adapter = Literal["none", "vision", "speech"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Request:
             stop strings, and only in an engine whose `EngineConfig.beams` allows them.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
         max_crops: the most crops of an image; by default what the checkpoint says.
-        adapter: "none", "vision" or "speech", whatever the media; by default the one that they ask for. What the media
-            are encoded to stays the same.
+        adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default the one that they ask
+            for. What the media are encoded to stays the same.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
 
     Raises:
@@ -50,7 +49,7 @@ class Request:
     beams: int = 1
     length_penalty: float = 1.0
     max_crops: int | None = None
-    adapter: Adapter | None = None
+    adapter: str | None = None
     continue_final_message: bool = False
 
     def __post_init__(self):
@@ -77,8 +76,8 @@ class Request:
             check_max_crops("max_crops", self.max_crops)
         if not isinstance(self.continue_final_message, bool):
             raise InputError(f"continue_final_message is {self.continue_final_message!r:.60}; expected true or false")
-        if self.adapter is not None and self.adapter not in get_args(Adapter):
-            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(get_args(Adapter))}")
+        if self.adapter is not None and self.adapter not in adapter_choices():
+            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(adapter_choices())}")
 
     def _check_beams(self) -> None:
         plain = Sampling()

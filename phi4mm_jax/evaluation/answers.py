@@ -14,10 +14,8 @@ from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.engine import Engine, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import Line
-from phi4mm_jax.engine.request import Adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
-from phi4mm_jax.model.lora import lora_configs
 from phi4mm_jax.utils.files import INCOMPLETE, write_atomically
 from phi4mm_jax.utils.fingerprint import weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json
@@ -48,18 +46,18 @@ class Settings:
     model: str
     weights: str
     dtype: str
-    adapter: Adapter | Literal["auto"]
+    adapter: str  # or "auto"
     max_new_tokens: int
     prompts: str
 
 
-def check_adapter(model: str | Path, adapter: Adapter | None, adapters: Mapping[str, str | Path] | None = None) -> None:
+def check_adapter(model: str | Path, adapter: str | None, adapters: Mapping[str, str | Path] | None = None) -> None:
     """Raise an InputError where a checkpoint lacks the adapter; another where its config.json cannot be read.
 
     Args:
         adapters: given beside the checkpoint, as to `phi4mm_jax.load`.
     """
-    present = {name.removeprefix("lora_"): None for name in lora_configs(read_config(local_folder(model)))}
+    present = dict.fromkeys(read_config(local_folder(model)).loras)
     present |= dict.fromkeys(adapter_folders(adapters))
     if adapter not in (None, "none", *present):
         found = " and ".join(present) or "none"
@@ -69,7 +67,7 @@ def check_adapter(model: str | Path, adapter: Adapter | None, adapters: Mapping[
 def settings_of(
     model: str | Path,
     dtype: str,
-    adapter: Adapter | None,
+    adapter: str | None,
     max_new_tokens: int,
     items: Sequence[Item],
     adapters: Mapping[str, str | Path] | None = None,
@@ -95,7 +93,7 @@ def ask(
     engine: Engine,
     items: Sequence[Item],
     max_new_tokens: int,
-    adapter: Adapter | None = None,
+    adapter: str | None = None,
     ended: Callable[[], bool] = lambda: False,
 ) -> list[Answer] | None:
     """The answers of an engine, in the order of the items.
@@ -130,7 +128,7 @@ def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iter
         yield answers
 
 
-def _request(item: Item, max_new_tokens: int, adapter: Adapter | None) -> Request:
+def _request(item: Item, max_new_tokens: int, adapter: str | None) -> Request:
     return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.precision import einsum, row_mean
 
@@ -31,7 +32,6 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "W": None,  # short axes: windows, colours
     "X": None,
 }
-COLLECTIONS = ("params", "lora_vision", "lora_speech")  # adapters are stacked like the layers they belong to
 Sizes = Mapping[str, int]
 Remat = Literal["none", "full", "attention", "dots"]
 _SAVED = {  # what the backward pass finds, by the names that `checkpoint_name` gives; it computes the rest again
@@ -139,7 +139,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     in_axes: Any = (0, *(nn.broadcast for _ in shared))
     stacked = nn.scan(
         block,
-        variable_axes=dict.fromkeys(COLLECTIONS, 0),
+        variable_axes=dict.fromkeys(("params", *adapter_indices()), 0),  # adapters are stacked like their layers
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=config.num_layers,

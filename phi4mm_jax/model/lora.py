@@ -17,25 +17,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from phi4mm_jax.adapters import ADAPTERS, adapter_indices
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
 
-NONE, VISION, SPEECH = 0, 1, 2  # a row's adapter
-ADAPTERS = {"lora_vision": VISION, "lora_speech": SPEECH}  # collection -> index
 RowScales = Mapping[str, Float[Array, " B"]]
 
 
 def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
-    """The adapters that the model has, by collection."""
-    loras = {"lora_vision": config.vision_lora, "lora_speech": config.speech_lora}
-    return {name: lora for name, lora in loras.items() if lora is not None}
+    """Return the adapters that the model has, by collection."""
+    return {ADAPTERS[name].collection: lora for name, lora in config.loras.items()}
 
 
 def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
     """Each adapter's weight in each row: alpha / rank in the rows that use it, else 0."""
-    return {name: jnp.where(adapters == ADAPTERS[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
+    index = adapter_indices()
+    return {name: jnp.where(adapters == index[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
 
 
 def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from phi4mm_jax.adapters import NO_ADAPTER, default_adapter
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig, SpeechConfig, VisionConfig
 from phi4mm_jax.processing.audio_features import num_audio_tokens
@@ -15,7 +16,6 @@ from phi4mm_jax.processing.prompt import Kind, Media
 # Short sequences are padded to this: smaller products round in another order, and cost no less.
 _MIN_LENGTH = 64
 _HALO_TOKENS = 1  # before each chunk; a whole token, see `AudioStack`
-_ADAPTER_NONE, _ADAPTER_VISION, _ADAPTER_SPEECH = 0, 1, 2
 
 
 class Row(NamedTuple):
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     @property
     def adapter(self) -> int:
         """Index of the adapter: 0 none, 1 vision, 2 speech."""
-        return _adapter(self.images, self.clips)
+        return _adapter_index(self.images, self.clips)
 
 
 class Outline(NamedTuple):
@@ -43,12 +43,12 @@ class Outline(NamedTuple):
     @property
     def adapter(self) -> int:
         """Index of the adapter: 0 none, 1 vision, 2 speech."""
-        return _adapter(self.images, self.clips)
+        return _adapter_index(self.images, self.clips)
 
 
-def _adapter(images: Sequence[Any], clips: Sequence[Any]) -> int:
-    """Return the adapter of the images, else of the clips."""
-    return _ADAPTER_VISION if images else _ADAPTER_SPEECH if clips else _ADAPTER_NONE
+def _adapter_index(images: Sequence[Any], clips: Sequence[Any]) -> int:
+    adapter = default_adapter(bool(images), bool(clips))
+    return NO_ADAPTER if adapter is None else adapter.index
 
 
 class BatchSizes(NamedTuple):

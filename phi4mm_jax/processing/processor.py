@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from phi4mm_jax.adapters import ADAPTERS, default_adapter
 from phi4mm_jax.batch import Batch
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import InputError
@@ -41,7 +42,7 @@ class Processor:
 
     Attributes:
         context: tokens of the longest sequence.
-        merged: the adapter that is part of the weights, "vision" or "speech": other prompts than its own are refused.
+        merged: the adapter that is part of the weights: other prompts than its own are refused.
     """
 
     def __init__(
@@ -236,22 +237,22 @@ class Processor:
                     f"the prompt has {media}, but this checkpoint has no {tower}; leave them out, or use a checkpoint "
                     "with it"
                 )
-        kind = "vision" if has_images else "speech"
+        default = default_adapter(has_images, has_clips)
         if self.merged is not None:
-            needed = f"the {kind} adapter" if has_images or has_clips else "no adapter"
-            if needed != f"the {self.merged} adapter":
+            needed = "no adapter" if default is None else f"the {default.name} adapter"
+            own = ADAPTERS[self.merged]
+            if default != (None if own.media is None else own):
                 raise InputError(
                     f"the prompt needs {needed}, but the {self.merged} adapter is merged into the weights; load the "
                     "checkpoint without merge"
                 )
             return
-        adapters = {"vision": self.config.vision_lora, "speech": self.config.speech_lora}
-        present = [name for name, lora in adapters.items() if lora is not None]
+        present = list(self.config.loras)
         # A checkpoint without any is one whose adapters were merged into its weights.
-        if (has_images or has_clips) and adapter is None and present and kind not in present:
+        if default is not None and adapter is None and present and default.name not in present:
             raise InputError(
-                f"the prompt needs the {kind} adapter, which this checkpoint lacks (it has the {present[0]} adapter); "
-                "use a checkpoint with it, or ask for adapter 'none'"
+                f"the prompt needs the {default.name} adapter, which this checkpoint lacks (it has the {present[0]} "
+                "adapter); use a checkpoint with it, or ask for adapter 'none'"
             )
 
     def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):

@@ -36,6 +36,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from phi4mm_jax.adapters import ADAPTERS, default_adapter
 from phi4mm_jax.api import Model
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig, read_json
@@ -386,10 +387,10 @@ def unexercised(config: Phi4MMConfig, goldens: Goldens) -> list[str]:
     """The parts of a model that no case and no medium of the goldens runs through."""
     cases, boundary = goldens.cases, config.decoder.rope.original_length
     lengths = [case.tokens + len(goldens.tensors[f"{case.name}.generated"]) for case in cases]
+    used = [default_adapter(bool(case.images), bool(case.audios)) for case in cases]
     runs = {
         "the decoder without an adapter": any(not case.images and not case.audios for case in cases),
-        "the vision adapter": config.vision_lora is None or any(case.images for case in cases),
-        "the speech adapter": config.speech_lora is None or any(case.audios and not case.images for case in cases),
+        **{f"the {name} adapter": ADAPTERS[name] in used for name in config.loras},
         "images and clips in one prompt": any(case.images and case.audios for case in cases),
         "the vision tower": bool(goldens.media["image"]),
         "the speech encoder": bool(goldens.media["audio"]),

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import shardings
@@ -70,7 +71,7 @@ def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
         {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=places[path]) for path, x in flat.items()}
     )
     trainable, frozen = split(variables, case.trained, "trainable")
-    for adapter in {"lora_vision", "lora_speech"} - {path.split("/")[0] for path in case.trained}:
+    for adapter in adapter_indices().keys() - {path.split("/")[0] for path in case.trained}:
         del frozen[adapter]  # no row needs it
     optimizer = make_optimizer(OptimizerConfig(), 1000, trainable)
     everywhere = NamedSharding(mesh, jax.P())

@@ -95,4 +95,4 @@ class Evaluation:
         variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
         config = EngineConfig(cache_tokens=_CACHE_TOKENS)
         engine = Engine(self._programs, variables, self._model.processor, config)
-        return ask(engine, self._items, self._config.max_new_tokens, ended=stopped)
+        return ask(engine, self._items, self._config.max_new_tokens, self._data.adapter, ended=stopped)

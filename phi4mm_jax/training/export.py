@@ -9,10 +9,10 @@ import yaml
 from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter
 
+from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model.lora import ADAPTERS
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
@@ -53,7 +53,7 @@ def export(
         found = ", ".join(map(str, checkpoints.steps)) or "none"
         raise InputError(f"{run}: has no checkpoint {step!r}; those that it has: {found}")
     trained = {path: np.asarray(x) for path, x in flatten_dict(checkpoints.trained(number)).items()}
-    if adapters_only and (others := sorted("/".join(p) for p in trained if p[0] not in ADAPTERS)):
+    if adapters_only and (others := sorted("/".join(p) for p in trained if p[0] not in adapter_indices())):
         raise InputError(
             f"{run}: has trained {others[0]} and {len(others) - 1} more besides adapters, which adapters alone would "
             "leave out; export the whole checkpoint"

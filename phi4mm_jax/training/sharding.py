@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.packing import PackingConfig
 from phi4mm_jax.errors import InputError
@@ -53,17 +54,21 @@ def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:
 
 
 def split_trainable(
-    variables: Variables, patterns: Sequence[str], packing: PackingConfig
+    variables: Variables, patterns: Sequence[str], packing: PackingConfig, adapter: str | None = None
 ) -> tuple[Variables, Variables]:
     """Return the parameters that are trained, and the frozen ones, without adapters that no batch will need.
+
+    Args:
+        adapter: of all rows; by default each has that of its media.
 
     Raises:
         InputError: a pattern matches no parameter.
     """
     trainable, frozen = split(variables, patterns, "trainable")
-    for adapter, stacks in (("lora_vision", packing.crops), ("lora_speech", packing.chunks)):
-        if not stacks:
-            frozen.pop(adapter, None)
+    by_media = {"images": bool(packing.crops), "clips": bool(packing.chunks), None: False}
+    for own in ADAPTERS.values():
+        if not (by_media[own.media] if adapter is None else own.name == adapter):
+            frozen.pop(own.collection, None)
     return trainable, frozen
 
 

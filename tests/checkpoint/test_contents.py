@@ -167,7 +167,7 @@ def tuned(folder, halved=False):
 
 
 def assert_same(model, other):
-    assert (model.config.vision_lora, model.config.speech_lora) == (other.config.vision_lora, other.config.speech_lora)
+    assert model.config.loras == other.config.loras
     jax.tree.map(np.testing.assert_array_equal, model.variables, other.variables)
 
 

@@ -158,7 +158,8 @@ def test_exports_are_what_peft_computed(two_adapters, tmp_path, layout):
     to_torch(folder, tmp_path / "out", layout)
     config = Phi4MMConfig.from_folder(tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out", config)
-    for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora)):
+    assert list(config.loras) == ["vision", "speech"]
+    for kind, lora in config.loras.items():
         theirs = products(model, folder.with_name(kind))
         assert_same_products(our_products(checkpoint, lora.scale, kind), theirs)
     to_torch(tmp_path / "out", tmp_path / "adapters", "native", adapters_only=True)

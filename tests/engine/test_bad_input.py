@@ -227,7 +227,7 @@ def test_special_tokens_in_a_message_are_text(tiny):
 )
 def test_a_missing_adapter_is_named_with_what_there_is(tiny, kind, prompt, media, other):
     processor, config = copy.copy(tiny.processor), tiny.config
-    processor.config = dataclasses.replace(config, **{f"{kind}_lora": None})
+    processor.config = dataclasses.replace(config, loras={n: x for n, x in config.loras.items() if n != kind})
     with pytest.raises(
         InputError, match=f"needs the {kind} adapter, which this checkpoint lacks .it has the {other} adapter"
     ):

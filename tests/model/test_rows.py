@@ -8,8 +8,8 @@ from helpers.paths import TINY
 from helpers.reference import uncached_logits
 from scipy.special import log_softmax
 
+from phi4mm_jax.adapters import index_of
 from phi4mm_jax.batch import Batch
-from phi4mm_jax.model.lora import SPEECH
 
 INPUTS = TINY / "inputs"
 
@@ -88,7 +88,7 @@ def test_a_diverged_adapter_reaches_its_own_rows_only(tiny, rows):
     speech = jax.tree.map(lambda x: x * np.nan, tiny.variables["lora_speech"])
     clean, diverged = tiny.logits(batch), tiny._logits(tiny.variables | {"lora_speech": speech}, batch)
     for i, (adapter, length) in enumerate(zip(batch.adapters, batch.lengths, strict=True)):
-        expected = np.full_like(clean[i, :length], np.nan) if adapter == SPEECH else clean[i, :length]
+        expected = np.full_like(clean[i, :length], np.nan) if adapter == index_of("speech") else clean[i, :length]
         np.testing.assert_array_equal(diverged[i, :length], expected)
 
 

@@ -19,13 +19,14 @@ from helpers.paths import FIXTURES, TINY
 
 import phi4mm_jax
 from phi4mm_jax import InputError
+from phi4mm_jax.adapters import index_of
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack, TrainingBatch
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.lora import SPEECH, dropout
+from phi4mm_jax.model.lora import dropout
 from phi4mm_jax.testing.compiled import CHIPS, cost, size
 from phi4mm_jax.testing.training_steps import CASES as COMPILED
 from phi4mm_jax.testing.training_steps import compile_step, held, work
@@ -417,8 +418,8 @@ def test_dropout_is_of_the_adapters_alone(scanned, dropping, eight):
 def dropping(scanned) -> Phi4MM:
     """The model with a dropout of a half."""
     config = scanned.config
-    loras = {n: dataclasses.replace(getattr(config, n), dropout=0.5) for n in ("vision_lora", "speech_lora")}
-    return Phi4MM(dataclasses.replace(config, **loras), scanned.module.dtype)
+    loras = {name: dataclasses.replace(lora, dropout=0.5) for name, lora in config.loras.items()}
+    return Phi4MM(config.with_loras(loras), scanned.module.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +428,7 @@ def spoken(scanned) -> TrainingBatch:
     one = sample(scanned, "<|user|>Which colour has it?<|end|><|assistant|>", "It is red.<|end|><|endoftext|>")
     other = sample(scanned, "<|user|>Which colour has it?<|end|><|assistant|>", "No.<|end|><|endoftext|>")
     both: Any = jax.tree.map(lambda a, b: np.concatenate([a, b]), one, other)
-    return both._replace(batch=both.batch._replace(adapters=np.asarray([SPEECH, SPEECH], np.int32)))
+    return both._replace(batch=both.batch._replace(adapters=np.asarray([index_of("speech")] * 2, np.int32)))
 
 
 def test_each_step_and_micro_batch_drops_out_otherwise(scanned, dropping, spoken):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.config_json import original_config
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import tensors_of
@@ -52,8 +53,7 @@ CONFIG = Phi4MMConfig(
         num_bands=80, conv_channels=48, embed_dim=144, num_layers=4, num_heads=4, mlp_dim=288, kernel_size=3,
         bias_distance=500,
     ),
-    vision_lora=_LORA,
-    speech_lora=_LORA,
+    loras=dict.fromkeys(ADAPTERS, _LORA),
     image_token_id=_IDS["endoftext10"],
     audio_token_id=_IDS["endoftext11"],
     pad_token_id=_IDS["endoftext"],

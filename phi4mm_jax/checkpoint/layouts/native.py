@@ -6,6 +6,7 @@ Its tensors are those of the original layout under other names, the adapters' in
 import dataclasses
 import re
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.table import Tensor
 from phi4mm_jax.config import Phi4MMConfig
@@ -32,16 +33,16 @@ _RENAMES = {
     ),
     "model.layers.": ((".base_layer.", "."),),
 }
-_ADAPTER = re.compile(r"\.(lora_[AB])\.(vision|speech)\.")
+_ADAPTER = re.compile(r"\.(lora_[AB])\.(\w+)\.")
 
 
 def native_table(config: Phi4MMConfig) -> list[Tensor]:
-    """Every tensor of the main shards and of the folders `vision-lora` and `speech-lora`."""
+    """Every tensor of the main shards and of the adapters' folders."""
     return [_renamed(tensor) for tensor in original_table(config)]
 
 
 def adapter_table(config: Phi4MMConfig) -> list[Tensor]:
-    """The tensors of the two folders, which are alike in both layouts."""
+    """The tensors of the adapters' folders, which are alike in both layouts."""
     return [tensor for tensor in native_table(config) if tensor.folder]
 
 
@@ -49,7 +50,7 @@ def _renamed(tensor: Tensor) -> Tensor:
     name = tensor.name
     if (adapter := _ADAPTER.search(name)) is not None:
         name = "base_model.model." + _ADAPTER.sub(r".\1.", name)
-        return dataclasses.replace(tensor, name=name, folder=f"{adapter[2]}-lora")
+        return dataclasses.replace(tensor, name=name, folder=ADAPTERS[adapter[2]].folder)
     for part, renames in _RENAMES.items():
         if name.startswith(part):
             for theirs, native in renames:

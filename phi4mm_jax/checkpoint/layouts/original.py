@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.table import Shape, Tensor, linear, part, tensor, unused
 from phi4mm_jax.config import Phi4MMConfig
 
@@ -25,7 +26,7 @@ def _decoder(config: Phi4MMConfig) -> Iterator[Tensor]:
         "mlp.down_proj": ("mlp/down", {"down": (D,)}, (F,)),
     }
     # PEFT's name for a weight that an adapter is added to; merged into it, the adapter leaves none behind.
-    own = ".base_layer" if config.vision_lora is not None or config.speech_lora is not None else ""
+    own = ".base_layer" if config.loras else ""
     yield tensor("model.embed_tokens.weight", (d.vocab_size, D), part("params/decoder/embedding", (d.vocab_size, D)))
     yield tensor("model.norm.weight", (D,), part("params/decoder/norm/scale", (D,)))
     for i in range(d.num_layers):
@@ -41,11 +42,10 @@ def _decoder(config: Phi4MMConfig) -> Iterator[Tensor]:
                 *(linear(f"params/{module}/{name}", out, inputs) for name, out in outputs.items()),
                 layer=i,
             )
-            for kind, lora in (("vision", config.vision_lora), ("speech", config.speech_lora)):
-                if lora is None:
-                    continue
-                a = linear(f"lora_{kind}/{module}/a", (lora.rank,), inputs)
-                bs = (linear(f"lora_{kind}/{module}/{n}", out, (lora.rank,)) for n, out in outputs.items())
+            for kind, lora in config.loras.items():
+                collection = ADAPTERS[kind].collection
+                a = linear(f"{collection}/{module}/a", (lora.rank,), inputs)
+                bs = (linear(f"{collection}/{module}/{n}", out, (lora.rank,)) for n, out in outputs.items())
                 yield tensor(f"{base}.{theirs}.lora_A.{kind}.weight", (lora.rank, columns), a, layer=i)
                 yield tensor(f"{base}.{theirs}.lora_B.{kind}.weight", (rows, lora.rank), *bs, layer=i)
 

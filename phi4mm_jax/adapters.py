@@ -1,0 +1,89 @@
+"""Registry of the adapters: everything that names one, or runs over all of them, reads it.
+
+One more entry adds one more adapter, which is loaded from its PEFT folder, asked for by its name, computed, trained
+and exported as the release's two are:
+
+    ADAPTERS["legal"] = Adapter("legal", index=3)
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Media = Literal["images", "clips"]
+NO_ADAPTER, NONE = 0, "none"  # a row's index where it uses none, and the name by which a request asks for that
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of the mixture, on all of the decoder's projections.
+
+    Attributes:
+        name: in requests, on command lines, and in the names of tensors ("lora_A.vision").
+        index: in `Batch.adapters`, of the rows that use it; no two have the same.
+        media: rows with such media use it by default, images before clips; None: only rows that ask for it do.
+        targets: PEFT's target_modules for it, within the decoder that the release's code wraps.
+    """
+
+    name: str
+    index: int
+    media: Media | None = None
+    targets: str = r"((layers.*self_attn\.(qkv|o)_proj)|(layers.*mlp\.(gate_up|down)_proj))"
+
+    def __post_init__(self):
+        if not _NAME.fullmatch(self.name) or self.name == NONE or not 0 < self.index < 256:
+            raise ValueError(f"adapter {self.name!r}, index {self.index}: expected a lower-case word, and 1 to 255")
+
+    @property
+    def collection(self) -> str:
+        """Of its parameters among the model's variables."""
+        return f"lora_{self.name}"
+
+    @property
+    def folder(self) -> str:
+        """PEFT folder within a checkpoint."""
+        return f"{self.name}-lora"
+
+    @property
+    def config_key(self) -> str:
+        """Key of its settings in the original layout's config.json."""
+        return f"{self.name}_lora"
+
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.name: adapter
+    for adapter in (
+        Adapter("vision", 1, "images", r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"),
+        Adapter("speech", 2, "clips"),
+    )
+}
+
+
+def adapter_choices() -> tuple[str, ...]:
+    """Return the names that a request may ask for: "none" and every adapter's."""
+    return NONE, *ADAPTERS
+
+
+def adapter_indices() -> dict[str, int]:
+    """Return each adapter's index by its collection."""
+    return {adapter.collection: adapter.index for adapter in ADAPTERS.values()}
+
+
+def index_of(name: str) -> int:
+    """Return the index of an adapter by name, and `NO_ADAPTER` for "none"."""
+    return NO_ADAPTER if name == NONE else ADAPTERS[name].index
+
+
+def default_adapter(has_images: bool, has_clips: bool) -> Adapter | None:
+    """Return the adapter of a row by its media: images decide, then clips."""
+    media = "images" if has_images else "clips" if has_clips else None
+    return next((adapter for adapter in ADAPTERS.values() if media is not None and adapter.media == media), None)
+
+
+def used_collections(variables: Mapping[str, T], indices: set[int]) -> dict[str, T]:
+    """Return the variables without the adapters of other indices, which then cost nothing."""
+    index = adapter_indices()
+    return {name: value for name, value in variables.items() if name not in index or index[name] in indices}
