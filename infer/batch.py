@@ -23,8 +23,7 @@ files.
 Rerun the same command to resume a run that was stopped. What has been answered is not answered again, and what failed
 is: repair its line or its media before, if they are at fault. Another model, setting or medium than that of answers
 which are there is an error; OUTPUT.settings.json, beside the output, has what they depend on. The exit status is 1 if
-a line has failed. With --hosts N --host I, this run answers the lines whose number is I modulo N; give each an output
-of its own.
+a line has failed. infer.ray answers on many chips and hosts.
 """
 
 import argparse
@@ -71,8 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--format", choices=get_args(Format), default="plain", help="of the answers (default: %(default)s)"
     )
-    parser.add_argument("--hosts", metavar="N", type=int, default=1)
-    parser.add_argument("--host", metavar="I", type=int, default=0)
+    parser.add_argument("--hosts", "--host", dest="hosts", help=argparse.SUPPRESS)  # of earlier versions
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
     parser.add_argument(
         "--compilation-cache", metavar="DIR", default=str(default_folder()),
@@ -85,13 +83,16 @@ def parse_arguments() -> argparse.Namespace:
 @cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.hosts is not None:
+        raise phi4mm_jax.InputError(
+            "--hosts and --host are gone: python -m infer.ray answers on many hosts, without shares of lines"
+        )
     if arguments.max_new_tokens < 1:
         raise phi4mm_jax.InputError(
             f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
         )  # fmt: skip
     lines = read_requests(
-        arguments.input, max_new_tokens=arguments.max_new_tokens, hosts=arguments.hosts, host=arguments.host,
-        adapter=arguments.adapter,
+        arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=arguments.adapter
     )  # fmt: skip
     with named_options(arguments):
         config = EngineConfig(

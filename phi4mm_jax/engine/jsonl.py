@@ -81,7 +81,7 @@ class LineIndex:
 
 
 class RequestFile:
-    """Lines of a file that one host answers, read anew in each iteration.
+    """Lines of a file, read anew in each iteration.
 
     Attributes:
         index: see `LineIndex`.
@@ -90,8 +90,8 @@ class RequestFile:
         InputError: the file cannot be read, or changes meanwhile.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], hosts: int, host: int):
-        self._path, self._settings, self._hosts, self._host = path, settings, hosts, host
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self._path, self._settings = path, settings
         self._duplicates: dict[int, int] | None = None
         self._source = path
         try:
@@ -118,15 +118,11 @@ class RequestFile:
                 text = text.removeprefix(codecs.BOM_UTF8) if number == 0 else text
                 if not text.strip():
                     continue
-                if known is not None and number % self._hosts != self._host:
-                    continue
                 line = parse_line(number, text, self._path.parent, self._settings)
                 if known is None and (first := seen.setdefault(line.key, number)) != number:
                     duplicates[number] = first
                 if number in duplicates:
                     line = _duplicate(line, duplicates[number])
-                if number % self._hosts != self._host:
-                    continue
                 if known is not None and self.index.digests[place] != digest_number(line.digest):
                     raise InputError(f"{self._path}: {line.where} has changed since the run began; run again")
                 place += 1
@@ -134,21 +130,17 @@ class RequestFile:
         self._duplicates = duplicates
 
 
-def read_requests(
-    path: Path, *, max_new_tokens: int, hosts: int = 1, host: int = 0, adapter: str | None = None
-) -> RequestFile:
-    """Return the lines that this host answers: those whose number, from 0, is `host` modulo `hosts`.
+def read_requests(path: Path, *, max_new_tokens: int, adapter: str | None = None) -> RequestFile:
+    """Return the lines of a file.
 
     Args:
         adapter: of the lines that do not name one.
 
     Raises:
-        InputError: the file cannot be read, or there is no such host.
+        InputError: the file cannot be read.
     """
-    if not 0 <= host < hosts:
-        raise InputError(f"host {host} of {hosts}; expected one or more hosts, the first of which is host 0")
     settings = {"max_new_tokens": max_new_tokens} | ({} if adapter is None else {"adapter": adapter})
-    return RequestFile(path, settings, hosts, host)
+    return RequestFile(path, settings)
 
 
 def _duplicate(line: Line, first: int) -> Line:

@@ -41,26 +41,34 @@ def check_settings(output: Path, now: Settings, *, has_answers: bool) -> None:
         OSError: the settings cannot be written.
     """
     path = output.with_name(f"{output.name}.settings.json")
-    if has_answers:
-        try:
-            before = json.loads(path.read_text())
-            others = [key for key in now if key != "model" and before.get(key) != now[key]]
-        except (OSError, ValueError, AttributeError):
-            raise InputError(
-                f"{output}: has answers, but {path.name}, which tells their model and settings, is missing or "
-                "broken; restore it, or give another output"
-            ) from None
-        if others:
-            told = {"weights": "model"}
-            causes = [
-                f"{told.get(k, k)} (was {before.get(told.get(k, k))!r}, now {now[told.get(k, k)]!r})" for k in others
-            ]
-            raise InputError(
-                f"{output}: its answers are of another {', '.join(causes)}; give another output, or resume with "
-                "what it was"
-            )
+    if not has_answers:
+        write_atomically(path, strict_json(now) + "\n")
         return
-    write_atomically(path, strict_json(now) + "\n")
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        before = None
+    compare_settings(output, path.name, before, now)
+
+
+def compare_settings(output: Path | str, file: str, before: Any, now: Settings) -> None:
+    """Raise an InputError unless the answers of an output, with the settings `before`, are of these settings.
+
+    Args:
+        file: that has the settings.
+        before: its content; None where it cannot be read.
+    """
+    if not isinstance(before, dict):
+        raise InputError(
+            f"{output}: has answers, but {file}, which tells their model and settings, is missing or broken; restore "
+            "it, or give another output"
+        )
+    if others := [key for key in now if key != "model" and before.get(key) != now[key]]:
+        told = {"weights": "model"}
+        causes = [f"{told.get(k, k)} (was {before.get(told.get(k, k))!r}, now {now[told.get(k, k)]!r})" for k in others]
+        raise InputError(
+            f"{output}: its answers are of another {', '.join(causes)}; give another output, or resume with what it was"
+        )
 
 
 def media_fingerprint(request: Request) -> str | None:

@@ -1,8 +1,11 @@
 """A folder of answers in parts, each written whole; rerun the same command to resume a run that was stopped."""
 
+import fcntl
 import json
+import os
 import re
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import compress
@@ -16,6 +19,7 @@ from pyarrow import fs
 
 from phi4mm_jax.engine.answer_lines import Format, parse_record
 from phi4mm_jax.engine.jsonl import digest_number
+from phi4mm_jax.engine.provenance import compare_settings
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.answer import with_columns
 from phi4mm_jax.ray.inputs import is_parquet, key_of
@@ -65,6 +69,7 @@ class Parts:
             infos = self.storage.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
         except OSError as error:
             raise self._unwritable(error) from error
+        self._lock()
         names = [i.base_name for i in infos if not i.base_name.startswith(".") and i.base_name != _SETTINGS]
         for name in names:
             match = _PART.fullmatch(name)
@@ -74,6 +79,20 @@ class Parts:
                 raise InputError(f"{url}: has answers in .{match[2]}; give that --output-format, or another folder")
         self._names = sorted(names, key=lambda name: int(_PART.fullmatch(name)[1]))  # type: ignore[index]
         self._next = int(_PART.fullmatch(self._names[-1])[1]) + 1 if self._names else 0  # type: ignore[index]
+
+    def _lock(self) -> None:
+        """Keep other runs of this machine, or of a shared disk with locks, out for as long as this one lives."""
+        if not isinstance(self.storage, fs.LocalFileSystem):
+            return
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"{self.url}: another run is writing it; wait for it, or stop it") from None
+        except OSError:  # a disk that has no locks on folders
+            pass
+        self._closed = weakref.finalize(self, os.close, descriptor)
 
     @property
     def paths(self) -> list[str]:
@@ -96,19 +115,9 @@ class Parts:
         try:
             with self.storage.open_input_file(path) as file:
                 before = json.loads(file.read())
-            others = [key for key in now if key != "model" and before.get(key) != now[key]]
-        except (OSError, ValueError, AttributeError):
-            raise InputError(
-                f"{self.url}: has answers, but {_SETTINGS}, which tells their model and settings, is missing or "
-                "broken; restore it, or give another folder"
-            ) from None
-        if others:
-            told = {"weights": "model"}
-            others = [told.get(key, key) for key in others]
-            causes = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in others)
-            raise InputError(
-                f"{self.url}: its answers are of another {causes}; give another folder, or resume with what it was"
-            )
+        except (OSError, ValueError):
+            before = None
+        compare_settings(self.url, _SETTINGS, before, now)
 
     def add(self, lines: Iterable[bytes], errors: int) -> None:
         """Take answers, as lines of JSON; they are written with others, or after some seconds."""
@@ -144,6 +153,7 @@ class Parts:
         try:
             if not kept.any():
                 self.storage.delete_file(path)
+                self._names.pop(part)
             elif self._suffix == "parquet":
                 self._write(self._names[part], pq.read_table(path, filesystem=self.storage).filter(pa.array(kept)))
             else:

@@ -177,7 +177,7 @@ def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.n
     done[places[known & kept & ~bad]] = True
     failed[places[known & kept & bad]] = True
     ends = np.cumsum([len(r.keys) for r in records])
-    for part, mine in enumerate(np.split(kept, ends[:-1])):
+    for part, mine in reversed(list(enumerate(np.split(kept, ends[:-1])))):  # from the last, which may go
         if not mine.all():
             parts.keep(part, mine)
     return failed, done

@@ -66,8 +66,8 @@ def answers_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def answer(engine, source: Path, output: Path, ordered: bool = True, **share) -> list[dict]:
-    with AnswerFile(output, read_requests(source, max_new_tokens=3, **share), ordered=ordered) as answers:
+def answer(engine, source: Path, output: Path, ordered: bool = True) -> list[dict]:
+    with AnswerFile(output, read_requests(source, max_new_tokens=3), ordered=ordered) as answers:
         list(answers.run(engine))
     return answers_of(output)
 
@@ -242,20 +242,6 @@ def test_copies_of_a_prompt_draw_by_their_ids(tmp_path, engine):
 
 def test_an_empty_input_has_no_answers(tmp_path, engine):
     assert answer(engine, write(tmp_path / "in", []), tmp_path / "out") == []
-
-
-@pytest.mark.parametrize(("hosts", "host"), [(0, 0), (2, 2), (2, -1)])
-def test_there_is_no_such_host(tmp_path, hosts, host):
-    with pytest.raises(InputError, match=f"host {host} of {hosts}"):
-        read_requests(write(tmp_path / "in", [GOOD]), max_new_tokens=3, hosts=hosts, host=host)
-
-
-def test_hosts_share_the_lines(tmp_path, engine):
-    source = write(tmp_path / "in", [{"prompt": f"a {i}"} if i % 5 else b"" for i in range(14)])
-    shares = [answer(engine, source, tmp_path / f"out{host}", hosts=3, host=host) for host in range(3)]
-    assert [[a["id"] for a in share] for share in shares] == [[3, 6, 9, 12], [1, 4, 7, 13], [2, 8, 11]]
-    whole = answer(engine, source, tmp_path / "out")
-    assert sorted((a for share in shares for a in share), key=lambda a: a["id"]) == whole
 
 
 # ---------------------------------------------------------------------------------------------- media
@@ -564,7 +550,7 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
         ({"--output": "/dev/full"}, "/dev/full: is no file"),
         ({"--output": "in"}, "in: is the input"),
         ({"--slots": "0"}, "--slots is 0"),
-        ({"--hosts": "2", "--host": "2"}, "host 2 of 2"),
+        ({"--hosts": "2", "--host": "1"}, "--hosts and --host are gone: python -m infer.ray answers on many hosts"),
         ({"--compilation-cache": "in"}, "in: compiled programs cannot be kept there (File exists)"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens is 0; expected a positive whole number"),
     ],

@@ -2,14 +2,22 @@
 
 import asyncio
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.paths import TINY
+from helpers.paths import FIXTURES, TINY
 
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.engine.answer_file import AnswerFile
+from phi4mm_jax.engine.jsonl import read_requests
 
 pytest.importorskip("ray", reason="ray is not installed; it is in the extra ray")
 import pyarrow as pa
@@ -21,6 +29,7 @@ from phi4mm_jax.ray.chips import restrict_to_chips
 from phi4mm_jax.ray.inputs import index_file, key_of, read_chunk
 from phi4mm_jax.ray.media import as_json, fetch_remote
 from phi4mm_jax.ray.parts import Parts, index_part
+from phi4mm_jax.ray.run import index_files, settle
 from phi4mm_jax.ray.storage import find_files
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +208,7 @@ def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
         parts.add([json.dumps(answer).encode()], errors=0)
         assert len(parts.paths) == answers.index(answer)  # it waits for others
         parts.flush()
+        del parts  # another may write the folder
     parts = Parts(url, parquet=parquet)
     suffix = "parquet" if parquet else "jsonl"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"part-00000{i}.{suffix}" for i in range(2)]
@@ -207,11 +217,56 @@ def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
         ([key_of("a")], [0xFF], [False]),
         ([key_of("b")], [1], [True]),
     ]
+    del parts
     with pytest.raises(InputError, match="give that --output-format"):
         Parts(url, parquet=not parquet)
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(InputError, match=r"mine\.txt"):
         Parts(url, parquet=parquet)
+
+
+def test_one_run_writes_a_folder(tmp_path):
+    first = Parts(str(tmp_path / "out"))
+    with pytest.raises(InputError, match="another run is writing it"):
+        Parts(str(tmp_path / "out"))
+    del first
+    Parts(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("parquet", [False, True], ids=["jsonl", "parquet"])
+def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
+    """An error gives way to an answer, and an error to a later one; what is of no line stays."""
+    monkeypatch.setattr("phi4mm_jax.ray.run._gather", lambda function, given: [function(*g) for g in given])
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"id": "{name}", "prompt": "x"}}\n' for name in "abcd"))
+    inputs = index_files(str(tmp_path / "in.jsonl"), DEFAULTS, parquet)
+    digests = dict(zip("abcd", (f"{digest:016x}" for digest in inputs.digests.tolist()), strict=True))
+
+    def line(name: str, **found) -> bytes:
+        return json.dumps({"id": name, "request": digests.get(name, "1"), **found}).encode()
+
+    told = (
+        [("a", "error"), ("b", "text"), ("c", "error")],
+        [("a", "text"), ("c", "error"), ("gone", "text")],
+        [("d", "error")],
+    )
+    parts = Parts(str(tmp_path / "out"), parquet=parquet)
+    for number, part in enumerate(told):
+        parts.add([line(n, **{k: f"{number}"}, **({} if k == "error" else {"tokens": [number]})) for n, k in part], 0)
+        parts.flush()
+    failed, done = settle(parts, inputs, "plain")
+    assert (failed.tolist(), done.tolist()) == ([False, False, True, True], [True, True, False, False])
+    found = [index_part(path, parts.storage, "plain") for path in parts.paths]
+    assert [r.keys.tolist() for r in found] == [[key_of(n) for n in names] for names in ("b", ("a", "c", "gone"), "d")]
+    parts.add([line("d", text="3", tokens=[3])], 0)
+    parts.flush()
+    failed, done = settle(parts, inputs, "plain")
+    assert (failed.tolist(), done.tolist()) == ([False, False, True, False], [True, True, False, True])
+    assert len(parts.paths) == 3  # a part without answers is gone
+    digests["b"] = "2"
+    parts.add([line("b", text="4", tokens=[4])], 0)
+    parts.flush()
+    with pytest.raises(InputError, match="has an answer to another request than"):
+        settle(parts, inputs, "plain")
 
 
 # ---------------------------------------------------------------------------------------------- chips
@@ -231,3 +286,94 @@ def test_an_engine_sees_its_own_chips(chips, bounds):
     assert "TPU_HOST_BOUNDS" not in environment
     with pytest.raises(InputError, match="3 TPU chips"):
         restrict_to_chips([0, 1, 2], environment)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def write_mixed_rows(folder: Path, count: int) -> Path:
+    """Write two files of texts, images, clips and both, in turn."""
+    held = FIXTURES / "held"
+    kinds = [(kind, (held / f"{kind}.jsonl").read_text().splitlines()) for kind in ("text", "ocr", "speech", "asked")]
+    lines = []
+    for number in range(count):
+        kind, samples = kinds[number % 4]
+        (message, *_) = json.loads(samples[number // 4])["messages"]
+        for part in message["content"]:
+            part.update({key: str(held / part[key]) for key in ("image", "audio") if key in part})
+        lines.append(json.dumps({"id": f"{kind}-{number}", "messages": [message], "max_new_tokens": 4 + number % 9}))
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(lines[: count // 3]))
+    (folder / "b.jsonl").write_text("\n".join(lines[count // 3 :]))
+    (folder / "all.txt").write_text("\n".join(lines))
+    return folder
+
+
+def start(source: str, output: Path, *more: str) -> subprocess.Popen:
+    command = [
+        sys.executable, "-m", "infer.ray", "--model", str(TINY), "--input", source, "--output", str(output),
+        "--cluster", "local", "--engines", "2", "--dtype", "float32", "--cache-tokens", "4096", "--slots", "3", *more,
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def answers_in(output: Path) -> list[dict]:
+    return [json.loads(line) for part in sorted(output.glob("part-*")) for line in part.read_text().splitlines()]
+
+
+def engines_below(pid: int) -> list[int]:
+    """The engines' processes of a run."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:  # it has ended
+            continue
+    below = {pid}
+    for _ in range(4):
+        below |= {child for child, parent in parents.items() if parent in below}
+    return [child for child in below if names.get(child, "").startswith("ray::MapWorker(MapBatches(AnswerLines)")]
+
+
+def wait_for(what, run: subprocess.Popen, seconds: float = 300):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it takes too long"
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
+    """One engine is killed, then the run, then the run is resumed and an engine killed again."""
+    folder, output, draw = write_mixed_rows(tmp_path / "in", 80), tmp_path / "out", random.Random(0)
+    (folder / "c.jsonl").write_text('{"id": "broken", "prompt": 3}\nno JSON\n')
+    source = f"{folder}/*.jsonl"
+    run = start(source, output, "--write-seconds", "0")
+    os.kill(draw.choice(wait_for(lambda: engines_below(run.pid), run)), signal.SIGKILL)
+    wait_for(lambda: len(answers_in(output)) > 10, run)
+    run.kill()
+    run.wait()
+    answered = len(answers_in(output))
+    assert 10 < answered < 82
+    run = start(source, output, "--write-seconds", "0")
+    wait_for(lambda: len(answers_in(output)) > answered, run)
+    os.kill(draw.choice(wait_for(lambda: engines_below(run.pid), run)), signal.SIGKILL)
+    _, told = run.communicate(timeout=600)
+    assert run.returncode == 1, told  # two lines have failed
+    assert f"{answered} of 82 lines are answered already" in told
+    found = answers_in(output)
+    assert sorted(p.name for p in output.iterdir() if not p.name.startswith("part-")) == ["settings.json"]
+    lines = read_requests(folder / "all.txt", max_new_tokens=256)
+    with AnswerFile(tmp_path / "one", lines) as one:
+        list(one.run(engine))
+    expected = {a["id"]: a for a in map(json.loads, (tmp_path / "one").read_text().splitlines())}
+    assert sorted(a["id"] for a in found) == sorted([*expected, "broken", "c.jsonl:1"])
+    assert {a["id"]: a for a in found if "error" not in a} == expected
+    assert {a["id"] for a in found if "error" in a} == {"broken", "c.jsonl:1"}
+    refused = start(source, output, "--max-new-tokens", "7")
+    assert "its answers are of another max_new_tokens" in refused.communicate(timeout=300)[1]
+    assert refused.returncode == 2

@@ -1,0 +1,155 @@
+"""Two engines beside one, and a run whose processes are killed: python -m benchmarks.ray_scale [--rows 500].
+
+The small model of the repository answers mixed rows (texts, images, clips, both) with one processor for each engine.
+Throughput is taken from the first answer to the last, with all engines ready at the start. Then the rows are answered
+once more by two engines, of which one is killed every few seconds, and so is the whole run from time to time: in the
+end each id has one answer, which is the one that a single engine gives.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+MODEL, HELD = ROOT / "assets/tiny", ROOT / "tests/fixtures/held"
+COMMON = ("--max-new-tokens", "24", "--cache-tokens", "16384", "--dtype", "float32", "--cluster", "local")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker-seconds", type=float, default=20, help="between killed engines, on average")
+    parser.add_argument("--driver-seconds", type=float, default=60, help="between killed runs, on average")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # engines, in a process of its own
+    parser.add_argument("folder", nargs="?", type=Path)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return measure(arguments.folder, arguments.measure)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="ray-scale-"))
+    write_rows(folder / "in", arguments.rows)
+    print(f"{arguments.rows} rows, one processor an engine: {processor()}")
+    seconds = {}
+    for engines in (1, 2):
+        told = subprocess.run(
+            [sys.executable, "-m", "benchmarks.ray_scale", "--measure", str(engines), str(folder)],
+            cwd=ROOT, env=environment(), check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        seconds[engines] = json.loads(told.splitlines()[-1])
+    expected, found = (answers_of(folder / f"out{engines}") for engines in (1, 2))
+    assert found == expected, "two engines answer otherwise than one"
+    print(f"throughput of two engines over one: {seconds[2]['rate'] / seconds[1]['rate']:.2f}")
+    killed = run_with_kills(folder, arguments.seed, arguments.worker_seconds, arguments.driver_seconds)
+    found = answers_of(folder / "killed")
+    assert found == expected, "answers after kills are others"
+    print(
+        f"{killed['engines']} engines and {killed['runs']} runs killed: {len(found)} ids, each answered once, as by one"
+    )
+    return 0
+
+
+def write_rows(folder: Path, count: int) -> None:
+    """Write two files of rows of all kinds, in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = [(kind, (HELD / f"{kind}.jsonl").read_text().splitlines()) for kind in ("text", "ocr", "speech", "asked")]
+    rows = []
+    for number in range(count):
+        kind, lines = kinds[number % 4]
+        (message, *_) = json.loads(lines[number // 4 % len(lines)])["messages"]
+        for part in message["content"]:
+            part.update({key: str(HELD / part[key]) for key in ("image", "audio") if key in part})
+        rows.append({"id": f"{kind}-{number}", "messages": [message]})
+    for name, part in (("a", rows[: count // 3]), ("b", rows[count // 3 :])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def measure(folder: Path, engines: int) -> int:
+    """Answer all rows, and print tokens a second from the first answer on."""
+    import ray
+
+    from phi4mm_jax.ray import run
+    from phi4mm_jax.ray.parts import Parts
+
+    run.connect("local", engines)
+    settings = {"max_new_tokens": 24}
+    inputs = run.index_files(f"{folder}/in/*.jsonl", settings, parquet=False)
+    parts = Parts(f"{folder}/out{engines}")
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 600
+    ends: list[tuple[float, int]] = []
+    run.answer(
+        inputs, inputs.keys == inputs.keys, parts, run.Engines(engines, "CPU", 1), form="plain", settings=settings,
+        options={"model": str(MODEL), "dtype": "float32", "engine": {"cache_tokens": 16384}, "warm_up": True},
+        advance=lambda _, tokens: ends.append((time.monotonic(), tokens)),
+    )  # fmt: skip
+    (first, _), (last, _) = ends[0], ends[-1]
+    print(json.dumps({"rate": sum(tokens for _, tokens in ends[1:]) / (last - first)}))
+    return 0
+
+
+def run_with_kills(folder: Path, seed: int, worker_seconds: float, driver_seconds: float) -> dict[str, int]:
+    """Run infer.ray until it ends by itself; count what was killed."""
+    draw, killed = random.Random(seed), {"engines": 0, "runs": 0}
+    while True:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "infer.ray", "--model", str(MODEL), "--input", f"{folder}/in/*.jsonl", "--output",
+             f"{folder}/killed", "--engines", "2", "--write-seconds", "1", *COMMON],
+            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        end = time.monotonic() + 20 + draw.expovariate(1 / driver_seconds)
+        while run.poll() is None and time.monotonic() < end:
+            time.sleep(min(draw.expovariate(1 / worker_seconds), max(end - time.monotonic(), 0.1)))
+            if engines := engines_of(run.pid):
+                os.kill(draw.choice(engines), signal.SIGKILL)
+                killed["engines"] += 1
+        if run.poll() is not None:
+            assert run.returncode == 0, f"infer.ray ended with {run.returncode}"
+            return killed
+        run.kill()
+        run.wait()
+        killed["runs"] += 1
+        time.sleep(2)  # its cluster ends
+
+
+def engines_of(pid: int) -> list[int]:
+    """The processes below one that are engines."""
+    parents, names = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(folder.name)] = (folder / "cmdline").read_text()
+            except OSError:  # it has ended
+                continue
+    below = {pid}
+    for _ in range(4):
+        below |= {child for child, parent in parents.items() if parent in below}
+    return [child for child in below if names.get(child, "").startswith("ray::MapWorker(MapBatches(AnswerLines)")]
+
+
+def answers_of(folder: Path) -> dict[str, Any]:
+    """What each id was answered; an id must be there once."""
+    answers = [json.loads(line) for path in sorted(folder.glob("part-*")) for line in path.read_text().splitlines()]
+    found = {answer["id"]: answer["tokens"] for answer in answers}
+    assert len(found) == len(answers), "an id is answered twice"
+    return found
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
