@@ -23,6 +23,7 @@ from phi4mm_jax.ray.storage import find_files
 
 _IN_FLIGHT = 4  # batches of an engine at once
 _SMALLEST_BATCH = 16
+_RETRIES = 10  # of a batch whose engine dies; then its lines are left out, so that one that kills engines stops no run
 
 
 class AnswerLines(Answer):
@@ -84,22 +85,27 @@ def connect(address: str, engines: int | None) -> None:
 
 
 def place_engines(count: int | None, each: int | None) -> Engines:
-    """Find room for engines on the cluster: one for each chip, or each group of chips; one where it has none.
+    """Find room for engines on the hosts: one for each chip, or each group of chips; one where there are none.
+
+    Args:
+        each: chips of an engine; by default one, or the processors' share.
 
     Raises:
         InputError: there is not as much room.
     """
-    there = ray.cluster_resources()
-    resource = next((name for name in ("TPU", "GPU") if there.get(name)), "CPU")
-    room = int(there.get(resource, 0))
+    hosts = [host["Resources"] for host in ray.nodes() if host["Alive"]]
+    resource = next((name for name in ("TPU", "GPU") if any(host.get(name) for host in hosts)), "CPU")
+    room = [int(host.get(resource, 0)) for host in hosts]
     if resource == "CPU":
-        each, room = each or max(1, (room - 1) // (count or 1)), room - 1  # one processor reads
+        count, room = count or 1, [max(0, processors - 1) for processors in room]  # the other one reads
+        each = each or max(1, sum(room) // count)
     each = each or 1
-    count = room // each if count is None and resource != "CPU" else count or 1
-    if count * each > room or count < 1:
+    most = sum(there // each for there in room)  # an engine is within a host
+    count = most if count is None else count
+    if not 0 < count <= most:
         raise InputError(
-            f"{count} engines of {each} {resource} each need more than the {room} that the cluster has; give fewer "
-            "--engines, or another --mesh"
+            f"there is room for {most} engines of {each} {resource} each, and {max(count, 1)} are needed; give fewer "
+            f"--engines, or another --mesh: the hosts have {', '.join(map(str, room))}"
         )
     return Engines(count, resource, each)
 
@@ -200,6 +206,7 @@ def answer(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # what is left out is told at the end
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = max(_SMALLEST_BATCH, (options.get("engine") or {}).get("slots", 0))
     pieces, at = [], 0
@@ -219,6 +226,7 @@ def answer(
                 size=engines.count, max_concurrent_calls_per_actor=_IN_FLIGHT,
                 max_tasks_in_flight_per_actor=_IN_FLIGHT + 1,
             ),
+            ray_remote_args_fn=lambda: {"max_task_retries": _RETRIES},
             **engines.options(),
         )
     )  # fmt: skip

@@ -29,7 +29,7 @@ from phi4mm_jax.ray.chips import restrict_to_chips
 from phi4mm_jax.ray.inputs import index_file, key_of, read_chunk
 from phi4mm_jax.ray.media import as_json, fetch_remote
 from phi4mm_jax.ray.parts import Parts, index_part
-from phi4mm_jax.ray.run import index_files, settle
+from phi4mm_jax.ray.run import Engines, index_files, place_engines, settle
 from phi4mm_jax.ray.storage import find_files
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +286,29 @@ def test_an_engine_sees_its_own_chips(chips, bounds):
     assert "TPU_HOST_BOUNDS" not in environment
     with pytest.raises(InputError, match="3 TPU chips"):
         restrict_to_chips([0, 1, 2], environment)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "asked", "engines"),
+    [
+        ([{"TPU": 4.0, "CPU": 96.0}] * 2, (None, None), (8, "TPU", 1)),
+        ([{"TPU": 4.0}, {"TPU": 4.0}, {"CPU": 8.0}], (None, 4), (2, "TPU", 4)),
+        ([{"GPU": 3.0}], (None, 2), (1, "GPU", 2)),
+        ([{"CPU": 3.0}], (2, None), (2, "CPU", 1)),
+        ([{"CPU": 9.0}], (None, None), (1, "CPU", 8)),
+    ],
+)
+def test_engines_are_placed_within_hosts(hosts, asked, engines, monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": host} for host in hosts])
+    assert place_engines(*asked) == Engines(*engines)
+
+
+def test_an_engine_does_not_span_hosts(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": i < 2, "Resources": {"TPU": 4.0}} for i in range(3)])
+    with pytest.raises(InputError, match="room for 0 engines of 8 TPU each"):
+        place_engines(None, 8)
+    with pytest.raises(InputError, match="room for 8 engines of 1 TPU each, and 9"):
+        place_engines(9, None)
 
 
 # ---------------------------------------------------------------------------------------------- runs
