@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
+from helpers.marks import fast_are
 from helpers.paths import TINY
 
 import phi4mm_jax
@@ -13,7 +14,7 @@ from infer import batch
 from phi4mm_jax.mesh import make_mesh
 
 
-@pytest.fixture(scope="module", params=["vision", "speech"])
+@pytest.fixture(scope="module", params=fast_are(["speech"], ["vision", "speech"]))
 def merged(request):
     return phi4mm_jax.load(TINY, dtype="float32", merge=request.param)
 
@@ -77,6 +78,7 @@ def test_the_batch_program_merges_and_resumes_with_the_same_alone(merged, tiny, 
     assert (tmp_path / "out").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_it_spreads_over_a_mesh(goldens):
     mesh = make_mesh(fsdp=2, tensor=2)
     plain, model = (phi4mm_jax.load(TINY, dtype="float32", mesh=mesh, merge=m) for m in (None, "speech"))

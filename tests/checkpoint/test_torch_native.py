@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 pytest.importorskip("torch")
 import torch
 from helpers import torch_native
+from helpers.marks import fast_are
 from helpers.native_cases import clip_of, image_of, native_media
 from helpers.torch_native import Adapter, NativeModel, load_native
 
@@ -151,7 +152,7 @@ def test_audio(native: NativeModel, goldens: dict[str, np.ndarray], index: int):
         assert _error(native.audio_embeds(clip, mode)[::3], goldens[f"audio_{index}.embeds_{mode}"]) < tolerance
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast_are(["text", "vision", "speech"], CASES))
 def test_logits(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     logits = native.logits(goldens[f"{name}.input_ids"], *native_media(CASES[name]))
     tolerance = MULTI_TOLERANCE if name == "vision_multi" else LOGITS_TOLERANCE
@@ -160,7 +161,7 @@ def test_logits(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     assert _error(logits[:4], goldens[f"{name}.logits_first"]) < tolerance
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", fast_are(["text"], GENERATED))
 def test_greedy(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     recorded = goldens[f"{name}.generated"]
     tokens = native.greedy(goldens[f"{name}.input_ids"], *native_media(CASES[name]), new_tokens=len(recorded))
@@ -178,7 +179,7 @@ def _under(goldens: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
     return {name.removeprefix(prefix): value for name, value in goldens.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("name", GRAD_CASES)
+@pytest.mark.parametrize("name", fast_are(["grad_speech"], GRAD_CASES))
 def test_loss_and_gradients(native: NativeModel, goldens: dict[str, np.ndarray], name: str):
     """Every gradient's norm, and some gradients whole; the names show that the same parameters take part."""
     images, audios, adapter = native_media(GRAD_CASES[name])
@@ -264,6 +265,7 @@ def test_media_must_fit_their_placeholders(native: NativeModel, goldens: dict[st
         native.image_embeds(image_of(0)._replace(grid=(3, 1)))
 
 
+@pytest.mark.slow
 def test_bfloat16(native: NativeModel, goldens: dict[str, np.ndarray]):
     half = load_native(TINY, torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters().values()} == {torch.bfloat16}
@@ -346,6 +348,7 @@ def _check_width(full: np.ndarray, half: np.ndarray) -> None:
     assert 1e-3 < _relative(half, full) < 2e-2
 
 
+@pytest.mark.slow
 def test_full_width_decoder_layer():
     state, run = torch_native.decoder_layer(RELEASE, seed=0)
     assert state["self_attn.qkv_proj.base_layer.weight"].shape == (5120, 3072)
@@ -358,6 +361,7 @@ def test_full_width_decoder_layer():
         assert _relative(run(hidden, "short", adapter), base) > 0.1
 
 
+@pytest.mark.slow
 def test_full_width_vision_layer():
     state, run = torch_native.vision_layer(RELEASE, seed=0)
     assert state["mlp.fc1.weight"].shape == (4304, 1152)
@@ -367,6 +371,7 @@ def test_full_width_vision_layer():
     _check_width(run(hidden, key_mask), run_half(hidden, key_mask))
 
 
+@pytest.mark.slow
 def test_full_width_conformer_block():
     state, run = torch_native.conformer_block(RELEASE, seed=0)
     assert state["feed_forward_in.net.0.linear.weight"].shape == (3072, 1024)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
 from helpers.compilations import count_compilations
+from helpers.marks import fast_are
 from helpers.paths import TINY
 from helpers.reference import uncached_logits
 from PIL import Image
@@ -111,6 +112,7 @@ def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
     assert engine._pool.available == engine.config.pages
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_media_as_transformers(tiny, goldens, oracle):
     """Clips, an image and a long text, side by side."""
@@ -188,7 +190,7 @@ def mixed(count, seed=0):
     return requests
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", fast_are(["int8"], [None, "int8"]))
 def test_among_others_as_alone(tiny, cache_dtype):
     """Several groups and single rows in slots that are refilled, over pages that are just enough."""
     requests = mixed(15)
@@ -227,6 +229,7 @@ def test_beams_share_pages_and_give_them_back(tiny):
     assert (engine._pool.available, engine._pool.in_use) == (SMALL.pages, 0)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tiny):
     engine = tiny.engine(dataclasses.replace(SMALL, slots=2, beams=3))
     seen = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
 from helpers.compilations import count_compilations
+from helpers.marks import fast_are
 from helpers.paths import TINY
 from helpers.reference import uncached_logits
 from PIL import Image
@@ -26,6 +27,7 @@ from phi4mm_jax.model.decoder import Cache, CachedInputs, _fill, quantize
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
 WARMED = dataclasses.replace(SMALL, slots=4, chunk=192)  # widths of 1, 2 and 3 pages
+NARROW = dataclasses.replace(SMALL, slots=2, chunk=64)  # a width of one page
 
 
 def request_of(case, tokens, **settings):
@@ -64,7 +66,7 @@ def check_greedy(model, prompt, completion, adapter=0, atol=1e-3):
     np.testing.assert_allclose(completion.log_probabilities, expected, atol=atol)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize("slots", fast_are([3], [1, 3, 8]))
 def test_goldens(tiny, goldens, slots):
     engine = tiny.engine(dataclasses.replace(SMALL, slots=slots, cache_tokens=2560 * slots))
     cases = random.Random(slots).sample(CASES, len(CASES))
@@ -79,6 +81,7 @@ def test_goldens(tiny, goldens, slots):
     assert engine._pool.available == engine.config.pages
 
 
+@pytest.mark.slow
 def test_many_mixed_requests_are_as_each_alone(tiny, goldens):
     """200 texts, images and clips with settings of their own, in slots that are refilled.
 
@@ -130,9 +133,10 @@ def gumbel(seed, stream):
     return jax.vmap(lambda place: jax.random.gumbel(jax.random.fold_in(key, place), 768))(jnp.arange(24))
 
 
-def test_nothing_compiles_after_a_while(tiny):
+@pytest.mark.parametrize("config", fast_are([NARROW], [NARROW, WARMED]), ids=["one width", "three widths"])
+def test_nothing_compiles_after_a_while(tiny, config):
     """Whatever comes: the shapes are those of the first requests."""
-    engine = tiny.engine(WARMED)
+    engine = tiny.engine(config)
     engine.warm_up()
     before = count_compilations()
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
@@ -158,6 +162,7 @@ def test_prompts_that_begin_alike_share_pages(tiny):
         assert answers[i].tokens == alone.tokens
 
 
+@pytest.mark.slow
 def test_the_same_prompt_under_another_adapter_shares_nothing(tiny):
     prompt = prompt_of(tiny.processor.tokenizer, 200)
     engine = tiny.engine(SMALL)
@@ -294,6 +299,7 @@ def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
     assert known == {*row.row.tokens.tolist(), *row.tokens[:-1]}  # the last one is yet to be decoded from
 
 
+@pytest.mark.slow
 def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
     """The tokens that a row's penalty counts stay marked, its keys and values and all features as they were."""
     engine = tiny.engine(WARMED)
@@ -345,9 +351,10 @@ def test_quantised_values_use_all_of_int8():
     np.testing.assert_allclose(scales, [1 / 127, 0, 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", fast_are([None], [None, "int8"]))
 @pytest.mark.parametrize(
-    ("dtype", "prefill", "decode", "uncached"), [("float32", 1e-5, 1e-5, 1e-4), ("bfloat16", 1e-5, 0.02, 0.1)]
+    ("dtype", "prefill", "decode", "uncached"),
+    fast_are([("float32", 1e-5, 1e-5, 1e-4)], [("float32", 1e-5, 1e-5, 1e-4), ("bfloat16", 1e-5, 0.02, 0.1)]),
 )
 def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached):
     """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -92,7 +93,7 @@ def moved(text: str) -> list[tuple[float, str]]:
     return found
 
 
-@pytest.mark.parametrize("program", ["decode", "prefill", "extend"])
+@pytest.mark.parametrize("program", fast_are(["decode", "prefill"], ["decode", "prefill", "extend"]))
 def test_programs_gather_no_cache_and_no_weights(program):
     """The cached keys of a layer that prefill reads at once are 4 MB, and the smallest weight of a layer 6 MB."""
     text = compiled(program)[0].as_text()
@@ -101,7 +102,7 @@ def test_programs_gather_no_cache_and_no_weights(program):
     assert [place for size, place in moved(text) if size > 2**18] == []
 
 
-@pytest.mark.parametrize("program", ["decode", "extend"])
+@pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "extend"]))
 def test_decoding_holds_one_cache_and_moves_none_of_it(program):
     step, of_cache = compiled(program)
     memory = step.memory_analysis()

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.marks import fast_are
 
 from phi4mm_jax.batch import NO_MEDIA, ImageStack
 from phi4mm_jax.engine import Engine, EngineConfig
@@ -53,8 +54,11 @@ def compiled(tiny, config, program):
 
 @pytest.mark.parametrize(
     ("program", "dtype"),
-    [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
-     ("mark", None)],
+    fast_are(
+        [("decode", "int8"), ("prefill", None), ("image", None), ("audio", None), ("mark", None)],
+        [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
+         ("mark", None)],
+    ),
 )  # fmt: skip
 def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
     """What is changed is changed in place, and with 16 times the cache the rest takes no page more."""

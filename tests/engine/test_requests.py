@@ -111,6 +111,7 @@ def test_sampling_is_repeatable_and_seeded(tiny):
     assert once[0] == tiny.generate([PROMPT], **arguments, seed=5)[0]
 
 
+@pytest.mark.slow
 def test_equal_prompts_about_other_images_draw_as_alone(tiny):
     prompt, settings = "<|user|><|image_1|>What?<|end|><|assistant|>", {"temperature": 1.0, "seed": 3}
     images = [[TINY / "inputs" / f"image_{i}.png"] for i in (0, 1)]

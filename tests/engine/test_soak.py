@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from helpers.compilations import count_compilations
 from helpers.paths import TINY
 
@@ -10,6 +11,7 @@ from phi4mm_jax.testing.soak import Soak
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", "600"))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tiny):
     """Short requests with cancellations, errors, media and streams among them."""
     soak = Soak(tiny, TINY / "inputs", seed=1)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -35,7 +36,7 @@ def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-@pytest.fixture(params=CHIPS)
+@pytest.fixture(params=fast_are(["v6e"], CHIPS))
 def mesh(request):
     """One device of a chip, set as the mesh that kernels are traced for."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param])
@@ -100,7 +101,7 @@ def test_vision_tower(mesh):
     assert "phi4mm_flash_fwd" in compiled(mesh, program, *arguments)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("int8", fast_are([True], [False, True]))
 def test_decode_at_128k(mesh, int8):
     def program(q, k, v, lengths, tables, scales):
         k_scales, v_scales = scales or (None, None)
@@ -177,7 +178,7 @@ def cache_of(config, pages, dtype=jnp.bfloat16):
 
 
 @only_v6e
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", fast_are([jnp.int8], [jnp.bfloat16, jnp.int8]))
 def test_prefill_copies_neither_queries_nor_keys_nor_the_cache(mesh, decoders, dtype):
     decoder, variables, config = decoders[4]
     x, rows = inputs(config, BATCH, LENGTH, 64)
@@ -204,7 +205,7 @@ def test_training_copies_neither_queries_nor_keys_nor_their_gradients(mesh, deco
 
 
 @only_v6e
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", fast_are([jnp.int8], [jnp.bfloat16, jnp.int8]))
 def test_decoding_copies_no_pages(mesh, decoders, dtype):
     """Layers in a loop, each of which puts a token into its pages and attends to them."""
     decoder, variables, config = decoders[4]
@@ -215,7 +216,7 @@ def test_decoding_copies_no_pages(mesh, decoders, dtype):
 
 
 @only_v6e
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", fast_are([jnp.int8], [jnp.bfloat16, jnp.int8]))
 def test_beams_copy_no_more_pages_than_they_part_with(mesh, decoders, dtype):
     decoder, variables, config = decoders[4]
     x, rows = inputs(config, 5, 1, 64)

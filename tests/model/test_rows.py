@@ -51,6 +51,7 @@ def test_logits_are_those_of_the_row_alone(tiny, rows):
     assert largest <= 1e-4
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_logits_without_a_cache(tiny, rows):
     """Compare with whole rows, whose logits are those of the row alone."""
     prompts, images, audios = map(list, zip(*rows, strict=True))
@@ -125,6 +126,7 @@ def test_rows_that_cross_the_boundary_at_different_times(tiny):
         assert len(completion.tokens) == steps or completion.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_media_rows_cross_too(tiny):
     """A row with audio is prefilled again with its features, next to one that does not cross."""
     prompts = ["<|user|><|audio_1|>" + "x " * n + "<|end|><|assistant|>" for n in (10, 3)]

@@ -74,6 +74,7 @@ def test_every_line_is_known():
     assert {*RUN_AS, *RUN_ELSEWHERE} <= set(LINES)
 
 
+@pytest.mark.slow
 def test_commands(work, monkeypatch, capfd):
     monkeypatch.chdir(work)
     places = {"MODEL": TINY, "RECIPES": ROOT / "train/recipes"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 
 from infer import chat, evaluate, generate
@@ -38,7 +39,10 @@ def measured(folder: Path, manifest: Path, task: str, *arguments, model: Path = 
     return next(iter(only["figures"].values()))["value"]
 
 
-@pytest.mark.parametrize(("name", "task", "least"), [("ocr", "ocr", 95), ("asked", "vqa", 90), ("text", "exact", 95)])
+@pytest.mark.parametrize(
+    ("name", "task", "least"),
+    fast_are([("ocr", "ocr", 95)], [("ocr", "ocr", 95), ("asked", "vqa", 90), ("text", "exact", 95)]),
+)
 def test_held_out_questions_are_answered(name, task, least, tmp_path):
     assert measured(tmp_path / "run", HELD / f"{name}.jsonl", task) >= least
 
@@ -80,13 +84,13 @@ def test_held_out_speech_is_understood(tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr") <= 5
 
 
-@pytest.mark.parametrize("name", ["ocr", "asked"])
-@pytest.mark.parametrize("adapter", ["none", "speech"])
+@pytest.mark.parametrize("name", fast_are(["ocr"], ["ocr", "asked"]))
+@pytest.mark.parametrize("adapter", fast_are(["none"], ["none", "speech"]))
 def test_the_vision_adapter_carries_it(name, adapter, tmp_path):
     assert measured(tmp_path / "run", HELD / f"{name}.jsonl", "ocr", "--adapter", adapter) <= 10
 
 
-@pytest.mark.parametrize("adapter", ["none", "vision"])
+@pytest.mark.parametrize("adapter", fast_are(["none"], ["none", "vision"]))
 def test_the_speech_adapter_carries_it(adapter, tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr", "--adapter", adapter) >= 80
 

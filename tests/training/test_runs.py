@@ -22,6 +22,7 @@ import pytest
 import yaml
 from flax.traverse_util import flatten_dict
 from helpers.cases import golden_cases, media_of
+from helpers.marks import fast_are
 from helpers.paths import TINY
 
 import phi4mm_jax
@@ -50,6 +51,7 @@ from train import dpo, sft
 ROOT = Path(__file__).parents[2]
 FITTED = ("small", "speech_adapter")  # which have a test of their own
 RECIPES = sorted(p for p in (ROOT / "train" / "recipes").rglob("*.yaml") if p.stem not in FITTED)
+QUICKEST = [p for p in RECIPES if f"{p.parent.name}/{p.stem}" in ("recipes/text", "recipes/dpo", "tiny/speech")]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -166,6 +168,7 @@ def test_killed_ten_times(recipe, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_spread_over_devices(recipe, tmp_path, caplog):
     """Eight devices, rows and parameters spread: the losses of one."""
     shared = ["dropout=false", "data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
@@ -195,6 +198,7 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
@@ -237,7 +241,11 @@ def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
     assert np.abs(theirs - logits(before)).max() > 0.03
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[f"{p.parent.name}/{p.stem}" for p in RECIPES])
+@pytest.mark.parametrize(
+    "path",
+    fast_are(QUICKEST, RECIPES),
+    ids=[f"{p.parent.name}/{p.stem}" for p in RECIPES],
+)
 def test_every_recipe_trains(path, tmp_path):
     """Two steps on the tiny model, with data of its kind."""
     settings = yaml.safe_load(path.read_text())
@@ -267,7 +275,9 @@ def test_every_recipe_trains(path, tmp_path):
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.parametrize(("name", "held"), [("speech_adapter", "speech"), ("small", "text"), ("small", "ocr")])
+@pytest.mark.parametrize(
+    ("name", "held"), fast_are([("small", "text")], [("speech_adapter", "speech"), ("small", "text"), ("small", "ocr")])
+)
 def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
     """README's command, with the small model: every answer is learnt once, and the warm-up is over before the end."""
     folder = ROOT / "tests" / "fixtures" / "held"

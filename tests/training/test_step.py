@@ -15,6 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers.cases import golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
 
 import phi4mm_jax
@@ -276,7 +277,7 @@ def test_accumulation_changes_nothing(scanned, eight):
     assert relative(one, other) <= 1e-5
 
 
-@pytest.mark.parametrize("mesh", [None, make_mesh(4, 2)], ids=["one device", "eight"])
+@pytest.mark.parametrize("mesh", fast_are([None], [None, make_mesh(4, 2)]), ids=["one device", "eight"])
 def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
     """What would be too much to hold for all clips is computed for some, forward and backward; on devices, for their
     own."""
@@ -298,7 +299,7 @@ def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
         assert all(jax.tree.leaves(alike))
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
 def test_gradients_on_a_mesh_are_those_of_one_device(scanned, eight, mesh):
     """With dropout: what drops out depends on no device, weights are gathered where used, rows stay where they are."""
     trained = ["lora_speech", "params/audio_projector"]
@@ -337,7 +338,7 @@ STEPS = 10
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("adapter", ["vision", "speech"])
+@pytest.mark.parametrize("adapter", fast_are(["speech"], ["vision", "speech"]))
 def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     """Losses of transformers, PEFT and torch.optim within 1e-4; the total update of each tensor within 1 %.
 
@@ -431,6 +432,7 @@ def spoken(scanned) -> TrainingBatch:
     return both._replace(batch=both.batch._replace(adapters=np.asarray([index_of("speech")] * 2, np.int32)))
 
 
+@pytest.mark.slow
 def test_each_step_and_micro_batch_drops_out_otherwise(scanned, dropping, spoken):
     """At learning rate 0 the losses of steps differ by their draws alone; without a key they are equal."""
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
@@ -466,6 +468,7 @@ def test_dropout_keeps_the_mean():
     np.testing.assert_allclose((dropped == 0).mean(), 0.1, atol=3e-3)
 
 
+@pytest.mark.slow
 def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
     """A learning rate below bfloat16's resolution moves the float32 masters."""
     model = phi4mm_jax.load(TINY, dtype="bfloat16", scan=True)
@@ -679,6 +682,7 @@ def test_operations_of_what_is_trained_before_the_decoder(scanned):
 # At full size.
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 def test_tuning_the_speech_adapter_fits_eight_chips():
     """Compiled by the TPU's compiler, without one: what a chip holds, gathers and sums, and the estimated time."""
@@ -754,6 +758,7 @@ def test_dpo_reference_does_not_drop_out(scanned, dropping, spoken):
     assert abs(float(loss) - np.log(2)) > 1e-3
 
 
+@pytest.mark.slow
 def test_dpo_prefers(scanned, eight):
     rows = together(eight, scanned)
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")

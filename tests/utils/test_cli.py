@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.marks import fast_are
 from helpers.paths import TINY
 
 from infer import generate
@@ -50,6 +51,7 @@ def test_generate(tiny):
     assert result.stdout == completion.text + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_generate_from_a_raw_prompt_on_two_devices(tiny, tmp_path):
     prompt, clip = "<|user|><|audio_1|>Transcribe.<|end|><|assistant|>", str(TINY / "inputs" / "audio_0.flac")
@@ -185,7 +187,7 @@ def test_a_missing_extra_is_one_line(program, package, extra, tmp_path):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("moment", ["importing", "compiling", "compiling for long"])
+@pytest.mark.parametrize("moment", fast_are(["compiling"], ["importing", "compiling", "compiling for long"]))
 def test_ctrl_c_ends_a_program_wherever_it_is(moment, tmp_path):
     """While extensions are imported, and while XLA compiles, which Python cannot interrupt."""
     program = subprocess.Popen(
