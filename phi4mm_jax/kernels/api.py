@@ -1,19 +1,15 @@
 """The attention API. An implementation is chosen by name; a name succeeds or raises."""
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import pallas_tpu, pallas_tpu_append, pallas_tpu_decode, tpu, xla
 from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.mesh import Axes, over_mesh
-
-Implementation = Literal["xla", "pallas_tpu"]
+from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
 
 
 @jax.named_scope("flash_attention")
@@ -31,9 +27,9 @@ def flash_attention(
     kv_segments: Int[Array, "B S"] | None = None,
     return_lse: bool = False,
     out_dtype: Any = None,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Any:
-    """Softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
+    """Compute softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
 
     Query head n attends with key head n // (N / K). Scores and softmax are in float32. A query that may attend to no
     key gives zeros. Differentiable in q, k and v.
@@ -99,22 +95,10 @@ def flash_attention(
     )
     factor = size**-0.5 if scale is None else float(scale)
     out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
-    target = _tpu("flash_attention", implementation, pallas_tpu.unsupported(q))
-    if target is not None:
-        heads_split, per_row = Axes("rows", None, "heads", None), Axes("rows")
-        ids = None if segments is None else (Axes("rows", None),) * 2
-        out, lse = over_mesh(
-            partial(pallas_tpu.flash_attention, causal=causal, scale=factor, out_dtype=out_dtype, target=target),
-            (q, k, v, limits),
-            (heads_split, heads_split, heads_split, Limits(per_row, per_row, ids)),  # type: ignore
-            (heads_split, Axes("rows", None, "heads")),
-            rows=batch,
-            heads=k.shape[2],
-        )
-    else:
-        if kv_lengths is not None:
-            k, v = _cleared(jnp.arange(kv_len) < kv_lengths[:, None], k, v)
-        out, lse = xla.flash_attention(q, k, v, limits, causal=causal, scale=factor, out_dtype=out_dtype)
+    chosen = choose("flash_attention", implementation, "prefill", q, k, v, limits)
+    if kv_lengths is not None and not chosen.masks_values:
+        k, v = _cleared(jnp.arange(kv_len) < kv_lengths[:, None], k, v)
+    out, lse = chosen.prefill(q, k, v, limits, causal=causal, scale=factor, out_dtype=out_dtype)
     return (out, lse) if return_lse else out
 
 
@@ -131,18 +115,18 @@ def decode_attention(
     v_scales: Float[Array, "L P K S"] | None = None,
     scale: float | None = None,
     return_partials: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Any:
-    """One query a row against the first `lengths[b]` keys of `layer` in the cache.
+    """Attend with one query a row to the first `lengths[b]` keys of `layer` in the cache.
 
-    The cache of all layers is taken whole, so that no layer's part of it need be copied out. What is read grows with
-    the lengths, not with the capacity.
+    The cache of all layers is taken whole, so that no layer's part of it need be copied out. The number of pages read
+    grows with the lengths, not with the capacity.
 
     Args:
         k, v: pages (L, P, K, S, H): of each layer P pages of S tokens, those of one page in one piece. In q's dtype,
             or int8 with scales.
-        tables: row b's tokens from S * i on lie in page tables[b, i]. What lies behind a row's length may hold any
-            value, NaN included.
+        tables: row b's tokens from S * i on lie in page tables[b, i]. Slots behind a row's length may hold any value,
+            NaN included.
             Without tables, k and v are (L, B, K, S, H): one page a row.
         k_scales, v_scales: float32 (L, P, K, S), by which the int8 values of a token and head are multiplied.
         scale: of the scores; H**-0.5 by default.
@@ -150,7 +134,7 @@ def decode_attention(
 
     Returns:
         (B, N, H) in q's dtype, zeros for an empty row. Or in float32: o (B, N, H), the sum of the values weighted by
-        exp(score - m), m (B, N), the greatest score (-inf if there are no keys), and l (B, N), the sum of the weights.
+        exp(score - m), m (B, N), the maximum score (-inf if there are no keys), and l (B, N), the sum of the weights.
 
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
@@ -177,21 +161,8 @@ def decode_attention(
     scales = (k_scales, v_scales) if quantized else None
     layer, lengths = jnp.asarray(layer, jnp.int32), lengths.astype(jnp.int32)
     factor = q.shape[2] ** -0.5 if scale is None else float(scale)
-    target = _tpu("decode_attention", implementation, pallas_tpu_decode.unsupported(q, k, tables))
-    if target is not None:
-        of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
-        partials = over_mesh(
-            partial(pallas_tpu_decode.decode_attention, scale=factor, target=target),
-            (q, k, v, layer, lengths, tables, scales),
-            (of_q, of_pages, of_pages, Axes(), Axes(None), Axes(None, None), scales and (Axes(*of_pages[:4]),) * 2),
-            (of_q, Axes(None, "heads"), Axes(None, "heads")),
-            rows=1,
-            heads=k.shape[2],
-        )
-    else:
-        partials = xla.decode_attention(
-            q, k, v, layer=layer, lengths=lengths, tables=tables, scales=scales, scale=factor
-        )  # fmt: skip
+    arguments = q, k, v, layer, lengths, tables, scales
+    partials = choose("decode_attention", implementation, "decode", *arguments).decode(*arguments, scale=factor)
     if return_partials:
         return partials
     out, _, total = partials
@@ -213,27 +184,13 @@ def append_tokens(
         caches: keys and values (L, P, K, S, H), and their scales (L, P, K, S) where they are int8.
         new: for each of them (B, K, H), or (B, K), in its dtype.
         pages, slots: where each row's token goes. Rows have pages of their own, but for the cache's last page, in which
-            nothing is written.
+            nothing is written (the scratch page).
     """
-    target = tpu.target()
-    if target is None or not pallas_tpu_append.supported(caches[0]):
-        return None
-    pages, slots = pages.astype(jnp.int32), slots.astype(jnp.int32)
-    return pallas_tpu_append.append(caches, new, jnp.asarray(layer, jnp.int32), pages, slots, target=target)
-
-
-def merge_partials(
-    o: Float[Array, "X B N H"],
-    m: Float[Array, "X B N"],
-    l: Float[Array, "X B N"],  # noqa: E741
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]:
-    """The partial results of X parts of the keys, as those of all keys; the attention is then o / l[..., None].
-
-    Across devices, gather each of the three first: `jax.lax.all_gather(o, axis)`.
-    """
-    greatest = m.max(0)
-    weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
-    return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
+    arguments = caches, new, jnp.asarray(layer, jnp.int32), pages.astype(jnp.int32), slots.astype(jnp.int32)
+    for candidate in IMPLEMENTATIONS.values():
+        if candidate.append is not None and candidate.supports("append", *arguments) is None:
+            return candidate.append(*arguments)
+    return None
 
 
 def _cleared(
@@ -242,17 +199,3 @@ def _cleared(
     """Zero the keys and values that no query may attend to: a weight of 0 times NaN would be NaN."""
     valid = valid[:, :, None, None]
     return jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-
-
-def _tpu(function: str, implementation: str | None, unsupported: str | None) -> tpu.Target | None:
-    """The TPU to use its kernel on; None for plain XLA. `unsupported`: why the kernel cannot take the arguments."""
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise InputError(
-            f"{function}: implementation {implementation!r} is not available; choose from {get_args(Implementation)}"
-        )
-    target = tpu.target()
-    if target is None:
-        unsupported = "implementation 'pallas_tpu' needs a TPU, and this is none; use 'xla'"
-    if implementation == "pallas_tpu" and unsupported:
-        raise InputError(f"{function}: {unsupported}")
-    return None if implementation == "xla" or unsupported else target

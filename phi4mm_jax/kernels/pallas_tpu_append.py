@@ -1,7 +1,7 @@
 """One new token a row into a paged cache on TPUs, in place.
 
 Tokens lie in tiles, two or four to a word, so that none can be written alone: each row's tile is brought, changed and
-sent back. The tiles of many rows are on their way at once, which is what one write after the other lacks.
+sent back. The tiles of many rows are on their way at once, unlike one write after the other.
 """
 
 import math
@@ -17,13 +17,14 @@ from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels.tpu import LANES, Target
 
-_TILE = 32  # tokens that are brought at once: a multiple of what any dtype's tile has
-_BYTES = 8 << 20  # of tiles held at once
+_TILE = 32  # tokens that are brought at once: a multiple of the tile of any dtype
 
 
-def supported(pages: Array) -> bool:
-    """Whether the kernel takes a cache of this shape, (L, P, K, S, H)."""
-    return pages.shape[3] % LANES == 0 and pages.shape[4] % LANES == 0
+def unsupported(pages: Array) -> str | None:
+    """Return why this kernel cannot take a cache (L, P, K, S, H), if so."""
+    if pages.shape[3] % LANES or pages.shape[4] % LANES:
+        return f"k {pages.shape}: implementation 'pallas_tpu' takes pages and head sizes that are multiples of {LANES}"
+    return None
 
 
 def append(
@@ -36,12 +37,12 @@ def append(
         caches: arrays (L, P, K, S, H), or (L, P, K, S) for scales; those of the result lie where they lay.
         new: for each (B, K, H), or (B, K).
         pages, slots: int32 (B,), where each row's token goes. No two rows share a page, but for the last one of the
-            cache, which nobody reads: nothing is written there.
+            cache, the scratch page: nothing is written there.
     """
     rows = len(pages)
     shapes = [(c.shape[2], _TILE, c.shape[4]) if c.ndim == 5 else c.shape[2:] for c in caches]
     held = sum(2 * math.prod(s) * c.dtype.itemsize for s, c in zip(shapes, caches, strict=True))
-    at_once = max(min(rows, _BYTES // held), 1)
+    at_once = max(min(rows, target.blocks.append_bytes // held), 1)
     steps = -(-rows // at_once)
     missing = steps * at_once - rows
     pages = jnp.pad(pages, (0, missing), constant_values=caches[0].shape[1] - 1)
@@ -77,7 +78,7 @@ def _kernel(layer_ref, pages_ref, slots_ref, new_refs, _, cache_refs, tile_refs,
     first, layer = pl.program_id(0) * at_once, layer_ref[0]
 
     def of_rows(act):
-        """act(row in the block, its page, its slot) for each row that writes."""
+        """Call act(row in the block, its page, its slot) for each row that writes."""
 
         def one(b, _):
             page = pages_ref[first + b]
@@ -89,7 +90,7 @@ def _kernel(layer_ref, pages_ref, slots_ref, new_refs, _, cache_refs, tile_refs,
         lax.fori_loop(0, at_once, one, None)
 
     def places(b, page, slot):
-        """Tiles of each array, in the cache and in vector memory."""
+        """Yield the tiles of each array, in the cache and in vector memory."""
         start = pl.multiple_of(lax.div(slot, _TILE) * _TILE, _TILE)
         for cache, tile in zip(cache_refs, tile_refs, strict=True):
             place = cache.at[layer, page]

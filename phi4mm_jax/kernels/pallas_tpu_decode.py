@@ -1,8 +1,8 @@
 """Decoding on TPUs: one query a row against a paged cache.
 
-Bound by the transfer of keys and values, so what matters is that only valid pages are brought, in large pieces, and
-that the next piece, be it the next row's, is on its way while one is worked on. A page holds all heads of its tokens in
-one piece: one transfer brings them. Where two cores are one device, each takes half of every row's keys.
+Bound by the transfer of keys and values: only valid pages are brought, in large pieces, and the next piece, be it the
+next row's, is on its way while one is worked on. A page holds all heads of its tokens in one piece: one transfer brings
+them. Where two cores are one device, each takes half of every row's keys.
 """
 
 from functools import partial
@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from phi4mm_jax.kernels.partials import merge_partials
 from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, stream
 from phi4mm_jax.precision import precision_of
 
@@ -20,7 +21,7 @@ _SUBLANES = 8  # the queries of a group are padded to these
 
 
 def unsupported(q, k, tables) -> str | None:
-    """Why this kernel cannot take these arguments, if so."""
+    """Return why this kernel cannot take these arguments, if so."""
     if tables is None:
         return "tables is None; implementation 'pallas_tpu' reads a paged cache only"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -31,7 +32,7 @@ def unsupported(q, k, tables) -> str | None:
 
 
 def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, target: Target):
-    """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
+    """Compute (o, m, l) of `phi4mm_jax.kernels.decode_attention`."""
     batch, heads, size = q.shape
     _, _, kv_heads, page, _ = k.shape
     group = heads // kv_heads
@@ -84,13 +85,6 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     return merge_partials(out, largest, total) if cores > 1 else (out[0], largest[0], total[0])
 
 
-def merge_partials(o, m, l):  # noqa: E741
-    """See `phi4mm_jax.kernels.merge_partials`."""
-    greatest = m.max(0)
-    weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
-    return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
-
-
 def _kernel(
     layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, largest_ref, total_ref, k_ref, v_ref,
     scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, cores: int,
@@ -102,14 +96,14 @@ def _kernel(
     width = tables_ref.shape[0] // batch  # pages of a row
 
     def extent(b):
-        """The blocks of keys that this core visits."""
+        """Return the row, and the range of blocks of keys that this core visits."""
         blocks = lax.div(lengths_ref[b] + keys - 1, keys)
         share = lax.div(blocks + cores - 1, cores)
         first = lax.min(core * share, blocks)
         return b, first, lax.min(first + share, blocks)
 
     def for_pages(b, block, act):
-        """act(page in the block, page in the cache) for the valid pages."""
+        """Call act(page in the block, page in the cache) for the valid pages."""
         valid = lax.div(lengths_ref[b] + page - 1, page) - block * pages
         table = b * width + block * pages
         lax.fori_loop(0, lax.min(valid, pages), lambda n, _: act(n, tables_ref[table + n]), None)
@@ -137,7 +131,7 @@ def _kernel(
         return ref[slot, :, h].reshape(keys, size)
 
     def scaled(x, which, slot, h):
-        """Multiplied by the scales of the keys, which lie along the columns."""
+        """Multiply by the scales of the keys, which lie along the columns."""
         if not scales:
             return x
         scale = scales_ref[which][slot, :, h]  # (pages, page)
@@ -155,7 +149,7 @@ def _kernel(
 
         @pl.when(length < (block + 1) * keys)
         def _():
-            """What lies behind the length may be anything, and 0 * NaN is not 0."""
+            """Zero the values behind the length: they may be anything, and 0 * NaN is not 0."""
 
             def clear_page(n, _):
                 token = block * keys + n * page + lax.broadcasted_iota(jnp.int32, (kv_heads, page, size), 1)

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: which chip they are compiled for, their block sizes, lengths and interpretation."""
+"""Common parts of the TPU kernels: the chip they are compiled for, block sizes, lengths and interpretation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How much a kernel takes at a time.
+    """Amounts that a kernel takes at a time.
 
     Attributes:
         rows: query rows of a forward tile, those of a group's heads together.
@@ -25,6 +25,7 @@ class Blocks:
         chunk: keys of one pair of products inside of a tile.
         backward_rows, backward_keys, backward_chunk: the same in the backward kernels.
         decode_bytes: of keys that are transferred at a time in decoding, over all heads; of values as many.
+        append_bytes: of tiles that are held at a time in writing new tokens.
         vmem: bytes of vector memory that a kernel may take.
     """
 
@@ -35,6 +36,7 @@ class Blocks:
     backward_keys: int = 1024
     backward_chunk: int = 512
     decode_bytes: int = 1 << 20
+    append_bytes: int = 8 << 20
     vmem: int = 48 << 20
 
 
@@ -50,7 +52,7 @@ BLOCKS = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a kernel is traced for; `interpret` is what `pallas_call` takes by this name."""
+    """Chip that a kernel is traced for; `interpret` is the argument of `pallas_call`."""
 
     blocks: Blocks
     cores: int = 1  # that work as one device
@@ -62,7 +64,7 @@ _INTERPRETED: ContextVar[Target | None] = ContextVar("interpreted", default=None
 
 @contextmanager
 def interpreted(interpret: Any = True, blocks: Blocks | None = None, cores: int = 1) -> Iterator[None]:
-    """Traces of TPU kernels in this context are interpreted: by XLA (True) or as `pltpu.InterpretParams` say."""
+    """Interpret the TPU kernels that are traced in this context, by XLA (True) or as `pltpu.InterpretParams` say."""
     token = _INTERPRETED.set(Target(blocks or Blocks(), cores, interpret))
     try:
         yield
@@ -71,7 +73,7 @@ def interpreted(interpret: Any = True, blocks: Blocks | None = None, cores: int 
 
 
 def target() -> Target | None:
-    """The TPU that kernels are traced for, from the mesh in context or the default device; None on other platforms."""
+    """Return the TPU that kernels are traced for, of the mesh in context or the default device; None elsewhere."""
     if (chosen := _INTERPRETED.get()) is not None:
         return chosen
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -81,7 +83,7 @@ def target() -> Target | None:
 
 
 def padded(length: int) -> int:
-    """The length rounded up so that a large block divides it: to a quarter of an octave, a multiple of 128.
+    """Round a length up so that a large block divides it: to a quarter of an octave, a multiple of 128.
 
     Buckets of lengths (see `phi4mm_jax.processing`) are such already, from 512 on.
     """
@@ -89,19 +91,19 @@ def padded(length: int) -> int:
     return -(-length // granule) * granule
 
 
-def block(length: int, most: int) -> int:
-    """The largest multiple of 128 that divides a padded length and is at most `most`."""
-    return max(n for n in range(LANES, max(min(length, most), LANES) + 1, LANES) if length % n == 0)
+def block(length: int, max_size: int) -> int:
+    """Return the largest multiple of 128 that divides a padded length and is at most `max_size`."""
+    return max(n for n in range(LANES, max(min(length, max_size), LANES) + 1, LANES) if length % n == 0)
 
 
 def stream(i, steps: int, extent: Callable, free_slot, start: Callable, wait: Callable, visit: Callable) -> None:
-    """Go through the tiles of step i of a kernel, while the next tile is on its way; to be called in each step.
+    """Visit the tiles of step i of a kernel, while the next tile is on its way; call it in each step.
 
     Args:
         steps: how many there are.
-        extent: extent(i) gives the place of step i, whatever the next three understand, and its tiles' first and stop.
+        extent: extent(i) returns the place of step i, as the next three take it, and its tiles' first and stop.
         free_slot: a scalar in memory that stays from step to step: which of two slots the next tile goes to.
-        start, wait: start(place, tile, slot) begins to bring a tile, wait(place, tile, slot) waits for it.
+        start, wait: start(place, tile, slot) starts the transfer of a tile, wait(place, tile, slot) waits for it.
         visit: visit(place, tile, slot), for the tiles of this step from the last to the first.
 
     On return the slot that `free_slot` does not name is free.

@@ -15,7 +15,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.precision import precision_of, row_sum
 
@@ -36,8 +35,18 @@ class _Tiling(NamedTuple):
     out_dtype: Any
 
 
+def supports(operation: str, *arguments: Any) -> str | None:
+    """Return why an operation cannot run on these arguments, if so; see `registry.Implementation`."""
+    match operation, arguments:
+        case "append", _:
+            return "implementation 'xla' has no append"
+        case "decode", (_, k, _, _, _, None, _) if k.shape[3] % DECODE_BLOCK:
+            return f"k holds {k.shape[3]} keys a row; expected a multiple of {DECODE_BLOCK}"
+    return None
+
+
 def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -> tuple[Array, Array]:
-    """See `phi4mm_jax.kernels.flash_attention`; returns the output and the log-sum-exp (B, T, N)."""
+    """Compute the output and the log-sum-exp (B, T, N) of `phi4mm_jax.kernels.flash_attention`."""
     batch, q_len, heads, size = q.shape
     _, kv_len, kv_heads, _ = k.shape
     whole = not causal and kv_len <= _WHOLE_KEYS
@@ -68,7 +77,7 @@ def _attended(q, k, v, limits: Limits, tiling: _Tiling):
 
 
 def _forward(q, k, v, limits: Limits, tiling: _Tiling):
-    """Returns the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
+    """Return the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
 
     def query_tile(i):
         q_i = _tile(q, i, tiling.queries, 3)
@@ -119,7 +128,7 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
     d_out = d_out.astype(q.dtype)
 
     def query_tile(carry, i):
-        """The gradients of one tile of queries; those of keys and values are summed in the carry."""
+        """Compute the gradients of one tile of queries; those of keys and values are summed in the carry."""
         q_i, d_out_i = _tile(q, i, tiling.queries, 3), _tile(d_out, i, tiling.queries, 3)
         log_sum_i, delta_i = _tile(log_sum, i, tiling.queries, 3), _tile(delta, i, tiling.queries, 3)
 
@@ -150,7 +159,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
-    """A tile's scores in float32, (B, K, G, queries, keys), and where they may be attended to."""
+    """Return a tile's scores in float32, (B, K, G, queries, keys), and where they may be attended to."""
     scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
     key = j * tiling.keys + jnp.arange(tiling.keys)
     allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
@@ -165,7 +174,7 @@ def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
 
 
 def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
-    """How many tiles of keys the i-th tile of queries has to visit."""
+    """Return how many tiles of keys the i-th tile of queries has to visit."""
     if kv_len == tiling.keys:
         return 1
     last = limits.kv_lengths.max()
@@ -174,19 +183,17 @@ def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
     return lax.div(last + tiling.keys - 1, tiling.keys)
 
 
-def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -> tuple[Array, Array, Array]:
-    """See `phi4mm_jax.kernels.decode_attention`; returns (o, m, l)."""
+def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
+    """Compute (o, m, l) of `phi4mm_jax.kernels.decode_attention`."""
     batch, heads, size = q.shape
     kv_heads, page = k.shape[2], k.shape[3]
     groups = q.reshape(batch, kv_heads, heads // kv_heads, size)
-    if tables is None and page % DECODE_BLOCK:
-        raise InputError(f"decode_attention: k holds {page} keys a row; expected a multiple of {DECODE_BLOCK}")
     pages = max(_KEY_TILE // page, 1)
     keys = pages * page if tables is not None else next(n for n in (_KEY_TILE, 256, DECODE_BLOCK) if page % n == 0)
     table = None if tables is None else _pad(tables, 1, pages)
 
     def block(cache, j):
-        """(B, K, keys, H), or (B, K, keys) of scales."""
+        """Return block j, (B, K, keys, H), or (B, K, keys) of scales."""
         if table is None:
             return lax.dynamic_slice(cache, (layer, 0, 0, j * keys, 0), (1, batch, kv_heads, keys, size))[0]
         taken = cache[layer, lax.dynamic_slice_in_dim(table, j * pages, pages, 1)]  # (B, pages, K, page, ...)
@@ -206,7 +213,7 @@ def decode_attention(q, k, v, *, layer, lengths, tables, scales, scale: float) -
         new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
-        # What lies behind a row's length may be anything, and 0 * NaN is not 0.
+        # Values behind a row's length may be anything, and 0 * NaN is not 0.
         v_j = jnp.where(allowed[:, 0, :, :, None], values(v, v_scales, j), 0)
         out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v_j)
         return new_maximum, total * decay + row_sum(weights), out
@@ -223,7 +230,7 @@ def _einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Fl
 
 
 def _loop(start: int, stop, body, carry):
-    """`fori_loop`, without a loop where there is exactly one step."""
+    """Run `fori_loop`, without a loop where there is exactly one step."""
     return (
         body(start, carry) if isinstance(stop, int) and stop == start + 1 else lax.fori_loop(start, stop, body, carry)
     )
@@ -238,7 +245,7 @@ def _add_tile(total, tile, index, size: int):
 
 
 def _join(tiles, axis: int):
-    """(tiles, ..., n, ...) -> (..., tiles * n, ...)."""
+    """Join tiles: (tiles, ..., n, ...) -> (..., tiles * n, ...)."""
     moved = jnp.moveaxis(tiles, 0, axis)
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 

@@ -15,10 +15,10 @@ from phi4mm_jax.kernels import (
     decode_attention,
     flash_attention,
     merge_partials,
-    pallas_tpu_append,
     tpu,
     xla,
 )
+from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
 
 SMALL = tpu.Blocks(
     rows=384, keys=256, chunk=128, backward_rows=384, backward_keys=256, backward_chunk=128, decode_bytes=1 << 18
@@ -337,6 +337,24 @@ def test_bad_arguments_are_named(arguments, named):
         flash_attention(**(good | arguments))
 
 
+def test_an_implementation_is_one_entry(monkeypatch):
+    """A stand-in, which returns zeros and takes 8 queries only; the default stays."""
+    zeros = Implementation(
+        supports=lambda operation, q, *_: None if q.shape[1] == 8 else f"{operation} takes 8 queries only",
+        prefill=lambda q, *_, **__: (jnp.zeros_like(q), jnp.zeros(q.shape[:3])),
+        decode=lambda q, *_, **__: (jnp.zeros_like(q), jnp.zeros(q.shape[:2]), jnp.zeros(q.shape[:2])),
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "zeros", zeros)
+    ones = jnp.ones((1, 8, 1, 8))
+    assert (flash_attention(ones, ones, ones, causal=True, implementation="zeros") == 0).all()
+    assert (flash_attention(ones, ones, ones, causal=True) == 1).all()
+    with pytest.raises(InputError, match="flash_attention: prefill takes 8 queries only"):
+        flash_attention(ones[:, :4], ones, ones, causal=True, implementation="zeros")
+    cache = jnp.ones((1, 1, 1, 128, 8))
+    with pytest.raises(InputError, match="decode_attention: decode takes 8 queries only"):
+        decode_attention(ones[:, 0], cache, cache, layer=0, lengths=jnp.ones(1, jnp.int32), implementation="zeros")
+
+
 def test_what_the_tpu_kernel_cannot_take_is_named():
     with tpu.interpreted(), pytest.raises(InputError, match="q has dtype float16"):
         flash_attention(*[jnp.zeros((1, 4, 1, 8), jnp.float16)] * 3, causal=True, implementation="pallas_tpu")
@@ -365,7 +383,7 @@ def test_bad_arguments_of_decoding_are_named(arguments, named):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_append_writes_each_rows_token_alone(dtype, monkeypatch):
+def test_append_writes_each_rows_token_alone(dtype):
     """Six rows, four at once, one of which rests, in the first, a middle and the last token of a page."""
     draw = np.random.default_rng(0)
     shape = (2, 9, 2, 128, 128)
@@ -374,9 +392,9 @@ def test_append_writes_each_rows_token_alone(dtype, monkeypatch):
         caches += [jnp.asarray(draw.standard_normal(shape[:4]), jnp.float32) for _ in range(2)]
     new = [jnp.asarray(draw.integers(-100, 100, (6, 2, *c.shape[4:])), c.dtype) for c in caches]
     pages, slots = np.array([3, 8, 0, 5, 7, 1]), np.array([0, 5, 127, 33, 64, 31])  # the last page is for what rests
-    monkeypatch.setattr(pallas_tpu_append, "_BYTES", 4 * 4 * 2 * 32 * 128 * caches[0].dtype.itemsize + (1 << 14))
+    blocks = tpu.Blocks(append_bytes=4 * 4 * 2 * 32 * 128 * caches[0].dtype.itemsize + (1 << 14))
     pltpu.reset_tpu_interpret_mode_state()
-    with tpu.interpreted(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
+    with tpu.interpreted(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"), blocks):
         found = jax.jit(lambda c, n: append_tokens(c, n, layer=1, pages=pages, slots=slots))(caches, new)
     assert found is not None
     for cache, token, written in zip(caches, new, found, strict=True):

@@ -1,0 +1,64 @@
+"""Registry of the implementations of attention: one entry and one file each.
+
+docs/kernels.md, "Add a kernel", says what a new one needs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels import pallas_tpu, xla
+
+Operation = Literal["prefill", "decode", "append"]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Operations of one implementation.
+
+    Arguments are checked before, shapes as in `phi4mm_jax.kernels`. A function runs on the mesh in context.
+
+    Attributes:
+        supports: supports(operation, *arguments), with the positional arguments of the operation, returns None, or the
+            reason why it does not run on these arguments or on this platform, as a clause for an error.
+        prefill: prefill(q, k, v, limits, *, causal, scale, out_dtype) returns the output and the log-sum-exp (B, T, N).
+        decode: decode(q, k, v, layer, lengths, tables, scales, *, scale) returns (o, m, l); scales is a pair or None.
+        append: append(caches, new, layer, pages, slots) returns the caches.
+        masks_values: whether `prefill` takes any values behind `limits.kv_lengths`; otherwise they are zeroed before.
+    """
+
+    supports: Callable[..., str | None]
+    prefill: Callable[..., Any]
+    decode: Callable[..., Any]
+    append: Callable[..., Any] | None = None
+    masks_values: bool = False
+
+
+# By name, in order of preference; the last one supports everything but `append`.
+IMPLEMENTATIONS = {
+    "pallas_tpu": Implementation(
+        pallas_tpu.supports, pallas_tpu.prefill, pallas_tpu.decode, pallas_tpu.append, masks_values=True
+    ),
+    "xla": Implementation(xla.supports, xla.flash_attention, xla.decode_attention),
+}
+
+
+def choose(function: str, name: str | None, operation: Operation, *arguments: Any) -> Implementation:
+    """Return the implementation of a name, or the first one that supports an operation on these arguments.
+
+    Args:
+        function: the name of the public function, for errors.
+        name: None picks.
+
+    Raises:
+        InputError: there is no such implementation, or it does not support the arguments.
+    """
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise InputError(f"{function}: implementation {name!r} is not available; choose from {tuple(IMPLEMENTATIONS)}")
+    reason = None
+    for implementation in [IMPLEMENTATIONS[name]] if name else IMPLEMENTATIONS.values():
+        reason = implementation.supports(operation, *arguments)
+        if reason is None:
+            return implementation
+    raise InputError(f"{function}: {reason}")
