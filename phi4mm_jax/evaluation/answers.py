@@ -1,4 +1,4 @@
-"""Asking a model all items, in a folder where a run that was stopped goes on."""
+"""Answers of a model to all items, kept in a folder from which a stopped run resumes."""
 
 import hashlib
 import json
@@ -26,12 +26,12 @@ AUTO: Literal["auto"] = "auto"
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of an item.
+    """Outcome of an item.
 
     Attributes:
         text: None if it failed.
         error: why, with its file and line.
-        cut: it reached the most tokens.
+        cut: whether it reached `max_new_tokens`.
     """
 
     text: str | None
@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Settings:
-    """What answers depend on, besides the files of media."""
+    """Settings that answers depend on, besides the files of media."""
 
     model: str
     weights: str
@@ -96,11 +96,11 @@ def ask(
     adapter: str | None = None,
     ended: Callable[[], bool] = lambda: False,
 ) -> list[Answer] | None:
-    """The answers of an engine, in the order of the items.
+    """Return the answers of an engine, in the order of the items.
 
     Args:
-        adapter: that all items are answered with; by default each with that of its media.
-        ended: asked after each answer; once it says so, there is no result.
+        adapter: of all items; by default each is answered with that of its media.
+        ended: called after each answer; once it returns True, the result is None.
     """
     answers: dict[int, Answer] = {}
     for i, completion in engine.run(_request(item, max_new_tokens, adapter) for item in items):
@@ -115,7 +115,7 @@ def ask(
 
 @contextmanager
 def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iterator[AnswerFile]:
-    """The answers of the items in a folder that is made this run's.
+    """Open the answers of the items in a folder, which becomes this run's.
 
     Raises:
         InputError: the folder holds something else, such as another run's answers, or cannot be written to.
@@ -154,7 +154,7 @@ def _claim(folder: Path, settings: Settings) -> None:
 
 
 def read_answers(folder: Path, items: Sequence[Item]) -> list[Answer]:
-    """The answers in a folder whose run has come to its end."""
+    """Return the answers in the folder of a finished run."""
     answers: dict[str, Answer] = {}
     for line in (folder / ANSWERS).read_bytes().splitlines():
         found = json.loads(line)

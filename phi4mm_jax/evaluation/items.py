@@ -1,4 +1,4 @@
-"""What is asked, and what is accepted: the items of a manifest, in the form that training reads."""
+"""Items of a manifest, prompts with their accepted answers, in the form that training reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import with_paths
 
-_MOST_TOLD = 5
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question.
+    """Prompt with its accepted answers.
 
     Attributes:
         where: its file and line.
-        id: what its line calls it, if it does.
+        id: of its line, if it has one.
         prompt: chat messages, up to the answer.
         references: the answers that are accepted, one or more.
     """
@@ -30,19 +30,20 @@ class Item:
     references: tuple[str, ...]
 
 
-def read_items(path: Path, most: int | None = None) -> list[Item]:
-    """The items of a manifest: conversations in any form that training reads, whose last message, of role assistant,
-    is the reference; "answers" has others that are accepted as well, and may stand for it.
+def read_items(path: Path, max_items: int | None = None) -> list[Item]:
+    """Read the items of a manifest, conversations in any form that training reads.
+
+    The last message, of role assistant, is the reference; "answers" has further accepted ones, and may replace it.
 
     Args:
-        most: how many are read at most, from all over the manifest.
+        max_items: the number of items to read, from all over the manifest; None reads all.
 
     Raises:
-        InputError: the manifest cannot be read, or lines have no reference: what cannot be measured is not left out.
+        InputError: the manifest cannot be read, or lines have no reference: none is left out silently.
     """
     manifest = open_manifest(path)
     items, faults = [], []
-    count = len(manifest) if most is None else min(most, len(manifest))
+    count = len(manifest) if max_items is None else min(max_items, len(manifest))
     for number in (i * len(manifest) // count for i in range(count)):
         where = manifest.where(number)
         try:
@@ -50,8 +51,8 @@ def read_items(path: Path, most: int | None = None) -> list[Item]:
         except InputError as error:
             faults.append(f"{where}: {error}")
     if faults:
-        more = f"; and {len(faults) - _MOST_TOLD} more lines" if len(faults) > _MOST_TOLD else ""
-        raise InputError(f"{'; '.join(faults[:_MOST_TOLD])}{more}. Repair what has no reference, or take it out")
+        more = f"; and {len(faults) - _MAX_SHOWN} more lines" if len(faults) > _MAX_SHOWN else ""
+        raise InputError(f"{'; '.join(faults[:_MAX_SHOWN])}{more}. Repair what has no reference, or take it out")
     return items
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a corpus, each a function of sums over its items, so that those of any choice of items are cheap."""
+"""Metrics of a corpus, each a function of sums over its items, so that bootstrap samples are cheap."""
 
 import importlib
 import math
@@ -21,18 +21,18 @@ _ANLS_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Metric:
-    """How answers are measured.
+    """Metric of answers.
 
     Attributes:
-        title: what reports call it.
-        scale: what they multiply it by.
+        title: its name in reports.
+        scale: the factor of reports.
         greater: whether more is better.
-        counts: what an item adds to the sums, from the accepted answers and the one that was given. None stands for an
-            item that failed: it is wrong whatever is accepted.
+        counts: an item's contribution to the sums, from the accepted answers and the one that was given. None stands
+            for an item that failed: it is wrong whatever is accepted.
         score: the metric, from sums of counts; NaN where there is nothing to measure by.
         item: likewise of a single item, where that needs another rule.
         is_share: an item is right or wrong: the first count is 1 or 0, the second 1.
-        signature: what makes the figure comparable, from all references.
+        signature: the settings that make the figure comparable, from all references.
     """
 
     title: str
@@ -46,14 +46,14 @@ class Metric:
 
 
 def make_metric(name: MetricName, tokenize: str = "13a") -> Metric:
-    """A metric by its name.
+    """Make a metric by its name.
 
     wer, cer: edits by the words, or characters, of the references; of several, the one that fits best counts. White
     space of any length is one space.
     bleu: sacreBLEU, 0 to 100.
     exact: the share of answers that are an accepted one, white space around them aside.
-    anls: 1 - the edits by the characters of the longer text, where they are less than half, else 0; of the accepted
-    answer that fits best, whatever the case (arXiv:1907.00490, equation 1).
+    anls: 1 - the edit distance over the length of the longer text, where that is less than half, else 0; the
+    maximum over the accepted answers, case-insensitive (arXiv:1907.00490, equation 1).
 
     Args:
         tokenize: sacreBLEU's tokeniser, for bleu.
@@ -63,7 +63,7 @@ def make_metric(name: MetricName, tokenize: str = "13a") -> Metric:
     """
     if name == "bleu":
         return _bleu(tokenize)
-    package("rapidfuzz.distance")  # missing, it is told before anything is measured
+    package("rapidfuzz.distance")  # a missing one is reported before anything is measured
     return {
         "wer": Metric("WER", 100, False, _word_counts, _ratio),
         "cer": Metric("CER", 100, False, _character_counts, _ratio),
@@ -78,7 +78,7 @@ def counts_of(
     answers: Sequence[str | None],
     normalize: Normalizer = str,
 ) -> Float[np.ndarray, "N K"]:
-    """What each item adds to the sums, after texts are normalised."""
+    """Return each item's contribution to the sums, after texts are normalised."""
     counts = [
         metric.counts([normalize(r) for r in accepted], None if answer is None else normalize(answer))
         for accepted, answer in zip(references, answers, strict=True)
@@ -92,16 +92,16 @@ def corpus_score(
     answers: Sequence[str | None],
     normalize: Normalizer = str,
 ) -> float:
-    """The metric of all answers together."""
+    """Return the metric of all answers together."""
     return metric.score(counts_of(metric, references, answers, normalize).sum(0).tolist())
 
 
 def make_normalizer(name: NormalizerName) -> Normalizer:
-    """What is done to references and answers before they are compared.
+    """Make the function that normalises references and answers before they are compared.
 
     english: Whisper's rules for English (arXiv:2212.04356, appendix C): case, punctuation, fillers, contractions,
     numbers, American spelling.
-    basic: Whisper's for other languages: case, punctuation, what is in brackets.
+    basic: Whisper's for other languages: case, punctuation, text in brackets.
     letters: basic, and no spaces, for scripts that write none between words.
 
     Raises:
@@ -126,7 +126,7 @@ def make_normalizer(name: NormalizerName) -> Normalizer:
 
 
 def package(name: str) -> Any:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Raises:
         InputError: it is not installed.

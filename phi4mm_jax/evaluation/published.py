@@ -1,8 +1,8 @@
-"""What Phi-4-multimodal is published to reach, to be shown beside what is measured.
+"""Published figures of Phi-4-multimodal, to be shown beside measured ones.
 
 The model card shows its speech results as pictures, so these are from the tables of the technical report,
 arXiv:2503.01743v2: 4 (ASR; character error rates for Japanese and Chinese) and 5 (AST; "-cot": by chain of thought).
-The vision results are the card's own. Whatever is not said there (splits, normalisation, some prompts) may differ.
+The vision results are the card's own. Details that are not published (splits, normalisation, some prompts) may differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Published:
 
     Attributes:
         source: where they are from.
-        metric: what they are of.
+        metric: the metric of the figures.
         figures: by the names of the benchmark's sets.
         others: sets of another metric.
     """
@@ -33,7 +33,7 @@ class Published:
     others: Mapping[str, MetricName]
 
     def check(self, name: str, metrics: Sequence[str]) -> None:
-        """Raise an InputError where there is nothing for a set in any of the metrics."""
+        """Raise an InputError where there is no figure of a set in any of the metrics."""
         if name not in self.figures:
             raise InputError(
                 f"{name}: is no set of the reference; name the manifests after its sets: {', '.join(self.figures)}"
@@ -45,7 +45,7 @@ class Published:
             )
 
     def figure(self, name: str, metric: str) -> float | None:
-        """Of a set in a metric, if there is one."""
+        """Return the figure of a set in a metric, if there is one."""
         return self.figures.get(name) if self._metric(name) == metric else None
 
     def _metric(self, name: str) -> MetricName:
@@ -53,7 +53,7 @@ class Published:
 
 
 def published_mean(figures: Sequence[float]) -> float:
-    """As the report has it, which rounds a half up: 49.08 / 8 is 6.14."""
+    """Return the mean as the report has it, which rounds half up: 49.08 / 8 is 6.14."""
     return round(fsum(figures) / len(figures) + 1e-9, 2)
 
 

@@ -1,4 +1,4 @@
-"""From answers to figures: what is measured in which task, the table, and the files."""
+"""Reports: the metrics of each task, the table of figures, and the files."""
 
 import functools
 import math
@@ -39,7 +39,7 @@ _SEPARATOR = "<sep>"  # of a translation by chain of thought from the transcript
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric of a set, as reports show it, with its interval of 95% confidence and what is published, if anything."""
+    """Metric of a set, as reports show it, with its 95% confidence interval and the published figure, if any."""
 
     value: float
     low: float
@@ -49,11 +49,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class SetReport:
-    """A manifest's figures.
+    """Figures of a manifest.
 
     Attributes:
         errors: items that failed and count as wrong.
-        cut: answers that reached the most tokens.
+        cut: answers that reached `max_new_tokens`.
     """
 
     name: str
@@ -65,7 +65,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All sets' figures, and where there are several their mean, each set counting as much."""
+    """Figures of all sets, and of several their mean with equal weights."""
 
     task: str
     normalizer: str
@@ -76,7 +76,7 @@ class Report:
 
 
 class Measure:
-    """What a task measures.
+    """Metrics of a task.
 
     Raises:
         InputError: a package is missing, or there is no such tokeniser.
@@ -91,7 +91,7 @@ class Measure:
         self._normalize = functools.cache(make_normalizer(self.normalizer))
 
     def check(self, path: Path, items: Sequence[Item]) -> None:
-        """Raise an InputError where nothing could be measured by the references."""
+        """Raise an InputError where the references leave nothing to measure by."""
         by_length = {"wer", "cer"} & self.metrics.keys()
         if by_length and not any(self._normalize(r) for item in items for r in item.references):
             raise InputError(
@@ -100,7 +100,7 @@ class Measure:
             )
 
     def counts(self, metric: Metric, items: Sequence[Item], answers: Sequence[Answer]) -> np.ndarray:
-        """What each item adds to the metric's sums."""
+        """Return each item's contribution to the metric's sums."""
         return counts_of(metric, [item.references for item in items], list(map(self._said, answers)), self._normalize)
 
     def _said(self, answer: Answer) -> str | None:
@@ -111,7 +111,7 @@ class Measure:
     def __call__(
         self, sets: Mapping[str, tuple[Sequence[Item], Sequence[Answer]]], published: Published | None = None
     ) -> Report:
-        """The report of sets, by their names."""
+        """Return the report of sets, by their names."""
         counts = {
             metric: {name: self.counts(self.metrics[metric], *of_set) for name, of_set in sets.items()}
             for metric in self.metrics
@@ -150,7 +150,7 @@ def _mean(metric: Metric, figures: Sequence[Figure], counts: Sequence[np.ndarray
 
 
 def table(report: Report, measure: Measure) -> Table:
-    """A row a set, and their mean."""
+    """Return the table, a row a set, and their mean."""
     made = Table(title=f"{report.task}, texts normalised: {report.normalizer}", title_justify="left")
     made.add_column("set")
     for column in ("items", "errors"):
@@ -175,7 +175,7 @@ def table(report: Report, measure: Measure) -> Table:
 
 
 def notes(report: Report, answers: Sequence[Answer], max_new_tokens: int, most: int = 10) -> Iterator[str]:
-    """What belongs beside the table: errors, answers that were cut, signatures, the source of what is published."""
+    """Return the notes below the table: errors, answers that were cut, signatures, the source of published figures."""
     errors = [a.error for a in answers if a.error is not None]
     if errors:
         yield f"{len(errors)} of {len(answers)} items failed and count as wrong:"
@@ -196,7 +196,7 @@ def write_report(
     settings: Settings,
     sets: Mapping[str, tuple[Sequence[Item], Sequence[Answer]]],
 ) -> None:
-    """report.json, the figures with their settings; and items.jsonl, a line for each item with its own metrics."""
+    """Write report.json, the figures with their settings, and items.jsonl, each item with its own metrics."""
     lines = []
     for name, (items, answers) in sets.items():
         counts = {n: (m, measure.counts(m, items, answers)) for n, m in measure.metrics.items()}
@@ -219,7 +219,7 @@ def _of_item(metric: Metric, counts: Sequence[float]) -> float | None:
 
 
 def _shown(value: Any) -> Any:
-    """A prompt without the bytes of its media."""
+    """Return a prompt without the bytes of its media."""
     if isinstance(value, Mapping):
         return {key: _shown(inner) for key, inner in value.items()}
     if isinstance(value, list):

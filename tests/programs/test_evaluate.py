@@ -263,7 +263,7 @@ def test_a_corpus_is_drawn_as_a_corpus():
     low, high = intervals.interval(wer, counts)
     assert low == 0  # in a third of the draws it is not there
     assert high == pytest.approx(3 * 90 / (3 * 90 + 8), abs=0.01)  # three times or less in 98% of them
-    assert np.isfinite(intervals.redrawn(wer, counts)).all()
+    assert np.isfinite(intervals.bootstrap(wer, counts)).all()
 
 
 def test_draws_without_a_word_do_not_count():
