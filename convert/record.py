@@ -53,6 +53,7 @@ from phi4mm_jax.processing.chat import parse_prompt
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Kind
 from phi4mm_jax.testing import goldens
+from phi4mm_jax.utils.checks import is_whole
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import progress_bar
@@ -143,10 +144,9 @@ def _request(path: Path, where: str, case: Any, max_new_tokens: int) -> Request:
     def media(key: str, kind: Kind) -> tuple[Path, ...]:
         found = []
         for value in get(key, list, []):
-            if not isinstance(value, str | int) or isinstance(value, bool):
+            if not isinstance(value, str) and not is_whole(value):
                 raise InputError(f"{path}: {where}.{key} holds {value!r:.60}, expected paths or numbers")
-            is_number = isinstance(value, int)
-            found.append(goldens.input_file(path.parent, kind, value) if is_number else path.parent / value)
+            found.append(goldens.input_file(path.parent, kind, value) if is_whole(value) else path.parent / value)
         return tuple(found)
 
     if not isinstance(case, Mapping):

@@ -24,7 +24,6 @@ from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.engine.encoder_cache import media_inputs
-from phi4mm_jax.engine.sampling import is_whole
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import jit_on_mesh, shardings
 from phi4mm_jax.model import Phi4MM
@@ -33,6 +32,7 @@ from phi4mm_jax.model.lora import merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor, PromptLike
+from phi4mm_jax.utils.checks import is_whole
 from phi4mm_jax.utils.compilation import keep_compiled_by_default
 
 _log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class Model:
             raise InputError("prompts is a Batch; give generate the prompts and media themselves")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         earlier: Counter[bytes] | None = Counter() if seed is None else None
-        if not is_whole(n) or n < 1:
+        if not is_whole(n, 1):
             raise InputError(f"n is {n!r:.60}; expected a positive whole number")
         if n > 1 and (beams != 1 or temperature == 0):
             raise InputError(f"n is {n}, which draws by chance; give a temperature above 0, and 1 beam")

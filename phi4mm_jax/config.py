@@ -15,6 +15,7 @@ from typing import Any
 from phi4mm_jax.adapters import ADAPTERS, Adapter
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.peft_settings import common_lora, module_loras
+from phi4mm_jax.utils.checks import is_number, is_whole
 
 Layout = str  # "original" (model_type phi4mm) or "native" (model_type phi4_multimodal)
 
@@ -292,7 +293,7 @@ class _Keys:
             value = default
         if value is None:
             raise self.error(key, "is missing; the file is incomplete or of another model")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and is_whole(value):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, f"is {value!r}; expected {kind.__name__}")
@@ -319,7 +320,7 @@ class _Keys:
 
     def factors(self, key: str) -> tuple[float, ...]:
         values = self.get(key, list)
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+        numbers = [v for v in values if is_number(v) and v > 0]
         if len(numbers) != len(values):
             raise self.error(key, "must hold positive numbers")
         return tuple(float(v) for v in values)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4mm_jax.errors import ConfigError
+from phi4mm_jax.utils.checks import is_number, is_whole
 
 # The decoder's matrices, of which each can have a LoRA; and how a layer is named: in transformers' model and in the
 # release's, whose code wraps the decoder alone.
@@ -128,7 +129,7 @@ def _pattern(name: str, settings: Mapping[str, Any], key: str) -> Mapping[str, A
 def _rank(name: str, key: str, value: Any) -> int:
     if value is None:
         raise ConfigError(f"{name}: {key} is missing; expected a positive whole number")
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+    if not is_whole(value, 1):
         raise ConfigError(f"{name}: {key} is {value!r:.60}; expected a positive whole number")
     return value
 
@@ -136,7 +137,7 @@ def _rank(name: str, key: str, value: Any) -> int:
 def _alpha(name: str, key: str, value: Any) -> float:
     if value is None:
         raise ConfigError(f"{name}: {key} is missing; expected a positive number")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 < value < math.inf:
+    if not is_number(value) or not 0.0 < value < math.inf:
         raise ConfigError(
             f"{name}: {key} is {value!r:.60}; expected a positive number, or the adapter would do nothing"
         )

@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.audio_features import num_frames
+from phi4mm_jax.utils.checks import check_whole
 
 Clip = tuple[np.ndarray, int]  # samples (n,) of full scale 1; Hz
 AugmentImage = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -53,9 +54,7 @@ class SpeechAugmentation:
                     f"{'(0.9, 1.1)' if name == 'speed' else '(-2, 2)'}"
                 )
         for name, min_ in (("time_masks", 0), ("time_width", 1), ("frequency_masks", 0), ("frequency_width", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < min_:
-                raise InputError(f"augment_speech.{name} is {value!r:.80}; expected a whole number from {min_} on")
+            check_whole(f"augment_speech.{name}", getattr(self, name), min_)
 
 
 @dataclass(frozen=True)

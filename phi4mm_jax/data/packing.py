@@ -17,6 +17,7 @@ from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import BatchSizes, Outline, assemble
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.utils.checks import is_whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PackingConfig:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return is_whole(value, 1)
 
 
 class Waiting(NamedTuple):

@@ -35,6 +35,7 @@ from phi4mm_jax.data.packing import PackingConfig, Plan, Planner, Waiting, build
 from phi4mm_jax.data.plans import BadSampleLimit, Plans, Tally, sample_order
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
 
 _MIN_SAMPLES = 100  # before a rate of bad samples means anything
@@ -110,8 +111,8 @@ class DataConfig:
             )
         for name, min_ in (("epochs", 1), ("steps", 1), ("seed", 0), ("threads", 1), ("prefetch", 1)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < min_):
-                raise InputError(f"{name} is {value!r:.40}; expected a whole number from {min_} on")
+            if value is not None:
+                check_whole(name, value, min_)
         if not 0 <= self.bad_samples < 1:
             raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a share from 0 to below 1")
         if self.kind not in ("answers", "preferences"):

@@ -20,6 +20,7 @@ from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
+from phi4mm_jax.utils.checks import is_whole
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
@@ -178,7 +179,7 @@ def parse_line(
         return bad(f" is a {type(values).__name__}; expected an object with a prompt")
     id_key = "custom_id" if "body" in values or "custom_id" in values else "id"
     name = values.get(id_key, number if default_id is None else default_id)
-    if not isinstance(name, str | int) or isinstance(name, bool):
+    if not isinstance(name, str) and not is_whole(name):
         return bad(f": {id_key} is {name!r:.80}; expected a string or a whole number")
     try:
         if id_key == "custom_id":
@@ -225,7 +226,7 @@ def line_key(named: Mapping[str, Any]) -> Any:
     name = named["id"]
     if "line" in named:
         return ("line", named["line"])
-    if not isinstance(name, str | int) or isinstance(name, bool):
+    if not isinstance(name, str) and not is_whole(name):
         raise TypeError(f"{name!r} is no id")
     return name
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.engine.sampling import Sampling, is_whole
+from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.utils.checks import check_positive, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Request:
 
     def __post_init__(self):
         stop = self.stop
-        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+        if not is_whole(self.max_new_tokens, 1):
             raise InputError(f"max_new_tokens is {self.max_new_tokens!r}; expected a positive whole number")
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
@@ -63,13 +64,10 @@ class Request:
         tokens = self.stop_tokens
         if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(is_whole(t) for t in tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
-        if not is_whole(self.beams) or self.beams < 1:
-            raise InputError(f"beams is {self.beams!r}; expected a positive whole number")
+        check_positive("beams", self.beams)
         penalty = self.length_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not abs(penalty) <= _MOST_PENALTY:
-            raise InputError(
-                f"length_penalty is {penalty!r}; expected a number from -{_MOST_PENALTY} to {_MOST_PENALTY}"
-            )
+        if not is_number(penalty) or not abs(penalty) <= _MAX_PENALTY:
+            raise InputError(f"length_penalty is {penalty!r}; expected a number from -{_MAX_PENALTY} to {_MAX_PENALTY}")
         if self.beams > 1:
             self._check_beams()
         if self.max_crops is not None:
@@ -95,7 +93,7 @@ class Request:
             )
 
 
-_MOST_PENALTY = 10
+_MAX_PENALTY = 10
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

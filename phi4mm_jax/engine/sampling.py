@@ -1,7 +1,6 @@
 """The choice of the next token, on the device, each row with its own settings."""
 
 import hashlib
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.checks import is_number, is_whole
 
 _GREEDY = 1e-5  # below this temperature float32 cannot tell the result from the likeliest token
 
@@ -53,7 +53,7 @@ class Sampling:
                 raise InputError(f"{name} is {str(getattr(self, name))[:40]}; expected {expected}")
 
         check("temperature", 0.0 <= _real(self.temperature) <= 1e30, "0 (greedy) or a positive number")
-        check("top_k", is_whole(self.top_k) and 0 <= self.top_k < 2**31, "0 (off) or a whole number below 2**31")
+        check("top_k", is_whole(self.top_k, 0, 2**31 - 1), "0 (off) or a whole number below 2**31")
         check("top_p", 0.0 < _real(self.top_p) <= 1.0, "a number above 0, at most 1 (off)")
         check("min_p", 0.0 <= _real(self.min_p) <= 1.0, "a number from 0 (off) to 1")
         check(
@@ -61,7 +61,7 @@ class Sampling:
         )
         for name in ("seed", "stream"):
             value = getattr(self, name)
-            check(name, value is None or (is_whole(value) and 0 <= value < 2**31), "a whole number from 0 to 2**31 - 1")
+            check(name, value is None or is_whole(value, 0, 2**31 - 1), "a whole number from 0 to 2**31 - 1")
 
     def for_identity(self, identity: bytes) -> "Sampling":
         """With a seed and a stream that follow from what tells a request from all others, unless either is given."""
@@ -94,15 +94,10 @@ class SamplingRows(NamedTuple):
         return cls(**reals, **wholes, top_p=top_p)
 
 
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number, of Python or numpy."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _real(value: Any) -> float:
     """NaN, which every comparison refuses, for what is no number."""
     try:
-        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else float("nan")
+        return float(value) if is_number(value) else float("nan")
     except OverflowError:
         return float("inf")
 

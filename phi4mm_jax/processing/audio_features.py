@@ -7,13 +7,13 @@ they were 8 or 16 kHz, or refuses.)
 
 import functools
 import math
-import numbers
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.checks import is_number
 
 NUM_BANDS = 80
 TIME_REDUCTION = 8  # frames a token
@@ -136,7 +136,7 @@ def check_rate(rate: Any) -> int:
     Raises:
         InputError: it is no whole number, or impossible.
     """
-    value: Any = rate if isinstance(rate, numbers.Real) and not isinstance(rate, bool) else math.nan
+    value: Any = rate if is_number(rate) else math.nan
     if not (_MIN_RATE <= value <= _MAX_RATE and float(value).is_integer()):
         raise InputError(
             f"the audio clip has the sampling rate {rate!r:.80}; "

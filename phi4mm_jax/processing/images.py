@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.sources import open_file, plain
+from phi4mm_jax.utils.checks import is_whole
 
 # What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
 SUB_SEPARATOR = -1  # ends a row of features
@@ -246,7 +247,7 @@ def count_crops(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 
 
 def check_max_crops(name: str, value: Any) -> None:
     """Raises an InputError, about what is called so, unless it is a positive whole number."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value, 1):
         raise InputError(f"{name} is {value!r:.80}; expected the largest number of crops, at least 1")
 
 

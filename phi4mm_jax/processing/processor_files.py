@@ -8,6 +8,7 @@ from typing import Any
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.audio_features import AUDIO_RATES, FEATURE_SETTINGS
+from phi4mm_jax.utils.checks import is_number, is_whole
 
 # Settings that the files may state, with the only values that are supported.
 _PROCESSING: Mapping[str, Any] = {
@@ -56,7 +57,7 @@ def read_dynamic_hd(folder: Path) -> int:
         path = folder / "preprocessor_config.json"
         settings = read_json(path)
     dynamic_hd = settings.get("dynamic_hd")
-    if not isinstance(dynamic_hd, int) or isinstance(dynamic_hd, bool) or dynamic_hd < 1:
+    if not is_whole(dynamic_hd, 1):
         raise CheckpointError(f"{path}: dynamic_hd is {dynamic_hd!r}; expected the largest number of crops")
     return dynamic_hd
 
@@ -69,9 +70,8 @@ def read_context(folder: Path, config: Phi4MMConfig) -> int:
     """
     path = folder / "tokenizer_config.json"
     length = read_json(path).get("model_max_length") if path.exists() else None
-    is_number = isinstance(length, int | float) and not isinstance(length, bool)
-    if length is None or (is_number and length >= 10**9):  # some tools write 10**30 for "unknown"
+    if length is None or (is_number(length) and length >= 10**9):  # some tools write 10**30 for "unknown"
         return config.decoder.rope.max_length
-    if not is_number or not length >= 1 or length != int(length):
+    if not is_number(length) or not length >= 1 or length != int(length):
         raise CheckpointError(f"{path}: model_max_length is {length!r:.80}; expected the context's number of tokens")
     return int(length)

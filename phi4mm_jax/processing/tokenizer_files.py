@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.utils.checks import is_whole
 
 # How o200k_base cuts text into the pieces within which tokens are formed; `vocab.json` and `merges.txt` do not say it.
 O200K_PATTERN = "|".join(
@@ -102,7 +103,7 @@ def read_vocab_size(path: Path) -> int:
         CheckpointError: it is no number of tokens.
     """
     size = _load_json(path).get("vocab_size", 0) if path.is_file() else 0
-    if not isinstance(size, int) or not 0 <= size <= MAX_ID:
+    if not is_whole(size, 0, MAX_ID):
         refuse(path, f"vocab_size is {size!r}, not a number of tokens")
     return size
 
@@ -193,7 +194,7 @@ def _split_pattern(path: Path, pre_tokenizer: Any) -> str:
 
 def _special_token(path: Path, token: Any, id_: Any) -> SpecialToken:
     match token:
-        case {"content": str(content)} if content and isinstance(id_, int) and 0 <= id_ < MAX_ID:
+        case {"content": str(content)} if content and is_whole(id_, 0, MAX_ID - 1):
             pass
         case _:
             refuse(path, f"special token {token!r} needs a content and an id from 0 to {MAX_ID - 1}")

@@ -20,6 +20,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.containers import open_container
 from phi4mm_jax.processing.images import MAX_PIXELS, ImageSource, check_size, load_image, registered_suffixes, shrink
 from phi4mm_jax.processing.sources import Deadline, each, plain
+from phi4mm_jax.utils.checks import is_whole
 
 MAX_FRAMES = 64
 _CROPS = 64  # of all frames together
@@ -95,7 +96,7 @@ def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int) -> list
 
 def check_frames(frames: Any) -> None:
     """Raises an InputError unless it is 1 to 64."""
-    if not isinstance(frames, int) or isinstance(frames, bool) or not 1 <= frames <= MAX_FRAMES:
+    if not is_whole(frames, 1, MAX_FRAMES):
         raise InputError(f"frames is {frames!r:.80}; expected 1 to {MAX_FRAMES}, which is what the model supports")
 
 

@@ -18,6 +18,7 @@ from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.chips import restrict_to_chips, restrict_to_processors
 from phi4mm_jax.ray.media import REQUEST, as_json, fetch_remote
+from phi4mm_jax.utils.checks import is_whole
 
 _STOPPED = 70  # status of a worker whose engine has stopped; Ray starts another, and asks it the rows again
 ANSWER = pa.schema(
@@ -121,7 +122,7 @@ class Answer:
         except (InputError, TypeError) as error:
             return {"error": str(error)}
         name = row.get("id")  # what a row without a seed draws by
-        if not isinstance(name, str | int) or isinstance(name, bool):
+        if not isinstance(name, str) and not is_whole(name):
             name = blake2b(text).hexdigest()
         text = json.dumps({"id": name, **values}).encode()
         line = parse_line(0, text, Path(), self.settings)

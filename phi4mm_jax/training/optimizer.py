@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.param_filter import matching
+from phi4mm_jax.utils.checks import is_whole
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -49,7 +50,7 @@ class OptimizerConfig:
 
         check("learning_rate", self.learning_rate > 0, "a positive number")
         is_share = isinstance(self.warmup_steps, float) and 0 <= self.warmup_steps < 1
-        is_count = isinstance(self.warmup_steps, int) and self.warmup_steps >= 0
+        is_count = is_whole(self.warmup_steps, 0)
         check("warmup_steps", is_share or is_count, "0, a positive whole number, or a share below 1 of the run's steps")
         check("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         check("final_share", 0 <= self.final_share <= 1, "a number from 0 to 1")
