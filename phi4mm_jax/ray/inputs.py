@@ -50,14 +50,14 @@ class Index:
         digests: of the line and the settings that its request depends on; 0 of a row of Parquet, which are not read
             whole before they are answered.
         broken: whether it cannot be asked.
-        kinds: types that ids have.
+        kinds: of ids, as columns hold them: "strings" or "whole numbers"; else what none holds.
     """
 
     chunks: list[Chunk]
     keys: np.ndarray
     digests: np.ndarray
     broken: np.ndarray
-    kinds: frozenset[type]
+    kinds: frozenset[str]
 
 
 def is_parquet(name: str) -> bool:
@@ -69,6 +69,14 @@ def key_of(name: Any) -> int:
     """Return 8 bytes of a hash of an id; 1 and "1" are different ids."""
     content = repr(name).encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def _kind(name: str | int) -> str:
+    if isinstance(name, int):
+        return "whole numbers" if -(2**63) <= name < 2**63 else "numbers beyond 64 bits"
+    return (
+        "strings" if name.isascii() or not any(0xD800 <= ord(c) < 0xE000 for c in name) else "halves of surrogate pairs"
+    )
 
 
 def index_file(name: str, url: str, settings: Mapping[str, Any]) -> Index:
@@ -87,7 +95,7 @@ def index_file(name: str, url: str, settings: Mapping[str, Any]) -> Index:
     names, digests, broken = zip(*rows, strict=True) if rows else ((), (), ())
     return Index(
         chunks, np.array([key_of(name) for name in names], np.uint64), np.array(digests, np.uint64),
-        np.array(broken, bool), frozenset(map(type, names)),
+        np.array(broken, bool), frozenset(map(_kind, names)),
     )  # fmt: skip
 
 

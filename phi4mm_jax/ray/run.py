@@ -25,6 +25,8 @@ _IN_FLIGHT = 4  # batches of an engine at once
 _SMALLEST_BATCH = 16
 _RETRIES = 10  # of a batch whose engine dies; then its lines are left out, so that one that kills engines stops no run
 
+_ANSWERED = pa.schema([("answer", pa.large_binary()), ("tokens", pa.int64()), ("failed", pa.bool_())])
+
 
 class AnswerLines(Answer):
     """`Answer` for lines of request files; an answer is a line of the output.
@@ -40,15 +42,17 @@ class AnswerLines(Answer):
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         found = await asyncio.gather(*(self._answered(**row) for row in batch.to_pylist()))
-        answers, tokens, failed = zip(*found, strict=True)
-        return pa.table({"answer": pa.array(answers, pa.large_binary()), "tokens": tokens, "failed": failed})
+        return pa.Table.from_pylist(found, schema=_ANSWERED)
 
-    async def _answered(self, number: int, line: bytes, url: str, name: str) -> tuple[bytes, int, bool]:
-        asked = parse_line(number, line, folder_of(url), self.settings, f"{name}:{number}")
+    async def _answered(self, number: int, line: bytes, url: str, name: str) -> dict[str, Any]:
+        asked = await asyncio.to_thread(
+            parse_line, number, line, folder_of(url), self.settings, f"{name}:{number}"
+        )  # fmt: skip
         found = await self.answer_line(asked)
         if isinstance(found, str):
-            return encode_answer(error_answer(asked, found, self._form)), 0, True
-        return encode_answer(answer_of(asked, found, self._form)), len(found.tokens), False
+            return {"answer": encode_answer(error_answer(asked, found, self._form)), "tokens": 0, "failed": True}
+        answer = await asyncio.to_thread(answer_of, asked, found, self._form)  # reads media, for their fingerprint
+        return {"answer": encode_answer(answer), "tokens": len(found.tokens), "failed": False}
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,10 @@ def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool) -> Inp
     keys, digests, broken = (
         np.concatenate([getattr(found, name) for found in index]) for name in ("keys", "digests", "broken")
     )
-    if parquet and len(frozenset[type]().union(*(found.kinds for found in index))) > 1:
+    kinds = sorted({kind for found in index for kind in found.kinds})
+    if parquet and (len(kinds) > 1 or not {*kinds} <= {"strings", "whole numbers"}):
         raise InputError(
-            f"{pattern}: ids are whole numbers and strings, which no column holds; give --output-format jsonl"
+            f"{pattern}: its ids are {' and '.join(kinds)}, which no column holds; give --output-format jsonl"
         )
     order = np.argsort(keys, kind="stable")
     if len(twice := np.flatnonzero(keys[order][1:] == keys[order][:-1])):
@@ -269,9 +274,10 @@ def _cause(error: Exception) -> Exception:
 
 
 def _where(chunks: list[Chunk], place: int) -> str:
-    """The file that has a line, and about which number it has there."""
+    """Return the file and number of a line, by its place in all lines."""
     for chunk in chunks:
         if place < chunk.lines:
-            return f"{chunk.url}: one of the lines from {chunk.number + 1} on" if chunk.lines else chunk.url
+            (number,) = read_chunk(chunk, np.arange(chunk.lines) == place).column("number").to_pylist()
+            return f"{chunk.url} line {number + 1}"
         place -= chunk.lines
     raise IndexError(place)

@@ -1,6 +1,7 @@
 """Batches on many engines: answers of one, whatever is killed, every id once."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -198,6 +199,32 @@ def test_rows_of_parquet_are_lines(tmp_path):
         index_file("in.parquet", str(path), DEFAULTS)
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["1", "2"], None),
+        (["1", '"1"'], "its ids are strings and whole numbers, which no column holds"),
+        (["1", "9223372036854775808"], "its ids are numbers beyond 64 bits and whole numbers"),
+        (['"\\ud800"'], "its ids are halves of surrogate pairs"),
+    ],
+)
+def test_ids_of_parquet_are_of_one_kind(tmp_path, ids, message, monkeypatch):
+    monkeypatch.setattr("phi4mm_jax.ray.run._gather", lambda function, given: [function(*g) for g in given])
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(f'{{"id": {name}, "prompt": "x"}}\n' for name in ids))
+    assert len(index_files(str(path), DEFAULTS, parquet=False).keys) == len(ids)
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        index_files(str(path), DEFAULTS, parquet=True)
+
+
+def test_ids_that_are_there_twice_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("phi4mm_jax.ray.run._gather", lambda function, given: [function(*g) for g in given])
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n{"id": "same", "prompt": "x"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl line 2 and .*b\.jsonl line 2 have the same id"):
+        index_files(str(tmp_path / "*.jsonl"), DEFAULTS, parquet=False)
+
+
 @pytest.mark.parametrize("parquet", [False, True], ids=["jsonl", "parquet"])
 @pytest.mark.parametrize("scheme", ["", "local://"], ids=["path", "url"])
 def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
@@ -265,7 +292,7 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     digests["b"] = "2"
     parts.add([line("b", text="4", tokens=[4])], 0)
     parts.flush()
-    with pytest.raises(InputError, match="has an answer to another request than"):
+    with pytest.raises(InputError, match=r"has an answer to another request than .*in\.jsonl line 2 is now"):
         settle(parts, inputs, "plain")
 
 
