@@ -1,0 +1,39 @@
+"""The notebooks of examples/, as a reader runs them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def test_there_are_four():
+    assert [path.stem for path in NOTEBOOKS] == ["batch", "chat", "convert_verify", "tune_speech"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_stripped(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert all(
+        cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.torch] * (path.stem == "convert_verify")) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
+def test_a_notebook_runs(path, monkeypatch):
+    """Its cells assert what they show."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
