@@ -107,7 +107,7 @@ def main() -> int:
         arguments.output, lines, ordered=arguments.ordered, settings=partial(settings, arguments), form=arguments.format
     ) as answers:
         if answers.answered:
-            print(f"{answers.answered} of {len(lines)} lines are answered already; going on", file=sys.stderr)
+            print(f"{answers.answered} of {len(lines)} lines are answered already; resuming", file=sys.stderr)
         if answers.answered < len(lines):
             answer(arguments, config, answers, len(lines))
     print(f"{arguments.output}: {answers.answered} answers, {answers.errors} of them errors", file=sys.stderr)

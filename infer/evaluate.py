@@ -10,7 +10,7 @@ are accepted as well are in "answers". The tasks:
     exact   exact match
 
 Items that fail count as wrong, and are named. With --output, the folder gets report.json (all figures), items.jsonl
-(each item with its answer and metrics) and answers.jsonl, from which the same command goes on after it was stopped.
+(each item with its answer and metrics) and answers.jsonl, from which the same command resumes after it was stopped.
 docs/evaluation.md tells how to get the benchmarks.
 """
 
@@ -121,7 +121,7 @@ def evaluate(
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
     with answer_file(folder, settings, items) as file:
         if file.answered:
-            print(f"{file.answered} of {len(items)} items are answered already; going on", file=sys.stderr)
+            print(f"{file.answered} of {len(items)} items are answered already; resuming", file=sys.stderr)
         if file.answered < len(items):
             engine = make_engine(load_model(arguments), config)
             with (

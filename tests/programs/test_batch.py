@@ -597,7 +597,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, compiled):
     assert output.stat().st_size == size
     again = run(source, output, compiled, "--ordered")
     assert again.returncode == 0, again.stderr
-    assert "of 12 lines are answered already; going on" in again.stderr
+    assert "of 12 lines are answered already; resuming" in again.stderr
     assert f"{output}: 12 answers, 0 of them errors" in again.stderr
     assert output.read_bytes() == (tmp_path / "whole").read_bytes()
 

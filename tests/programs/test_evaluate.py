@@ -602,7 +602,7 @@ def test_a_whole_run(program, said, tmp_path):
     (folder / "answers.jsonl").write_bytes(before[: before.index(b"\n") + 20])  # as a killed run leaves it
     status, again, errors = program(*run)
     assert (status, again) == (0, output)
-    assert "1 of 4 items are answered already; going on" in errors
+    assert "1 of 4 items are answered already; resuming" in errors
     assert sorted((folder / "answers.jsonl").read_bytes().splitlines()) == sorted(before.splitlines())
     write(manifest, [*lines[:2], {**lines[2], "answers": [said["auto"][2]]}, lines[3]])
     assert program(*run)[0] == 0
