@@ -32,6 +32,10 @@ _EXTRAS = {  # an optional package, as it is imported: the extra that brings it
     "rapidfuzz": "evaluate", "sacrebleu": "evaluate", "whisper_normalizer": "evaluate",
     "ray": "ray", "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
 }  # fmt: skip
+_NEEDED = {  # what all programs need, likewise
+    "PIL", "flax", "huggingface_hub", "jax", "jaxlib", "jaxtyping", "librosa", "ml_dtypes", "numpy", "optax", "orbax",
+    "rich", "safetensors", "scipy", "soundfile", "tiktoken",
+}  # fmt: skip
 
 COMMANDS = {  # what follows `phi4mm`: the program's module, and what it does
     "generate": ("infer.generate", "answer one prompt"),
@@ -221,15 +225,23 @@ def _ending(error: BaseException) -> tuple[str, int] | None:
         return f"error: {_as_called(str(error), _CALL)}", 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", _INTERRUPTED
-    if isinstance(error, ModuleNotFoundError) and (name := (error.name or "").partition(".")[0]) in _EXTRAS:
-        extra = _EXTRAS[name]
-        return (
-            f"error: {name} is not installed, which the extra {extra!r} brings; pip install '{_with_extra(extra)}'",
-            2,
-        )
+    if isinstance(error, ModuleNotFoundError) and (found := _not_installed(error.name or "")) is not None:
+        return f"error: {found}", 2
     if (cause := _backend_error()) is not None:
         return f"error: {cause}", 2
     return None
+
+
+def _not_installed(name: str) -> str | None:
+    """Say which package is missing, and what brings it; None for a package that no program needs."""
+    package = name.partition(".")[0]
+    if package in _EXTRAS:
+        extra = _EXTRAS[package]
+        return f"{package} is not installed, which the extra {extra!r} brings; pip install '{_with_extra(extra)}'"
+    if package not in _NEEDED:
+        return None
+    install = " or ".join(f"'{_with_extra(extra)}'" for extra in ("cpu", "cuda", "tpu"))
+    return f"{package} is not installed, which all programs need; pip install {install}"
 
 
 def _backend_error() -> str | None:
