@@ -190,7 +190,7 @@ class Reference:
 
         embedder = self.model.model.embed_tokens_extend.image_embed
         pixels = torch.tensor(inputs["pixel_values"], dtype=self.model.dtype)
-        mask, tokens = torch.tensor(inputs["attention_mask"]).bool(), int(inputs["num_tokens"][0])
+        mask, tokens = torch.tensor(inputs["attention_mask"]).bool().contiguous(), int(inputs["num_tokens"][0])
         embeds = embedder(
             torch.full((1, tokens), self.config.image_token_id),
             torch.zeros(1, tokens, self.model.config.hidden_size, dtype=self.model.dtype),

@@ -135,7 +135,7 @@ def test_installed_programs_have_their_names_and_remedies(site, tmp_path):
 
     (tmp_path / "grain.py").write_text("raise ModuleNotFoundError('no', name='grain')")
     for arguments, status, error in (
-        (["nonsense"], 2, "error: phi4mm has no command 'nonsense'; expected generate, chat, batch, evaluate, "),
+        (["nonsense"], 2, "error: phi4mm has no command 'nonsense'; expected generate, chat, "),
         (["verify", "x", "--goldens", "nowhere"], 2, "Give a folder that phi4mm record has written."),
         (["train", "sft", "small"], 2, "the extra 'train' brings; pip install 'phi4mm-jax[train] @ file://"),
     ):
