@@ -25,7 +25,7 @@ import sys
 from typing import Any, get_args
 
 import phi4mm_jax
-from phi4mm_jax.adapters import adapter_choices
+from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.engine.answer_lines import Format
 from phi4mm_jax.engine.provenance import settings_of
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="the most that a line may ask for")
     parser.add_argument(
-        "--merge", choices=("vision", "speech"), help="add this adapter to the weights: for lines that all need it"
+        "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: for lines that all need it"
     )
     parser.add_argument(
         "--adapter", choices=adapter_choices(), help="for lines that do not say; by default that of a line's media"

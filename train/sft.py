@@ -105,13 +105,15 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     key = dropout_key(recipe.seed) if recipe.dropout else None
     if dry_run:
         step, batches = compile_step(objective, optimizer, state), [next(data)] * recipe.accumulate
-        print(describe_run(steps, step, state, frozen, batches, model, mesh, key))
+        print(describe_run(steps, step, state, frozen, batches, model.processor, mesh, key))
         data.close()
         return 0
 
     # ---- checkpoint
     asked = recipe.evaluation
-    evaluation = None if asked is None else Evaluation(asked, recipe.data, model, module)
+    evaluation = None
+    if asked is not None:
+        evaluation = Evaluation(asked, recipe.data, model.processor, module, model.variables)
     greater = asked is not None and asked.greater
     with (
         exclusive_lock(folder),

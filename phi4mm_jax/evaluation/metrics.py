@@ -1,15 +1,15 @@
 """Metrics of a corpus, each a function of sums over its items, so that bootstrap samples are cheap."""
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.edits import edit_distance, optional_module
 
 MetricName = Literal["wer", "cer", "bleu", "exact", "anls"]
 NormalizerName = Literal["none", "english", "basic", "letters"]
@@ -63,7 +63,7 @@ def make_metric(name: MetricName, tokenize: str = "13a") -> Metric:
     """
     if name == "bleu":
         return _bleu(tokenize)
-    package("rapidfuzz.distance")  # a missing one is reported before anything is measured
+    optional_module("rapidfuzz.distance")  # a missing one is reported before anything is measured
     return {
         "wer": Metric("WER", 100, False, _word_counts, _ratio),
         "cer": Metric("CER", 100, False, _character_counts, _ratio),
@@ -109,12 +109,12 @@ def make_normalizer(name: NormalizerName) -> Normalizer:
     """
     if name == "none":
         return str
-    basic = _stripped(package("whisper_normalizer.basic").BasicTextNormalizer())
+    basic = _stripped(optional_module("whisper_normalizer.basic").BasicTextNormalizer())
     if name == "basic":
         return basic
     if name == "letters":
         return lambda text: "".join(basic(text).split())
-    english = _stripped(package("whisper_normalizer.english").EnglishTextNormalizer())
+    english = _stripped(optional_module("whisper_normalizer.english").EnglishTextNormalizer())
 
     def normalize(text: str) -> str:
         try:
@@ -123,18 +123,6 @@ def make_normalizer(name: NormalizerName) -> Normalizer:
             return basic(text)
 
     return normalize
-
-
-def package(name: str) -> Any:
-    """Import a module of an optional package.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"evaluation needs {name.partition('.')[0]}; pip install '.[evaluate]'") from error
 
 
 def _stripped(rules: Normalizer) -> Normalizer:
@@ -154,8 +142,7 @@ def _character_counts(references: Sequence[str], answer: str | None) -> tuple[fl
 
 
 def _edits(references: Sequence[Sequence[str]], answer: Sequence[str]) -> tuple[float, float]:
-    distance = package("rapidfuzz.distance").Levenshtein.distance
-    counts = [(distance(r, answer), len(r)) for r in references]
+    counts = [(edit_distance(r, answer), len(r)) for r in references]
     return min(counts, key=lambda c: c[0] / max(c[1], 1))
 
 
@@ -166,7 +153,7 @@ def _exact_counts(references: Sequence[str], answer: str | None) -> tuple[float,
 def _anls_counts(references: Sequence[str], answer: str | None) -> tuple[float, float]:
     if answer is None:
         return 0.0, 1.0
-    distance = package("rapidfuzz.distance").Levenshtein.normalized_distance
+    distance = optional_module("rapidfuzz.distance").Levenshtein.normalized_distance
     least = min(distance(_folded(r), _folded(answer)) for r in references)
     return 1.0 - least if least < _ANLS_THRESHOLD else 0.0, 1.0
 
@@ -176,7 +163,7 @@ def _folded(text: str) -> str:
 
 
 def _bleu(tokenize: str) -> Metric:
-    bleu = package("sacrebleu.metrics.bleu").BLEU
+    bleu = optional_module("sacrebleu.metrics.bleu").BLEU
     if tokenize not in bleu.TOKENIZERS:
         raise InputError(f"tokenize is {tokenize!r}; expected one of sacreBLEU's: {', '.join(sorted(bleu.TOKENIZERS))}")
     try:

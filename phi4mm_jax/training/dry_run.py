@@ -9,8 +9,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from phi4mm_jax.api import Model
 from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.sharding import shard_batches
 from phi4mm_jax.training.step import TrainState, Variables
 
@@ -18,8 +18,8 @@ _GIB = 2**30
 
 
 def describe_run(
-    steps: int, step: Any, state: TrainState, frozen: Variables, batches: Sequence[TrainingBatch], model: Model,
-    mesh: Mesh | None, key: jax.Array | None,
+    steps: int, step: Any, state: TrainState, frozen: Variables, batches: Sequence[TrainingBatch],
+    processor: Processor, mesh: Mesh | None, key: jax.Array | None,
 ) -> str:  # fmt: skip
     """Return what would be trained, for the user.
 
@@ -31,7 +31,7 @@ def describe_run(
         trainable_table(state.trainable),
         f"{steps} steps of {len(batches)} micro-batches.",
         step_memory(step, state, frozen, shard_batches(batches, mesh), key),
-        f"The first batch:\n{describe_batch(batches[0], model)}",
+        f"The first batch:\n{describe_batch(batches[0], processor)}",
     ])  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def step_memory(step: Any, state: TrainState, frozen: Variables, batches: Any, k
     )
 
 
-def describe_batch(batch: TrainingBatch, model: Model) -> str:
+def describe_batch(batch: TrainingBatch, processor: Processor) -> str:
     """Return a batch's shapes, and its first row as text, with the loss mask in brackets."""
     inner = batch.batch
     lines = [f"{name} {x.shape}" for name, x in inner._asdict().items() if isinstance(x, np.ndarray)]
@@ -62,17 +62,17 @@ def describe_batch(batch: TrainingBatch, model: Model) -> str:
     lines += [f"frames of clips {inner.audio.frames.shape}"] if inner.audio is not None else []
     filled = inner.lengths.sum() / inner.tokens.size
     lines += [f"{filled:.0%} of the positions are filled; {np.count_nonzero(batch.weights)} targets carry loss"]
-    return "\n".join([*lines, "", _first_row(batch, model)])
+    return "\n".join([*lines, "", _first_row(batch, processor)])
 
 
-def _first_row(batch: TrainingBatch, model: Model) -> str:
-    length, config = int(batch.batch.lengths[0]), model.config
+def _first_row(batch: TrainingBatch, processor: Processor) -> str:
+    length, config = int(batch.batch.lengths[0]), processor.config
     tokens = batch.batch.tokens[0, :length].tolist()
     loss_mask = [False, *(batch.weights[0, : max(length - 1, 0)] > 0).tolist()]
     media = (config.image_token_id, config.audio_token_id)
     pieces = []
     for (is_medium, is_target), places in groupby(range(length), lambda i: (tokens[i] in media, loss_mask[i])):
         own = [tokens[i] for i in places]
-        text = f"<{len(own)} media tokens>" if is_medium else model.processor.tokenizer.decode(own)
+        text = f"<{len(own)} media tokens>" if is_medium else processor.tokenizer.decode(own)
         pieces.append(f"[[{text}]]" if is_target else text)
     return "".join(pieces)

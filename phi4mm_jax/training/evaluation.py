@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from phi4mm_jax.api import Model
 from phi4mm_jax.data.pipeline import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.engine import Engine, EngineConfig, Programs
 from phi4mm_jax.evaluation.answers import Answer, ask
@@ -18,6 +17,7 @@ from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.mesh import jit_on_mesh
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.dpo import without_reference
 from phi4mm_jax.training.param_filter import join
 from phi4mm_jax.training.recipe import EvaluationConfig
@@ -34,19 +34,22 @@ class Evaluation:
     Args:
         data: of training; those of evaluation are read alike, without augmentation.
         module: with which the loss is computed.
+        variables: of the model; where they lie is where those that are given later will.
 
     Raises:
         InputError: the data cannot be used.
     """
 
-    def __init__(self, config: EvaluationConfig, data: DataConfig, model: Model, module: Phi4MM):
-        self._config, self._model = config, model
+    def __init__(
+        self, config: EvaluationConfig, data: DataConfig, processor: Processor, module: Phi4MM, variables: Variables
+    ):
+        self._config, self._processor = config, processor
         self._data = dataclasses.replace(
             without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )
         with closing(self.batches()) as stream:
             stream.count_batches()  # reads all samples: now, and not when the first evaluation is due
-        self._programs = Programs(Phi4MM(module.config, module.dtype), model.variables)
+        self._programs = Programs(Phi4MM(module.config, module.dtype), variables)
         self._compiled: Any = None
         self._metric = None if config.metric == "loss" else make_metric(config.metric)
         self._items: list[Item] = []
@@ -88,11 +91,11 @@ class Evaluation:
 
     def batches(self) -> TrainingData:
         """Return the batches of an evaluation, to be closed."""
-        return TrainingData(self._data, self._model.processor, jax.process_index(), jax.process_count())
+        return TrainingData(self._data, self._processor, jax.process_index(), jax.process_count())
 
     def _answers(self, trainable: Variables, frozen: Variables, stopped: Callable[[], bool]) -> list[Answer] | None:
         dtype = self._programs.model.dtype
         variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
         config = EngineConfig(cache_tokens=_CACHE_TOKENS)
-        engine = Engine(self._programs, variables, self._model.processor, config)
+        engine = Engine(self._programs, variables, self._processor, config)
         return ask(engine, self._items, self._config.max_new_tokens, self._data.adapter, ended=stopped)

@@ -352,7 +352,8 @@ def test_evaluation_is_never_augmented(recipe, scanned):
     settings = ["data.augment_speech={speed: [0.8, 0.8], time_masks: 2}", "data.augment_clip=noise"]
     augmented, plain = (load_recipe(recipe, [*evaluation, *more]) for more in (settings, []))
     assert augmented.data.augment_speech == SpeechAugmentation(speed=(0.8, 0.8), time_masks=2)
-    batches = [next(Evaluation(r.evaluation, r.data, scanned, scanned.module).batches()) for r in (augmented, plain)]
+    own = scanned.processor, scanned.module, scanned.variables
+    batches = [next(Evaluation(r.evaluation, r.data, *own).batches()) for r in (augmented, plain)]
     for ours, theirs in zip(*map(jax.tree.leaves, batches), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
