@@ -115,7 +115,7 @@ def main() -> int:
 
 
 def settings(arguments: argparse.Namespace) -> Settings:
-    """What answers depend on besides their lines."""
+    """Return the settings that answers depend on besides their lines."""
     names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
     names += [] if arguments.adapters_from is None else ["adapters_from"]  # not in answers of earlier versions
     return settings_of(

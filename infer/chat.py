@@ -72,7 +72,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer.
+    """Settings of answers.
 
     Raises:
         InputError: a value out of range.
@@ -132,7 +132,7 @@ def as_path(attachment: Attachment) -> dict[str, Any]:
 def command(
     line: str, conversation: Conversation, settings: Settings, processor: Processor
 ) -> tuple[Conversation, str]:
-    """What a line that begins with "/" makes of the conversation, and what to tell.
+    """Return what a line that begins with "/" makes of the conversation, and what to tell.
 
     Raises:
         InputError: no such command, or it cannot be done.

@@ -141,7 +141,7 @@ def chips_of(mesh: str | None) -> int | None:
 
 
 def settings(arguments: argparse.Namespace) -> Any:
-    """What answers depend on besides their lines."""
+    """Return the settings that answers depend on besides their lines."""
     names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
     names += [] if arguments.adapters_from is None else ["adapters_from"]
     return settings_of(

@@ -37,7 +37,7 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 
 
 def mesh_of(arguments: argparse.Namespace) -> Any:
-    """The mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
+    """Return the mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
 
     Raises:
         InputError: --mesh is not one that inference can use with this model here.
@@ -55,7 +55,7 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
 
 
 def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """The adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
+    """Return the adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
 
     Raises:
         InputError: one is not NAME=FOLDER, or a name is there twice.
@@ -98,7 +98,7 @@ def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options
 
 
 def make_engine(model: Any, config: Any) -> Any:
-    """An engine of the model, whose cache's size is said on standard error."""
+    """Return an engine of the model, whose cache's size is said on standard error."""
     engine = model.engine(config)
     print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
     return engine

@@ -163,7 +163,7 @@ def version_line() -> str:
 
 
 def _is_command() -> bool:
-    """Whether programs are called `phi4mm NAME` here: this one was, or there is no clone to start another in."""
+    """Return whether programs are called `phi4mm NAME` here: this one was, or there is no clone to start another in."""
     return sys.argv[0].startswith("phi4mm ") or not _is_clone()
 
 
@@ -179,7 +179,7 @@ def _as_called(text: str, names: re.Pattern[str]) -> str:
 
 
 def _with_extra(extra: str) -> str:
-    """What pip installs the package with an extra from."""
+    """Return the requirement by which pip installs the package with an extra."""
     if _is_clone():
         return f".[{extra}]"
     try:

@@ -11,7 +11,7 @@ from phi4mm_jax.utils.paths import local_path
 
 
 def default_folder() -> Path:
-    """Where jax is told to keep compiled programs, else a folder of ours in the user's cache."""
+    """Return the folder that jax is told to keep compiled programs in, else one of ours in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(cache, "phi4mm-jax", "compiled"))
 

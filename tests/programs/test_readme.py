@@ -75,6 +75,16 @@ def test_every_line_is_known():
 
 
 @pytest.mark.slow
+def test_the_layout_is_current():
+    """Each package of the library has a row of its own, and each row is there."""
+    section = (ROOT / "README.md").read_text().partition("## What is where")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, flags=re.M)
+    named = {name.strip("`/") for row in rows for name in row.split(", ")}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    packages = {f"phi4mm_jax/{path.parent.name}" for path in (ROOT / "phi4mm_jax").glob("*/__init__.py")}
+    assert packages - named == {"phi4mm_jax/generation"}, "packages that README.md does not name"
+
+
 def test_commands(work, monkeypatch, capfd):
     monkeypatch.chdir(work)
     places = {"MODEL": TINY, "RECIPES": ROOT / "train/recipes"}
