@@ -1,7 +1,7 @@
 """Prove parity: python -m convert.verify CHECKPOINT --goldens DIR.
 
 Runs every case of the goldens, and every image and clip by itself, and compares with what the reference computed: see
-`phi4mm_jax/testing/goldens.py` for what is compared and the bounds. Compares the two copies of the adapters that the
+`phi4mm_jax/testing/compare.py` for the comparisons and the bounds. Compares the two copies of the adapters that the
 original layout has, and says what no case exercises. The exit status is 0 if all pass, 1 if anything differs, 2 if
 nothing could be compared.
 """
@@ -21,7 +21,8 @@ from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.processing.prompt import KINDS, Kind
-from phi4mm_jax.testing.goldens import Check, is_exact, read_goldens, unexercised, verify_cases, verify_medium
+from phi4mm_jax.testing.compare import Check, is_exact, unexercised, verify_cases, verify_medium
+from phi4mm_jax.testing.goldens import read_goldens
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 

@@ -10,7 +10,7 @@ from helpers.paths import TINY
 
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.testing.goldens import audio_tensors, image_tensors
+from phi4mm_jax.testing.compare import audio_tensors, image_tensors
 
 CASES = {c["name"]: c for c in golden_cases()}
 GRADIENT_CASES = {c["name"]: c for c in golden_gradient_cases()}

@@ -19,15 +19,15 @@ from convert import record, verify
 from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint import contents
 from phi4mm_jax.checkpoint.convert import to_orbax
-from phi4mm_jax.testing.goldens import (
+from phi4mm_jax.testing.compare import (
     ROUNDED_LOGITS,
     Bound,
     compare_exactly,
     compare_tokens,
     compare_values,
-    read_goldens,
     verify_cases,
 )
+from phi4mm_jax.testing.goldens import read_goldens
 
 ROOT = Path(__file__).parents[2]
 
