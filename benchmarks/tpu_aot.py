@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 from benchmarks import serving
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.testing.compiled import Cost, cost
-from phi4mm_jax.testing.training_steps import CASES, chip_of, compile_step, held, work
+from phi4mm_jax.testing.training_steps import CASES, chip_of, chips_of, compile_step, held, work
 from phi4mm_jax.utils.paths import path_argument
 
 RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
@@ -74,7 +73,7 @@ def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, found: C
     memory: Any = compiled.memory_analysis()
     kernels = sum(found.kernels.values())
     moved = ", ".join(f"{kind} {found.counts[kind]} x, {n / 1e9:.2f} GB" for kind, n in found.bytes.items())
-    devices = len(topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices)
+    devices = len(chips_of(case))
     mfu = work(case, config) / devices / chip.peak / found.seconds
 
     def ms(cycles: float) -> str:

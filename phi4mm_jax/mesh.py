@@ -1,4 +1,4 @@
-"""The mesh, and the table from logical axes to mesh axes."""
+"""The mesh, and the tables from logical axes to mesh axes, of parameters and of activations."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,42 +8,66 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
-from phi4mm_jax.config import DecoderConfig
+from phi4mm_jax.config import DecoderConfig, Phi4MMConfig
 from phi4mm_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor", "context")  # of meshes
-ROWS, HEADS = ("data", "fsdp"), ("tensor",)  # mesh axes that split the batch, and those that split heads
+AXES = ("data", "fsdp", "context", "tensor")  # of a mesh, the innermost last: its devices talk most
+ROWS, LENGTH, HEADS = ("data", "fsdp"), ("context",), ("tensor",)
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
-    ("vocab", ("fsdp", "tensor")),  # so the head is never gathered: each device has the logits of its own tokens
-    ("heads", ("tensor",)),
-    ("kv_heads", ("tensor",)),
-    ("mlp", ("tensor",)),
-    ("channels", ("tensor",)),
-    ("embed", ("fsdp",)),
-    ("embed_out", ("fsdp",)),
-    ("rank", ("fsdp",)),
+    ("vocab", ("fsdp", "context", "tensor")),  # so no head is gathered: each device has the logits of its own tokens
+    ("heads", HEADS),
+    ("kv_heads", HEADS),
+    ("mlp", HEADS),
+    ("channels", HEADS),
+    ("embed", ("fsdp", "context")),
+    ("embed_out", ("fsdp", "context")),
+    ("rank", ("fsdp", "context")),
     ("head", ()),
     ("layers", ()),
 )
+ACTIVATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # likewise of an activation, in training
+    ("batch", ROWS),
+    ("length", LENGTH),
+    ("media", (*ROWS, *LENGTH)),  # crops and chunks of clips
+)
 
 
-def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of fsdp * tensor devices, with automatic axes.
+def make_mesh(
+    fsdp: int = 1, tensor: int = 1, *, data: int = 1, context: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of data * fsdp * context * tensor devices, with automatic axes.
 
-    fsdp splits every weight along its embedding axis; tensor splits heads and MLP; both split the vocabulary.
+    Args:
+        fsdp: splits every weight along its embedding axis, with context, and the rows of a batch.
+        tensor: splits heads and MLP; with fsdp and context, the vocabulary.
+        data: splits rows alone. Across slices, which data-centre networks join, it is the only axis.
+        context: splits the tokens of each row.
+        devices: all by default.
 
     Raises:
-        InputError: a size below 1, or more devices asked for than there are.
+        InputError: a size below 1, more devices asked for than there are, or slices that `data` does not count.
     """
-    if fsdp < 1 or tensor < 1 or fsdp * tensor > jax.device_count():
-        raise InputError(
-            f"a mesh of fsdp={fsdp} times tensor={tensor}: expected positive sizes, and at most {jax.device_count()} "
-            "devices in all"
-        )
-    return jax.make_mesh((fsdp, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    count = math.prod(sizes.values())
+    if min(sizes.values()) < 1 or count > len(devices):
+        asked = " times ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "fsdp=1"
+        raise InputError(f"a mesh of {asked}: expected positive sizes, and at most {len(devices)} devices in all")
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        if data % len(slices) or count != len(devices):
+            raise InputError(
+                f"mesh has data={data}, and the {len(devices)} devices are of {len(slices)} slices; give data="
+                f"{len(slices)} or a multiple of it, and sizes that take all devices: only data may cross slices"
+            )
+        within = (data // len(slices), fsdp, context, tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh((data, fsdp, context, tensor), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -63,6 +87,34 @@ def parse_mesh(spec: str) -> dict[str, int]:
             raise InputError(f"mesh is {spec!r:.80}, which has {axis} twice; give it once")
         sizes[axis] = int(size)
     return sizes
+
+
+def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
+    """The mesh to train on: as asked for, the axis fsdp taking what the others leave, or one of all devices.
+
+    Returns:
+        None for one device.
+
+    Raises:
+        InputError: it is no mesh, asks for more devices than there are, or does not divide the model.
+    """
+    sizes = {} if spec is None else parse_mesh(spec)
+    devices = jax.device_count()
+    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    sizes.setdefault("data", slices)
+    within_host = sizes.get("tensor", 1) * sizes.get("context", 1)
+    if jax.process_count() > 1 and jax.local_device_count() % within_host:
+        raise InputError(
+            f"mesh is {spec!r}, whose tensor times context of {within_host} does not divide a host's "
+            f"{jax.local_device_count()} devices; give sizes that do: hosts share no rows"
+        )
+    others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
+    if others > devices or ("fsdp" not in sizes and devices % others):
+        raise InputError(f"mesh is {spec!r}, which {devices} devices cannot make; give sizes whose product divides it")
+    sizes.setdefault("fsdp", devices // others)
+    mesh = make_mesh(**sizes)
+    check_sizes(config, mesh.shape)
+    return None if mesh.size == 1 else mesh
 
 
 def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
@@ -91,7 +143,7 @@ def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
         check_heads(config, tensor)
     if tensor == 1:
         return None
-    return jax.make_mesh((1, tensor), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=devices[:tensor])
+    return make_mesh(tensor=tensor, devices=devices)
 
 
 def check_heads(config: DecoderConfig, tensor: int) -> None:
@@ -103,6 +155,32 @@ def check_heads(config: DecoderConfig, tensor: int) -> None:
     if heads % tensor:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise InputError(f"mesh has tensor={tensor}, which does not divide {heads} key heads; give {_any_of(fitting)}")
+
+
+def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
+    """Raise InputError where the devices of a mesh axis cannot share what `RULES` would split over it.
+
+    XLA would give each device all of it, and say nothing.
+    """
+    decoder, vision, speech = config.decoder, config.vision, config.speech
+    stacks = [("decoder", decoder)]
+    stacks += [("image encoder", vision)] if config.has_vision else []
+    stacks += [("speech encoder", speech)] if config.has_speech else []
+    tensor, embed = sizes.get("tensor", 1), sizes.get("fsdp", 1) * sizes.get("context", 1)
+    checks = [  # the encoders' heads and MLP are divided by what divides the decoder's
+        ("tensor", tensor, "key heads", decoder.num_kv_heads, "decoder"),
+        ("tensor", tensor, "values of the MLP", decoder.mlp_dim, "decoder"),
+    ]
+    for name, stack in stacks:
+        checks.append(("fsdp times context", embed, "values of the embedding", stack.embed_dim, name))
+    vocabulary = "fsdp times context times tensor", embed * tensor, "tokens of the vocabulary"
+    checks.append((*vocabulary, decoder.vocab_size, "decoder"))
+    for axis, size, what, count, name in checks:
+        if count % size:
+            fitting = [n for n in range(1, 2 * size) if count % n == 0]
+            raise InputError(
+                f"mesh has {axis}={size}, which does not divide the {name}'s {count} {what}; give {_any_of(fitting)}"
+            )
 
 
 def _any_of(sizes: Sequence[int]) -> str:
@@ -142,7 +220,7 @@ def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float
     if math.prod(sizes.values()) == 1:
         return x
     split = _split(axes, x.shape, sizes)
-    batch = () if "vocab" in axes else batch_axes()  # each device has the logits of its own part of the vocabulary
+    batch = () if "vocab" in axes else activation_axes()  # each device has the logits of its own part of the vocabulary
     whole = _split(axes, x.shape, sizes, gathered=batch)
     return _constrain(x, split, whole) if whole != split else jax.lax.with_sharding_constraint(x, split)
 
@@ -158,25 +236,50 @@ _constrain.defvjp(
 )
 
 
-def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """An activation with its rows over the mesh axes that split the batch; its other axes lie as XLA sees fit."""
-    sizes = automatic_axes()
-    names = tuple(n for n in batch_axes() if n in sizes)
-    devices = math.prod(sizes[n] for n in names)
-    if devices == 1 or x.shape[0] % devices:
+def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """An activation whose first axes lie as `ACTIVATIONS` says, the others as XLA sees fit.
+
+    Within `split_batch`, where its devices divide it; else just the activation.
+    """
+    sizes, table = automatic_axes(), dict(nn.get_logical_axis_rules())
+    spec: list[Any] = []
+    for axis, length in zip(axes, x.shape, strict=False):
+        names = tuple(n for n in (table.get(axis) or () if axis else ()) if n in sizes)
+        divides = length % math.prod(sizes[n] for n in names) == 0
+        spec.append(names if names and divides else jax.P.UNCONSTRAINED)
+    if all(names is jax.P.UNCONSTRAINED for names in spec) or math.prod(sizes.values()) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, jax.P(names, *[jax.P.UNCONSTRAINED] * (x.ndim - 1)))
+    return jax.lax.with_sharding_constraint(x, jax.P(*spec, *[jax.P.UNCONSTRAINED] * (x.ndim - len(spec))))
 
 
-def batch_axes() -> tuple[str, ...]:
-    """The mesh axes that split the batch, by the rules in context: none but within `split_batch`."""
-    axes = dict(nn.get_logical_axis_rules()).get("batch") or ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> NamedSharding:
+    """Return where an array with such first axes lies: what the devices do not divide is not split."""
+    table = dict(ACTIVATIONS)
+    names = [tuple(n for n in table[axis] if n in mesh.shape) if axis else () for axis in axes]
+    divides = [size % math.prod(mesh.shape[n] for n in split) == 0 for split, size in zip(names, shape, strict=False)]
+    return NamedSharding(mesh, jax.P(*(n if n and d else None for n, d in zip(names, divides, strict=True))))
+
+
+def replicate(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An activation that every device has whole, and whose gradient is summed over them; within `split_batch`."""
+    if not activation_axes() or math.prod(automatic_axes().values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P())
 
 
 def split_batch() -> Any:
-    """A context in which activations are split by rows, as in training: weights are gathered where they are used."""
-    return nn.logical_axis_rules((("batch", ROWS),))
+    """A context in which activations are split as in training, and weights are gathered where they are used."""
+    return nn.logical_axis_rules(ACTIVATIONS)
+
+
+def activation_axes() -> tuple[str, ...]:
+    """The mesh axes that split activations, by the rules in context: none but within `split_batch`."""
+    return tuple(dict.fromkeys(name for axes in dict(nn.get_logical_axis_rules()).values() for name in axes or ()))
+
+
+def context_size() -> int:
+    """How many devices share the tokens of a row, by the mesh and the rules in context."""
+    return math.prod(automatic_axes().get(name, 1) for name in LENGTH) if LENGTH[0] in activation_axes() else 1
 
 
 def _split(
@@ -213,15 +316,15 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
 
     Args:
         inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads" or None.
-        rows, heads: how many there are. What a mesh axis does not divide is not split over it.
+        rows, heads: how many there are. What its mesh axes do not divide is not split over them.
     """
     automatic = automatic_axes()
     if math.prod(automatic.values()) == 1:
         return function(*arguments)
     axes: dict[str | None, Any] = {None: None}
-    for name, candidates, count in (("rows", ROWS, rows), ("heads", HEADS, heads)):
-        present = tuple(n for n in candidates if n in automatic)
-        axes[name] = present if present and count % math.prod(automatic[n] for n in present) == 0 else None
+    for name, candidates, count in (("rows", ((*ROWS, *LENGTH), ROWS), rows), ("heads", (HEADS,), heads)):
+        present = [tuple(n for n in names if n in automatic) for names in candidates]
+        axes[name] = next((p for p in present if p and count % math.prod(automatic[n] for n in p) == 0), None)
 
     def specs(tree):
         return jax.tree.map(lambda a: jax.P(*(axes[n] for n in a)), tree, is_leaf=lambda a: isinstance(a, Axes))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -19,11 +20,12 @@ from phi4mm_jax.engine import EngineConfig, Programs, Request
 from phi4mm_jax.engine.engine import default_cache_tokens
 from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import inference_mesh, make_mesh
+from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import Cache, CachedInputs, attend, quantize
 
-DECODER = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json")).decoder
+RELEASE = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
+DECODER = RELEASE.decoder
 LAYERS, PAGES, HEADS, PAGE, SIZE = 2, 9, 8, 16, 32  # of a small cache
 
 
@@ -123,7 +125,7 @@ def test_pages_are_copied_where_they_lie():
     [
         ("tensor", "expected axes with their sizes"),
         ("tensor=0", "expected axes with their sizes"),
-        ("model=2", "'model' is no axis; choose from data, fsdp, tensor, context"),
+        ("model=2", "'model' is no axis; choose from data, fsdp, context, tensor"),
         ("tensor=2,tensor=2", "has tensor twice"),
         ("fsdp=4,tensor=2", "inference splits over tensor only; leave fsdp out"),
         ("tensor=2,context=2", "inference splits over tensor only; leave context out"),
@@ -134,6 +136,51 @@ def test_pages_are_copied_where_they_lie():
 def test_meshes_that_inference_cannot_use(spec, error):
     with pytest.raises(InputError, match=re.escape(error)):
         inference_mesh(spec, DECODER)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        ("tensor=3", "which 8 devices cannot make; give sizes whose product divides it"),
+        ("fsdp=16", "a mesh of fsdp=16: expected positive sizes, and at most 8 devices in all"),
+        ("fsdp=1,tensor=6", "tensor=6, which does not divide the decoder's 8 key heads; give 1 or 2 or 4 or 8"),
+        ("fsdp=5", "fsdp times context=5, which does not divide the decoder's 3072 values of the embedding"),
+    ],
+)
+def test_meshes_that_training_cannot_use(spec, error):
+    with pytest.raises(InputError, match=re.escape(error)):
+        training_mesh(spec, RELEASE)
+
+
+def test_meshes_for_training():
+    """What is not said is of the rows."""
+    config = RELEASE
+    assert training_mesh("fsdp=1", config) is None
+    for spec, expected in ((None, (1, 8, 1, 1)), ("context=2,tensor=2", (1, 2, 2, 2)), ("data=4", (4, 2, 1, 1))):
+        mesh = training_mesh(spec, config)
+        assert mesh is not None
+        assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor")) == expected
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` asks of a device."""
+
+    slice_index: int
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_only_data_crosses_slices():
+    """Two slices of four devices: neighbours on every other axis are of one slice."""
+    devices = [Chip(i // 4, i) for i in range(8)]
+    with pytest.raises(InputError, match=r"of 2 slices; give data=2 or a multiple"):
+        make_mesh(fsdp=8, devices=devices)
+    mesh = make_mesh(fsdp=2, context=2, data=2, devices=devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices, np.broadcast_to(np.arange(2)[:, None, None, None], (2, 2, 2, 1)))
 
 
 def test_meshes_for_inference():

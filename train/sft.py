@@ -15,8 +15,11 @@ from typing import NamedTuple
 import jax
 
 from phi4mm_jax.api import load
+from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.pipeline import TrainingData
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.auto_settings import is_open, settle_auto
@@ -37,7 +40,6 @@ from phi4mm_jax.training.sharding import (
     init_train_state,
     shard_batches,
     split_trainable,
-    training_mesh,
 )
 from phi4mm_jax.training.step import Objective, Variables, dropout_key, supervised
 from phi4mm_jax.training.step_batches import count_steps, saved_data_state, step_batches
@@ -80,7 +82,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     recipe = settled_recipe(recipe, folder)
 
     # ---- model
-    mesh = training_mesh(recipe.fsdp, recipe.tensor)
+    mesh = training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model)))
     check_divisible(recipe.data.packing, mesh)
     with progress_bar("Reading the weights", size=True) as progress:
         model = load(

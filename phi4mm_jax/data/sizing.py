@@ -23,6 +23,7 @@ class Divisors(NamedTuple):
 
     devices: int = 1  # that share the rows
     hosts: int = 1
+    parts: int = 1  # devices that share each row
 
 
 def propose_packing(
@@ -55,7 +56,7 @@ def propose_packing(
         math.ceil(sum(sum(size.tokens) for size in sizes) / _MIN_STEPS / accumulate),
     )
     wanted = max(longest, min(_LENGTH, tokens // divisors.devices)) if pack else longest
-    length = min(bucket(wanted, _MIN_LENGTH), context)
+    length = min(_multiple(bucket(wanted, _MIN_LENGTH), 2 * divisors.parts), context)
     rows = _multiple(math.ceil(tokens / length), divisors.devices, divisors.hosts * sequences)
     chunk_tokens = bucket(max(size.longest for size in together), _MIN_LENGTH)
     open_sizes = (_UNBOUNDED * divisors.hosts,)
@@ -65,7 +66,8 @@ def propose_packing(
     def stack(needed: int, each: Sequence[int]) -> tuple[int, ...]:
         if not any(each):
             return ()
-        return (_multiple(bucket(max(needed, *each)) * divisors.hosts, divisors.devices, divisors.hosts),)
+        together = bucket(max(needed, *each)) * divisors.hosts
+        return (_multiple(together, divisors.devices * divisors.parts, divisors.hosts),)
 
     return PackingConfig(
         rows, (length,), pack, stack(crops, [size.crops for size in together]),

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import append_tokens, decode_attention, flash_attention
-from phi4mm_jax.mesh import Axes, constrain_batch, over_mesh
+from phi4mm_jax.kernels.ring import ring_attention
+from phi4mm_jax.mesh import Axes, constrain, context_size, over_mesh
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
@@ -120,7 +121,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, layer, rows: Rows):
         x, cache = carry
-        x = constrain_batch(x)
+        x = constrain(x, "batch", "length")
         sizes, eps = self.config.sizes, self.config.decoder.norm_eps
         attended, cache = Attention(self.config, name="attention")(
             RMSNorm(sizes, eps, name="attention_norm")(x), layer, rows, cache
@@ -138,7 +139,9 @@ class Attention(nn.Module):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        if cache is None or rows.cached is None:
+        if context_size() > 1:
+            out = ring_attention(q, k, v, rows.segments)
+        elif cache is None or rows.cached is None:
             out = flash_attention(
                 q, k, v, causal=True, kv_lengths=rows.lengths, q_segments=rows.segments, kv_segments=rows.segments
             )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from phi4mm_jax.adapters import ADAPTERS, adapter_indices
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
+from phi4mm_jax.kernels.ring import zigzag_order
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
@@ -89,7 +90,7 @@ class Projection(nn.Module):
             a = self._declare(collection, "a", self.inputs + "R", rank)
             seen = x
             if lora.dropout and self.has_rng("dropout"):
-                seen = dropout(x, self.make_rng("dropout"), lora.dropout)
+                seen = dropout(x, self.make_rng("dropout"), lora.dropout, zigzag_order(x.shape[1]))
             hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
             hidden = checkpoint_name(hidden * scales[collection].astype(x.dtype)[:, None, None], "lora")
             chosen = scales[collection] != 0
@@ -114,14 +115,23 @@ class Projection(nn.Module):
         return constrain_param(variable.value, logical)
 
 
-def dropout(x: Float[Array, "... D"], key: Array, rate: float) -> Float[Array, "... D"]:
+def dropout(
+    x: Float[Array, "B T ..."], key: Array, rate: float, order: Int[np.ndarray, " T"] | None = None
+) -> Float[Array, "B T ..."]:
     """Zero each value with probability `rate`, and scale the others up (arXiv:1207.0580).
 
     A value's draw is a hash of the key and of its place in x: the same however x lies on a mesh, and never held in
     memory, as bits that a generator writes would be.
+
+    Args:
+        order: the places of the tokens, where they are not in order.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
-    rows = _hash(jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1) ^ first)
+    place = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1)
+    if order is not None:
+        inner = np.uint32(math.prod(x.shape[2:-1]))
+        place = place[:, :1] + inner * jnp.asarray(order, jnp.uint32).reshape(-1, *[1] * (x.ndim - 2))
+    rows = _hash(place ^ first)
     columns = _hash(jnp.arange(x.shape[-1], dtype=jnp.uint32) ^ second)
     bits = (rows ^ columns) * (_hash(rows) | 1)  # a factor of each row's own: two rows never drop alike
     return jnp.where(bits >= np.uint32(round(rate * 2**32)), x / (1.0 - rate), 0).astype(x.dtype)

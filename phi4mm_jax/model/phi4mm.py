@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
+from phi4mm_jax.mesh import constrain, context_size, replicate
 from phi4mm_jax.model import lora, rope
 from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
 from phi4mm_jax.model.layers import Projector, Remat
@@ -53,8 +55,9 @@ class Phi4MM(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
         """The decoder's output for whole rows, before the head."""
-        embedded = self.embed(batch.tokens, batch.media, self.encode(batch.images, batch.audio))
-        return self.decode(embedded, batch.lengths, batch.adapters, segments=batch.segments)[0]
+        features = self.encode(batch.images, batch.audio)
+        embedded = constrain(self.embed(to_zigzag(batch.tokens), to_zigzag(batch.media), features), "batch", "length")
+        return from_zigzag(self.decode(embedded, batch.lengths, batch.adapters, segments=batch.segments)[0])
 
     def encode(self, images: ImageStack | None, audio: AudioStack | None) -> MediaFeatures | None:
         """The table that `Batch.media` indexes: embeddings of all crops, of the separators, of all chunks."""
@@ -78,7 +81,8 @@ class Phi4MM(nn.Module):
         embedded = self.decoder.embed(tokens, self.dtype)
         if features is None:
             return embedded
-        return jnp.where((media >= 0)[..., None], features.astype(self.dtype)[jnp.maximum(media, 0)], embedded)
+        placed = constrain(replicate(features.astype(self.dtype))[jnp.maximum(media, 0)], "batch", "length")
+        return jnp.where((media >= 0)[..., None], placed, embedded)
 
     def decode(
         self,
@@ -106,7 +110,13 @@ class Phi4MM(nn.Module):
         if segments is not None:
             positions, sizes = rope.within_segments(segments)
         settings = self.config.decoder.rope
-        cos, sin = rope.rotations(settings, positions, rope.is_long(settings, sizes) if long is None else long)
+        long = rope.is_long(settings, sizes) if long is None else long
+        if context_size() > 1:
+            if segments is None:
+                segments = (positions < lengths[:, None]).astype(jnp.int32)
+            positions, segments = to_zigzag(positions), to_zigzag(segments)
+            long = to_zigzag(long) if long.ndim == 2 else long
+        cos, sin = rope.rotations(settings, positions, long)
         cached = None if starts is None or tables is None else CachedInputs(starts, lengths, tables)
         rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
         return self.decoder(embedded, rows, cache)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.kernels import flash_attention
-from phi4mm_jax.mesh import constrain_batch
+from phi4mm_jax.mesh import constrain
 from phi4mm_jax.model.layers import LayerNorm, Linear, Projector, Remat, Sizes, declare, gelu_tanh, run_layers
 from phi4mm_jax.precision import precision_of
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "C S D"], layer, mask: Bool[Array, "C S"]):
-        x = constrain_batch(x)
+        x = constrain(x, "media")
         sizes, eps = sizes_of(self.config), self.config.norm_eps
         normal = LayerNorm(sizes, eps, name="attention_norm")(x)
         q, k, v = (Linear("D", "NH", sizes, name=name)(normal) for name in ("q", "k", "v"))

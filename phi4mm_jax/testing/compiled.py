@@ -213,7 +213,8 @@ def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
         return 0.0
     products, place = kinds[name]
     batch, kv_heads, group, length, head = queries
-    whole = "vision" in x.origin or "shard_map/while" in x.origin  # of crops, and of what is in the cache
+    # Of crops, of what is in the cache, and of what other devices have.
+    whole = any(part in x.origin for part in ("vision", "shard_map/while", "keys_of_others"))
     visited = keys[2] if whole else min(keys[2] / 2 + 384, keys[2])  # blocks on the diagonal are whole
     macs = products * batch * kv_heads * group * length * visited * head
     return macs / (chip.macs * chip.cores * chip.kernels[place])

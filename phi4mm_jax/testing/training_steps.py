@@ -4,6 +4,8 @@ Every row is full and every position a target, so that the work counted is the w
 """
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
@@ -14,12 +16,12 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.mesh import shardings
+from phi4mm_jax.mesh import activation_sharding, make_mesh, parse_mesh, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
@@ -27,6 +29,7 @@ from phi4mm_jax.testing.compiled import CHIPS, Chip
 from phi4mm_jax.training.flops import step_flops
 from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from phi4mm_jax.training.param_filter import split
+from phi4mm_jax.training.sharding import spread_batch
 from phi4mm_jax.training.step import compiler_options, dropout_key, initial_state, supervised, train_step
 
 CHUNK_TOKENS = 384  # of a clip of 30 s
@@ -43,15 +46,29 @@ class Case(NamedTuple):
     length: int = 4096
     crops: int = 0
     chunks: int = 0
+    mesh: str | None = None  # fsdp over all chips by default
+    slices: int = 1
 
 
 IMAGES = ["lora_vision", "params/vision", "params/image_embedder"]
 CASES = {
     "speech adapter": Case("v5e:2x4", ["lora_speech"], "dots", chunks=64),
     "vision adapter": Case("v5e:2x4", IMAGES, "full", length=8192, crops=136),
+    "vision stage 4": Case(
+        "v5e:4x4",
+        ["params/image_embedder", "lora_vision"],
+        "full",
+        rows=4,
+        length=65536,
+        crops=256,
+        mesh="fsdp=4,context=4",
+    ),
     "all parameters": Case("v5e:4x4", EVERYTHING, "attention", rows=16, chunks=64),
     "all parameters, v5p": Case("v5p:2x2x1", EVERYTHING, "dots", rows=8, chunks=64),
     "all parameters, v6e": Case("v6e:2x4", EVERYTHING, "attention", rows=16, chunks=64),
+    "all parameters, two slices": Case(
+        "v5e:4x4", EVERYTHING, "attention", rows=32, chunks=128, mesh="data=2,fsdp=16", slices=2
+    ),
 }
 
 
@@ -59,12 +76,17 @@ def chip_of(case: Case) -> Chip:
     return CHIPS[case.topology.split(":")[0]]
 
 
+def chips_of(case: Case) -> Sequence[Any]:
+    options = {} if case.slices == 1 else {"num_slices": case.slices}
+    return topologies.get_topology_desc(platform="tpu", topology_name=case.topology, **options).devices
+
+
 def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
     """Compile the step of a recipe for a slice."""
     module = Phi4MM(config, jnp.bfloat16, remat=case.remat)
     abstract = abstract_variables(module)
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
-    mesh = jax.make_mesh((len(chips), 1), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+    chips = chips_of(case)
+    mesh = make_mesh(**(parse_mesh(case.mesh) if case.mesh else {"fsdp": len(chips)}), devices=chips)
     places = shardings(abstract, mesh)
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
     variables = unflatten_dict(
@@ -112,8 +134,16 @@ def work(case: Case, config: Phi4MMConfig) -> float:
 
 def _batches(config: Phi4MMConfig, case: Case, mesh: Mesh) -> TrainingBatch:
     """One micro-batch, spread by rows."""
-    spread = NamedSharding(mesh, jax.P(None, "fsdp"))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=spread), _shapes(config, case))
+    shapes = _shapes(config, case)
+
+    def spread(*axes: str):
+        def on_mesh(x):
+            place = activation_sharding(mesh, (1, *x.shape), None, *axes)
+            return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=place)
+
+        return partial(jax.tree.map, on_mesh)
+
+    return spread_batch(shapes, rows=spread("batch"), tokens=spread("batch", "length"), media=spread("media"))
 
 
 def _shapes(config: Phi4MMConfig, case: Case) -> TrainingBatch:

@@ -10,6 +10,7 @@ from phi4mm_jax.data.pipeline import measure_samples, without_augmentation
 from phi4mm_jax.data.sizing import Divisors, check_reached, describe, propose_packing, propose_trainable
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.recipe import AUTO, Recipe
+from phi4mm_jax.training.sharding import divisors
 
 
 def is_open(recipe: Recipe) -> bool:
@@ -33,10 +34,10 @@ def settle_auto(recipe: Recipe, processor: Processor, mesh: Mesh | None) -> tupl
         held_out = measure_samples(data, processor)
     lines = [f"The data: {describe(sizes)}."]
     check_reached(sizes, recipe.trainable)
-    devices = 1 if mesh is None else mesh.shape["fsdp"]
+    rows, parts = divisors(mesh)
     packing = propose_packing(
         sizes, held_out, kind=recipe.data.kind, accumulate=recipe.accumulate,
-        divisors=Divisors(devices, jax.process_count()), context=processor.context,
+        divisors=Divisors(rows, jax.process_count(), parts), context=processor.context,
     )  # fmt: skip
     settings = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(packing).items()}
     listed = ", ".join(f"{name}: {str(x).lower()}" for name, x in settings.items())

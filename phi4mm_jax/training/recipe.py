@@ -82,7 +82,7 @@ class Recipe:
         dropout: whether adapters drop out, as the checkpoint's config says.
         dtype: what is computed in; trained parameters are float32 besides.
         remat: what the backward pass computes again.
-        fsdp, tensor: devices that parameters and rows, and heads are spread over; fsdp 0 takes all that are left.
+        mesh: axes and sizes, such as "fsdp=4,tensor=2", see `phi4mm_jax.mesh`; fsdp takes the devices that are left.
         seed: of dropout. That of the data is `data.seed`.
         save_every: steps between checkpoints.
         keep: the last checkpoints that are kept, besides the best one.
@@ -98,8 +98,7 @@ class Recipe:
     dropout: bool = True
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Remat = "full"
-    fsdp: int = 0
-    tensor: Count = 1
+    mesh: str | None = None
     seed: Seed = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -178,7 +177,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 # Settings that a resumed run may change. All others decide what the steps before would have been.
 _MAY_CHANGE = re.compile(
-    r"output|fsdp|tensor|remat|save_every|keep|log_every|optimizer\..*|evaluation(?!\.metric)(\..*)?"
+    r"output|mesh|remat|save_every|keep|log_every|optimizer\..*|evaluation(?!\.metric)(\..*)?"
     r"|data\.(sources|epochs|steps|bad_samples|threads|prefetch)(\..*)?"
 )
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.batch import Batch, TrainingBatch
 from phi4mm_jax.data.packing import PackingConfig
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import ROWS, jit_on_mesh, make_mesh
+from phi4mm_jax.mesh import LENGTH, ROWS, activation_sharding, jit_on_mesh
 from phi4mm_jax.training.param_filter import split
 from phi4mm_jax.training.step import (
     Metrics,
@@ -26,31 +27,29 @@ from phi4mm_jax.training.step import (
 )
 
 
-def training_mesh(fsdp: int, tensor: int) -> Mesh | None:
-    """Return the mesh of a run; None for one device.
-
-    Args:
-        fsdp: devices that share the rows; 0 takes all that `tensor` leaves.
-
-    Raises:
-        InputError: more devices than there are.
-    """
-    fsdp = fsdp or jax.device_count() // tensor
-    return None if fsdp * tensor == 1 else make_mesh(fsdp, tensor)
-
-
 def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:
     """Raise InputError if the devices cannot share the rows, crops and chunks of a batch evenly."""
     if packing is None:  # it will be settled for these devices
         return
-    fsdp = 1 if mesh is None else mesh.shape["fsdp"]
-    for name, sizes in (("rows", (packing.rows,)), ("crops", packing.crops), ("chunks", packing.chunks)):
+    rows, parts = divisors(mesh)
+    for name, sizes, devices in (
+        ("rows", (packing.rows,), rows),
+        ("lengths", packing.lengths, 2 * parts if parts > 1 else 1),
+        ("crops", packing.crops, rows * parts),
+        ("chunks", packing.chunks, rows * parts),
+    ):
         for size in sizes:
-            if size % fsdp:
+            if size % devices:
                 raise InputError(
-                    f"data.packing.{name} is {size}, which {fsdp} devices cannot share; give a multiple of {fsdp}, or "
-                    "set fsdp"
+                    f"data.packing.{name} is {size}, which {rows * parts} devices cannot share; give a multiple of "
+                    f"{devices}, or set mesh"
                 )
+
+
+def divisors(mesh: Mesh | None) -> tuple[int, int]:
+    """Return how many devices share the rows of a batch, and how many each row."""
+    sizes = {} if mesh is None else mesh.shape
+    return math.prod(sizes.get(axis, 1) for axis in ROWS), math.prod(sizes.get(axis, 1) for axis in LENGTH)
 
 
 def split_trainable(
@@ -73,18 +72,31 @@ def split_trainable(
 
 
 def shard_batches(batches: Sequence[TrainingBatch], mesh: Mesh | None) -> Any:
-    """Stack micro-batches, and put them on the devices: rows, crops and chunks are split like rows."""
-    stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
+    """Stack micro-batches, and put them on the devices, split as the activations that are made of them will be."""
+    stacked: Any = jax.tree.map(lambda *x: np.stack(x), *batches)
     if mesh is None:
         return stacked
-    axes = tuple(axis for axis in ROWS if axis in mesh.shape)
-    count = math.prod(mesh.shape[axis] for axis in axes)
 
-    def on_devices(x: np.ndarray) -> jax.Array:
-        divides = x.shape[1] * jax.process_count() % count == 0
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, jax.P(None, axes if divides else None)), x)
+    def spread(*axes: str) -> Callable[[Any], Any]:
+        def on_devices(x: np.ndarray) -> jax.Array:
+            shape = (x.shape[0], x.shape[1] * jax.process_count(), *x.shape[2:])
+            return jax.make_array_from_process_local_data(activation_sharding(mesh, shape, None, *axes), x)
 
-    return jax.tree.map(on_devices, stacked)
+        return partial(jax.tree.map, on_devices)
+
+    return spread_batch(stacked, rows=spread("batch"), tokens=spread("batch", "length"), media=spread("media"))
+
+
+def spread_batch(
+    batch: TrainingBatch, *, rows: Callable[[Any], Any], tokens: Callable[[Any], Any], media: Callable[[Any], Any]
+) -> TrainingBatch:
+    """Apply a function each to what a batch has of its rows, of their tokens, and of crops and chunks."""
+    inner = batch.batch
+    spread = Batch(
+        tokens(inner.tokens), rows(inner.lengths), rows(inner.adapters), tokens(inner.media), media(inner.images),
+        media(inner.audio), tokens(inner.segments),
+    )  # fmt: skip
+    return TrainingBatch(spread, tokens(batch.targets), tokens(batch.weights))
 
 
 def init_train_state(trainable: Variables, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:

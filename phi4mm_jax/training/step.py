@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.batch import TrainingBatch
-from phi4mm_jax.mesh import split_batch
+from phi4mm_jax.mesh import context_size, split_batch
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.losses import LossConfig, TokenLosses, token_losses
 from phi4mm_jax.training.param_filter import join
@@ -72,10 +72,15 @@ def losses_of(
     rngs = None if key is None else {"dropout": key}
     apply: Callable[..., Any] = model.apply
     with split_batch():
-        hidden = apply(variables, batch.batch, method="hidden", rngs=rngs)
+        hidden, parts = apply(variables, batch.batch, method="hidden", rngs=rngs), context_size()
     # Of the head not the cast one: its gradient is a sum over all positions, which float32 has room for.
     embedding = join(trainable, frozen)["params"]["decoder"]["embedding"]
-    return token_losses(hidden, embedding, batch.targets, batch.weights, config)
+
+    def dealt(x):  # the parts of a row that devices share are rows to the loss
+        return x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:])
+
+    found = token_losses(dealt(hidden), embedding, dealt(batch.targets), dealt(batch.weights), config)
+    return TokenLosses(*(x.reshape(batch.targets.shape) for x in found))
 
 
 def gradients(

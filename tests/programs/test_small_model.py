@@ -154,8 +154,8 @@ def test_tuning_lowers_the_error_of_a_new_font(tmp_path):
     recipe = load_recipe(
         ROOT / "train" / "recipes" / "tiny" / "vision.yaml",
         [
-            f"model={MODEL}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifests['train']}}}]", "fsdp=1",
-            "trainable=[lora_vision, params/vision, params/image_embedder]", "data.steps=100",
+            f"model={MODEL}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifests['train']}}}]",
+            "mesh=fsdp=1", "trainable=[lora_vision, params/vision, params/image_embedder]", "data.steps=100",
             "data.packing.chunks=[]", "log_every=1", "optimizer.learning_rate=5.0e-4", "optimizer.warmup_steps=10",
         ],
     )  # fmt: skip

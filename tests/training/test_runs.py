@@ -81,7 +81,7 @@ def recipe(tmp_path) -> Path:
     manifest = write(tmp_path / "train.jsonl", speech_samples(16))
     settings = {
         "model": str(TINY), "output": str(tmp_path / "run"), "trainable": ["lora_speech"], "dtype": "float32",
-        "fsdp": 1,
+        "mesh": "fsdp=1",
         "data": {
             "sources": [{"path": str(manifest)}], "epochs": 2,
             "packing": {"rows": 2, "lengths": [192], "chunks": [4], "chunk_tokens": 64, "window": 4},
@@ -174,7 +174,7 @@ def test_spread_over_devices(recipe, tmp_path, caplog):
     shared = ["dropout=false", "data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
     with jax.log_compiles():
         assert run(recipe, *shared) == 0
-        assert run(recipe, *shared, "fsdp=4", "tensor=2", f"output={tmp_path / 'spread'}") == 0
+        assert run(recipe, *shared, "mesh=fsdp=4,tensor=2", f"output={tmp_path / 'spread'}") == 0
     assert caplog.text.count("XLA compilation of jit(step)") == 2
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("run", "spread")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
@@ -263,7 +263,7 @@ def test_every_recipe_trains(path, tmp_path):
     manifest = write(tmp_path / "data.jsonl", [sample] * 4)
     overrides = [
         f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
-        f"data.steps={2 * settings.get('accumulate', 1)}", "fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
+        f"data.steps={2 * settings.get('accumulate', 1)}", "mesh=fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
         *(["data.packing.rows=2", "data.packing.lengths=[1280]"] if packing != "auto" else []),
         *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
@@ -287,7 +287,7 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
         (tmp_path / media).symlink_to(folder / media)
     overrides = [
         f"model={ROOT / 'assets' / 'tiny'}", f"data.sources=[{{path: {tmp_path / 'train.jsonl'}}}]",
-        f"output={tmp_path / 'run'}", "data.epochs=1", "dtype=float32", "fsdp=1",
+        f"output={tmp_path / 'run'}", "data.epochs=1", "dtype=float32", "mesh=fsdp=1",
     ]  # fmt: skip
     path = ROOT / "train" / "recipes" / f"{name}.yaml"
     assert run(path, *overrides) == 0
@@ -340,7 +340,7 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
     ],
 )
 def test_wrong_settings(recipe, override, message):
-    overrides = [override, "fsdp=2"] if "rows" in override else [override]
+    overrides = [override, "mesh=fsdp=2"] if "rows" in override else [override]
     with pytest.raises((InputError, CheckpointError), match=message):
         run(recipe, *overrides)
 
@@ -519,7 +519,7 @@ def quick(tmp_path) -> Path:
     manifest = texts(tmp_path / "train.jsonl", [5] * 12)
     settings = {
         "model": str(TINY), "output": str(tmp_path / "run"), "trainable": ["params/decoder/norm"], "dtype": "float32",
-        "fsdp": 1,
+        "mesh": "fsdp=1",
         "data": {
             "sources": [{"path": str(manifest)}], "epochs": 1, "shuffle": False, "threads": 1,
             "packing": {"rows": 1, "lengths": [64], "window": 1},
@@ -591,7 +591,7 @@ def test_resuming_on_other_devices_with_the_data_moved(quick, tmp_path, monkeypa
         assert run(quick, *shared) == STOPPED
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "train.jsonl").rename(tmp_path / "elsewhere" / "data.jsonl")
-    assert run(quick, *shared, "fsdp=4", "tensor=2", f"data.sources=[{{path: {moved}}}]") == 0
+    assert run(quick, *shared, "mesh=fsdp=4,tensor=2", f"data.sources=[{{path: {moved}}}]") == 0
     (step, whole), (other_step, resumed) = final(tmp_path / "whole"), final(tmp_path / "run")
     assert step == other_step == 4
     before = flatten_dict(phi4mm_jax.load(TINY, dtype="float32", scan=True).variables)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import re
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +43,7 @@ from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
 ADAPTERS = ["lora_vision", "lora_speech"]
+TRAINED = ["lora_speech", "params/audio_projector"]
 
 
 def sample(model, prompt: str, answer: str, **media) -> TrainingBatch:
@@ -299,18 +302,34 @@ def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
         assert all(jax.tree.leaves(alike))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((8, 1), marks=pytest.mark.slow), (2, 4)], ids=str)
-def test_gradients_on_a_mesh_are_those_of_one_device(scanned, eight, mesh):
-    """With dropout: what drops out depends on no device, weights are gathered where used, rows stay where they are."""
-    trained = ["lora_speech", "params/audio_projector"]
+ENOUGH = [(1, 4, 2, 1), (2, 1, 2, 2)]  # of the meshes of eight, for a quick run
+MESHES = [
+    pytest.param(sizes, marks=() if sizes in ENOUGH else pytest.mark.slow, id="x".join(map(str, sizes)))
+    for sizes in product((1, 2, 4, 8), repeat=4)
+    if math.prod(sizes) == 8 and sizes[3] <= 2  # the fixture has two key heads
+]
+
+
+@pytest.fixture(scope="module")
+def of_one_device(scanned, eight):
+    """Compute the gradients, with dropout, of two kinds of parameters on one device."""
     batches = micro_batches(together(eight, scanned))
 
     def compute(trainable, frozen):
         return gradients(supervised(scanned.module), trainable, frozen, batches, dropout_key(7))
 
-    expected, expected_sums = jax.jit(compute)(*split(scanned.variables, trained, "trainable"))
-    spread = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(*mesh), scan=True)
-    trainable, frozen = split(spread.variables, trained, "trainable")
+    return compute, jax.jit(compute)(*split(scanned.variables, TRAINED, "trainable"))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_gradients_on_a_mesh_are_those_of_one_device(of_one_device, sizes):
+    """With dropout: what drops out depends on no device, weights are gathered where used, rows and tokens stay where
+    they are."""
+    compute, (expected, expected_sums) = of_one_device
+    data, fsdp, context, tensor = sizes
+    mesh = make_mesh(fsdp, tensor, data=data, context=context)
+    spread = phi4mm_jax.load(TINY, dtype="float32", mesh=mesh, scan=True)
+    trainable, frozen = split(spread.variables, TRAINED, "trainable")
     found, sums = jit_on_mesh(trainable, lambda t, f: compute(t, f))(trainable, frozen)
     np.testing.assert_allclose(sums, expected_sums, rtol=1e-5)
     assert relative(jax.device_get(found), jax.device_get(expected)) <= 1e-4
