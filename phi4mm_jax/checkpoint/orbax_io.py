@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from phi4mm_jax.checkpoint.table import Path, parameter_bytes
 from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.utils.absl_log import absl_log_level
 
 FOLDER = "parameters"  # within a converted checkpoint
 CHUNK_BYTES = 8 << 20  # small enough that a share of a layer is many chunks, large enough for fast files
@@ -126,7 +127,8 @@ def write(
     }
     registry = type_handlers.create_type_handler_registry((_Unread, Handler(deepcopy_host_arrays=False)))
     arguments = ocp.args.PyTreeSave(unflatten_dict(leaves), save_args=unflatten_dict(chunks))
-    with _quiet():
+    # Orbax warns of what does not apply to one host's numpy arrays, and prints errors that are raised as well.
+    with absl_log_level(logging.CRITICAL + 1):
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False,  # a folder for each parameter, a file for each chunk
             use_compression=False,  # weights hardly shrink
@@ -152,15 +154,3 @@ class _Unread:
     def __init__(self, path: Path, abstract: jax.ShapeDtypeStruct):
         self.path, self.abstract = path, abstract
         self.shape, self.dtype = abstract.shape, abstract.dtype
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax warns of what does not apply to one host's numpy arrays, and prints errors that are raised as well."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

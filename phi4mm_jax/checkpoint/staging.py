@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.utils.files import incomplete_path, try_lock
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -72,7 +72,7 @@ def staged(destination: Path) -> Iterator[Path]:
 
 def aside_of(destination: Path) -> Path:
     """The folder that becomes the destination."""
-    return destination.with_name(f".{destination.name}.incomplete")
+    return incomplete_path(destination)
 
 
 def check_room(folder: Path, size: int) -> None:
@@ -174,9 +174,8 @@ def _locked(folder: Path, destination: Path) -> Iterator[None]:
     try:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_there = os.path.samestat(os.fstat(descriptor), os.lstat(folder))
-        except (BlockingIOError, FileNotFoundError):
+            is_there = try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.lstat(folder))
+        except FileNotFoundError:
             is_there = False
         if not is_there:
             raise CheckpointError(f"{destination}: another process is writing it; wait for it, or stop it")

@@ -15,6 +15,7 @@ from phi4mm_jax.data.conversation import MEDIA, MESSAGES, read_conversation
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.edits import edit_distance, optional_module
+from phi4mm_jax.utils.files import open_atomically
 from phi4mm_jax.utils.strict_json import strict_json
 
 # Scripts without spaces between words: each character is one.
@@ -250,16 +251,9 @@ def _moved_media(media: Any, prefix: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Any]:
-    """File that takes its name when all of it is written."""
-    aside = path.with_name(f".{path.name}.incomplete")
+    """Open a file that takes its name when all of it is written."""
     try:
-        with aside.open("w", encoding="utf-8", errors="surrogatepass") as file:
+        with open_atomically(path, errors="surrogatepass") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); nothing was left there") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()

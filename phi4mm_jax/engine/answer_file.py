@@ -1,6 +1,5 @@
 """Output of a run, a line for each answer; rerun the same command to resume a run that was stopped."""
 
-import fcntl
 import os
 import stat
 from array import array
@@ -24,6 +23,7 @@ from phi4mm_jax.engine.jsonl import Line, LineIndex, RequestFile, digest_number
 from phi4mm_jax.engine.provenance import Settings, check_settings, media_fingerprint
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.files import incomplete_path, try_lock
 
 _NEW, _FAILED, _KEPT, _ANSWERED = range(4)  # kept: the error of a line that cannot be asked
 
@@ -85,10 +85,9 @@ class AnswerFile:
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise InputError(f"{self.path}: is no file, so that a run could not be resumed; give one")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(self._file):
+                raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it")
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it") from None
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -181,10 +180,10 @@ class AnswerFile:
             if place is not None:
                 last[place] = record.start
         path = Path(os.path.realpath(self.path))
-        aside = path.with_name(f".{path.name}.incomplete")
+        aside = incomplete_path(path)
         try:
             new = aside.open("w+b", buffering=0)
-            fcntl.flock(new, fcntl.LOCK_EX)
+            try_lock(new)  # nobody else opens it under this name
             os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
             with path.open("rb") as source, path.open("rb") as answers:
                 writer = os.fdopen(os.dup(new.fileno()), "wb")

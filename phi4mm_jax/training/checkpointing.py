@@ -15,6 +15,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.training.step import TrainState
+from phi4mm_jax.utils.absl_log import absl_log_level
 from phi4mm_jax.utils.files import write_atomically
 
 _SCORE = "score"
@@ -42,14 +43,14 @@ class Checkpoints:
             _BestScored(self._late_scores, greater),
         ])  # fmt: skip
         mode = "max" if greater else "min"
-        with _quiet():
+        with absl_log_level(logging.ERROR):
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies, best_fn=_score, best_mode=mode, read_only=read_only,
                 create=not read_only, cleanup_tmp_directories=not read_only,
             )  # fmt: skip
         if read_only and not folder.is_dir():
             raise InputError(f"{folder}: is not there; has this run saved anything yet?")
-        with self._writable(), _quiet():
+        with self._writable(), absl_log_level(logging.ERROR):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
@@ -92,7 +93,7 @@ class Checkpoints:
             score: how good the state is.
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave(dict(data)))
-        with self._writable(), _quiet():
+        with self._writable(), absl_log_level(logging.ERROR):
             self._manager.save(int(state.step), args=items, metrics=None if score is None else {_SCORE: score})
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -103,7 +104,7 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        with self._readable(step), _quiet():
+        with self._readable(step), absl_log_level(logging.ERROR):
             found = self._manager.restore(step, args=items)
             return TrainState(**found["state"]), found["data"]
 
@@ -113,7 +114,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be read.
         """
-        with self._readable(step), _quiet():
+        with self._readable(step), absl_log_level(logging.ERROR):
             folder = self._folder / str(step) / "state"
             metadata: Any = ocp.PyTreeCheckpointer().metadata(folder).item_metadata
             item = {"trainable": dict(metadata.tree)["trainable"]}
@@ -123,7 +124,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until all is written."""
-        with self._writable(), _quiet():
+        with self._writable(), absl_log_level(logging.ERROR):
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -177,15 +178,3 @@ def _best(scores: Mapping[int, float], greater: bool) -> int:
 
 def _score(metrics: Mapping[str, Any]) -> float:
     return metrics[_SCORE]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Orbax, which logs every step that it takes."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,6 +1,5 @@
 """Folder of a run: the names of its files, the checks before it is written, and its lock."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.files import try_lock
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
 
@@ -34,10 +34,6 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
         return
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: another process is training here; wait for it, or give another output"
-            ) from error
+        if not try_lock(file):
+            raise InputError(f"{folder}: another process is training here; wait for it, or give another output")
         yield

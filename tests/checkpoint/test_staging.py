@@ -294,7 +294,7 @@ def test_runs_at_the_same_time(tmp_path, monkeypatch, other, leftover):
     with contextlib.ExitStack() as running:
 
         def late(descriptor, how):
-            monkeypatch.setattr(staging.fcntl, "flock", flock)
+            monkeypatch.setattr(fcntl, "flock", flock)
             if other == "goes on":
                 (running.enter_context(staged(destination)) / "file").write_text("other")
             elif other == "finishes":
@@ -304,7 +304,7 @@ def test_runs_at_the_same_time(tmp_path, monkeypatch, other, leftover):
                     raise ZeroDivisionError
             flock(descriptor, how)
 
-        monkeypatch.setattr(staging.fcntl, "flock", late)
+        monkeypatch.setattr(fcntl, "flock", late)
         with pytest.raises(CheckpointError, match="another process is writing it"):
             write(destination)
         assert destination.exists() == (other == "finishes")
