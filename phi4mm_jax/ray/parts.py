@@ -1,6 +1,6 @@
 """A folder of answers in parts, each written whole; rerun the same command to resume a run that was stopped."""
 
-import fcntl
+import contextlib
 import json
 import os
 import re
@@ -24,6 +24,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.answer import with_columns
 from phi4mm_jax.ray.inputs import is_parquet, key_of
 from phi4mm_jax.ray.storage import open_storage, write_whole
+from phi4mm_jax.utils.files import try_lock
 from phi4mm_jax.utils.strict_json import strict_json
 
 _PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
@@ -66,10 +67,10 @@ class Parts:
         self._since = 0.0
         try:
             self.storage.create_dir(self._folder, recursive=True)
+            self._lock()  # before it is read
             infos = self.storage.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
         except OSError as error:
             raise self._unwritable(error) from error
-        self._lock()
         names = [i.base_name for i in infos if not i.base_name.startswith(".") and i.base_name != _SETTINGS]
         for name in names:
             match = _PART.fullmatch(name)
@@ -85,14 +86,10 @@ class Parts:
         if not isinstance(self.storage, fs.LocalFileSystem):
             return
         descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(f"{self.url}: another run is writing it; wait for it, or stop it") from None
-        except OSError:  # a disk that has no locks on folders
-            pass
         self._closed = weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):  # of a disk that cannot lock folders
+            if not try_lock(descriptor):
+                raise InputError(f"{self.url}: another run is writing it; wait for it, or stop it")
 
     @property
     def paths(self) -> list[str]:

@@ -1,16 +1,17 @@
 """Files of this machine and of cloud storage, by pyarrow, or by fsspec for what pyarrow does not know."""
 
+import contextlib
 import itertools
 import os
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow
 from pyarrow import fs
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import INCOMPLETE
+from phi4mm_jax.utils.files import incomplete_path
 
 SCHEMES = ("gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "hdfs", "viewfs", "hf", "local", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
@@ -88,15 +89,14 @@ def write_whole(storage: fs.FileSystem, path: str, content: bytes | pyarrow.Buff
         with storage.open_output_stream(path) as file:
             file.write(content)
         return
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f".{name}{INCOMPLETE}")
+    aside = incomplete_path(Path(path))
     try:
-        with open(aside, "wb") as file:
+        with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError:
-        if os.path.lexists(aside):
-            os.unlink(aside)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise
