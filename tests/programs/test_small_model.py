@@ -95,13 +95,13 @@ def test_the_speech_adapter_carries_it(adapter, tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr", "--adapter", adapter) >= 80
 
 
-@pytest.mark.parametrize("name", ["ocr", "speech"])
-def test_what_is_read_and_heard_is_of_no_training(name):
+@pytest.mark.parametrize(("name", "count"), [("ocr", 75), ("speech", 100)])
+def test_what_is_read_and_heard_is_of_no_training(name, count):
     """What is written or said on the fixture's media hashes into the held-out split."""
-    for item in map(json.loads, (HELD / f"{name}.jsonl").read_text().splitlines()):
-        answer = item["messages"][-1]["content"]
-        if item["messages"][0]["content"][-1]["text"] in (content.READ, content.HEAR):
-            assert content.is_of(answer, "held")
+    chats = [json.loads(line)["messages"] for line in (HELD / f"{name}.jsonl").read_text().splitlines()]
+    answers = [chat[-1]["content"] for chat in chats if chat[0]["content"][-1]["text"] in (content.READ, content.HEAR)]
+    assert len(answers) == count
+    assert all(content.is_of(answer, "held") for answer in answers)
 
 
 def test_fonts_and_voices_of_the_sets_differ():

@@ -133,18 +133,26 @@ def command(recipe, *arguments):
 ENVIRONMENT = os.environ | {"XLA_FLAGS": ""}  # one device
 
 
-@pytest.mark.slow
 @pytest.mark.subprocess
-def test_killed_ten_times(recipe, tmp_path):
-    """And once told to end. The weights are those of the run that nobody interrupted, bit by bit, and so is the log."""
-    endless = ["data.epochs=null", "data.steps=100"]
+@pytest.mark.parametrize(
+    ("endings", "steps"),
+    [
+        pytest.param([signal.SIGKILL], 8, id="once"),
+        pytest.param(
+            [signal.SIGKILL] * 5 + [signal.SIGTERM] + [signal.SIGKILL] * 5, 100, id="ten times", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_killed_and_resumed(recipe, tmp_path, endings, steps):
+    """And told to end, in the longer case: weights and log are bitwise those of the run that nobody interrupted."""
+    endless = ["data.epochs=null", f"data.steps={steps}"]
     whole = subprocess.run(
         command(recipe, f"output={tmp_path / 'whole'}", *endless), cwd=ROOT, env=ENVIRONMENT, capture_output=True,
         text=True,
     )  # fmt: skip
     assert whole.returncode == 0, whole.stderr
     draw = random.Random(0)
-    for ending in [signal.SIGKILL] * 5 + [signal.SIGTERM] + [signal.SIGKILL] * 5 + [None]:
+    for ending in [*endings, None]:
         process = subprocess.Popen(
             command(recipe, f"output={tmp_path / 'cut'}", *endless, "save_every=1"), cwd=ROOT, env=ENVIRONMENT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -160,7 +168,7 @@ def test_killed_ten_times(recipe, tmp_path):
         assert process.returncode == status, error
         assert ("Stopped and saved after step" in out) == (ending == signal.SIGTERM)
     (step, weights), (other_step, other) = final(tmp_path / "whole"), final(tmp_path / "cut")
-    assert step == other_step == 100
+    assert step == other_step == steps
     assert weights.keys() == other.keys()
     for path, value in weights.items():
         np.testing.assert_array_equal(value, other[path], err_msg="/".join(path))
