@@ -5,20 +5,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phi4mm_jax.api import Model, load
     from phi4mm_jax.engine import Completion
-    from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+    from phi4mm_jax.errors import CheckpointError, ConfigError, ContextLengthError, InputError, MediaError
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "Completion", "ConfigError", "InputError", "Model", "__version__", "load"]
+__all__ = [
+    "CheckpointError", "Completion", "ConfigError", "ContextLengthError", "InputError", "MediaError", "Model",
+    "__version__", "load",
+]  # fmt: skip
 
 _MODULES = {
-    "CheckpointError": "errors", "ConfigError": "errors", "InputError": "errors",
-    "Completion": "engine", "Model": "api", "load": "api",
+    "CheckpointError": "errors", "ConfigError": "errors", "ContextLengthError": "errors", "InputError": "errors",
+    "MediaError": "errors", "Completion": "engine", "Model": "api", "load": "api",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, and submodules, when it is: a program must be able to end well before jax is there."""
+    """Import names and submodules on first use: a program must be able to fail well before jax is there."""
     import importlib
     import importlib.util
 

@@ -1,13 +1,21 @@
-"""The errors a caller may want to catch. Each message names the input, the cause and the remedy."""
+"""Errors that a caller may want to catch. Each message names the input, the cause and the remedy."""
 
 
 class InputError(ValueError):
-    """A prompt, image, audio clip or argument that cannot be processed."""
+    """Prompt, image, audio clip or argument that cannot be processed."""
+
+
+class MediaError(InputError):
+    """Image, audio clip or video that cannot be opened, decoded or used."""
+
+
+class ContextLengthError(InputError):
+    """Prompt that is longer than the context."""
 
 
 class ConfigError(ValueError):
-    """A `config.json` that asks for something this implementation does not support."""
+    """`config.json` that asks for something this implementation does not support."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint with a missing, extra, misshapen or otherwise unusable file or tensor."""
+    """Checkpoint with a missing, extra, misshapen or otherwise unusable file or tensor."""

@@ -5,7 +5,6 @@ with a prompt, and the answers "chosen" and "rejected". The tokens are those tha
 generates: the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from phi4mm_jax.data.augment import (
     stretched_length,
 )
 from phi4mm_jax.data.conversation import read_conversation
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.batching import Outline, Row, num_chunks
 from phi4mm_jax.processing.chat import render_chat
@@ -115,8 +114,7 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     try:
         prompt = render_chat(with_paths(messages, folder), tokenizer, add_generation_prompt=False)
     except InputError as error:
-        is_media = re.match(r"\S+\.video\S*: ", str(error))  # the only media that are opened here
-        raise BadSample("media" if is_media else "messages", str(error)) from error
+        raise BadSample(_cause(error), str(error)) from error
     return Sample(prompt, loss_mask, rejected)
 
 
@@ -264,8 +262,16 @@ def _by_media(process: Callable[[], Any]) -> Any:
     try:
         return process()
     except InputError as error:
-        cause = "media" if str(error).startswith(("image ", "audio ")) else "messages"
-        raise BadSample("length" if " more than the context of " in str(error) else cause, str(error)) from error
+        raise BadSample(_cause(error), str(error)) from error
+
+
+def _cause(error: InputError) -> Cause:
+    match error:
+        case ContextLengthError():
+            return "length"
+        case MediaError():
+            return "media"
+    return "messages"
 
 
 def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Generator | None) -> Prompt:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.audio_features import check_length, check_rate, check_samples
-from phi4mm_jax.processing.containers import open_container
+from phi4mm_jax.processing.containers import MissingPyAV, open_container
 from phi4mm_jax.processing.sources import Deadline, open_file, plain, to_array
 from phi4mm_jax.processing.wav_header import (
     MIN_UNKNOWN_32,
@@ -272,10 +272,10 @@ def _from_container(source: str | bytes, max_seconds: float, cause: Exception) -
             if announced is not None and announced > 1.01 * len(samples) / rate + 0.5:
                 raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
             return samples, rate
-    except (InputError, MemoryError) as error:
-        if "PyAV" not in str(error):
-            raise
+    except MissingPyAV as error:
         failure: Exception = error
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # decoders raise errors of many types
         failure = error
     told = str(failure) if isinstance(failure, InputError) else f"PyAV: {failure!r:.200}"

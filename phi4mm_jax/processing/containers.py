@@ -21,9 +21,13 @@ FORMATS = (
 )  # fmt: skip
 
 
+class MissingPyAV(InputError):
+    """File that only PyAV opens, which is not installed."""
+
+
 @contextmanager
 def open_container(source: str | bytes, what: str, advice: str) -> Iterator[tuple[Any, Deadline]]:
-    """A file in one of `FORMATS`, as PyAV opens it, and the deadline of its decoding.
+    """Open a file in one of `FORMATS`, as PyAV opens it, and the deadline of its decoding.
 
     Args:
         source: a path or the bytes of a file.
@@ -31,12 +35,13 @@ def open_container(source: str | bytes, what: str, advice: str) -> Iterator[tupl
         advice: what to pass instead where PyAV is not installed.
 
     Raises:
-        InputError: PyAV is missing; what PyAV raises, here and in the body.
+        MissingPyAV: PyAV is not installed.
+        Exception: of PyAV, of many types, here and in the body.
     """
     try:
         import av
     except ImportError:
-        raise InputError(f"the {what} needs PyAV: pip install 'phi4mm-jax[video]'; or {advice}") from None
+        raise MissingPyAV(f"the {what} needs PyAV: pip install 'phi4mm-jax[video]'; or {advice}") from None
     deadline = Deadline(what)
     options = {
         "protocol_whitelist": "none",
@@ -48,7 +53,7 @@ def open_container(source: str | bytes, what: str, advice: str) -> Iterator[tupl
 
 
 class _Reader:
-    """A file that is read until the deadline."""
+    """Binary file that is read until the deadline."""
 
     def __init__(self, file: BinaryIO, deadline: Deadline):
         self._deadline, self._file = deadline, file

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.media_urls import decode_base64, locate
 from phi4mm_jax.processing.prompt import KINDS, Kind
@@ -166,7 +166,7 @@ def _frames(where: str, source: Any, given: Mapping[str, Any]) -> list[Frame]:
     try:
         frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise MediaError(f"{where}: {error}") from error
     return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from phi4mm_jax.adapters import ADAPTERS, default_adapter
 from phi4mm_jax.batch import Batch
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import ContextLengthError, InputError
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.audio_features import (
     log_mel,
@@ -86,7 +86,8 @@ class Processor:
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
 
         Raises:
-            InputError: anything that cannot be processed; it names the row, and the medium by its number in the row.
+            InputError: anything that cannot be processed; it names the row. A MediaError names the medium by its number
+                in the row as well.
         """
         rows = self.rows(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
         return self.batch(rows)
@@ -114,7 +115,7 @@ class Processor:
                 media = _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")
                 rows.append(self.row(prompt, *media, max_crops, continue_final_message, adapter))
             except InputError as error:
-                raise InputError(f"prompt {i}: {error}") from error
+                raise type(error)(f"prompt {i}: {error}") from error
         return rows
 
     def row(
@@ -133,7 +134,8 @@ class Processor:
                 must have.
 
         Raises:
-            InputError: as in `__call__`, and when the prompt is empty or longer than the context.
+            InputError: as in `__call__`, and when the prompt is empty.
+            ContextLengthError: the prompt is longer than the context.
         """
         parsed = parse_prompt(prompt, self.tokenizer, images, audios, continue_final_message=continue_final_message)
         return self.row_of(parsed, max_crops, adapter)
@@ -221,7 +223,7 @@ class Processor:
         if length > self.context:
             text = length - sum(map(sum, counts.values()))
             media = [f"{kind} {i}: {n}" for kind, each_of in counts.items() for i, n in enumerate(each_of, 1)]
-            raise InputError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens ({', '.join([f'text: {text}', *media])}), more than the context of "
                 f"{self.context}; shorten the text, give fewer or shorter media, or cap the crops with max_crops"
             )

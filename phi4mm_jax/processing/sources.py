@@ -1,4 +1,4 @@
-"""What callers pass as media: files, arrays and tensors, in few forms; and what to call each in an error.
+"""Media as callers pass them: files, arrays and tensors, in few forms; and their names in errors.
 
 The loaders' errors say what is wrong; `each` adds which medium it is.
 """
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import Image
 
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import InputError, MediaError
 
 T = TypeVar("T")
 
@@ -30,23 +30,24 @@ _KINDS = {
 
 
 def each(kind: str, sources: Sequence[Any], process: Callable[[Any], T]) -> tuple[T, ...]:
-    """`process` of each medium.
+    """Process each medium.
 
     Raises:
-        InputError: what `process` raises, with the medium's number, from 1, and its name before it.
+        MediaError: an InputError of `process`, with the medium's number, from 1, and its name before it.
     """
     results = []
     for number, source in enumerate(sources, 1):
         try:
             results.append(process(source))
         except InputError as error:
-            raise InputError(f"{kind} {number} ({_describe(source)}): {error}") from error
+            raise MediaError(f"{kind} {number} ({_describe(source)}): {error}") from error
     return tuple(results)
 
 
 def plain(source: Any) -> Any:
-    """A path as a string, the content of bytes and of open files as bytes, arrays and tensors as numpy arrays; anything
-    else as it is.
+    """Return a path as a string, the content of bytes and open files as bytes, arrays and tensors as numpy arrays.
+
+    Anything else is returned as it is.
 
     Raises:
         InputError: a file is missing, empty, no regular file or cannot be opened; a tensor cannot be copied.
@@ -65,7 +66,7 @@ def plain(source: Any) -> Any:
 
 
 def to_array(values: Any) -> np.ndarray:
-    """Lists, arrays and tensors of any library as a numpy array.
+    """Convert lists, arrays and tensors of any library to a numpy array.
 
     Raises:
         InputError: it cannot be made one.
@@ -115,7 +116,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 class Deadline:
-    """A time limit for the decoding of one file.
+    """Time limit for the decoding of one file.
 
     Args:
         what: the medium, for the error.
@@ -135,7 +136,7 @@ class Deadline:
 
 
 def _content(file: Any) -> bytes:
-    """All of an open file, wherever it was read to."""
+    """Read all of an open file, wherever it was read to."""
     try:
         if file.seekable():
             file.seek(0)

@@ -11,7 +11,7 @@ import soundfile
 from helpers.paths import FIXTURES, TINY
 from PIL import Image
 
-from phi4mm_jax import InputError
+from phi4mm_jax import ContextLengthError, InputError, MediaError
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import processor
 from phi4mm_jax.processing.batching import bucket
@@ -171,6 +171,18 @@ def test_what_cannot_be_counted(tiny, count, message: str):
         count(tiny.processor)
 
 
+@pytest.mark.parametrize("media", [([["nowhere.png"]], None), (None, [[b"no audio"]])])
+def test_media_have_an_error_of_their_own(tiny, media):
+    with pytest.raises(MediaError, match=r"^prompt 0: (image|audio) 1 \("):
+        tiny.process([SEE if media[0] else HEAR], *media)
+
+
+def test_a_text_has_no_media_error(tiny):
+    with pytest.raises(InputError, match=r"^prompt 0: prompt has 0 image placeholder") as error:
+        tiny.process(["x"], [["nowhere.png"]])
+    assert type(error.value) is InputError
+
+
 # The cap on crops
 
 
@@ -226,7 +238,7 @@ def test_what_exceeds_the_context(tiny, monkeypatch: pytest.MonkeyPatch):
     small = Processor(p.config, p.tokenizer, 36, len(row.tokens) - 1)
     monkeypatch.setattr(processor, "preprocess_image", None)
     monkeypatch.setattr(processor, "log_mel", None)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(ContextLengthError) as error:
         small.row(prompt, *media)
     text = len(row.tokens) - sum(images) - clip
     assert str(error.value) == (
