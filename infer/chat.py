@@ -40,6 +40,7 @@ from phi4mm_jax.processing.prompt import Tokens
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.files import write_remedy
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def save(conversation: Conversation, path: str) -> None:
     except FileExistsError:
         raise InputError(f"{path} exists already; choose another name") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror})") from error
+        raise InputError(f"{path} cannot be written ({error.strerror}); {write_remedy(error)}") from error
 
 
 # Answers

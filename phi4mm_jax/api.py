@@ -43,7 +43,7 @@ _MOST_SLOTS = 8  # of `generate`; an engine may have more
 
 def load(
     path: str | Path,
-    dtype: DType = "bfloat16",
+    dtype: DType | Any = "bfloat16",
     mesh: Mesh | None = None,
     *,
     adapters: Mapping[str, str | Path] | None = None,
@@ -61,7 +61,7 @@ def load(
     Args:
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
             converted one; or a repository on the Hub, "org/name", which is downloaded.
-        dtype: of parameters and activations.
+        dtype: of parameters and activations: "float32" or "bfloat16", or that of numpy or jax.
         mesh: the devices to spread the parameters over (see `phi4mm_jax.mesh`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters are added to the
             checkpoint's own, or take the place of those of the same names: {"speech": FOLDER}.
@@ -81,8 +81,7 @@ def load(
         ConfigError: config.json asks for something unsupported.
         InputError: an unknown dtype, or no such adapter to replace or to merge.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype is {dtype!r}; expected 'float32' or 'bfloat16'")
+    dtype = _dtype_name(dtype)
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     keep_compiled_by_default()
@@ -116,6 +115,16 @@ def load(
             collection["decoder"] = unstack_layers(collection["decoder"])
     module = Phi4MM(config, jnp.dtype(dtype), scan)
     return Model(module, variables, processor)
+
+
+def _dtype_name(dtype: Any) -> DType:
+    try:
+        name = repr(dtype) if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"dtype is {name:.60}; expected 'float32' or 'bfloat16'")
+    return name
 
 
 class Model:

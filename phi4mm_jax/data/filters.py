@@ -15,7 +15,7 @@ from phi4mm_jax.data.conversation import MEDIA, MESSAGES, read_conversation
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.edits import edit_distance, optional_module
-from phi4mm_jax.utils.files import open_atomically
+from phi4mm_jax.utils.files import open_atomically, write_remedy
 from phi4mm_jax.utils.strict_json import strict_json
 
 # Scripts without spaces between words: each character is one.
@@ -256,4 +256,5 @@ def _whole(path: Path) -> Iterator[Any]:
         with open_atomically(path, errors="surrogatepass") as file:
             yield file
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); nothing was left there") from error
+        cause = f"{path}: cannot be written ({error.strerror}), nothing was left there"
+        raise InputError(f"{cause}; {write_remedy(error)}") from error

@@ -23,7 +23,7 @@ from phi4mm_jax.engine.jsonl import Line, LineIndex, RequestFile, digest_number
 from phi4mm_jax.engine.provenance import Settings, check_settings, media_fingerprint
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import incomplete_path, try_lock
+from phi4mm_jax.utils.files import incomplete_path, try_lock, write_remedy
 
 _NEW, _FAILED, _KEPT, _ANSWERED = range(4)  # kept: the error of a line that cannot be asked
 
@@ -164,10 +164,10 @@ class AnswerFile:
                     )
 
     def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path}: cannot be written ({error.strerror}); with room and permission, rerun the same command to "
-            "resume"
-        )
+        remedy = write_remedy(error)
+        if self.path.is_file():
+            remedy = "with room and permission, rerun the same command to resume"
+        return InputError(f"{self.path}: cannot be written ({error.strerror}); {remedy}")
 
     def __exit__(self, *exception) -> None:
         self._file.close()

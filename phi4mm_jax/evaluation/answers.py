@@ -16,7 +16,7 @@ from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import Line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
-from phi4mm_jax.utils.files import INCOMPLETE, write_atomically
+from phi4mm_jax.utils.files import INCOMPLETE, write_atomically, write_remedy
 from phi4mm_jax.utils.fingerprint import weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json
 
@@ -141,7 +141,7 @@ def _claim(folder: Path, settings: Settings) -> None:
         if is_empty:
             write_atomically(path, strict_json(now, indent=1))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); {write_remedy(error)}") from error
     if is_empty:
         return
     try:

@@ -44,6 +44,9 @@ def export(
         CheckpointError: as `to_torch`; or the run's checkpoint cannot be read.
     """
     run = local_path(run)
+    if not (run / RECIPE).is_file():
+        cause = f"has no {RECIPE}, and is no run's folder" if run.exists() else "there is no such folder"
+        raise InputError(f"{run}: {cause}; give the output of a recipe, as train.sft names it when it begins")
     recipe = load_recipe(run / RECIPE)
     greater = recipe.evaluation is not None and recipe.evaluation.greater
     checkpoints = Checkpoints(run / CHECKPOINTS, None, greater, read_only=True)

@@ -245,6 +245,16 @@ def _said(error: Mapping[str, Any]) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         suggestion = meant(place, list(setting_names(Recipe)))
         return f"{place}: is no setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
+    if (list_of := _as_list(place, error)) is not None:
+        return f"{place}: is {error['input']!r:.60}, and a list is expected; write {list_of}"
     message = error["msg"].removeprefix("Value error, ")
     is_section = isinstance(error["input"], Mapping)  # whose own check names the setting, and the value
     return f"{place}: {message}" if is_section else f"{place}: {message} (it is {error['input']!r:.60})"
+
+
+def _as_list(place: str, error: Mapping[str, Any]) -> str | None:
+    """The list that is meant by a single value, where it is text."""
+    value, name = error["input"], place.rstrip("0123456789").rstrip(".")
+    if not isinstance(value, str) or error["type"] != ("tuple_type" if name == place else "dataclass_type"):
+        return None
+    return f"{name}=[{{path: {value}}}]" if name.endswith("sources") else f"{name}=[{value}]"

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and locks of files and folders."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -36,6 +37,24 @@ def open_atomically(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+_REMEDIES = {
+    errno.EISDIR: "it is a folder; give a file's path",
+    errno.EEXIST: "a file is where a folder should be; give another path",
+    errno.ENOTDIR: "a file is where a folder should be; give another path",
+    errno.ENOENT: "make its folder first, or give another path",
+    errno.EACCES: "give a path that you may write to",
+    errno.EPERM: "give a path that you may write to",
+    errno.EROFS: "give a path that you may write to",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room in your quota",
+}
+
+
+def write_remedy(error: OSError) -> str:
+    """Return what to do where something could not be written."""
+    return _REMEDIES.get(error.errno or 0, "give another path")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
-from phi4mm_jax import CheckpointError
+from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.checkpoint.layouts.original import original_table
@@ -73,6 +74,20 @@ def test_table_covers_the_checkpoint_and_the_model():
     declared = flatten_dict(nn.unbox(abstract_variables(Phi4MM(config))))
     read = {path: shape for path, shape in parameter_shapes(table).items() if path[0] != UNUSED}
     assert read == {path: leaf.shape for path, leaf in declared.items()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, np.float32, np.dtype("float32"), "bfloat16", jnp.bfloat16])
+def test_dtypes_of_numpy_and_jax(tmp_path, dtype):
+    with pytest.raises(CheckpointError, match="no such folder"):  # the next thing that is checked
+        phi4mm_jax.load(tmp_path / "nowhere", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(np.float64, "float64"), (np.float16, "float16"), (None, "None"), ("half", "float16"), (3, "3")]
+)
+def test_other_dtypes_are_named(tmp_path, dtype, name):
+    with pytest.raises(InputError, match=f"dtype is {name}; expected 'float32' or 'bfloat16'"):
+        phi4mm_jax.load(tmp_path / "nowhere", dtype=dtype)
 
 
 def test_table_is_a_bijection():

@@ -545,8 +545,8 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
     [
         ({"--input": "nowhere"}, "nowhere: cannot be read (No such file or directory); check the path"),
         ({"--input": "."}, ".: cannot be read (Is a directory)"),
-        ({"--output": "."}, ".: cannot be written (Is a directory)"),
-        ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory)"),
+        ({"--output": "."}, ".: cannot be written (Is a directory); it is a folder; give a file's path"),
+        ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory); make its"),
         ({"--output": "/dev/full"}, "/dev/full: is no file"),
         ({"--output": "in"}, "in: is the input"),
         ({"--slots": "0"}, "--slots is 0"),

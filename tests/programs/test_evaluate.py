@@ -670,7 +670,7 @@ GOOD = {"messages": [user("A?"), assistant("a")]}
         ([GOOD], ["--reference", "open-asr"], "m: is no set of the reference; name the manifests after its sets: ami"),
         ([{"messages": [user("A?"), assistant("[noise]")]}], [], "m.jsonl: nothing is left of any reference by the"),
         ([GOOD], ["--model", "nowhere"], "nowhere: no such folder. Give the folder of a Phi-4-multimodal checkpoint"),
-        ([GOOD], ["--output", "m.jsonl"], "m.jsonl: cannot be written to (File exists)"),
+        ([GOOD], ["--output", "m.jsonl"], "m.jsonl: cannot be written to (File exists); a file is where a folder"),
         ([GOOD], ["--output", "."], ".: holds something else; give another folder"),
     ],
 )

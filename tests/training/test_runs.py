@@ -206,6 +206,12 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
+@pytest.mark.parametrize(("folder", "cause"), [("nope", "there is no such folder"), (".", "is no run's folder")])
+def test_what_is_no_run_is_not_exported(tmp_path, folder, cause):
+    with pytest.raises(InputError, match=f"{cause}; give the output of a recipe"):
+        export(tmp_path / folder, tmp_path / "out", "native")
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
@@ -333,6 +339,9 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
         ("num_train_epochs=1", r"did you mean data\.epochs\?"),
         ("weight_decay=1", r"did you mean optimizer\.weight_decay\?"),
         ("data.sources=[{pth: x}]", r"data\.sources\.0\.pth: .* did you mean data\.sources\.path\?"),
+        ("data.sources=x.jsonl", r"is 'x.jsonl', and a list is expected; write data\.sources=\[\{path: x\.jsonl\}\]"),
+        ("data.sources=[x.jsonl]", r"data\.sources\.0: is 'x.jsonl', .* write data\.sources=\[\{path: x\.jsonl\}\]"),
+        ("trainable=lora", r"trainable: is 'lora', and a list is expected; write trainable=\[lora\]"),
         ("optimizer=constant", r"optimizer: .* \(it is 'constant'\)"),
         ("data.steps=5", r"data: epochs is 2 and steps is 5; give one of them, and null for the other$"),
         ("dtype.kind=1", r"dtype is 'float32', which has no settings of its own; give dtype=\{...\} with all"),
