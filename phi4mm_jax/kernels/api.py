@@ -1,4 +1,4 @@
-"""The attention API. An implementation is chosen by name; a name succeeds or raises."""
+"""Attention API. An implementation is chosen by name; a name succeeds or raises."""
 
 from collections.abc import Sequence
 from typing import Any

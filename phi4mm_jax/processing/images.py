@@ -54,7 +54,7 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryv
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """An image as the vision tower takes it, and as the decoder will see it."""
+    """Image as the vision tower takes it, and as the decoder will see it."""
 
     crops: Float[np.ndarray, "C 448 448 3"]  # in [-1, 1]; the global view, then the sub-crops row by row
     patch_mask: Bool[np.ndarray, "C 32 32"]  # False: padding
@@ -66,7 +66,7 @@ class ImageFeatures:
 
 
 class _Grid(NamedTuple):
-    """How an image lies in its grid of crops."""
+    """Placement of an image in its grid of crops."""
 
     columns: int
     rows: int
@@ -229,7 +229,7 @@ def preprocess_image(
 def count_image_tokens(
     width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448, patch_size: int = 14
 ) -> int:
-    """The tokens of an image of this size: `preprocess_image(...).num_tokens`, without the pixels.
+    """Return the number of tokens of an image of this size: `preprocess_image(...).num_tokens`, without the pixels.
 
     Raises:
         InputError: as `preprocess_image`.
@@ -240,13 +240,13 @@ def count_image_tokens(
 
 
 def count_crops(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> int:
-    """The crops of an image of this size, the global view among them."""
+    """Return the number of crops of an image of this size, the global view among them."""
     columns, rows = choose_grid(width, height, dynamic_hd, crop_size)
     return 1 + columns * rows
 
 
 def check_max_crops(name: str, value: Any) -> None:
-    """Raises an InputError, about what is called so, unless it is a positive whole number."""
+    """Raise an InputError that begins with the name, unless the value is a positive whole number."""
     if not is_whole(value, 1):
         raise InputError(f"{name} is {value!r:.80}; expected the largest number of crops, at least 1")
 
@@ -299,7 +299,7 @@ def _lay_out(width: int, height: int, dynamic_hd: int, crop_size: int, patch_siz
 
 
 def _fill(image: Image.Image, grid: _Grid, crop_size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The grid's pixels: the scaled image at the top left, white elsewhere."""
+    """Return the grid's pixels: the scaled image at the top left, white elsewhere."""
     pixels = np.empty((grid.rows * crop_size, grid.columns * crop_size, 3), np.uint8)
     pixels[: grid.height, : grid.width] = np.asarray(image.resize((grid.width, grid.height), Image.Resampling.BILINEAR))
     pixels[grid.height :] = _WHITE
@@ -324,7 +324,7 @@ def _shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
     length = pixels.shape[axis]
 
     def every(first: int) -> np.ndarray:
-        """The pixels first, first + factor, ...; the borders are repeated."""
+        """Return the pixels first, first + factor, ...; the borders are repeated."""
         return pixels.take(np.arange(first, length + first, factor).clip(0, length - 1), axis)
 
     if factor % 2:
@@ -392,7 +392,7 @@ def _oriented_size(image: Image.Image, max_pixels: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, which is still to be applied."""
+    """Return the EXIF orientation, 1 to 8, which is still to be applied."""
     if image.format == "TIFF" and getattr(image, "tile", None):
         return 1  # Pillow applies it as it decodes; the size is that after it
     try:

@@ -36,7 +36,7 @@ VideoSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 @dataclass(frozen=True)
 class Frame:
-    """An image that is to have this many crops at most."""
+    """Image that is to have this many crops at most."""
 
     image: Image.Image
     max_crops: int
@@ -95,7 +95,7 @@ def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int) -> list
 
 
 def check_frames(frames: Any) -> None:
-    """Raises an InputError unless it is 1 to 64."""
+    """Raise an InputError unless it is a whole number from 1 to 64."""
     if not is_whole(frames, 1, MAX_FRAMES):
         raise InputError(f"frames is {frames!r:.80}; expected 1 to {MAX_FRAMES}, which is what the model supports")
 
@@ -106,12 +106,12 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def crops_per_frame(frames: int) -> int:
-    """The share of each of so many frames in the crops of a clip."""
+    """Return the share of each of so many frames in the crops of a clip."""
     return max(1, _CROPS // frames)
 
 
 def video_placeholders(frames: int, first: int = 1) -> str:
-    """The frames' placeholders in a raw prompt, where they are the images from number `first` on.
+    """Return the frames' placeholders in a raw prompt, where they are the images from number `first` on.
 
     With it go the frames in `images`, and `max_crops=crops_per_frame(frames)`; in a chat, a part of type video does all
     of this by itself.
@@ -137,12 +137,12 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 class _SeekError(Exception):
-    """The file cannot be entered in the middle."""
+    """Error of a file that cannot be entered in the middle."""
 
 
 @contextmanager
 def _opened(source: str | bytes) -> Iterator[tuple[Any, Any, Deadline]]:
-    """The file, its video stream and the deadline; what goes wrong with it becomes an InputError."""
+    """Open the file; yield it, its video stream and the deadline. Its errors become InputErrors."""
     try:
         with open_container(source, "video", "pass a folder, or a list, of frames") as (container, deadline):
             stream: Any = container.streams.best("video")
@@ -180,7 +180,7 @@ def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
 
 
 def _shown_at(source: str | bytes, times: Sequence[Fraction], crops: int, *, seek: bool) -> Iterator[Image.Image]:
-    """What a player shows at these times, which rise, at the size that is seen in so many crops; each frame once.
+    """Yield what a player shows at these times, which rise, at the size that is seen in so many crops; each frame once.
 
     Raises:
         _SeekError: seeking leads past a time.

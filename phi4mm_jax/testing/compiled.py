@@ -23,7 +23,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute
 
 @dataclass(frozen=True)
 class Chip:
-    """A device.
+    """Device.
 
     Attributes:
         clock: cycles a second.
@@ -106,7 +106,7 @@ class Cost:
 
 
 def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a compiled module, and the name of the first."""
+    """Return the computations of a compiled module, and the name of the first."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -221,7 +221,7 @@ def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
 
 
 def _place(x: Instruction) -> str:
-    """A short name of where in the model an instruction comes from."""
+    """Return a short name of where in the model an instruction comes from."""
     parts = [p for p in x.origin.split("/") if p and not re.match(r"jit|while|body|closed_call|checkpoint|vmap", p)]
     backward = "gradient of " if "transpose(" in x.origin else ""
     return backward + "/".join(p for p in parts[-4:] if "(" not in p)

@@ -14,7 +14,7 @@ _CONFIG = EngineConfig(slots=8, cache_tokens=8192, page_size=64, chunk=64, steps
 
 
 class Soak:
-    """An engine that is warm, and the requests that come to it.
+    """Warm engine, and the requests that come to it.
 
     Args:
         inputs: a folder with image_0.png and audio_0.flac.

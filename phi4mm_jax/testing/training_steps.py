@@ -37,7 +37,7 @@ EVERYTHING = ["params", "!params/speech/mean", "!params/speech/inverse_deviation
 
 
 class Case(NamedTuple):
-    """A training step: `rows` of `length` packed tokens, with `crops` of images and `chunks` of clips in all."""
+    """Training step: `rows` of `length` packed tokens, with `crops` of images and `chunks` of clips in all."""
 
     topology: str
     trained: list[str]

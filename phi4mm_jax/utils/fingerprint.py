@@ -36,7 +36,7 @@ def weights_fingerprint(folder: Path, adapters: Mapping[str, Path]) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Of all files in a folder with their names; hidden ones and texts for readers (.md) do not count.
+    """Fingerprint of all files in a folder with their names; hidden ones and texts for readers (.md) do not count.
 
     Raises:
         OSError: one cannot be read.

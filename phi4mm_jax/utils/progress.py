@@ -20,7 +20,7 @@ from rich.progress import (
 
 @contextmanager
 def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error; it moves to and fro until the function that is yielded gives (done, of all).
+    """Bar on standard error; it moves to and fro until the yielded function is called with (done, of all).
 
     Args:
         size: what is counted are bytes; shows how many, how fast, and the time that is left.
@@ -36,7 +36,7 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
 
 @contextmanager
 def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar of items on standard error, with the speed in units, and the time that is left.
+    """Bar of items on standard error, with the speed in units, and the time that is left.
 
     Yields:
         A function to call with how many items, and units, came to an end.
@@ -56,7 +56,7 @@ def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Ca
 
 @contextmanager
 def step_bar(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A bar of training steps on standard error, with the loss, the speed, and the time that is left.
+    """Bar of training steps on standard error, with the loss, the speed, and the time that is left.
 
     Yields:
         A function to call with the number of a step and its metrics.
