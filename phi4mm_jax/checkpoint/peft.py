@@ -22,8 +22,8 @@ from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Tensor
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json
+from phi4mm_jax.config.peft_settings import MODULES, common_lora, module_loras
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.peft_settings import MODULES, common_lora, module_loras
 
 SETTINGS_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # Of the decoder, as PEFT names them where it wraps the model with its head, or the model alone; with the adapter's name

@@ -14,8 +14,8 @@ from phi4mm_jax.checkpoint.config_json import CODE, NATIVE_TARGETS, native_confi
 from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
+from phi4mm_jax.config.peft_settings import common_lora, is_uniform, module_loras
 from phi4mm_jax.errors import CheckpointError, ConfigError
-from phi4mm_jax.peft_settings import common_lora, is_uniform, module_loras
 from phi4mm_jax.processing.audio_features import AUDIO_RATES
 from phi4mm_jax.processing.processor_files import read_dynamic_hd
 from phi4mm_jax.processing.tokenizer import Tokenizer

@@ -24,9 +24,9 @@ from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.config.peft_settings import MODULES
 from phi4mm_jax.engine.provenance import settings_of as settings_of_batch
 from phi4mm_jax.evaluation.answers import settings_of as settings_of_evaluation
-from phi4mm_jax.peft_settings import MODULES
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 
 pytestmark = pytest.mark.torch

@@ -8,8 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.config.keys import Keys
+from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig
 from phi4mm_jax.errors import ConfigError
 from phi4mm_jax.utils.checks import is_number, is_whole
 
@@ -88,6 +91,62 @@ def common_lora(loras: Mapping[Module, ModuleLora]) -> ModuleLora:
 def is_uniform(loras: Mapping[Module, ModuleLora], num_layers: int) -> bool:
     """Whether all modules of the decoder have a LoRA, all of one rank and alpha."""
     return len(loras) == num_layers * len(MODULES) and len(set(loras.values())) == 1
+
+
+# Of an adapter_config.json: what is read, what the tensors themselves show, and what changes no number.
+_ADAPTER_KEYS = frozenset({
+    "r", "lora_alpha", "lora_dropout", "dp", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping",
+    "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core",
+    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+})  # fmt: skip
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base's weights alone
+_MERGEABLE = ("use_dora", "modules_to_save", "trainable_token_indices", "bias")
+_CONVERTIBLE_INITS = ("pissa", "corda", "olora")
+
+
+def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> None:
+    """Check the settings with which PEFT saved an adapter: each is honoured, known to be harmless, or refused by name.
+
+    Args:
+        name: of the settings, for errors.
+
+    Raises:
+        ConfigError: a setting by which PEFT would compute something else than base weights plus A B.
+    """
+    init = settings.get("init_lora_weights")
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
+        remedy = "train it with init_lora_weights=True"
+        if isinstance(init, str) and init.lower().startswith(_CONVERTIBLE_INITS):
+            remedy = (
+                "let PEFT save it as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion), or "
+                f"{remedy}"
+            )
+        raise ConfigError(f"{name}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
+    for key, value in settings.items():
+        plain = value in (None, False, [], {}) or (key, value) in (("bias", "none"), ("peft_type", "LORA"))
+        if not plain and key not in _ADAPTER_KEYS:
+            remedy = "or remove it where it has no effect"
+            if key in _MERGEABLE:
+                remedy = "or merge it (PEFT: merge_and_unload(), then save_pretrained(FOLDER)) and give FOLDER"
+            raise ConfigError(
+                f"{name}: {key} is {value!r:.60}, which is not supported; train the adapter without it, {remedy}"
+            )
+
+
+def read_adapter(name: str, settings: Mapping[str, Any], decoder: DecoderConfig) -> LoraConfig:
+    """An adapter by its adapter_config.json: its modules' ranks and scales as one rank and scale (see `common_lora`).
+
+    Args:
+        name: of the settings, for errors.
+
+    Raises:
+        ConfigError: a setting is missing, malformed or not supported; it names the key.
+    """
+    check_adapter_settings(name, settings)
+    lora = common_lora(module_loras(name, settings, decoder.num_layers))
+    keys = Keys(settings, name)
+    return LoraConfig(lora.rank, lora.alpha, keys.get("dp" if keys.has("dp") else "lora_dropout", float, 0.0))
 
 
 def _is_targeted(settings: Mapping[str, Any], key: str) -> bool:

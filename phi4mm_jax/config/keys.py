@@ -1,0 +1,95 @@
+"""Parsed JSON files, and typed access to their keys."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.errors import CheckpointError, ConfigError
+from phi4mm_jax.utils.checks import is_number, is_whole
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file; a missing or broken one is a CheckpointError that names it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). See who may read it.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object. Download the file again.")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which a key that is there twice is an error."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is in one object twice")
+    return values
+
+
+class Keys:
+    """Typed access to the keys of a parsed file, with errors that name the key's whole path."""
+
+    def __init__(self, values: Mapping[str, Any], name: str):
+        self.values, self.name = values, name
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.name}: {key} {problem}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing; the file is incomplete or of another model")
+        if kind is float and is_whole(value):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(key, f"is {value!r}; expected {kind.__name__}")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, int, default)
+        if value <= 0:
+            raise self.error(key, f"is {value}; expected a positive whole number")
+        return value
+
+    def expect(self, key: str, *supported: Any, required: bool = False) -> None:
+        """Reject any other value; an absent key is accepted unless required."""
+        value = self.values.get(key)
+        if value is None and None not in supported and required:
+            raise self.error(key, f"is missing; supported: {_one_of(supported)}")
+        if value is not None and value not in supported:
+            raise self.error(
+                key, f"is {value!r}, which this implementation does not support; supported: {_one_of(supported)}"
+            )
+
+    def section(self, key: str) -> "Keys":
+        return Keys(self.get(key, Mapping), f"{self.name}: {key}")
+
+    def factors(self, key: str) -> tuple[float, ...]:
+        values = self.get(key, list)
+        numbers = [v for v in values if is_number(v) and v > 0]
+        if len(numbers) != len(values):
+            raise self.error(key, "must hold positive numbers")
+        return tuple(float(v) for v in values)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.values.get(key)
+        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        if not ids or len(ids) != (len(value) if isinstance(value, list) else 1):
+            raise self.error(key, f"is {value!r}; expected a token id or a list of them")
+        return tuple(ids)
+
+
+def _one_of(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(v) for v in values)
