@@ -159,7 +159,7 @@ def test_a_third_adapter_is_trained_by_name(checkpoint, merged, matrices, tmp_pa
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     settings = {
         "model": str(checkpoint), "output": str(tmp_path / "run"), "trainable": ["lora_legal"], "dtype": "float32",
-        "fsdp": 1, "dropout": False, "save_every": 2,
+        "mesh": "fsdp=1", "dropout": False, "save_every": 2,
         "data": {
             "sources": [{"path": str(tmp_path / "data.jsonl")}], "steps": 2, "adapter": "legal",
             "packing": {"rows": 1, "lengths": [32]},
