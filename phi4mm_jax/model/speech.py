@@ -142,8 +142,8 @@ def zero_outside(
 
 
 def strided_convolution(
-    x: Float[Array, "A F P C"], kernel: Float[Array, "3 3 C"], bias: Float[Array, " C"]
-) -> Float[Array, "A F/2 P/2 C"]:
+    x: Float[Array, "A F P #C"], kernel: Float[Array, "3 3 C"], bias: Float[Array, " C"]
+) -> Float[Array, "A (F+1)//2 (P+1)//2 C"]:
     """Depthwise, 3x3, stride 2, padding 1. One input channel serves all output channels.
 
     A sum over the window's nine places, in float32: compilers turn it into one pass; grouped convolutions are slow on

@@ -89,7 +89,7 @@ def position_ids(mask: Bool[Array, "C Y Y"]) -> Int[Array, "C S"]:
     return jnp.where(mask, ids, 0).reshape(len(mask), -1)
 
 
-def _buckets(side: int) -> Int[np.ndarray, "Y+1 Y"]:
+def _buckets(side: int) -> Int[np.ndarray, "{side}+1 {side}"]:
     """[n, i]: which of `side` equal intervals of [0, 1) holds i/n.
 
     A table, because the rounding decides at the boundaries: i times the float32 reciprocal of n, on every platform.

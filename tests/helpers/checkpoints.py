@@ -29,5 +29,6 @@ def original_tensor(tensor: Tensor, variables) -> np.ndarray:
         value = variables
         for key in part.path:
             value = value[key]
-        values.append(np.asarray(value if tensor.layer is None else value[tensor.layer]))
+        value = np.asarray(value)  # an index into an array of jax would compile a program for its shape
+        values.append(value if tensor.layer is None else value[tensor.layer])
     return tensor.join(values)

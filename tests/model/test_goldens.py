@@ -1,6 +1,7 @@
 """The tiny checkpoint gives what the original implementation gives: logits, tokens, intermediates, gradients."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cases import golden_cases, golden_gradient_cases, media_of
@@ -59,7 +60,7 @@ def test_audio(tiny, goldens, i):
 
 def answer_loss(model, variables, batch, prompt_tokens):
     """The mean cross-entropy of the tokens after the prompt."""
-    logits = model.module.apply(variables, batch)[0]
+    logits = model.module.apply(variables, jax.tree.map(jnp.asarray, batch))[0]
     positions = np.arange(prompt_tokens, batch.lengths[0])
     log_probabilities = jax.nn.log_softmax(logits[positions - 1])
     return -log_probabilities[np.arange(len(positions)), batch.tokens[0, positions]].mean()
@@ -77,7 +78,8 @@ def test_gradients_with_remat(scanned, goldens, remat):
 
     module = Phi4MM(scanned.config, scanned.module.dtype, remat=remat)
     model = type(scanned)(module, scanned.variables, scanned.processor)
-    loss, gradients = jax.value_and_grad(lambda v: answer_loss(model, v, batch, prompt_tokens))(scanned.variables)
+    step = jax.jit(jax.value_and_grad(lambda v: answer_loss(model, v, batch, prompt_tokens)))
+    loss, gradients = step(scanned.variables)
     np.testing.assert_allclose(loss, goldens[f"{name}.loss"][0], rtol=1e-5)
 
     compared = 0

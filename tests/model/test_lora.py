@@ -86,7 +86,7 @@ def test_dropout_comes_before_the_down_projection_as_in_peft():
     )
 
     def apply(x, w, a, b):
-        variables = {"params": {"up": w}, "lora_speech": {"a": a, "up": b}}
+        variables = jax.tree.map(jnp.asarray, {"params": {"up": w}, "lora_speech": {"a": a, "up": b}})
         scales = {"lora_speech": jnp.full(2, lora.scale)}
         found: Any = projection.apply(variables, jnp.asarray(x), scales, rngs={"dropout": jax.random.key(3)})
         return np.asarray(found[0])
