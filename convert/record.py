@@ -48,7 +48,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Kind
 from phi4mm_jax.testing import goldens
 from phi4mm_jax.utils.checks import is_whole
-from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
+from phi4mm_jax.utils.cli import cli_entrypoint, command_of, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import progress_bar
 
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     with staged(parsed.out) as out:
         record(parsed, out)
-    print(f"{parsed.out}: ready for python -m convert.verify")
+    print(f"{parsed.out}: ready for {command_of('convert.verify')}")
     return 0
 
 

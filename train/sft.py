@@ -45,7 +45,7 @@ from phi4mm_jax.training.step import Objective, Variables, dropout_key, supervis
 from phi4mm_jax.training.step_batches import count_steps, saved_data_state, step_batches
 from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
-from phi4mm_jax.utils.cli import cli_entrypoint
+from phi4mm_jax.utils.cli import cli_entrypoint, command_of
 from phi4mm_jax.utils.paths import local_path
 from phi4mm_jax.utils.profiling import Profile
 from phi4mm_jax.utils.progress import progress_bar, step_bar
@@ -211,7 +211,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
         print(f"Unusable samples that were skipped: {data.skipped}")
     draw_losses(folder)
     write_report(folder, run_facts(recipe, trainable, steps, checkpoints.best, data.skipped))
-    print(f"{folder}: trained; see report.md, and write a checkpoint with python -m train.export")
+    print(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
     return 0
 
 

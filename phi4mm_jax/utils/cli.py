@@ -149,12 +149,17 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser of a program's arguments, with --version; `module` is what `python -m` starts."""
     parser = _Parser(
-        prog=_as_called(f"python -m {module}", _CALL),
+        prog=command_of(module),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version_line())
     return parser
+
+
+def command_of(module: str) -> str:
+    """Return the words that start a program here; `module` is what `python -m` starts in a clone."""
+    return _as_called(f"python -m {module}", _CALL)
 
 
 def version_line() -> str:

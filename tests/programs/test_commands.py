@@ -14,7 +14,7 @@ from conftest import TINY
 from phi4mm_jax import InputError, __version__
 from phi4mm_jax.commands.main import find_command, usage
 from phi4mm_jax.training.recipe import load_recipe
-from phi4mm_jax.utils.cli import COMMANDS
+from phi4mm_jax.utils.cli import COMMANDS, command_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,11 +46,8 @@ def test_other_words_are_an_error(words, message):
 
 
 def test_usage_names_every_command():
-    programs = {
-        f"{path.parent.name}.{path.stem}"
-        for name in ("convert", "infer", "train")
-        for path in ROOT.glob(f"{name}/[!_]*.py")
-    }
+    files = [path for name in ("convert", "infer", "train") for path in ROOT.glob(f"{name}/*.py")]
+    programs = {f"{path.parent.name}.{path.stem}" for path in files if "def main(" in path.read_text()}
     assert {module for module, _ in COMMANDS.values()} == programs - {"infer.demo"}, "a program that no command starts"
     assert [line.split("  ")[1] for line in usage().splitlines() if line.startswith("  ")] == list(COMMANDS)
 
@@ -84,6 +81,12 @@ def site(tmp_path_factory) -> Path:
     (wheel,) = source.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
     return site
+
+
+def test_a_program_is_named_as_it_is_started(monkeypatch):
+    assert command_of("train.export") == "python -m train.export"  # in a clone
+    monkeypatch.setattr("sys.argv", ["phi4mm train sft", "small"])
+    assert command_of("train.export") == "phi4mm export"
 
 
 def phi4mm(site: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess:

@@ -31,9 +31,7 @@ def test_outputs_are_stripped(path):
 )
 def test_a_notebook_runs(path, monkeypatch):
     """Its cells assert what they show."""
-    import nbformat
-    from nbclient import NotebookClient
-
+    nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
