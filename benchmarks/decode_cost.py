@@ -82,15 +82,15 @@ def steps(model: phi4mm_jax.Model, rounds: int) -> Table:
 def decoding(model: phi4mm_jax.Model, cache_tokens: int, keys: int) -> Callable[[], None]:
     """A round of decoding 8 slots that have so many keys each; compiled."""
     config = EngineConfig(slots=8, cache_tokens=cache_tokens, steps=_STEPS, feature_blocks=16)
-    engine, programs = model.engine(config), model._programs
-    state = [engine._cache, engine._seen]
+    runner, programs = model.engine(config).runner, model.programs
+    state = [runner.kv_cache, runner.token_seen]
     needed = -(-(keys + _STEPS) // config.page_size)
-    tables = np.zeros((8, engine._table_size), np.int32)
+    tables = np.zeros((8, runner.table_size), np.int32)
     tables[:, :needed] = np.arange(8 * needed).reshape(8, needed) % config.pages  # rows may share pages: all are read
     whole = np.zeros(8, np.int32)
     slots = DecodeInputs(
         last=whole, lengths=whole + keys, steps=whole + _STEPS, tables=tables, adapters=whole,
-        long=whole.astype(bool), drawn=whole, settings=SamplingRows.of([Sampling()] * 8),
+        use_long_rope=whole.astype(bool), num_drawn=whole, sampling=SamplingRows.of([Sampling()] * 8),
     )  # fmt: skip
     variables = {"params": model.variables["params"]}
 

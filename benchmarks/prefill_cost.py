@@ -24,8 +24,9 @@ from phi4mm_jax.batch import NO_MEDIA
 layers, cache_dtype = int(sys.argv[1]), sys.argv[2] if sys.argv[2] != "float32" else None
 model = random_model(layers)
 engine = model.engine(EngineConfig(slots=8, cache_tokens=32768, feature_blocks=16, cache_dtype=cache_dtype))
-cache, seen = engine._cache, engine._seen
-tables = np.arange(engine._table_size, dtype=np.int32)[None]
+runner = engine.runner
+cache, seen = runner.kv_cache, runner.token_seen
+tables = np.arange(runner.table_size, dtype=np.int32)[None]
 none = np.zeros(1, np.int32)
 variables = {"params": model.variables["params"]}
 for line in sys.stdin:
@@ -36,7 +37,7 @@ for line in sys.stdin:
         none, none, SamplingRows.of([Sampling()]),
     )
     start = time.process_time()
-    cache, *drawn = model._programs.prefill(variables, cache, engine._features.table, seen, chunk)
+    cache, *drawn = model.programs.prefill(variables, cache, runner.encoder_cache.table, seen, chunk)
     jax.device_get(drawn)
     print(time.process_time() - start, flush=True)
 """

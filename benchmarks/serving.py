@@ -69,7 +69,7 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
     pages = jax.eval_shape(lambda: empty_cache(config, case.rows * case.length // PAGE, PAGE, jnp.bfloat16))
-    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs._placement(x)), pages)
+    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     settings = SamplingRows.of([Sampling()] * case.rows)
     settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)
     seen = flags((case.rows, config.decoder.vocab_size))

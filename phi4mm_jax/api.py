@@ -251,12 +251,12 @@ class Model:
                 "shorten it"
             )
         engine = self._engine_for(rows, requests[0].max_new_tokens, int(beams))
-        engine._check_adapter(adapter)
+        engine.check_adapter(adapter)
         self._last_engine = None  # what an interruption leaves in it is not met again
         numbers = [engine.submit(request, row, earlier=earlier) for request, row in zip(requests, rows, strict=True)]
         answers: dict[int, Completion] = {}
         while len(answers) < len(numbers):
-            answers |= {u.id: u.completion for u in engine._updates_of(set(numbers)) if u.completion is not None}
+            answers |= {u.id: u.completion for u in engine.updates_of(set(numbers)) if u.completion is not None}
         self._last_engine = engine
         found = [answers[number] for number in numbers]
         found = found if n == 1 else [_together(found[i : i + n]) for i in range(0, len(found), n)]
@@ -264,10 +264,11 @@ class Model:
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
         """An engine for many requests; see `phi4mm_jax.engine`."""
-        return Engine(self._programs, self.variables, self.processor, config or EngineConfig())
+        return Engine(self.programs, self.variables, self.processor, config or EngineConfig())
 
     @cached_property
-    def _programs(self) -> Programs:
+    def programs(self) -> Programs:
+        """Compiled steps, which all engines of the model share."""
         return Programs(self.module, self.variables)
 
     def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, beams: int = 1) -> Engine:

@@ -17,7 +17,7 @@ import phi4mm_jax
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.engine import EngineConfig, Programs, Request
-from phi4mm_jax.engine.engine import default_cache_tokens
+from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh

@@ -1,7 +1,9 @@
-"""From logits to text: sampling, the paged cache, and the engine."""
+"""Batched generation: the engine, its requests and their answers."""
 
 from phi4mm_jax.engine.async_engine import Answer, AsyncEngine
-from phi4mm_jax.engine.engine import Engine, EngineConfig, Update
+from phi4mm_jax.engine.config import EngineConfig
+from phi4mm_jax.engine.engine import Engine
+from phi4mm_jax.engine.output_processor import Update
 from phi4mm_jax.engine.request import Completion, Hypothesis, Request
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.engine.steps import Programs

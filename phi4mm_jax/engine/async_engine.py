@@ -185,7 +185,7 @@ class AsyncEngine:
             for number in list(self._answers):
                 self._engine.cancel(number)
             while self._answers:
-                for update in self._engine._updates_of(set(self._answers)):
+                for update in self._engine.updates_of(set(self._answers)):
                     self._tell(update.id, self._answers[update.id], update.text, update.completion)
         else:
             cause = f"the engine was stopped by {type(error).__name__}: {error}"

@@ -1,11 +1,11 @@
-"""Beam search: of the answers that it looks at, the n likeliest, as the host chooses them.
+"""Beam search: the n likeliest of the answers that it looks at, as the host chooses them.
 
 At each step every beam is continued by its likeliest tokens, and the n likeliest of all these are the next beams. What
 ends is set aside; the search is over once no beam can come before the worst of n that were. These are the rules of
 `transformers`' `generate(num_beams=n, early_stopping=False)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,12 +16,17 @@ from phi4mm_jax.engine.page_allocator import PageAllocator
 from phi4mm_jax.engine.request import Completion, FinishReason, Hypothesis
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
-MOST_STOPS = 8  # tokens that may end a beam
+_MAX_STOPS = 8
+
+
+def max_stops(stop_token_ids: Collection[int]) -> int:
+    """Number of tokens that may end a beam, at most: 8, or all of the model's own."""
+    return max(_MAX_STOPS, len(stop_token_ids))
 
 
 @dataclass(frozen=True)
 class Beam:
-    """An answer as far as it goes."""
+    """A partial answer."""
 
     tokens: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
@@ -30,7 +35,7 @@ class Beam:
 
 @dataclass(frozen=True)
 class Search:
-    """Where the search stands.
+    """State of a beam search.
 
     Attributes:
         width: how many beams it keeps, and how many answers it gives.
@@ -50,13 +55,13 @@ class Search:
     over: bool = False
 
     @property
-    def drawn(self) -> int:
-        """Tokens of each beam."""
+    def num_drawn(self) -> int:
+        """Number of tokens of each beam."""
         return len(self.beams[0].tokens) if self.beams else 0
 
     @property
     def best(self) -> list[Beam]:
-        """Its answers; before it is over, also those that may yet go on."""
+        """Best answers so far; before the search is over, unfinished beams among them."""
         going = [] if self.over else [beam for beam in self.beams if beam.tokens]
         return sorted([*self.ended, *going], key=self.score, reverse=True)[: self.width]
 
@@ -67,7 +72,7 @@ class Search:
 def advance(
     search: Search, tokens: Int[np.ndarray, "R C"], log_probabilities: Float[np.ndarray, "R C"]
 ) -> tuple[Search, list[int]]:
-    """One token more.
+    """Extend all beams by a token.
 
     Args:
         tokens: the likeliest ones after each of the R beams, at least as many as its width and its stop tokens: then
@@ -78,7 +83,7 @@ def advance(
     """
     totals = np.asarray([beam.total for beam in search.beams])[:, None] + log_probabilities.astype(np.float64)
     order = np.argsort(-totals, axis=None, kind="stable").tolist()
-    full = search.drawn + 1 == search.limit
+    full = search.num_drawn + 1 == search.limit
     ends = np.isin(tokens, list(search.stops)).ravel() | full
 
     def grown(index: int) -> Beam:
@@ -102,43 +107,48 @@ def advance(
 
 
 @dataclass
-class Group:
-    """The beams of a request, and what of the cache is theirs. The whole pages of the prompt are shared by all."""
+class BeamGroup:
+    """Beams of a request, and their pages of the KV cache. The whole pages of the prompt are shared by all.
+
+    Attributes:
+        pages: page table of each beam, from the prompt's last, partial page on.
+        copies: pages to copy, source and target, before either is written to.
+    """
 
     search: Search
-    pages: list[list[int]] = field(default_factory=list)  # of each beam, those after the prompt's
-    copies: list[tuple[int, int]] = field(default_factory=list)  # of pages, from and to, before they are written to
+    pages: list[list[int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
-    def own(self) -> int:
-        """How many pages they have."""
+    def num_pages(self) -> int:
+        """Number of distinct pages."""
         return len({page for pages in self.pages for page in pages})
 
-    def reorder(self, pool: PageAllocator, parents: Sequence[int]) -> None:
-        """Gives each beam the pages of the one that it continues."""
+    def fork(self, allocator: PageAllocator, parents: Sequence[int]) -> None:
+        """Give each beam the pages of its parent, the beam that it continues."""
         before, self.pages = self.pages, [list(self.pages[parent]) for parent in parents]
         for pages in self.pages:
-            pool.incref(pages)
+            allocator.incref(pages)
         for pages in before:
-            pool.decref(pages)
+            allocator.decref(pages)
 
-    def part(self, pool: PageAllocator, take: Callable[[], int]) -> None:
-        """Beams that have their last page in common get copies of it, but for the first of them."""
-        theirs: set[int] = set()
+    def copy_on_write(self, allocator: PageAllocator, allocate: Callable[[], int]) -> None:
+        """Give beams that share their last page copies of it, all but the first of them."""
+        written: set[int] = set()
         for pages in self.pages:
-            if pages[-1] in theirs:
-                source, pages[-1] = pages[-1], take()
-                pool.decref([source])
+            if pages[-1] in written:
+                source, pages[-1] = pages[-1], allocate()
+                allocator.decref([source])
                 self.copies.append((source, pages[-1]))
-            theirs.add(pages[-1])
+            written.add(pages[-1])
 
-    def release(self, pool: PageAllocator) -> None:
+    def release(self, allocator: PageAllocator) -> None:
         for pages in self.pages:
-            pool.decref(pages)
+            allocator.decref(pages)
         self.pages, self.copies = [], []
 
     def completion(self, tokenizer: Tokenizer, prompt_tokens: int, reason: FinishReason | None = None) -> Completion:
-        """Its best answers as they are; by default they tell why the best of them ended."""
+        """Return its best answers so far; without a `reason` the best one says why it ended."""
         search = self.search
         found = tuple(
             Hypothesis(_text(beam, search, tokenizer), list(beam.tokens), search.score(beam), beam.log_probabilities)

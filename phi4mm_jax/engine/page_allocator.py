@@ -36,7 +36,7 @@ class PageAllocator:
         return self.num_pages - len(self._free) - len(self._evictable)
 
     def reserve(self, count: int) -> None:
-        """Set pages aside for later calls of `allocate`."""
+        """Set pages aside for later calls of `allocate`; a negative count gives them back."""
         self._num_reserved += count
 
     def unreserve(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The choice of the next token, on the device, each row with its own settings."""
+"""Sampling of the next token, on the device, each row with its own settings."""
 
 import hashlib
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class Sampling:
 
 
 class SamplingRows(NamedTuple):
-    """The settings of B rows."""
+    """Settings of B rows."""
 
     temperature: Float[Any, " B"]
     top_k: Int[Any, " B"]
@@ -94,6 +94,11 @@ class SamplingRows(NamedTuple):
         return cls(**reals, **wholes, top_p=top_p)
 
 
+def draws_by_identity(settings: Sampling) -> bool:
+    """Whether the draws follow from the request itself: it samples, and has neither seed nor stream."""
+    return settings.temperature != 0 and settings.seed is None and settings.stream is None
+
+
 def _real(value: Any) -> float:
     """NaN, which every comparison refuses, for what is no number."""
     try:
@@ -104,22 +109,25 @@ def _real(value: Any) -> float:
 
 @jax.named_scope("sampling")
 def sample(
-    logits: Float[Array, "B V"], positions: Int[Array, " B"], rows: SamplingRows, seen: Bool[Array, "B V"] | None = None
+    logits: Float[Array, "B V"],
+    positions: Int[Array, " B"],
+    rows: SamplingRows,
+    token_seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """One token a row.
+    """Choose one token a row.
 
     A row's draw depends on its logits, its settings and the position: never on the rows beside it. What no row asks
     for is not computed.
 
     Args:
         positions: how many tokens each row has drawn before.
-        seen: the tokens in each row's sequence, where a row may have a repetition penalty.
+        token_seen: the tokens in each row's sequence, where a row may have a repetition penalty.
     """
-    if seen is not None:
+    if token_seen is not None:
         penalty = rows.repetition_penalty[:, None]
         logits = jax.lax.cond(
             (rows.repetition_penalty != 1.0).any(),
-            lambda x: jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x),
+            lambda x: jnp.where(token_seen, jnp.where(x > 0, x / penalty, x * penalty), x),
             lambda x: x,
             logits,
         )
@@ -144,7 +152,7 @@ def _draw(logits: Float[Array, " V"], seed, stream, position) -> Int[Array, ""]:
 def restrict(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """-inf outside of the tokens that each row's settings leave; tokens that tie with the last one kept are kept."""
+    """Set to -inf what each row's settings leave out; tokens that tie with the last one kept are kept."""
     ordered = -jnp.sort(-logits, -1)
     size = logits.shape[-1]
     kept = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]

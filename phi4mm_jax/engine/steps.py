@@ -1,6 +1,6 @@
-"""The compiled programs of the engine.
+"""Compiled steps of the engine.
 
-Encode media, prefill a chunk of some rows, decode all slots for some steps, extend some beams by a token.
+Encode media, prefill a chunk of some sequences, decode all slots for some steps, extend some beams by a token.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,37 +19,37 @@ from phi4mm_jax.model.decoder import cache_axes, row_major
 
 
 class PrefillInputs(NamedTuple):
-    """The next tokens of R rows, whose earlier ones are in the cache."""
+    """Next tokens of R sequences, whose earlier ones are in the cache."""
 
     tokens: Int[Any, "R T"]
     media: Int[Any, "R T"]  # rows of the table of features
     starts: Int[Any, " R"]
-    lengths: Int[Any, " R"]  # tokens of each row, those of this chunk included; 0 for none
-    tables: Int[Any, "R M"]
+    lengths: Int[Any, " R"]  # tokens of each sequence, those of this chunk included; 0 for none
+    tables: Int[Any, "R M"]  # page tables
     adapters: Int[Any, " R"]
-    long: Bool[Any, " R"]
+    use_long_rope: Bool[Any, " R"]
     slots: Int[Any, " R"]
-    drawn: Int[Any, " R"]  # tokens that the row has drawn before
-    settings: SamplingRows
+    num_drawn: Int[Any, " R"]  # tokens that the sequence has drawn before
+    sampling: SamplingRows
 
 
 class DecodeInputs(NamedTuple):
-    """All N slots as a round of decoding begins. A slot's last token is not in the cache."""
+    """All N slots as a round of decoding begins. A slot's last token is not in the cache yet."""
 
     last: Int[Any, " N"]
     lengths: Int[Any, " N"]  # tokens in the cache
     steps: Int[Any, " N"]  # tokens to decode in this round at most; 0 for a slot that rests
     tables: Int[Any, "N M"]
     adapters: Int[Any, " N"]
-    long: Bool[Any, " N"]
-    drawn: Int[Any, " N"]
-    settings: SamplingRows
+    use_long_rope: Bool[Any, " N"]
+    num_drawn: Int[Any, " N"]
+    sampling: SamplingRows
 
 
 class SampledTokens(NamedTuple):
-    """Tokens chosen in a round, and their log-probabilities, before any setting of the sampling.
+    """Tokens drawn in a round, and their log-probabilities by the model's own distribution.
 
-    A row whose logits are not finite draws nothing from them, and rests.
+    A sequence whose logits are not finite draws nothing from them, and rests.
     """
 
     tokens: Int[Array, "N W"]
@@ -59,20 +59,20 @@ class SampledTokens(NamedTuple):
 
 
 class BeamInputs(NamedTuple):
-    """The last tokens of R beams, whose earlier ones are in the cache, and the C pages to copy before."""
+    """Last tokens of R beams, whose earlier ones are in the cache, and the C pages to copy before."""
 
     last: Int[Any, " R"]
     lengths: Int[Any, " R"]  # tokens of each beam, the last one included; 0 for none
     tables: Int[Any, "R M"]
     adapters: Int[Any, " R"]
-    long: Bool[Any, " R"]
+    use_long_rope: Bool[Any, " R"]
     sources: Int[Any, " C"]
     targets: Int[Any, " C"]
-    copies: Int[Any, ""]  # how many of these count; no target is a source
+    num_copies: Int[Any, ""]  # how many of these count; no target is a source
 
 
 class TopLogprobs(NamedTuple):
-    """The C likeliest tokens after each row, the likeliest first, and their log-probabilities."""
+    """The C likeliest tokens after each sequence or beam, likeliest first, with their log-probabilities."""
 
     tokens: Int[Any, "R C"]
     log_probabilities: Float[Any, "R C"]
@@ -96,12 +96,12 @@ class Programs:
         self.encode = jit_on_mesh(variables, self._encode, donate_argnums=1)
         self.prefill = jit_on_mesh(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
         self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
-        self.extend = jit_on_mesh(variables, self._extend, donate_argnums=1, static_argnames="candidates")
-        self.mark = jit_on_mesh(variables, self._mark, donate_argnums=0)
+        self.beam_step = jit_on_mesh(variables, self._beam_step, donate_argnums=1, static_argnames="candidates")
+        self.set_penalty_mask = jit_on_mesh(variables, self._set_penalty_mask, donate_argnums=0)
 
     @property
     def devices(self) -> list[Any]:
-        """This host's that compute."""
+        """This host's devices that compute."""
         return sorted(self._sharding.addressable_devices, key=lambda device: device.id)
 
     @property
@@ -111,16 +111,17 @@ class Programs:
         return place.mesh.shape.get("tensor", 1) if isinstance(place, NamedSharding) else 1
 
     def place(self, state: Any) -> Any:
-        """Puts an engine's state where the parameters are: keys and values by heads, the rest on every device.
+        """Put an engine's state where the parameters are: keys and values by heads, the rest replicated.
 
-        Programs return it as they were given it: otherwise the second call would be compiled anew.
+        Steps return it with the sharding that they were given: otherwise the second call would be compiled anew.
         """
-        return jax.tree.map(lambda x: jax.device_put(x, self._placement(x)), state)
+        return jax.tree.map(lambda x: jax.device_put(x, self.sharding_of(x)), state)
 
-    def _kept(self, state: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self._placement(x)), state)
+    def _constrain_state(self, state: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding_of(x)), state)
 
-    def _placement(self, x: Array) -> jax.sharding.Sharding:
+    def sharding_of(self, x: Array) -> jax.sharding.Sharding:
+        """Sharding of an array of an engine's state."""
         if not isinstance(self._sharding, NamedSharding):
             return self._sharding
         heads = 2 if x.ndim >= 4 else None  # of the cache: (L, P, K, S, ...)
@@ -128,86 +129,88 @@ class Programs:
         splits = heads is not None and "tensor" in mesh.shape
         return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
 
-    def _mark(self, seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]) -> Bool[Array, "N V"]:
-        return self._kept(seen.at[slot].set(row, mode="drop"))
+    def _set_penalty_mask(
+        self, token_seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]
+    ) -> Bool[Array, "N V"]:
+        return self._constrain_state(token_seen.at[slot].set(row, mode="drop"))
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
         features = self._apply(variables, stack, method=method)
-        return self._kept(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
+        return self._constrain_state(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
-        self, variables, cache: Cache, table: Float[Array, "F D"], seen: Bool[Array, "N V"], chunk: PrefillInputs, *,
-        candidates: int = 0,
+        self, variables, cache: Cache, table: Float[Array, "F D"], token_seen: Bool[Array, "N V"],
+        inputs: PrefillInputs, *, candidates: int = 0,
     ) -> tuple[Cache, SampledTokens, TopLogprobs | None]:  # fmt: skip
-        """Fills the cache, and chooses the token that follows each row's last; where asked for, also the likeliest."""
-        embedded = self._apply(variables, chunk.tokens, chunk.media, table, method="embed")
+        """Fill the cache and draw the token after each sequence's last; where asked for, also give the likeliest."""
+        embedded = self._apply(variables, inputs.tokens, inputs.media, table, method="embed")
         hidden, cache = self._apply(
-            variables, embedded, chunk.lengths, chunk.adapters, chunk.long, cache, chunk.starts, chunk.tables,
-            method="decode",
+            variables, embedded, inputs.lengths, inputs.adapters, inputs.use_long_rope, cache, inputs.starts,
+            inputs.tables, method="decode",
         )  # fmt: skip
-        last = jnp.maximum(chunk.lengths - chunk.starts - 1, 0)
+        last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, hidden, method="logits")
-        tokens = sample(logits, chunk.drawn, chunk.settings, seen[chunk.slots])
+        tokens = sample(logits, inputs.num_drawn, inputs.sampling, token_seen[inputs.slots])
         log_probabilities = _log_probability(logits, tokens)
-        drawn = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
-        return self._kept(cache), drawn, _likeliest(logits, candidates) if candidates else None
+        sampled = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
+        return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
 
     def _decode(
-        self, variables, cache: Cache, seen: Bool[Array, "N V"], slots: DecodeInputs, *, width: int
+        self, variables, cache: Cache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int
     ) -> tuple[Cache, Bool[Array, "N V"], SampledTokens]:
-        """Decodes until every slot has taken its steps, at most `width`, or has drawn a stop token."""
-        count = len(slots.last)
+        """Decode until every slot has taken its steps, at most `width`, or has drawn a stop token."""
+        count = len(inputs.last)
         every = jnp.arange(count)
-        drawn = SampledTokens(
+        sampled = SampledTokens(
             jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
             jnp.ones(count, bool),
         )  # fmt: skip
 
-        def going_on(carry):
+        def unfinished(carry):
             return (carry[-1] > 0).any()
 
         def advance(carry):
-            cache, seen, last, drawn, left = carry
+            cache, token_seen, last, sampled, left = carry
             active = left > 0
-            seen = seen.at[every, last].max(active)
-            lengths = jnp.where(active, slots.lengths + drawn.counts + 1, 0)
+            token_seen = token_seen.at[every, last].max(active)
+            lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
             embedded = self._apply(variables, last[:, None], jnp.full((count, 1), NO_MEDIA), None, method="embed")
             hidden, cache = self._apply(
-                variables, embedded, lengths, slots.adapters, slots.long, cache, jnp.maximum(lengths - 1, 0),
-                slots.tables, method="decode",
+                variables, embedded, lengths, inputs.adapters, inputs.use_long_rope, cache, jnp.maximum(lengths - 1, 0),
+                inputs.tables, method="decode",
             )  # fmt: skip
             logits = self._apply(variables, hidden[:, 0], method="logits")
-            tokens = sample(logits, slots.drawn + drawn.counts, slots.settings, seen)
-            finite = drawn.finite & (_finite(logits) | ~active)
+            tokens = sample(logits, inputs.num_drawn + sampled.counts, inputs.sampling, token_seen)
+            finite = sampled.finite & (_finite(logits) | ~active)
             active &= finite
-            at = every, jnp.where(active, drawn.counts, width)  # out of range: dropped
-            drawn = SampledTokens(
-                drawn.tokens.at[at].set(tokens, mode="drop"),
-                drawn.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
-                drawn.counts + active,
+            at = every, jnp.where(active, sampled.counts, width)  # out of range: dropped
+            sampled = SampledTokens(
+                sampled.tokens.at[at].set(tokens, mode="drop"),
+                sampled.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
+                sampled.counts + active,
                 finite,
             )
             stopped = (tokens[:, None] == self._stops).any(-1)
             left = jnp.where(active & ~stopped, left - 1, 0)
-            return cache, seen, jnp.where(active, tokens, last), drawn, left
+            return cache, token_seen, jnp.where(active, tokens, last), sampled, left
 
-        start = cache, seen, jnp.asarray(slots.last), drawn, jnp.minimum(slots.steps, width)
-        cache, seen, _, drawn, _ = jax.lax.while_loop(going_on, advance, start)
-        return self._kept(cache), self._kept(seen), drawn
+        start = cache, token_seen, jnp.asarray(inputs.last), sampled, jnp.minimum(inputs.steps, width)
+        cache, token_seen, _, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
+        return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 
-    def _extend(self, variables, cache: Cache, beams: BeamInputs, *, candidates: int) -> tuple[Cache, TopLogprobs]:
-        """Puts each beam's last token into the cache."""
-        cache = _copy_pages(cache, beams.sources, beams.targets, beams.copies)
-        media = jnp.full((len(beams.last), 1), NO_MEDIA)
-        embedded = self._apply(variables, beams.last[:, None], media, None, method="embed")
+    def _beam_step(self, variables, cache: Cache, inputs: BeamInputs, *, candidates: int) -> tuple[Cache, TopLogprobs]:
+        """Put each beam's last token into the cache; gives the likeliest ones after it."""
+        cache = _copy_pages(cache, inputs.sources, inputs.targets, inputs.num_copies)
+        media = jnp.full((len(inputs.last), 1), NO_MEDIA)
+        embedded = self._apply(variables, inputs.last[:, None], media, None, method="embed")
         hidden, cache = self._apply(
-            variables, embedded, beams.lengths, beams.adapters, beams.long, cache, jnp.maximum(beams.lengths - 1, 0),
-            beams.tables, method="decode",
+            variables, embedded, inputs.lengths, inputs.adapters, inputs.use_long_rope, cache,
+            jnp.maximum(inputs.lengths - 1, 0), inputs.tables, method="decode",
         )  # fmt: skip
         logits = self._apply(variables, hidden[:, 0], method="logits")
-        return self._kept(cache), _likeliest(logits, candidates)
+        return self._constrain_state(cache), _top_log_probabilities(logits, candidates)
 
 
 @jax.named_scope("log_probability")
@@ -221,7 +224,7 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 
 
 @jax.named_scope("log_probability")
-def _likeliest(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
+def _top_log_probabilities(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
 

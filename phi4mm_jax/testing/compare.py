@@ -260,7 +260,7 @@ def _verify_case(model: Model, engine: Engine, goldens: Goldens, case: Case, lon
 
 def _engine(model: Model, tokens: int) -> Engine:
     """Make an engine that prefills by chunks of one width, with all adapters in every program."""
-    programs, compiled = copy(model._programs), model._programs
+    programs, compiled = copy(model.programs), model.programs
     programs.prefill = lambda _, *arguments, **options: compiled.prefill(model.variables, *arguments, **options)
     programs.decode = lambda _, *arguments, **options: compiled.decode(model.variables, *arguments, **options)
     config = EngineConfig(slots=1, page_size=_CHUNK, chunk=_CHUNK, cache_tokens=tokens)

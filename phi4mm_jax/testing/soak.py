@@ -32,7 +32,7 @@ class Soak:
         streams = count // 50
         asked, doomed = streams, {}  # requests to cancel, and the rounds until then
         while ended.total() < count - streams:
-            while asked < count and len(self.engine._waiting) < _CONFIG.slots:
+            while asked < count and len(self.engine.queue) < _CONFIG.slots:
                 number, asked = self.engine.submit(self._request()), asked + 1
                 if self._draw.random() < 0.1:
                     doomed[number] = self._draw.randint(0, 6)
@@ -68,8 +68,8 @@ class Soak:
 
     def lost(self) -> tuple[int, int]:
         """Slots and pages that nobody gave back."""
-        slots = sum(active is not None for active in self.engine._slots)
-        return slots, self.engine.config.pages - self.engine._pool.available
+        slots = len(self.engine.scheduler.running)
+        return slots, self.engine.config.pages - self.engine.scheduler.allocator.available
 
     @staticmethod
     def live_arrays() -> int:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.engine import engine as engine_module
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.images import image_size, load_image
 from phi4mm_jax.processing.processor import Processor
@@ -167,11 +166,11 @@ class Slow(io.BytesIO):
         return super().read(*args)
 
 
-def test_a_slow_medium_holds_up_no_other_request(tiny, monkeypatch):
-    monkeypatch.setattr(engine_module, "_PATIENCE", 0.05)
+def test_a_slow_medium_holds_up_no_other_request(tiny):
     good = Request("<|user|>Hello<|end|><|assistant|>", max_new_tokens=3)
     (expected,) = tiny.generate([good.prompt], max_new_tokens=3)
     engine = tiny.engine(EngineConfig(slots=1, cache_tokens=2048, workers=2, media_seconds=2))
+    engine.queue.patience = 0.05
     slow, stuck = Slow(), Slow()
     ends = []
     try:

@@ -77,8 +77,8 @@ def test_goldens(tiny, goldens, slots):
         assert answers[place].tokens == goldens[f"{case['name']}.generated"].tolist(), case["name"]
         assert answers[place].prompt_tokens == case["tokens"]
     assert engine.idle
-    assert engine._pool.in_use == 0
-    assert engine._pool.available == engine.config.pages
+    assert engine.scheduler.allocator.in_use == 0
+    assert engine.scheduler.allocator.available == engine.config.pages
 
 
 @pytest.mark.slow
@@ -149,14 +149,11 @@ def test_prompts_that_begin_alike_share_pages(tiny):
     """Ten questions about an image: it is encoded once, and its pages are there once."""
     image = [TINY / "inputs" / "image_0.png"]
     engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
-    prefilled, prefill = [], engine._prefill_rows
-    engine._prefill_rows = lambda rows, stops, width: (
-        prefilled.extend(s - a.cached for a, s in zip(rows, stops, strict=True)) or prefill(rows, stops, width)
-    )
     questions = [f"<|user|><|image_1|>Question number {i}?<|end|><|assistant|>" for i in range(10)]
     answers = dict(engine.run([Request(q, image, max_new_tokens=4) for q in questions]))
-    assert engine._features.num_encoded == 1  # its only crop is its global view, too
-    assert sum(prefilled) < 600 + 10 * 2 * 64  # once the image, ten times what follows its last whole page
+    assert engine.runner.encoder_cache.num_encoded == 1  # its only crop is its global view, too
+    # The image once, ten times what follows its last whole page.
+    assert engine.runner.num_prefilled_tokens < 600 + 10 * 2 * 64
     for i, question in enumerate(questions):
         (alone,) = tiny.generate([question], [image], max_new_tokens=4)
         assert answers[i].tokens == alone.tokens
@@ -285,6 +282,11 @@ def test_chunks_behind_the_prompt(tiny):
     assert answer.tokens == whole.tokens
 
 
+def tokens_seen(engine, sequence):
+    """Tokens that a sequence's repetition penalty counts; the last one comes once it is decoded from."""
+    return set(np.flatnonzero(engine.runner.token_seen[sequence.slot]).tolist())
+
+
 def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
     """A row that is computed anew beyond the LongRoPE boundary still knows all of its tokens."""
     engine = tiny.engine(SMALL)
@@ -292,11 +294,10 @@ def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
     engine.submit(Request(f"<|user|>{'a b ' * 40}<|end|><|assistant|>", max_new_tokens=60, sampling=settings))
     for _ in range(44):  # a request that is alone draws a token a round
         engine.step()
-    (row,) = (a for a in engine._slots if a is not None)
-    assert row.prompt_tokens < 90
-    assert row.long
-    known = set(np.flatnonzero(engine._seen[row.slot]).tolist())
-    assert known == {*row.row.tokens.tolist(), *row.tokens[:-1]}  # the last one is yet to be decoded from
+    (sequence,) = engine.scheduler.running
+    assert sequence.num_prompt_tokens < 90
+    assert sequence.use_long_rope
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.tokens[:-1]}
 
 
 @pytest.mark.slow
@@ -306,13 +307,20 @@ def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
     settings = Sampling(repetition_penalty=1000.0)
     engine.submit(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=12, sampling=settings))
     engine.step()
-    before = jax.device_get((engine._seen, engine._cache.k[:, :-1], engine._cache.v[:, :-1], engine._features.table))
+
+    def state():
+        """But for the scratch page."""
+        cache = engine.runner.kv_cache
+        kept = engine.runner.token_seen, cache.k[:, :-1], cache.v[:, :-1], engine.runner.encoder_cache.table
+        return jax.device_get(kept)
+
+    before = state()
     engine.warm_up()
-    after = jax.device_get((engine._seen, engine._cache.k[:, :-1], engine._cache.v[:, :-1], engine._features.table))
+    after = state()
     for ours, theirs in zip(after, before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    (row,) = (a for a in engine._slots if a is not None)
-    assert set(np.flatnonzero(engine._seen[row.slot]).tolist()) == {*row.row.tokens.tolist(), *row.tokens[:-1]}
+    (sequence,) = engine.scheduler.running
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.tokens[:-1]}
 
 
 def test_media_that_have_no_room_together_are_an_error(tiny):
@@ -327,7 +335,7 @@ def test_media_that_have_no_room_together_are_an_error(tiny):
 def test_an_engine_that_was_stopped_in_a_round_says_so(tiny, monkeypatch):
     engine = tiny.engine(SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_run_decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(engine.runner, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             list(engine.run([Request("a b c", max_new_tokens=3)]))
     with pytest.raises(InputError, match=r"stopped in the middle of a round.* make another"):
@@ -342,7 +350,7 @@ def test_int8_cache(tiny):
         logits = recompute(tiny, requests[place].prompt, answer.tokens)
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(logits)), answer.tokens]
         np.testing.assert_allclose(answer.log_probabilities, expected, atol=0.1)
-    assert engine._cache.k.dtype == np.int8
+    assert engine.runner.kv_cache.k.dtype == np.int8
 
 
 def test_quantised_values_use_all_of_int8():
@@ -398,7 +406,7 @@ def test_pages_that_were_another_requests(tiny):
     for prompt in (*prompts, prompts[0]):
         engine.submit(Request(prompt, max_new_tokens=5))
         updates = engine.step()
-        taken += [set(active.pages) for active in engine._slots if active is not None]
+        taken += [set(sequence.pages) for sequence in engine.scheduler.running]
         while not engine.idle:
             updates += engine.step()
         (answer,) = (update.completion for update in updates if update.completion)
@@ -448,7 +456,7 @@ def test_cancelling_frees_the_slot(tiny):
     assert len(completions[first].tokens) > 2
     assert completions[second].finish_reason == "length"
     assert completions[third].finish_reason == "cancelled"
-    assert engine._pool.available == engine.config.pages
+    assert engine.scheduler.allocator.available == engine.config.pages
 
 
 def test_answers_reach_who_asked(tiny):
@@ -470,15 +478,13 @@ def test_answers_reach_who_asked(tiny):
         updates += engine.step()
     assert {u.id for u in updates} == {own}
     assert "".join(u.text for u in updates) == alone[0]
-    assert engine._pool.available == engine.config.pages
+    assert engine.scheduler.allocator.available == engine.config.pages
 
 
 def test_a_library_that_fails_is_one_answer(tiny, monkeypatch):
     engine = tiny.engine(SMALL)
-    row = engine._processor.row
-    monkeypatch.setattr(
-        engine._processor, "row", lambda prompt, *rest: row(prompt, *rest) if prompt != "bad" else 1 // 0
-    )
+    row = tiny.processor.row
+    monkeypatch.setattr(tiny.processor, "row", lambda prompt, *rest: row(prompt, *rest) if prompt != "bad" else 1 // 0)
     answers = dict(engine.run([Request("bad"), Request("fine", max_new_tokens=2)]))
     assert "ZeroDivisionError" in answers[0].error
     assert len(answers[1].tokens) == 2
@@ -499,14 +505,14 @@ def poisoned(tiny):
     def run(*requests):
         numbers = [engine.submit(request) for request in requests]
         updates = engine.step()
-        first = engine._slots[0]
-        pages = [*first.pages, *(page for beam in (first.group.pages if first.group else []) for page in beam)]
-        engine._cache = engine._cache._replace(v=engine._cache.v.at[:, pages].set(np.nan))
+        first, cache = engine.scheduler.slots[0], engine.runner.kv_cache
+        pages = [*first.pages, *(page for beam in (first.beams.pages if first.beams else []) for page in beam)]
+        engine.runner.kv_cache = cache._replace(v=cache.v.at[:, pages].set(np.nan))
         while not engine.idle:
             updates += engine.step()
-        assert engine._pool.available == engine.config.pages
+        assert engine.scheduler.allocator.available == engine.config.pages
         answers = {u.id: u.completion for u in updates if u.completion}
-        return [answers[n] for n in numbers], engine._pool.match_prefix(first.keys)
+        return [answers[n] for n in numbers], engine.scheduler.allocator.match_prefix(first.page_keys)
 
     return run
 

@@ -59,7 +59,7 @@ def compiled(program: str) -> tuple[Any, int]:
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
     pages = jax.eval_shape(lambda: empty_cache(config, PAGES, PAGE, jnp.bfloat16))
-    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs._placement(x)), pages)
+    pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // 8
     rows = 1 if program == "prefill" else SLOTS
     tables = numbers((rows, PAGES_OF_A_ROW))
@@ -72,7 +72,7 @@ def compiled(program: str) -> tuple[Any, int]:
         lowered = programs.decode.lower(variables, pages, seen, slots, width=8)
     elif program == "extend":
         beams = BeamInputs(row, row, tables, row, long, row, row, numbers(()))
-        lowered = programs.extend.lower(variables, pages, beams, candidates=16)
+        lowered = programs.beam_step.lower(variables, pages, beams, candidates=16)
     else:
         tokens = numbers((rows, CHUNK))
         chunk = PrefillInputs(tokens, tokens, row, row, tables, row, long, row, row, settings)

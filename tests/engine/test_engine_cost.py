@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from helpers.marks import fast_are
 
-from phi4mm_jax.batch import NO_MEDIA, ImageStack
+from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import Engine, EngineConfig
 from phi4mm_jax.engine.encoder_cache import warm_up_stacks
+from phi4mm_jax.engine.scheduler import PrefillBatch
 
 SMALL = EngineConfig(slots=4, cache_tokens=2048, chunk=256, feature_blocks=32)
 LARGE = dataclasses.replace(SMALL, cache_tokens=32768, feature_blocks=512)  # and tables of 256 pages a row, not 16
-CHANGED = {"decode": (1, 2), "prefill": (1,), "encode": (1,), "mark": (0,)}  # arguments: cache, seen, features
+CHANGED = {
+    "decode": (1, 2),
+    "prefill": (1,),
+    "encode": (1,),
+    "set_penalty_mask": (0,),
+}  # arguments: cache, seen, features
 
 
 class Compiling:
@@ -36,16 +42,17 @@ class Compiling:
 
 def compiled(tiny, config, program):
     """The compiled program, and the bytes of what it is given to change."""
-    programs: Any = Compiling(tiny._programs)
+    programs: Any = Compiling(tiny.programs)
     engine = Engine(programs, tiny.variables, tiny.processor, config)
-    nothing = np.zeros((1, 256), np.int32)
+    runner = engine.runner
     stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config)))}
+    resting = [None] * config.slots
     calls = {
-        "decode": lambda: engine._run_decode({0, 1, 2}, [None] * config.slots, np.zeros(config.slots, np.int32)),
-        "prefill": lambda: engine._run_prefill({1}, [], 1, nothing, nothing + NO_MEDIA, []),
-        "image": lambda: engine._features.warm_up(*stacks[True]),
-        "audio": lambda: engine._features.warm_up(*stacks[False]),
-        "mark": lambda: programs.mark(engine._seen, np.int32(0), np.zeros(engine._seen.shape[1], bool)),
+        "decode": lambda: runner.run_decode({0, 1, 2}, runner.decode_inputs(resting, np.zeros(config.slots, np.int32))),
+        "prefill": lambda: runner.run_prefill({1}, runner.prefill_inputs(PrefillBatch([], [], 256), [], 1)),
+        "image": lambda: runner.encoder_cache.warm_up(*stacks[True]),
+        "audio": lambda: runner.encoder_cache.warm_up(*stacks[False]),
+        "set_penalty_mask": lambda: runner.run_set_penalty_mask(0, np.zeros(runner.token_seen.shape[1], bool)),
     }
     with pytest.raises(StopIteration):
         calls[program]()
@@ -55,9 +62,9 @@ def compiled(tiny, config, program):
 @pytest.mark.parametrize(
     ("program", "dtype"),
     fast_are(
-        [("decode", "int8"), ("prefill", None), ("image", None), ("audio", None), ("mark", None)],
+        [("decode", "int8"), ("prefill", None), ("image", None), ("audio", None), ("set_penalty_mask", None)],
         [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
-         ("mark", None)],
+         ("set_penalty_mask", None)],
     ),
 )  # fmt: skip
 def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
@@ -66,7 +73,7 @@ def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
     for one, changed in found:
         assert one.memory_analysis().alias_size_in_bytes >= changed
     (small, few), (large, many) = found
-    if program != "mark":
+    if program != "set_penalty_mask":
         assert many > 12 * few
     pages = (SMALL.cache_tokens or 0) / SMALL.page_size
     page = few / (SMALL.feature_blocks if program in ("image", "audio") else pages)

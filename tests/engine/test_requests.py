@@ -309,7 +309,7 @@ def test_a_request_alone_is_streamed_token_by_token(tiny):
             engine.submit(request)
         while not engine.idle:
             engine.step()
-            known += [len(engine._slots[0].tokens)] if engine._slots[0] is not None else []
+            known += [len(sequence.tokens) for sequence in engine.scheduler.slots[:1] if sequence is not None]
         return known
 
     assert drawn(1) == [2, 3, 4, 5, 6, 7, 8]  # the first comes with the prompt
@@ -350,7 +350,7 @@ def test_an_engine_for_threads_and_coroutines(tiny):
 
 def test_an_engine_that_stops_tells_who_waits(tiny, monkeypatch):
     inner = tiny.engine(EngineConfig(slots=1, cache_tokens=1024))
-    monkeypatch.setattr(inner, "_run_decode", lambda *_: 1 // 0)
+    monkeypatch.setattr(inner.runner, "decode", lambda *_: 1 // 0)
     with AsyncEngine(inner) as engine:
         found = engine.submit(Request(PROMPT, max_new_tokens=5)).result(60)
         assert "stopped by ZeroDivisionError" in (found.error or "")

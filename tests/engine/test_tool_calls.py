@@ -130,14 +130,18 @@ def test_completions_have_their_calls(tiny, monkeypatch, stop, stop_tokens, text
 def forced(tiny, monkeypatch, tokens: list[int]):
     """An engine whose rows draw these tokens, whatever the model says."""
     engine = tiny.engine(EngineConfig(slots=1, cache_tokens=512))
-    append = engine._append
+    prefill, decode = engine.runner.prefill, engine.runner.decode
 
-    def instead(active, drawn, log_probabilities):
-        start = len(active.tokens)
-        chosen = np.asarray((tokens + [0] * 99)[start : start + len(drawn)], np.int32)
-        append(active, chosen, log_probabilities[: len(chosen)])
+    def replaced(sampled, sequences):
+        """The same numbers of tokens, with the ids of the answer."""
+        drawn = np.array(sampled.tokens)
+        for row, sequence in zip(drawn, sequences, strict=True):
+            if sequence is not None:
+                row[:] = (tokens + [0] * 99)[len(sequence.tokens) :][: len(row)]
+        return sampled._replace(tokens=drawn)
 
-    monkeypatch.setattr(engine, "_append", instead)
+    monkeypatch.setattr(engine.runner, "prefill", lambda batch: (replaced(prefill(batch)[0], batch.sequences), None))
+    monkeypatch.setattr(engine.runner, "decode", lambda batch: replaced(decode(batch), batch.sequences))
     return engine
 
 

@@ -52,7 +52,7 @@ class _AtOnce:
 
 @pytest.fixture
 def unhurried(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_workers", _AtOnce())
+    monkeypatch.setattr(engine.queue, "workers", _AtOnce())
     return engine
 
 

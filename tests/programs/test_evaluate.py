@@ -451,7 +451,7 @@ def test_a_request_may_name_its_adapter(tiny):
     answers = dict(tiny.engine(SMALL).run(requests))
     assert answers[2] == answers[3]
     assert answers[2].log_probabilities == answers[3].log_probabilities
-    without = Engine(tiny._programs, {"params": tiny.variables["params"]}, tiny.processor, SMALL)
+    without = Engine(tiny.programs, {"params": tiny.variables["params"]}, tiny.processor, SMALL)
     ((_, bare),) = without.run([Request(prompt, audios=[CLIP], max_new_tokens=1)])
     assert (answers[0], answers[0].log_probabilities) == (bare, bare.log_probabilities)
     batch = tiny.process([prompt], audios=[[CLIP]])

@@ -90,20 +90,13 @@ def test_several_turns_with_media(tiny, engine):
     ]
 
 
-def test_a_turn_prefills_only_what_is_new(tiny, engine, monkeypatch: pytest.MonkeyPatch):
+def test_a_turn_prefills_only_what_is_new(tiny, engine):
     """Of a conversation, whose pages are kept, only from the last whole page on."""
-    prefilled = 0
-    run = engine._run_prefill
-
-    def counted(adapters, chosen, count, tokens, media, stops):
-        nonlocal prefilled
-        prefilled += sum(stop - active.cached for active, stop in zip(chosen, stops, strict=True))
-        return run(adapters, chosen, count, tokens, media, stops)
-
-    monkeypatch.setattr(engine, "_run_prefill", counted)
+    before = engine.runner.num_prefilled_tokens
     conversation = Terminal("/system Be kind.", f"/image {IMAGE}", "What?", "And now?").talk(tiny.processor, engine)
     first = replace(conversation, turns=(replace(conversation.turns[0], answer=None),))
-    new = prefilled - len(tiny.processor.row(chat.messages_of(first, chat.as_medium)).tokens)
+    prompt = tiny.processor.row(chat.messages_of(first, chat.as_medium)).tokens
+    new = engine.runner.num_prefilled_tokens - before - len(prompt)
     assert 0 < new < 64
 
 

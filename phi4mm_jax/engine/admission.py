@@ -1,0 +1,96 @@
+"""Checks of requests against what an engine can serve."""
+
+import math
+from collections.abc import Collection
+
+from phi4mm_jax.adapters import ADAPTERS, NONE
+from phi4mm_jax.engine.beam_search import BeamGroup, Search, max_stops
+from phi4mm_jax.engine.config import EngineConfig
+from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.encoder_cache import EncoderCache, MediaInputs
+from phi4mm_jax.engine.request import Request
+from phi4mm_jax.engine.sequence import Sequence
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.processor import Processor
+
+
+class Admission:
+    """Turns requests into sequences, where the engine's sizes and the checkpoint allow."""
+
+    def __init__(
+        self, config: EngineConfig, processor: Processor, collections: Collection[str], encoder_cache: EncoderCache,
+        stop_token_ids: Collection[int],
+    ):  # fmt: skip
+        self._config, self._processor, self._encoder_cache = config, processor, encoder_cache
+        self._collections = frozenset(collections)
+        self._stops = frozenset(stop_token_ids)
+
+    def sequence(self, request_id: int, request: Request, row: Row, media: MediaInputs, slot: int) -> Sequence:
+        """Sequence of a request, yet to be prefilled and without pages.
+
+        Raises:
+            InputError: the engine has no room for it, or the checkpoint lacks what it asks for.
+        """
+        length, size, context = len(row.tokens), self._config.page_size, self._processor.context
+        if length >= context:
+            raise InputError(
+                f"the prompt has {length} tokens, which leaves no room in the context of {context}; shorten it"
+            )
+        self.check_adapter(request.adapter)
+        self._check_media(media, length)
+        limit = min(int(request.max_new_tokens), context - length)
+        shared = length // size if request.beams > 1 else 0  # by all its beams
+        max_pages = shared + request.beams * (math.ceil((length + limit) / size) - shared)
+        if max_pages > self._config.pages:
+            each = f" of each of {request.beams} beams" if request.beams > 1 else ""
+            raise InputError(
+                f"the prompt's {length} tokens and {limit} new ones{each} need {max_pages} pages of {size} tokens, but "
+                f"the cache has {self._config.pages}; give it more tokens, or ask for fewer ("
+                f"{self._config.named('cache_tokens')})"
+            )
+        detokenizer = IncrementalDetokenizer(self._processor.tokenizer, request.stop)
+        beams = self._beams(request, limit)
+        sequence = Sequence(request_id, request, row, media, slot, limit, max_pages, detokenizer, beams)
+        sequence.reset(size, self._processor.config.decoder.rope.original_length)
+        return sequence
+
+    def check_adapter(self, adapter: str | None) -> None:
+        """Raise InputError for an adapter that the checkpoint lacks, or has merged."""
+        if adapter is not None and self._processor.merged is not None:
+            raise InputError(
+                f"adapter is {adapter!r}, but the {self._processor.merged} adapter is merged into the weights; load "
+                "the checkpoint without merge"
+            )
+        if adapter not in (None, NONE) and ADAPTERS[adapter].collection not in self._collections:
+            raise InputError(f"adapter is {adapter!r}, which this checkpoint lacks; use a checkpoint with it")
+
+    def _check_media(self, media: MediaInputs, length: int) -> None:
+        """A chunk is a page at least, whose media must be in the table together."""
+        cache, size = self._encoder_cache, self._config.page_size
+        if cache.max_stop(media, 0, length) == length:
+            return
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            if cache.max_stop(media, start, stop) < stop:
+                raise InputError(
+                    f"tokens {start} to {stop} of the prompt take features of more media than feature_blocks="
+                    f"{self._config.feature_blocks} hold together; give the engine more"
+                )
+
+    def _beams(self, request: Request, limit: int) -> BeamGroup | None:
+        if request.beams == 1:
+            return None
+        if request.beams > self._config.beams:
+            raise InputError(
+                f"the request asks for {request.beams} beams, but the engine allows {self._config.beams}; ask for "
+                f"fewer, or allow more with {self._config.named('beams')}"
+            )
+        stops = frozenset({*self._stops, *request.stop_tokens})
+        allowed = max_stops(self._stops)
+        if len(stops) > allowed:
+            raise InputError(
+                f"stop_tokens and the model's own are {len(stops)} together, but beams may end by {allowed} at most; "
+                "give fewer stop_tokens"
+            )
+        return BeamGroup(Search(int(request.beams), limit, float(request.length_penalty), stops))

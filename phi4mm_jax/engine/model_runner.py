@@ -1,0 +1,256 @@
+"""The device's side of an engine: its state, arrays for the compiled steps, and their calls."""
+
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from phi4mm_jax.adapters import adapter_indices, used_collections
+from phi4mm_jax.batch import NO_MEDIA
+from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
+from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
+from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, warm_up_stacks
+from phi4mm_jax.engine.sampling import Sampling, SamplingRows
+from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
+from phi4mm_jax.engine.sequence import Sequence
+from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.model.phi4mm import empty_cache
+
+
+class ModelRunner:
+    """Computes batches of sequences.
+
+    Shapes never change: a batch is padded to one of a few sizes, for which each step is compiled once, and once for
+    every set of adapters, since an adapter that no sequence uses costs nothing.
+
+    Attributes:
+        kv_cache: on the device, as the following.
+        token_seen: (slots, V); tokens of each slot's sequence, where it has a repetition penalty.
+        encoder_cache: encoded media.
+        num_prefilled_tokens: since the start.
+        table_size: pages of the longest page table.
+    """
+
+    def __init__(self, programs: Programs, variables: Mapping[str, Any], config: EngineConfig, context: int):
+        self._programs, self._variables, self._config = programs, variables, config
+        model = programs.model.config
+        dtype = jnp.dtype(programs.model.dtype)
+        cache_dtype = jnp.dtype(config.cache_dtype or dtype)
+        if cache_dtype not in (dtype, jnp.int8):
+            raise InputError(
+                f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
+                f"{dtype.name!r} or 'int8'"
+            )
+        self.table_size = min(config.pages, math.ceil(context / config.page_size))
+        self.kv_cache = programs.place(empty_cache(model, config.pages, config.page_size, cache_dtype))
+        features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
+        base = {"params": variables["params"]}
+        self.encoder_cache = EncoderCache(lambda *arguments: programs.encode(base, *arguments), features)
+        self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
+        self.num_prefilled_tokens = 0
+        candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
+        self._num_candidates = candidates if config.beams > 1 else 0
+
+    # ------------------------------------------------------------------------------------------ batches
+
+    def prefill(self, batch: PrefillBatch) -> tuple[SampledTokens, TopLogprobs | None]:
+        """Compute a chunk of each sequence, after its media; the tokens that follow are drawn for all."""
+        chunks = list(zip(batch.sequences, batch.stops, strict=True))
+        rows = self.encoder_cache.lookup_or_encode(
+            [(s.media, s.num_computed, min(stop, s.num_prompt_tokens)) for s, stop in chunks]
+        )
+        self.num_prefilled_tokens += sum(stop - s.num_computed for s, stop in chunks)
+        inputs = self.prefill_inputs(batch, rows, len(chunks))
+        return self.run_prefill({s.adapter for s, _ in chunks}, inputs)
+
+    def decode(self, batch: DecodeBatch) -> SampledTokens:
+        """Decode all slots for some steps."""
+        adapters = {s.adapter for s in batch.sequences if s is not None}
+        return self.run_decode(adapters, self.decode_inputs(batch.sequences, batch.steps))
+
+    def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
+        """Extend beams by a token; the likeliest tokens after each."""
+        count = sum(len(beams.search.beams) for _, beams in groups)
+        size = next(size for size in self._config.beam_batch_sizes if size >= count)
+        return self.run_beam_step({s.adapter for s, _ in groups}, self.beam_inputs(groups, size))
+
+    def set_penalty_mask(self, sequence: Sequence) -> None:
+        """Set the tokens that the repetition penalty of a sequence counts; decoding adds those that it is given."""
+        if sequence.request.sampling.repetition_penalty != 1.0:
+            seen = np.zeros(self.token_seen.shape[1], bool)
+            seen[sequence.token_ids(sequence.prefill_end)] = True
+            self.run_set_penalty_mask(sequence.slot, seen)
+
+    # ------------------------------------------------------------------------------------------ arrays
+
+    def prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
+        """Arrays of a batch, padded to `count` rows.
+
+        Args:
+            media: for each sequence the rows of the table of features, see `EncoderCache.lookup_or_encode`.
+        """
+        sequences, stops, width = batch
+        tokens = np.zeros((count, width), np.int32)
+        features = np.full((count, width), NO_MEDIA, np.int32)
+        for i, (sequence, stop) in enumerate(zip(sequences, stops, strict=True)):
+            tokens[i, : stop - sequence.num_computed] = sequence.token_ids(stop)[sequence.num_computed :]
+            features[i, : len(media[i])] = media[i]
+        return PrefillInputs(
+            tokens, features,
+            starts=_column(sequences, count, lambda s: s.num_computed),
+            lengths=_padded(stops, count),
+            tables=self._page_tables([s.pages for s in sequences], count),
+            adapters=_column(sequences, count, lambda s: s.adapter),
+            use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
+            slots=_column(sequences, count, lambda s: s.slot),
+            num_drawn=_column(sequences, count, lambda s: len(s.tokens)),
+            sampling=_sampling_rows(sequences, count),
+        )  # fmt: skip
+
+    def decode_inputs(self, sequences: Items[Sequence | None], steps: np.ndarray) -> DecodeInputs:
+        """Arrays of all slots."""
+        count = len(sequences)
+        return DecodeInputs(
+            last=_column(sequences, count, lambda s: s.tokens[-1]),
+            lengths=_column(sequences, count, lambda s: s.num_computed),
+            steps=steps,
+            tables=self._page_tables([() if s is None else s.pages for s in sequences], count),
+            adapters=_column(sequences, count, lambda s: s.adapter),
+            use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
+            num_drawn=_column(sequences, count, lambda s: len(s.tokens)),
+            sampling=_sampling_rows(sequences, count),
+        )
+
+    def beam_inputs(self, groups: Items[tuple[Sequence, BeamGroup]], size: int) -> BeamInputs:
+        """Arrays of all groups' beams, padded to `size` of them."""
+        rows = [(s, beam, pages) for s, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
+        copies = [copy for _, group in groups for copy in group.copies]
+        return BeamInputs(
+            last=_padded([beam.tokens[s.num_computed - s.num_prompt_tokens] for s, beam, _ in rows], size),
+            lengths=_padded([s.num_computed + 1 for s, _, _ in rows], size),
+            tables=self._page_tables([s.pages + pages for s, _, pages in rows], size),
+            adapters=_padded([s.adapter for s, _, _ in rows], size),
+            use_long_rope=_padded([s.use_long_rope for s, _, _ in rows], size).astype(bool),
+            sources=_padded([source for source, _ in copies], size),
+            targets=_padded([target for _, target in copies], size),
+            num_copies=np.int32(len(copies)),
+        )
+
+    def _page_tables(self, tables: Items[Items[int]], count: int) -> np.ndarray:
+        padded = np.zeros((count, self.table_size), np.int32)
+        for i, pages in enumerate(tables):
+            padded[i, : len(pages)] = pages
+        return padded
+
+    # ------------------------------------------------------------------------------------------ calls
+
+    def run_prefill(self, adapters: set[int], inputs: PrefillInputs) -> tuple[SampledTokens, TopLogprobs | None]:
+        """Call the step and fetch its results; only the variables of these adapters are handed over."""
+        self.kv_cache, *results = self._programs.prefill(
+            self._variables_of(adapters), self.kv_cache, self.encoder_cache.table, self.token_seen, inputs,
+            candidates=self._num_candidates,
+        )  # fmt: skip
+        sampled, top = jax.device_get(results)
+        return sampled, top
+
+    def run_decode(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
+        self.kv_cache, self.token_seen, sampled = self._programs.decode(
+            self._variables_of(adapters),
+            self.kv_cache,
+            self.token_seen,
+            inputs,
+            width=self._config.steps,
+        )
+        return jax.device_get(sampled)
+
+    def run_beam_step(self, adapters: set[int], inputs: BeamInputs) -> TopLogprobs:
+        self.kv_cache, top = self._programs.beam_step(
+            self._variables_of(adapters), self.kv_cache, inputs, candidates=self._num_candidates
+        )
+        return jax.device_get(top)
+
+    def run_set_penalty_mask(self, slot: int, seen: np.ndarray) -> None:
+        self.token_seen = self._programs.set_penalty_mask(self.token_seen, np.int32(slot), seen)
+
+    def _variables_of(self, adapters: set[int]) -> dict[str, Any]:
+        return used_collections(self._variables, adapters)
+
+    # ------------------------------------------------------------------------------------------ warm-up
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile every step for every shape; the state stays as it is. See `Engine.warm_up`."""
+        calls = self._warm_up_calls()
+        for done, call in enumerate(calls, 1):
+            call()
+            if progress is not None:
+                progress(done, len(calls))
+
+    def _warm_up_calls(self) -> list[Callable[[], Any]]:
+        config = self._config
+        index = adapter_indices()
+        present = [index[name] for name in self._variables if name in index]
+        together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
+
+        def prefill(adapter: int, count: int, width: int) -> None:
+            self.run_prefill({adapter}, self.prefill_inputs(PrefillBatch([], [], width), [], count))
+
+        def decode(adapters: set[int]) -> None:
+            self.run_decode(adapters, self.decode_inputs([None] * config.slots, np.zeros(config.slots, np.int32)))
+
+        def beam_step(adapters: set[int], size: int) -> None:
+            self.run_beam_step(adapters, self.beam_inputs([], size))
+
+        stacks = warm_up_stacks(self._programs.model.config)
+        no_slot = config.slots  # out of range, so that nothing is set
+        return [
+            *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
+            *(partial(prefill, a, n, w) for a in [0, *present] for n in PREFILL_ROWS for w in config.prefill_widths),
+            *(partial(decode, adapters) for adapters in together),
+            *(partial(beam_step, adapters, size) for adapters in together for size in config.beam_batch_sizes),
+            partial(self.run_set_penalty_mask, no_slot, np.zeros(self.token_seen.shape[1], bool)),
+        ]  # fmt: skip
+
+
+def default_cache_tokens(config: EngineConfig, programs: Programs, context: int) -> int:
+    """Tokens of KV cache that the devices have room for, see `EngineConfig`.
+
+    Raises:
+        InputError: there is no room for one page.
+    """
+    stats = [device.memory_stats() for device in programs.devices]
+    if not all(found and "bytes_limit" in found for found in stats):
+        return DEFAULT_CACHE_TOKENS
+    free = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+    decoder, itemsize = programs.model.config.decoder, jnp.dtype(programs.model.dtype).itemsize
+    features = config.feature_blocks * BLOCK_SIZE * decoder.embed_dim * itemsize
+    seen = config.slots * decoder.vocab_size
+    cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
+    head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
+    token = 2 * decoder.num_layers * decoder.num_kv_heads // programs.shares * head
+    pages = int(0.75 * (free - features - seen)) // (token * config.page_size) - 1  # the scratch page
+    if pages < 1:
+        raise InputError(
+            f"of a device's memory {free / 2**30:.1f} GiB are free, which is no room for a cache; use more devices "
+            "(mesh), cache_dtype int8 or fewer feature_blocks, or say what to try with cache_tokens"
+        )
+    return config.page_size * min(pages, config.slots * config.beams * math.ceil(context / config.page_size))
+
+
+def _column(sequences: Items[Sequence | None], count: int, value: Callable[[Sequence], int]) -> np.ndarray:
+    return _padded([0 if s is None else value(s) for s in sequences], count)
+
+
+def _padded(values: Items[int], count: int) -> np.ndarray:
+    return np.asarray([*values, *[0] * (count - len(values))], np.int32)
+
+
+def _sampling_rows(sequences: Items[Sequence | None], count: int) -> SamplingRows:
+    settings = [Sampling() if s is None else s.sampling for s in sequences]
+    return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))

@@ -1,0 +1,135 @@
+"""Requests that wait for a slot while their prompts and media are processed in the background."""
+
+import hashlib
+import time
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from phi4mm_jax.engine.encoder_cache import MediaInputs, media_inputs
+from phi4mm_jax.engine.request import Request
+from phi4mm_jax.engine.sampling import Sampling, draws_by_identity
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.processor import Processor
+
+
+@dataclass(eq=False)
+class WaitingRequest:
+    """A request, its prompt being processed.
+
+    Attributes:
+        duplicates: how many equal requests came before, by their identity; of all requests that belong together.
+        processed: its prompt and media.
+        started: when their processing began.
+    """
+
+    id: int
+    request: Request
+    duplicates: Counter[bytes] | None = None
+    processed: Future[tuple[Row, MediaInputs]] = field(init=False)
+    started: float | None = None
+
+    @property
+    def depends_on_order(self) -> bool:
+        """Whether what it draws depends on how many equal requests came before."""
+        return self.duplicates is not None and draws_by_identity(self.request.sampling)
+
+    def seconds(self) -> float:
+        """How long its processing has taken."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    def result(self, max_seconds: int) -> tuple[Row, MediaInputs]:
+        """Return its prompt and media.
+
+        Raises:
+            InputError: they cannot be used, or are not there yet. Libraries raise what they will.
+        """
+        if not self.processed.done():
+            raise InputError(f"its media took longer than {max_seconds} seconds to process; pass smaller ones")
+        return self.processed.result()
+
+    def seeded_sampling(self, row: Row, media: MediaInputs) -> Sampling:
+        """Its sampling with a seed; call it once. Its identity: its prompt, and how many equal ones came before."""
+        settings = self.request.sampling
+        if not draws_by_identity(settings):
+            return settings
+        content = row.tokens.tobytes() + b"".join(digest for *_, digest in media.spans)
+        identity = hashlib.blake2b(content, digest_size=16).digest()
+        count = 0
+        if self.duplicates is not None:
+            count = self.duplicates[identity]
+            self.duplicates[identity] += 1
+        return settings.for_identity(b"%s %d" % (identity, count))
+
+
+class RequestQueue:
+    """Requests in their order, of which slow ones are overtaken.
+
+    Attributes:
+        patience: seconds that the first request is waited for before it is overtaken.
+        workers: threads that process prompts and media.
+    """
+
+    def __init__(self, processor: Processor, workers: int, media_seconds: int):
+        self.patience = 1.0
+        self._processor, self._media_seconds = processor, media_seconds
+        self.workers = ThreadPoolExecutor(workers, thread_name_prefix="phi4mm-process")
+        self._waiting: deque[WaitingRequest] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(
+        self, request_id: int, request: Request, row: Row | None = None, duplicates: Counter[bytes] | None = None
+    ) -> None:
+        """Put a request at the end, and have its prompt processed, unless its `row` is given."""
+        waiting = WaitingRequest(request_id, request, duplicates)
+
+        def process() -> tuple[Row, MediaInputs]:
+            waiting.started = time.monotonic()
+            asked = (
+                request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message,
+                request.adapter,
+            )  # fmt: skip
+            made = self._processor.row(*asked) if row is None else row
+            return made, media_inputs(made, self._processor.config)
+
+        waiting.processed = self.workers.submit(process)
+        self._waiting.append(waiting)
+
+    def cancel(self, request_id: int) -> bool:
+        """Remove a request; returns whether it was there."""
+        for waiting in self._waiting:
+            if waiting.id == request_id:
+                waiting.processed.cancel()
+                self.remove(waiting)
+                return True
+        return False
+
+    def remove(self, waiting: WaitingRequest) -> None:
+        self._waiting.remove(waiting)
+
+    def next_ready(self, block: bool) -> WaitingRequest | None:
+        """First request whose prompt is processed, or whose time for that is over; it stays in the queue.
+
+        Requests keep their order as long as their media take about a second; what takes longer is overtaken.
+
+        Args:
+            block: wait for the first one, as there is nothing else to do.
+        """
+        if not self._waiting:
+            return None
+        head = self._waiting[0]
+        if block:
+            wait([head.processed], timeout=self.patience)
+        if not head.processed.done() and head.seconds() < self.patience:
+            return None
+        overtakes = False  # a request on whose identity that of others depends
+        for waiting in self._waiting:
+            if waiting.processed.done() and not (waiting.depends_on_order and overtakes):
+                return waiting
+            if waiting.seconds() > self._media_seconds:
+                return waiting
+            overtakes |= waiting.depends_on_order
+        return None
