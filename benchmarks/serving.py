@@ -19,8 +19,8 @@ from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
-from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
+from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.compiled import CHIPS, cost
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
@@ -68,7 +68,9 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
-    pages = jax.eval_shape(lambda: empty_cache(config, case.rows * case.length // PAGE, PAGE, jnp.bfloat16))
+    pages = jax.eval_shape(
+        lambda: KVCache.allocate(config.decoder, case.rows * case.length // PAGE, PAGE, jnp.bfloat16)
+    )
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     settings = SamplingRows.of([Sampling()] * case.rows)
     settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)

@@ -18,11 +18,11 @@ from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.engine import EngineConfig, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
-from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.decoder import Cache, CachedInputs, attend, quantize
+from phi4mm_jax.model.decoder import attend
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, copy_pages, quantize
 
 RELEASE = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
 DECODER = RELEASE.decoder
@@ -82,7 +82,7 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
     q = draw.standard_normal((3, 2 * PAGE + 1, 2 * HEADS, SIZE)).astype(np.float32)
     (k, k_scales), (v, v_scales) = ((x, None) if dtype == "float32" else quantize(x) for x in map(jnp.asarray, pages))
     by_heads = NamedSharding(mesh, jax.P(None, None, "tensor"))
-    cache = jax.device_put(Cache(k, v, k_scales, v_scales), by_heads)
+    cache = jax.device_put(KVCache(k, v, k_scales, v_scales), by_heads)
 
     def chunk_and_token(cache, q, k, v):
         chunk, token = CachedInputs(starts, lengths, tables), CachedInputs(lengths, lengths + 1, tables)
@@ -109,10 +109,10 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
 def test_pages_are_copied_where_they_lie():
     mesh = make_mesh(tensor=8)
     pages = np.arange(LAYERS * 7 * HEADS * PAGE).reshape(LAYERS, 7, HEADS, PAGE, 1).astype(np.float32)
-    cache = jax.device_put(Cache(pages, -pages), NamedSharding(mesh, jax.P(None, None, "tensor")))
+    cache = jax.device_put(KVCache(pages, -pages), NamedSharding(mesh, jax.P(None, None, "tensor")))
     numbers = np.array([3, 5, 1]), np.array([0, 4, 2]), np.int32(2)  # the last copy does not count
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(_copy_pages).lower(cache, *numbers).compile()
+        compiled = jax.jit(copy_pages).lower(cache, *numbers).compile()
     assert "all-gather" not in str(compiled.as_text())
     found = compiled(cache, *numbers)
     expected = pages[:, [3, 1, 2, 3, 5, 5, 6]]

@@ -11,8 +11,8 @@ import pytest
 
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows, sample
-from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.phi4mm import abstract_batch, empty_cache
+from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.phi4mm import abstract_batch
 from phi4mm_jax.training.step import initial_state, supervised, train_step
 
 PAGE = 16
@@ -40,7 +40,7 @@ def test_inference(tiny, tokens):
         logits = module.apply(variables, hidden[:, 0], method="logits")
         return sample(logits, rows, SamplingRows.of([Sampling()])), cache
 
-    cache = jax.eval_shape(lambda: empty_cache(tiny.config, 1, PAGE, jnp.float32))
+    cache = jax.eval_shape(lambda: KVCache.allocate(tiny.config.decoder, 1, PAGE, jnp.float32))
     found = names(step, tiny.variables, cache)
     kernel = {"decode_attention"} if tokens == 1 else {"cached_attention", "cache_gather", "flash_attention"}
     assert {"attention", "mlp", "rope", "cache_write", "sampling", "Phi4MM.logits", *kernel} <= found

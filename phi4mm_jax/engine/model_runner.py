@@ -21,7 +21,7 @@ from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model.phi4mm import empty_cache
+from phi4mm_jax.model import KVCache
 
 
 class ModelRunner:
@@ -49,7 +49,7 @@ class ModelRunner:
                 f"{dtype.name!r} or 'int8'"
             )
         self.table_size = min(config.pages, math.ceil(context / config.page_size))
-        self.kv_cache = programs.place(empty_cache(model, config.pages, config.page_size, cache_dtype))
+        self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
         self.encoder_cache = EncoderCache(lambda *arguments: programs.encode(base, *arguments), features)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.engine.sampling import SamplingRows, sample
-from phi4mm_jax.mesh import Axes, check_heads, jit_on_mesh, over_mesh
-from phi4mm_jax.model import Cache, Phi4MM
-from phi4mm_jax.model.decoder import cache_axes, row_major
+from phi4mm_jax.mesh import check_heads, jit_on_mesh
+from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.kv_cache import copy_pages
 
 
 class PrefillInputs(NamedTuple):
@@ -140,9 +140,9 @@ class Programs:
         return self._constrain_state(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
-        self, variables, cache: Cache, table: Float[Array, "F D"], token_seen: Bool[Array, "N V"],
+        self, variables, cache: KVCache, table: Float[Array, "F D"], token_seen: Bool[Array, "N V"],
         inputs: PrefillInputs, *, candidates: int = 0,
-    ) -> tuple[Cache, SampledTokens, TopLogprobs | None]:  # fmt: skip
+    ) -> tuple[KVCache, SampledTokens, TopLogprobs | None]:  # fmt: skip
         """Fill the cache and draw the token after each sequence's last; where asked for, also give the likeliest."""
         embedded = self._apply(variables, inputs.tokens, inputs.media, table, method="embed")
         hidden, cache = self._apply(
@@ -158,8 +158,8 @@ class Programs:
         return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
 
     def _decode(
-        self, variables, cache: Cache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int
-    ) -> tuple[Cache, Bool[Array, "N V"], SampledTokens]:
+        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int
+    ) -> tuple[KVCache, Bool[Array, "N V"], SampledTokens]:
         """Decode until every slot has taken its steps, at most `width`, or has drawn a stop token."""
         count = len(inputs.last)
         every = jnp.arange(count)
@@ -200,9 +200,11 @@ class Programs:
         cache, token_seen, _, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 
-    def _beam_step(self, variables, cache: Cache, inputs: BeamInputs, *, candidates: int) -> tuple[Cache, TopLogprobs]:
+    def _beam_step(
+        self, variables, cache: KVCache, inputs: BeamInputs, *, candidates: int
+    ) -> tuple[KVCache, TopLogprobs]:
         """Put each beam's last token into the cache; gives the likeliest ones after it."""
-        cache = _copy_pages(cache, inputs.sources, inputs.targets, inputs.num_copies)
+        cache = copy_pages(cache, inputs.sources, inputs.targets, inputs.num_copies)
         media = jnp.full((len(inputs.last), 1), NO_MEDIA)
         embedded = self._apply(variables, inputs.last[:, None], media, None, method="embed")
         hidden, cache = self._apply(
@@ -227,23 +229,3 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 def _top_log_probabilities(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
-
-
-@jax.named_scope("copy_on_write")
-def _copy_pages(cache: Cache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> Cache:
-    """Copy pages of all layers, one after the other, in the cache's own order of bytes: XLA then copies nothing else.
-
-    On a mesh each device copies its heads.
-    """
-
-    def copy(cache, sources, targets, count):
-        def one(i, x):
-            x = row_major(x)
-            page = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, 1)
-            return row_major(jax.lax.dynamic_update_slice_in_dim(x, page, targets[i], 1))
-
-        return jax.tree.map(lambda x: jax.lax.fori_loop(0, count, one, x), cache)
-
-    pages = cache_axes(cache)
-    inputs = pages, Axes(None), Axes(None), Axes()
-    return over_mesh(copy, (cache, sources, targets, count), inputs, pages, rows=1, heads=cache.k.shape[2])

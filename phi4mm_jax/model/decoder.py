@@ -10,56 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
-from phi4mm_jax.kernels import append_tokens, decode_attention, flash_attention
+from phi4mm_jax.kernels import decode_attention, flash_attention
 from phi4mm_jax.kernels.ring import ring_attention
 from phi4mm_jax.mesh import Axes, constrain, context_size, over_mesh
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill, gather
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
 
-_CACHED_KEYS = 2048  # that a chunk attends to at once
+KEYS_PER_BLOCK = 2048  # that a chunk attends to at once
 
 
-class Cache(NamedTuple):
-    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head.
-
-    The last page is nobody's: what no row wants kept is written there.
-    """
-
-    k: Array  # (L, P, K, S, H)
-    v: Array
-    k_scales: Float[Array, "L P K S"] | None = None
-    v_scales: Float[Array, "L P K S"] | None = None
-
-    @property
-    def arrays(self) -> tuple[Array, ...]:
-        return tuple(x for x in self if x is not None)
-
-    @property
-    def num_pages(self) -> int:
-        """Of rows."""
-        return self.k.shape[1] - 1
-
-    @property
-    def page_size(self) -> int:
-        return self.k.shape[3]
-
-
-class CachedInputs(NamedTuple):
-    """Where the rows of a call are in the cache."""
-
-    starts: Int[Array, " B"]  # tokens of each row in the cache before this call
-    lengths: Int[Array, " B"]  # and after it
-    tables: Int[Array, "B M"]  # the i-th page of each row's tokens
-
-
-class Rows(NamedTuple):
-    """What every layer knows of the batch."""
+class AttentionInputs(NamedTuple):
+    """Lengths, rotations and adapters of a batch, for every layer."""
 
     lengths: Int[Array, " B"]  # valid tokens of each row, those of this call and those in the cache
     cos: Float[Array, "B T R"]
@@ -109,8 +76,8 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], rows: Rows, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x: Float[Array, "B T D"], rows: AttentionInputs, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         x, cache = run_layers(Block, self.config, (x, cache), rows, scan=self.scan, remat=self.remat)
         return RMSNorm(self.config.sizes, self.config.decoder.norm_eps, name="norm")(x), cache
 
@@ -119,7 +86,7 @@ class Block(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, carry, layer, rows: Rows):
+    def __call__(self, carry, layer, rows: AttentionInputs):
         x, cache = carry
         x = constrain(x, "batch", "length")
         sizes, eps = self.config.sizes, self.config.decoder.norm_eps
@@ -135,7 +102,7 @@ class Attention(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x, layer, rows: Rows, cache: Cache | None):
+    def __call__(self, x, layer, rows: AttentionInputs, cache: KVCache | None):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
@@ -157,8 +124,8 @@ def attend(
     v: Float[Array, "B T K H"],
     layer: Int[Array, ""],
     rows: CachedInputs,
-    cache: Cache,
-) -> tuple[Float[Array, "B T N H"], Cache]:
+    cache: KVCache,
+) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Causal attention of new tokens to themselves and to the cached ones, and the cache with the new ones in it.
 
     One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border. On a mesh each device has its
@@ -170,25 +137,20 @@ def attend(
     return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (heads, pages), rows=1, heads=k.shape[2])
 
 
-def cache_axes(cache: Cache) -> Cache:
-    """Axes of the cache's arrays, for `over_mesh`."""
-    return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
-
-
-def _attend(q, k, v, layer, rows: CachedInputs, cache: Cache) -> tuple[Float[Array, "B T N H"], Cache]:
+def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[Array, "B T N H"], KVCache]:
     if q.shape[1] == 1:
-        cache = _append(cache, k, v, layer, rows)
+        cache = append(cache, k, v, layer, rows)
         out = decode_attention(
             q[:, 0], cache.k, cache.v, layer=layer, lengths=rows.lengths, tables=rows.tables,
             k_scales=cache.k_scales, v_scales=cache.v_scales,
         )  # fmt: skip
         return out[:, None], cache
-    cache = _fill(cache, k, v, layer, rows)  # before it is read, or else XLA would copy it
+    cache = fill(cache, k, v, layer, rows)  # before it is read, or else XLA would copy it
     return _attend_to_cached(q, layer, rows, cache), cache
 
 
 @jax.named_scope("cached_attention")
-def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array, "B T N H"]:
+def _attend_to_cached(q, layer, rows: CachedInputs, cache: KVCache) -> Float[Array, "B T N H"]:
     """Causal attention of new tokens, which are in the cache already, to all tokens there.
 
     Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined:
@@ -196,7 +158,7 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array
     pages were shared.
     """
     size = cache.page_size
-    pages = max(_CACHED_KEYS // size, 1)
+    pages = max(KEYS_PER_BLOCK // size, 1)
     keys = pages * size
     tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages)))
 
@@ -206,7 +168,7 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array
         lengths = jnp.clip(rows.lengths - i * keys, 0, keys)
         filled = jax.lax.div(lengths.max() + size - 1, size)
         k, v = (
-            _gather(x, scales, layer, table, filled, q.dtype)
+            gather(x, scales, layer, table, filled, q.dtype)
             for x, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
         )
         theirs, their_log_sum = flash_attention(
@@ -224,101 +186,11 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: Cache) -> Float[Array
     return out.astype(q.dtype)
 
 
-@jax.named_scope("cache_gather")
-def _gather(x, scales, layer, table: Int[Array, "B M"], filled, dtype) -> Float[Array, "B S K H"]:
-    """The tokens of the first pages of each row, one page after the other, and by the same reason as in `_write`.
-
-    Args:
-        filled: pages of each row to take; zeros follow.
-    """
-    batch, count = table.shape
-
-    def gathered(x):
-        _, _, heads, size, *rest = x.shape
-
-        def one(i, out):
-            b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)
-            page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
-            return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
-
-        out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
-        return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
-
-    taken = gathered(x)
-    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
-
-
-@jax.named_scope("cache_write")
-def _append(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
-    """One token a row, after its last."""
-    position = jnp.maximum(rows.lengths - 1, 0)[:, None]
-    page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
-    page = jnp.where(rows.lengths[:, None] > 0, page, cache.num_pages)
-    pages, slots = page, position % cache.page_size
-    new = _cache_values(cache, k[:, 0], v[:, 0])
-    written = append_tokens(cache.arrays, new, layer=layer, pages=pages[:, 0], slots=slots[:, 0])
-    return _write(cache, k, v, layer, pages, slots) if written is None else Cache(*written)
-
-
-def _cache_values(cache: Cache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
-    """Values that the cache holds for keys and values, in the order of its arrays."""
-    if cache.k_scales is None:
-        return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
-    return k, v, k_scales, v_scales
-
-
-@jax.named_scope("cache_write")
-def _fill(cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer, rows: CachedInputs) -> Cache:
-    """Whole pages, those after a row's last token excepted."""
-    size = cache.page_size
-    index = rows.starts[:, None] // size + jnp.arange(k.shape[1] // size)  # (B, pages)
-    page = jnp.take_along_axis(rows.tables, jnp.minimum(index, rows.tables.shape[1] - 1), 1)
-    page = jnp.where(index * size < rows.lengths[:, None], page, cache.num_pages)
-    return _write(cache, k, v, layer, page, jnp.zeros_like(page))
-
-
-def _write(
-    cache: Cache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer,
-    pages: Int[Array, "B n"], slots: Int[Array, "B n"],
-) -> Cache:  # fmt: skip
-    """Cut each row into pieces of T / n tokens, and put each into a page, from a slot on.
-
-    One after the other: a scatter would make XLA for TPUs turn the whole cache around, and back (docs/kernels.md).
-    """
-    batch, count = pages.shape
-    size = k.shape[1] // count
-
-    def put(old, new):
-        def one(i, x):
-            b, n = i // count, i % count
-            piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)
-            place = layer, pages[b, n], 0, slots[b, n], *[0] * (x.ndim - 4)
-            return row_major(jax.lax.dynamic_update_slice(row_major(x), piece[None, None], place))
-
-        return jax.lax.fori_loop(0, batch * count, one, old)
-
-    k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
-    return Cache(*map(put, cache.arrays, _cache_values(cache, k, v)))
-
-
-def row_major(x: Array) -> Array:
-    """The same values, with their bytes in the order of their axes."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:
-    """As int8, and the scale of each vector: its largest value over 127."""
-    scale = jnp.abs(x.astype(jnp.float32)).max(-1) / 127.0
-    scaled = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None]
-    return jnp.round(scaled).astype(jnp.int8), scale
-
-
 class MLP(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x, rows: Rows):
+    def __call__(self, x, rows: AttentionInputs):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         parts = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
         gate, up = (checkpoint_name(part, "mlp") for part in parts)

@@ -12,7 +12,8 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
 from phi4mm_jax.mesh import constrain, context_size, replicate
 from phi4mm_jax.model import lora, rope
-from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
+from phi4mm_jax.model.decoder import AttentionInputs, BlockConfig, Decoder
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
 from phi4mm_jax.model.layers import Projector, Remat
 from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
@@ -90,11 +91,11 @@ class Phi4MM(nn.Module):
         lengths: Int[Array, " B"],
         adapters: Int[Array, " B"],
         long: Bool[Array, " B"] | None = None,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         starts: Int[Array, " B"] | None = None,
         tables: Int[Array, "B M"] | None = None,
         segments: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Run the decoder over new tokens: over whole rows, or with a cache over what comes after its tokens.
 
         Args:
@@ -118,24 +119,11 @@ class Phi4MM(nn.Module):
             long = to_zigzag(long) if long.ndim == 2 else long
         cos, sin = rope.rotations(settings, positions, long)
         cached = None if starts is None or tables is None else CachedInputs(starts, lengths, tables)
-        rows = Rows(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
+        rows = AttentionInputs(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.decoder.logits(hidden)
-
-
-def empty_cache(config: Phi4MMConfig, pages: int, page_size: int, dtype: Any) -> Cache:
-    """Room for `pages` times `page_size` tokens, of any rows, and a page for what nobody keeps.
-
-    With dtype int8, keys and values are quantised by token and head.
-    """
-    d = config.decoder
-    shape = (d.num_layers, pages + 1, d.num_kv_heads, page_size, d.head_size)
-    pages_of = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    if jnp.dtype(dtype) != jnp.int8:
-        return Cache(*pages_of)
-    return Cache(*pages_of, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
 
 
 def abstract_batch(config: Phi4MMConfig, batch: int = 1, length: int = 16, crops: int = 1, chunks: int = 1) -> Batch:

@@ -22,7 +22,7 @@ from phi4mm_jax.engine import EngineConfig, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_keys
-from phi4mm_jax.model.decoder import Cache, CachedInputs, _fill, quantize
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, fill, quantize
 
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -194,7 +194,7 @@ def test_a_row_at_rest_leaves_its_pages_alone(tiny):
 
 def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
-    monkeypatch.setattr("phi4mm_jax.model.decoder._CACHED_KEYS", 128)
+    monkeypatch.setattr("phi4mm_jax.model.decoder.KEYS_PER_BLOCK", 128)
     jax.clear_caches()  # programs of the larger block
     prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65)]
     answers = dict(
@@ -210,7 +210,7 @@ def test_a_short_row_fills_no_page_too_many():
     k, v = np.random.default_rng(0).normal(size=(2, 2, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 5, 1, 4, 2))
     rows = CachedInputs(*map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])))
-    filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    filled = fill(KVCache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         expected = np.stack([new[0, :4], np.zeros((4, 1, 2)), new[1, :4], new[0, 4:]]).swapaxes(1, 2)
         np.testing.assert_array_equal(pages[0, :4], expected)
@@ -220,7 +220,7 @@ def test_a_row_that_ends_with_a_page_fills_no_other():
     k, v = np.random.default_rng(0).normal(size=(2, 1, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 3, 1, 4, 2))
     rows = CachedInputs(*map(jnp.asarray, ([0], [4], [[1, 0]])))  # page 0 is another row's
-    filled = _fill(Cache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    filled = fill(KVCache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         np.testing.assert_array_equal(pages[0, :2], np.stack([np.zeros((4, 1, 2)), new[0, :4]]).swapaxes(1, 2))
 
@@ -367,7 +367,7 @@ def test_quantised_values_use_all_of_int8():
 def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached):
     """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of
     the others, and of both to float32 logits without a cache."""
-    monkeypatch.setattr("phi4mm_jax.model.decoder._CACHED_KEYS", 128)  # several blocks
+    monkeypatch.setattr("phi4mm_jax.model.decoder.KEYS_PER_BLOCK", 128)  # several blocks
     model = phi4mm_jax.load(TINY, dtype=dtype)
     words = texts(60, seed=2)
     short = [prompt for prompt in words if 12 < prompt.count(" ") < 22][:3]

@@ -28,8 +28,8 @@ from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
-from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.phi4mm import abstract_variables, empty_cache
+from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.compiled import copies
 
 pytestmark = pytest.mark.tpu_compile
@@ -58,7 +58,7 @@ def compiled(program: str) -> tuple[Any, int]:
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
-    pages = jax.eval_shape(lambda: empty_cache(config, PAGES, PAGE, jnp.bfloat16))
+    pages = jax.eval_shape(lambda: KVCache.allocate(config.decoder, PAGES, PAGE, jnp.bfloat16))
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // 8
     rows = 1 if program == "prefill" else SLOTS

@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
-from phi4mm_jax.engine.steps import _copy_pages
 from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
-from phi4mm_jax.model.decoder import BlockConfig, Cache, CachedInputs, Decoder, Rows
+from phi4mm_jax.model.decoder import AttentionInputs, BlockConfig, Decoder
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, copy_pages
 from phi4mm_jax.testing.compiled import copies
 
 pytestmark = pytest.mark.tpu_compile
@@ -167,14 +167,14 @@ def inputs(config, batch, length, pages_of_a_row=None):
     angles = shape(batch, length, config.rope.rotary_size // 2, dtype=jnp.float32)
     numbers = shape(batch, dtype=jnp.int32)
     cached = pages_of_a_row and CachedInputs(numbers, numbers, shape(batch, pages_of_a_row, dtype=jnp.int32))
-    rows = Rows(numbers, angles, angles, {"lora_speech": shape(batch, dtype=jnp.float32)}, cached)
+    rows = AttentionInputs(numbers, angles, angles, {"lora_speech": shape(batch, dtype=jnp.float32)}, cached)
     return shape(batch, length, config.embed_dim), rows
 
 
 def cache_of(config, pages, dtype=jnp.bfloat16):
     sizes = config.num_layers, pages, config.num_kv_heads, PAGE, config.head_size
     scales = [shape(*sizes[:-1], dtype=jnp.float32)] * 2 if dtype == jnp.int8 else []
-    return Cache(*[shape(*sizes, dtype=dtype)] * 2, *scales)
+    return KVCache(*[shape(*sizes, dtype=dtype)] * 2, *scales)
 
 
 @only_v6e
@@ -222,7 +222,7 @@ def test_beams_copy_no_more_pages_than_they_part_with(mesh, decoders, dtype):
     x, rows = inputs(config, 5, 1, 64)
 
     def program(variables, x, rows, cache, sources, targets, count):
-        return decoder.apply(variables, x, rows, _copy_pages(cache, sources, targets, count))
+        return decoder.apply(variables, x, rows, copy_pages(cache, sources, targets, count))
 
     numbers, count = shape(5, dtype=jnp.int32), shape(dtype=jnp.int32)
     cache = cache_of(config, 512, dtype)

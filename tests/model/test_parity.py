@@ -107,7 +107,7 @@ def test_decoder_layer_at_full_width(release, factors, adapter):
     long = jnp.asarray([factors == "long"])
     cos, sin = rope.rotations(release.decoder.rope, jnp.arange(length)[None], long)
     index = {None: lora.NONE, "vision": lora.VISION, "speech": lora.SPEECH}[adapter]
-    rows = decoder.Rows(jnp.asarray([length]), cos, sin, lora.row_scales(release, jnp.asarray([index])))
+    rows = decoder.AttentionInputs(jnp.asarray([length]), cos, sin, lora.row_scales(release, jnp.asarray([index])))
     (ours, _), _ = jax.jit(decoder.Block(config).apply)(variables, (x, None), jnp.int32(0), rows)
     close(ours, run(x, factors, adapter), 2e-5)
 

@@ -1,0 +1,179 @@
+"""Paged cache of keys and values: allocate, write, gather, copy pages, quantise.
+
+Pages are written and copied one after the other, in the cache's own order of bytes: a scatter or gather would make XLA
+for TPUs turn the whole cache around, and back (docs/kernels.md).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.config import DecoderConfig
+from phi4mm_jax.kernels import append_tokens
+from phi4mm_jax.mesh import Axes, over_mesh
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head.
+
+    The last one is the scratch page: rows that rest, and padding, are written there.
+    """
+
+    k: Array  # (L, P, K, S, H)
+    v: Array
+    k_scales: Float[Array, "L P K S"] | None = None
+    v_scales: Float[Array, "L P K S"] | None = None
+
+    @classmethod
+    def allocate(cls, config: DecoderConfig, num_pages: int, page_size: int, dtype: Any) -> "KVCache":
+        """Zeros: `num_pages` pages, of any rows, and the scratch page.
+
+        With dtype int8, keys and values are quantised by token and head.
+        """
+        shape = (config.num_layers, num_pages + 1, config.num_kv_heads, page_size, config.head_size)
+        pages = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        if jnp.dtype(dtype) != jnp.int8:
+            return cls(*pages)
+        return cls(*pages, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(x for x in self if x is not None)
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages without the scratch page, which is also that page's index."""
+        return self.k.shape[1] - 1
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
+
+
+class CachedInputs(NamedTuple):
+    """Places of a call's rows in the cache."""
+
+    starts: Int[Array, " B"]  # tokens of each row in the cache before this call
+    lengths: Int[Array, " B"]  # and after it
+    tables: Int[Array, "B M"]  # page table: the i-th page of each row's tokens
+
+
+def cache_axes(cache: KVCache) -> KVCache:
+    """Axes of the cache's arrays, for `over_mesh`."""
+    return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
+
+
+@jax.named_scope("cache_gather")
+def gather(
+    x: Array, scales: Array | None, layer: Int[Array, ""], table: Int[Array, "B M"], filled: Int[Array, ""], dtype: Any
+) -> Float[Array, "B S K H"]:
+    """Gather keys or values of each row's first pages.
+
+    Args:
+        filled: pages of each row to take; zeros follow.
+    """
+    batch, count = table.shape
+
+    def gathered(x):
+        _, _, heads, size, *rest = x.shape
+
+        def one(i, out):
+            b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)
+            page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
+            return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
+
+        out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
+        return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
+
+    taken = gathered(x)
+    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
+
+
+@jax.named_scope("cache_write")
+def append(
+    cache: KVCache, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], layer: Int[Array, ""], rows: CachedInputs
+) -> KVCache:
+    """Write one token a row, as its last."""
+    position = jnp.maximum(rows.lengths - 1, 0)[:, None]
+    page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
+    page = jnp.where(rows.lengths[:, None] > 0, page, cache.num_pages)
+    pages, slots = page, position % cache.page_size
+    new = _cache_values(cache, k[:, 0], v[:, 0])
+    written = append_tokens(cache.arrays, new, layer=layer, pages=pages[:, 0], slots=slots[:, 0])
+    return _write(cache, k, v, layer, pages, slots) if written is None else KVCache(*written)
+
+
+def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
+    """Cached form of keys and values, in the order of the cache's arrays."""
+    if cache.k_scales is None:
+        return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
+    return k, v, k_scales, v_scales
+
+
+@jax.named_scope("cache_write")
+def fill(
+    cache: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer: Int[Array, ""], rows: CachedInputs
+) -> KVCache:
+    """Write whole pages, those after a row's last token excepted."""
+    size = cache.page_size
+    index = rows.starts[:, None] // size + jnp.arange(k.shape[1] // size)  # (B, pages)
+    page = jnp.take_along_axis(rows.tables, jnp.minimum(index, rows.tables.shape[1] - 1), 1)
+    page = jnp.where(index * size < rows.lengths[:, None], page, cache.num_pages)
+    return _write(cache, k, v, layer, page, jnp.zeros_like(page))
+
+
+def _write(
+    cache: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer,
+    pages: Int[Array, "B n"], slots: Int[Array, "B n"],
+) -> KVCache:  # fmt: skip
+    """Cut each row into pieces of T / n tokens, and put each into a page, from a slot on."""
+    batch, count = pages.shape
+    size = k.shape[1] // count
+
+    def put(old, new):
+        def one(i, x):
+            b, n = i // count, i % count
+            piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)
+            place = layer, pages[b, n], 0, slots[b, n], *[0] * (x.ndim - 4)
+            return row_major(jax.lax.dynamic_update_slice(row_major(x), piece[None, None], place))
+
+        return jax.lax.fori_loop(0, batch * count, one, old)
+
+    k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
+    return KVCache(*map(put, cache.arrays, _cache_values(cache, k, v)))
+
+
+def row_major(x: Array) -> Array:
+    """Constrain the layout: bytes in the order of the axes."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:
+    """Quantise to int8; the scale of each vector is its largest absolute value over 127."""
+    scale = jnp.abs(x.astype(jnp.float32)).max(-1) / 127.0
+    scaled = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None]
+    return jnp.round(scaled).astype(jnp.int8), scale
+
+
+@jax.named_scope("copy_on_write")
+def copy_pages(cache: KVCache, sources: Int[Array, " C"], targets: Int[Array, " C"], count: Int[Array, ""]) -> KVCache:
+    """Copy the first `count` pages of `sources` to `targets`, of all layers; no target may be a source.
+
+    On a mesh each device copies its heads.
+    """
+
+    def copy(cache, sources, targets, count):
+        def one(i, x):
+            x = row_major(x)
+            page = jax.lax.dynamic_slice_in_dim(x, sources[i], 1, 1)
+            return row_major(jax.lax.dynamic_update_slice_in_dim(x, page, targets[i], 1))
+
+        return jax.tree.map(lambda x: jax.lax.fori_loop(0, count, one, x), cache)
+
+    pages = cache_axes(cache)
+    inputs = pages, Axes(None), Axes(None), Axes()
+    return over_mesh(copy, (cache, sources, targets, count), inputs, pages, rows=1, heads=cache.k.shape[2])
