@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,7 +25,7 @@ _TOWERS = {  # by the names of tensors in both layouts, and of parameters in a c
 }
 
 
-def read_config(folder: FilePath) -> Phi4MMConfig:
+def read_config(folder: Path) -> Phi4MMConfig:
     """The configuration of what a checkpoint folder holds: without the towers and adapters whose tensors it lacks.
 
     `config.json` may still describe them: fine-tuning samples delete parts of the model and save the rest.
@@ -55,7 +55,7 @@ def read_config(folder: FilePath) -> Phi4MMConfig:
 
 
 def folder_adapters(
-    folder: FilePath,
+    folder: Path,
     opened: Callable[[], Any],
     config: Phi4MMConfig,
     adapters_from: AdaptersFrom | None = None,
@@ -115,7 +115,7 @@ def with_adapters(config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> Phi4
     return config.with_loras({adapter.kind: adapter.lora for adapter in adapters})
 
 
-def taken_line(folder: FilePath, adapters: Sequence[PeftAdapter]) -> str:
+def taken_line(folder: Path, adapters: Sequence[PeftAdapter]) -> str:
     """Line that a program says where adapters are taken from folders."""
     names = " and ".join(ADAPTERS[adapter.kind].folder for adapter in adapters)
     return f"{folder}: {names} taken in place of the shards' adapters (adapters_from='shards' takes those)"

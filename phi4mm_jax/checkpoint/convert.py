@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
@@ -26,9 +26,9 @@ from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
-from phi4mm_jax.checkpoint.sidecar_files import companion_files, left_behind
+from phi4mm_jax.checkpoint.sidecar_files import read_sidecar_files, skipped_files
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
-from phi4mm_jax.checkpoint.table import Path, Tensor, parameter_bytes
+from phi4mm_jax.checkpoint.table import ParamPath, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.processing.processor import Processor
@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 
 
 def to_orbax(
-    source: str | FilePath,
-    destination: str | FilePath,
+    source: str | Path,
+    destination: str | Path,
     *,
     dtype: str | None = None,
     fresh_adapters: bool = False,
@@ -71,7 +71,7 @@ def to_orbax(
         if dtype is not None:
             parameters = {path: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)) for path, p in parameters.items()}
         check_room(folder, sum(parameter_bytes(p) for p in parameters.values()))
-        files = companion_files(source, layout_of(source), config=config)
+        files = read_sidecar_files(source, layout_of(source), config=config)
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         orbax_io.write(folder / orbax_io.FOLDER, parameters, read, progress=progress)
         _write_files(folder, files, dtype)
@@ -79,14 +79,14 @@ def to_orbax(
 
 
 def to_torch(
-    source: str | FilePath,
-    destination: str | FilePath,
+    source: str | Path,
+    destination: str | Path,
     layout: Layout,
     *,
     adapters_only: bool = False,
     fresh_adapters: bool = False,
     adapters_from: AdaptersFrom | None = None,
-    trained: Mapping[Path, np.ndarray] | None = None,
+    trained: Mapping[ParamPath, np.ndarray] | None = None,
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -114,7 +114,7 @@ def to_torch(
         if not tensors:
             raise CheckpointError(f"{source}: has no adapters to write")
         check_room(folder, sum(pytorch.nbytes(t, checkpoint.parameters) for t in tensors))
-        files = companion_files(source, layout, config=config, adapters_only=adapters_only)
+        files = read_sidecar_files(source, layout, config=config, adapters_only=adapters_only)
         if card is not None:
             files["README.md"] = card.encode()
         read = _finite(_Tuned(checkpoint, trained or {}), tensors_of(layout_of(source), config))
@@ -125,7 +125,7 @@ def to_torch(
 
 
 @contextlib.contextmanager
-def _staged(source: str | FilePath, destination: str | FilePath) -> Iterator[tuple[FilePath, FilePath]]:
+def _staged(source: str | Path, destination: str | Path) -> Iterator[tuple[Path, Path]]:
     """The source's folder, downloaded where it has to be, and the one to write to: see `staged`."""
     try:
         destination = local_path(destination)
@@ -133,8 +133,8 @@ def _staged(source: str | FilePath, destination: str | FilePath) -> Iterator[tup
         raise CheckpointError(f"{destination}: cannot be written ({error})") from error
     if os.path.isdir(local_path(source)):
         source = local_path(source)
-        folder = FilePath(os.path.realpath(source))
-        if FilePath(os.path.realpath(destination)).is_relative_to(folder):
+        folder = Path(os.path.realpath(source))
+        if Path(os.path.realpath(destination)).is_relative_to(folder):
             raise CheckpointError(f"{destination}: lies within the source {source}; give another destination")
         written = [aside_of(destination), destination] if destination.name else []
         if any(folder.is_relative_to(os.path.realpath(path)) for path in written):
@@ -150,16 +150,16 @@ class _Source(NamedTuple):
     adapters: Sequence[PeftAdapter]
 
     @property
-    def parameters(self) -> dict[Path, jax.ShapeDtypeStruct]:
+    def parameters(self) -> dict[ParamPath, jax.ShapeDtypeStruct]:
         replaced = {ADAPTERS[adapter.kind].collection for adapter in self.adapters}
         own = {path: p for path, p in self.checkpoint.parameters.items() if path[0] not in replaced}
         return own | {path: p for adapter in self.adapters for path, p in adapter.parameters.items()}
 
     @property
-    def files(self) -> set[FilePath]:
+    def files(self) -> set[Path]:
         return self.checkpoint.files | {file for adapter in self.adapters for file in adapter.files}
 
-    def read(self, path: Path, dtype: str | None = None) -> np.ndarray:
+    def read(self, path: ParamPath, dtype: str | None = None) -> np.ndarray:
         adapter = next((adapter for adapter in self.adapters if path in adapter.parameters), None)
         return (adapter or self.checkpoint).read(path, dtype)
 
@@ -168,9 +168,9 @@ class _Tuned(NamedTuple):
     """A checkpoint with some of its parameters replaced."""
 
     checkpoint: _Source
-    trained: Mapping[Path, np.ndarray]
+    trained: Mapping[ParamPath, np.ndarray]
 
-    def read(self, path: Path, dtype: str | None = None) -> np.ndarray:
+    def read(self, path: ParamPath, dtype: str | None = None) -> np.ndarray:
         if path not in self.trained:
             return self.checkpoint.read(path, dtype)
         return self.trained[path].astype(dtype or self.checkpoint.parameters[path].dtype)
@@ -178,14 +178,14 @@ class _Tuned(NamedTuple):
 
 def _finite(
     checkpoint: "_Source | _Tuned", table: Iterable[Tensor], dtype: str | None = None
-) -> Callable[[Path], np.ndarray]:
+) -> Callable[[ParamPath], np.ndarray]:
     """Reads parameters, and checks that they are numbers.
 
     Args:
         table: the source's tensors.
     """
 
-    def read(path: Path) -> np.ndarray:
+    def read(path: ParamPath) -> np.ndarray:
         parameter = checkpoint.read(path, dtype)
         if not is_finite(parameter):
             layers = [t for t in table if any(part.path == path for part in t.parts)]
@@ -196,12 +196,12 @@ def _finite(
     return read
 
 
-def _log_left(source: FilePath, checkpoint: _Source) -> None:
-    if names := left_behind(source, checkpoint.files):
+def _log_left(source: Path, checkpoint: _Source) -> None:
+    if names := skipped_files(source, checkpoint.files):
         _log.warning("Not carried along: %s", ", ".join(names))
 
 
-def _opened(folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom | None) -> tuple[Phi4MMConfig, _Source]:
+def _opened(folder: Path, fresh_adapters: bool, adapters_from: AdaptersFrom | None) -> tuple[Phi4MMConfig, _Source]:
     """The source, with its adapters' values checked before anything is written."""
     own = read_config(folder)
     opened = open_checkpoint(folder, own)
@@ -210,7 +210,7 @@ def _opened(folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom 
         _log.warning("%s", taken_line(folder, adapters))
     config, checkpoint = with_adapters(own, adapters), _Source(opened, adapters)
 
-    def layers_used(path: Path) -> np.ndarray:
+    def layers_used(path: ParamPath) -> np.ndarray:
         stacked = checkpoint.read(path)
         bits = stacked.view(f"u{stacked.itemsize}").reshape(len(stacked), -1)
         return np.array([(layer << 1).any() for layer in bits])  # without the sign, so that -0 is zero
@@ -222,7 +222,7 @@ def _opened(folder: FilePath, fresh_adapters: bool, adapters_from: AdaptersFrom 
     return config, checkpoint
 
 
-def _write_files(folder: FilePath, files: Mapping[str, bytes], dtype: str | None) -> None:
+def _write_files(folder: Path, files: Mapping[str, bytes], dtype: str | None) -> None:
     """config.json last: a folder without it is no checkpoint."""
     for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
         if name == "config.json" and dtype is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from phi4mm_jax.checkpoint.orbax_io import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
-from phi4mm_jax.checkpoint.table import UNUSED, Path, Tensor, parameter_bytes, parameter_shapes
+from phi4mm_jax.checkpoint.table import UNUSED, ParamPath, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
 
@@ -25,7 +25,7 @@ Checkpoint = PyTorchCheckpoint | OrbaxCheckpoint
 _PIECE = 1 << 18  # values, which stay in a cache
 
 
-def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
+def open_checkpoint(folder: Path, config: Phi4MMConfig) -> Checkpoint:
     """The parameters of a folder in the original, the native or the converted layout.
 
     Raises:
@@ -47,11 +47,11 @@ def open_checkpoint(folder: FilePath, config: Phi4MMConfig) -> Checkpoint:
 
 
 def load_variables(
-    folder: FilePath,
+    folder: Path,
     checkpoint: Checkpoint,
     config: Phi4MMConfig,
     dtype: Any,
-    shardings: Mapping[Path, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[ParamPath, jax.sharding.Sharding] | None = None,
     *,
     adapters: Sequence[PeftAdapter] = (),
     fresh_adapters: bool = False,
@@ -72,7 +72,7 @@ def load_variables(
             all-zero adapter; it names them.
     """
     replaced = {ADAPTERS[adapter.kind].collection for adapter in adapters}
-    sources: dict[Path, Checkpoint | PeftAdapter] = {
+    sources: dict[ParamPath, Checkpoint | PeftAdapter] = {
         p: checkpoint for p in checkpoint.parameters if p[0] not in replaced
     }
     sources |= {path: adapter for adapter in adapters for path in adapter.parameters}
@@ -84,8 +84,8 @@ def load_variables(
     for path in used.keys() ^ shardings.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
-    variables: dict[Path, jax.Array] = {}
-    checked: Future[Path | None] | None = None  # beside the reading of the next one
+    variables: dict[ParamPath, jax.Array] = {}
+    checked: Future[ParamPath | None] | None = None  # beside the reading of the next one
     with ThreadPoolExecutor(1) as pool:
         for path, abstract in used.items():
             variables[path], values = _place(sources[path], path, dtype, shardings[path])
@@ -101,7 +101,7 @@ def load_variables(
 
 
 def _place(
-    checkpoint: Checkpoint | PeftAdapter, path: Path, dtype: Any, sharding: jax.sharding.Sharding
+    checkpoint: Checkpoint | PeftAdapter, path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding
 ) -> tuple[jax.Array, list[np.ndarray]]:
     """A parameter on its devices, and the values that this host has of it."""
     if isinstance(checkpoint, OrbaxCheckpoint):
@@ -122,10 +122,10 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def _refuse_infinite(
-    checked: Future[Path | None] | None,
-    sources: Mapping[Path, Checkpoint | PeftAdapter],
+    checked: Future[ParamPath | None] | None,
+    sources: Mapping[ParamPath, Checkpoint | PeftAdapter],
     table: Iterable[Tensor],
-    variables: Mapping[Path, jax.Array],
+    variables: Mapping[ParamPath, jax.Array],
 ) -> None:
     if checked is None or (path := checked.result()) is None:
         return
@@ -144,7 +144,7 @@ def _layers_used(stacked: jax.Array) -> jax.Array:
     return jnp.any(stacked != 0, axis=tuple(range(1, stacked.ndim)))
 
 
-def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.ndarray]) -> None:
+def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[ParamPath], np.ndarray]) -> None:
     """No adapter is untrained: a B matrix of zeros whose A is not, or a whole adapter of zeros.
 
     Where both are zero, the adapter is on other modules only.
@@ -155,9 +155,9 @@ def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[Path], np.nd
     Raises:
         CheckpointError: one is; it names the tensor.
     """
-    used: dict[Path, np.ndarray] = {}
+    used: dict[ParamPath, np.ndarray] = {}
 
-    def is_used(path: Path, layer: int | None) -> bool:
+    def is_used(path: ParamPath, layer: int | None) -> bool:
         if path not in used:
             used[path] = layers_used(path)
         return bool(used[path][layer])

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from phi4mm_jax.checkpoint.table import Path, parameter_bytes
+from phi4mm_jax.checkpoint.table import ParamPath, parameter_bytes
 from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.utils.absl_log import absl_log_level
@@ -32,7 +32,7 @@ class OrbaxCheckpoint:
         CheckpointError: the folder is not a whole Orbax checkpoint, or lacks one of the parameters expected.
     """
 
-    def __init__(self, folder: FilePath, expected: Iterable[Path]):
+    def __init__(self, folder: Path, expected: Iterable[ParamPath]):
         import orbax.checkpoint as ocp  # takes a while, and most checkpoints are PyTorch's
 
         self._ocp, self.folder = ocp, folder
@@ -46,31 +46,31 @@ class OrbaxCheckpoint:
             read_json(array)
         with _readable(folder, "the checkpoint"):
             metadata: Any = self._checkpointer.metadata(folder).item_metadata
-            leaves: dict[Path, Any] = dict(flatten_dict(metadata.tree))
+            leaves: dict[ParamPath, Any] = dict(flatten_dict(metadata.tree))
             self.parameters = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
-    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
+    def read(self, path: ParamPath, dtype: Any = None) -> np.ndarray:
         """A parameter, whole, in memory; in its own dtype by default."""
         return self._restore(path, self._ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
 
-    def place(self, path: Path, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    def place(self, path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """A parameter on the devices; each host reads only the chunks that its devices hold a share of."""
         shape = self.parameters[path].shape
         return self._restore(path, self._ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype))
 
-    def _restore(self, path: Path, how: Any) -> Any:
+    def _restore(self, path: ParamPath, how: Any) -> Any:
         item = unflatten_dict({path: self.parameters[path]})
         args = self._ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
         with _readable(_folder_of(self.folder, path), "/".join(path)):
             return flatten_dict(self._checkpointer.restore(self.folder, args=args))[path]
 
 
-def _folder_of(folder: FilePath, path: Path) -> FilePath:
+def _folder_of(folder: Path, path: ParamPath) -> Path:
     return folder / ".".join(path)
 
 
 @contextlib.contextmanager
-def _readable(folder: FilePath, what: str) -> Iterator[None]:
+def _readable(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):  # not the file's fault
@@ -81,9 +81,9 @@ def _readable(folder: FilePath, what: str) -> Iterator[None]:
 
 
 def write(
-    folder: FilePath,
-    parameters: Mapping[Path, jax.ShapeDtypeStruct],
-    read: Callable[[Path], np.ndarray],
+    folder: Path,
+    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    read: Callable[[ParamPath], np.ndarray],
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -151,6 +151,6 @@ def _writable() -> Iterator[None]:
 class _Unread:
     """A leaf of the tree to write, whose values are not in memory."""
 
-    def __init__(self, path: Path, abstract: jax.ShapeDtypeStruct):
+    def __init__(self, path: ParamPath, abstract: jax.ShapeDtypeStruct):
         self.path, self.abstract = path, abstract
         self.shape, self.dtype = abstract.shape, abstract.dtype

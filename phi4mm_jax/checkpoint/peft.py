@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ _NAME = re.compile(
 )
 
 
-def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, FilePath]:
+def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
     """The PEFT folders of adapters that are given beside a checkpoint, by name.
 
     Args:
@@ -47,7 +47,7 @@ def adapter_folders(adapters: Mapping[str, str | FilePath] | None) -> dict[str, 
     """
     if not isinstance(adapters, Mapping | None):
         raise InputError(f"adapters is a {type(adapters).__name__}; expected names with folders: {{'speech': FOLDER}}")
-    found: dict[str, FilePath] = {}
+    found: dict[str, Path] = {}
     for kind, given in (adapters or {}).items():
         if kind not in ADAPTERS:
             names = " or ".join(map(repr, ADAPTERS))
@@ -85,7 +85,7 @@ class PeftAdapter(StackedTensors):
         ConfigError: a setting is missing, malformed or not supported; it names the key.
     """
 
-    def __init__(self, folder: FilePath, kind: str, config: Phi4MMConfig):
+    def __init__(self, folder: Path, kind: str, config: Phi4MMConfig):
         """`config`: of the model that the adapter is for; its settings are the adapter's where the folder has none."""
         self.folder, self.kind = folder, kind
         own = config.loras.get(kind)
@@ -130,7 +130,7 @@ class FittedTensor:
 
 
 def _fitted(
-    folder: FilePath, settings: Mapping[str, Any], num_layers: int, tensors: Iterable[Tensor]
+    folder: Path, settings: Mapping[str, Any], num_layers: int, tensors: Iterable[Tensor]
 ) -> dict[str, Stored | FittedTensor]:
     """Find each tensor of the weight table, by `Tensor.key`, in the file."""
     file = folder / WEIGHTS_FILE
@@ -178,7 +178,7 @@ def _fitted(
     return stored
 
 
-def _decoders(file: FilePath) -> tuple[dict[tuple[str, str], Stored], list[str]]:
+def _decoders(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str]]:
     """The LoRA matrices of the decoder in a file, by module and "A" or "B"; and what is wrong with the others."""
     try:
         header = read_header(file)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -20,7 +20,7 @@ from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.stacked import StackedTensors
-from phi4mm_jax.checkpoint.table import Part, Path, Tensor
+from phi4mm_jax.checkpoint.table import ParamPath, Part, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
 
@@ -32,12 +32,12 @@ _VOCABULARY = " by vocab_size of config.json, which has to be saved after resize
 _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
 
 
-def layout_of(folder: FilePath) -> Layout:
+def layout_of(folder: Path) -> Layout:
     """The layout whose config.json the folder has; `Phi4MMConfig.from_folder` accepts no other."""
     return _LAYOUTS[read_json(folder / "config.json")["model_type"]]
 
 
-def shard_names(folder: FilePath) -> set[str]:
+def shard_names(folder: Path) -> set[str]:
     """The names of all tensors in the main shards; none where there are no shards.
 
     Raises:
@@ -64,7 +64,7 @@ class PyTorchCheckpoint(StackedTensors):
         CheckpointError: a file or tensor is missing, extra, misshapen, unreadable or of another dtype; it names them.
     """
 
-    def __init__(self, folder: FilePath, config: Phi4MMConfig):
+    def __init__(self, folder: Path, config: Phi4MMConfig):
         self.folder = folder
         layout = layout_of(folder)
         table = tensors_of(layout, config)
@@ -86,7 +86,7 @@ class PyTorchCheckpoint(StackedTensors):
         )
 
 
-def _stored(folder: FilePath, index: Mapping[str, str]) -> dict[str, Stored]:
+def _stored(folder: Path, index: Mapping[str, str]) -> dict[str, Stored]:
     """Find each tensor of the main shards, by its name."""
     stored: dict[str, Stored] = {}
     names = sorted(set(index.values())) if index else _unindexed(folder)
@@ -119,7 +119,7 @@ def _as_in_table(stored: Mapping[str, Stored], expected: Collection[str]) -> dic
     return {renamed(name): tensor for name, tensor in stored.items()}
 
 
-def _check_index(folder: FilePath, index: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+def _check_index(folder: Path, index: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
     for name, file in index.items():
         found = f"in {stored[name].file.name}" if name in stored else "not there"
         if found != f"in {file}":
@@ -128,7 +128,7 @@ def _check_index(folder: FilePath, index: Mapping[str, str], stored: Mapping[str
             )
 
 
-def _read_index(folder: FilePath) -> dict[str, str]:
+def _read_index(folder: Path) -> dict[str, str]:
     """The file of each tensor in the main shards, where the folder has an index."""
     if not os.path.lexists(folder / _INDEX):
         return {}
@@ -136,7 +136,7 @@ def _read_index(folder: FilePath) -> dict[str, str]:
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
         raise CheckpointError(f"{folder / _INDEX}: has no weight_map of tensor names to files; download it again")
     for name, file in mapping.items():
-        if file != FilePath(file).name:
+        if file != Path(file).name:
             raise CheckpointError(f"{folder / _INDEX}: says that {name} is in {file}, but shards lie beside the index")
     alone = folder / "model.safetensors"
     if alone.exists() and alone.name not in mapping.values():
@@ -147,7 +147,7 @@ def _read_index(folder: FilePath) -> dict[str, str]:
     return mapping
 
 
-def _unindexed(folder: FilePath) -> list[str]:
+def _unindexed(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.glob(_SHARDS))
     for name in names:
         numbered = _NUMBERED.fullmatch(name)
@@ -166,7 +166,7 @@ def _unindexed(folder: FilePath) -> list[str]:
     return names
 
 
-def _pickles(folder: FilePath) -> str:
+def _pickles(folder: Path) -> str:
     """Remedy where there are only such, or others that are not read."""
     if quantised := sorted(p.name for p in folder.glob("*.gguf")):
         return f"{quantised[0]}: GGUF files, mostly of quantised weights, are not read; give the safetensors"
@@ -195,10 +195,10 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
 
 
 def write(
-    folder: FilePath,
+    folder: Path,
     tensors: Iterable[Tensor],
-    parameters: Mapping[Path, jax.ShapeDtypeStruct],
-    read: Callable[[Path], np.ndarray],
+    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    read: Callable[[ParamPath], np.ndarray],
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -213,11 +213,11 @@ def write(
     tensors = list(tensors)
     sizes = {t.key: nbytes(t, parameters) for t in tensors}
     files = _files(folder, tensors, sizes, shard_bytes)
-    rows: dict[Path, list[tuple[Tensor, Part, int]]] = {}
+    rows: dict[ParamPath, list[tuple[Tensor, Part, int]]] = {}
     for tensor in tensors:
         for part, start, _ in tensor.spans():
             rows.setdefault(part.path, []).append((tensor, part, start))
-    contents: dict[FilePath, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+    contents: dict[Path, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
     for tensor in tensors:
         described = tensor.shape, np.dtype(parameters[tensor.parts[0].path].dtype)
         contents.setdefault(files[tensor.key], {})[tensor.name] = described
@@ -231,7 +231,7 @@ def write(
                     progress(done, total)
 
 
-def _put(writer: Writer, files: Mapping[str, FilePath], parameter: np.ndarray, place: tuple[Tensor, Part, int]) -> int:
+def _put(writer: Writer, files: Mapping[str, Path], parameter: np.ndarray, place: tuple[Tensor, Part, int]) -> int:
     """Write (a layer of) a parameter to its rows of a tensor; returns how many bytes."""
     tensor, part, start = place
     rows = part.to_rows(parameter if tensor.layer is None else parameter[tensor.layer])
@@ -239,12 +239,12 @@ def _put(writer: Writer, files: Mapping[str, FilePath], parameter: np.ndarray, p
     return rows.nbytes
 
 
-def nbytes(tensor: Tensor, parameters: Mapping[Path, jax.ShapeDtypeStruct]) -> int:
+def nbytes(tensor: Tensor, parameters: Mapping[ParamPath, jax.ShapeDtypeStruct]) -> int:
     """Of a tensor, in the dtype of its parameters."""
     return int(np.prod(tensor.shape)) * np.dtype(parameters[tensor.parts[0].path].dtype).itemsize
 
 
-def _files(folder: FilePath, tensors: list[Tensor], sizes: Mapping[str, int], limit: int) -> dict[str, FilePath]:
+def _files(folder: Path, tensors: list[Tensor], sizes: Mapping[str, int], limit: int) -> dict[str, Path]:
     """Which file each tensor goes to; writes the index where there are several main files."""
     files = {t.key: folder / t.folder / ADAPTER_FILE for t in tensors if t.folder}
     shards = shard(((t.name, sizes[t.key]) for t in tensors if not t.folder), limit)

@@ -4,7 +4,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from phi4mm_jax.checkpoint import pytorch
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.staging import check_room, staged
-from phi4mm_jax.checkpoint.table import Path, parameter_shapes
+from phi4mm_jax.checkpoint.table import ParamPath, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig, read_json
 
 DEVIATION = 0.02  # the release's initializer_range
@@ -21,9 +21,9 @@ _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.js
 
 
 def write_random_checkpoint(
-    config_file: str | FilePath,
-    destination: str | FilePath,
-    processor: str | FilePath | None = None,
+    config_file: str | Path,
+    destination: str | Path,
+    processor: str | Path | None = None,
     *,
     seed: int = 0,
     shard_bytes: int = pytorch.SHARD_BYTES,
@@ -38,13 +38,13 @@ def write_random_checkpoint(
         destination: a folder that does not exist.
         processor: a folder whose tokenizer's and processor's files are copied: without them nothing can be converted.
     """
-    config_file, destination = FilePath(config_file), FilePath(destination)
+    config_file, destination = Path(config_file), Path(destination)
     config = Phi4MMConfig.from_dict(read_json(config_file))
     tensors = pytorch.tensors_of("original", config)
     dtype = DTYPES["BF16"]
     parameters = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in parameter_shapes(tensors).items()}
 
-    def draw(path: Path) -> np.ndarray:
+    def draw(path: ParamPath) -> np.ndarray:
         out = np.empty(parameters[path].shape, dtype)
         flat = out.reshape(-1)
         mean = np.float32(path[-1] in ("scale", "inverse_deviation"))
@@ -64,5 +64,5 @@ def write_random_checkpoint(
         pytorch.write(folder, tensors, parameters, draw, shard_bytes=shard_bytes, progress=progress)
         if processor is not None:
             for name in _PROCESSOR:
-                shutil.copy(FilePath(processor) / name, folder)
+                shutil.copy(Path(processor) / name, folder)
         shutil.copy(config_file, folder / "config.json")  # last: a folder without it is no checkpoint

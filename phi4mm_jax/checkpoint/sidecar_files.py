@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds besides weights: settings, tokenizer, licence, code; copied, or translated.
+"""Sidecar files of a checkpoint folder, besides its weights: settings, tokenizer, licence, code; copied, or translated.
 
 Within a layout all files stay as they are, to the byte. For the other layout those are translated in which the two
 differ: the settings of the model, of generation, of the tokenizer, of the processor and of the adapters.
@@ -44,7 +44,7 @@ _ON_ALL_MODULES: Json = {
 }
 
 
-def companion_files(
+def read_sidecar_files(
     source: Path, target: Layout, *, config: Phi4MMConfig | None = None, adapters_only: bool = False
 ) -> dict[str, bytes]:
     """The files that go with the weights of a checkpoint when it is written in a layout.
@@ -84,9 +84,10 @@ def companion_files(
     return files | adapters
 
 
-def left_behind(source: Path, weights: Set[Path]) -> list[str]:
-    """What of a checkpoint folder `companion_files` does not take, but for the files that its weights were read from;
-    a folder as one, its name ending in "/".
+def skipped_files(source: Path, weights: Set[Path]) -> list[str]:
+    """Return the files that `read_sidecar_files` does not take, without those that the weights were read from.
+
+    A folder is one of them, its name ending in "/".
 
     Raises:
         CheckpointError: a folder cannot be read.

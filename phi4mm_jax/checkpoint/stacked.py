@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
-from phi4mm_jax.checkpoint.table import Part, Path, Tensor, parameter_shapes
+from phi4mm_jax.checkpoint.table import ParamPath, Part, Tensor, parameter_shapes
 
 Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows
 
@@ -40,7 +40,7 @@ class StackedTensors:
             for path, shape in parameter_shapes(self.tensors).items()
         }
 
-    def read(self, path: Path, dtype: Any = None) -> np.ndarray:
+    def read(self, path: ParamPath, dtype: Any = None) -> np.ndarray:
         """A parameter, stacked over layers where it belongs to a layer, in its own dtype by default."""
         abstract = self.parameters[path]
         out = np.empty(abstract.shape, dtype or abstract.dtype)
@@ -55,9 +55,9 @@ class StackedTensors:
         return out
 
 
-def _rows_by_parameter(tensors: Iterable[Tensor]) -> dict[Path, list[Row]]:
+def _rows_by_parameter(tensors: Iterable[Tensor]) -> dict[ParamPath, list[Row]]:
     """Parts of tensors that each parameter is made of."""
-    rows: dict[Path, list[Row]] = {}
+    rows: dict[ParamPath, list[Row]] = {}
     for tensor in tensors:
         for part, start, stop in tensor.spans():
             rows.setdefault(part.path, []).append((tensor, part, start, stop))

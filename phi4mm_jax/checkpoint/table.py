@@ -14,7 +14,7 @@ import numpy as np
 _STRIP = 32  # rows; of 16, 32, 64 and 256 the fastest
 
 UNUSED = "unused"  # the collection of what the model never reads
-Path = tuple[str, ...]  # collection, then module names, then the parameter's
+ParamPath = tuple[str, ...]  # collection, then module names, then the parameter's
 Shape = tuple[int, ...]
 
 
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 class Part:
     """One parameter's share of a tensor: `rows.reshape(view).transpose(axes).reshape(shape)`."""
 
-    path: Path
+    path: ParamPath
     view: Shape
     axes: tuple[int, ...]
     shape: Shape  # of the parameter (of one layer's, where layers are stacked)
@@ -69,10 +69,10 @@ class Tensor:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
-def parameter_shapes(tensors: Iterable[Tensor]) -> dict[Path, Shape]:
+def parameter_shapes(tensors: Iterable[Tensor]) -> dict[ParamPath, Shape]:
     """The parameters that tensors make up; those of layers are stacked."""
-    stacks: dict[Path, list[Tensor]] = {}
-    shapes: dict[Path, Shape] = {}
+    stacks: dict[ParamPath, list[Tensor]] = {}
+    shapes: dict[ParamPath, Shape] = {}
     for tensor in tensors:
         for part in tensor.parts:
             stacks.setdefault(part.path, []).append(tensor)

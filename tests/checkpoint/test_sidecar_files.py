@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from soundfile import read as read_audio
 
 from phi4mm_jax import CheckpointError, ConfigError
-from phi4mm_jax.checkpoint.sidecar_files import companion_files
+from phi4mm_jax.checkpoint.sidecar_files import read_sidecar_files
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.processor_files import read_dynamic_hd
@@ -61,13 +61,13 @@ def change(path: Path, **changes) -> None:
 @pytest.fixture
 def original(tmp_path) -> Path:
     """The tiny checkpoint's files, to be edited."""
-    return write(companion_files(TINY, "original"), tmp_path / "original")
+    return write(read_sidecar_files(TINY, "original"), tmp_path / "original")
 
 
 @pytest.fixture
 def release(tmp_path) -> Path:
     """As the release: its config.json, its tokenizer's size, its code's files."""
-    folder = write(companion_files(TINY, "original"), tmp_path / "release")
+    folder = write(read_sidecar_files(TINY, "original"), tmp_path / "release")
     (folder / "config.json").write_text(json.dumps(RELEASE))
     for kind in KINDS:
         settings = RELEASE[f"{kind}_lora"]
@@ -98,7 +98,7 @@ def release(tmp_path) -> Path:
 
 @pytest.mark.parametrize("layout", ["original", "native"])
 def test_files_are_copied_within_a_layout(original, tmp_path, layout):
-    source = original if layout == "original" else write(companion_files(original, "native"), tmp_path / "native")
+    source = original if layout == "original" else write(read_sidecar_files(original, "native"), tmp_path / "native")
     names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     more = "LICENSE README.md vocab.json merges.txt added_tokens.json special_tokens_map.json modeling_phi4mm.py"
     texts = {*more.split(), "additional_chat_templates/tool_use.jinja", "vision-lora/README.md"}
@@ -110,15 +110,15 @@ def test_files_are_copied_within_a_layout(original, tmp_path, layout):
     write(dict.fromkeys([*weights.split(), *elsewhere.split()], b"{}"), source)
     with (source / "video.mp4").open("wb") as large:
         large.truncate((64 << 20) + 1)
-    assert names | texts == companion_files(source, layout).keys()
-    assert companion_files(source, layout) == {name: (source / name).read_bytes() for name in names | texts}
+    assert names | texts == read_sidecar_files(source, layout).keys()
+    assert read_sidecar_files(source, layout) == {name: (source / name).read_bytes() for name in names | texts}
 
 
 def test_adapter_settings_are_made_where_they_are_missing(original):
     expected = {kind: values(original / f"{kind}-lora" / "adapter_config.json") for kind in KINDS}
     for kind in KINDS:
         shutil.rmtree(original / f"{kind}-lora")
-    files = companion_files(original, "original")
+    files = read_sidecar_files(original, "original")
     for kind in KINDS:
         made = json.loads(files[f"{kind}-lora/adapter_config.json"])
         assert made.pop("base_model_name_or_path") is None
@@ -127,9 +127,9 @@ def test_adapter_settings_are_made_where_they_are_missing(original):
 
 @pytest.mark.parametrize("layout", ["original", "native"])
 def test_adapters_only(original, layout):
-    files = companion_files(original, layout, adapters_only=True)
+    files = read_sidecar_files(original, layout, adapters_only=True)
     assert set(files) == {f"{kind}-lora/adapter_config.json" for kind in KINDS}
-    assert files.items() <= companion_files(original, layout).items()
+    assert files.items() <= read_sidecar_files(original, layout).items()
 
 
 # Between the layouts: our own reading.
@@ -138,8 +138,8 @@ def test_adapters_only(original, layout):
 @pytest.mark.parametrize("source", ["original", "release"])
 def test_there_and_back(source, tmp_path, request):
     source = request.getfixturevalue(source)
-    native = write(companion_files(source, "native"), tmp_path / "native")
-    back = write(companion_files(native, "original"), tmp_path / "back")
+    native = write(read_sidecar_files(source, "native"), tmp_path / "native")
+    back = write(read_sidecar_files(native, "original"), tmp_path / "back")
     config = Phi4MMConfig.from_folder(source)
     for folder in (native, back):
         assert Phi4MMConfig.from_folder(folder) == config
@@ -165,9 +165,9 @@ def flat(config: dict, without: set[str]) -> dict:
 
 
 def test_the_release_comes_back_with_its_code(release, tmp_path):
-    native = write(companion_files(release, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(release, "native"), tmp_path / "native")
     assert all("auto_map" not in path.read_text() for path in native.glob("*config.json"))
-    back = write(companion_files(native, "original"), tmp_path / "back")
+    back = write(read_sidecar_files(native, "original"), tmp_path / "back")
     assert values(back / "config.json").keys() == RELEASE.keys()
     classes = {key: name for key, name in RELEASE["auto_map"].items() if key != "AutoTokenizer"}  # another repository's
     assert values(back / "config.json")["auto_map"] == classes
@@ -175,14 +175,14 @@ def test_the_release_comes_back_with_its_code(release, tmp_path):
     for name in (*CODE, "sample_finetune_speech.py"):
         assert (back / name).read_bytes() == (release / name).read_bytes()
         (native / name).unlink()
-    without = companion_files(native, "original")
+    without = read_sidecar_files(native, "original")
     assert b"auto_map" not in without["config.json"] + without["preprocessor_config.json"]
 
 
 @pytest.mark.torch
 def test_from_a_folder_that_transformers_wrote(original, tmp_path, transformers):
     """Rotary settings in rope_parameters, dtype for torch_dtype, no generation_config.json, a nested processor."""
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     transformers.AutoConfig.from_pretrained(native).save_pretrained(native)
     transformers.AutoTokenizer.from_pretrained(native).save_pretrained(native)
     crops = values(native / "preprocessor_config.json") | {"dynamic_hd": 7}
@@ -193,9 +193,9 @@ def test_from_a_folder_that_transformers_wrote(original, tmp_path, transformers)
     assert Phi4MMConfig.from_folder(native) == Phi4MMConfig.from_folder(original)
     assert Processor.from_folder(native, Phi4MMConfig.from_folder(native)).dynamic_hd == 7
 
-    back = write(companion_files(native, "original"), tmp_path / "back")
+    back = write(read_sidecar_files(native, "original"), tmp_path / "back")
     again = write(
-        companion_files(write(companion_files(original, "native"), tmp_path / "n"), "original"), tmp_path / "o"
+        read_sidecar_files(write(read_sidecar_files(original, "native"), tmp_path / "n"), "original"), tmp_path / "o"
     )
     assert Phi4MMConfig.from_folder(back) == Phi4MMConfig.from_folder(original)
     assert values(back / "config.json") == values(again / "config.json")
@@ -211,8 +211,8 @@ def test_stop_tokens_travel(original, tmp_path, stated, transformers):
     """config.json of the original outranks generation_config.json, which is all that the native layout goes by."""
     change(original / "config.json", eos_token_ids=[639, 647])
     (original / "generation_config.json").write_text(json.dumps(stated))
-    native = write(companion_files(original, "native"), tmp_path / "native")
-    back = write(companion_files(native, "original"), tmp_path / "back")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
+    back = write(read_sidecar_files(native, "original"), tmp_path / "back")
     for folder in (native, back):
         assert Phi4MMConfig.from_folder(folder).stop_token_ids == (639, 647)
         generation = transformers.GenerationConfig.from_pretrained(folder)
@@ -221,9 +221,9 @@ def test_stop_tokens_travel(original, tmp_path, stated, transformers):
 
 
 def test_adapters_that_are_not_there(original, tmp_path):
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     shutil.rmtree(native / "speech-lora")
-    files = companion_files(native, "original")
+    files = read_sidecar_files(native, "original")
     assert "speech_lora" not in json.loads(files["config.json"])
     assert "vision_lora" in json.loads(files["config.json"])
     assert not any(name.startswith("speech-lora") for name in files)
@@ -238,7 +238,7 @@ def test_autoconfig(source, tmp_path, request, transformers):
     from helpers import torch_native
 
     source = request.getfixturevalue(source)
-    native = write(companion_files(source, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(source, "native"), tmp_path / "native")
     ours = transformers.AutoConfig.from_pretrained(native).to_dict()
     del ours["_name_or_path"]
     theirs = torch_native.native_config(values(source / "config.json")).to_dict()
@@ -257,7 +257,7 @@ def test_autoconfig(source, tmp_path, request, transformers):
 @pytest.mark.torch
 def test_every_key_of_transformers_is_stated(original, transformers):
     """None is left to a default, which are not the release's."""
-    stated = json.loads(companion_files(original, "native")["config.json"])
+    stated = json.loads(read_sidecar_files(original, "native")["config.json"])
     stated["rope_parameters"] = stated["rope_scaling"]  # the name that all versions read
     for section, known in (
         (stated, transformers.Phi4MultimodalConfig),
@@ -273,7 +273,7 @@ def test_every_key_of_transformers_is_stated(original, transformers):
 @pytest.mark.parametrize("source", ["original", "release"])
 def test_autotokenizer(source, tmp_path, request, transformers):
     source = request.getfixturevalue(source)
-    native = write(companion_files(source, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(source, "native"), tmp_path / "native")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(native), Tokenizer.from_folder(source)
     config = values(native / "config.json")
     for text in TEXTS:
@@ -286,7 +286,7 @@ def test_autotokenizer(source, tmp_path, request, transformers):
 @pytest.mark.torch
 def test_chat_template(tiny, original, tmp_path, transformers):
     """Texts as in the release's template, and the parts of a content as in our own chat."""
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     tokenizer = transformers.AutoTokenizer.from_pretrained(native)
     release = transformers.AutoTokenizer.from_pretrained(
         original, config=transformers.AutoConfig.from_pretrained(native)
@@ -310,7 +310,7 @@ def test_chat_template(tiny, original, tmp_path, transformers):
 
 @pytest.mark.torch
 def test_feature_extractor_and_processor_settings(tiny, original, tmp_path, transformers):
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     extractor = transformers.AutoFeatureExtractor.from_pretrained(native)
     usual = transformers.Phi4MultimodalFeatureExtractor()
     assert type(extractor) is transformers.Phi4MultimodalFeatureExtractor
@@ -332,7 +332,7 @@ def exported(tmp_path_factory) -> Path:
     """The native layout: our files, and the weights under transformers' names."""
     from helpers import torch_native
 
-    folder = write(companion_files(TINY, "native"), tmp_path_factory.mktemp("exported"))
+    folder = write(read_sidecar_files(TINY, "native"), tmp_path_factory.mktemp("exported"))
     tensors = {}
     for path in TINY.glob("model-*.safetensors"):
         tensors |= load_file(path)
@@ -392,34 +392,34 @@ def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers)
 def test_no_tokenizer_json(original):
     (original / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        companion_files(original, "native")
+        read_sidecar_files(original, "native")
 
 
 def test_media_tokens_that_the_tokenizer_lacks(original):
     change(original / "config.json", image_token_id=3)
     with pytest.raises(CheckpointError, match="no special token 3"):
-        companion_files(original, "native")
+        read_sidecar_files(original, "native")
 
 
 def test_no_number_of_crops(original):
     change(original / "preprocessor_config.json", dynamic_hd=True)
     with pytest.raises(CheckpointError, match="dynamic_hd is True"):
-        companion_files(original, "native")
+        read_sidecar_files(original, "native")
     (original / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: no such file"):
-        companion_files(original, "native")
+        read_sidecar_files(original, "native")
 
 
 def test_a_chat_template_that_is_not_text(original, tmp_path):
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     (native / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
-        companion_files(native, "original")
+        read_sidecar_files(native, "original")
 
 
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_bias": True}])
 def test_adapters_with_other_mathematics(original, tmp_path, setting):
-    native = write(companion_files(original, "native"), tmp_path / "native")
+    native = write(read_sidecar_files(original, "native"), tmp_path / "native")
     change(native / "vision-lora" / "adapter_config.json", **setting)
     with pytest.raises(ConfigError, match=next(iter(setting))):
-        companion_files(native, "original")
+        read_sidecar_files(native, "original")

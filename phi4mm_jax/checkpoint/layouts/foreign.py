@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 
@@ -38,7 +38,7 @@ _WRAPPERS = {
 }
 
 
-def model_tensors(folder: FilePath, stored: Mapping[str, Stored], expected: Set[str]) -> dict[str, Stored]:
+def model_tensors(folder: Path, stored: Mapping[str, Stored], expected: Set[str]) -> dict[str, Stored]:
     """The tensors that make up the model: without buffers, and without a head that is the tied embedding again.
 
     Args:
@@ -59,7 +59,7 @@ def model_tensors(folder: FilePath, stored: Mapping[str, Stored], expected: Set[
     return found
 
 
-def check_not_quantised(folder: FilePath, stored: Mapping[str, Stored], expected: Set[str]) -> None:
+def check_not_quantised(folder: Path, stored: Mapping[str, Stored], expected: Set[str]) -> None:
     """Refuse weights that are told to be quantised by a file, a tensor's dtype or what goes with it.
 
     Raises:
@@ -80,7 +80,7 @@ def check_not_quantised(folder: FilePath, stored: Mapping[str, Stored], expected
         )
 
 
-def _check_prefixes(folder: FilePath, names: Set[str], missing: Set[str]) -> None:
+def _check_prefixes(folder: Path, names: Set[str], missing: Set[str]) -> None:
     """No tensors are there under a name with something before it, or within it, that a wrapper has put there."""
     tails = {name.removeprefix("model."): name for name in missing}
     prefixes: Counter[str] = Counter()
@@ -118,7 +118,7 @@ def _tails(name: str) -> Iterator[str]:
     yield from (".".join(parts[i:]) for i in range(len(parts)))
 
 
-def _check_tied(folder: FilePath, head: Stored, embedding: Stored) -> None:
+def _check_tied(folder: Path, head: Stored, embedding: Stored) -> None:
     """The head's weights are the embedding's: the model has them once."""
 
     def is_same(rows: tuple[int, int]) -> bool:
