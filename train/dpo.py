@@ -10,6 +10,7 @@ import sys
 
 from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.dpo import preference, with_reference
+from phi4mm_jax.training.hosts import connected_hosts, coordination_of
 from phi4mm_jax.utils.cli import cli_entrypoint
 
 from .sft import Method, train
@@ -20,7 +21,8 @@ DPO = Method(lambda module, recipe: preference(module, recipe.dpo), with_referen
 @cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.dpo", __doc__, "preferences")
-    return train(recipe, DPO, dry_run=arguments.dry_run, profile=arguments.profile)
+    with connected_hosts(coordination_of(arguments)):
+        return train(recipe, DPO, dry_run=arguments.dry_run, profile=arguments.profile)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train on answers that are given.
 
     python -m train.sft RECIPE [key=value]... [--dry-run]
+        [--coordinator HOST:PORT --num-processes N --process-id I]
 
 RECIPE is a YAML file, such as those in train/recipes; key=value overrides a setting: optimizer.learning_rate=1e-4.
 Where the recipe's output has checkpoints, the run resumes from the last one. SIGTERM and Ctrl-C save, then end.
+Of several hosts each runs the same command; TPU VMs, GKE and SLURM say which one it is, elsewhere the options do.
 """
 
 import sys
@@ -27,10 +29,18 @@ from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
 from phi4mm_jax.training.dry_run import describe_run
 from phi4mm_jax.training.evaluation import Evaluation
+from phi4mm_jax.training.hosts import (
+    check_agreement,
+    check_shared,
+    connected_hosts,
+    coordination_of,
+    is_first,
+    say,
+)
 from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
 from phi4mm_jax.training.preemption import STOPPED, PreemptionSignal
-from phi4mm_jax.training.recipe import Recipe, save_recipe
+from phi4mm_jax.training.recipe import Recipe, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
 from phi4mm_jax.training.resume import restore, settled_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
@@ -38,6 +48,7 @@ from phi4mm_jax.training.sharding import (
     check_divisible,
     compile_step,
     init_train_state,
+    order_by_host,
     shard_batches,
     split_trainable,
 )
@@ -79,10 +90,12 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     """
     folder = local_path(recipe.output)
     check_folder(folder)
+    check_shared(folder)
     recipe = settled_recipe(recipe, folder)
+    check_agreement("the recipes", recipe_settings(recipe))
 
     # ---- model
-    mesh = training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model)))
+    mesh = order_by_host(training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model))))
     check_divisible(recipe.data.packing, mesh)
     with progress_bar("Reading the weights", size=True) as progress:
         model = load(
@@ -95,9 +108,10 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     if is_open(recipe) or dry_run:
         with progress_bar("Measuring the samples"):
             recipe, lines = settle_auto(recipe, model.processor, mesh)
-        print(*lines, sep="\n")
+        say(*lines)
     data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
     steps = count_steps(data, recipe.accumulate)
+    check_agreement("the data", [data.get_state()["data"], steps])
 
     # ---- shard
     trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
@@ -107,7 +121,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     key = dropout_key(recipe.seed) if recipe.dropout else None
     if dry_run:
         step, batches = compile_step(objective, optimizer, state), [next(data)] * recipe.accumulate
-        print(describe_run(steps, step, state, frozen, batches, model.processor, mesh, key))
+        say(describe_run(steps, step, state, frozen, batches, model.processor, mesh, key))
         data.close()
         return 0
 
@@ -124,11 +138,12 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     ):
         state, number, steps, unscored, messages = restore(checkpoints, state, data, recipe, steps)
         if number >= steps and not unscored and (folder / REPORT).exists():
-            print(f"{folder}: has taken {number} steps, and the recipe asks for {steps}: all done")
+            say(f"{folder}: has taken {number} steps, and the recipe asks for {steps}: all done")
             return 0
-        for message in messages:
-            print(message)
-        save_recipe(recipe, folder / RECIPE)
+        check_agreement("the checkpoints", [number, steps, unscored])
+        say(*messages)
+        if is_first():
+            save_recipe(recipe, folder / RECIPE)
 
         # ---- step
         rates = learning_rates(recipe.optimizer, steps)
@@ -138,7 +153,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
         data_state = data.get_state()  # after the last whole step
         with (
             PreemptionSignal() as preemption,
-            closing(MetricsLog(folder, number)) as metrics_log,
+            closing(MetricsLog(folder, number, writes=is_first())) as metrics_log,
             step_bar(steps, number) as advance,
             closing(Throughput(model.config, trainable, number)) as throughput,
             Profile(profile, steps, number, PROFILED_STEPS) as trace,
@@ -168,13 +183,15 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
                     batches, error = next(batches_of_steps, None), None
                 except InputError as bad_sample:
                     batches, error = None, bad_sample
+                if error is not None and jax.process_count() > 1:
+                    raise error  # the other hosts do not save with this one
                 if batches is None:  # what is done is not lost
                     log.flush()
                     if number and checkpoints.last != number:
                         save()
                     if error is not None:
                         raise error
-                    print(f"The data ended after step {number}, though {steps} were counted; they changed meanwhile.")
+                    say(f"The data ended after step {number}, though {steps} were counted; they changed meanwhile.")
                     steps = number
                     break
                 data_state = data.get_state()
@@ -200,25 +217,27 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
                 if stop or preemption.requested():
                     break
             if number == steps and recipe.data.steps is None and next(data, None) is not None:
-                print("The data have more batches than were counted: they changed meanwhile. Rerun to train on them.")
+                say("The data have more batches than were counted: they changed meanwhile. Rerun to train on them.")
 
     # ---- report
     if number < steps or unscored:
         rest = ", without its score" if unscored else ""
-        print(f"Stopped and saved after step {number} of {steps}{rest}; rerun the same command to resume.")
+        say(f"Stopped and saved after step {number} of {steps}{rest}; rerun the same command to resume.")
         return STOPPED
     if data.skipped:
-        print(f"Unusable samples that were skipped: {data.skipped}")
-    draw_losses(folder)
-    write_report(folder, run_facts(recipe, trainable, steps, checkpoints.best, data.skipped))
-    print(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
+        say(f"Unusable samples that were skipped: {data.skipped}")
+    if is_first():
+        draw_losses(folder)
+        write_report(folder, run_facts(recipe, trainable, steps, checkpoints.best, data.skipped))
+    say(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
     return 0
 
 
 @cli_entrypoint
 def main() -> int:
     arguments, recipe = parse_arguments("train.sft", __doc__, "answers")
-    return train(recipe, dry_run=arguments.dry_run, profile=arguments.profile)
+    with connected_hosts(coordination_of(arguments)):
+        return train(recipe, dry_run=arguments.dry_run, profile=arguments.profile)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,11 @@ class Planner:
                 f"the sample has {parts} tokens (text: {text}{media}), and a row {longest}, which would cut its "
                 "answer; shorten it, raise lengths, or give data.packing=auto",
             )
+        self.check_media(size)
+
+    def check_media(self, size: Size) -> None:
+        """Raise BadSample if the media of a sample are more than a host's part of any batch."""
+        config = self.config
         share = f" a host ({self.hosts} share those of a batch)" if self.hosts > 1 else ""
         for name, needed, sizes in (("crops", size.crops, self.crops), ("chunks", size.chunks, self.chunks)):
             if needed > max(sizes, default=0):
@@ -188,20 +193,28 @@ class _Open:
         return len(self.placed) == len(slots)
 
     def add(self, sample: Waiting) -> None:
-        """Put a sample into the first slot with room; all hosts in turn, so that each has its share of media."""
+        """Put a sample into the first slot with room.
+
+        Media go to all hosts in turn, so that each has its share. Texts go to rows in their order, so that batches of
+        texts are the same for any number of hosts.
+        """
         crops, chunks = (max(sizes, default=0) for sizes in (self.planner.crops, self.planner.chunks))
-        for s in range(self.num_slots):
-            for host in range(self.planner.hosts):
-                fits_media = (
-                    self.crops[host] + sample.size.crops <= crops and self.chunks[host] + sample.size.chunks <= chunks
-                )
-                slot = self.slots[host][s]
-                if fits_media and self._fits(sample, slot):
-                    slot.append(sample)
-                    self.placed.append(sample)
-                    self.crops[host] += sample.size.crops
-                    self.chunks[host] += sample.size.chunks
-                    return
+        slots, hosts = range(self.num_slots), range(self.planner.hosts)
+        in_turn = sample.size.crops or sample.size.chunks
+        order = (
+            ((host, s) for s in slots for host in hosts) if in_turn else ((host, s) for host in hosts for s in slots)
+        )
+        for host, s in order:
+            fits_media = (
+                self.crops[host] + sample.size.crops <= crops and self.chunks[host] + sample.size.chunks <= chunks
+            )
+            slot = self.slots[host][s]
+            if fits_media and self._fits(sample, slot):
+                slot.append(sample)
+                self.placed.append(sample)
+                self.crops[host] += sample.size.crops
+                self.chunks[host] += sample.size.chunks
+                return
         self.waiting.append(sample)
 
     def _fits(self, sample: Waiting, slot: list[Waiting]) -> bool:

@@ -38,6 +38,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
 
+_MAY_DIFFER = {"bytes", "hosts"}  # between a state and the stream that resumes there
 _MIN_SAMPLES = 100  # before a rate of bad samples means anything
 
 
@@ -265,14 +266,14 @@ class TrainingData:
         """Resume where `get_state` was.
 
         Raises:
-            InputError: the state is of other data, or of another number of hosts. Files of another size with as many
-                samples are taken to be repaired ones.
+            InputError: the state is of other data. Files of another size with as many samples are taken to be repaired
+                ones. With another number of hosts, batches are the same as long as they have no media.
         """
         ours = self._signature
         unsaid = {name: ours[name] for name in ("augment_image", "augment_clip")}  # by older states
         unsaid["adapter"] = None
         theirs = unsaid | state["data"]
-        if different := [name for name in ours if name != "bytes" and theirs.get(name) != ours[name]]:
+        if different := [name for name in ours if name not in _MAY_DIFFER and theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
                 f"the state is of other data: {name} was {theirs.get(name)!r:.200} and is {ours[name]!r:.200}; go on "

@@ -100,6 +100,7 @@ class _PlanIterator(grain.DatasetIterator[tuple[Plan, Tally]]):
     def _begin(self, pending: Iterable[Waiting], tally: Tally) -> None:
         self._planner, self._tally, self._ended = self._new_planner(), tally, False
         for sample in pending:
+            self._planner.check_media(sample.size)  # the state may be of fewer hosts
             self._planner.add(sample)
 
     def __next__(self) -> tuple[Plan, Tally]:

@@ -4,6 +4,7 @@ import argparse
 
 from phi4mm_jax.data.pipeline import Kind
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.hosts import add_host_options
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.utils.cli import make_parser
 from phi4mm_jax.utils.profiling import add_profile
@@ -19,6 +20,7 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in train/recipes")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, its memory, a batch; end")
+    add_host_options(parser)
     add_profile(parser, "some steps in the middle")
     arguments = parser.parse_intermixed_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -80,7 +80,8 @@ class Checkpoints:
         """Score a checkpoint that was saved without a score; beside it, since what is saved is not written again."""
         with self._writable():
             scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
-            write_atomically(self._late, json.dumps(scores, allow_nan=False))
+            if jax.process_index() == 0:
+                write_atomically(self._late, json.dumps(scores, allow_nan=False))
 
     def _late_scores(self) -> dict[str, float]:
         return json.loads(self._late.read_text()) if self._late.is_file() else {}

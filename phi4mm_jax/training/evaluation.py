@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from phi4mm_jax.data.pipeline import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.engine import Engine, EngineConfig, Programs
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.answers import Answer, ask
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
@@ -44,6 +45,11 @@ class Evaluation:
         self, config: EvaluationConfig, data: DataConfig, processor: Processor, module: Phi4MM, variables: Variables
     ):
         self._config, self._processor = config, processor
+        if config.metric != "loss" and jax.process_count() > 1:
+            raise InputError(
+                f"evaluation.metric is {config.metric}, which generates answers, on {jax.process_count()} hosts; give "
+                "loss, and evaluate exported checkpoints with infer.evaluate"
+            )
         self._data = dataclasses.replace(
             without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )

@@ -20,9 +20,13 @@ class MetricsLog:
 
     Args:
         step: the run resumes after it; what an earlier process has logged of later ones is taken out.
+        writes: False on all hosts but the first, where nothing is written.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, writes: bool = True):
+        self._file = None
+        if not writes:
+            return
         self._path = folder / LINES
         folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(folder) if line["step"] <= step]
@@ -35,6 +39,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a line at once."""
+        if self._file is None:
+            return
         self._file.write(strict_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -42,6 +48,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files."""
+        if self._file is None:
+            return
         self._file.close()
         self._board.close()
 

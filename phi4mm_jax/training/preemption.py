@@ -5,20 +5,25 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 
 STOPPED = 143  # status of a program that SIGTERM ended
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class PreemptionSignal:
-    """SIGTERM and Ctrl-C, noted within `with` instead of ending the process."""
+    """SIGTERM and Ctrl-C, noted within `with` instead of ending the process.
+
+    Among several hosts jax's own handler notes SIGTERM, and they agree on a step to stop after; Ctrl-C is made one.
+    """
 
     def __init__(self):
         self._noted = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        several = jax.process_count() > 1
+        handlers = {signal.SIGINT: _as_sigterm} if several else dict.fromkeys(_SIGNALS, self._note)
+        self._handlers = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
@@ -38,6 +43,8 @@ class PreemptionSignal:
             return self._noted
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step) or bool(
-            multihost_utils.process_allgather(np.asarray(self._noted)).any()
-        )
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _as_sigterm(*_: Any) -> None:
+    signal.raise_signal(signal.SIGTERM)

@@ -171,8 +171,12 @@ def _settle_auto(settings: dict[str, Any]) -> None:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe with all settings that it came to have; `load_recipe` reads it."""
-    settings = TypeAdapter(Recipe).dump_python(recipe, mode="json")
-    write_atomically(path, yaml.safe_dump(settings, sort_keys=False))
+    write_atomically(path, yaml.safe_dump(recipe_settings(recipe), sort_keys=False))
+
+
+def recipe_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return all settings of a recipe as plain values."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
 
 
 # Settings that a resumed run may change. All others decide what the steps before would have been.
@@ -197,7 +201,7 @@ def resolved_as_before(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _check_same_run(recipe: Recipe, before: Recipe, path: Path) -> None:
-    saved, now = (_flat(TypeAdapter(Recipe).dump_python(r, mode="json")) for r in (before, recipe))
+    saved, now = (_flat(recipe_settings(r)) for r in (before, recipe))
     for name in sorted(saved.keys() | now.keys()):
         old, new = saved.get(name), now.get(name)
         if name == "evaluation.metric" and None in (old, new):

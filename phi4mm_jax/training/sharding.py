@@ -27,6 +27,34 @@ from phi4mm_jax.training.step import (
 )
 
 
+def order_by_host(mesh: Mesh | None) -> Mesh | None:
+    """Return a mesh whose rows are those of the first host, then of the second, and so on.
+
+    The rows of a batch that a host loads are then those that its devices take.
+
+    Raises:
+        InputError: of several hosts, not all devices are used.
+    """
+    if jax.process_count() == 1:
+        return mesh
+    if mesh is None or mesh.size != jax.device_count():
+        raise InputError(
+            f"mesh is of {1 if mesh is None else mesh.size} devices, and the hosts have {jax.device_count()}; leave "
+            "fsdp out, which then takes all"
+        )
+    axes = [i for i, name in enumerate(mesh.axis_names) if name in ROWS]
+    moved = np.moveaxis(np.asarray(mesh.devices), axes, range(len(axes)))
+    rows = moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+    hosts = np.vectorize(lambda device: device.process_index)(rows)
+    if (hosts != hosts[:, :1]).any():  # jax has put chips of two hosts into one row
+        ordered = sorted(rows.ravel(), key=lambda device: (device.process_index, device.id))
+        rows = np.asarray(ordered).reshape(rows.shape)
+    else:
+        rows = rows[np.argsort(hosts[:, 0], kind="stable")]
+    devices = np.moveaxis(rows.reshape(moved.shape), range(len(axes)), axes)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:
     """Raise InputError if the devices cannot share the rows, crops and chunks of a batch evenly."""
     if packing is None:  # it will be settled for these devices

@@ -37,7 +37,8 @@ def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Ma
     Raises:
         InputError: a sample cannot be used.
     """
-    if same_files(data, saved) and "total" in saved and saved.get("epochs") == recipe.data.epochs:
+    same_plans = same_files(data, saved) and saved["data"].get("hosts") == data.get_state()["data"]["hosts"]
+    if same_plans and "total" in saved and saved.get("epochs") == recipe.data.epochs:
         return saved["total"] if recipe.data.steps is None else count_steps(data, recipe.accumulate)
     with progress_bar("Counting the batches that are left"):
         return step + math.ceil(data.count_remaining() / recipe.accumulate)

@@ -282,7 +282,6 @@ def test_an_epoch_may_be_added(tmp_path, processor):
     [
         ({"seed": 2}, "seed was 0 and is 2"),
         ({"packing": MEDIA}, "packing was"),
-        ({"hosts": 2}, "hosts was 1 and is 2"),
         ({"augment_speech": SpeechAugmentation((0.9, 1.1))}, "augment_speech was None and is"),
         ({"augment_clip": "noise"}, "augment_clip was None and is 'noise'"),
         ({"source": texts(8)}, "samples was .9. and is .8."),
@@ -315,6 +314,43 @@ def test_hosts_share_the_batches(tmp_path, processor, packing):
     assert all(found)
     assert sorted(found[0] + found[1]) == sorted(f"m{i}" for i in range(20))
     assert streams[0].get_state() == streams[1].get_state()
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_stream_resumes_with_other_hosts(tmp_path, processor, before):
+    """Batches of texts are those of one host; of all samples, media among them, each comes once."""
+    packing = PackingConfig(4, (64,), window=2)
+    source = manifest(tmp_path / "m.jsonl", texts(60))
+    whole = list(stream(processor, source, packing=packing))
+
+    def joined(streams):
+        parts = [[next(data) for _ in range(2)] for data in streams]
+        return [
+            [np.concatenate(x) for x in zip(*map(leaves, batches), strict=True)] for batches in zip(*parts, strict=True)
+        ]
+
+    first = [stream(processor, source, packing=packing, host=i, hosts=before) for i in range(before)]
+    batches = joined(first)
+    rest = [stream(processor, source, packing=packing, host=i, hosts=4) for i in range(4)]
+    for data in rest:
+        data.set_state(json.loads(json.dumps(first[0].get_state())))
+    for ours, theirs in zip([*batches, *joined(rest)], whole[:4], strict=True):
+        for one, other in zip(ours, leaves(theirs), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_media_are_shared_by_other_hosts(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", mixed(20))
+    packing = PackingConfig(4, (1024,), crops=(40,), chunks=(8,), chunk_tokens=128, window=2)
+    one = stream(processor, source, packing=packing)
+    first = answers(processor, [next(one)])
+    rest = [stream(processor, source, packing=packing, host=i, hosts=2) for i in range(2)]
+    found = list(first)
+    for data in rest:
+        data.set_state(one.get_state())
+        found += answers(processor, data)
+    assert 0 < len(first) < 20
+    assert sorted(found) == sorted(f"m{i}" for i in range(20))
 
 
 def test_batches_of_a_run_have_the_same_structure(tmp_path, processor):

@@ -1,0 +1,217 @@
+"""Hosts of one run: how they are found out, and that they agree, fail together and train as one."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax.traverse_util import flatten_dict
+from helpers.paths import TINY
+
+from phi4mm_jax import InputError
+from phi4mm_jax.training.checkpointing import Checkpoints
+from phi4mm_jax.training.hosts import Coordination, add_host_options, coordination_of
+from phi4mm_jax.training.metrics_log import read_log
+from phi4mm_jax.training.recipe import load_recipe
+from phi4mm_jax.training.run_folder import CHECKPOINTS
+from train import sft
+
+ROOT = Path(__file__).parents[2]
+
+
+def parsed(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_host_options(parser)
+    return parser.parse_args(options)
+
+
+def test_options_name_the_hosts():
+    options = parsed("--coordinator", "10.0.0.2:8476", "--num-processes", "4", "--process-id", "3")
+    assert coordination_of(options, {}) == Coordination("10.0.0.2:8476", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # a batch script, outside srun
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1,t-2,t-3", "TPU_WORKER_ID": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t-0", "TPU_WORKER_ID": "0"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_the_environment_names_the_hosts(environment, several):
+    assert coordination_of(parsed(), environment) == (Coordination() if several else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--coordinator", "a:1"], "--num-processes, --process-id is missing"),
+        (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "--coordinator is 'a'; expected HOST"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id is 2 of 2; expected 0 to 1",
+        ),
+        (["--coordinator", "a:1", "--num-processes", "0", "--process-id", "0"], "--num-processes is 0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(InputError, match=message):
+        coordination_of(parsed(*options), {})
+
+
+HOSTS = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from phi4mm_jax import InputError
+    from phi4mm_jax.training.hosts import Coordination, check_agreement, check_shared, connected_hosts, say
+    me, folder = int(sys.argv[2]), Path(sys.argv[3])
+    with connected_hosts(Coordination(sys.argv[1], 2, me)):
+        check_shared(folder)
+        check_agreement("the recipes", {"seed": 0})
+        say("both are here")
+        if sys.argv[4] == "kill" and me == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[4] == "fail" and me == 1:
+            raise InputError("a bad sample")
+        check_agreement("the data", {"files": me if sys.argv[4] == "differ" else 0})
+    """
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def two_hosts(command) -> list[tuple[int, str, str]]:
+    """Status, output and error of two processes; `command` gives a host's, by the coordinator and its number."""
+    environment = os.environ | {
+        "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    address = f"localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command(address, host))], env=environment, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for host in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        (process.returncode, "".join(x for x in out.splitlines(True) if not x.startswith("[Gloo]")), error)
+        for process, (out, error) in zip(processes, outputs, strict=True)
+    ]
+
+
+def meet(tmp_path, scenario: str, folders: tuple[Path, Path]) -> list[tuple[int, str, str]]:
+    script = tmp_path / "hosts.py"
+    script.write_text(textwrap.dedent(HOSTS))
+    return two_hosts(lambda address, host: [script, address, host, folders[host], scenario])
+
+
+@pytest.mark.subprocess
+def test_a_host_that_fails_ends_the_others_with_its_error(tmp_path):
+    (status, out, error), (other_status, _, other) = meet(tmp_path, "fail", (tmp_path / "run",) * 2)
+    assert (status, other_status) == (2, 2)
+    assert "error: host 1 has failed: a bad sample" in error.splitlines()
+    assert "error: a bad sample" in other.splitlines()
+    assert out == "both are here\n"
+    assert not list(tmp_path.glob(".shared*"))
+
+
+@pytest.mark.subprocess
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    """Each host has a disk of its own."""
+    disks = tuple(tmp_path / name for name in ("one", "other"))
+    for disk in disks:
+        disk.mkdir()
+    for host, (status, out, error) in enumerate(meet(tmp_path, "", disks)):
+        assert (status, out) == (2, "")
+        assert f"error: {disks[host]}: is not the same folder on all hosts (host 1 does not see" in error
+    assert [list(disk.iterdir()) for disk in disks] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_other_files_on_a_host_are_refused(tmp_path):
+    for status, _, error in meet(tmp_path, "differ", (tmp_path / "run",) * 2):
+        assert status == 2
+        assert "the data differ between the hosts (those of 1 from those of 0)" in error
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_a_host_that_is_killed_ends_the_others(tmp_path):
+    (status, out, _), (other_status, *_) = meet(tmp_path, "kill", (tmp_path / "run",) * 2)
+    assert other_status == -signal.SIGKILL
+    assert status not in (0, None)
+    assert out == "both are here\n"
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """Texts, whose evaluation is the loss."""
+    for name, count in (("train", 32), ("held", 8)):
+        samples = [
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x " * (12 + i % 8)}]}
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    settings = {
+        "model": str(TINY), "output": str(tmp_path / "run"), "dtype": "float32", "mesh": "fsdp=2", "save_every": 2,
+        "trainable": ["params/decoder/norm", "params/decoder/layers/mlp/down"],
+        "data": {
+            "sources": [{"path": str(tmp_path / "train.jsonl")}], "steps": 4, "threads": 1,
+            "packing": {"rows": 4, "lengths": [64], "window": 1},
+        },
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
+        "evaluation": {"sources": [{"path": str(tmp_path / "held.jsonl")}], "every": 2},
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_two_hosts_train_as_one(recipe, tmp_path):
+    """Their run is then resumed by one process with two devices; the losses and the update are those of one process."""
+
+    def command(address, host):
+        hosts = ["--coordinator", address, "--num-processes", 2, "--process-id", host]
+        return ["-m", "train.sft", recipe, "data.steps=2", *hosts]
+
+    for status, out, error in two_hosts(command):
+        assert status == 0, error
+        assert "trained" in out or not out
+    assert sft.train(load_recipe(recipe)) == 0
+    assert sft.train(load_recipe(recipe, [f"output={tmp_path / 'one'}"])) == 0
+    runs = [tmp_path / name for name in ("run", "one")]
+    both = [
+        [line[name] for line in read_log(run) for name in ("loss", "evaluation_loss") if name in line] for run in runs
+    ]
+    assert len(both[0]) == 6
+    np.testing.assert_allclose(*both, rtol=1e-5)
+    resumed, whole = (flatten_dict(Checkpoints(run / CHECKPOINTS, None, read_only=True).trained(4)) for run in runs)
+    before = flatten_dict(jax.tree.map(np.asarray, sft.load(TINY, "float32", scan=True).variables))
+    for path, value in whole.items():
+        update, other = (np.asarray(x) - before[path] for x in (value, resumed[path]))
+        assert np.linalg.norm(update - other) <= 5e-3 * np.linalg.norm(update) > 0, path
