@@ -138,7 +138,8 @@ def _request(path: Path, where: str, case: Any, max_new_tokens: int) -> Request:
         for value in get(key, list, []):
             if not isinstance(value, str) and not is_whole(value):
                 raise InputError(f"{path}: {where}.{key} holds {value!r:.60}, expected paths or numbers")
-            found.append(goldens.input_file(path.parent, kind, value) if is_whole(value) else path.parent / value)
+            named = isinstance(value, str)
+            found.append(path.parent / value if named else goldens.input_file(path.parent, kind, value))
         return tuple(found)
 
     if not isinstance(case, Mapping):

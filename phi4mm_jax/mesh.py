@@ -70,6 +70,12 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, context, tensor), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
+def mesh_of_sizes(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Make a mesh of the sizes by axis; see `make_mesh`."""
+    fsdp, tensor, data, context = (sizes.get(axis, 1) for axis in ("fsdp", "tensor", "data", "context"))
+    return make_mesh(fsdp, tensor, data=data, context=context, devices=devices)
+
+
 def parse_mesh(spec: str) -> dict[str, int]:
     """The axes and sizes of a mesh, written as "fsdp=4,tensor=2".
 
@@ -112,7 +118,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
     if others > devices or ("fsdp" not in sizes and devices % others):
         raise InputError(f"mesh is {spec!r}, which {devices} devices cannot make; give sizes whose product divides it")
     sizes.setdefault("fsdp", devices // others)
-    mesh = make_mesh(**sizes)
+    mesh = mesh_of_sizes(sizes)
     check_sizes(config, mesh.shape)
     return None if mesh.size == 1 else mesh
 

@@ -60,7 +60,8 @@ class AnswerFile:
         retry: bool = True,
     ):
         self._retry = retry
-        self.path, self._lines, self._ordered, self._settings, self._form = path, lines, ordered, settings, form
+        self.path, self._lines, self._ordered, self._settings = path, lines, ordered, settings
+        self._form: Format = form
         self._index = lines.index if isinstance(lines, RequestFile) else LineIndex(lines)
         self.total = len(self._index)
         self.answered = self.errors = 0

@@ -94,7 +94,7 @@ def _merge(one: Partial, other: Partial) -> Partial:
     weights = [jnp.exp(lse - greatest) for _, lse in (one, other)]
     total = weights[0] + weights[1]
     some = jnp.where(total > 0, total, 1.0)
-    out = sum(x * (w / some)[..., None] for (x, _), w in zip((one, other), weights, strict=True))
+    out = one[0] * (weights[0] / some)[..., None] + other[0] * (weights[1] / some)[..., None]
     return out, jnp.where(total > 0, jnp.log(some) + greatest, -jnp.inf)
 
 

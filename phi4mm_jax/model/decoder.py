@@ -106,7 +106,7 @@ class Attention(nn.Module):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
         q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
-        if context_size() > 1:
+        if rows.segments is not None and context_size() > 1:
             out = ring_attention(q, k, v, rows.segments)
         elif cache is None or rows.cached is None:
             out = flash_attention(

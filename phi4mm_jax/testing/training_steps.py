@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.mesh import activation_sharding, make_mesh, parse_mesh, shardings
+from phi4mm_jax.mesh import activation_sharding, mesh_of_sizes, parse_mesh, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
@@ -86,7 +86,7 @@ def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
     module = Phi4MM(config, jnp.bfloat16, remat=case.remat)
     abstract = abstract_variables(module)
     chips = chips_of(case)
-    mesh = make_mesh(**(parse_mesh(case.mesh) if case.mesh else {"fsdp": len(chips)}), devices=chips)
+    mesh = mesh_of_sizes(parse_mesh(case.mesh) if case.mesh else {"fsdp": len(chips)}, chips)
     places = shardings(abstract, mesh)
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
     variables = unflatten_dict(

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -276,6 +276,6 @@ def _wait_until_seen(client: Any) -> None:
     time.sleep(2 * _POLL if is_first() else 0)
 
 
-def _end(status: int) -> None:
+def _end(status: int) -> NoReturn:
     sys.stdout.flush()
     os._exit(status)

@@ -9,7 +9,7 @@ from phi4mm_jax.errors import InputError
 
 def is_whole(value: Any, min_value: float = -math.inf, max_value: float = math.inf) -> TypeGuard[int]:
     """Return whether a value is a whole number, of Python or numpy and no bool, within the bounds (both included)."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and min_value <= value <= max_value
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and min_value <= int(value) <= max_value
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -71,7 +71,7 @@ def test_table_covers_the_checkpoint_and_the_model():
     names = [t.name for t in table]
     assert len(set(names)) == len(names)
     assert set(names) == set(json.loads((TINY / "model.safetensors.index.json").read_text())["weight_map"])
-    declared = flatten_dict(nn.unbox(abstract_variables(Phi4MM(config))))
+    declared: dict = flatten_dict(nn.unbox(abstract_variables(Phi4MM(config))))
     read = {path: shape for path, shape in parameter_shapes(table).items() if path[0] != UNUSED}
     assert read == {path: leaf.shape for path, leaf in declared.items()}
 
