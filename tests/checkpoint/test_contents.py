@@ -109,6 +109,7 @@ def test_vision_alone_by_its_config(folder):
     assert set(phi4mm_jax.load(folder, dtype="float32").variables) == {"params", "lora_vision"}
 
 
+@pytest.mark.slow
 def test_vision_alone(folder, goldens, tmp_path):
     """Microsoft's sample of vision fine-tuning saves this: no speech encoder, no speech adapter."""
     cut(folder, "audio_embed", ".speech.")
@@ -130,6 +131,7 @@ def test_vision_alone(folder, goldens, tmp_path):
         assert "no speech encoder" in (refused.error or "")
 
 
+@pytest.mark.slow
 def test_text_alone(folder, goldens):
     cut(folder, "embed_tokens_extend", ".lora_")
     model = phi4mm_jax.load(folder, dtype="float32")

@@ -119,6 +119,7 @@ def test_adapters_only(original, converted, tmp_path):
     assert_same_tensors(tensors(tmp_path / "adapters"), {k: v for k, v in tensors(original).items() if k[0] != "."})
 
 
+@pytest.mark.slow
 def test_converted_checkpoints_load(tiny, converted):
     model = phi4mm_jax.load(converted, dtype="float32")
     assert jax.tree.all(jax.tree.map(np.array_equal, model.variables, tiny.variables))

@@ -359,6 +359,7 @@ def test_an_augmentation_must_keep_sizes(processor):
         load_examples(sample, processor, augment=Augment(clip=lambda clip, _: (clip[0][1:], clip[1])), rng=rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("speed", "semitones", "length", "hertz"),
     [(0.9, None, 35556, 440), (1.1, None, 29091, 440), (None, 2, 32000, 493.883), (1.25, -12, 25600, 220)],

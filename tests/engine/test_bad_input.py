@@ -166,6 +166,7 @@ class Slow(io.BytesIO):
         return super().read(*args)
 
 
+@pytest.mark.slow
 def test_a_slow_medium_holds_up_no_other_request(tiny):
     good = Request("<|user|>Hello<|end|><|assistant|>", max_new_tokens=3)
     (expected,) = tiny.generate([good.prompt], max_new_tokens=3)

@@ -342,6 +342,7 @@ def test_an_engine_that_was_stopped_in_a_round_says_so(tiny, monkeypatch):
         list(engine.run([Request("a b c")]))
 
 
+@pytest.mark.slow
 def test_int8_cache(tiny):
     """Log-probabilities of tokens that were decoded from quantised keys and values, near those without a cache."""
     engine = tiny.engine(dataclasses.replace(SMALL, cache_dtype="int8"))

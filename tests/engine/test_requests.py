@@ -265,6 +265,7 @@ def test_an_answer_that_was_begun_is_continued(tiny):
         tiny.generate([raw], max_new_tokens=4, continue_final_message=True)
 
 
+@pytest.mark.slow
 def test_arguments_are_those_of_a_request(tiny):
     """Each changes what a request with it is answered, and generate answers the same."""
     (plain,) = tiny.generate([PROMPT], max_new_tokens=6)

@@ -203,6 +203,7 @@ def test_max_crops_is_dynamic_hd(tiny):
         np.testing.assert_array_equal(p.row(SEE, [pixels], max_crops=100).tokens, whole.tokens)
 
 
+@pytest.mark.slow
 def test_max_crops_everywhere(tiny):
     image = Image.new("RGB", (1000, 700), "red")
     expected = len(tiny.processor.row(SEE, [image], max_crops=1).tokens)

@@ -251,6 +251,7 @@ def data_url(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+@pytest.mark.slow
 def test_media_of_every_kind(tmp_path, engine):
     """By a path relative to the input, an absolute one, a file URL, and base64; beside a prompt and in messages."""
     (tmp_path / "media").mkdir()
@@ -583,6 +584,7 @@ def test_an_adapter_to_merge_that_is_not_there(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, compiled):
     source, output = write(tmp_path / "in", [{"prompt": f"a {i}"} for i in range(12)]), tmp_path / "out"
     assert run(source, tmp_path / "whole", compiled, "--ordered").returncode == 0

@@ -443,6 +443,7 @@ def test_figures_are_percentages_with_intervals():
 # ---------------------------------------------------------------------------------------------- adapters
 
 
+@pytest.mark.slow
 def test_a_request_may_name_its_adapter(tiny):
     """With none it is that of a model without adapters; with another, the network's for a row that has that one."""
     prompt = "<|user|><|audio_1|>What?<|end|><|assistant|>"

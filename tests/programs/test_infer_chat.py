@@ -67,6 +67,7 @@ def answers(engine, *turns: Any, system: str | None = None) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_several_turns_with_media(tiny, engine):
     terminal = Terminal(
         "/system Be brief.", "Hello", f"/image {IMAGE}", "  What is this?  ", "", f"/audio {CLIP}", "", "And?"

@@ -64,6 +64,7 @@ def ask(answer: Answer, table: pa.Table) -> list[dict]:
 # ---------------------------------------------------------------------------------------------- rows
 
 
+@pytest.mark.slow
 def test_rows_of_paths_and_bytes_are_answered_as_by_one_engine(answer, engine):
     table = pa.table(
         {

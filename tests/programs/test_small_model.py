@@ -84,6 +84,7 @@ def test_held_out_speech_is_understood(tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr") <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fast_are(["ocr"], ["ocr", "asked"]))
 @pytest.mark.parametrize("adapter", fast_are(["none"], ["none", "speech"]))
 def test_the_vision_adapter_carries_it(name, adapter, tmp_path):

@@ -250,6 +250,7 @@ def test_bad_usage():
         read_goldens("nowhere")
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_proof(tmp_path, monkeypatch, capsys):
     folder = golden_folder(tmp_path / "goldens", ["speech"], ["audio_0"])
     rounded = phi4mm_jax.load(TINY, dtype="bfloat16")
@@ -359,6 +360,7 @@ def test_the_record_is_what_the_original_computed(recorded):
     assert values["audio"] == of_fixture["audio"][:1]
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_record_verifies_the_original_checkpoint(loaded, recorded, capsys):
     assert verify.main([str(TINY), "--goldens", str(recorded)]) == 0

@@ -388,6 +388,7 @@ def test_overrides_reach_settings_that_are_not_there(recipe):
     assert found.evaluation.every == 3
 
 
+@pytest.mark.slow
 def test_a_run_is_not_gone_on_with_otherwise(recipe, tmp_path, capsys):
     """What was begun stays as it was said; and what is done is not done again."""
     assert run(recipe, "data.epochs=null", "data.steps=3") == 0
@@ -423,6 +424,7 @@ def test_two_at_once(recipe, tmp_path):
         Checkpoints(tmp_path / "nowhere", None, read_only=True)
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_not_all(recipe, tmp_path):
     assert run(recipe, "data.epochs=null", "data.steps=3", "trainable=[lora_speech, params/audio_projector]") == 0
     with pytest.raises(InputError, match=r"params/audio_projector/.* besides adapters"):
@@ -430,6 +432,7 @@ def test_adapters_alone_are_not_all(recipe, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
+@pytest.mark.slow
 def test_a_bad_sample_costs_no_step(recipe, tmp_path):
     """What was learnt before it is saved; repaired, the run ends as if it had never been bad."""
     manifest = tmp_path / "train.jsonl"
@@ -487,6 +490,7 @@ def test_an_output_that_is_a_file(recipe, tmp_path, beside):
         run(recipe, f"output={tmp_path / 'file'}{beside}")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(recipe, tmp_path):
     assert run(recipe, "data.steps=2", "data.epochs=null", "optimizer.warmup_steps=0") == 0
     for file in (tmp_path / "run" / CHECKPOINTS / "2" / "state").rglob("*"):
@@ -498,6 +502,7 @@ def test_a_damaged_checkpoint_is_named(recipe, tmp_path):
         run(recipe, "data.steps=4", "data.epochs=null")
 
 
+@pytest.mark.slow
 def test_bad_data_end_a_run_or_are_counted(recipe, tmp_path):
     manifest = tmp_path / "train.jsonl"
     lines = manifest.read_text().splitlines()
@@ -597,6 +602,7 @@ def test_resuming_keeps_the_sizes_that_were_settled(quick, tmp_path, monkeypatch
     assert targets(tmp_path / "run") - taken == (8 - taken / loss_tokens(20)) * loss_tokens(5)
 
 
+@pytest.mark.slow
 def test_resuming_on_other_devices_with_the_data_moved(quick, tmp_path, monkeypatch):
     """One device; or one and after a stop four by two, from another folder: the same losses and the same update."""
     trained = "trainable=[params/decoder/norm, params/decoder/layers/mlp/down]"

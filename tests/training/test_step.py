@@ -330,6 +330,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device(of_one_device, data, fsdp, 
     assert all(jax.tree.leaves(alike))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_not_differentiated(scanned, eight):
     """Their gradients take no time: a step of the adapter costs less than one of everything."""
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
@@ -411,6 +412,7 @@ def native_inputs(model, name: str, goldens):
     return ids, labels, images, audios, adapter
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_adapters_alone(scanned, dropping, eight):
     """Drawn by the key: the same again with it, another with another; none where no row has an adapter."""
     trainable, frozen = split(scanned.variables, ADAPTERS, "trainable")
@@ -721,6 +723,7 @@ def test_tuning_the_speech_adapter_fits_eight_chips():
 # Preferences.
 
 
+@pytest.mark.slow
 def test_dpo(scanned, eight):
     """The loss and its gradients are those of its formula, by whole logits; nothing of it moves the reference."""
     rows = together(eight, scanned)
