@@ -6,7 +6,7 @@ EXTRA ?= cpu
 TESTS ?= tests
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -n 2 --dist loadfile
+PYTEST := $(RUN) -m pytest -n 3 --dist loadfile
 
 .PHONY: demo docs lint test test-all test-slow
 .DELETE_ON_ERROR:
