@@ -1,4 +1,4 @@
-"""What a decoding step depends on, and what a shared image saves: python -m benchmarks.decode_cost.
+"""Cost of a decoding step by what it depends on, and of a shared image: python -m benchmarks.decode_cost.
 
 With random weights at the release's widths and few layers, in float32. First the time of a step of all slots for
 the same rows in caches of 2K and 32K tokens (whose tables have 32 and 512 pages a row), and for longer rows in the

@@ -1,4 +1,4 @@
-"""What the TPU's compiler makes of the attention kernels, without a TPU, next to those of others.
+"""Attention kernels as the TPU's compiler makes them, without a TPU, next to those of others.
 
 For each chip and kernel, the instruction bundles of one inner tile (about a cycle each, if nothing stalls) against the
 fewest cycles that its products take on the matrix units at their peak. It leaves out stalls for transfers and the work
@@ -153,7 +153,7 @@ def peer(job: Job):
 
 
 def units(chip: str) -> tuple[int, float, float]:
-    """Of one core: multiply-adds a cycle at peak, bytes of main memory a cycle, and how much of a unit a head fills."""
+    """Return multiply-adds a cycle at peak, bytes of main memory a cycle, and a head's share of a unit, of one core."""
     from jax.experimental.pallas import tpu as pltpu
 
     version = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}[chip]

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.testing.ray_runs import answers_in, engine_processes
+
 ROOT = Path(__file__).parents[1]
 MODEL, HELD = ROOT / "assets/tiny", ROOT / "tests/fixtures/held"
 TOKENS, CACHE = 8, 4096
@@ -40,11 +42,11 @@ def main() -> int:
     print(f"{arguments.rows} rows, one processor an engine: {processor()}")
     seconds = {}
     for engines in (1, 2):
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "benchmarks.ray_scale", "--measure", str(engines), str(folder)],
             cwd=ROOT, env=environment(), check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        seconds[engines] = json.loads(told.splitlines()[-1])
+        seconds[engines] = json.loads(output.splitlines()[-1])
     expected, found = (answers_of(folder / f"out{engines}") for engines in (1, 2))
     assert found == expected, "two engines answer otherwise than one"
     print(f"throughput of two engines over one: {seconds[2]['rate'] / seconds[1]['rate']:.2f}")
@@ -107,7 +109,7 @@ def run_with_kills(folder: Path, seed: int, worker_seconds: float, driver_second
         end = time.monotonic() + 20 + draw.expovariate(1 / driver_seconds)
         while run.poll() is None and time.monotonic() < end:
             time.sleep(min(draw.expovariate(1 / worker_seconds), max(end - time.monotonic(), 0.1)))
-            if engines := engines_of(run.pid):
+            if engines := engine_processes(run.pid):
                 os.kill(draw.choice(engines), signal.SIGKILL)
                 killed["engines"] += 1
         if run.poll() is not None:
@@ -119,25 +121,9 @@ def run_with_kills(folder: Path, seed: int, worker_seconds: float, driver_second
         time.sleep(2)  # its cluster ends
 
 
-def engines_of(pid: int) -> list[int]:
-    """The processes below one that are engines."""
-    parents, names = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (folder / "cmdline").read_text()
-            except OSError:  # it has ended
-                continue
-    below = {pid}
-    for _ in range(4):
-        below |= {child for child, parent in parents.items() if parent in below}
-    return [child for child in below if names.get(child, "").startswith("ray::MapWorker(MapBatches(AnswerLines)")]
-
-
 def answers_of(folder: Path) -> dict[str, Any]:
-    """What each id was answered; an id must be there once."""
-    answers = [json.loads(line) for path in sorted(folder.glob("part-*")) for line in path.read_text().splitlines()]
+    """Return the tokens of each id's answer; an id must be there once."""
+    answers = answers_in(folder)
     found = {answer["id"]: answer["tokens"] for answer in answers}
     assert len(found) == len(answers), "an id is answered twice"
     return found

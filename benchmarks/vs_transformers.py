@@ -50,7 +50,7 @@ Timed = Callable[[], float]  # seconds of one call
 
 
 class Sizes(NamedTuple):
-    """How large the rows are."""
+    """Sizes of the rows."""
 
     crops: tuple[int, ...]
     seconds: tuple[int, ...]

@@ -39,7 +39,7 @@ class Adapter:
 
     @property
     def collection(self) -> str:
-        """Of its parameters among the model's variables."""
+        """Collection of its parameters among the model's variables."""
         return f"lora_{self.name}"
 
     @property

@@ -57,17 +57,21 @@ def make_mesh(
     if min(sizes.values()) < 1 or count > len(devices):
         asked = " times ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "fsdp=1"
         raise InputError(f"a mesh of {asked}: expected positive sizes, and at most {len(devices)} devices in all")
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1:
-        if data % len(slices) or count != len(devices):
+    slices = _num_slices(devices)
+    if slices > 1:
+        if data % slices or count != len(devices):
             raise InputError(
-                f"mesh has data={data}, and the {len(devices)} devices are of {len(slices)} slices; give data="
-                f"{len(slices)} or a multiple of it, and sizes that take all devices: only data may cross slices"
+                f"mesh has data={data}, and the {len(devices)} devices are of {slices} slices; give data="
+                f"{slices} or a multiple of it, and sizes that take all devices: only data may cross slices"
             )
-        within = (data // len(slices), fsdp, context, tensor)
-        grid = mesh_utils.create_hybrid_device_mesh(within, (len(slices), 1, 1, 1), devices)
+        within = (data // slices, fsdp, context, tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh((data, fsdp, context, tensor), AXES, (AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def _num_slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def mesh_of_sizes(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -106,8 +110,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
     """
     sizes = {} if spec is None else parse_mesh(spec)
     devices = jax.device_count()
-    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    sizes.setdefault("data", slices)
+    sizes.setdefault("data", _num_slices(jax.devices()))
     within_host = sizes.get("tensor", 1) * sizes.get("context", 1)
     if jax.process_count() > 1 and jax.local_device_count() % within_host:
         raise InputError(
@@ -157,10 +160,7 @@ def check_heads(config: DecoderConfig, tensor: int) -> None:
 
     XLA would give each device all keys and values.
     """
-    heads = config.num_kv_heads
-    if heads % tensor:
-        fitting = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise InputError(f"mesh has tensor={tensor}, which does not divide {heads} key heads; give {_any_of(fitting)}")
+    _check_divides("tensor", tensor, config.num_kv_heads, "{} key heads", config.num_kv_heads)
 
 
 def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
@@ -182,11 +182,14 @@ def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
     vocabulary = "fsdp times context times tensor", embed * tensor, "tokens of the vocabulary"
     checks.append((*vocabulary, decoder.vocab_size, "decoder"))
     for axis, size, what, count, name in checks:
-        if count % size:
-            fitting = [n for n in range(1, 2 * size) if count % n == 0]
-            raise InputError(
-                f"mesh has {axis}={size}, which does not divide the {name}'s {count} {what}; give {_any_of(fitting)}"
-            )
+        _check_divides(axis, size, count, f"the {name}'s {{}} {what}", 2 * size - 1)
+
+
+def _check_divides(axis: str, size: int, count: int, what: str, most: int) -> None:
+    """Raise InputError where a mesh axis's size does not divide a count, naming sizes up to `most` that do."""
+    if count % size:
+        fitting = [n for n in range(1, most + 1) if count % n == 0]
+        raise InputError(f"mesh has {axis}={size}, which does not divide {what.format(count)}; give {_any_of(fitting)}")
 
 
 def _any_of(sizes: Sequence[int]) -> str:
@@ -194,7 +197,7 @@ def _any_of(sizes: Sequence[int]) -> str:
 
 
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:
-    """Where each parameter lies, by path; on the first device without a mesh.
+    """Return where each parameter lies, by path; on the first device without a mesh.
 
     An axis that its mesh axes do not divide is not split, and a mesh axis splits the first axis it can.
 
@@ -248,22 +251,17 @@ def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
     Within `split_batch`, where its devices divide it; else just the activation.
     """
     sizes, table = automatic_axes(), dict(nn.get_logical_axis_rules())
-    spec: list[Any] = []
-    for axis, length in zip(axes, x.shape, strict=False):
-        names = tuple(n for n in (table.get(axis) or () if axis else ()) if n in sizes)
-        divides = length % math.prod(sizes[n] for n in names) == 0
-        spec.append(names if names and divides else jax.P.UNCONSTRAINED)
-    if all(names is jax.P.UNCONSTRAINED for names in spec) or math.prod(sizes.values()) == 1:
+    split = _split_axes(axes, x.shape[: len(axes)], table, sizes) if table else []
+    if not any(split) or math.prod(sizes.values()) == 1:
         return x
+    spec = [names or jax.P.UNCONSTRAINED for names in split]
     return jax.lax.with_sharding_constraint(x, jax.P(*spec, *[jax.P.UNCONSTRAINED] * (x.ndim - len(spec))))
 
 
 def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> NamedSharding:
     """Return where an array with such first axes lies: what the devices do not divide is not split."""
-    table = dict(ACTIVATIONS)
-    names = [tuple(n for n in table[axis] if n in mesh.shape) if axis else () for axis in axes]
-    divides = [size % math.prod(mesh.shape[n] for n in split) == 0 for split, size in zip(names, shape, strict=False)]
-    return NamedSharding(mesh, jax.P(*(n if n and d else None for n, d in zip(names, divides, strict=True))))
+    split = _split_axes(axes, shape[: len(axes)], dict(ACTIVATIONS), mesh.shape)
+    return NamedSharding(mesh, jax.P(*(names or None for names in split)))
 
 
 def replicate(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -284,7 +282,7 @@ def activation_axes() -> tuple[str, ...]:
 
 
 def context_size() -> int:
-    """How many devices share the tokens of a row, by the mesh and the rules in context."""
+    """Return how many devices share the tokens of a row, by the mesh and the rules in context."""
     return math.prod(automatic_axes().get(name, 1) for name in LENGTH) if LENGTH[0] in activation_axes() else 1
 
 
@@ -292,13 +290,20 @@ def _split(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], gathered: Sequence[str] = ()
 ) -> jax.P:
     """The mesh axes that split each axis of an array, but for those over which it is gathered."""
-    table = dict(RULES)
+    split = _split_axes(axes, shape, dict(RULES), mesh)
+    return jax.P(*(tuple(n for n in names if n not in gathered) or None for names in split))
+
+
+def _split_axes(
+    axes: Sequence[str | None], shape: Sequence[int], table: Mapping[str, Any], mesh: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Return the mesh axes that split each axis of an array by a table: each once, and none that do not divide it."""
     split: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
         taken = {name for names in split for name in names}
         names = tuple(n for n in (table[axis] if axis is not None else ()) if n in mesh and n not in taken)
         split.append(names if size % math.prod(mesh[n] for n in names) == 0 else ())
-    return jax.P(*(tuple(n for n in names if n not in gathered) or None for names in split))
+    return split
 
 
 def jit_on_mesh(variables: Any, function: Callable[..., Any], **options: Any) -> Any:
@@ -348,7 +353,7 @@ def automatic_axes() -> dict[str, int]:
 
 
 class Axes(tuple[str | None, ...]):
-    """What the axes of one array are."""
+    """Kinds of the axes of one array."""
 
     def __new__(cls, *names: str | None):
         return super().__new__(cls, names)

@@ -169,7 +169,7 @@ def _original_lora(adapter: Adapter, lora: LoraConfig) -> Json:
 
 
 def _unlike_the_release(config: Phi4MMConfig) -> Json:
-    """What the release's file leaves out, where this model is another one."""
+    """Return what the release's file leaves out, where this model is another one."""
     v = config.vision
     tower = {
         "hidden_size": v.embed_dim,
@@ -190,7 +190,7 @@ def _unlike_the_release(config: Phi4MMConfig) -> Json:
 
 
 def _shared(config: Phi4MMConfig, source: Mapping[str, Any]) -> Json:
-    """What both layouts call the same; the rotary settings in the one spelling that all versions read."""
+    """Return the keys that both layouts call the same; rotary settings in the one spelling that all versions read."""
     d, rope = config.decoder, config.decoder.rope
     rotary = {**source, **(source.get("rope_parameters") or source["rope_scaling"])}
     return {

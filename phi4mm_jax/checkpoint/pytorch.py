@@ -240,12 +240,12 @@ def _put(writer: Writer, files: Mapping[str, Path], parameter: np.ndarray, place
 
 
 def nbytes(tensor: Tensor, parameters: Mapping[ParamPath, jax.ShapeDtypeStruct]) -> int:
-    """Of a tensor, in the dtype of its parameters."""
+    """Return the bytes of a tensor, in the dtype of its parameters."""
     return int(np.prod(tensor.shape)) * np.dtype(parameters[tensor.parts[0].path].dtype).itemsize
 
 
 def _files(folder: Path, tensors: list[Tensor], sizes: Mapping[str, int], limit: int) -> dict[str, Path]:
-    """Which file each tensor goes to; writes the index where there are several main files."""
+    """Return the file that each tensor goes to; writes the index where there are several main files."""
     files = {t.key: folder / t.folder / ADAPTER_FILE for t in tensors if t.folder}
     shards = shard(((t.name, sizes[t.key]) for t in tensors if not t.folder), limit)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]

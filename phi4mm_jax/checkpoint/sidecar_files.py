@@ -107,7 +107,7 @@ def _travelling(source: Path) -> dict[str, bytes]:
 
 
 def _entries(source: Path) -> list[Path]:
-    """What lies in the folder and in those whose files travel."""
+    """Return the files in the folder and in those whose files travel."""
     try:
         names = [*(adapter.folder for adapter in ADAPTERS.values()), _TEMPLATES]
         inner = [source / name for name in names if (source / name).is_dir()]

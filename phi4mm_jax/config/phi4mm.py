@@ -110,7 +110,7 @@ def _adapter_files(folder: Path) -> list[str]:
 
 
 def _check(config: Phi4MMConfig) -> None:
-    """What must hold between sizes, whichever file they came from."""
+    """Raise ConfigError unless the sizes fit each other, whichever file they came from."""
     decoder, vision, speech, rope = config.decoder, config.vision, config.speech, config.decoder.rope
     ids = (config.image_token_id, config.audio_token_id, config.pad_token_id, *config.stop_token_ids)
     for ok, problem in (

@@ -160,7 +160,7 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
 
 
 def _read_decoder(keys: Keys, rope: Keys, tied_required: bool) -> DecoderConfig:
-    """What both layouts spell alike; `rope` holds the factors and the rotary settings."""
+    """Read what both layouts spell alike; `rope` holds the factors and the rotary settings."""
     keys.expect("hidden_act", "silu", required=True)
     if keys.values.get("tie_word_embeddings") is False:
         raise keys.error(

@@ -94,7 +94,7 @@ class SpeechConfig:
 
     @property
     def subsampled_bands(self) -> int:
-        """What is left of the bands after the three convolutions of stride 2."""
+        """Bands that are left after the three convolutions of stride 2."""
         bands = self.num_bands
         for _ in range(int(math.log2(self.time_reduction))):
             bands = (bands - 1) // 2 + 1

@@ -138,7 +138,7 @@ def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) 
 
 
 def dropped_path(output: Path) -> Path:
-    """Where what is not kept goes: out.jsonl -> out.dropped.jsonl. Each sample there says why, as "dropped"."""
+    """Return the path for what is dropped: out.jsonl -> out.dropped.jsonl. Each sample there says why, as "dropped"."""
     return output.with_name(f"{output.stem}.dropped{output.suffix}")
 
 

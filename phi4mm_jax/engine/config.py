@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import jax
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.checks import check_positive
 
 DEFAULT_CACHE_TOKENS = 32768  # where the memory is not known
 PREFILL_ROWS = (4, 1)  # sequences that are prefilled at once
@@ -50,11 +51,8 @@ class EngineConfig:
     def __post_init__(self):
         sizes = ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams")
         for name in (*sizes, "workers", "media_seconds"):
-            value = getattr(self, name)
-            if name == "cache_tokens" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} is {value!r}; expected a positive whole number")
+            if name != "cache_tokens" or self.cache_tokens is not None:
+                check_positive(name, getattr(self, name))
         if self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:

@@ -64,8 +64,8 @@ def compare_settings(output: Path | str, file: str, before: Any, now: Settings) 
             "it, or give another output"
         )
     if others := [key for key in now if key != "model" and before.get(key) != now[key]]:
-        told = {"weights": "model"}
-        causes = [f"{told.get(k, k)} (was {before.get(told.get(k, k))!r}, now {now[told.get(k, k)]!r})" for k in others]
+        names = [{"weights": "model"}.get(key, key) for key in others]
+        causes = [f"{name} (was {before.get(name)!r}, now {now[name]!r})" for name in names]
         raise InputError(
             f"{output}: its answers are of another {', '.join(causes)}; give another output, or resume with what it was"
         )

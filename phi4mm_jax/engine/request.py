@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Requests to the engine, and its answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -117,7 +117,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt.
+    """Answer that was generated for one prompt.
 
     Attributes:
         text: the answer, without stop tokens; cut before a stop string.

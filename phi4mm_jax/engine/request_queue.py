@@ -36,7 +36,7 @@ class WaitingRequest:
         return self.duplicates is not None and draws_by_identity(self.request.sampling)
 
     def seconds(self) -> float:
-        """How long its processing has taken."""
+        """Return how long its processing has taken."""
         return 0.0 if self.started is None else time.monotonic() - self.started
 
     def result(self, max_seconds: int) -> tuple[Row, MediaInputs]:

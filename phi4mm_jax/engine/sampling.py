@@ -18,7 +18,7 @@ _GREEDY = 1e-5  # below this temperature float32 cannot tell the result from the
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw a token. Restrictions may be combined; each applies to what the ones before it left.
+    """Settings of drawing a token. Restrictions may be combined; each applies to what the ones before it left.
 
         Sampling()                                         # greedy
         Sampling(temperature=0.7, top_p=0.9)               # draws of the request's own

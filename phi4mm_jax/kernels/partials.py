@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+Output = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # and its log-sum-exp, -inf without keys
+
 
 def merge_partials(
     o: Float[Array, "X B N H"],
@@ -16,3 +18,13 @@ def merge_partials(
     greatest = m.max(0)
     weights = jnp.exp(m - jnp.where(jnp.isfinite(greatest), greatest, 0.0))
     return (o * weights[..., None]).sum(0), greatest, (l * weights).sum(0)
+
+
+def merge_outputs(one: Output, other: Output) -> Output:
+    """Merge the attention to some keys with that to others, all in float32.
+
+    Differentiable where a query has a key of either.
+    """
+    both = jnp.logaddexp(one[1], other[1])
+    weight, other_weight = (jnp.where(jnp.isfinite(x), jnp.exp(x - both), 0.0)[..., None] for x in (one[1], other[1]))
+    return one[0] * weight + other[0] * other_weight, both

@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels.api import flash_attention
+from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.mesh import HEADS, LENGTH, ROWS, automatic_axes, context_size
 
 _AXIS = LENGTH[0]
-Partial = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # attention to some keys, and its log-sum-exp
 
 
 def zigzag_order(length: int) -> Int[np.ndarray, " T"] | None:
@@ -81,21 +81,10 @@ def _ring(q, k, v, segments):
         with jax.named_scope("keys_of_others"):
             out, lse = attend(q2, k2, v2, causal=False, q_segments=q_segments, kv_segments=kv_segments)
         (out_late, out_other), (lse_late, lse_other) = jnp.split(out, 2), jnp.split(lse, 2)
-        late = _merge(late, (out_late, lse_late))
-        early = _merge(early, (out_other, jnp.where(is_before, lse_other, -jnp.inf)))
-        late = _merge(late, (out_other, jnp.where(is_before, -jnp.inf, lse_other)))
+        late = merge_outputs(late, (out_late, lse_late))
+        early = merge_outputs(early, (out_other, jnp.where(is_before, lse_other, -jnp.inf)))
+        late = merge_outputs(late, (out_other, jnp.where(is_before, -jnp.inf, lse_other)))
     return jnp.concatenate([early[0], late[0]], 1).astype(q.dtype)
-
-
-def _merge(one: Partial, other: Partial) -> Partial:
-    """Attention to the keys of both."""
-    greatest = lax.stop_gradient(jnp.maximum(one[1], other[1]))
-    greatest = jnp.where(jnp.isfinite(greatest), greatest, 0.0)
-    weights = [jnp.exp(lse - greatest) for _, lse in (one, other)]
-    total = weights[0] + weights[1]
-    some = jnp.where(total > 0, total, 1.0)
-    out = one[0] * (weights[0] / some)[..., None] + other[0] * (weights[1] / some)[..., None]
-    return out, jnp.where(total > 0, jnp.log(some) + greatest, -jnp.inf)
 
 
 def _owner(chunk: int, size: int) -> int:

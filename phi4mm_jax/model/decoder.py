@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import decode_attention, flash_attention
+from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.kernels.ring import ring_attention
 from phi4mm_jax.mesh import Axes, constrain, context_size, over_mesh
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill, gather
@@ -163,7 +164,6 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: KVCache) -> Float[Arr
     tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages)))
 
     def block(i, carry):
-        out, log_sum = carry
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
         lengths = jnp.clip(rows.lengths - i * keys, 0, keys)
         filled = jax.lax.div(lengths.max() + size - 1, size)
@@ -171,15 +171,11 @@ def _attend_to_cached(q, layer, rows: CachedInputs, cache: KVCache) -> Float[Arr
             gather(x, scales, layer, table, filled, q.dtype)
             for x, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
         )
-        theirs, their_log_sum = flash_attention(
+        found = flash_attention(
             q, k, v, causal=True, q_offset=rows.starts - i * keys, kv_lengths=lengths, return_lse=True,
             out_dtype=jnp.float32,
         )  # fmt: skip
-        both = jnp.logaddexp(log_sum, their_log_sum)
-        weight, their_weight = (
-            jnp.where(jnp.isfinite(x), jnp.exp(x - both), 0.0)[..., None] for x in (log_sum, their_log_sum)
-        )
-        return out * weight + theirs * their_weight, both
+        return merge_outputs(carry, found)
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
     out, _ = jax.lax.fori_loop(0, jax.lax.div(rows.lengths.max() + keys - 1, keys), block, start)

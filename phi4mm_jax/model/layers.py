@@ -1,4 +1,4 @@
-"""What the three stacks share: declared parameters, linear maps, norms, and the stacking of layers.
+"""Parts that the three stacks share: declared parameters, linear maps, norms, and the stacking of layers.
 
 Axes are named by one letter each, as in the einsums; the letter also gives a parameter's logical axis, so that a
 sharding is a table from logical to mesh axes. A parameter is declared once, by `declare`.

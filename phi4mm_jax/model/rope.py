@@ -40,7 +40,7 @@ def rotations(
 
 
 def within_segments(segments: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Of each token of packed rows its position in its segment, and the segment's length."""
+    """Return the position of each token of packed rows in its segment, and the segment's length."""
     index = jnp.arange(segments.shape[1])
     border = segments[:, 1:] != segments[:, :-1]
     first = jnp.pad(border, ((0, 0), (1, 0)), constant_values=True)

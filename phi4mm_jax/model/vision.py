@@ -81,7 +81,7 @@ def embed_patches(
 
 
 def position_ids(mask: Bool[Array, "C Y Y"]) -> Int[Array, "C S"]:
-    """Where each patch lies in the table of positions: by its fraction of the valid region, 0 where masked."""
+    """Return the place of each patch in the table of positions: by its fraction of the valid region, 0 where masked."""
     side = mask.shape[1]
     buckets = jnp.asarray(_buckets(side))
     rows, columns = buckets[mask[:, :, 0].sum(1)], buckets[mask[:, 0, :].sum(1)]  # (C, Y) each

@@ -348,7 +348,7 @@ def _normalise(x: Float[np.ndarray, "..."]) -> None:
 
 
 def _token_layout(grid: _Grid, side: int) -> Int[np.ndarray, " T"]:
-    """Which feature each token is; crops have (side, side) features after pooling."""
+    """Return which feature each token is; crops have (side, side) features after pooling."""
     ids = np.arange((1 + grid.rows * grid.columns) * side * side, dtype=np.int32).reshape(-1, side, side)
     whole, sub_crops = ids[0], ids[1:]
     rows, columns = grid.useful

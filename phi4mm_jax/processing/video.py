@@ -164,7 +164,7 @@ def _opened(source: str | bytes) -> Iterator[tuple[Any, Any, Deadline]]:
 
 
 def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
-    """When the video begins, and how long it is, in seconds."""
+    """Return when the video begins, and how long it is, in seconds."""
     with _opened(source) as (container, stream, _):
         start = (stream.start_time or 0) * stream.time_base
         if (stream.duration or 0) > 0:

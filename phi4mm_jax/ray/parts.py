@@ -34,7 +34,7 @@ _SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Records:
-    """What the answers of a part tell, one value each: see `inputs.Index`."""
+    """Keys and outcomes of the answers of a part, one value each: see `inputs.Index`."""
 
     keys: np.ndarray
     digests: np.ndarray
@@ -178,7 +178,7 @@ class Parts:
 
 
 def index_part(path: str, storage: fs.FileSystem, form: Format) -> Records:
-    """What the answers of a part tell of their lines.
+    """Read what the answers of a part tell of their lines.
 
     Raises:
         InputError: it is of another format, or has something else in it.

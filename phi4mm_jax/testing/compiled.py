@@ -68,7 +68,7 @@ class Instruction(NamedTuple):
 
     @property
     def origin(self) -> str:
-        """Where in the model it comes from."""
+        """Place in the model that it comes from."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found.group(1) if found else ""
 

@@ -36,7 +36,7 @@ _FAILURE, _SEEN = "phi4mm/failure", "phi4mm/seen"
 
 
 class Coordination(NamedTuple):
-    """How processes find each other; None where jax finds it out by the environment."""
+    """Way in which processes find each other; None where jax finds it out by the environment."""
 
     coordinator: str | None = None
     num_processes: int | None = None

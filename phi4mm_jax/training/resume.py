@@ -12,7 +12,7 @@ from phi4mm_jax.training.step_batches import count_resumed_steps, same_files
 
 
 class Resumed(NamedTuple):
-    """Where a run continues."""
+    """Place at which a run continues."""
 
     state: TrainState
     step: int  # the last one that was done

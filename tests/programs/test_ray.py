@@ -32,6 +32,7 @@ from phi4mm_jax.ray.media import as_json, fetch_remote
 from phi4mm_jax.ray.parts import Parts, index_part
 from phi4mm_jax.ray.run import Engines, index_files, place_engines, settle
 from phi4mm_jax.ray.storage import find_files
+from phi4mm_jax.testing.ray_runs import answers_in, engine_processes
 
 ROOT = Path(__file__).parents[2]
 IMAGE, CLIP = TINY / "inputs" / "image_0.png", TINY / "inputs" / "audio_0.flac"
@@ -368,25 +369,6 @@ def start(source: str, output: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def answers_in(output: Path) -> list[dict]:
-    return [json.loads(line) for part in sorted(output.glob("part-*")) for line in part.read_text().splitlines()]
-
-
-def engines_below(pid: int) -> list[int]:
-    """The engines' processes of a run."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-        except OSError:  # it has ended
-            continue
-    below = {pid}
-    for _ in range(4):
-        below |= {child for child, parent in parents.items() if parent in below}
-    return [child for child in below if names.get(child, "").startswith("ray::MapWorker(MapBatches(AnswerLines)")]
-
-
 def wait_for(what, run: subprocess.Popen, seconds: float = 300):
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -404,7 +386,7 @@ def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
     (folder / "c.jsonl").write_text('{"id": "broken", "prompt": 3}\nno JSON\n')
     source = f"{folder}/*.jsonl"
     run = start(source, output, "--write-seconds", "0")
-    os.kill(draw.choice(wait_for(lambda: engines_below(run.pid), run)), signal.SIGKILL)
+    os.kill(draw.choice(wait_for(lambda: engine_processes(run.pid), run)), signal.SIGKILL)
     wait_for(lambda: len(answers_in(output)) > 10, run)
     run.kill()
     run.wait()
@@ -412,7 +394,7 @@ def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
     assert 10 < answered < 82
     run = start(source, output, "--write-seconds", "0")
     wait_for(lambda: len(answers_in(output)) > answered, run)
-    os.kill(draw.choice(wait_for(lambda: engines_below(run.pid), run)), signal.SIGKILL)
+    os.kill(draw.choice(wait_for(lambda: engine_processes(run.pid), run)), signal.SIGKILL)
     _, told = run.communicate(timeout=600)
     assert run.returncode == 1, told  # two lines have failed
     assert f"{answered} of 82 lines are answered already" in told

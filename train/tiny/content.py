@@ -1,4 +1,4 @@
-"""What the small model reads, hears and is asked: words, numbers, pages of cells, and questions about them.
+"""Content that the small model reads, hears and is asked: words, numbers, pages of cells, and questions about them.
 
 A page is rows of cells of one character each, four by four cells to a crop of the tower, so that a cell becomes one
 token. Text that stands for media has the page and the clip as the decoder shall see them, once the encoders show it
@@ -166,8 +166,10 @@ def _spread(rng: np.random.Generator, units: Sequence[str], width: int) -> str:
 
 
 def crops(page: Page) -> list[str]:
-    """What each crop shows, its cells row by row: the global view, then the others. Of a page of several crops the
-    global view is too small to read, and stands for nothing."""
+    """Return what each crop shows, its cells row by row: the global view, then the others.
+
+    Of a page of several crops the global view is too small to read, and stands for nothing.
+    """
     height, width = len(page.rows), len(page.rows[0])
     cut = [
         "".join(row[x : x + SIDE] for row in page.rows[y : y + SIDE])

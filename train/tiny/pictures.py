@@ -78,7 +78,7 @@ def draw(rng: np.random.Generator, page: Page, fonts: Sequence[Path]) -> Image.I
 
 
 def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Of paper, ink and bars. Most papers are light; ink is far from paper."""
+    """Draw the colours of paper, ink and bars. Most papers are light; ink is far from paper."""
     light, dark = rng.integers(195, 256, 3), rng.integers(0, 70, 3)
     paper, ink = (light, dark) if rng.random() < 0.75 else (dark, light)
     bar = (0.35 * paper + 0.65 * rng.integers(40, 216, 3) * (1 if paper[0] > 128 else 1.15)).clip(0, 255)

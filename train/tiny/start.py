@@ -106,7 +106,7 @@ def tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _character(byte: int) -> str:
-    """How byte-level BPE spells a byte (GPT-2): itself where it is printable, else a letter beyond the 255th."""
+    """Return how byte-level BPE spells a byte (GPT-2): itself where it is printable, else a letter beyond the 255th."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
 
