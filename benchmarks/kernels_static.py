@@ -5,7 +5,7 @@ fewest cycles that its products take on the matrix units at their peak. It leave
 between tiles: good to rank kernels and block sizes, no prediction of time. Above 100% the bundles are no longer what
 bounds the tile; the matrix units are. For decoding, against the cycles that the transfer of the block takes.
 
-    python -m benchmarks.kernels_static [--chips v5e v6e] [--kernels forward backward decode] [--peers splash tokamax]
+    python -m benchmarks.kernels_static [--chips v5e v6e] [--kernels forward cached backward decode] [--peers splash]
 
 Needs libtpu (`pip install '.[tpu]'`); tokamax is compared where `pip install --no-deps tokamax==0.0.12` was run.
 """
@@ -20,10 +20,10 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-LENGTH, GROUPS, GROUP, HEAD = 8192, 8, 3, 128
+LENGTH, GROUPS, GROUP, HEAD, PAGE = 8192, 8, 3, 128, 128
 PEER_BLOCKS = ((512, 2048, 512), (1024, 2048, 1024), (2048, 2048, 1024))  # queries, keys, chunk
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
@@ -46,7 +46,7 @@ class Region(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--kernels", nargs="+", default=["forward", "backward", "decode"])
+    parser.add_argument("--kernels", nargs="+", default=["forward", "cached", "backward", "decode"])
     parser.add_argument("--peers", nargs="*", default=["splash", "tokamax"])
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -61,6 +61,9 @@ def main() -> None:
             for peer in arguments.peers:
                 jobs = [Job(chip, peer, "splash_m[a-z_]*fwd", blocks) for blocks in PEER_BLOCKS]
                 report(max(jobs, key=lambda job: fraction(job) or 0.0))
+        if "cached" in arguments.kernels:
+            for kernel in ("phi4mm_cached", "phi4mm_cached int8"):
+                report(Job(chip, "ours", kernel, ()))
         if "backward" in arguments.kernels:
             for kernel in ("phi4mm_flash_bwd_dq", "phi4mm_flash_bwd_dkv"):
                 report(Job(chip, "ours", kernel, ()))
@@ -91,20 +94,21 @@ def compile_kernel(job: Job) -> None:
         if attention is not None:
             q, k = shape(GROUPS * GROUP, LENGTH, HEAD), shape(GROUPS, LENGTH, HEAD)
             jax.jit(attention).lower(q, k, k).compile()
-        elif job.kernel.startswith("phi4mm_decode"):
-            from phi4mm_jax.kernels import decode_attention
+        elif job.kernel.startswith(("phi4mm_decode", "phi4mm_cached")):
+            from phi4mm_jax.kernels import cached_attention, decode_attention
 
-            def decode(q, k, v, lengths, tables, scales):
+            def attend(q, k, v, lengths, tables, scales):
                 k_scales, v_scales = scales or (None, None)
-                return decode_attention(
-                    q, k, v, layer=0, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales
-                )
+                rows: Any = {"lengths": lengths, "tables": tables, "k_scales": k_scales, "v_scales": v_scales}
+                if job.kernel.startswith("phi4mm_decode"):
+                    return decode_attention(q[:, 0], k, v, layer=0, **rows)
+                return cached_attention(q, k, v, layer=0, starts=lengths, **rows)
 
             int8 = job.kernel.endswith("int8")
-            pages = shape(1, 4096, GROUPS, 128, HEAD, dtype=jnp.int8 if int8 else jnp.bfloat16)
-            scales = (shape(1, 4096, GROUPS, 128, dtype=jnp.float32),) * 2 if int8 else None
+            pages = shape(1, 4096, GROUPS, PAGE, HEAD, dtype=jnp.int8 if int8 else jnp.bfloat16)
+            scales = (shape(1, 4096, GROUPS, PAGE, dtype=jnp.float32),) * 2 if int8 else None
             rows = shape(4, dtype=jnp.int32), shape(4, 1024, dtype=jnp.int32)
-            jax.jit(decode).lower(shape(4, GROUPS * GROUP, HEAD), pages, pages, *rows, scales).compile()
+            jax.jit(attend).lower(shape(4, PAGE, GROUPS * GROUP, HEAD), pages, pages, *rows, scales).compile()
         else:
             from phi4mm_jax.kernels import flash_attention
 
@@ -170,6 +174,8 @@ def tile_of(job: Job) -> tuple[int, int, int]:
     blocks = chip_blocks(job.chip)
     if job.kernel == "phi4mm_flash_fwd":
         return blocks.rows, blocks.keys, 2
+    if job.kernel.startswith("phi4mm_cached"):
+        return GROUP * PAGE, blocks.keys, 2
     return blocks.backward_rows, blocks.backward_keys, 3 if job.kernel.endswith("dq") else 4
 
 

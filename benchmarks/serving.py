@@ -1,7 +1,8 @@
 """The engine's programs compiled at full size for TPU slices, for `benchmarks.tpu_aot`: what a chip holds and reads.
 
-The attention of decoding is counted as the transfer of its keys and values, which is what bounds it, and a write of new
-tokens as the start of two transfers; neither has an estimate of the compiler's. Latencies of collectives are left out.
+The attention of decoding is counted as the transfer of its keys and values, which is what bounds it, a write of new
+tokens as the start of two transfers, and the attention of prefill by its products; none of them has an estimate of the
+compiler's. Latencies of collectives are left out.
 """
 
 from functools import partial
@@ -24,7 +25,8 @@ from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.compiled import CHIPS, cost
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
-PAGE, BLOCK = 128, 2048  # tokens of a page, and keys that a chunk attends to at once
+CACHED = {"v5e": 0.95, "v5p": 0.95, "v6e": 0.46}  # of the peak: `phi4mm_cached` by the measure of docs/kernels.md
+PAGE = 128  # tokens
 APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and a few hundred cycles
 
 
@@ -97,21 +99,14 @@ def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
         keys = 4 * d.num_layers * case.rows * case.length * d.num_kv_heads * d.head_size / chips
         seconds = found.seconds + keys / bandwidth + d.num_layers * APPEND
         return Estimate(seconds, (2 * weights / chips + keys) / bandwidth, sum(found.bytes.values()))
-    # No constant tells the trips of the loop over blocks of keys, of which the i-th chunk takes i, and of that over a
-    # block's pages within it: with n trips of both, a chunk costs a + b n + c n**2.
-    costs = [cost(text, chip, unknown_trips=n) for n in (0, 1, 2)]
-    count, pages = case.length // case.chunk, case.rows * BLOCK // PAGE
-    blocks = count * (count + 1) // 2 * case.chunk // BLOCK
-
-    def whole(of: Any) -> float:
-        none, one, two = map(of, costs)
-        page = (two - 2 * one + none) / 2
-        return count * none + blocks * (one - none - page + pages * page)
-
+    found = cost(text, chip)  # of one chunk, without its attention
+    count = case.length // case.chunk
+    pairs = case.rows * case.length * (case.length + PAGE) / 2  # a page's queries attend to all of its keys
+    macs = 2 * d.num_layers * d.num_heads * d.head_size * pairs / chips
+    seconds = count * found.seconds + macs / (chip.macs * chip.cores * CACHED[kind]) / chip.clock
     products = 2 * d.num_layers * layer * case.length * case.rows
-    pairs = 4 * d.num_layers * d.num_heads * d.head_size * case.length**2 / 2 * case.rows
-    moved = whole(lambda c: sum(c.bytes.values()))
-    return Estimate(whole(lambda c: c.seconds), (products + pairs) / chips / chip.peak, moved)
+    ideal = 2 * d.num_layers * d.num_heads * d.head_size * case.length**2 * case.rows
+    return Estimate(seconds, (products + ideal) / chips / chip.peak, count * sum(found.bytes.values()))
 
 
 def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, held: float, seconds: float) -> str:

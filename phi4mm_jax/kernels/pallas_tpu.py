@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_decode, pallas_tpu_flash, tpu
+from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash, tpu
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.mesh import Axes, over_mesh
 
@@ -20,6 +21,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
             return pallas_tpu_flash.unsupported(q)
         case "decode", (q, k, _, _, _, tables, _):
             return pallas_tpu_decode.unsupported(q, k, tables)
+        case "cached", (q, k, *_):
+            return pallas_tpu_cached.unsupported(q, k)
         case "append", (caches, *_):
             return pallas_tpu_append.unsupported(caches[0])
     return f"implementation 'pallas_tpu' has no {operation}"
@@ -50,6 +53,16 @@ def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Ar
         rows=1,
         heads=k.shape[2],
     )
+
+
+def cached(
+    q, k, v, layer, starts, lengths, tables, scales, *, scale: float, out_dtype: Any
+) -> tuple[Array, Array]:  # fmt: skip
+    """Compute the output and the log-sum-exp (B, T, N), on this device."""
+    return pallas_tpu_cached.cached_attention(
+        q, k, v, layer, starts, lengths, tables, scales, jnp.int32(0), parts=1, scale=scale, out_dtype=out_dtype,
+        target=_target(),
+    )  # fmt: skip
 
 
 def append(

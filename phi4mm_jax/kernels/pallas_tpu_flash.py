@@ -26,16 +26,15 @@ from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.pallas_tpu_backward import backward
 from phi4mm_jax.kernels.pallas_tpu_tiles import (
     MASKED_CHUNK,
-    NN,
     NT,
     Call,
     Grid,
+    Softmax,
     cleared,
     columns,
     compiler_params,
     dot,
     estimate_cost,
-    folded,
     make_grid,
     pad_to,
     plan_over_keys,
@@ -44,8 +43,6 @@ from phi4mm_jax.kernels.pallas_tpu_tiles import (
     wide,
 )
 from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, block, padded
-
-_SAFE_SUM = 2.0**100  # of weights: far from overflow, also after the product with the values
 
 
 def unsupported(q) -> str | None:
@@ -97,7 +94,6 @@ def _forward(q, k, v, limits: Limits, call: Call):
     plan = plan_over_keys(limits, call.causal, q_len, kv_len, bq, bk)
     segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    stats = pltpu.VMEM((group * bq, LANES), jnp.float32)
     return pl.pallas_call(
         partial(_forward_kernel, call=call, grid=grid, chunk=block(bk, blocks.chunk)),
         name="phi4mm_flash_fwd",
@@ -120,9 +116,7 @@ def _forward(q, k, v, limits: Limits, call: Call):
                 segments and (pltpu.VMEM((2, 1, bk), jnp.int32), pltpu.VMEM((group * bq, LANES), jnp.int32)),
                 pltpu.SemaphoreType.DMA((2, 3)),
                 pltpu.SMEM((1,), jnp.int32),
-                stats,
-                stats,
-                pltpu.VMEM((group * bq, size), jnp.float32),
+                Softmax.scratch(group * bq, size),
             ],
         ),
         out_shape=[
@@ -137,7 +131,7 @@ def _forward(q, k, v, limits: Limits, call: Call):
 
 def _forward_kernel(
     plan, q_ref, k_any, v_any, segments, out_ref, log_sum_ref, k_ref, v_ref, segment_scratch, sems, free_slot,
-    max_ref, sum_ref, acc_ref, *, call: Call, grid: Grid, chunk: int,
+    softmax: Softmax, *, call: Call, grid: Grid, chunk: int,
 ):  # fmt: skip
     group, bq, size = q_ref.shape
     bk = k_ref.shape[1]
@@ -153,11 +147,6 @@ def _forward_kernel(
         yield pltpu.make_async_copy(v_any.at[row, head, keys], v_ref.at[slot], sems.at[slot, 1])
         if segments is not None:
             yield pltpu.make_async_copy(segments[1].at[row, :, keys], segment_scratch[0].at[slot], sems.at[slot, 2])
-
-    def begin():
-        max_ref[...] = jnp.full_like(max_ref, MASKED)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def queries():
         return q_ref[...].reshape(group * bq, size)
@@ -176,15 +165,8 @@ def _forward_kernel(
                 allowed &= key <= start + positions(group, bq, chunk)
             if segments is not None:
                 allowed &= wide(segment_scratch[1][...], chunk) == segment_scratch[0][slot, :, keys]
-            scores = jnp.where(allowed, scores, MASKED)
-            old = max_ref[...]
-            new = jnp.maximum(old, scores.max(-1, keepdims=True))
-            weights = jnp.exp2(scores - wide(new, chunk))
-            decay = jnp.exp2(old - new)
-            max_ref[...] = new
-            sum_ref[...] = sum_ref[...] * decay + folded(weights, jnp.add)
             values = cleared(v_ref[slot, keys], length - tile * bk - c * chunk)
-            acc_ref[...] = acc_ref[...] * wide(decay, size) + dot(weights.astype(v_ref.dtype), values, NN)
+            softmax.add_exact(jnp.where(allowed, scores, MASKED), values)
 
         needed = lax.div(jnp.minimum(last - tile * bk, bk) + chunk - 1, chunk)
         lax.fori_loop(0, needed, one_chunk, None)
@@ -193,12 +175,9 @@ def _forward_kernel(
         """Take a tile of which nothing is masked, with the maximum as it is."""
         for c in range(bk // chunk):
             keys = pl.ds(c * chunk, chunk)
-            scores = dot(queries(), k_ref[slot, keys], NT) * factor
-            weights = jnp.exp2(scores - wide(max_ref[...], chunk))
-            sum_ref[...] += folded(weights, jnp.add)
-            acc_ref[...] += dot(weights.astype(v_ref.dtype), v_ref[slot, keys], NN)
+            softmax.add_clear(dot(queries(), k_ref[slot, keys], NT) * factor, v_ref[slot, keys])
 
-    begin()
+    softmax.begin()
     if segments is not None:
         segment_scratch[1][...] = jnp.concatenate([columns(segments[0][...])] * group)
 
@@ -209,9 +188,9 @@ def _forward_kernel(
 
     stream_tiles(grid, plan, free_slot, copies, visit)
 
-    @pl.when(~(jnp.max(sum_ref[...]) < _SAFE_SUM))
+    @pl.when(~softmax.is_safe)
     def _():
-        begin()
+        softmax.begin()
         slot = 1 - free_slot[0]
 
         def one_tile(n, _):
@@ -224,11 +203,8 @@ def _forward_kernel(
 
         lax.fori_loop(0, plan.stop[table] - plan.first[table], one_tile, None)
 
-    largest, total = max_ref[...], sum_ref[...].sum(-1, keepdims=True)
-    empty = largest < MASKED / 2
-    out = jnp.where(wide(empty, size), 0.0, acc_ref[...] / total)
+    out, log_sum = softmax.result()
     out_ref[...] = out.reshape(group, bq, size).astype(out_ref.dtype)
-    log_sum = jnp.where(empty, -jnp.inf, largest / LOG2_E + jnp.log(total)).T[:1]  # (1, group * bq)
     for g in range(group):
         log_sum_ref[g : g + 1] = log_sum[:, g * bq : (g + 1) * bq]
 

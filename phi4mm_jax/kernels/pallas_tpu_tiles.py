@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.kernels.tpu import LANES, Target, stream
+from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, stream
 from phi4mm_jax.precision import precision_of
 
 MASKED_CHUNK = 256  # keys at a time where there is a mask: small, to stop close to the diagonal
@@ -155,6 +155,65 @@ def stream_tiles(grid: Grid, plan: Any, free_slot, copies, visit) -> None:
         visit(tile, slot, is_clear)
 
     stream(i, grid.steps, extent, free_slot, start, wait, visit_tile)
+
+
+SAFE_SUM = 2.0**100  # of weights: far from overflow, also after the product with the values
+
+
+class Softmax(NamedTuple):
+    """Online softmax of a block of queries, to the base 2: references to its maxima, sums and weighted values.
+
+    Maxima and sums are (rows, 128): a maximum is the same in every lane, and a sum is the sum of its lanes.
+    """
+
+    largest: Any
+    total: Any
+    weighted: Any  # (rows, H)
+
+    @staticmethod
+    def scratch(rows: int, size: int) -> "Softmax":
+        """Shapes to allocate."""
+        stats = pltpu.VMEM((rows, LANES), jnp.float32)
+        return Softmax(stats, stats, pltpu.VMEM((rows, size), jnp.float32))
+
+    def begin(self) -> None:
+        self.largest[...] = jnp.full_like(self.largest, MASKED)
+        self.total[...] = jnp.zeros_like(self.total)
+        self.weighted[...] = jnp.zeros_like(self.weighted)
+
+    def add_exact(self, scores, values, factors=None) -> None:
+        """Take masked scores (rows, keys) and their values, with the running maximum; `factors` (1, keys) of values."""
+        old = self.largest[...]
+        new = jnp.maximum(old, scores.max(-1, keepdims=True))
+        weights = jnp.exp2(scores - wide(new, scores.shape[1]))
+        decay = jnp.exp2(old - new)
+        self.largest[...] = new
+        self.total[...] = self.total[...] * decay + folded(weights, jnp.add)
+        added = _weighted(weights, values, factors)
+        self.weighted[...] = self.weighted[...] * wide(decay, values.shape[1]) + added
+
+    def add_clear(self, scores, values, factors=None) -> None:
+        """Take scores of which none is masked, with the maximum as it is."""
+        weights = jnp.exp2(scores - wide(self.largest[...], scores.shape[1]))
+        self.total[...] += folded(weights, jnp.add)
+        self.weighted[...] += _weighted(weights, values, factors)
+
+    @property
+    def is_safe(self):
+        """Whether no sum has left the range in which maxima need not be exact."""
+        return jnp.max(self.total[...]) < SAFE_SUM
+
+    def result(self):
+        """Return the output (rows, H) and its log-sum-exp (1, rows)."""
+        largest, total = self.largest[...], self.total[...].sum(-1, keepdims=True)
+        empty = largest < MASKED / 2
+        out = jnp.where(wide(empty, self.weighted.shape[1]), 0.0, self.weighted[...] / total)
+        return out, jnp.where(empty, -jnp.inf, largest / LOG2_E + jnp.log(total)).T[:1]
+
+
+def _weighted(weights, values, factors):
+    weights = weights if factors is None else weights * factors
+    return dot(weights.astype(values.dtype), values, NN)
 
 
 def dot(a, b, dimensions):

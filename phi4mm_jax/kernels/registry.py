@@ -10,7 +10,7 @@ from typing import Any, Literal
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import pallas_tpu, xla
 
-Operation = Literal["prefill", "decode", "append"]
+Operation = Literal["prefill", "decode", "append", "cached"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Implementation:
         prefill: prefill(q, k, v, limits, *, causal, scale, out_dtype) returns the output and the log-sum-exp (B, T, N).
         decode: decode(q, k, v, layer, lengths, tables, scales, *, scale) returns (o, m, l); scales is a pair or None.
         append: append(caches, new, layer, pages, slots) returns the caches.
+        cached: cached(q, k, v, layer, starts, lengths, tables, scales, *, scale, out_dtype) returns the output and the
+            log-sum-exp (B, T, N).
         masks_values: whether `prefill` takes any values behind `limits.kv_lengths`; otherwise they are zeroed before.
     """
 
@@ -32,13 +34,19 @@ class Implementation:
     prefill: Callable[..., Any]
     decode: Callable[..., Any]
     append: Callable[..., Any] | None = None
+    cached: Callable[..., Any] | None = None
     masks_values: bool = False
 
 
-# By name, in order of preference; the last one supports everything but `append`.
+# By name, in order of preference; the last one supports everything but `append` and `cached`.
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(
-        pallas_tpu.supports, pallas_tpu.prefill, pallas_tpu.decode, pallas_tpu.append, masks_values=True
+        pallas_tpu.supports,
+        pallas_tpu.prefill,
+        pallas_tpu.decode,
+        pallas_tpu.append,
+        pallas_tpu.cached,
+        masks_values=True,
     ),
     "xla": Implementation(xla.supports, xla.flash_attention, xla.decode_attention),
 }

@@ -4,7 +4,7 @@ Pre-norm blocks of grouped-query attention with partial LongRoPE and of SwiGLU; 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
-from phi4mm_jax.kernels import decode_attention, flash_attention
-from phi4mm_jax.kernels.partials import merge_outputs
+from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention
 from phi4mm_jax.kernels.ring import ring_attention
 from phi4mm_jax.mesh import Axes, constrain, context_size, over_mesh
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill, gather
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated, precision_of
-
-KEYS_PER_BLOCK = 2048  # that a chunk attends to at once
 
 
 class AttentionInputs(NamedTuple):
@@ -139,47 +136,15 @@ def attend(
 
 
 def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[Array, "B T N H"], KVCache]:
+    # Written before it is read, or else XLA would copy it.
+    cache = append(cache, k, v, layer, rows) if q.shape[1] == 1 else fill(cache, k, v, layer, rows)
+    pages: Any = {
+        "layer": layer, "lengths": rows.lengths, "tables": rows.tables, "k_scales": cache.k_scales,
+        "v_scales": cache.v_scales,
+    }  # fmt: skip
     if q.shape[1] == 1:
-        cache = append(cache, k, v, layer, rows)
-        out = decode_attention(
-            q[:, 0], cache.k, cache.v, layer=layer, lengths=rows.lengths, tables=rows.tables,
-            k_scales=cache.k_scales, v_scales=cache.v_scales,
-        )  # fmt: skip
-        return out[:, None], cache
-    cache = fill(cache, k, v, layer, rows)  # before it is read, or else XLA would copy it
-    return _attend_to_cached(q, layer, rows, cache), cache
-
-
-@jax.named_scope("cached_attention")
-def _attend_to_cached(q, layer, rows: CachedInputs, cache: KVCache) -> Float[Array, "B T N H"]:
-    """Causal attention of new tokens, which are in the cache already, to all tokens there.
-
-    Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined:
-    how a token's attention is rounded depends on its position alone, neither on where its chunk began nor on which
-    pages were shared.
-    """
-    size = cache.page_size
-    pages = max(KEYS_PER_BLOCK // size, 1)
-    keys = pages * size
-    tables = jnp.pad(rows.tables, ((0, 0), (0, -rows.tables.shape[1] % pages)))
-
-    def block(i, carry):
-        table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
-        lengths = jnp.clip(rows.lengths - i * keys, 0, keys)
-        filled = jax.lax.div(lengths.max() + size - 1, size)
-        k, v = (
-            gather(x, scales, layer, table, filled, q.dtype)
-            for x, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
-        )
-        found = flash_attention(
-            q, k, v, causal=True, q_offset=rows.starts - i * keys, kv_lengths=lengths, return_lse=True,
-            out_dtype=jnp.float32,
-        )  # fmt: skip
-        return merge_outputs(carry, found)
-
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
-    out, _ = jax.lax.fori_loop(0, jax.lax.div(rows.lengths.max() + keys - 1, keys), block, start)
-    return out.astype(q.dtype)
+        return decode_attention(q[:, 0], cache.k, cache.v, **pages)[:, None], cache
+    return cached_attention(q, cache.k, cache.v, starts=rows.starts, **pages), cache
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Paged cache of keys and values: allocate, write, gather, copy pages, quantise.
+"""Paged cache of keys and values: allocate, write, copy pages, quantise.
 
 Pages are written and copied one after the other, in the cache's own order of bytes: a scatter or gather would make XLA
 for TPUs turn the whole cache around, and back (docs/kernels.md).
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig
 from phi4mm_jax.kernels import append_tokens
+from phi4mm_jax.kernels.cached import row_major
 from phi4mm_jax.mesh import Axes, over_mesh
 
 
@@ -64,32 +64,6 @@ class CachedInputs(NamedTuple):
 def cache_axes(cache: KVCache) -> KVCache:
     """Axes of the cache's arrays, for `over_mesh`."""
     return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
-
-
-@jax.named_scope("cache_gather")
-def gather(
-    x: Array, scales: Array | None, layer: Int[Array, ""], table: Int[Array, "B M"], filled: Int[Array, ""], dtype: Any
-) -> Float[Array, "B S K H"]:
-    """Gather keys or values of each row's first pages.
-
-    Args:
-        filled: pages of each row to take; zeros follow.
-    """
-    batch, count = table.shape
-
-    def gathered(x):
-        _, _, heads, size, *rest = x.shape
-
-        def one(i, out):
-            b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)
-            page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
-            return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
-
-        out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
-        return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
-
-    taken = gathered(x)
-    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
 
 
 @jax.named_scope("cache_write")
@@ -145,11 +119,6 @@ def _write(
 
     k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
     return KVCache(*map(put, cache.arrays, _cache_values(cache, k, v)))
-
-
-def row_major(x: Array) -> Array:
-    """Constrain the layout: bytes in the order of the axes."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:

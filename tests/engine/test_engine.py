@@ -194,7 +194,7 @@ def test_a_row_at_rest_leaves_its_pages_alone(tiny):
 
 def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
-    monkeypatch.setattr("phi4mm_jax.model.decoder.KEYS_PER_BLOCK", 128)
+    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)
     jax.clear_caches()  # programs of the larger block
     prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65)]
     answers = dict(
@@ -368,7 +368,7 @@ def test_quantised_values_use_all_of_int8():
 def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached):
     """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of
     the others, and of both to float32 logits without a cache."""
-    monkeypatch.setattr("phi4mm_jax.model.decoder.KEYS_PER_BLOCK", 128)  # several blocks
+    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)  # several blocks
     model = phi4mm_jax.load(TINY, dtype=dtype)
     words = texts(60, seed=2)
     short = [prompt for prompt in words if 12 < prompt.count(" ") < 22][:3]

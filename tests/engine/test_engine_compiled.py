@@ -97,7 +97,7 @@ def moved(text: str) -> list[tuple[float, str]]:
 def test_programs_gather_no_cache_and_no_weights(program):
     """The cached keys of a layer that prefill reads at once are 4 MB, and the smallest weight of a layer 6 MB."""
     text = compiled(program)[0].as_text()
-    assert "phi4mm_flash_fwd" in text if program == "prefill" else "phi4mm_decode" in text
+    assert "phi4mm_cached" in text if program == "prefill" else "phi4mm_decode" in text
     assert "all-reduce" in text  # as the products of split weights need it
     assert [place for size, place in moved(text) if size > 2**18] == []
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import (
     append_tokens,
+    cached_attention,
     decode_attention,
     flash_attention,
     merge_partials,
@@ -210,6 +211,30 @@ class TestEveryImplementation:
         )  # fmt: skip
         np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
 
+    @pytest.mark.parametrize("int8", [False, True])
+    def test_prefill_reads_pages(self, implementation, int8):
+        """A chunk of 256 tokens of each row after none, some and many cached ones; one row has none at all."""
+        starts, lengths = np.array([0, 384, 128, 0], np.int32), np.array([200, 640, 384, 0], np.int32)
+        k, v, tables = pages_of(14, lengths, kv_heads=2)
+        (q,) = random(15, (4, 256, 6, 128))
+        extra = {}
+        expected_k, expected_v = k, v
+        if int8:
+            (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+            expected_k, expected_v = k * k_scales[..., None], v * v_scales[..., None]
+            extra = {"k_scales": jnp.asarray(k_scales), "v_scales": jnp.asarray(v_scales)}
+        out, lse = cached_attention(
+            *map(jnp.asarray, (q, k, v)), layer=jnp.int32(1), starts=jnp.asarray(starts), lengths=jnp.asarray(lengths),
+            tables=jnp.asarray(tables), implementation=implementation, return_lse=True, **extra,
+        )  # fmt: skip
+        expected = reference(
+            q, unpaged(expected_k[1], tables), unpaged(expected_v[1], tables), causal=True, q_offset=starts,
+            kv_lengths=lengths,
+        )  # fmt: skip
+        valid = np.arange(256) < (lengths - starts)[:, None]
+        for ours, theirs in zip((out, lse), expected, strict=True):
+            np.testing.assert_allclose(np.asarray(ours)[valid], np.asarray(theirs)[valid], atol=3e-6)
+
     def test_partial_results_merge(self, implementation):
         """Each of two shards has some of a row's keys, and of one row none."""
         lengths = np.array([200, 640], np.int32)
@@ -278,6 +303,10 @@ class TestTransfers:
     def test_decode(self, cores):
         for int8 in (False, True):
             TestEveryImplementation().test_decode_reads_pages("pallas_tpu", 1, int8)
+
+    def test_prefill(self, cores):
+        for int8 in (False, True):
+            TestEveryImplementation().test_prefill_reads_pages("pallas_tpu", int8)
 
 
 def test_decode_without_tables_reads_each_rows_own_length():

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from typing import Any
 
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # there is no TPU to ask about
 
@@ -22,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
-from phi4mm_jax.kernels import decode_attention, flash_attention, tpu
+from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, tpu
 from phi4mm_jax.model.decoder import AttentionInputs, BlockConfig, Decoder
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, copy_pages
 from phi4mm_jax.testing.compiled import copies
@@ -115,6 +116,23 @@ def test_decode_at_128k(mesh, int8):
     assert copies(text, 4096 * 8 * 128 * 128) == []
 
 
+@pytest.mark.parametrize("int8", fast_are([True], [False, True]))
+def test_prefill_at_128k(mesh, int8):
+    """A chunk of 2048 tokens; pages are read where they lie."""
+
+    def program(q, k, v, starts, lengths, tables, scales):
+        k_scales, v_scales = scales or (None, None)
+        rows: Any = {"starts": starts, "lengths": lengths, "tables": tables, "k_scales": k_scales, "v_scales": v_scales}
+        return cached_attention(q, k, v, layer=1, **rows)
+
+    pages = shape(2, 4096, 8, 128, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
+    scales = (shape(2, 4096, 8, 128, dtype=jnp.float32),) * 2 if int8 else None
+    numbers, tables = shape(4, dtype=jnp.int32), shape(4, 1024, dtype=jnp.int32)
+    text = compiled(mesh, program, shape(4, 2048, 24, 128), pages, pages, numbers, numbers, tables, scales)
+    assert "phi4mm_cached" in text
+    assert copies(text, 2048 * 8 * 128 * 128) == []
+
+
 def test_on_a_mesh_each_device_has_its_rows_and_heads():
     """Without communication: what a device attends to is its own."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
@@ -184,7 +202,7 @@ def test_prefill_copies_neither_queries_nor_keys_nor_the_cache(mesh, decoders, d
     x, rows = inputs(config, BATCH, LENGTH, 64)
     cache = cache_of(config, 512, dtype)
     text = compiled(mesh, decoder.apply, variables, x, rows, cache, donate_argnums=3)
-    assert "phi4mm_flash_fwd" in text
+    assert "phi4mm_cached" in text
     assert [c for c in copies(text, BATCH * KV_HEADS * LENGTH * 128) if "128]" in c] == []
 
 

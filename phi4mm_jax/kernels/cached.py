@@ -1,0 +1,131 @@
+"""Causal attention of several new tokens to a paged cache that holds them, too: a chunk of prefill."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.kernels.api import flash_attention
+from phi4mm_jax.kernels.partials import merge_outputs
+from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
+
+KEYS_PER_BLOCK = 2048  # that are attended to at once where no kernel reads pages
+
+
+@jax.named_scope("cached_attention")
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Array,
+    v: Array,
+    *,
+    layer: Int[Array, ""] | int,
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    tables: Int[Array, "B M"],
+    k_scales: Float[Array, "L P K S"] | None = None,
+    v_scales: Float[Array, "L P K S"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> Any:
+    """Attend causally with T queries a row, at tokens from `starts[b]` on, to the first `lengths[b]` keys of `layer`.
+
+    How a token's attention is rounded depends on its position alone: neither on where its chunk began nor on which
+    pages were shared.
+
+    Args:
+        k, v: pages (L, P, K, S, H), in q's dtype, or int8 with scales; see `decode_attention`.
+        starts: multiples of the page size, as T is.
+        lengths: those of the new tokens included; queries behind them give any value.
+        implementation: None reads pages in place where a kernel does so, and else gathers them block by block.
+
+    Returns:
+        (B, T, N, H) in `out_dtype`, q's by default; with `return_lse` also the logarithm of the sum of the
+        exponentials of each query's scores, (B, T, N) in float32, -inf for a query without keys.
+
+    Raises:
+        InputError: an implementation that is not supported.
+    """
+    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
+    arguments = q, k, v, jnp.asarray(layer, jnp.int32), starts, lengths, tables, scales
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
+    found = _reader(implementation, arguments)
+    out, lse = (
+        _attend_by_blocks(*arguments, scale=factor, implementation=implementation)
+        if found is None
+        else found(*arguments, scale=factor, out_dtype=out_dtype)
+    )
+    out = out.astype(out_dtype)
+    return (out, lse) if return_lse else out
+
+
+def _reader(name: str | None, arguments: tuple) -> Any:
+    """Return what reads pages in place, if any does."""
+    if name is not None:
+        named = IMPLEMENTATIONS.get(name)
+        return choose("cached_attention", name, "cached", *arguments).cached if named is None or named.cached else None
+    for candidate in IMPLEMENTATIONS.values():
+        if candidate.cached is not None and candidate.supports("cached", *arguments) is None:
+            return candidate.cached
+    return None
+
+
+def _attend_by_blocks(q, k, v, layer, starts, lengths, tables, scales, *, scale: float, implementation: str | None):
+    """Compute the output in float32, and the log-sum-exp (B, T, N).
+
+    Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined.
+    """
+    size = k.shape[3]
+    pages = max(KEYS_PER_BLOCK // size, 1)
+    keys = pages * size
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
+    k_scales, v_scales = scales or (None, None)
+
+    def block(i, carry):
+        table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
+        of_block = jnp.clip(lengths - i * keys, 0, keys)
+        filled = jax.lax.div(of_block.max() + size - 1, size)
+        found = flash_attention(
+            q, *(_gather(x, s, layer, table, filled, q.dtype) for x, s in ((k, k_scales), (v, v_scales))), causal=True,
+            scale=scale, q_offset=starts - i * keys, kv_lengths=of_block, return_lse=True, out_dtype=jnp.float32,
+            implementation=implementation,
+        )  # fmt: skip
+        return merge_outputs(carry, found)
+
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+    return jax.lax.fori_loop(0, jax.lax.div(lengths.max() + keys - 1, keys), block, start)
+
+
+@jax.named_scope("cache_gather")
+def _gather(
+    x: Array, scales: Array | None, layer: Int[Array, ""], table: Int[Array, "B M"], filled: Int[Array, ""], dtype: Any
+) -> Float[Array, "B S K H"]:
+    """Gather keys or values of each row's first pages.
+
+    Args:
+        filled: pages of each row to take; zeros follow.
+    """
+    batch, count = table.shape
+
+    def gathered(x):
+        _, _, heads, size, *rest = x.shape
+
+        def one(i, out):
+            b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)
+            page = jax.lax.dynamic_slice(x, (layer, table[b, n], *[0] * (x.ndim - 2)), (1, 1, heads, size, *rest))
+            return jax.lax.dynamic_update_slice(out, page[0], (b, 0, n * size, *[0] * len(rest)))
+
+        out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
+        return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
+
+    taken = gathered(x)
+    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
+
+
+def row_major(x: Array) -> Array:
+    """Constrain the layout: bytes in the order of the axes."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
