@@ -10,7 +10,7 @@ from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import EncoderCache, MediaInputs
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sequence import Sequence
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import ContextLengthError, InputError
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor
 
@@ -34,10 +34,15 @@ class Admission:
         """
         length, size, context = len(row.tokens), self._config.page_size, self._processor.context
         if length >= context:
-            raise InputError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens, which leaves no room in the context of {context}; shorten it"
             )
         self.check_adapter(request.adapter)
+        if request.top_logprobs > self._config.top_logprobs:
+            raise InputError(
+                f"top_logprobs is {request.top_logprobs}, but the engine gives {self._config.top_logprobs}; ask for "
+                f"fewer, or allow more with {self._config.named('top_logprobs')}"
+            )
         self._check_media(media, length)
         limit = min(int(request.max_new_tokens), context - length)
         shared = length // size if request.beams > 1 else 0  # by all its beams

@@ -113,32 +113,46 @@ def _openai_named(line: Line) -> dict[str, Any]:
 
 def _openai_answer(line: Line, completion: Completion) -> dict[str, Any]:
     """Return a line of OpenAI's output files; nothing in it depends on when it was made."""
-    message: dict[str, Any] = {"role": "assistant", "content": completion.content, "refusal": None}
-    reason = completion.finish_reason
-    if completion.tool_calls:
-        reason = "tool_calls" if reason == "stop" else reason
-        message["tool_calls"] = [
-            {"id": f"call_{line.digest}_{i}", "type": "function",
-             "function": {"name": c.name, "arguments": strict_json(c.arguments, ensure_ascii=False)}}
-            for i, c in enumerate(completion.tool_calls)
-        ]  # fmt: skip
+    message, reason = chat_message(completion, str(line.digest))
     choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
     if line.logprobs:
         pairs = zip(completion.tokens, completion.log_probabilities, strict=True)
         choice["logprobs"] = {
             "content": [{"token": f"token_id:{t}", "logprob": x, "bytes": None, "top_logprobs": []} for t, x in pairs]
         }
-    count = len(completion.tokens)
-    usage = {
-        "prompt_tokens": completion.prompt_tokens, "completion_tokens": count,
-        "total_tokens": completion.prompt_tokens + count,
-    }  # fmt: skip
+    usage = usage_of(completion.prompt_tokens, len(completion.tokens))
     body = {
         "id": f"chatcmpl-{line.digest}", "object": "chat.completion", "created": 0, "model": "phi4mm-jax",
         "choices": [choice], "usage": usage,
     }  # fmt: skip
     response = {"status_code": 200, "request_id": f"req_{line.digest}", "body": body}
     return _openai_named(line) | _media(line) | {"response": response, "error": None}
+
+
+def chat_message(completion: Completion, name: str) -> tuple[dict[str, Any], str]:
+    """Return the assistant's message of an answer in OpenAI's form, and why it ended.
+
+    Args:
+        name: what the ids of its tool calls hold.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": completion.content, "refusal": None}
+    reason: str = completion.finish_reason
+    if completion.tool_calls:
+        reason = "tool_calls" if reason == "stop" else reason
+        message["tool_calls"] = [
+            {"id": f"call_{name}_{i}", "type": "function",
+             "function": {"name": c.name, "arguments": strict_json(c.arguments, ensure_ascii=False)}}
+            for i, c in enumerate(completion.tool_calls)
+        ]  # fmt: skip
+    return message, reason
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """Return the count of tokens in OpenAI's form."""
+    return {
+        "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }  # fmt: skip
 
 
 def error_answer(line: Line, error: str, form: Format) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any
 
 from phi4mm_jax.engine.engine import Engine
+from phi4mm_jax.engine.output_processor import Update
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
 
@@ -21,7 +22,7 @@ class Answer:
         future: becomes the completion; also one with an error, or of a cancelled request.
     """
 
-    def __init__(self, engine: "AsyncEngine", listen: Callable[[str | None], None] | None):
+    def __init__(self, engine: "AsyncEngine", listen: Callable[[Update], None] | None):
         self._engine, self._listen = engine, listen
         self.future: Future[Completion] = Future()
 
@@ -78,20 +79,35 @@ class AsyncEngine:
         Raises:
             InputError: the request cannot be served.
         """
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        async with contextlib.aclosing(self.updates(request)) as updates:
+            async for update in updates:
+                if update.text:
+                    yield update.text
+                if update.completion is not None and update.completion.error:
+                    raise InputError(update.completion.error)
 
-        def listen(piece: str | None) -> None:
+    async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
+        """The answer as it comes, with its tokens; the last update has the completion, also one with an error.
+
+        Leaving the loop cancels the request.
+
+        Raises:
+            InputError: the engine is closed, or has stopped by an error.
+        """
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+
+        def listen(update: Update) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, so that nobody listens
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+                loop.call_soon_threadsafe(updates.put_nowait, update)
 
         answer = self._submit(request, listen)
         try:
-            while (piece := await pieces.get()) is not None:
-                if piece:
-                    yield piece
-            if error := answer.future.result().error:
-                raise InputError(error)
+            done = False
+            while not done:
+                update = await updates.get()
+                done = update.completion is not None
+                yield update
         finally:
             if not answer.future.done():
                 answer.cancel()
@@ -118,7 +134,7 @@ class AsyncEngine:
 
     # What follows runs in the thread, but for `_submit` and `_call`.
 
-    def _submit(self, request: Request, listen: Callable[[str | None], None] | None) -> Answer:
+    def _submit(self, request: Request, listen: Callable[[Update], None] | None) -> Answer:
         answer = Answer(self, listen)
 
         def begin() -> None:
@@ -141,7 +157,7 @@ class AsyncEngine:
             while self._take_calls():
                 for update in self._engine.step():
                     if (answer := self._answers.get(update.id)) is not None:
-                        self._tell(update.id, answer, update.text, update.completion)
+                        self._tell(update, answer)
         except BaseException as caught:
             error = caught
             with self._lock:
@@ -169,15 +185,13 @@ class AsyncEngine:
             if other is answer:
                 return self._engine.cancel(number)
 
-    def _tell(self, number: int, answer: Answer, text: str, completion: Completion | None) -> None:
-        if completion is not None:
-            del self._answers[number]
+    def _tell(self, update: Update, answer: Answer) -> None:
+        if update.completion is not None:
+            del self._answers[update.id]
             if answer.future.set_running_or_notify_cancel():  # else nobody waits for it
-                answer.future.set_result(completion)
+                answer.future.set_result(update.completion)
         if answer._listen is not None:
-            answer._listen(text)
-            if completion is not None:
-                answer._listen(None)
+            answer._listen(update)
 
     def _end(self, error: BaseException | None) -> None:
         """Whoever waits is told, those too whose requests were not begun."""
@@ -186,7 +200,7 @@ class AsyncEngine:
                 self._engine.cancel(number)
             while self._answers:
                 for update in self._engine.updates_of(set(self._answers)):
-                    self._tell(update.id, self._answers[update.id], update.text, update.completion)
+                    self._tell(update, self._answers[update.id])
         else:
             cause = f"the engine was stopped by {type(error).__name__}: {error}"
             while True:
@@ -196,7 +210,8 @@ class AsyncEngine:
                 except queue.Empty:
                     break
             for number, answer in list(self._answers.items()):
-                self._tell(number, answer, "", Completion("", [], "error", 0, error=cause))
+                completion = Completion("", [], "error", 0, error=cause, error_type="EngineStopped")
+                self._tell(Update(number, "", completion), answer)
 
 
 def _uncancelled(future: Future[Completion]) -> Future[Completion]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import jax
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.checks import check_positive
+from phi4mm_jax.utils.checks import check_positive, check_whole
 
 DEFAULT_CACHE_TOKENS = 32768  # where the memory is not known
 PREFILL_ROWS = (4, 1)  # sequences that are prefilled at once
@@ -31,6 +31,7 @@ class EngineConfig:
         feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
         beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
             to need as many for its answer as n others.
+        top_logprobs: the most likeliest tokens in place of each drawn one that a request may ask for.
         cli: messages name the sizes as the options of a program (`--beams`).
         workers: threads that process prompts and their media: so many slow ones hold up no other.
         media_seconds: that this may take for one request, which else ends with an error.
@@ -44,6 +45,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     feature_blocks: int = 512
     beams: int = 1
+    top_logprobs: int = 0
     cli: bool = False
     workers: int = 4
     media_seconds: int = 300
@@ -53,6 +55,7 @@ class EngineConfig:
         for name in (*sizes, "workers", "media_seconds"):
             if name != "cache_tokens" or self.cache_tokens is not None:
                 check_positive(name, getattr(self, name))
+        check_whole("top_logprobs", self.top_logprobs, 0)
         if self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:

@@ -195,8 +195,7 @@ class Engine:
             sequence = self._admission.sequence(waiting.id, waiting.request, row, media, slot)
         except Exception as error:  # whatever a medium makes a library raise, the others are answered
             self.queue.remove(waiting)
-            cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            self._outputs.reject(waiting.id, "error", cause)
+            self._outputs.reject(waiting.id, "error", error)
             return True
         if not self.scheduler.admit(sequence):
             return False
@@ -216,7 +215,7 @@ class Engine:
                     self._outputs.fail(sequence)
                 elif self.scheduler.complete_chunk(sequence, stop):
                     if (beams := sequence.beams) is None:
-                        self._outputs.append(sequence, sampled.tokens[i], sampled.log_probabilities[i])
+                        self._outputs.append(sequence, sampled.tokens[i], sampled.log_probabilities[i], _row(top, i))
                         continue
                     self.scheduler.start_beams(sequence, beams)
                     if beams.search.num_drawn:  # after a preemption: their tokens follow one by one
@@ -232,11 +231,14 @@ class Engine:
         if not batch.steps.any():
             return
         sampled = self.runner.decode(batch)
-        for sequence, tokens, log_probabilities, n, finite in zip(batch.sequences, *sampled, strict=True):
+        top_tokens, top_values = sampled.top_tokens, sampled.top_log_probabilities
+        for i, sequence in enumerate(batch.sequences):
             if sequence is not None:
-                sequence.num_computed += int(n)
-                self._outputs.append(sequence, tokens[:n], log_probabilities[:n])
-                if not finite:
+                n = int(sampled.counts[i])
+                sequence.num_computed += n
+                top = None if top_tokens is None or top_values is None else (top_tokens[i], top_values[i])
+                self._outputs.append(sequence, sampled.tokens[i, :n], sampled.log_probabilities[i, :n], top)
+                if not sampled.finite[i]:
                     self._outputs.fail(sequence)
 
     def _extend_beams(self) -> None:
@@ -256,6 +258,11 @@ class Engine:
                 elif sequence.num_computed == sequence.num_prompt_tokens + beams.search.num_drawn:
                     self._outputs.extend_beams(sequence, beams, _rows(top, start, stop))
                 start = stop
+
+
+def _row(top: TopLogprobs | None, i: int) -> tuple[Any, Any] | None:
+    """The likeliest tokens in place of the one that a sequence has drawn, as `OutputProcessor.append` takes them."""
+    return None if top is None else (top.tokens[i : i + 1], top.log_probabilities[i : i + 1])
 
 
 def _rows(top: TopLogprobs, start: int, stop: int) -> TopLogprobs:

@@ -184,7 +184,7 @@ def parse_line(
     try:
         if id_key == "custom_id":
             values = from_openai(values)
-        request = _request(values, folder, settings)
+        request = request_of(_with_paths(values, folder), settings)
         identity = repr(name).encode("utf-8", "backslashreplace")
         # Its own draws, wherever the line stands and whichever run answers it.
         request = replace(request, sampling=request.sampling.for_identity(identity))
@@ -193,7 +193,26 @@ def parse_line(
         return bad(f": {error}", name)
 
 
-def _request(values: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]) -> Request:
+def _with_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a line's keys, the paths of its media resolved."""
+    found = dict(values)
+    for key in ("images", "audios"):
+        if isinstance(given := values.get(key), list):
+            found[key] = [path_in(m, folder) if isinstance(m, str) else m for m in given]
+    if "messages" in values:
+        found["messages"] = with_paths(values["messages"], folder)
+    return found
+
+
+def request_of(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Request:
+    """Return the request that the keys of a line ask for.
+
+    Args:
+        settings: those of a line that does not say, "max_new_tokens" at least.
+
+    Raises:
+        InputError: a key is not known, or its value is not one that it may have.
+    """
     values = {key: value for key, value in values.items() if value is not None}
     if unknown := sorted(values.keys() - _KEYS):
         raise InputError(f"{unknown[0]!r} is not known; expected some of {', '.join(sorted(_KEYS))}")
@@ -208,11 +227,10 @@ def _request(values: Mapping[str, Any], folder: Path, settings: Mapping[str, Any
         raise InputError(f"logprobs is {values['logprobs']!r:.60}; expected true or false")
     media = {}
     for kind in ("images", "audios"):
-        given = values.get(kind, [])
-        if not isinstance(given, list) or not all(isinstance(m, str) for m in given):
-            raise InputError(f"{kind} is {given!r}; expected a list of paths or data URLs")
-        media[kind] = [path_in(m, folder) for m in given]
-    prompt = values["prompt"] if "prompt" in values else with_paths(values["messages"], folder)
+        media[kind] = values.get(kind, [])
+        if not isinstance(media[kind], list) or not all(isinstance(m, str) for m in media[kind]):
+            raise InputError(f"{kind} is {media[kind]!r}; expected a list of paths or data URLs")
+    prompt = values["prompt"] if "prompt" in values else values["messages"]
     rest = {key: values[key] for key in _REQUEST & values.keys()}
     sampling = Sampling(**{key: values[key] for key in _SAMPLING & values.keys()})
     return Request(prompt, **media, sampling=sampling, **{**settings, **rest})

@@ -57,6 +57,7 @@ class ModelRunner:
         self.num_prefilled_tokens = 0
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
+        self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -126,6 +127,9 @@ class ModelRunner:
             use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
             num_drawn=_column(sequences, count, lambda s: len(s.tokens)),
             sampling=_sampling_rows(sequences, count),
+            with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool)
+            if self._config.top_logprobs
+            else None,
         )
 
     def beam_inputs(self, groups: Items[tuple[Sequence, BeamGroup]], size: int) -> BeamInputs:
@@ -155,7 +159,7 @@ class ModelRunner:
         """Call the step and fetch its results; only the variables of these adapters are handed over."""
         self.kv_cache, *results = self._programs.prefill(
             self._variables_of(adapters), self.kv_cache, self.encoder_cache.table, self.token_seen, inputs,
-            candidates=self._num_candidates,
+            candidates=self._num_prefill_candidates,
         )  # fmt: skip
         sampled, top = jax.device_get(results)
         return sampled, top
@@ -167,6 +171,7 @@ class ModelRunner:
             self.token_seen,
             inputs,
             width=self._config.steps,
+            candidates=self._config.top_logprobs,
         )
         return jax.device_get(sampled)
 

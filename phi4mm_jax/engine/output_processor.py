@@ -5,20 +5,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from phi4mm_jax.engine.beam_search import BeamGroup, advance
-from phi4mm_jax.engine.request import Completion, FinishReason
+from phi4mm_jax.engine.request import Completion, FinishReason, TokenLogprobs
 from phi4mm_jax.engine.scheduler import Scheduler
 from phi4mm_jax.engine.sequence import Sequence, SequenceStatus
 from phi4mm_jax.engine.steps import TopLogprobs
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Update:
-    """News of one request from a round: text, and in the end the whole answer."""
+    """News of one request from a round: text, and in the end the whole answer.
+
+    Attributes:
+        tokens: drawn since the last update. Their text may come with the next one, as where a character is not whole.
+            With several beams none.
+        log_probabilities: of these.
+        top_logprobs: for each of these the likeliest tokens in its place, where the request asks for them.
+    """
 
     id: int
     text: str
     completion: Completion | None = None
+    tokens: tuple[int, ...] = ()
+    log_probabilities: tuple[float, ...] = ()
+    top_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class OutputProcessor:
@@ -37,16 +48,31 @@ class OutputProcessor:
         self._updates = [] if ids is None else [update for update in self._updates if update.id not in ids]
         return taken
 
-    def reject(self, request_id: int, reason: FinishReason, error: str | None = None) -> None:
+    def reject(self, request_id: int, reason: FinishReason, error: Exception | None = None) -> None:
         """End a request that never had a slot."""
-        self._updates.append(Update(request_id, "", Completion("", [], reason, 0, error=error)))
+        if error is None:
+            completion = Completion("", [], reason, 0)
+        else:
+            kind = type(error).__name__
+            told = str(error) if isinstance(error, InputError) else f"{kind}: {error}"
+            completion = Completion("", [], reason, 0, error=told, error_type=kind)
+        self._updates.append(Update(request_id, "", completion))
 
-    def append(self, sequence: Sequence, tokens: Any, log_probabilities: Any) -> None:
-        """Append new tokens, up to what ends the answer."""
-        pieces = []
-        for token, log_probability in zip(tokens.tolist(), log_probabilities.tolist(), strict=True):
+    def append(
+        self, sequence: Sequence, tokens: Any, log_probabilities: Any, top: tuple[Any, Any] | None = None
+    ) -> None:
+        """Append new tokens, up to what ends the answer.
+
+        Args:
+            top: the likeliest tokens in place of each, and their log-probabilities, where the engine gives them.
+        """
+        pieces, count = [], sequence.request.top_logprobs
+        for i, (token, log_probability) in enumerate(zip(tokens.tolist(), log_probabilities.tolist(), strict=True)):
             sequence.tokens.append(token)
             sequence.log_probabilities.append(log_probability)
+            if count and top is not None:
+                likeliest = (values[i, :count].tolist() for values in top)
+                sequence.top_logprobs.append(tuple(zip(*likeliest, strict=True)))
             if token in self._stops or token in sequence.request.stop_tokens:
                 return self.finish(sequence, "stop", pieces)
             pieces.append(sequence.detokenizer.add(token))
@@ -55,7 +81,7 @@ class OutputProcessor:
             if len(sequence.tokens) == sequence.max_new_tokens:
                 return self.finish(sequence, "length", pieces)
         if text := "".join(pieces):
-            self._updates.append(Update(sequence.id, text))
+            self._tell(sequence, text)
 
     def extend_beams(self, sequence: Sequence, beams: BeamGroup, top: TopLogprobs) -> None:
         """Choose the next beams among the likeliest tokens after each of the present ones."""
@@ -85,15 +111,24 @@ class OutputProcessor:
         rest = sequence.detokenizer.finish()
         completion = Completion.of(
             self._tokenizer, sequence.detokenizer.text, sequence.tokens, reason, sequence.num_prompt_tokens,
-            log_probabilities=tuple(sequence.log_probabilities), error=error,
+            log_probabilities=tuple(sequence.log_probabilities), top_logprobs=tuple(sequence.top_logprobs), error=error,
+            error_type=None if error is None else "FloatingPointError",
         )  # fmt: skip
-        self._updates.append(Update(sequence.id, "".join(pieces) + rest, completion))
+        self._tell(sequence, "".join(pieces) + rest, completion)
         self._scheduler.finish(sequence)
+
+    def _tell(self, sequence: Sequence, text: str, completion: Completion | None = None) -> None:
+        told, sequence.num_told = sequence.num_told, len(sequence.tokens)
+        update = Update(
+            sequence.id, text, completion, tuple(sequence.tokens[told:]), tuple(sequence.log_probabilities[told:]),
+            tuple(sequence.top_logprobs[told:]),
+        )  # fmt: skip
+        self._updates.append(update)
 
     def _finish_beams(
         self, sequence: Sequence, beams: BeamGroup, reason: FinishReason | None = None, error: str | None = None
     ) -> None:
         completion = beams.completion(self._tokenizer, sequence.num_prompt_tokens, reason)
-        completion = replace(completion, error=error)
+        completion = replace(completion, error=error, error_type=None if error is None else "FloatingPointError")
         self._updates.append(Update(sequence.id, completion.text, completion))
         self._scheduler.finish(sequence)

@@ -11,7 +11,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.utils.checks import check_positive, is_number, is_whole
+from phi4mm_jax.utils.checks import check_positive, check_whole, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Request:
             stop strings, and only in an engine whose `EngineConfig.beams` allows them.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
         max_crops: the most crops of an image; by default what the checkpoint says.
+        top_logprobs: how many of the likeliest tokens to give in place of each drawn one; at most what
+            `EngineConfig.top_logprobs` allows, and none with several beams.
         adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default the one that they ask
             for. What the media are encoded to stays the same.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
@@ -52,6 +54,7 @@ class Request:
     max_crops: int | None = None
     adapter: str | None = None
     continue_final_message: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self):
         stop = self.stop
@@ -65,6 +68,7 @@ class Request:
         if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(is_whole(t) for t in tokens):
             raise InputError(f"stop_tokens is {self.stop_tokens!r}; expected a list of token ids")
         check_positive("beams", self.beams)
+        check_whole("top_logprobs", self.top_logprobs, 0)
         penalty = self.length_penalty
         if not is_number(penalty) or not abs(penalty) <= _MAX_PENALTY:
             raise InputError(f"length_penalty is {penalty!r}; expected a number from -{_MAX_PENALTY} to {_MAX_PENALTY}")
@@ -86,6 +90,10 @@ class Request:
                     f"{name} is {value} with {self.beams} beams, which draw nothing by chance and go by the model's "
                     f"own probabilities; leave it at {expected}, or ask for 1 beam"
                 )
+        if self.top_logprobs:
+            raise InputError(
+                f"top_logprobs is {self.top_logprobs} with {self.beams} beams; ask for none, or for 1 beam"
+            )
         if self.stop:
             raise InputError(
                 f"stop is {list(self.stop)!r} with {self.beams} beams, which end by tokens only; give stop_tokens, or "
@@ -95,6 +103,7 @@ class Request:
 
 _MAX_PENALTY = 10
 
+TokenLogprobs = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -127,7 +136,11 @@ class Completion:
         prompt_tokens: the prompt's length.
         log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
             sizes, so they do not count when completions are compared.
+        top_logprobs: for each token the likeliest ones in its place, where the request asks for them; like
+            log_probabilities.
         error: what was wrong.
+        error_type: name of the class of that error: "InputError", "MediaError" or "ContextLengthError" for a request
+            that cannot be served; "FloatingPointError" for logits that are not finite; that of a library otherwise.
         tool_calls: the functions that the answer calls, by its special tokens; text that spells a call is text.
         content: the text without its tool calls.
         alternatives: of a request with several beams the best answers, as many as beams, the best first; the first is
@@ -143,6 +156,8 @@ class Completion:
     alternatives: tuple[Hypothesis, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     content: str = ""
+    error_type: str | None = None
+    top_logprobs: tuple[TokenLogprobs, ...] = field(default=(), compare=False)
 
     @classmethod
     def of(

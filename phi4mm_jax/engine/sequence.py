@@ -10,7 +10,7 @@ from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import MediaInputs
 from phi4mm_jax.engine.page_allocator import Key, page_keys
-from phi4mm_jax.engine.request import Request
+from phi4mm_jax.engine.request import Request, TokenLogprobs
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.processing.batching import Row
 
@@ -31,6 +31,7 @@ class Sequence:
         max_new_tokens: tokens that may be drawn: as many as the request asks for and the context allows.
         max_pages: pages that it may come to need.
         tokens: drawn ones. With several beams none: the group has them.
+        num_told: tokens that updates have told of.
         pages: page table; with several beams of the prompt's whole pages, which all share.
         page_keys: keys of the whole pages of what has to be prefilled.
         num_reserved: pages that are reserved and not yet allocated.
@@ -55,6 +56,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_told: int = 0
     pages: list[int] = field(default_factory=list)
     page_keys: list[Key] = field(default_factory=list)
     num_reserved: int = 0

@@ -44,6 +44,7 @@ class DecodeInputs(NamedTuple):
     use_long_rope: Bool[Any, " N"]
     num_drawn: Int[Any, " N"]
     sampling: SamplingRows
+    with_top: Bool[Any, " N"] | None = None  # slots whose likeliest tokens are asked for; None: of none
 
 
 class SampledTokens(NamedTuple):
@@ -56,6 +57,8 @@ class SampledTokens(NamedTuple):
     log_probabilities: Float[Array, "N W"]
     counts: Int[Array, " N"]
     finite: Bool[Array, " N"]  # whether all logits were
+    top_tokens: Int[Array, "N W C"] | None = None  # the likeliest in place of each, likeliest first, where asked for
+    top_log_probabilities: Float[Array, "N W C"] | None = None
 
 
 class BeamInputs(NamedTuple):
@@ -95,7 +98,8 @@ class Programs:
         self._stops = jnp.asarray(model.config.stop_token_ids, jnp.int32)
         self.encode = jit_on_mesh(variables, self._encode, donate_argnums=1)
         self.prefill = jit_on_mesh(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
-        self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames="width")
+        sizes = ("width", "candidates")
+        self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames=sizes)
         self.beam_step = jit_on_mesh(variables, self._beam_step, donate_argnums=1, static_argnames="candidates")
         self.set_penalty_mask = jit_on_mesh(variables, self._set_penalty_mask, donate_argnums=0)
 
@@ -158,15 +162,22 @@ class Programs:
         return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
 
     def _decode(
-        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int
-    ) -> tuple[KVCache, Bool[Array, "N V"], SampledTokens]:
-        """Decode until every slot has taken its steps, at most `width`, or has drawn a stop token."""
+        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int,
+        candidates: int = 0,
+    ) -> tuple[KVCache, Bool[Array, "N V"], SampledTokens]:  # fmt: skip
+        """Decode until every slot has taken its steps, at most `width`, or has drawn a stop token.
+
+        With `candidates` also give the likeliest tokens in place of each, for the slots that ask for them.
+        """
         count = len(inputs.last)
         every = jnp.arange(count)
         sampled = SampledTokens(
             jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
             jnp.ones(count, bool),
         )  # fmt: skip
+        if candidates:
+            none = jnp.zeros((count, width, min(candidates, self.model.config.decoder.vocab_size)))
+            sampled = sampled._replace(top_tokens=none.astype(jnp.int32), top_log_probabilities=none)
 
         def unfinished(carry):
             return (carry[-1] > 0).any()
@@ -186,11 +197,13 @@ class Programs:
             finite = sampled.finite & (_finite(logits) | ~active)
             active &= finite
             at = every, jnp.where(active, sampled.counts, width)  # out of range: dropped
+            top = _add_top(sampled, logits, at, inputs.with_top) if candidates else (None, None)
             sampled = SampledTokens(
                 sampled.tokens.at[at].set(tokens, mode="drop"),
                 sampled.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
                 sampled.counts + active,
                 finite,
+                *top,
             )
             stopped = (tokens[:, None] == self._stops).any(-1)
             left = jnp.where(active & ~stopped, left - 1, 0)
@@ -219,6 +232,22 @@ class Programs:
 def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
     chosen = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, -1)
+
+
+def _add_top(
+    sampled: SampledTokens, logits: Float[Array, "N V"], at: Any, with_top: Bool[Any, " N"] | None
+) -> tuple[Array, Array]:
+    """The likeliest tokens so far, with those of another step; nothing is computed where no slot asks for them."""
+    tokens, values = sampled.top_tokens, sampled.top_log_probabilities
+    assert tokens is not None
+    assert values is not None
+    assert with_top is not None
+
+    def add() -> tuple[Array, Array]:
+        top = _top_log_probabilities(logits, tokens.shape[-1])
+        return tokens.at[at].set(top.tokens, mode="drop"), values.at[at].set(top.log_probabilities, mode="drop")
+
+    return jax.lax.cond(with_top.any(), add, lambda: (tokens, values))
 
 
 def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:

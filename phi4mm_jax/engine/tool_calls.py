@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
-_BEGIN, _END = "<|tool_call|>", "<|/tool_call|>"
+BEGIN, _END = "<|tool_call|>", "<|/tool_call|>"
 _SPACE = " \t\n\r"  # of JSON
 
 
@@ -57,7 +57,7 @@ def parse_tool_calls(
     for begin in begins:
         if begin < at or begin >= length:
             continue  # within a call, or behind the answer's end
-        found, stop = _block(text, begin + len(_BEGIN), ends)
+        found, stop = _block(text, begin + len(BEGIN), ends)
         if found:
             pieces.append(text[at:begin])
             calls += found
@@ -67,15 +67,15 @@ def parse_tool_calls(
 
 def _marked(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int], list[int]]:
     """The text of the ids, and where in it the special tokens begin that begin and end calls."""
-    marks = {tokenizer.special_tokens.get(name): name for name in (_BEGIN, _END)}
-    text, places, start = "", {_BEGIN: [], _END: []}, 0
+    marks = {tokenizer.special_tokens.get(name): name for name in (BEGIN, _END)}
+    text, places, start = "", {BEGIN: [], _END: []}, 0
     for i, token in enumerate(tokens):
         if token in marks:
             text += tokenizer.decode(tokens[start:i])
             places[marks[token]].append(len(text))
             text += marks[token]
             start = i + 1
-    return text + tokenizer.decode(tokens[start:]), places[_BEGIN], places[_END]
+    return text + tokenizer.decode(tokens[start:]), places[BEGIN], places[_END]
 
 
 def _block(text: str, start: int, ends: Collection[int]) -> tuple[list[ToolCall], int]:
