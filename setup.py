@@ -7,5 +7,5 @@ PROGRAMS = {f"phi4mm_jax.commands.{name}": name for name in ("convert", "infer",
 setup(
     packages=[*find_packages(include=["phi4mm_jax*"]), *PROGRAMS],
     package_dir=PROGRAMS,
-    package_data={"phi4mm_jax": ["py.typed"], "phi4mm_jax.commands.train": ["recipes/*.yaml"]},
+    package_data={"phi4mm_jax": ["py.typed", "serve/page/*"], "phi4mm_jax.commands.train": ["recipes/*.yaml"]},
 )

@@ -1,0 +1,152 @@
+"""Serve a model by the OpenAI API, with a page to try it: python -m infer.serve --model PATH.
+
+Clients send chats, prompts, clips and batches to http://127.0.0.1:8000/v1; a browser shows the page at /. Only this
+host reaches it, unless --host names another address, which needs an API key: --api-key, or the variable PHI4MM_API_KEY
+(several: separated by commas). SIGTERM ends it once all requests that it has are answered.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from phi4mm_jax.adapters import ADAPTERS
+from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model
+from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.audio import TASKS
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.compilation import default_folder, keep_compiled
+from phi4mm_jax.utils.paths import path_argument
+
+_KEYS = "PHI4MM_API_KEY"
+_LIMITS = {
+    "max_new_tokens": "of answers whose request does not say",
+    "max_waiting": "requests that may wait; more are told to come again",
+    "timeout": "seconds that a request may take, waiting included",
+    "max_body_bytes": "of a request",
+    "max_images": "of a request, frames of videos included",
+    "max_pixels": "of an image",
+    "max_audio_seconds": "of all clips of a request",
+    "top_logprobs": "alternatives of a token that a request may ask for",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    limits = Limits()
+    parser = make_parser("infer.serve", __doc__)
+    parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
+    parser.add_argument("--name", help="of the model, for clients; by default the folder's")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", metavar="N", type=int, default=8000, help="0 for any (default: %(default)s)")
+    parser.add_argument("--api-key", metavar="KEY", action="append", default=[], help="may be given several times")
+    add_mesh(parser)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--slots", metavar="N", type=int, default=8, help="requests that are decoded at once")
+    parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all requests together; by default what fits")
+    parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
+    parser.add_argument(
+        "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights; others are gone then"
+    )
+    add_adapter_folder(parser)
+    for name, what in _LIMITS.items():
+        default = getattr(limits, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", metavar="N", type=type(default), default=default,
+            help=f"{what} (default: %(default)s)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--allow-remote-media", action="store_true", help="fetch media of http(s) URLs, public ones only"
+    )
+    parser.add_argument(
+        "--files", metavar="DIR", type=path_argument,
+        help="for files and batches of clients; by default a folder that goes with the server",
+    )  # fmt: skip
+    parser.add_argument("--transcription-prompt", metavar="TEXT", help=f"by default {TASKS['transcribe']!r}")
+    parser.add_argument("--translation-prompt", metavar="TEXT", help=f"by default {TASKS['translate']!r}")
+    parser.add_argument("--no-warmup", action="store_true", help="compile programs when a request first needs them")
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", default=str(default_folder()),
+        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+@cli_entrypoint
+def main() -> int:
+    arguments = parse_arguments()
+    keys = [*arguments.api_key, *filter(None, os.environ.get(_KEYS, "").split(","))]
+    check_address(arguments, keys)
+    with named_options(arguments):
+        limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
+        config = EngineConfig(
+            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
+            top_logprobs=limits.top_logprobs, cli=True,
+        )  # fmt: skip
+    keep_compiled(arguments.compilation_cache)
+    model = load_model(arguments, notice=True, merge=arguments.merge)
+    prompts = {"transcribe": arguments.transcription_prompt, "translate": arguments.translation_prompt}
+    with ExitStack() as stack:
+        files = arguments.files
+        if files is None:
+            files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phi4mm-files-")))
+        settings = ServerSettings(
+            name=arguments.name or Path(os.path.abspath(arguments.model)).name, files=files, limits=limits,
+            api_keys=keys, loopback=is_loopback(arguments.host), remote_media=arguments.allow_remote_media,
+            instructions={task: text for task, text in prompts.items() if text is not None},
+            warm_up=not arguments.no_warmup,
+        )  # fmt: skip
+        app = create_app(lambda: model.engine(config), model.processor.tokenizer, config.slots, settings)
+        return serve(app, arguments)
+
+
+def check_address(arguments: argparse.Namespace, keys: list[str]) -> None:
+    """Raise an InputError for an address that others reach, and no key to keep them out."""
+    if not is_loopback(arguments.host) and not keys:
+        raise InputError(
+            f"--host is {arguments.host}, which others may reach: give an --api-key (or {_KEYS}), or leave --host out"
+        )
+    if not 0 <= arguments.port < 2**16:
+        raise InputError(f"--port is {arguments.port}; expected a number from 0 to 65535")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this host reaches an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(app: Any, arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C, and until what was asked before is answered."""
+    config = uvicorn.Config(
+        app, arguments.host, arguments.port, log_config=None, access_log=False, ws="none", server_header=False,
+        timeout_keep_alive=30,
+    )  # fmt: skip
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:  # uvicorn's way to say that the address is taken
+        raise InputError(f"--port is {arguments.port}, which cannot be listened at on {arguments.host}; give another "
+                         "--port or --host") from None  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it again after
+    host, port = socket.getsockname()[:2]
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port} has the page, and /v1 below it the API; "
+          "/ready tells when the model answers", file=sys.stderr, flush=True)  # fmt: skip
+    uvicorn.Server(config).run([socket])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Answering of parsed requests: turns, deadlines, counts; alone, streamed, and given up with their client."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from phi4mm_jax.engine import Completion, Request, Update
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve.engine_host import EngineHost
+from phi4mm_jax.serve.errors import ApiError, bad_input, failed
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.serve.media import MediaReader
+from phi4mm_jax.serve.metrics import Metrics
+from phi4mm_jax.serve.queueing import FairQueue
+from phi4mm_jax.utils.strict_json import strict_json
+
+T = TypeVar("T")
+_CLOSED = 499  # the client has gone, as nginx has it; nobody reads it but the metrics
+
+
+@dataclass(frozen=True)
+class Service:
+    """All that endpoints share.
+
+    Attributes:
+        name: of the model, for clients.
+    """
+
+    name: str
+    host: EngineHost
+    tokenizer: Tokenizer
+    queue: FairQueue
+    limits: Limits
+    read_media: MediaReader
+    metrics: Metrics
+    created: int
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError for a model that is not served."""
+        if name not in (None, self.name):
+            raise ApiError(
+                404, f"model is {name!r:.200}; this server has {self.name!r}", param="model", code="model_not_found"
+            )
+
+    def deadline(self, seconds: float | None) -> float:
+        """Return when a request has to be answered, by the event loop's clock.
+
+        Raises:
+            ApiError: the time is none.
+        """
+        if seconds is not None and not seconds > 0:
+            raise ApiError(400, f"timeout is {seconds!r:.60}; expected a positive number of seconds", param="timeout")
+        limit = self.limits.timeout
+        return asyncio.get_running_loop().time() + (limit if seconds is None else min(seconds, limit))
+
+
+@asynccontextmanager
+async def answering(
+    service: Service, client: str, requests: Sequence[Request], deadline: float, *, unlimited: bool = False
+) -> AsyncIterator[AsyncIterator[tuple[int, Update]]]:
+    """Have requests answered that belong together; gives their updates, each with its request's place.
+
+    On leaving, those not answered are cancelled.
+
+    Args:
+        client: whose turn each waits for.
+        unlimited: they wait however many do.
+
+    Raises:
+        ApiError: too many wait, or, by the iterator: a request cannot be served, or not in time.
+    """
+    if not unlimited:
+        service.queue.check_room(len(requests))
+    news: asyncio.Queue[tuple[int, Update] | Exception] = asyncio.Queue()
+    tasks = [asyncio.create_task(_answer(service, client, i, r, deadline, news)) for i, r in enumerate(requests)]
+
+    async def updates() -> AsyncIterator[tuple[int, Update]]:
+        left = len(requests)
+        while left:
+            item = await news.get()
+            if isinstance(item, Exception):
+                raise item
+            left -= item[1].completion is not None
+            yield item
+
+    try:
+        yield updates()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(
+    service: Service, client: str, place: int, request: Request, deadline: float, news: asyncio.Queue
+) -> None:
+    began = time.monotonic()
+    meter = service.metrics.meter(began)
+    try:
+        async with (
+            asyncio.timeout_at(deadline),
+            service.queue.turn(client),
+            aclosing(service.host.updates(request)) as updates,
+        ):
+            async for update in updates:
+                meter.count(update)
+                if (completion := update.completion) is not None and completion.error is not None:
+                    raise failed(completion)
+                news.put_nowait((place, update))
+    except TimeoutError:
+        taken = time.monotonic() - began
+        message = f"not answered within {taken:.3g} seconds; allow more time, ask for fewer tokens, or send it again"
+        news.put_nowait(ApiError(504, message, kind="timeout_error", code="timeout"))
+    except Exception as error:
+        news.put_nowait(error)
+
+
+async def completions_of(updates: AsyncIterator[tuple[int, Update]], count: int) -> list[Completion]:
+    """Wait for all answers; return them in the order of their requests."""
+    found: dict[int, Completion] = {}
+    async for place, update in updates:
+        if update.completion is not None:
+            found[place] = update.completion
+    return [found[place] for place in range(count)]
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run what takes long or blocks in a thread.
+
+    Raises:
+        ApiError: an InputError of the work.
+    """
+    try:
+        return await asyncio.to_thread(work)
+    except InputError as error:
+        raise bad_input(error) from error
+
+
+async def while_connected(http: HttpRequest, work: Awaitable[T]) -> T | None:
+    """Wait for the work; cancel it when the client has gone, and return None."""
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(_disconnected(http.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def response_of(http: HttpRequest, work: Awaitable[dict[str, Any] | str]) -> Response:
+    """Return the response that the work makes, an object or a text; the work ends when its client has gone."""
+    body = await while_connected(http, work)
+    if body is None:
+        return Response(status_code=_CLOSED)
+    if isinstance(body, str):
+        return Response(body, media_type="text/plain")
+    return Response(strict_json(body), media_type="application/json")
+
+
+class EventStream(Response):
+    """Server-sent events, one for each object. An error before the first one is a response of its own.
+
+    Args:
+        events: a context whose value yields the objects; left when the client has gone.
+        last: what ends the stream, or None.
+    """
+
+    def __init__(
+        self, events: Callable[[], AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]],
+        last: str | None = "[DONE]",
+    ):  # fmt: skip
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events, self._last = events, last
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        work = self._send(scope, receive, send)
+        await while_connected(HttpRequest(scope, receive), work)
+
+    async def _send(self, scope: Any, receive: Any, send: Any) -> None:
+        begun = False
+
+        async def write(data: str) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+        try:
+            async with self._events() as events:
+                async for event in events:
+                    await write(strict_json(event))
+        except ApiError as error:
+            if not begun:
+                return await error.response()(scope, receive, send)
+            await write(strict_json(error.body))
+        if self._last is not None:
+            await write(self._last)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

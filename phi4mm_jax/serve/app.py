@@ -1,0 +1,468 @@
+"""The application: its endpoints, and who may ask them."""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+from phi4mm_jax import __version__
+from phi4mm_jax.engine import Engine
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve import audio
+from phi4mm_jax.serve.answering import EventStream, Service, response_of
+from phi4mm_jax.serve.batches import Batches
+from phi4mm_jax.serve.chat import chat_answer, chat_events, parse_chat
+from phi4mm_jax.serve.completions import parse_completion, text_answer, text_events
+from phi4mm_jax.serve.engine_host import EngineHost
+from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.serve.media import MediaReader
+from phi4mm_jax.serve.metrics import Metrics
+from phi4mm_jax.serve.models import PART_MODELS, PART_TYPES, BatchRequest, ChatRequest, CompletionRequest, ErrorBody
+from phi4mm_jax.serve.queueing import FairQueue
+from phi4mm_jax.serve.remote_media import Fetcher
+
+PAGE = Path(__file__).parent / "page"
+_log = logging.getLogger(__name__)
+_OPEN = ("/", "/health", "/ready", "/openapi.json")  # without a key, and what is below /page
+_NO_KEYS = {"body", "query", "path", "str", *PART_MODELS}  # what pydantic puts between the keys
+_PATIENCE = 60  # seconds without any of a body
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": what}
+    for status, what in {
+        400: "A key of the request is not supported, out of range or beyond a limit",
+        401: "No key, or an unknown one", 404: "No such model or object", 413: "The body is too large",
+        429: "Too many requests wait", 500: "The answer failed", 503: "The model is not ready",
+        504: "Not answered in time",
+    }.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Settings of a server.
+
+    Attributes:
+        name: of the model, for clients.
+        files: folder of the files for batches.
+        api_keys: one of which a client has to send; none: everybody on this host may ask.
+        loopback: clients reach the server by the names of this host only, so that no page of another name can ask it.
+        remote_media: URLs of media are fetched.
+        instructions: what the model is told to do with a clip, by task ("transcribe", "translate").
+        warm_up: compile everything before the first request.
+    """
+
+    name: str
+    files: Path
+    limits: Limits = field(default_factory=Limits)
+    api_keys: Collection[str] = ()
+    loopback: bool = True
+    remote_media: bool = False
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    warm_up: bool = True
+
+
+def create_app(
+    make_engine: Callable[[], Engine], tokenizer: Tokenizer, slots: int, settings: ServerSettings
+) -> FastAPI:
+    """Return the application; its engine is made as it starts.
+
+    Args:
+        make_engine: makes an engine with so many `slots`; called again after one has stopped by an error.
+    """
+    limits = settings.limits
+    fetch = Fetcher(limits.remote_bytes, limits.remote_seconds) if settings.remote_media else None
+    service = Service(
+        name=settings.name, host=EngineHost(make_engine, warm_up=settings.warm_up), tokenizer=tokenizer,
+        queue=FairQueue(2 * slots, limits.max_waiting),  # the media of as many as run are processed meanwhile
+        limits=limits, read_media=MediaReader(limits, fetch), metrics=Metrics(), created=int(time.time()),
+    )  # fmt: skip
+    store = Store(settings.files, limits)
+    batches = Batches(store, _batch_answer(service), parallel=slots)
+    _watch(service)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.host.start()
+        batches.resume()
+        try:
+            yield
+        finally:
+            await batches.close()
+            await service.host.close()
+
+    app = FastAPI(title="phi4mm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(Exception, _on_failure)
+    _add_generation(app, service, settings)
+    _add_files(app, store, batches)
+    _add_status(app, service)
+    app.add_middleware(Gate, service=service, settings=settings)
+    return app
+
+
+def _batch_answer(service: Service) -> Callable[[str, dict[str, Any], str], Any]:
+    async def answer(endpoint: str, body: dict[str, Any], owner: str) -> dict[str, Any]:
+        while not service.host.ready:
+            await asyncio.sleep(0.2)
+        client = f"batches of {owner}"
+        if endpoint == "/v1/chat/completions":
+            chat = await parse_chat(service, _validated(ChatRequest, body))
+            return await chat_answer(service, client, chat, unlimited=True)
+        text = await parse_completion(service, _validated(CompletionRequest, body))
+        return await text_answer(service, client, text, unlimited=True)
+
+    return answer
+
+
+def _validated(kind: type[BaseModel], body: dict[str, Any]) -> Any:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise invalid(error.errors()) from None
+
+
+# ---------------------------------------------------------------------------------------------- endpoints
+
+
+def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) -> None:
+    @app.post("/v1/chat/completions", responses=_ERRORS)
+    async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
+        """Answer a chat, at once or as server-sent events."""
+        job = await parse_chat(service, body)
+        if body.stream:
+            return EventStream(chat_events(service, _client(http), job))
+        return await response_of(http, chat_answer(service, _client(http), job))
+
+    @app.post("/v1/completions", responses=_ERRORS)
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        """Continue raw prompts, at once or as server-sent events."""
+        job = await parse_completion(service, body)
+        if body.stream:
+            return EventStream(text_events(service, _client(http), job))
+        return await response_of(http, text_answer(service, _client(http), job))
+
+    async def listen(
+        task: audio.Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool, prompt: str,
+        response_format: str, **fields: Any,
+    ) -> Response:  # fmt: skip
+        service.check_model(model)
+        if prompt:
+            raise ApiError(400, "prompt is given, which the model does not take; leave it out", param="prompt")
+        instruction = settings.instructions.get(task, audio.TASKS[task])
+        job = await audio.parse_audio(
+            service, task, await file.read(), instruction=instruction, form=response_format, **fields
+        )
+        if stream and response_format not in ("json", "text"):
+            raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
+        if stream:
+            return EventStream(audio.audio_events(service, _client(http), job), last=None)
+        return await response_of(http, audio.audio_answer(service, _client(http), job))
+
+    @app.post("/v1/audio/transcriptions", responses=_ERRORS)
+    async def transcriptions(
+        http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
+        model: Annotated[str | None, Form()] = None,
+        language: Annotated[str | None, Form(description="what verbose_json names; the model finds out itself")] = None,
+        prompt: Annotated[str, Form(description="only empty")] = "",
+        response_format: Annotated[str, Form(description=", ".join(audio.FORMATS))] = "json",
+        temperature: Annotated[float, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
+        include: Annotated[list[str], Form(alias="include[]", description='"logprobs", of json')] = [],  # noqa: B006
+        timestamp_granularities: Annotated[
+            list[str], Form(alias="timestamp_granularities[]", description='only "segment"')
+        ] = [],  # noqa: B006
+        timeout: Annotated[float | None, Form(description="seconds that the request may take")] = None,
+    ) -> Response:  # fmt: skip
+        """Write down what is said in a clip."""
+        if unknown := set(timestamp_granularities) - {"segment"}:
+            raise ApiError(400, f"timestamp_granularities is {sorted(unknown)!r:.80}; expected [\"segment\"], as the "
+                           "model tells no times of words", param="timestamp_granularities[]")  # fmt: skip
+        if unknown := set(include) - {"logprobs"}:
+            raise ApiError(400, f'include is {sorted(unknown)!r:.80}; expected ["logprobs"]', param="include[]")
+        return await listen(
+            "transcribe", http, file, model, stream, prompt, response_format, language=language,
+            temperature=temperature, timeout=timeout, logprobs=bool(include),
+        )  # fmt: skip
+
+    @app.post("/v1/audio/translations", responses=_ERRORS)
+    async def translations(
+        http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
+        model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(description="only empty")] = "",
+        response_format: Annotated[str, Form(description=", ".join(audio.FORMATS))] = "json",
+        temperature: Annotated[float, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
+        timeout: Annotated[float | None, Form(description="seconds that the request may take")] = None,
+    ) -> Response:  # fmt: skip
+        """Translate what is said in a clip to English."""
+        return await listen(
+            "translate", http, file, model, stream, prompt, response_format, language=None, temperature=temperature,
+            timeout=timeout, logprobs=False,
+        )  # fmt: skip
+
+    def described() -> dict[str, Any]:
+        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "phi4mm-jax"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """List the models: one."""
+        return {"object": "list", "data": [described()]}
+
+    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    async def model(model: str) -> dict[str, Any]:
+        """Describe a model."""
+        service.check_model(model)
+        return described()
+
+
+def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
+    @app.post("/v1/files", responses=_ERRORS)
+    async def add_file(
+        http: HttpRequest, file: Annotated[UploadFile, File(description="requests, one JSON object a line")],
+        purpose: Annotated[str, Form(description='only "batch"')],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Keep a file for batches."""
+        if purpose != "batch":
+            raise ApiError(400, f'purpose is {purpose!r:.60}; expected "batch"', param="purpose")
+        name = (file.filename or "")[-255:]
+        return await asyncio.to_thread(store.add_file, file.file, name, purpose, _owner(http))
+
+    @app.get("/v1/files")
+    async def list_files(http: HttpRequest) -> dict[str, Any]:
+        """List files, the newest first."""
+        return _listed(await asyncio.to_thread(store.list, "file", _owner(http)))
+
+    @app.get("/v1/files/{file_id}", responses=_ERRORS)
+    async def read_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
+        """Describe a file."""
+        return store.read(file_id, _owner(http))
+
+    @app.delete("/v1/files/{file_id}", responses=_ERRORS)
+    async def delete_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
+        """Delete a file."""
+        store.delete_file(file_id, _owner(http))
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    @app.get("/v1/files/{file_id}/content", responses=_ERRORS)
+    async def file_content(file_id: str, http: HttpRequest) -> Response:
+        """Return what is in a file."""
+        store.read(file_id, _owner(http))
+        return FileResponse(store.content(file_id), media_type="application/octet-stream")
+
+    @app.post("/v1/batches", responses=_ERRORS)
+    async def create_batch(body: BatchRequest, http: HttpRequest) -> dict[str, Any]:
+        """Begin to answer the requests of a file."""
+        return batches.create(body, _owner(http))
+
+    @app.get("/v1/batches")
+    async def list_batches(http: HttpRequest) -> dict[str, Any]:
+        """List batches, the newest first."""
+        return _listed(batches.list(_owner(http)))
+
+    @app.get("/v1/batches/{batch_id}", responses=_ERRORS)
+    async def read_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
+        """Describe a batch."""
+        return batches.read(batch_id, _owner(http))
+
+    @app.post("/v1/batches/{batch_id}/cancel", responses=_ERRORS)
+    async def cancel_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
+        """End a batch; its answers so far stay."""
+        return batches.cancel(batch_id, _owner(http))
+
+
+def _listed(values: list[dict[str, Any]]) -> dict[str, Any]:
+    ends = {"first_id": values[0]["id"], "last_id": values[-1]["id"]} if values else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": values, "has_more": False, **ends}
+
+
+def _add_status(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Tell that the server runs, be its model ready or not."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: _ERRORS[503]})
+    async def ready() -> dict[str, str]:
+        """Tell that requests are answered now: everything is compiled."""
+        if not service.host.ready:
+            raise ApiError(503, f"the model cannot answer yet: {service.host.cause}", kind="server_error",
+                           code="not_ready", retry_after=5)  # fmt: skip
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Return figures for Prometheus."""
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+
+def _watch(service: Service) -> None:
+    """Add the figures that are read when they are asked for."""
+    host, queue, watch = service.host, service.queue, service.metrics.watch
+
+    def of_engine(value: Callable[[Engine], float]) -> Callable[[], float]:
+        return lambda: 0.0 if (engine := host.engine) is None else value(engine)
+
+    watch("waiting", "Requests that wait for their turn", lambda: queue.waiting)
+    watch("running", "Requests that the engine has", lambda: queue.running)
+    watch("ready", "Whether requests are answered", lambda: float(host.ready))
+    watch("engine_restarts", "How often the engine was made anew after an error", lambda: host.restarts)
+    watch("slots", "Requests that are decoded at once", of_engine(lambda e: e.config.slots))
+    watch("slots_in_use", "Those of them that are taken", of_engine(lambda e: len(e.scheduler.running)))
+    watch("cache_pages", "Pages of the KV cache", of_engine(lambda e: e.scheduler.allocator.num_pages))
+    watch("cache_pages_in_use", "Those of them that requests hold", of_engine(lambda e: e.scheduler.allocator.in_use))
+    watch(
+        "prefilled_tokens", "Tokens of prompts that were computed; the others were in the prefix cache",
+        of_engine(lambda e: e.runner.num_prefilled_tokens),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- who may ask
+
+
+class Gate:
+    """Lets requests in: by key, by the host's name, by size; counts how they end."""
+
+    def __init__(self, app: Any, service: Service, settings: ServerSettings):
+        self._app, self._metrics, self._limits = app, service.metrics, service.limits
+        self._keys = [key.encode() for key in settings.api_keys]
+        self._loopback = settings.loopback and not settings.api_keys
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status = 499
+
+        async def counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            headers, path = Headers(scope=scope), scope["path"]
+            try:
+                self._check_host(headers)
+                scope.setdefault("state", {})["owner"] = self._owner(headers, path)
+                limit = self._limits.file_bytes + 2**16 if path == "/v1/files" else self._limits.max_body_bytes
+                if (length := headers.get("content-length", "0")).isdecimal() and int(length) > limit:
+                    raise _too_large(limit)
+            except ApiError as error:
+                return await error.response()(scope, receive, counted)
+            await self._app(scope, _limited(receive, limit), counted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = scope.get("route")
+            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def _check_host(self, headers: Headers) -> None:
+        name = headers.get("host", "").lower()
+        name = name if name.endswith("]") else name.rsplit(":", 1)[0]
+        if self._loopback and name not in _LOOPBACK:
+            raise ApiError(403, f"this server is for its own host, not for {name!r:.80}; start it with --api-key for "
+                           "others", kind="permission_error", code="host_not_allowed")  # fmt: skip
+
+    def _owner(self, headers: Headers, path: str) -> str:
+        """Return whose request it is, for files and turns."""
+        if not self._keys or path in _OPEN or path.startswith("/page/"):
+            return "everybody"
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        found = [hmac.compare_digest(given, known) for known in self._keys]  # all of them, in a time that tells nothing
+        if scheme.lower() != "bearer" or not any(found):
+            raise ApiError(401, "the request has no API key, or an unknown one; send Authorization: Bearer KEY",
+                           kind="authentication_error", code="invalid_api_key")  # fmt: skip
+        return hashlib.sha256(given).hexdigest()
+
+
+def _limited(receive: Any, limit: int) -> Any:
+    """Return what receives a body, and is an error beyond the limit or where nothing comes for long."""
+    count, more = 0, True
+
+    async def limited() -> Any:
+        nonlocal count, more
+        try:
+            async with asyncio.timeout(_PATIENCE if more else None):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, f"nothing of the body came for {_PATIENCE} seconds; send it again") from None
+        more = message.get("more_body", False)
+        count += len(message.get("body", b""))
+        if count > limit:
+            raise _too_large(limit)
+        return message
+
+    return limited
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body has more than {limit} bytes; send less, or smaller media", code="body_too_large")
+
+
+def _owner(http: HttpRequest) -> str:
+    return http.state.owner
+
+
+def _client(http: HttpRequest) -> str:
+    """Return whose turn a request takes: its key's, or its address's where there are no keys."""
+    owner = _owner(http)
+    return owner if owner != "everybody" else getattr(http.client, "host", "")
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+async def _on_http_error(_: HttpRequest, error: Any) -> Response:
+    if not isinstance(error, ApiError):
+        message = {404: "there is no such path", 405: "the path is not asked this way"}.get(error.status_code)
+        error = ApiError(error.status_code, message or str(error.detail), code=None)
+    return error.response()
+
+
+async def _on_invalid(_: HttpRequest, error: Any) -> Response:
+    return invalid(error.errors()).response()
+
+
+async def _on_failure(_: HttpRequest, error: Exception) -> Response:
+    _log.error("a request failed by %s: %s", type(error).__name__, error)
+    return ApiError(500, "the server failed; its log has the cause", kind="server_error").response()
+
+
+def invalid(errors: Any) -> ApiError:
+    """Return what a client is told of a body that the models refuse: the fault that lies deepest in it."""
+    first = max(errors, key=lambda error: len(error["loc"]))  # of the forms that a value may have the nearest one
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', '')})")
+    keys = [place for place in first["loc"] if place not in _NO_KEYS and not str(place).startswith("list[")]
+    places = [key for before, key in zip(["", *keys], keys, strict=False) if type(before) is str or type(key) is int
+              or key not in PART_TYPES]  # fmt: skip
+    name = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
+    cause = {"extra_forbidden": "is not known, and not ignored; leave it out", "missing": "is missing"}.get(
+        first["type"]
+    )
+    return ApiError(400, f"{name or 'the body'}: {cause or first['msg']}", param=name or None)

@@ -1,0 +1,223 @@
+"""/v1/chat/completions."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from secrets import randbelow
+from typing import Any
+
+from phi4mm_jax.engine import Completion, Request, Update
+from phi4mm_jax.engine.answer_lines import chat_message, usage_of
+from phi4mm_jax.engine.jsonl import request_of
+from phi4mm_jax.engine.openai_batch import keys_of_body
+from phi4mm_jax.engine.tool_calls import BEGIN
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve.answering import Service, answering, completions_of, in_thread
+from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.models import ChatRequest, Drawing
+
+_OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout", "top_logprobs"}  # not of the parser
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """A chat, parsed.
+
+    Attributes:
+        requests: one for each answer.
+        include_usage: a stream ends with the count of tokens.
+    """
+
+    requests: list[Request]
+    deadline: float
+    logprobs: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
+    """Return what a body asks for, its media read.
+
+    Raises:
+        ApiError: a key is not supported, out of range, or beyond a limit.
+    """
+    values = body.model_dump(exclude_unset=True, exclude_none=True)
+    tool_choice = values.pop("tool_choice", "auto")
+    if tool_choice == "none":
+        values.pop("tools", None)
+    elif tool_choice != "auto":
+        raise ApiError(
+            400, f'tool_choice is {tool_choice!r:.80}, which is not supported; expected "auto" or "none"',
+            param="tool_choice",
+        )  # fmt: skip
+    count = check_drawing(service, body)
+    if body.top_logprobs:
+        check_top_logprobs(service, body.top_logprobs, bool(body.logprobs))
+
+    def parse() -> Request:
+        parsed = keys_of_body({key: value for key, value in values.items() if key not in _OURS}, "messages")
+        parsed["messages"] = service.read_media(parsed["messages"])
+        request = request_of(parsed | adapter_of(body), {"max_new_tokens": service.limits.max_new_tokens})
+        return replace(request, top_logprobs=body.top_logprobs or 0)
+
+    deadline = service.deadline(body.timeout)
+    request = await in_thread(parse)
+    return ChatJob(
+        choices(request, count), deadline, bool(body.logprobs),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )  # fmt: skip
+
+
+def check_drawing(service: Service, body: Drawing) -> int:
+    """Check what chats and texts share; return how many answers are asked for.
+
+    Raises:
+        ApiError: an unknown model, or a value out of range.
+    """
+    service.check_model(body.model)
+    count = 1 if body.n is None else body.n
+    if not 1 <= count <= service.limits.choices:
+        raise ApiError(400, f"n is {count}; expected a whole number from 1 to {service.limits.choices}", param="n")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is given without stream; leave it out", param="stream_options")
+    return count
+
+
+def check_top_logprobs(service: Service, count: int, logprobs: bool) -> None:
+    """Raise ApiError for alternatives of tokens that are too many, or that nobody sees."""
+    most = service.limits.top_logprobs
+    if not 0 < count <= most:
+        raise ApiError(
+            400, f"top_logprobs is {count}; this server gives at most {most} (--top-logprobs)", param="top_logprobs"
+        )
+    if not logprobs:
+        raise ApiError(400, "top_logprobs is given without logprobs; set it as well", param="top_logprobs")
+
+
+def adapter_of(body: Drawing) -> dict[str, str]:
+    """Return the key of the adapter that a body asks for."""
+    return {} if body.adapter is None else {"adapter": body.adapter}
+
+
+def choices(request: Request, count: int) -> list[Request]:
+    """Return requests for so many answers to the same prompt, each with draws of its own."""
+    sampling = request.sampling
+    if sampling.seed is None:
+        return [replace(request, sampling=replace(sampling, seed=randbelow(2**31))) for _ in range(count)]
+    return [replace(request, sampling=replace(sampling, stream=i)) for i in range(count)]
+
+
+async def chat_answer(service: Service, client: str, job: ChatJob, *, unlimited: bool = False) -> dict[str, Any]:
+    """Return the whole answer.
+
+    Raises:
+        ApiError: as `answering`.
+    """
+    async with answering(service, client, job.requests, job.deadline, unlimited=unlimited) as updates:
+        found = await completions_of(updates, len(job.requests))
+    return {
+        "id": job.id, "object": "chat.completion", "created": job.created, "model": service.name,
+        "choices": [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)],
+        "usage": usage_of(found[0].prompt_tokens, sum(len(completion.tokens) for completion in found)),
+    }  # fmt: skip
+
+
+def _choice(tokenizer: Tokenizer, job: ChatJob, place: int, completion: Completion) -> dict[str, Any]:
+    message, reason = chat_message(completion, f"{job.id.removeprefix('chatcmpl-')}_{place}")
+    logprobs = None
+    if job.logprobs:
+        logprobs = {"content": token_logprobs(tokenizer, completion)}
+    return {"index": place, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def token_logprobs(tokenizer: Tokenizer, found: Completion | Update) -> list[dict[str, Any]]:
+    """Return tokens and their log-probabilities in the form of chats."""
+    return [
+        _named(tokenizer, token, value) | {"top_logprobs": [_named(tokenizer, *other) for other in top]}
+        for token, value, top in zip(
+            found.tokens, found.log_probabilities, found.top_logprobs or [()] * len(found.tokens), strict=True
+        )
+    ]
+
+
+def _named(tokenizer: Tokenizer, token: int, log_probability: float) -> dict[str, Any]:
+    """Return a token with its text and bytes."""
+    content = tokenizer.decode_bytes([token])
+    return {"token": content.decode(errors="replace"), "logprob": log_probability, "bytes": list(content)}
+
+
+def chat_events(service: Service, client: str, job: ChatJob) -> Callable[[], Any]:
+    """Return what an `EventStream` sends of a chat."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        async with answering(service, client, job.requests, job.deadline) as updates:
+            yield _chunks(service, job, updates)
+
+    return opened
+
+
+async def _chunks(
+    service: Service, job: ChatJob, updates: AsyncIterator[tuple[int, Update]]
+) -> AsyncIterator[dict[str, Any]]:
+    head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": service.name}
+    usage = {"usage": None} if job.include_usage else {}
+
+    def chunk(place: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return head | {"choices": [choice]} | usage
+
+    streams = [_ContentStream(service.tokenizer) for _ in job.requests]
+    begun: set[int] = set()
+    prompt_tokens = 0
+    async for place, update in updates:
+        if place not in begun:
+            begun.add(place)
+            yield chunk(place, {"role": "assistant", "content": ""})
+        text = streams[place].add(update)
+        logprobs = None
+        if job.logprobs and update.tokens:
+            logprobs = {"content": token_logprobs(service.tokenizer, update)}
+        if text or logprobs is not None:
+            yield chunk(place, {"content": text}, logprobs=logprobs)
+        if (completion := update.completion) is not None:
+            prompt_tokens = completion.prompt_tokens
+            message, reason = chat_message(completion, f"{job.id.removeprefix('chatcmpl-')}_{place}")
+            for i, call in enumerate(message.get("tool_calls", [])):
+                yield chunk(place, {"tool_calls": [{"index": i, **call}]})
+            yield chunk(place, {}, reason)
+    if job.include_usage:
+        count = sum(stream.num_tokens for stream in streams)
+        yield head | {"choices": [], "usage": usage_of(prompt_tokens, count)}
+
+
+class _ContentStream:
+    """Content of an answer as it comes: its text, but for tool calls, from whose beginning on it waits for the end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._mark = tokenizer, tokenizer.special_tokens.get(BEGIN)
+        self._tokens: list[int] = []
+        self._text = ""
+        self._sent = 0
+        self._stop: int | None = None  # where the first call begins
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def add(self, update: Update) -> str:
+        self._tokens += update.tokens
+        self._text += update.text
+        text = self._text
+        if update.completion is not None:
+            text = update.completion.content
+        elif self._stop is None and self._mark in update.tokens:
+            before = self._tokens[: self._tokens.index(self._mark)]
+            self._stop = len(self._tokenizer.decode(before))
+        if update.completion is None and self._stop is not None:
+            text = text[: self._stop]
+        piece, self._sent = text[self._sent :], max(self._sent, len(text))
+        return piece

@@ -1,0 +1,148 @@
+"""/v1/completions."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from phi4mm_jax.engine import Completion, Request, Update
+from phi4mm_jax.engine.answer_lines import usage_of
+from phi4mm_jax.engine.jsonl import request_of
+from phi4mm_jax.engine.openai_batch import keys_of_body
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve.answering import Service, answering, completions_of, in_thread
+from phi4mm_jax.serve.chat import adapter_of, check_drawing, check_top_logprobs, choices
+from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.models import CompletionRequest
+
+_OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout", "logprobs", "echo", "prompt"}
+
+
+@dataclass(frozen=True)
+class TextJob:
+    """Texts to complete, parsed.
+
+    Attributes:
+        requests: one for each answer to each prompt, in the order of the prompts.
+        echoed: what each answer begins with.
+    """
+
+    requests: list[Request]
+    echoed: list[str]
+    per_prompt: int
+    deadline: float
+    logprobs: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def parse_completion(service: Service, body: CompletionRequest) -> TextJob:
+    """Return what a body asks for.
+
+    Raises:
+        ApiError: a key is not supported, out of range, or beyond a limit.
+    """
+    values = body.model_dump(exclude_unset=True, exclude_none=True)
+    count = check_drawing(service, body)
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if not 1 <= len(prompts) <= service.limits.prompts:
+        raise ApiError(
+            400, f"prompt has {len(prompts)} texts; expected from 1 to {service.limits.prompts}", param="prompt"
+        )
+    if body.logprobs:
+        check_top_logprobs(service, body.logprobs, True)
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo is given with logprobs, but a prompt has none here; leave one out", param="echo")
+
+    def parse() -> list[Request]:
+        given = {key: value for key, value in values.items() if key not in _OURS}
+        settings = {"max_new_tokens": service.limits.max_new_tokens}
+        parsed = [keys_of_body({**given, "prompt": prompt}, "prompt") | adapter_of(body) for prompt in prompts]
+        asked = [replace(request_of(keys, settings), top_logprobs=body.logprobs or 0) for keys in parsed]
+        return [choice for request in asked for choice in choices(request, count)]
+
+    deadline = service.deadline(body.timeout)
+    requests = await in_thread(parse)
+    echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(count)]
+    return TextJob(
+        requests, echoed, count, deadline, body.logprobs is not None,
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+    )  # fmt: skip
+
+
+async def text_answer(service: Service, client: str, job: TextJob, *, unlimited: bool = False) -> dict[str, Any]:
+    """Return the whole answer.
+
+    Raises:
+        ApiError: as `answering`.
+    """
+    async with answering(service, client, job.requests, job.deadline, unlimited=unlimited) as updates:
+        found = await completions_of(updates, len(job.requests))
+    answers = [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)]
+    return _head(service, job) | {
+        "choices": answers,
+        "usage": _usage(job, [c.prompt_tokens for c in found], sum(len(c.tokens) for c in found)),
+    }
+
+
+def _head(service: Service, job: TextJob) -> dict[str, Any]:
+    return {"id": job.id, "object": "text_completion", "created": job.created, "model": service.name}
+
+
+def _usage(job: TextJob, prompt_tokens: list[int], count: int) -> dict[str, int]:
+    return usage_of(sum(prompt_tokens[:: job.per_prompt]), count)
+
+
+def _choice(tokenizer: Tokenizer, job: TextJob, place: int, completion: Completion) -> dict[str, Any]:
+    logprobs = _logprobs(tokenizer, completion, 0) if job.logprobs else None
+    text = job.echoed[place] + completion.text
+    return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+
+
+def _logprobs(tokenizer: Tokenizer, found: Completion | Update, offset: int) -> dict[str, Any]:
+    """Return the form that texts have; `offset` is that of the first token in the text."""
+    texts, offsets = [tokenizer.decode([token]) for token in found.tokens], []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    top = [{tokenizer.decode([token]): value for token, value in others} for others in found.top_logprobs]
+    return {
+        "tokens": texts, "token_logprobs": list(found.log_probabilities), "top_logprobs": top or None,
+        "text_offset": offsets,
+    }  # fmt: skip
+
+
+def text_events(service: Service, client: str, job: TextJob) -> Callable[[], Any]:
+    """Return what an `EventStream` sends of texts."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        async with answering(service, client, job.requests, job.deadline) as updates:
+            yield _chunks(service, job, updates)
+
+    return opened
+
+
+async def _chunks(
+    service: Service, job: TextJob, updates: AsyncIterator[tuple[int, Update]]
+) -> AsyncIterator[dict[str, Any]]:
+    head = _head(service, job) | ({"usage": None} if job.include_usage else {})
+    count, offsets = 0, [0] * len(job.requests)
+    prompt_tokens = [0] * len(job.requests)
+    rest = list(job.echoed)
+    async for place, update in updates:
+        text, rest[place] = rest[place] + update.text, ""
+        count += len(update.tokens)
+        logprobs = None
+        if job.logprobs and update.tokens:
+            logprobs = _logprobs(service.tokenizer, update, offsets[place])
+            offsets[place] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
+        reason = None
+        if update.completion is not None:
+            prompt_tokens[place], reason = update.completion.prompt_tokens, update.completion.finish_reason
+        yield head | {"choices": [{"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
+    if job.include_usage:
+        yield head | {"choices": [], "usage": _usage(job, prompt_tokens, count)}

@@ -1,0 +1,116 @@
+"""The engine of a server: made and warmed up in the background, and made anew when it stops by an error."""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from phi4mm_jax.engine import AsyncEngine, Engine, Request, Update
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.serve.errors import ApiError
+
+_log = logging.getLogger(__name__)
+_LOOK = 0.1  # seconds between looks at whether the engine still runs
+_STEADY = 60.0  # seconds after which an engine's end is no sign that the next one ends at once
+_LONGEST_PAUSE = 30.0
+
+
+class EngineHost:
+    """Owns the engine. Of one event loop.
+
+    Args:
+        make_engine: makes an engine; called in a thread, and again after it has stopped by an error.
+        warm_up: compile everything before it takes requests.
+
+    Attributes:
+        restarts: how often it was made anew.
+        engine: the one that runs; None until it is ready.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], *, warm_up: bool = True):
+        self._make_engine, self._warm_up = make_engine, warm_up
+        self._runner: AsyncEngine | None = None
+        self._cause = "it is being compiled"
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self.engine: Engine | None = None
+        self.restarts = 0
+
+    @property
+    def ready(self) -> bool:
+        return self._runner is not None and self._runner.running
+
+    @property
+    def cause(self) -> str:
+        """Why it is not ready."""
+        return "it is being restarted" if self._runner is not None and not self._runner.running else self._cause
+
+    def start(self) -> None:
+        """Make the engine in the background."""
+        self._task = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """Cancel what is not answered, and end."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._runner is not None:
+            await asyncio.to_thread(self._runner.close)
+        self._runner = self.engine = None
+        self._cause = "the server ends"
+
+    async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
+        """Answer a request, as `AsyncEngine.updates` does.
+
+        Raises:
+            ApiError: there is no engine at the moment.
+        """
+        runner = self._runner
+        if runner is None or not runner.running:
+            raise self._unavailable()
+        try:
+            async with aclosing(runner.updates(request)) as updates:
+                async for update in updates:
+                    yield update
+        except InputError:  # it has stopped before it took the request
+            raise self._unavailable() from None
+
+    def _unavailable(self) -> ApiError:
+        return ApiError(503, f"the model cannot answer yet: {self.cause}; send the request again later",
+                        kind="server_error", code="not_ready", retry_after=5)  # fmt: skip
+
+    async def _supervise(self) -> None:
+        pause = 0.0
+        while True:
+            began = time.monotonic()
+            try:
+                await asyncio.to_thread(self._make)
+            except Exception as error:
+                self._cause = f"it could not be started ({type(error).__name__}: {error})"
+                _log.error("the engine could not be started: %s: %s", type(error).__name__, error)
+            while self.ready:
+                await asyncio.sleep(_LOOK)
+            if self._runner is not None:
+                _log.error("the engine has stopped by an error; it is made anew")
+            steady = time.monotonic() - began > _STEADY
+            pause = 0.0 if steady else min(max(2 * pause, 0.5), _LONGEST_PAUSE)
+            self._runner = self.engine = None  # their memory is free before the next takes its own
+            self._cause = "it is being restarted"
+            gc.collect()
+            self.restarts += 1
+            await asyncio.sleep(pause)
+
+    def _make(self) -> None:
+        engine = self._make_engine()
+        if self._warm_up:
+            engine.warm_up(self._progress)
+        if not self._closed:
+            self.engine, self._runner = engine, AsyncEngine(engine)
+
+    def _progress(self, done: int, total: int) -> None:
+        if self._closed:
+            raise InputError("the server ends")
+        self._cause = f"program {done} of {total} is compiled"

@@ -1,0 +1,59 @@
+"""Limits of what a request may hold and how long it may take."""
+
+from dataclasses import dataclass
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.images import MAX_PIXELS
+from phi4mm_jax.processing.video import MAX_FRAMES
+from phi4mm_jax.utils.checks import check_whole, is_number
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server; a request beyond one is refused, and told which.
+
+    Attributes:
+        max_body_bytes: of a request, its media included.
+        file_bytes: of a file for batches.
+        stored_bytes: of all files for batches together.
+        max_images: of a request, a video being as many as it may have frames.
+        max_pixels: of an image.
+        audios: clips of a request.
+        max_audio_seconds: of all clips of a request together.
+        choices: the most answers to one prompt (`n`).
+        prompts: the most prompts of one request for completions.
+        top_logprobs: the most alternatives of each token.
+        max_new_tokens: of answers whose request does not say.
+        remote_bytes: of a medium that is fetched.
+        remote_seconds: that fetching it may take.
+        max_waiting: requests that wait for the engine; more are refused for the moment.
+        timeout: seconds that a request may take, waiting included, which may itself ask for less.
+
+    Raises:
+        InputError: a limit is no positive number.
+    """
+
+    max_body_bytes: int = 64 * _MIB
+    file_bytes: int = 512 * _MIB
+    stored_bytes: int = 8192 * _MIB
+    max_images: int = MAX_FRAMES
+    max_pixels: int = MAX_PIXELS
+    audios: int = 16
+    max_audio_seconds: int = 1800
+    choices: int = 16
+    prompts: int = 64
+    top_logprobs: int = 20
+    max_new_tokens: int = 1024
+    remote_bytes: int = 32 * _MIB
+    remote_seconds: int = 20
+    max_waiting: int = 256
+    timeout: float = 600.0
+
+    def __post_init__(self):
+        for name in vars(self):
+            if name != "timeout":
+                check_whole(name, getattr(self, name), 0 if name == "top_logprobs" else 1)
+        if not is_number(self.timeout) or not self.timeout > 0:
+            raise InputError(f"timeout is {self.timeout!r:.60}; expected a positive number")

@@ -1,0 +1,74 @@
+"""Fair queue in front of the engine: clients take turns, however many requests each has."""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from phi4mm_jax.serve.errors import ApiError
+
+
+class FairQueue:
+    """Lets so many requests at once into the engine; the rest wait, and get turns by round-robin over the clients.
+
+    Of one event loop.
+
+    Attributes:
+        running: requests that the engine has.
+        waiting: requests that wait.
+    """
+
+    def __init__(self, size: int, max_waiting: int):
+        self._size, self._max_waiting = size, max_waiting
+        self._clients: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
+        self.running = self.waiting = 0
+
+    def check_room(self, count: int) -> None:
+        """Raise ApiError where so many more requests would be too many."""
+        room = max(self._size - self.running, 0) + self._max_waiting - self.waiting
+        if count > room:
+            raise ApiError(
+                429, f"{self.waiting} requests are waiting, and {self._max_waiting} may; send it again later",
+                kind="rate_limit_error", code="server_busy", retry_after=max(1, self.waiting // self._size),
+            )  # fmt: skip
+
+    @asynccontextmanager
+    async def turn(self, client: str) -> AsyncIterator[None]:
+        """Wait for this client's turn; the engine has the request within."""
+        if self.running < self._size:
+            self.running += 1
+        else:
+            await self._wait(client)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, client: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._clients.setdefault(client, deque()).append(turn)
+        self.waiting += 1
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # its turn came at the same moment
+                self._pass_on()
+            else:
+                self.waiting -= 1
+                queue = self._clients[client]
+                queue.remove(turn)
+                if not queue:
+                    del self._clients[client]
+            raise
+
+    def _pass_on(self) -> None:
+        """Give the place of a request that has ended to the next client."""
+        if not self._clients:
+            self.running -= 1
+            return
+        client, queue = self._clients.popitem(last=False)
+        turn = queue.popleft()
+        if queue:
+            self._clients[client] = queue  # at the end
+        self.waiting -= 1
+        turn.set_result(None)

@@ -1,0 +1,254 @@
+"""Turns, deadlines, keys, cancelled requests and streams of tool calls: a server whose engine is played by a script."""
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from helpers.paths import TINY
+from helpers.serving import serving, wait_for
+
+from phi4mm_jax.engine import Completion, Update
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.batches import Batches
+from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.serve.models import BatchRequest
+from phi4mm_jax.serve.queueing import FairQueue
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+class Script:
+    """Plays the engine's host: gives a request the updates of its script, and keeps what was asked and left."""
+
+    ready, cause, restarts, engine = True, "", 0, None
+
+    def __init__(self, play):
+        self.play, self.asked, self.left = play, [], []
+        self.go = threading.Event()
+
+    def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def updates(self, request) -> AsyncIterator[Update]:
+        self.asked.append(request)
+        try:
+            async for update in self.play(self):
+                yield update
+        finally:
+            self.left.append(request)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_folder(TINY)
+
+
+def make_app(play, tokenizer, folder, limits=None, **settings):
+    app = create_app(lambda: None, tokenizer, 1, ServerSettings("m", folder, limits or Limits(), **settings))
+    object.__setattr__(app.state.service, "host", Script(play))
+    return app
+
+
+async def answer(_: Script) -> AsyncIterator[Update]:
+    yield Update(0, "yes", Completion("yes", [1], "stop", 3, (-0.5,), content="yes"), (1,), (-0.5,))
+
+
+async def never(_: Script) -> AsyncIterator[Update]:
+    yield Update(0, "a", tokens=(1,), log_probabilities=(-0.5,))
+    await asyncio.sleep(3600)
+
+
+async def when_told(script: Script) -> AsyncIterator[Update]:
+    while not script.go.is_set():
+        await asyncio.sleep(0.01)
+    async for update in answer(script):
+        yield update
+
+
+def test_clients_take_turns():
+    async def run() -> list[str]:
+        queue, order, go = FairQueue(1, 10), [], asyncio.Event()
+
+        async def one(name: str) -> None:
+            async with queue.turn(name[0]):
+                order.append(name)
+                await go.wait()
+
+        tasks = []
+        for name in ("a1", "a2", "a3", "b1", "c1", "b2", "c2"):
+            tasks.append(asyncio.create_task(one(name)))
+            await asyncio.sleep(0)
+        assert (order, queue.waiting) == (["a1"], 6)
+        tasks.pop().cancel()
+        go.set()
+        await asyncio.gather(*tasks)
+        assert (queue.running, queue.waiting) == (0, 0)
+        return order
+
+    assert asyncio.run(run()) == ["a1", "a2", "b1", "c1", "a3", "b2"]
+
+
+def test_too_many_wait(tokenizer, tmp_path):
+    app = make_app(when_told, tokenizer, tmp_path, Limits(max_waiting=1))
+    service = app.state.service
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(client.post("/v1/chat/completions", json=CHAT).status_code))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: (service.queue.running, service.queue.waiting) == (2, 1))  # two slots' worth run, one waits
+        for body in (CHAT, CHAT | {"stream": True}):
+            refused = client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "server_busy"
+        service.host.go.set()
+        for thread in threads:
+            thread.join()
+    assert found == [200, 200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_cancels_its_request(tokenizer, tmp_path, stream):
+    app = make_app(never, tokenizer, tmp_path)
+    host = app.state.service.host
+    with serving(app) as url:
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=url, timeout=0.5) as client:
+            client.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+        wait_for(lambda: len(host.left) == 1)
+        assert app.state.service.queue.running == 0
+
+
+def test_a_deadline_ends_a_request(tokenizer, tmp_path):
+    app = make_app(never, tokenizer, tmp_path)
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        whole = client.post("/v1/chat/completions", json=CHAT | {"timeout": 0.2})
+        assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
+        streamed = client.post("/v1/chat/completions", json=CHAT | {"timeout": 0.2, "stream": True})
+        *_, error, end = [line for line in streamed.text.splitlines() if line]
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert end == "data: [DONE]"
+        assert client.post("/v1/chat/completions", json=CHAT | {"timeout": 0}).status_code == 400
+    assert len(app.state.service.host.left) == 2
+
+
+def test_a_shutdown_finishes_what_runs(tokenizer, tmp_path):
+    app = make_app(when_told, tokenizer, tmp_path)
+    found = []
+    with serving(app) as url:
+        ask = threading.Thread(
+            target=lambda: found.append(httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=60))
+        )
+        ask.start()
+        wait_for(lambda: app.state.service.host.asked)
+        threading.Timer(0.3, app.state.service.host.go.set).start()
+    ask.join()
+    assert found[0].json()["choices"][0]["message"]["content"] == "yes"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_keys_and_names(tokenizer, tmp_path):
+    app = make_app(answer, tokenizer, tmp_path / "a", api_keys=["right", "other"])
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}):
+            for path in ("/v1/models", "/metrics"):
+                refused = client.get(path, headers=headers)
+                assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert client.get("/health").status_code == client.get("/").status_code == 200
+        one = openai.OpenAI(base_url=f"{url}/v1", api_key="right")
+        two = openai.OpenAI(base_url=f"{url}/v1", api_key="other")
+        file = one.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+        assert [found.id for found in one.files.list()] == [file.id]
+        assert list(two.files.list()) == []
+        with pytest.raises(openai.NotFoundError):
+            two.files.content(file.id)
+    with serving(make_app(answer, tokenizer, tmp_path / "b")) as url:
+        assert httpx.get(f"{url}/v1/models", headers={"Host": "localhost:8000"}).status_code == 200
+        for name in ("example.org", "localhost.example.org:8000"):  # as where a page has its own name point here
+            assert httpx.get(f"{url}/v1/models", headers={"Host": name}).status_code == 403
+
+
+def test_tool_calls_are_streamed(tokenizer, tmp_path):
+    begin, end = (tokenizer.special_tokens[name] for name in ("<|tool_call|>", "<|/tool_call|>"))
+    call = '[{"name": "add", "arguments": {"a": 1}}]'
+    before, inside = tokenizer.encode("Sure. "), tokenizer.encode(call)
+    text = f"Sure. <|tool_call|>{call}<|/tool_call|>"
+    tokens = [*before, begin, *inside, end]
+
+    async def play(_: Script) -> AsyncIterator[Update]:
+        yield Update(0, "Su", tokens=())
+        yield Update(0, "re. <|tool_call|>[", tokens=(*before, begin, inside[0]))
+        yield Update(0, call[1:], tokens=tuple(inside[1:]))
+        completion = Completion.of(tokenizer, text, tokens, "stop", 3)
+        yield Update(0, "<|/tool_call|>", completion, (end,))
+
+    with serving(make_app(play, tokenizer, tmp_path)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        messages: Any = CHAT["messages"]
+        whole: Any = client.chat.completions.create(model="m", messages=messages).choices[0]
+        deltas = [c.choices[0] for c in client.chat.completions.create(model="m", messages=messages, stream=True)]
+    assert (whole.message.content, whole.finish_reason) == ("Sure. ", "tool_calls")
+    assert json.loads(whole.message.tool_calls[0].function.arguments) == {"a": 1}
+    assert [delta.delta.content for delta in deltas if delta.delta.content] == ["Su", "re. "]
+    (called,) = [delta.delta.tool_calls[0] for delta in deltas if delta.delta.tool_calls]
+    assert (called.function.name, json.loads(called.function.arguments)) == ("add", {"a": 1})
+    assert deltas[-1].finish_reason == "tool_calls"
+
+
+def test_a_batch_is_resumed_by_the_next_server(tmp_path):
+    """The first server is ended while it answers; no line is answered twice, and none is left out."""
+    lines = [{"custom_id": f"a{i}", "url": "/v1/completions", "body": {"prompt": str(i)}} for i in range(5)]
+    store, asked = Store(tmp_path, Limits()), []
+    (tmp_path / "input").write_text("\n".join(map(json.dumps, lines)))
+    with (tmp_path / "input").open("rb") as source:
+        file = store.add_file(source, "a.jsonl", "batch", "me")["id"]
+
+    async def first() -> str:
+        async def respond(_, body, owner):
+            if body["prompt"] == "2":
+                await asyncio.sleep(3600)
+            asked.append(body["prompt"])
+            return {"of": body["prompt"]}
+
+        batches = Batches(store, respond, 1)
+        name = batches.create(BatchRequest(input_file_id=file, endpoint="/v1/completions"), "me")["id"]
+        while len(asked) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        await batches.close()
+        return name
+
+    async def second(name: str) -> dict:
+        async def respond(_, body, owner):
+            asked.append(body["prompt"])
+            return {"of": body["prompt"]}
+
+        batches = Batches(store, respond, 2)
+        batches.resume()
+        while batches.read(name, "me")["status"] != "completed":
+            await asyncio.sleep(0.01)
+        return batches.read(name, "me")
+
+    name = asyncio.run(first())
+    (output,) = [path for path in tmp_path.glob("file-*.content") if b"custom_id" in path.read_bytes()
+                 and b"response" in path.read_bytes()]  # fmt: skip
+    with output.open("a") as written:
+        written.write('{"id": "half a li')  # as where the first one was killed
+    done = asyncio.run(second(name))
+    assert asked == ["0", "1", "2", "3", "4"]
+    answers = [json.loads(line) for line in store.content(done["output_file_id"]).read_text().splitlines()]
+    assert {x["custom_id"]: x["response"]["body"]["of"] for x in answers} == {f"a{i}": str(i) for i in range(5)}
+    assert done["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
