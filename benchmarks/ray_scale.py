@@ -3,13 +3,14 @@
 The small model of the repository answers mixed rows (texts, images, clips, both) with one processor for each engine.
 Throughput is of the last four fifths of the rows, once every program is compiled. Then the rows are answered
 once more by two engines, of which one is killed every few seconds, and so is the whole run from time to time: in the
-end each id has one answer, which is the one that a single engine gives.
+end each id has one answer, which is the one that a single engine gives. Given a folder, the benchmark resumes there.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,24 @@ TOKENS, CACHE = 8, 4096
 COMMON = ("--max-new-tokens", f"{TOKENS}", "--cache-tokens", f"{CACHE}", "--dtype", "float32", "--cluster", "local")
 
 
+class Told:
+    """Results so far, in a file that a benchmark that is resumed reads."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        told = json.loads(path.read_text()) if path.exists() else {}
+        self.rates: dict[str, float] = told.get("rates", {})  # tokens/s by engines
+        self.engines: int = told.get("engines", 0)  # killed
+        self.runs: int = told.get("runs", 0)
+        self.ended: bool = told.get("ended", False)
+
+    def save(self) -> None:
+        self._path.write_text(json.dumps({name: x for name, x in vars(self).items() if name != "_path"}))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker-seconds", type=float, default=20, help="between killed engines, on average")
     parser.add_argument("--driver-seconds", type=float, default=60, help="between killed runs, on average")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # engines, in a process of its own
@@ -38,24 +53,28 @@ def main() -> int:
     if arguments.measure:
         return measure(arguments.folder, arguments.measure)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="ray-scale-"))
-    write_rows(folder / "in", arguments.rows)
-    print(f"{arguments.rows} rows, one processor an engine: {processor()}")
-    seconds = {}
-    for engines in (1, 2):
+    if not (folder / "in").exists():
+        write_rows(folder / "in", arguments.rows)
+    say(f"{folder}: {arguments.rows} rows, one processor an engine: {processor()}")
+    told = Told(folder / "told.json")
+    for engines in ("1", "2"):
+        if engines in told.rates:
+            continue
+        shutil.rmtree(folder / f"out{engines}", ignore_errors=True)
         output = subprocess.run(
-            [sys.executable, "-m", "benchmarks.ray_scale", "--measure", str(engines), str(folder)],
-            cwd=ROOT, env=environment(), check=True, capture_output=True, text=True,
+            [sys.executable, "-m", "benchmarks.ray_scale", "--measure", engines, str(folder)],
+            cwd=ROOT, env=environment(folder), check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        seconds[engines] = json.loads(output.splitlines()[-1])
+        told.rates[engines] = json.loads(output.splitlines()[-1])["rate"]
+        told.save()
+        say(f"{engines} engines: {told.rates[engines]:.1f} tokens/s")
     expected, found = (answers_of(folder / f"out{engines}") for engines in (1, 2))
     assert found == expected, "two engines answer otherwise than one"
-    print(f"throughput of two engines over one: {seconds[2]['rate'] / seconds[1]['rate']:.2f}")
-    killed = run_with_kills(folder, arguments.seed, arguments.worker_seconds, arguments.driver_seconds)
+    say(f"throughput of two engines over one: {told.rates['2'] / told.rates['1']:.2f}")
+    run_with_kills(folder, told, arguments.worker_seconds, arguments.driver_seconds)
     found = answers_of(folder / "killed")
     assert found == expected, "answers after kills are others"
-    print(
-        f"{killed['engines']} engines and {killed['runs']} runs killed: {len(found)} ids, each answered once, as by one"
-    )
+    say(f"{told.engines} engines and {told.runs} runs killed: {len(found)} ids, each answered once, as by one")
     return 0
 
 
@@ -97,28 +116,36 @@ def measure(folder: Path, engines: int) -> int:
     return 0
 
 
-def run_with_kills(folder: Path, seed: int, worker_seconds: float, driver_seconds: float) -> dict[str, int]:
-    """Run infer.ray until it ends by itself; count what was killed."""
-    draw, killed = random.Random(seed), {"engines": 0, "runs": 0}
-    while True:
+def run_with_kills(folder: Path, told: Told, worker_seconds: float, driver_seconds: float) -> None:
+    """Run infer.ray until it ends by itself; tell what was killed."""
+    draw = random.Random(told.engines + told.runs)
+    while not told.ended:
         run = subprocess.Popen(
             [sys.executable, "-m", "infer.ray", "--model", str(MODEL), "--input", f"{folder}/in/*.jsonl", "--output",
              f"{folder}/killed", "--engines", "2", "--write-seconds", "1", *COMMON],
-            cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL, stderr=(folder / "run.log").open("a"),
         )  # fmt: skip
-        end = time.monotonic() + 20 + draw.expovariate(1 / driver_seconds)
+        before = len(answers_in(folder / "killed"))
+        while run.poll() is None and len(answers_in(folder / "killed")) == before:
+            time.sleep(0.5)  # a run that is killed before its engines answer shows nothing
+        end = time.monotonic() + draw.expovariate(1 / driver_seconds)
         while run.poll() is None and time.monotonic() < end:
             time.sleep(min(draw.expovariate(1 / worker_seconds), max(end - time.monotonic(), 0.1)))
             if engines := engine_processes(run.pid):
                 os.kill(draw.choice(engines), signal.SIGKILL)
-                killed["engines"] += 1
-        if run.poll() is not None:
-            assert run.returncode == 0, f"infer.ray ended with {run.returncode}"
-            return killed
-        run.kill()
-        run.wait()
-        killed["runs"] += 1
-        time.sleep(2)  # its cluster ends
+                told.engines += 1
+                told.save()
+                say(f"an engine killed, {len(answers_in(folder / 'killed'))} rows answered")
+        if run.poll() is None:
+            run.kill()
+            run.wait()
+            told.runs += 1
+            say(f"the run killed, {len(answers_in(folder / 'killed'))} rows answered")
+            time.sleep(2)  # its cluster ends
+        else:
+            assert run.returncode == 0, f"infer.ray ended with {run.returncode}; see {folder}/run.log"
+            told.ended = True
+        told.save()
 
 
 def answers_of(folder: Path) -> dict[str, Any]:
@@ -129,8 +156,15 @@ def answers_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu"}
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment: an engine has one processor, and one that is replaced finds its compiled programs."""
+    one = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "NPROC": "1", "OMP_NUM_THREADS": "1"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/programs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, **one, **cache, "JAX_PLATFORMS": "cpu"}
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def processor() -> str:
