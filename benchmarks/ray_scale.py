@@ -45,8 +45,8 @@ class Told:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=500)
-    parser.add_argument("--worker-seconds", type=float, default=20, help="between killed engines, on average")
-    parser.add_argument("--driver-seconds", type=float, default=60, help="between killed runs, on average")
+    parser.add_argument("--worker-seconds", type=float, default=2, help="between killed engines, on average")
+    parser.add_argument("--driver-seconds", type=float, default=4, help="between killed runs, on average")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # engines, in a process of its own
     parser.add_argument("folder", nargs="?", type=Path)
     arguments = parser.parse_args()
@@ -122,7 +122,7 @@ def run_with_kills(folder: Path, told: Told, worker_seconds: float, driver_secon
     while not told.ended:
         run = subprocess.Popen(
             [sys.executable, "-m", "infer.ray", "--model", str(MODEL), "--input", f"{folder}/in/*.jsonl", "--output",
-             f"{folder}/killed", "--engines", "2", "--write-seconds", "1", *COMMON],
+             f"{folder}/killed", "--engines", "2", "--slots", "2", "--write-seconds", "0", *COMMON],
             cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL, stderr=(folder / "run.log").open("a"),
         )  # fmt: skip
         before = len(answers_in(folder / "killed"))

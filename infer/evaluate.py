@@ -12,6 +12,9 @@ are accepted as well are in "answers". The tasks:
 Items that fail count as wrong, and are named. With --output, the folder gets report.json (all figures), items.jsonl
 (each item with its answer and metrics) and answers.jsonl, from which the same command resumes after it was stopped.
 docs/evaluation.md tells how to get the benchmarks.
+
+Of several hosts each runs the same command and answers its share with an engine of its own; the first one writes the
+report. TPU VMs, GKE and SLURM say which host a process is, elsewhere the options do.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -28,11 +32,29 @@ import phi4mm_jax
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
 from phi4mm_jax.engine import EngineConfig
-from phi4mm_jax.evaluation.answers import AUTO, answer_file, check_adapter, read_answers, settings_of
+from phi4mm_jax.evaluation.answers import (
+    AUTO,
+    Answer,
+    answer_file,
+    check_adapter,
+    claim_folder,
+    read_answers,
+    settings_of,
+)
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import NORMALIZERS
 from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
+from phi4mm_jax.training.hosts import (
+    add_host_options,
+    check_agreement,
+    check_shared,
+    collect,
+    connected_hosts,
+    coordination_of,
+    deal_out,
+    is_first,
+)
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
@@ -71,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
         help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
     )  # fmt: skip
     add_profile(parser, "some items in the middle")
+    add_host_options(parser)
     return parser.parse_args()
 
 
@@ -83,6 +106,12 @@ def main() -> int:
         )  # fmt: skip
     if arguments.tokenize is not None and arguments.task != "ast":
         raise phi4mm_jax.InputError(f"--tokenize is for the task ast; leave it out for {arguments.task}")
+    with connected_hosts(coordination_of(arguments)):
+        return measure_sets(arguments)
+
+
+def measure_sets(arguments: argparse.Namespace) -> int:
+    """Read and check all that is asked for, then evaluate."""
     with named_options(arguments):
         config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cli=True)
         measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
@@ -119,19 +148,31 @@ def evaluate(
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
     if arguments.adapters_from is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
-    with answer_file(folder, settings, items) as file:
+    check_agreement("the items and settings", dataclasses.asdict(settings))
+    if arguments.output:
+        check_shared(folder)
+    share, own, own_settings = deal_out(items), folder, settings
+    if jax.process_count() > 1:  # a folder each, from which the same number of hosts resumes
+        own = folder / f"host-{jax.process_index()}-of-{jax.process_count()}"
+        own_settings = dataclasses.replace(settings, prompts=f"{settings.prompts} {own.name}")
+        if is_first():
+            claim_folder(folder, settings)
+        check_agreement("the folders", "claimed")
+    with answer_file(own, own_settings, share) as file:
         if file.answered:
-            print(f"{file.answered} of {len(items)} items are answered already; resuming", file=sys.stderr)
-        if file.answered < len(items):
+            print(f"{file.answered} of {len(share)} items are answered already; resuming", file=sys.stderr)
+        if file.answered < len(share):
             engine = make_engine(load_model(arguments), config)
             with (
-                count_bar("Answering", "tokens", len(items), file.answered) as advance,
-                Profile(arguments.profile, len(items), file.answered, arguments.slots) as profile,
+                count_bar("Answering", "tokens", len(share), file.answered) as advance,
+                Profile(arguments.profile, len(share), file.answered, arguments.slots) as profile,
             ):
                 for _, tokens in file.run(engine):
                     advance(1, tokens)
                     profile.advance()
-    answers = read_answers(folder, items)
+    answers = [Answer(**found) for found in collect([dataclasses.asdict(a) for a in read_answers(own, share)])]
+    if not is_first():
+        return 0
     starts = iter(answers)
     answered = {name: (of_set, [next(starts) for _ in of_set]) for name, of_set in sets.items()}
     report = measure(answered, PUBLISHED[arguments.reference] if arguments.reference else None)

@@ -197,7 +197,7 @@ def _any_of(sizes: Sequence[int]) -> str:
 
 
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:
-    """Return where each parameter lies, by path; on the first device without a mesh.
+    """Return where each parameter lies, by path; on this host's first device without a mesh.
 
     An axis that its mesh axes do not divide is not split, and a mesh axis splits the first axis it can.
 
@@ -210,7 +210,7 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
         raise InputError(f"mesh is {mesh!r}; expected one with the axes fsdp and tensor: use make_mesh(fsdp, tensor)")
     boxed = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
     if mesh is None:
-        return dict.fromkeys(boxed, SingleDeviceSharding(jax.devices()[0]))
+        return dict.fromkeys(boxed, SingleDeviceSharding(jax.local_devices()[0]))
 
     def spec(leaf) -> NamedSharding:
         axes = leaf.names if isinstance(leaf, nn.Partitioned) else (None,) * leaf.ndim

@@ -80,7 +80,7 @@ def load_variables(
     table += [tensor for adapter in adapters for tensor in adapter.tensors]
     used = {path: source.parameters[path] for path, source in sources.items() if path[0] != UNUSED}
     if shardings is None:
-        shardings = dict.fromkeys(used, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        shardings = dict.fromkeys(used, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     for path in used.keys() ^ shardings.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0

@@ -120,7 +120,7 @@ def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iter
     Raises:
         InputError: the folder holds something else, such as another run's answers, or cannot be written to.
     """
-    _claim(folder, settings)
+    claim_folder(folder, settings)
     adapter = None if settings.adapter == AUTO else settings.adapter
     requests = (_request(item, settings.max_new_tokens, adapter) for item in items)
     lines = [Line(i, x.where, x.where, request) for i, (x, request) in enumerate(zip(items, requests, strict=True))]
@@ -132,7 +132,12 @@ def _request(item: Item, max_new_tokens: int, adapter: str | None) -> Request:
     return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter)
 
 
-def _claim(folder: Path, settings: Settings) -> None:
+def claim_folder(folder: Path, settings: Settings) -> None:
+    """Make a folder for the answers of these settings, or check that it is.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written to.
+    """
     path, now = folder / SETTINGS, asdict(settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Evaluation during a run: the loss on other data, and the errors of generated answers."""
+"""Evaluation during a run: the loss on other data, and the errors of generated answers.
+
+Of several hosts each answers its share, by an engine on its own devices.
+"""
 
 import dataclasses
 import math
@@ -12,17 +15,17 @@ from jax.sharding import Mesh
 
 from phi4mm_jax.data.pipeline import DataConfig, TrainingData, without_augmentation
 from phi4mm_jax.engine import Engine, EngineConfig, Programs
-from phi4mm_jax.errors import InputError
-from phi4mm_jax.evaluation.answers import Answer, ask
+from phi4mm_jax.evaluation.answers import ask
 from phi4mm_jax.evaluation.items import Item, read_items
 from phi4mm_jax.evaluation.metrics import corpus_score, make_metric
 from phi4mm_jax.mesh import jit_on_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.training.dpo import without_reference
+from phi4mm_jax.training.hosts import collect, deal_out
 from phi4mm_jax.training.param_filter import join
 from phi4mm_jax.training.recipe import EvaluationConfig
-from phi4mm_jax.training.sharding import shard_batches
+from phi4mm_jax.training.sharding import on_own_devices, shard_batches
 from phi4mm_jax.training.step import Objective, Variables
 from phi4mm_jax.utils.paths import local_path
 
@@ -45,17 +48,13 @@ class Evaluation:
         self, config: EvaluationConfig, data: DataConfig, processor: Processor, module: Phi4MM, variables: Variables
     ):
         self._config, self._processor = config, processor
-        if config.metric != "loss" and jax.process_count() > 1:
-            raise InputError(
-                f"evaluation.metric is {config.metric}, which generates answers, on {jax.process_count()} hosts; give "
-                "loss, and evaluate exported checkpoints with infer.evaluate"
-            )
         self._data = dataclasses.replace(
             without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )
         with closing(self.batches()) as stream:
             stream.count_batches()  # reads all samples: now, and not when the first evaluation is due
-        self._programs = Programs(Phi4MM(module.config, module.dtype), variables)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
+        self._programs = Programs(Phi4MM(module.config, module.dtype), on_own_devices(shapes))
         self._compiled: Any = None
         self._metric = None if config.metric == "loss" else make_metric(config.metric)
         self._items: list[Item] = []
@@ -83,10 +82,9 @@ class Evaluation:
                     return None
         values = {"evaluation_loss": loss / max(weight, 1.0)}
         if self._metric is not None:
-            found = self._answers(trainable, frozen, stopped)
-            if found is None:
+            answers = self._answers(trainable, frozen, stopped)
+            if answers is None:
                 return None
-            answers = [answer.text for answer in found]
             score = corpus_score(self._metric, [item.references for item in self._items], answers)
             values[f"evaluation_{self._config.metric}"] = score
         return values
@@ -99,9 +97,11 @@ class Evaluation:
         """Return the batches of an evaluation, to be closed."""
         return TrainingData(self._data, self._processor, jax.process_index(), jax.process_count())
 
-    def _answers(self, trainable: Variables, frozen: Variables, stopped: Callable[[], bool]) -> list[Answer] | None:
+    def _answers(self, trainable: Variables, frozen: Variables, stopped: Callable[[], bool]) -> list[str | None] | None:
         dtype = self._programs.model.dtype
         variables = join(jax.tree.map(lambda x: jnp.asarray(x, dtype), trainable), without_reference(frozen))
         config = EngineConfig(cache_tokens=_CACHE_TOKENS)
-        engine = Engine(self._programs, variables, self._processor, config)
-        return ask(engine, self._items, self._config.max_new_tokens, self._data.adapter, ended=stopped)
+        engine = Engine(self._programs, on_own_devices(variables), self._processor, config)
+        share, length = deal_out(self._items), self._config.max_new_tokens
+        answers = ask(engine, share, length, self._data.adapter, ended=stopped)
+        return None if answers is None else collect([answer.text for answer in answers])

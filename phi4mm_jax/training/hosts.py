@@ -19,7 +19,7 @@ import time
 import traceback
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -211,6 +211,34 @@ def _reads(token: Path) -> bool:
         return token.read_text() == token.name
     except OSError:
         return False
+
+
+def gather(value: Any) -> list[Any]:
+    """Return a value of each host, on all of them.
+
+    Args:
+        value: plain values for JSON.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = _gather(np.asarray([own.size]))[:, 0]
+    found = _gather(np.pad(own, (0, int(sizes.max()) - own.size)))
+    return [json.loads(x[:size].tobytes()) for x, size in zip(found, sizes, strict=True)]
+
+
+def deal_out(items: Sequence[Any]) -> Sequence[Any]:
+    """Return this host's share of items: they are dealt out one by one."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
+def collect(share: Sequence[Any]) -> list[Any]:
+    """Return what has become of all items on all hosts, in their order before `deal_out`; plain values for JSON."""
+    shares = gather(list(share))
+    found: list[Any] = [None] * sum(map(len, shares))
+    for host, values in enumerate(shares):
+        found[host :: len(shares)] = values
+    return found
 
 
 def _gather(x: np.ndarray) -> np.ndarray:

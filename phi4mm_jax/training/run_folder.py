@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import jax
-
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.hosts import gather, is_first
 from phi4mm_jax.utils.files import try_lock
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
@@ -27,13 +26,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it is not there. The first host locks for all of its run.
 
     Raises:
-        InputError: another process holds the lock.
+        InputError: on all hosts, another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index():
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        if not try_lock(file):
+    with (folder / ".lock").open("a") if is_first() else nullcontext() as file:
+        locked, *_ = gather(file is not None and try_lock(file))
+        if not locked:
             raise InputError(f"{folder}: another process is training here; wait for it, or give another output")
         yield

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.batch import Batch, TrainingBatch
 from phi4mm_jax.data.packing import PackingConfig
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import LENGTH, ROWS, activation_sharding, jit_on_mesh
+from phi4mm_jax.mesh import AXES, LENGTH, ROWS, activation_sharding, jit_on_mesh
 from phi4mm_jax.training.param_filter import split
 from phi4mm_jax.training.step import (
     Metrics,
@@ -53,6 +53,35 @@ def order_by_host(mesh: Mesh | None) -> Mesh | None:
         rows = rows[np.argsort(hosts[:, 0], kind="stable")]
     devices = np.moveaxis(rows.reshape(moved.shape), range(len(axes)), axes)
     return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def on_own_devices(variables: Variables) -> Variables:
+    """Return variables that each host has whole, on a mesh of its own devices, from those of a mesh of all hosts.
+
+    Shapes of variables become such shapes.
+    """
+    if jax.process_count() == 1:
+        return variables
+    mesh = jax.tree.leaves(variables)[0].sharding.mesh
+    rows = math.prod(mesh.shape[axis] for axis in ROWS) // jax.process_count()
+    fsdp = math.gcd(rows, mesh.shape["fsdp"])  # divides what the mesh's own divides
+    sizes = (jax.process_count(), rows // fsdp, fsdp, mesh.shape["context"], mesh.shape["tensor"])
+    by_host = Mesh(mesh.devices.reshape(sizes), ("hosts", *AXES), axis_types=(AxisType.Auto,) * (1 + len(AXES)))
+    (ours,) = (part for part in by_host.devices if part.flat[0].process_index == jax.process_index())
+    own = Mesh(ours, AXES, axis_types=mesh.axis_types)
+
+    def spread(x: Any) -> Any:
+        return NamedSharding(by_host, x.sharding.spec)
+
+    def keep(x: Any) -> Any:
+        place = NamedSharding(own, x.sharding.spec)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        return jax.make_array_from_single_device_arrays(x.shape, place, [part.data for part in x.addressable_shards])
+
+    if not isinstance(jax.tree.leaves(variables)[0], jax.ShapeDtypeStruct):
+        variables = jax.jit(lambda x: x, out_shardings=jax.tree.map(spread, variables))(variables)
+    return jax.tree.map(keep, variables)
 
 
 def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:

@@ -1,23 +1,22 @@
-"""Hosts of one run: how they are found out, and that they agree, fail together and train as one."""
+"""Hosts of one run: how they are found out, and that they agree, fail together, train and evaluate as one."""
 
 import argparse
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-import yaml
 from flax.traverse_util import flatten_dict
-from helpers.paths import TINY
+from helpers.paths import FIXTURES, TINY
 
 from phi4mm_jax import InputError
+from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.evaluation.answers import ask
+from phi4mm_jax.evaluation.items import read_items
+from phi4mm_jax.testing.host_runs import free_port, host_options, outcomes, start_hosts, write_recipe
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.hosts import Coordination, add_host_options, coordination_of
 from phi4mm_jax.training.metrics_log import read_log
@@ -26,6 +25,7 @@ from phi4mm_jax.training.run_folder import CHECKPOINTS
 from train import sft
 
 ROOT = Path(__file__).parents[2]
+METRIC = ["evaluation.metric=cer", "evaluation.samples=5", "evaluation.max_new_tokens=4"]  # one host answers 3
 
 
 def parsed(*options: str) -> argparse.Namespace:
@@ -91,40 +91,10 @@ HOSTS = """
     """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def two_hosts(command) -> list[tuple[int, str, str]]:
-    """Status, output and error of two processes; `command` gives a host's, by the coordinator and its number."""
-    environment = os.environ | {
-        "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
-    address = f"localhost:{free_port()}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command(address, host))], env=environment, cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for host in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        (process.returncode, "".join(x for x in out.splitlines(True) if not x.startswith("[Gloo]")), error)
-        for process, (out, error) in zip(processes, outputs, strict=True)
-    ]
-
-
 def meet(tmp_path, scenario: str, folders: tuple[Path, Path]) -> list[tuple[int, str, str]]:
     script = tmp_path / "hosts.py"
     script.write_text(textwrap.dedent(HOSTS))
-    return two_hosts(lambda address, host: [script, address, host, folders[host], scenario])
+    return outcomes(start_hosts(lambda address, host: [script, address, host, folders[host], scenario]))
 
 
 @pytest.mark.subprocess
@@ -166,52 +136,51 @@ def test_a_host_that_is_killed_ends_the_others(tmp_path):
     assert out == "both are here\n"
 
 
-@pytest.fixture
-def recipe(tmp_path) -> Path:
-    """Texts, whose evaluation is the loss."""
-    for name, count in (("train", 32), ("held", 8)):
-        samples = [
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x " * (12 + i % 8)}]}
-            for i in range(count)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    settings = {
-        "model": str(TINY), "output": str(tmp_path / "run"), "dtype": "float32", "mesh": "fsdp=2", "save_every": 2,
-        "trainable": ["params/decoder/norm", "params/decoder/layers/mlp/down"],
-        "data": {
-            "sources": [{"path": str(tmp_path / "train.jsonl")}], "steps": 4, "threads": 1,
-            "packing": {"rows": 4, "lengths": [64], "window": 1},
-        },
-        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1},
-        "evaluation": {"sources": [{"path": str(tmp_path / "held.jsonl")}], "every": 2},
-    }  # fmt: skip
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_two_hosts_train_as_one(recipe, tmp_path):
-    """Their run is then resumed by one process with two devices; the losses and the update are those of one process."""
+def test_two_hosts_train_as_one(tmp_path):
+    """Their run is then resumed by one process with two devices; figures and update are those of one process."""
+    recipe = write_recipe(tmp_path, TINY)
 
     def command(address, host):
-        hosts = ["--coordinator", address, "--num-processes", 2, "--process-id", host]
-        return ["-m", "train.sft", recipe, "data.steps=2", *hosts]
+        return ["-m", "train.sft", recipe, "data.steps=2", *METRIC, *host_options(address, host)]
 
-    for status, out, error in two_hosts(command):
+    for status, out, error in outcomes(start_hosts(command)):
         assert status == 0, error
         assert "trained" in out or not out
-    assert sft.train(load_recipe(recipe)) == 0
-    assert sft.train(load_recipe(recipe, [f"output={tmp_path / 'one'}"])) == 0
+    assert sft.train(load_recipe(recipe, METRIC)) == 0
+    assert sft.train(load_recipe(recipe, [f"output={tmp_path / 'one'}", *METRIC])) == 0
     runs = [tmp_path / name for name in ("run", "one")]
-    both = [
-        [line[name] for line in read_log(run) for name in ("loss", "evaluation_loss") if name in line] for run in runs
-    ]
-    assert len(both[0]) == 6
+    names = ("loss", "evaluation_loss", "evaluation_cer")
+    both = [[line[name] for line in read_log(run) for name in names if name in line] for run in runs]
+    assert len(both[0]) == 8
     np.testing.assert_allclose(*both, rtol=1e-5)
     resumed, whole = (flatten_dict(Checkpoints(run / CHECKPOINTS, None, read_only=True).trained(4)) for run in runs)
     before = flatten_dict(jax.tree.map(np.asarray, sft.load(TINY, "float32", scan=True).variables))
     for path, value in whole.items():
         update, other = (np.asarray(x) - before[path] for x in (value, resumed[path]))
         assert np.linalg.norm(update - other) <= 5e-3 * np.linalg.norm(update) > 0, path
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_two_processes_of_slurm_evaluate_as_one(tiny, tmp_path):
+    """As within srun. The first one writes the report, in which is each answer of one engine."""
+    manifest, port = tmp_path / "items.jsonl", free_port()
+    manifest.write_text("".join((FIXTURES / "held" / "text.jsonl").read_text().splitlines(True)[:5]))
+    sizes = ["--max-new-tokens", "4", "--slots", "2", "--cache-tokens", "2048"]
+    options = ["--model", TINY, "--output", tmp_path / "out", "--task", "exact", "--dtype", "float32", *sizes]
+
+    def environment(host: int) -> dict[str, str]:
+        return {
+            "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": f"{host}",
+            "SLURM_LOCALID": f"{host}", "JAX_COORDINATOR_PORT": f"{port}",
+        }  # fmt: skip
+
+    ends = outcomes(start_hosts(lambda address, host: ["-m", "infer.evaluate", manifest, *options], environment))
+    assert [status for status, *_ in ends] == [0, 0], ends
+    assert [bool(out) for _, out, _ in ends] == [True, False]
+    found = [json.loads(line)["answer"] for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    answers = ask(tiny.engine(EngineConfig(slots=2, cache_tokens=2048)), read_items(manifest), 4)
+    assert found == [answer.text for answer in answers]
+    assert len(set(found)) > 2
