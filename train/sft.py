@@ -42,7 +42,7 @@ from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
 from phi4mm_jax.training.preemption import STOPPED, PreemptionSignal
 from phi4mm_jax.training.recipe import Recipe, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
-from phi4mm_jax.training.resume import check_unchanged, restore, settled_recipe
+from phi4mm_jax.training.resume import restore, settled_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
 from phi4mm_jax.training.sharding import (
     check_divisible,
@@ -136,7 +136,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
         closing(data),
         closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints,
     ):
-        check_unchanged(recipe, folder)
+        settled_recipe(recipe, folder)  # another process may have begun a run here meanwhile
         state, number, steps, unscored, messages = restore(checkpoints, state, data, recipe, steps)
         if number >= steps and not unscored and (folder / REPORT).exists():
             say(f"{folder}: has taken {number} steps, and the recipe asks for {steps}: all done")

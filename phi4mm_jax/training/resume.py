@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phi4mm_jax.data.pipeline import TrainingData
-from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.recipe import Recipe, resolved_as_before
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
@@ -30,12 +29,6 @@ def settled_recipe(recipe: Recipe, folder: Path) -> Recipe:
     """
     began = (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists()
     return resolved_as_before(recipe, folder / RECIPE) if began else recipe
-
-
-def check_unchanged(recipe: Recipe, folder: Path) -> None:
-    """Raise InputError if another process has begun the run with another recipe since this one was settled."""
-    if settled_recipe(recipe, folder) != recipe:
-        raise InputError(f"{folder}: another process has begun a run here meanwhile; rerun the same command to resume")
 
 
 def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, recipe: Recipe, steps: int) -> Resumed:
