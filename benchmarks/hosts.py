@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from phi4mm_jax.testing.host_runs import ROOT, host_options, outcomes, start_hosts, write_recipe
 from phi4mm_jax.training.checkpointing import Checkpoints
@@ -213,12 +213,12 @@ def last_step(run: Path) -> int | None:
         return checkpoints.last
 
 
-def result(run: Path) -> tuple[list[Any], dict[Any, np.ndarray]]:
+def result(run: Path) -> tuple[list[Any], dict[Any, Any]]:
     """Return all losses of a run, and what it has trained."""
     names = ("step", "loss", "gradient_norm", "evaluation_loss")
     losses = [{name: line[name] for name in names if name in line} for line in read_log(run)]
     with closing(Checkpoints(run / CHECKPOINTS, None, read_only=True)) as checkpoints:
-        return losses, flatten_dict(checkpoints.trained(STEPS))
+        return losses, dict(flatten_dict(checkpoints.trained(STEPS)))
 
 
 def check_same(found: Any, expected: Any) -> None:

@@ -1,6 +1,7 @@
 """Preemption: a run that is told to end saves after its step, and ends."""
 
 import signal
+import threading
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ class PreemptionSignal:
     """SIGTERM and Ctrl-C, noted within `with` instead of ending the process.
 
     Among several hosts jax's own handler notes SIGTERM, and they agree on a step to stop after; Ctrl-C is made one.
+    Outside the main thread nothing else is noted.
     """
 
     def __init__(self):
@@ -23,6 +25,8 @@ class PreemptionSignal:
     def __enter__(self) -> Self:
         several = jax.process_count() > 1
         handlers = {signal.SIGINT: _as_sigterm} if several else dict.fromkeys(_SIGNALS, self._note)
+        if threading.current_thread() is not threading.main_thread():  # as Ray Train has it; Python allows none there
+            handlers = {}
         self._handlers = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
