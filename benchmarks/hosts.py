@@ -25,9 +25,8 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from phi4mm_jax.testing.host_runs import ROOT, host_options, outcomes, start_hosts, write_recipe
+from phi4mm_jax.testing.host_runs import ROOT, host_options, outcomes, start_hosts, tensorboard_steps, write_recipe
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.preemption import STOPPED
@@ -186,26 +185,13 @@ def check_whole(run: Path, steps: int | None = None) -> None:
         for step in checkpoints.steps:
             checkpoints.trained(step)
         assert steps is None or checkpoints.last == steps
-    events = {path: scalars(path) for path in (run / "tensorboard").glob("events*")}
+    events = {path: tensorboard_steps(path) for path in (run / "tensorboard").glob("events*")}
     if steps is not None:
         assert sorted({step for found in events.values() for step in found}) == logged, events
         assert len(logged) == steps, logged
         assert (run / "report.md").read_text()
         left = [path for path in run.rglob("*") if "incomplete" in path.name or "orbax-checkpoint-tmp" in path.name]
         assert not left, left
-
-
-def scalars(path: Path) -> list[int]:
-    """Return the steps of the losses in a file of TensorBoard's; its last record may be cut off."""
-    content, at, steps = path.read_bytes(), 0, []
-    while at + 12 <= len(content):
-        end = at + 12 + int.from_bytes(content[at : at + 8], "little")  # a length with its checksum, then the event
-        if end + 4 > len(content):
-            break
-        event = Event.FromString(content[at + 12 : end])
-        steps += [event.step for value in event.summary.value if value.tag == "loss"]
-        at = end + 4
-    return steps
 
 
 def last_step(run: Path) -> int | None:

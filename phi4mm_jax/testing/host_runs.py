@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +84,16 @@ def outcomes(hosts: Sequence[subprocess.Popen[str]], seconds: float = 300) -> li
         (host.returncode, "".join(x for x in out.splitlines(True) if not x.startswith("[Gloo]")), error)
         for host, (out, error) in zip(hosts, found, strict=True)
     ]
+
+
+def tensorboard_steps(path: Path) -> list[int]:
+    """Return the steps of the losses in a file of TensorBoard's; its last record may be cut off."""
+    content, at, steps = path.read_bytes(), 0, []
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 8], "little")  # a length with its checksum, then the event
+        if end + 4 > len(content):
+            break
+        event = Event.FromString(content[at + 12 : end])
+        steps += [event.step for value in event.summary.value if value.tag == "loss"]
+        at = end + 4
+    return steps

@@ -2,11 +2,14 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.summary import scalar
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.files import write_atomically
@@ -33,7 +36,11 @@ class MetricsLog:
         write_atomically(self._path, "".join(strict_json(line) + "\n" for line in kept))
         self._file = self._path.open("a")
         try:
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            (folder / "tensorboard").mkdir(exist_ok=True)
+            self._board = EventsWriter(str(folder / "tensorboard" / "events"))  # unlike SummaryWriter, none waits
+            start = SessionLog(status=SessionLog.START)  # hides what an earlier process has written of later steps
+            self._board.write_event(Event(step=step + 1, session_log=start))
+            self._board.flush()
         except OSError as error:
             raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
 
@@ -44,7 +51,8 @@ class MetricsLog:
         self._file.write(strict_json({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._board.flush()
 
     def close(self) -> None:
         """Close the files."""

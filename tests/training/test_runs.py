@@ -31,13 +31,14 @@ from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.engine import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.testing.host_runs import tensorboard_steps
 from phi4mm_jax.training import throughput
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import check_finite
 from phi4mm_jax.training.dry_run import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
-from phi4mm_jax.training.metrics_log import read_log
+from phi4mm_jax.training.metrics_log import MetricsLog, read_log
 from phi4mm_jax.training.preemption import STOPPED
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS
@@ -121,7 +122,8 @@ def test_a_run(recipe, tmp_path, capsys, caplog):
     report = (tmp_path / "run" / "report.md").read_text()
     assert "lora_speech" in report
     assert str(tmp_path / "train.jsonl") in report
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert tensorboard_steps(events) == steps
     assert "trained; see report.md" in capsys.readouterr().out
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).steps == [steps[-2] // 2 * 2, steps[-1]]
 
@@ -408,6 +410,17 @@ def test_a_run_is_not_gone_on_with_otherwise(recipe, tmp_path, capsys):
     assert {p: p.read_bytes() for p in kept} == kept
     assert run(recipe, "data.epochs=null", "data.steps=4", "optimizer.clip=null") == 0
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_what_is_logged_is_in_the_files_at_once(tmp_path):
+    """A process that is killed has lost none of it, for TensorBoard neither."""
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"loss": 2.0})
+    log.write(2, {"loss": 1.0, "other": 3.0})
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert tensorboard_steps(events) == [1, 2]
+    log.close()
 
 
 def test_two_at_once(recipe, tmp_path):
