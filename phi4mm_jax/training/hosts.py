@@ -107,7 +107,8 @@ def _tpu_vm_workers() -> int:
 
 
 def _metadata(key: str) -> str:
-    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}"
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # as jax has it
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
     with urllib.request.urlopen(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as reply:
         return reply.read().decode()
 
@@ -264,7 +265,7 @@ class _Watch:
     def __init__(self):
         self.done = threading.Event()
         self._me, self._count = jax.process_index(), jax.process_count()
-        self._ending = threading.Lock()  # one thread has the last word
+        self._ending = threading.RLock()  # one thread has the last word
         self._looked = time.monotonic()
         self._signs: dict[str, str] = {}  # of life, by host
         self._heard = dict.fromkeys(range(self._count), self._looked)
@@ -278,7 +279,8 @@ class _Watch:
         An error that another host's end has caused is said to be that.
         """
         patience = time.monotonic() + _SILENT + 2 * self._pause() + _STUCK
-        while _is_of_jax(error) and time.monotonic() < patience:  # `_look` ends the process where another has failed
+        own = isinstance(error, InputError | ConfigError | KeyboardInterrupt)
+        while not own and time.monotonic() < patience:  # `_look` ends the process where another has failed
             if gone := self._gone():
                 self._end(f"error: {gone}")
             time.sleep(0.1)
@@ -322,11 +324,12 @@ class _Watch:
             self._signs = signs
             number, _, message = (failure or f"{self._me}").partition(" ")
             if int(number) != self._me:
-                with suppress(Exception):
-                    client.key_value_set(f"{_SEEN}/{self._me}", "")
-                    if is_first():  # the others would lose the coordinator
-                        _wait_until_seen(client)
-                self._end(f"error: host {number} has failed: {message}")
+                with self._ending:  # before the other host ends, which this one's collectives fail at
+                    with suppress(Exception):
+                        client.key_value_set(f"{_SEEN}/{self._me}", "")
+                        if is_first():  # the others would lose the coordinator
+                            _wait_until_seen(client)
+                    self._end(f"error: host {number} has failed: {message}")
 
     def _guard(self) -> None:
         """Say what was lost while jax ends the process, which it does with its own locks held: `_look` waits then."""
@@ -351,11 +354,6 @@ class _Watch:
         with self._ending:
             print(line, file=sys.stderr, flush=True)
             _end(2)
-
-
-def _is_of_jax(error: BaseException | None) -> bool:
-    """Return whether an error, or a cause of it, is jax's: such as of a collective that another host has left."""
-    return error is not None and (isinstance(error, jax.errors.JaxRuntimeError) or _is_of_jax(error.__cause__))
 
 
 def _hold_up_abort() -> None:
