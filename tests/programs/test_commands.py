@@ -107,6 +107,8 @@ def test_the_wheel_has_one_package_and_all_programs(site):
     assert {path.name for path in site.iterdir()} == {"bin", "phi4mm_jax", f"phi4mm_jax-{__version__}.dist-info"}
     for command, (module, _) in COMMANDS.items():
         assert (site / "phi4mm_jax" / "commands" / f"{module.replace('.', '/')}.py").is_file(), command
+    page = {path.name for path in (site / "phi4mm_jax/serve/page").iterdir()}
+    assert page == {"index.html", "page.css", "page.js"}
     packed = {path.name for path in (site / "phi4mm_jax/commands/train/recipes").iterdir()}
     assert packed == {path.name for path in (ROOT / "train/recipes").glob("*.yaml")}
     result = phi4mm(site, "--version")
