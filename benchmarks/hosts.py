@@ -8,6 +8,8 @@ Two processes of this machine train the small model as the hosts of one run, on 
              names the cause, nothing is half-written, and the same command ends in the state of a run left alone
     stops    one of them, or both, get SIGTERM at a random moment: both save the same step, and resume likewise
     slow     one loads each batch half a second late, and one batch 25 s: the numbers are the same
+    moves    the first half is trained by two hosts and the second by one with two devices, or the other way round: the
+             losses are the same within 1e-5
 """
 
 import argparse
@@ -52,7 +54,7 @@ sys.exit(main())
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"starts": 20, "pairs": 5, "kills": 10, "stops": 6, "slow": 1}
+    defaults = {"starts": 20, "pairs": 5, "kills": 10, "stops": 6, "slow": 1, "moves": 2}
     for name, count in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=count, help="times (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +63,7 @@ def main() -> int:
         folder = Path(name)
         recipe = write_recipe(folder, ROOT / "assets/tiny", steps=STEPS)
         expected = None
-        if arguments.kills or arguments.stops or arguments.slow:
+        if arguments.kills or arguments.stops or arguments.slow or arguments.moves:
             check_ends(train(recipe, folder / "alone"), [0, 0])
             expected = result(folder / "alone")
         scenarios: dict[str, Callable[[Path, random.Random], str]] = {
@@ -70,6 +72,7 @@ def main() -> int:
             "kills": lambda run, draw: kill(recipe, run, draw, expected),
             "stops": lambda run, draw: stop(recipe, run, draw, expected),
             "slow": lambda run, draw: slow(recipe, run, expected),
+            "moves": lambda run, draw: move(recipe, run, expected),
         }
         for name, scenario in scenarios.items():
             for i in range(getattr(arguments, name)):
@@ -80,9 +83,11 @@ def main() -> int:
 
 
 def train(recipe: Path, run: Path, *more: str) -> list[subprocess.Popen[str]]:
-    return start_hosts(
-        lambda address, host: ["-m", "train.sft", recipe, f"output={run}", *more, *host_options(address, host)]
-    )
+    return start_hosts(lambda address, host: [*command_of(recipe, run, *more), *host_options(address, host)])
+
+
+def command_of(recipe: Path, run: Path, *more: str) -> list[object]:
+    return ["-m", "train.sft", recipe, f"output={run}", *more]
 
 
 def start(recipe: Path, run: Path) -> str:
@@ -93,9 +98,7 @@ def start(recipe: Path, run: Path) -> str:
 
 def pair(recipe: Path, run: Path) -> str:
     """Start two runs of one host each."""
-    runs = start_hosts(
-        lambda address, host: ["-m", "train.sft", recipe, f"output={run}", "data.steps=2", "mesh=fsdp=1"]
-    )
+    runs = start_hosts(lambda address, host: command_of(recipe, run, "data.steps=2", "mesh=fsdp=1"))
     ends = sorted(outcomes(runs))
     assert [status for status, *_ in ends] == [0, 2], ends
     assert "another process is training here" in ends[1][2], ends
@@ -148,6 +151,24 @@ def slow(recipe: Path, run: Path, expected: Any) -> str:
     check_ends(hosts, [0, 0])
     check_same(result(run), expected)
     return "the same numbers"
+
+
+def move(recipe: Path, run: Path, expected: Any) -> str:
+    def train_alone(*more: str) -> list[subprocess.Popen[str]]:
+        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        return start_hosts(lambda address, host: command_of(recipe, run, *more), lambda host: devices, 1)
+
+    ways = [lambda *more: train(recipe, run, *more), train_alone]
+    if run.name.endswith(("1", "3", "5", "7", "9")):
+        ways.reverse()
+    half = ways[0](f"data.steps={STEPS // 2}")
+    check_ends(half, [0] * len(half))
+    rest = ways[1]()
+    check_ends(rest, [0] * len(rest))
+    check_whole(run, STEPS)
+    losses = [[line["loss"] for line in found[0] if "loss" in line] for found in (result(run), expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    return f"{len(half)} processes, then {len(rest)}: the losses of the one run"
 
 
 def wait_for_moment(hosts: list[subprocess.Popen[str]], run: Path, draw: random.Random) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from phi4mm_jax.engine.admission import Admission
 from phi4mm_jax.engine.config import EngineConfig
 from phi4mm_jax.engine.model_runner import ModelRunner, default_cache_tokens
@@ -32,10 +34,15 @@ class Engine:
         runner: the state on the device, and what computes on it.
 
     Raises:
-        InputError: sizes that do not fit.
+        InputError: sizes that do not fit, or a mesh of several hosts.
     """
 
     def __init__(self, programs: Programs, variables: Mapping[str, Any], processor: Processor, config: EngineConfig):
+        if not jax.tree.leaves(variables)[0].sharding.is_fully_addressable:  # each host's would run other steps
+            raise InputError(
+                "the model's mesh is of several hosts, and an engine is of one; give a mesh of jax.local_devices(), "
+                "and each host its prompts, or use infer.ray"
+            )
         if config.cache_tokens is None:
             tokens = default_cache_tokens(config, programs, processor.context)
             config = replace(config, cache_tokens=tokens)

@@ -55,9 +55,11 @@ def host_options(address: str, host: int) -> list[str]:
 
 
 def start_hosts(
-    command: Callable[[str, int], Sequence[object]], environment: Callable[[int], dict[str, str]] = lambda host: {}
+    command: Callable[[str, int], Sequence[object]],
+    environment: Callable[[int], dict[str, str]] = lambda host: {},
+    count: int = 2,
 ) -> list[subprocess.Popen[str]]:
-    """Start two processes at once; `command` gives a host's arguments of Python, by the first one's address."""
+    """Start processes at once; `command` gives a host's arguments of Python, by the first one's address."""
     ours = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     address = f"localhost:{free_port()}"
     return [
@@ -65,7 +67,7 @@ def start_hosts(
             [sys.executable, *map(str, command(address, host))], env=ours | environment(host), cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for host in range(2)
+        for host in range(count)
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import signal
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from helpers.paths import FIXTURES, TINY
 
 from phi4mm_jax import InputError
-from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.engine import Engine, EngineConfig
 from phi4mm_jax.evaluation.answers import ask
 from phi4mm_jax.evaluation.items import read_items
 from phi4mm_jax.testing.host_runs import free_port, host_options, outcomes, start_hosts, write_recipe
@@ -187,6 +188,12 @@ def test_two_processes_of_slurm_evaluate_as_one(tiny, tmp_path):
     assert answers is not None
     assert found == [answer.text for answer in answers]
     assert len(set(found)) > 2
+
+
+def test_an_engine_of_several_hosts_is_refused(tiny):
+    elsewhere = SimpleNamespace(sharding=SimpleNamespace(is_fully_addressable=False))
+    with pytest.raises(InputError, match=r"give a mesh of jax\.local_devices"):
+        Engine(tiny.programs, {"params": elsewhere}, tiny.processor, EngineConfig())
 
 
 def test_a_run_may_be_outside_the_main_thread():
