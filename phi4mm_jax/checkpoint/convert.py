@@ -23,7 +23,7 @@ from phi4mm_jax.checkpoint.contents import (
 )
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.layouts.native import adapter_table
-from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, open_checkpoint
+from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, layers_used, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.sidecar_files import read_sidecar_files, skipped_files
@@ -209,14 +209,8 @@ def _opened(folder: Path, fresh_adapters: bool, adapters_from: AdaptersFrom | No
     if adapters:
         _log.warning("%s", taken_line(folder, adapters))
     config, checkpoint = with_adapters(own, adapters), _Source(opened, adapters)
-
-    def layers_used(path: ParamPath) -> np.ndarray:
-        stacked = checkpoint.read(path)
-        bits = stacked.view(f"u{stacked.itemsize}").reshape(len(stacked), -1)
-        return np.array([(layer << 1).any() for layer in bits])  # without the sign, so that -0 is zero
-
     if not fresh_adapters:
-        check_trained(tensors_of(layout_of(folder), config), layers_used)
+        check_trained(tensors_of(layout_of(folder), config), lambda path: layers_used(checkpoint.read(path)))
     if adapters_from is None and isinstance(opened, pytorch.PyTorchCheckpoint):
         check_copies(opened, own, adapters)
     return config, checkpoint

@@ -96,7 +96,7 @@ def load_variables(
                 progress(done, total)
         _refuse_infinite(checked, sources, table, variables)
     if not fresh_adapters:
-        check_trained(table, lambda path: np.asarray(_layers_used(variables[path])))
+        check_trained(table, lambda path: _layers_used(variables[path]))
     return unflatten_dict(variables)
 
 
@@ -139,9 +139,21 @@ def _refuse_infinite(
     )
 
 
+def _layers_used(stacked: jax.Array) -> np.ndarray:
+    if [device.platform for device in stacked.devices()] == ["cpu"]:  # by the host, which compiles nothing
+        return layers_used(np.asarray(stacked))
+    return np.asarray(_layers_used_on_devices(stacked))
+
+
 @jax.jit
-def _layers_used(stacked: jax.Array) -> jax.Array:
+def _layers_used_on_devices(stacked: jax.Array) -> jax.Array:
     return jnp.any(stacked != 0, axis=tuple(range(1, stacked.ndim)))
+
+
+def layers_used(stacked: np.ndarray) -> np.ndarray:
+    """Whether a layer has a value that is not zero, for each."""
+    bits = stacked.view(f"u{stacked.itemsize}").reshape(len(stacked), -1)
+    return np.array([any((x[i : i + _PIECE] << 1).any() for i in range(0, x.size, _PIECE)) for x in bits])  # -0 is zero
 
 
 def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[ParamPath], np.ndarray]) -> None:

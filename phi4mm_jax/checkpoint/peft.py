@@ -114,12 +114,12 @@ class FittedTensor:
     dtype: str
     factor: float = 1.0
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
+    def rows(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
         shape = stop - start, *self.shape[1:]
         if self.stored is None:
             return np.zeros(shape, DTYPES[self.dtype])
         own_rows, own_columns = self.stored.shape
-        values = self.stored.rows(min(start, own_rows), min(stop, own_rows))
+        values = self.stored.rows(min(start, own_rows), min(stop, own_rows), buffer)
         if self.factor != 1.0:
             values = (values.astype(np.float32) * np.float32(self.factor)).astype(DTYPES[self.dtype])
         if values.shape == shape:

@@ -1,4 +1,4 @@
-"""Safetensors files: read by rows through memory maps, written in any order, both one piece at a time.
+"""Safetensors files: read by rows, written in any order, both one piece at a time.
 
 The safetensors package would hold all of a file in memory to write it. The format: the header's length (8 bytes,
 little-endian), the header (JSON: name -> dtype, shape, first and last byte), the data.
@@ -40,11 +40,29 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """A view of rows `start` to `stop`; the file is mapped for as long as the view lives."""
-        dtype, shape = DTYPES[self.dtype], (stop - start, *self.shape[1:])
-        offset = self.start + start * math.prod(self.shape[1:]) * dtype.itemsize
-        return np.memmap(self.file, dtype, mode="r", offset=offset, shape=shape)
+    def rows(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        """Read rows `start` to `stop`.
+
+        Args:
+            buffer: bytes to read them into, until it is used again; new memory costs more time than the reading.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter than its header says.
+        """
+        shape, dtype = (stop - start, *self.shape[1:]), DTYPES[self.dtype]
+        size = math.prod(shape) * dtype.itemsize
+        if buffer is None:
+            buffer = np.empty(size, np.uint8)
+        rows = buffer[:size].view(dtype).reshape(shape)
+        offset = self.start + start * math.prod(self.shape[1:]) * rows.itemsize
+        try:
+            with self.file.open("rb", buffering=0) as opened:
+                _read(opened.fileno(), rows, offset)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(
+                f"{self.file}: cannot be read ({error}); was it changed, or its disk lost?"
+            ) from error
+        return rows
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -137,6 +155,15 @@ class Writer:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _read(descriptor: int, into: np.ndarray, offset: int) -> None:
+    view = memoryview(into.reshape(-1).view(np.uint8))
+    while view:
+        read = os.preadv(descriptor, [view[: 1 << 30]], offset)
+        if not read:
+            raise EOFError(f"{len(view)} bytes are missing at its end")
+        view, offset = view[read:], offset + read
 
 
 def _write(descriptor: int, data, offset: int) -> None:

@@ -1,5 +1,6 @@
 """Parameters made of the tensors of files, with layers stacked, read when asked for."""
 
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.table import ParamPath, Part, Tensor, parameter_shapes
 
+_ALIGNMENT = 64  # bytes
 Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows
 
 
@@ -19,7 +21,7 @@ class Rows(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def rows(self, start: int, stop: int) -> np.ndarray: ...
+    def rows(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray: ...
 
 
 class StackedTensors:
@@ -43,16 +45,24 @@ class StackedTensors:
     def read(self, path: ParamPath, dtype: Any = None) -> np.ndarray:
         """A parameter, stacked over layers where it belongs to a layer, in its own dtype by default."""
         abstract = self.parameters[path]
-        out = np.empty(abstract.shape, dtype or abstract.dtype)
+        out = _empty(abstract.shape, np.dtype(dtype or abstract.dtype))
 
         def fill(row: Row) -> None:
             tensor, part, start, stop = row
-            target = out if tensor.layer is None else out[tensor.layer]
-            target[...] = part.to_parameter(self.stored[tensor.key].rows(start, stop))
+            target = out if tensor.layer is None else out[tensor.layer, ...]
+            part.fill(target, range(start, stop), self.stored[tensor.key].rows)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(fill, self._rows[path]))
         return out
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """As np.empty, but aligned as jax has its buffers: on a CPU it takes such an array as it is, others it copies."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _rows_by_parameter(tensors: Iterable[Tensor]) -> dict[ParamPath, list[Row]]:

@@ -1,9 +1,11 @@
 """Loading: what is wrong with a checkpoint is an error that names the file or tensor."""
 
 import json
+import os
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -21,7 +23,9 @@ from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.load import is_finite, open_checkpoint
-from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
+from phi4mm_jax.checkpoint.safetensors_io import read_header
+from phi4mm_jax.checkpoint.stacked import StackedTensors
+from phi4mm_jax.checkpoint.table import UNUSED, Part, Tensor, linear, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model import Phi4MM
@@ -100,6 +104,36 @@ def test_table_is_a_bijection():
         assert whole.shape == tensor.shape
         parameters = [part.to_parameter(whole[a:b]) for part, a, b in tensor.spans()]
         np.testing.assert_array_equal(tensor.join(parameters).reshape(tensor.shape), whole)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_long_tensors_are_read_in_strips(tmp_path, dtype):
+    """A fused matrix and an embedding of several strips, in two layers, beside safetensors' own reading."""
+    rng = np.random.default_rng(0)
+    held = {name: rng.standard_normal((301, 5000)).astype(jnp.bfloat16) for name in ("0", "1", "embedding")}
+    save_file(held, tmp_path / "model.safetensors")
+    fused = (linear("params/q", (130,), (50, 100)), linear("params/k", (171,), (50, 100)))
+    table = [Tensor(str(i), (301, 5000), fused, layer=i) for i in range(2)]
+    table.append(Tensor("embedding", (301, 5000), (Part(("params", "embedding"), (301, 5000), (0, 1), (301, 5000)),)))
+    checkpoint = StackedTensors(table, read_header(tmp_path / "model.safetensors"))
+    read = {name: checkpoint.read(("params", name), np.dtype(dtype)) for name in ("q", "k", "embedding")}
+    stacked = np.stack([held["0"].T, held["1"].T]).astype(dtype)
+    np.testing.assert_array_equal(read["q"], stacked[..., :130].reshape(2, 50, 100, 130))
+    np.testing.assert_array_equal(read["k"], stacked[..., 130:].reshape(2, 50, 100, 171))
+    np.testing.assert_array_equal(read["embedding"], held["embedding"].astype(dtype))
+    for array in read.values():  # as jax takes it without a copy, which would be all of the model once more
+        assert array.dtype == dtype
+        assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
+
+
+def test_file_that_shrinks_after_its_header_was_read(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x": np.zeros((8, 4), np.float32)}, file)
+    stored = read_header(file)["x"]
+    os.truncate(file, file.stat().st_size - 16)
+    np.testing.assert_array_equal(stored.rows(0, 7), np.zeros((7, 4), np.float32))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(16 bytes are missing at its end"):
+        stored.rows(0, 8)
 
 
 @pytest.mark.parametrize(
