@@ -38,6 +38,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
 
+Measure = Callable[[int, Any], Waiting | BadSample]  # of a position in the stream, and what stands there
 _MAY_DIFFER = {"bytes", "hosts"}  # between a state and the stream that resumes there
 _MIN_SAMPLES = 100  # before a rate of bad samples means anything
 
@@ -211,23 +212,36 @@ class TrainingData:
         self._limit.check(self._tally.plus(self._unreadable))
         return batch
 
-    def count_batches(self) -> int:
-        """Return how many there are in all. With `epochs`, all texts are read, and the headers of all media."""
+    def count_batches(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Return how many there are in all. With `epochs`, all texts are read, and the headers of all media: once each.
+
+        Only clips whose speed is drawn are measured in every epoch, since each has other lengths.
+
+        Args:
+            progress: called with the samples that were seen, and all of the stream.
+        """
         if self._config.steps is not None:
             return self._config.steps
-        plans = Plans(self._measured(), self._planner, self._limit)
-        return sum(1 for _ in iter(plans))
+        return self._count(iter(Plans(self._measured(self._measure_once()), self._planner, self._limit)), progress)
 
-    def count_remaining(self) -> int:
+    def count_remaining(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Return how many follow the last one that was taken, counted as `count_batches` counts."""
         if self._config.steps is not None:
             return max(self._config.steps - self._steps, 0)
-        stream = self._stream(lambda planned: planned)
+        stream = self._stream(lambda planned: planned, self._measure_once())
         try:
             stream.set_state(self._batches.get_state())
-            return sum(1 for _ in stream)
+            return self._count(stream, progress)
         finally:
             stream.close()
+
+    def _count(self, plans: Iterator[tuple[Plan, Tally]], progress: Callable[[int, int], None] | None) -> int:
+        count = 0
+        for _, tally in plans:
+            count += 1
+            if progress is not None:
+                progress(tally.seen, len(self._order))
+        return count
 
     def measured_sizes(self) -> list[Size]:
         """Return the sizes of the stream's samples, those left out that cannot be used and may be skipped."""
@@ -241,9 +255,9 @@ class TrainingData:
             self._limit.check(tally)
         return sizes
 
-    def _stream(self, load: Callable[[tuple[Plan, Tally]], Any]) -> Any:
+    def _stream(self, load: Callable[[tuple[Plan, Tally]], Any], measure: Measure | None = None) -> Any:
         """Return an iterator of what `load` makes of the plans, some of which it makes ahead."""
-        plans = Plans(self._measured(), self._planner, self._limit).map(load)
+        plans = Plans(self._measured(measure), self._planner, self._limit).map(load)
         return iter(grain.experimental.ThreadPrefetchIterDataset(plans, prefetch_buffer_size=self._config.prefetch))
 
     @property
@@ -303,10 +317,10 @@ class TrainingData:
         }  # fmt: skip
         return json.loads(json.dumps(signature))  # lists for tuples, as a state has them that was stored
 
-    def _measured(self) -> grain.IterDataset:
+    def _measured(self, measure: Measure | None = None) -> grain.IterDataset:
         threads = self._config.threads
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-        return self._order.map_with_index(self._measure).to_iter_dataset(reading)
+        return self._order.map_with_index(measure or self._measure).to_iter_dataset(reading)
 
     def _planner(self) -> Planner:
         return Planner(self._packing, self._hosts, self._sequences)
@@ -342,6 +356,24 @@ class TrainingData:
                 return Waiting(position, size)
         except BadSample as error:
             return error
+
+    def _measure_once(self) -> Measure:
+        """`_measure` that keeps what it found of each sample, for as long as its size does not depend on a draw."""
+        found: list[list[Size | BadSample | None]] = [[None] * len(manifest) for manifest in self._manifests]
+        same: dict[Size, Size] = {}  # in memory once
+        speech = self._config.augment_speech
+
+        def measure(position: int, item: Any) -> Waiting | BadSample:
+            source, number = self._at(position)
+            known = found[source][number]
+            if known is None:
+                measured = self._measure(position, item)
+                known = measured.size if isinstance(measured, Waiting) else measured
+                if isinstance(known, BadSample) or not (known.chunks and speech and speech.speed):
+                    found[source][number] = known if isinstance(known, BadSample) else same.setdefault(known, known)
+            return known if isinstance(known, BadSample) else Waiting(position, known)
+
+        return measure
 
     def _examples(self, position: int) -> tuple[Example, ...] | BadSample:
         max_crops = self._config.max_crops

@@ -19,8 +19,8 @@ def count_steps(data: TrainingData, accumulate: int) -> int:
     Raises:
         InputError: a sample cannot be used.
     """
-    with progress_bar("Counting the batches"):
-        return math.ceil(data.count_batches() / accumulate)
+    with progress_bar("Counting the batches") as show:
+        return math.ceil(data.count_batches(show) / accumulate)
 
 
 def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Mapping[str, Any]) -> int:
@@ -40,8 +40,8 @@ def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Ma
     same_plans = same_files(data, saved) and saved["data"].get("hosts") == data.get_state()["data"]["hosts"]
     if same_plans and "total" in saved and saved.get("epochs") == recipe.data.epochs:
         return saved["total"] if recipe.data.steps is None else count_steps(data, recipe.accumulate)
-    with progress_bar("Counting the batches that are left"):
-        return step + math.ceil(data.count_remaining() / recipe.accumulate)
+    with progress_bar("Counting the batches that are left") as show:
+        return step + math.ceil(data.count_remaining(show) / recipe.accumulate)
 
 
 def saved_data_state(state: Mapping[str, Any], steps: int, recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from helpers.paths import TINY
 
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.data import pipeline
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.data.examples import BadSample
 from phi4mm_jax.data.packing import PackingConfig
@@ -161,6 +163,33 @@ def test_steps_go_on_as_long_as_they_are_asked_for(tmp_path, processor):
     batches = list(stream(processor, source, steps=40))
     assert len(batches) == 40
     assert set(answers(processor, batches)) == {f"s{i}" for i in range(7)}
+
+
+@pytest.mark.parametrize(
+    ("speech", "reads"), [(None, 12), (SpeechAugmentation(speed=(0.8, 1.25)), 8 + 4 * 3)], ids=["plain", "drawn speed"]
+)
+def test_batches_are_counted_by_reading_each_sample_once(tmp_path, processor, monkeypatch, speech, reads):
+    """All and the remaining ones, beside those that come; clips whose speed is drawn are read in each epoch."""
+    source = manifest(tmp_path / "m.jsonl", mixed(12))
+    batches = list(stream(processor, source, packing=MEDIA, epochs=3, augment_speech=speech))
+    data = stream(processor, source, packing=MEDIA, epochs=3, augment_speech=speech)
+    read, lock, shown = Counter(), threading.Lock(), []
+    plain = pipeline.parse_sample
+
+    def counted(values, *rest):
+        with lock:
+            read[values["messages"][-1]["content"]] += 1
+        return plain(values, *rest)
+
+    monkeypatch.setattr(pipeline, "parse_sample", counted)
+    assert data.count_batches(lambda *seen: shown.append(seen)) == len(batches)
+    assert (len(read), read.total()) == (12, reads)
+    assert shown == sorted(shown)
+    assert shown[-1] == (36, 36)
+    taken = [next(data) for _ in range(len(batches) // 2)]
+    read.clear()
+    assert data.count_remaining() == len(batches) - len(taken)
+    data.close()
 
 
 def test_preferences(tmp_path, processor):
