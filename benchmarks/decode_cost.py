@@ -89,8 +89,8 @@ def decoding(model: phi4mm_jax.Model, cache_tokens: int, keys: int) -> Callable[
     tables[:, :needed] = np.arange(8 * needed).reshape(8, needed) % config.pages  # rows may share pages: all are read
     whole = np.zeros(8, np.int32)
     slots = DecodeInputs(
-        last=whole, lengths=whole + keys, steps=whole + _STEPS, tables=tables, adapters=whole,
-        use_long_rope=whole.astype(bool), num_drawn=whole, sampling=SamplingRows.of([Sampling()] * 8),
+        last=whole, lengths=whole + keys, num_decode_steps=whole + _STEPS, tables=tables, adapters=whole,
+        use_long_rope=whole.astype(bool), num_output_tokens=whole, sampling=SamplingRows.of([Sampling()] * 8),
     )  # fmt: skip
     variables = {"params": model.variables["params"]}
 

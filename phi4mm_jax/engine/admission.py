@@ -1,4 +1,4 @@
-"""Checks of requests against what an engine can serve."""
+"""Admission: requests are checked against the engine's sizes and become sequences."""
 
 import math
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from phi4mm_jax.processing.processor import Processor
 
 
 class Admission:
-    """Turns requests into sequences, where the engine's sizes and the checkpoint allow."""
+    """Turns requests into sequences, if the engine's sizes and the checkpoint allow."""
 
     def __init__(
         self, config: EngineConfig, processor: Processor, collections: Collection[str], encoder_cache: EncoderCache,
@@ -27,7 +27,7 @@ class Admission:
         self._stops = frozenset(stop_token_ids)
 
     def sequence(self, request_id: int, request: Request, row: Row, media: MediaInputs, slot: int) -> Sequence:
-        """Sequence of a request, yet to be prefilled and without pages.
+        """Return the sequence of a request, to be prefilled, and without pages.
 
         Raises:
             InputError: the engine has no room for it, or the checkpoint lacks what it asks for.
@@ -71,7 +71,7 @@ class Admission:
             raise InputError(f"adapter is {adapter!r}, which this checkpoint lacks; use a checkpoint with it")
 
     def _check_media(self, media: MediaInputs, length: int) -> None:
-        """A chunk is a page at least, whose media must be in the table together."""
+        """Check that the media of each page, the smallest chunk, fit into the encoder cache together."""
         cache, size = self._encoder_cache, self._config.page_size
         if cache.max_stop(media, 0, length) == length:
             return

@@ -1,8 +1,7 @@
-"""Beam search: the n likeliest of the answers that it looks at, as the host chooses them.
+"""Beam search on the host, by the rules of `transformers`' `generate(num_beams=n, early_stopping=False)`.
 
-At each step every beam is continued by its likeliest tokens, and the n likeliest of all these are the next beams. What
-ends is set aside; the search is over once no beam can come before the worst of n that were. These are the rules of
-`transformers`' `generate(num_beams=n, early_stopping=False)`.
+At each step every beam is extended by its likeliest tokens, and the n likeliest of all these are the next beams.
+Finished ones are kept aside; the search is over once no beam can beat the worst of n finished ones.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +19,7 @@ _MAX_STOPS = 8
 
 
 def max_stops(stop_token_ids: Collection[int]) -> int:
-    """Number of tokens that may end a beam, at most: 8, or all of the model's own."""
+    """Maximum number of stop tokens of a beam search: 8, or all of the model's own."""
     return max(_MAX_STOPS, len(stop_token_ids))
 
 
@@ -38,12 +37,12 @@ class Search:
     """State of a beam search.
 
     Attributes:
-        width: how many beams it keeps, and how many answers it gives.
-        limit: tokens of an answer at most.
+        width: number of beams, and of answers.
+        limit: maximum number of tokens of an answer.
         length_penalty: the power of its length that divides an answer's log-probability; above 0 it favours long ones.
         stops: tokens that end an answer.
-        beams: those that go on, all of one length, the likeliest first.
-        ended: the best that ended, the best first.
+        beams: unfinished ones, all of one length, the likeliest first.
+        ended: the best finished ones, the best first.
     """
 
     width: int
@@ -55,7 +54,7 @@ class Search:
     over: bool = False
 
     @property
-    def num_drawn(self) -> int:
+    def num_output_tokens(self) -> int:
         """Number of tokens of each beam."""
         return len(self.beams[0].tokens) if self.beams else 0
 
@@ -79,11 +78,11 @@ def advance(
             none is missed that the whole vocabulary would have brought.
 
     Returns:
-        The search, and for each of its beams which of the former ones it continues.
+        The search, and for each of its beams the index of its parent.
     """
     totals = np.asarray([beam.total for beam in search.beams])[:, None] + log_probabilities.astype(np.float64)
     order = np.argsort(-totals, axis=None, kind="stable").tolist()
-    full = search.num_drawn + 1 == search.limit
+    full = search.num_output_tokens + 1 == search.limit
     ends = np.isin(tokens, list(search.stops)).ravel() | full
 
     def grown(index: int) -> Beam:
@@ -96,7 +95,7 @@ def advance(
             beam.total + log_probability,
         )
 
-    # One that ends counts only among the likeliest of all: one that is set aside was as likely as a beam that goes on.
+    # As in transformers, a finished beam counts only if it is among the `width` likeliest candidates.
     ended = [*search.ended, *(grown(i) for i in order[: search.width] if ends[i])]
     ended = tuple(sorted(ended, key=search.score, reverse=True)[: search.width])
     going = [i for i in order if not ends[i]][: search.width]

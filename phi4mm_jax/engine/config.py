@@ -8,33 +8,33 @@ import jax
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.checks import check_positive, check_whole
 
-DEFAULT_CACHE_TOKENS = 32768  # where the memory is not known
+DEFAULT_CACHE_TOKENS = 32768  # where the device's memory is unknown
 PREFILL_ROWS = (4, 1)  # sequences that are prefilled at once
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes; all memory is taken at the start.
+    """Sizes of an engine; all memory is allocated at the start.
 
         model.engine(EngineConfig(slots=16, cache_tokens=65536, cache_dtype="int8"))
 
     Attributes:
-        slots: sequences that are decoded at once.
-        cache_tokens: what the KV cache holds, of all sequences together. By default three quarters of what is free of
-            each device's memory, at most what the slots can use; 32768 on CPUs, which do not tell.
-        page_size: tokens of a page; prompts share whole pages, and prefill at least one. By default 128 on TPUs, whose
-            kernel asks for that, and 64 elsewhere, where a short prompt then costs half as much.
-        chunk: tokens of a sequence that are prefilled at once, at most; a multiple of the page size.
-        steps: tokens that are decoded before the host looks at them.
+        slots: sequences that are decoded at once (vLLM: max_num_seqs).
+        cache_tokens: capacity of the KV cache in tokens, of all sequences together. By default three quarters of each
+            device's free memory, at most as much as the slots can use; 32768 on CPUs, whose free memory is unknown.
+        page_size: tokens per page (vLLM: block_size); prompts share full pages, and prefill at least one. By default
+            128 on TPUs, whose kernel requires that, and 64 elsewhere, where a short prompt then costs half as much.
+        chunk: maximum number of tokens of a sequence that are prefilled at once; a multiple of the page size.
+        steps: tokens that are decoded before the host looks at them (multi-step decoding).
         cache_dtype: the model's by default, else "int8".
-        feature_blocks: of 64 features each: room for encoded media. A crop takes 4, a 40 s chunk of a clip 8.
-        beams: the most that a request may ask for. They take no memory but pages, of which a request with n beams comes
-            to need as many for its answer as n others.
-        top_logprobs: the most likeliest tokens in place of each drawn one that a request may ask for.
+        feature_blocks: room for encoded media, in blocks of 64 features. A crop takes 4, a 40 s audio chunk 8.
+        beams: maximum number of beams of a request. They take no memory but pages; the answer of a request with n
+            beams needs as many as n other answers.
+        top_logprobs: maximum number of likeliest tokens per generated token that a request may ask for.
         cli: messages name the sizes as the options of a program (`--beams`).
-        workers: threads that process prompts and their media: so many slow ones hold up no other.
-        media_seconds: that this may take for one request, which else ends with an error.
+        workers: threads that process prompts and their media: up to so many slow ones delay no other.
+        media_seconds: limit for the processing of one request's media; past it the request ends with an error.
     """
 
     slots: int = 8

@@ -1,8 +1,8 @@
-"""The batch engine: fixed slots that are refilled as sequences end, over a paged KV cache.
+"""The batch engine: continuous batching, with fixed slots over a paged KV cache.
 
-Each round admits waiting requests into free slots, prefills a chunk of some sequences, and decodes all others some
-steps in one compiled program. Only then does the host look at the tokens. The host decides, with numpy; the device
-computes, with a handful of programs whose shapes never change.
+Each round admits waiting requests into free slots, prefills a chunk of some sequences, and decodes all others several
+tokens in one compiled program (multi-step decoding). Only then does the host look at the tokens. The host decides, with
+numpy; the device computes, with a handful of programs whose shapes never change.
 """
 
 from collections import Counter
@@ -26,12 +26,26 @@ from phi4mm_jax.processing.processor import Processor
 
 
 class Engine:
-    """Answers requests, many at a time. Not for use from several threads at once.
+    """Answers requests, many at a time. Not thread-safe; see `AsyncEngine`.
+
+    Life of a request, from prompt to text:
+
+    1. `submit` puts it into the `RequestQueue`, whose threads run `Processor.row` (chat template, tokens, media) and
+       cut its media into encoder inputs (`encoder_cache.media_inputs`).
+    2. `_admit`: once that is done and a slot is free, `Admission.sequence` checks it and makes it a `Sequence`, for
+       whose worst case `Scheduler.admit` reserves pages.
+    3. `_prefill`: `Scheduler.next_prefill` looks up its prefix in the cache, picks the next chunk and allocates pages;
+       `ModelRunner.prefill` encodes media that are not in the `EncoderCache`, builds the arrays and calls
+       `Programs.prefill` (`steps.py`). The last chunk samples the first token.
+    4. `_decode`: `Scheduler.next_decode` and `ModelRunner.decode` take all slots up to `EngineConfig.steps` tokens
+       further; `_extend_beams` does so for beam search.
+    5. `OutputProcessor` detokenizes, looks for stop tokens, stop strings and limits, collects an `Update` for the
+       caller and in the end has the `Scheduler` free slot and pages.
 
     Attributes:
         queue: requests that wait for a slot.
         scheduler: sequences in the slots, and the pages of the KV cache.
-        runner: the state on the device, and what computes on it.
+        runner: the state on the device, and the calls of the compiled steps.
 
     Raises:
         InputError: sizes that do not fit, or a mesh of several hosts.
@@ -55,28 +69,28 @@ class Engine:
         self._admission = Admission(config, processor, variables, encoder_cache, stops)
         self._outputs = OutputProcessor(processor.tokenizer, stops, self.scheduler)
         self._next_id = 0
-        self._broken = False  # a round was left before its end
+        self._broken = False  # a round was interrupted
 
     # ------------------------------------------------------------------------------------------ requests
 
     def submit(self, request: Request, row: Row | None = None, *, earlier: Counter[bytes] | None = None) -> int:
         """Queue a request; returns the id that its updates carry. Its prompt is processed in the background.
 
-        Without a seed a request draws by its prompt and media: the same again whenever it is asked.
+        Without a seed a request samples by its prompt and media: the same again whenever it is submitted.
 
         Args:
             row: the prompt and its media, where they are processed already.
-            earlier: one of all requests that belong together; of equal ones each then draws for itself.
+            earlier: one counter for a group of requests, of which equal ones then sample independently.
         """
         request_id, self._next_id = self._next_id, self._next_id + 1
         self.queue.add(request_id, request, row, earlier)
         return request_id
 
     def cancel(self, request_id: int) -> None:
-        """End a request now; its slot and pages are free at once. What it drew so far is its answer."""
+        """End a request now; its slot and pages are free at once. The tokens generated so far are its answer."""
         if self.queue.cancel(request_id):
             return self._outputs.reject(request_id, "cancelled")
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.resident:
             if sequence.id == request_id:
                 self._outputs.finish(sequence, "cancelled")
 
@@ -86,12 +100,12 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.queue and not self._outputs and not self.scheduler.running
+        return not self.queue and not self._outputs and not self.scheduler.resident
 
     def step(self) -> list[Update]:
-        """One round. Updates come in the order of their slots; a request that cannot be served ends with an error.
+        """Run one round; return its updates, by slot. A request that cannot be served ends with an error.
 
-        A request that is alone is told of after every token, others after `EngineConfig.steps`.
+        A request that runs alone has an update after every token, others after `EngineConfig.steps`.
         """
         self._round(watched=True)
         return self._outputs.take()
@@ -100,7 +114,7 @@ class Engine:
         """Take the updates of these requests, if need be after a round. Those of others stay.
 
         Args:
-            watched: somebody wants to see each token as soon as it is there.
+            watched: return after each token where possible (streaming).
         """
         if not (updates := self._outputs.take(ids)):
             self._round(watched)
@@ -111,12 +125,12 @@ class Engine:
         """Answer requests as they come, in the order in which they end.
 
         Args:
-            requests: read as slots become free, and some more whose media are processed meanwhile. Equal ones that
-                have no seed draw each for itself.
+            requests: read as slots become free, and some more whose media are processed meanwhile. Equal ones without
+                a seed sample independently.
             ahead: how many more; by default as many as there are slots.
 
         Yields:
-            The request's place among `requests`, and its answer.
+            The request's index in `requests`, and its answer.
         """
         ahead = self.config.slots if ahead is None else ahead
         incoming = enumerate(requests)
@@ -125,7 +139,7 @@ class Engine:
         more = True
         try:
             while more or places:
-                while more and len(self.queue) < ahead + self.config.slots - len(self.scheduler.running):
+                while more and len(self.queue) < ahead + self.config.slots - len(self.scheduler.resident):
                     place, request = next(incoming, (None, None))
                     if request is None or place is None:
                         more = False
@@ -138,7 +152,7 @@ class Engine:
             self._discard(list(places))
 
     def stream(self, request: Request) -> Iterator[str]:
-        """The answer in pieces of text, none of which splits a character. Closing the iterator cancels the request.
+        """Yield the answer in pieces of whole characters. Closing the iterator cancels the request.
 
         Raises:
             InputError: the request cannot be served.
@@ -159,10 +173,10 @@ class Engine:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every program for every shape: no request will have to wait for a compilation.
 
-        Requests that are being answered meanwhile lose nothing.
+        May be called while requests are being answered.
 
         Args:
-            progress: called with how many programs are compiled, and of how many.
+            progress: called with the number of programs compiled, and of all.
         """
         self.runner.warm_up(progress)
 
@@ -179,7 +193,7 @@ class Engine:
             raise InputError("this engine was stopped in the middle of a round, by Ctrl-C or an error; make another")
         self._broken = True
         self._admit()
-        alone = not self.queue and len(self.scheduler.running) == 1
+        alone = not self.queue and len(self.scheduler.resident) == 1
         steps = 1 if watched and alone else self.config.steps
         self._prefill()
         self._decode(steps)
@@ -187,20 +201,20 @@ class Engine:
         self._broken = False
 
     def _admit(self) -> None:
-        """Fill free slots, in the order of the requests: one that needs many pages is not overtaken for ever."""
+        """Fill free slots, FCFS, so that large requests do not starve."""
         if not self.scheduler.readmit_preempted():
             return
         while (slot := self.scheduler.free_slot) is not None:
-            waiting = self.queue.next_ready(block=not self.scheduler.running)
+            waiting = self.queue.next_ready(block=not self.scheduler.resident)
             if waiting is None or not self._admit_one(waiting, slot):
-                return  # the running ones are computed meanwhile
+                return  # resident sequences are computed meanwhile
 
     def _admit_one(self, waiting: WaitingRequest, slot: int) -> bool:
-        """Returns False for a request that has to wait for pages."""
+        """Return False for a request that has to wait for pages."""
         try:
             row, media = waiting.result(self.config.media_seconds)
             sequence = self._admission.sequence(waiting.id, waiting.request, row, media, slot)
-        except Exception as error:  # whatever a medium makes a library raise, the others are answered
+        except Exception as error:  # whatever a library raises for a bad file, other requests are answered
             self.queue.remove(waiting)
             self._outputs.reject(waiting.id, "error", error)
             return True
@@ -212,7 +226,7 @@ class Engine:
         return True
 
     def _prefill(self) -> None:
-        """Prefill a chunk's worth of tokens, so that decoding sequences are not kept long."""
+        """Prefill one chunk's worth of tokens at most, so that decoding sequences are not delayed long."""
         budget = self.config.chunk
         while budget > 0 and (batch := self.scheduler.next_prefill()):
             budget -= batch.width * len(batch.sequences)
@@ -225,31 +239,32 @@ class Engine:
                         self._outputs.append(sequence, sampled.tokens[i], sampled.log_probabilities[i], _row(top, i))
                         continue
                     self.scheduler.start_beams(sequence, beams)
-                    if beams.search.num_drawn:  # after a preemption: their tokens follow one by one
+                    if beams.search.num_output_tokens:  # after a preemption: their tokens are recomputed one by one
                         self.scheduler.fork(sequence, beams, [0] * len(beams.search.beams))
                     else:
                         assert top is not None
                         self._outputs.extend_beams(sequence, beams, _rows(top, i, i + 1))
 
     def _decode(self, max_steps: int) -> None:
+        """Decode all other sequences up to `max_steps` tokens."""
         batch = self.scheduler.next_decode(max_steps)
         for sequence in batch.preempted:
             self.runner.set_penalty_mask(sequence)
-        if not batch.steps.any():
+        if not batch.num_decode_steps.any():
             return
         sampled = self.runner.decode(batch)
         top_tokens, top_values = sampled.top_tokens, sampled.top_log_probabilities
         for i, sequence in enumerate(batch.sequences):
             if sequence is not None:
                 n = int(sampled.counts[i])
-                sequence.num_computed += n
+                sequence.num_computed_tokens += n
                 top = None if top_tokens is None or top_values is None else (top_tokens[i], top_values[i])
                 self._outputs.append(sequence, sampled.tokens[i, :n], sampled.log_probabilities[i, :n], top)
                 if not sampled.finite[i]:
                     self._outputs.fail(sequence)
 
     def _extend_beams(self) -> None:
-        """Extend all beams some steps; after each the host chooses among what could follow."""
+        """Extend all beams by several tokens; after each the host selects the next beams."""
         for _ in range(self.config.steps):
             groups = self.scheduler.next_beams()
             if not groups:
@@ -258,11 +273,11 @@ class Engine:
             start = 0
             for sequence, beams in groups:
                 stop = start + len(beams.search.beams)
-                sequence.num_computed += 1
+                sequence.num_computed_tokens += 1
                 beams.copies = []
                 if not top.finite[start:stop].all():
                     self._outputs.fail(sequence)
-                elif sequence.num_computed == sequence.num_prompt_tokens + beams.search.num_drawn:
+                elif sequence.num_computed_tokens == sequence.num_prompt_tokens + beams.search.num_output_tokens:
                     self._outputs.extend_beams(sequence, beams, _rows(top, start, stop))
                 start = stop
 

@@ -1,4 +1,4 @@
-"""The device's side of an engine: its state, arrays for the compiled steps, and their calls."""
+"""Model runner: an engine's state on the device, the arrays for the compiled steps, and their calls."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -62,31 +62,31 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------ batches
 
     def prefill(self, batch: PrefillBatch) -> tuple[SampledTokens, TopLogprobs | None]:
-        """Compute a chunk of each sequence, after its media; the tokens that follow are drawn for all."""
+        """Encode a chunk's media and compute it, for each sequence; samples the next token of all."""
         chunks = list(zip(batch.sequences, batch.stops, strict=True))
         rows = self.encoder_cache.lookup_or_encode(
-            [(s.media, s.num_computed, min(stop, s.num_prompt_tokens)) for s, stop in chunks]
+            [(s.media, s.num_computed_tokens, min(stop, s.num_prompt_tokens)) for s, stop in chunks]
         )
-        self.num_prefilled_tokens += sum(stop - s.num_computed for s, stop in chunks)
+        self.num_prefilled_tokens += sum(stop - s.num_computed_tokens for s, stop in chunks)
         inputs = self.prefill_inputs(batch, rows, len(chunks))
         return self.run_prefill({s.adapter for s, _ in chunks}, inputs)
 
     def decode(self, batch: DecodeBatch) -> SampledTokens:
-        """Decode all slots for some steps."""
+        """Decode up to `num_decode_steps` tokens of each slot."""
         adapters = {s.adapter for s in batch.sequences if s is not None}
-        return self.run_decode(adapters, self.decode_inputs(batch.sequences, batch.steps))
+        return self.run_decode(adapters, self.decode_inputs(batch.sequences, batch.num_decode_steps))
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
-        """Extend beams by a token; the likeliest tokens after each."""
+        """Extend beams by a token; return the likeliest tokens after each."""
         count = sum(len(beams.search.beams) for _, beams in groups)
         size = next(size for size in self._config.beam_batch_sizes if size >= count)
         return self.run_beam_step({s.adapter for s, _ in groups}, self.beam_inputs(groups, size))
 
     def set_penalty_mask(self, sequence: Sequence) -> None:
-        """Set the tokens that the repetition penalty of a sequence counts; decoding adds those that it is given."""
+        """Set a sequence's penalty mask to its tokens so far, if it has a repetition penalty; decoding adds its own."""
         if sequence.request.sampling.repetition_penalty != 1.0:
             seen = np.zeros(self.token_seen.shape[1], bool)
-            seen[sequence.token_ids(sequence.prefill_end)] = True
+            seen[sequence.token_ids(sequence.num_tokens_to_prefill)] = True
             self.run_set_penalty_mask(sequence.slot, seen)
 
     # ------------------------------------------------------------------------------------------ arrays
@@ -101,31 +101,31 @@ class ModelRunner:
         tokens = np.zeros((count, width), np.int32)
         features = np.full((count, width), NO_MEDIA, np.int32)
         for i, (sequence, stop) in enumerate(zip(sequences, stops, strict=True)):
-            tokens[i, : stop - sequence.num_computed] = sequence.token_ids(stop)[sequence.num_computed :]
+            tokens[i, : stop - sequence.num_computed_tokens] = sequence.token_ids(stop)[sequence.num_computed_tokens :]
             features[i, : len(media[i])] = media[i]
         return PrefillInputs(
             tokens, features,
-            starts=_column(sequences, count, lambda s: s.num_computed),
+            starts=_column(sequences, count, lambda s: s.num_computed_tokens),
             lengths=_padded(stops, count),
             tables=self._page_tables([s.pages for s in sequences], count),
             adapters=_column(sequences, count, lambda s: s.adapter),
             use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
             slots=_column(sequences, count, lambda s: s.slot),
-            num_drawn=_column(sequences, count, lambda s: len(s.tokens)),
+            num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
             sampling=_sampling_rows(sequences, count),
         )  # fmt: skip
 
-    def decode_inputs(self, sequences: Items[Sequence | None], steps: np.ndarray) -> DecodeInputs:
+    def decode_inputs(self, sequences: Items[Sequence | None], num_decode_steps: np.ndarray) -> DecodeInputs:
         """Arrays of all slots."""
         count = len(sequences)
         return DecodeInputs(
-            last=_column(sequences, count, lambda s: s.tokens[-1]),
-            lengths=_column(sequences, count, lambda s: s.num_computed),
-            steps=steps,
+            last=_column(sequences, count, lambda s: s.output_token_ids[-1]),
+            lengths=_column(sequences, count, lambda s: s.num_computed_tokens),
+            num_decode_steps=num_decode_steps,
             tables=self._page_tables([() if s is None else s.pages for s in sequences], count),
             adapters=_column(sequences, count, lambda s: s.adapter),
             use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
-            num_drawn=_column(sequences, count, lambda s: len(s.tokens)),
+            num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
             sampling=_sampling_rows(sequences, count),
             with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool)
             if self._config.top_logprobs
@@ -137,8 +137,8 @@ class ModelRunner:
         rows = [(s, beam, pages) for s, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
         copies = [copy for _, group in groups for copy in group.copies]
         return BeamInputs(
-            last=_padded([beam.tokens[s.num_computed - s.num_prompt_tokens] for s, beam, _ in rows], size),
-            lengths=_padded([s.num_computed + 1 for s, _, _ in rows], size),
+            last=_padded([beam.tokens[s.num_computed_tokens - s.num_prompt_tokens] for s, beam, _ in rows], size),
+            lengths=_padded([s.num_computed_tokens + 1 for s, _, _ in rows], size),
             tables=self._page_tables([s.pages + pages for s, _, pages in rows], size),
             adapters=_padded([s.adapter for s, _, _ in rows], size),
             use_long_rope=_padded([s.use_long_rope for s, _, _ in rows], size).astype(bool),

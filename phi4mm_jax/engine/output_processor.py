@@ -1,4 +1,4 @@
-"""From tokens to updates: text, stop tokens and strings, limits, errors."""
+"""Output processing: detokenization, stop tokens and strings, limits, errors."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Update:
-    """News of one request from a round: text, and in the end the whole answer.
+    """New text and tokens of one request from a round, and at its end the whole answer.
 
     Attributes:
-        tokens: drawn since the last update. Their text may come with the next one, as where a character is not whole.
-            With several beams none.
+        tokens: generated since the last update. Their text may come with the next one, as where a character is not
+            whole. Empty for beam search.
         log_probabilities: of these.
-        top_logprobs: for each of these the likeliest tokens in its place, where the request asks for them.
+        top_logprobs: for each of these the likeliest tokens in its place, if the request asks for them.
     """
 
     id: int
@@ -61,14 +61,14 @@ class OutputProcessor:
     def append(
         self, sequence: Sequence, tokens: Any, log_probabilities: Any, top: tuple[Any, Any] | None = None
     ) -> None:
-        """Append new tokens, up to what ends the answer.
+        """Append new tokens, up to the end of the answer.
 
         Args:
             top: the likeliest tokens in place of each, and their log-probabilities, where the engine gives them.
         """
         pieces, count = [], sequence.request.top_logprobs
         for i, (token, log_probability) in enumerate(zip(tokens.tolist(), log_probabilities.tolist(), strict=True)):
-            sequence.tokens.append(token)
+            sequence.output_token_ids.append(token)
             sequence.log_probabilities.append(log_probability)
             if count and top is not None:
                 likeliest = (values[i, :count].tolist() for values in top)
@@ -78,13 +78,13 @@ class OutputProcessor:
             pieces.append(sequence.detokenizer.add(token))
             if sequence.detokenizer.stopped:
                 return self.finish(sequence, "stop", pieces)
-            if len(sequence.tokens) == sequence.max_new_tokens:
+            if len(sequence.output_token_ids) == sequence.max_new_tokens:
                 return self.finish(sequence, "length", pieces)
         if text := "".join(pieces):
             self._tell(sequence, text)
 
     def extend_beams(self, sequence: Sequence, beams: BeamGroup, top: TopLogprobs) -> None:
-        """Choose the next beams among the likeliest tokens after each of the present ones."""
+        """Select the next beams from the likeliest tokens after each of the present ones."""
         beams.search, parents = advance(beams.search, top.tokens, top.log_probabilities)
         if beams.search.over:
             self._finish_beams(sequence, beams)
@@ -94,10 +94,10 @@ class OutputProcessor:
     def fail(self, sequence: Sequence) -> None:
         """End a sequence whose logits are NaN or infinite with an error; it keeps the tokens before."""
         if sequence.status is SequenceStatus.FINISHED:
-            return  # by a token before
+            return  # by an earlier token
         error = (
             "the model's logits are not finite (NaN or infinity) at token "
-            f"{sequence.num_prompt_tokens + sequence.num_drawn + 1} of the "
+            f"{sequence.num_prompt_tokens + sequence.num_output_tokens + 1} of the "
             "sequence; the weights or the media hold such values, or overflow: check both, or load with float32"
         )
         self.finish(sequence, "error", error=error)
@@ -105,12 +105,12 @@ class OutputProcessor:
     def finish(
         self, sequence: Sequence, reason: FinishReason, pieces: Iterable[str] = (), error: str | None = None
     ) -> None:
-        """End a sequence with what it has drawn, and free its slot and pages."""
+        """End a sequence with the tokens that it has, and free its slot and pages."""
         if sequence.beams is not None:
             return self._finish_beams(sequence, sequence.beams, reason, error)
         rest = sequence.detokenizer.finish()
         completion = Completion.of(
-            self._tokenizer, sequence.detokenizer.text, sequence.tokens, reason, sequence.num_prompt_tokens,
+            self._tokenizer, sequence.detokenizer.text, sequence.output_token_ids, reason, sequence.num_prompt_tokens,
             log_probabilities=tuple(sequence.log_probabilities), top_logprobs=tuple(sequence.top_logprobs), error=error,
             error_type=None if error is None else "FloatingPointError",
         )  # fmt: skip
@@ -118,10 +118,10 @@ class OutputProcessor:
         self._scheduler.finish(sequence)
 
     def _tell(self, sequence: Sequence, text: str, completion: Completion | None = None) -> None:
-        told, sequence.num_told = sequence.num_told, len(sequence.tokens)
+        start, sequence.num_reported_tokens = sequence.num_reported_tokens, len(sequence.output_token_ids)
         update = Update(
-            sequence.id, text, completion, tuple(sequence.tokens[told:]), tuple(sequence.log_probabilities[told:]),
-            tuple(sequence.top_logprobs[told:]),
+            sequence.id, text, completion, tuple(sequence.output_token_ids[start:]),
+            tuple(sequence.log_probabilities[start:]), tuple(sequence.top_logprobs[start:]),
         )  # fmt: skip
         self._updates.append(update)
 

@@ -1,4 +1,4 @@
-"""Pages of the KV cache, as the host keeps account of them: reference counts, reservations and the prefix cache."""
+"""Host-side bookkeeping of the KV cache's pages: reference counts, reservations and the prefix cache."""
 
 import hashlib
 from collections import OrderedDict
@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-Key = bytes  # hash of a page's tokens and media, and of all that comes before
+PageHash = bytes  # of a page's tokens and media, and of everything before them
 
 
 class PageAllocator:
     """Hands out pages. Unreferenced pages stay in the prefix cache, evicted LRU.
 
-    Sequences are admitted only once all pages that they may come to need are reserved: none is ever preempted for lack
-    of one.
+    Sequences are admitted only once their pages of the worst case are reserved: none is ever preempted for lack of one.
     """
 
     def __init__(self, num_pages: int):
@@ -21,12 +20,12 @@ class PageAllocator:
         self._free = list(range(num_pages))[::-1]
         self._ref_counts = [0] * num_pages
         self._num_reserved = 0
-        self._page_of: dict[Key, int] = {}  # the prefix cache
-        self._key_of: dict[int, Key] = {}
+        self._page_of: dict[PageHash, int] = {}  # the prefix cache
+        self._hash_of: dict[int, PageHash] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # cached and unreferenced, least recently used first
 
     @property
-    def available(self) -> int:
+    def num_unreserved(self) -> int:
         """Number of pages that are neither referenced nor reserved."""
         return len(self._free) + len(self._evictable) - self._num_reserved
 
@@ -36,11 +35,11 @@ class PageAllocator:
         return self.num_pages - len(self._free) - len(self._evictable)
 
     def reserve(self, count: int) -> None:
-        """Set pages aside for later calls of `allocate`; a negative count gives them back."""
+        """Set pages aside for later calls of `allocate`."""
         self._num_reserved += count
 
     def unreserve(self, count: int) -> None:
-        """Give reserved pages back that were not allocated."""
+        """Give back reserved pages that were not allocated."""
         self._num_reserved -= count
 
     def allocate(self) -> int:
@@ -50,24 +49,24 @@ class PageAllocator:
             page = self._free.pop()
         else:
             page, _ = self._evictable.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            del self._page_of[self._hash_of.pop(page)]
         self._ref_counts[page] = 1
         return page
 
-    def match_prefix(self, keys: Sequence[Key]) -> int:
+    def match_prefix(self, hashes: Sequence[PageHash]) -> int:
         """Number of these pages, from the first on, that are in the prefix cache."""
-        return next((i for i, key in enumerate(keys) if key not in self._page_of), len(keys))
+        return next((i for i, page_hash in enumerate(hashes) if page_hash not in self._page_of), len(hashes))
 
-    def acquire_cached(self, keys: Sequence[Key]) -> list[int]:
-        """Pages with these keys, which are in the prefix cache; increments their reference counts."""
-        pages = [self._page_of[key] for key in keys]
+    def acquire_cached(self, hashes: Sequence[PageHash]) -> list[int]:
+        """Return the pages of these hashes, which are in the prefix cache, and increment their reference counts."""
+        pages = [self._page_of[page_hash] for page_hash in hashes]
         for page in pages:
             self._ref_counts[page] += 1
             self._evictable.pop(page, None)
         return pages
 
     def incref(self, pages: Sequence[int]) -> None:
-        """Increment the reference counts of pages that have some."""
+        """Increment the reference counts of already-referenced pages."""
         for page in pages:
             self._ref_counts[page] += 1
 
@@ -76,32 +75,32 @@ class PageAllocator:
         for page in reversed(pages):
             self._ref_counts[page] -= 1
             if self._ref_counts[page] == 0:
-                if page in self._key_of:
+                if page in self._hash_of:
                     self._evictable[page] = None
                 else:
                     self._free.append(page)
 
-    def cache_page(self, page: int, key: Key) -> None:
-        """Put a page, whole and never written to again, into the prefix cache, unless its key is there."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key], self._key_of[page] = page, key
+    def cache_page(self, page: int, page_hash: PageHash) -> None:
+        """Put a full page, which is never written to again, into the prefix cache, unless already cached."""
+        if page_hash not in self._page_of and page not in self._hash_of:
+            self._page_of[page_hash], self._hash_of[page] = page, page_hash
 
 
-def page_keys(
+def page_hashes(
     tokens: np.ndarray, media: Sequence[tuple[int, int, bytes]], page_size: int, salt: bytes
-) -> Iterator[Key]:
-    """Yield the keys of a sequence's whole pages.
+) -> Iterator[PageHash]:
+    """Yield the hashes of a sequence's full pages.
 
     Args:
-        media: for each medium its first position, one past its last, and what tells it from all others.
-        salt: what else keys and values depend on: the adapter and the rotary set.
+        media: for each medium its first position, one past its last, and its content hash.
+        salt: everything else that keys and values depend on: the adapter and the rotary set.
     """
-    key = hashlib.blake2b(salt, digest_size=16).digest()
+    page_hash = hashlib.blake2b(salt, digest_size=16).digest()
     for start in range(0, len(tokens) - page_size + 1, page_size):
         stop = start + page_size
-        state = hashlib.blake2b(key, digest_size=16)
+        state = hashlib.blake2b(page_hash, digest_size=16)
         state.update(np.ascontiguousarray(tokens[start:stop], np.int32).tobytes())
         for first, end, digest in media:
             if first < stop and end > start:
                 state.update(digest + (start - first).to_bytes(8, "little", signed=True))
-        yield (key := state.digest())
+        yield (page_hash := state.digest())

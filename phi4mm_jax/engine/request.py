@@ -25,17 +25,17 @@ class Request:
         prompt: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
         images: PIL images, paths, bytes or arrays.
         audios: (samples, sampling rate), paths or bytes.
-        max_new_tokens: the most tokens to draw.
+        max_new_tokens: maximum number of tokens to generate.
         stop: strings that end the answer; they are not part of its text.
         stop_tokens: ids that end the answer, besides the model's own.
-        beams: how many answers to search for at once (n-best); 1 draws one answer. More go without sampling, without
-            stop strings, and only in an engine whose `EngineConfig.beams` allows them.
+        beams: width of the beam search, which gives as many answers (n-best); 1 is no beam search. Not with sampling or
+            stop strings, and only in an engine whose `EngineConfig.beams` allows it.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
-        max_crops: the most crops of an image; by default what the checkpoint says.
-        top_logprobs: how many of the likeliest tokens to give in place of each drawn one; at most what
-            `EngineConfig.top_logprobs` allows, and none with several beams.
-        adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default the one that they ask
-            for. What the media are encoded to stays the same.
+        max_crops: maximum number of crops per image; by default the checkpoint's.
+        top_logprobs: number of likeliest tokens to give in place of each generated one; at most
+            `EngineConfig.top_logprobs`, and none for beam search.
+        adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default that of the media.
+            It does not change how media are encoded.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
 
     Raises:

@@ -19,7 +19,7 @@ class WaitingRequest:
     """A request, its prompt being processed.
 
     Attributes:
-        duplicates: how many equal requests came before, by their identity; of all requests that belong together.
+        duplicates: number of equal earlier requests by identity, one counter for a group of requests.
         processed: its prompt and media.
         started: when their processing began.
     """
@@ -32,7 +32,7 @@ class WaitingRequest:
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether what it draws depends on how many equal requests came before."""
+        """Whether its seed depends on the number of equal earlier requests."""
         return self.duplicates is not None and draws_by_identity(self.request.sampling)
 
     def seconds(self) -> float:
@@ -43,14 +43,14 @@ class WaitingRequest:
         """Return its prompt and media.
 
         Raises:
-            InputError: they cannot be used, or are not there yet. Libraries raise what they will.
+            InputError: they cannot be used, or are not there yet. Media libraries raise others.
         """
         if not self.processed.done():
             raise InputError(f"its media took longer than {max_seconds} seconds to process; pass smaller ones")
         return self.processed.result()
 
     def seeded_sampling(self, row: Row, media: MediaInputs) -> Sampling:
-        """Its sampling with a seed; call it once. Its identity: its prompt, and how many equal ones came before."""
+        """Return its sampling with a seed by its prompt and the number of equal ones before; call it once."""
         settings = self.request.sampling
         if not draws_by_identity(settings):
             return settings
@@ -64,10 +64,10 @@ class WaitingRequest:
 
 
 class RequestQueue:
-    """Requests in their order, of which slow ones are overtaken.
+    """Waiting requests, FCFS, except that requests with slow media are overtaken.
 
     Attributes:
-        patience: seconds that the first request is waited for before it is overtaken.
+        patience: seconds to wait for the first request before it is overtaken.
         workers: threads that process prompts and media.
     """
 
@@ -111,9 +111,9 @@ class RequestQueue:
         self._waiting.remove(waiting)
 
     def next_ready(self, block: bool) -> WaitingRequest | None:
-        """First request whose prompt is processed, or whose time for that is over; it stays in the queue.
+        """Return the first request whose prompt is processed, or timed out; it stays in the queue.
 
-        Requests keep their order as long as their media take about a second; what takes longer is overtaken.
+        Requests keep their order as long as their media take about a second; slower ones are overtaken.
 
         Args:
             block: wait for the first one, as there is nothing else to do.
@@ -125,7 +125,7 @@ class RequestQueue:
             wait([head.processed], timeout=self.patience)
         if not head.processed.done() and head.seconds() < self.patience:
             return None
-        overtakes = False  # a request on whose identity that of others depends
+        overtakes = False  # one that `depends_on_order`: others like it must not pass it
         for waiting in self._waiting:
             if waiting.processed.done() and not (waiting.depends_on_order and overtakes):
                 return waiting

@@ -13,27 +13,27 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.checks import is_number, is_whole
 
-_GREEDY = 1e-5  # below this temperature float32 cannot tell the result from the likeliest token
+_GREEDY = 1e-5  # below this temperature float32 sampling equals argmax
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of drawing a token. Restrictions may be combined; each applies to what the ones before it left.
+    """Sampling settings. Filters may be combined; each applies to the tokens that the ones before it left.
 
         Sampling()                                         # greedy
-        Sampling(temperature=0.7, top_p=0.9)               # draws of the request's own
-        Sampling(temperature=1.0, min_p=0.05, seed=7)      # the draws of seed 7, whatever the request
+        Sampling(temperature=0.7, top_p=0.9)               # seeded by the request itself
+        Sampling(temperature=1.0, min_p=0.05, seed=7)      # seed 7, whatever the request
 
     Attributes:
-        temperature: divides the logits; 0 chooses the likeliest token.
-        top_k: draw from this many likeliest tokens; 0 from all.
-        top_p: draw from the fewest tokens whose probabilities reach this (arXiv:1904.09751); 1 from all.
-        min_p: leave out tokens less likely than this share of the likeliest's probability (arXiv:2407.01082); 0 none.
+        temperature: divides the logits; 0 is greedy.
+        top_k: sample from this many likeliest tokens; 0 from all.
+        top_p: sample from the fewest tokens whose probabilities reach this (arXiv:1904.09751); 1 from all.
+        min_p: drop tokens less likely than this fraction of the likeliest's probability (arXiv:2407.01082); 0 none.
         repetition_penalty: divides positive logits of tokens that the sequence has, and multiplies negative ones
             (arXiv:1909.05858); 1 changes nothing.
-        seed: of the draws. By default they are a request's own (see `for_identity`): those of different requests are
-            independent, and a request draws the same whenever and beside whatever it is asked.
-        stream: tells apart draws that share a seed; by default 0 where there is a seed.
+        seed: of the random generator. By default it follows from the request (see `for_identity`): different requests
+            sample independently, and a request samples the same whenever and beside whatever it is submitted.
+        stream: tells apart requests that share a seed; by default 0 where there is a seed.
 
     Raises:
         InputError: a value out of range.
@@ -64,7 +64,7 @@ class Sampling:
             check(name, value is None or is_whole(value, 0, 2**31 - 1), "a whole number from 0 to 2**31 - 1")
 
     def for_identity(self, identity: bytes) -> "Sampling":
-        """With a seed and a stream that follow from what tells a request from all others, unless either is given."""
+        """Return these settings with a seed and a stream from a request's identity, unless either is given."""
         if self.seed is not None or self.stream is not None:
             return self
         digest = hashlib.blake2b(identity, digest_size=8).digest()
@@ -90,17 +90,19 @@ class SamplingRows(NamedTuple):
 
         reals = {n: column(n, np.float32) for n in ("temperature", "min_p", "repetition_penalty")}
         wholes = {n: column(n, np.int32) for n in ("top_k", "seed", "stream")}
-        top_p = np.maximum(column("top_p", np.float64), 1e-30).astype(np.float32)  # never none at all
+        top_p = np.maximum(column("top_p", np.float64), 1e-30).astype(
+            np.float32
+        )  # a positive float32 at least, so that one token is kept
         return cls(**reals, **wholes, top_p=top_p)
 
 
 def draws_by_identity(settings: Sampling) -> bool:
-    """Whether the draws follow from the request itself: it samples, and has neither seed nor stream."""
+    """Whether the seed follows from the request itself: it samples, and has neither seed nor stream."""
     return settings.temperature != 0 and settings.seed is None and settings.stream is None
 
 
 def _real(value: Any) -> float:
-    """NaN, which every comparison refuses, for what is no number."""
+    """Convert to float; NaN, which fails every comparison, where it is not a number."""
     try:
         return float(value) if is_number(value) else float("nan")
     except OverflowError:
@@ -114,13 +116,13 @@ def sample(
     rows: SamplingRows,
     token_seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """Choose one token a row.
+    """Sample one token per row.
 
-    A row's draw depends on its logits, its settings and the position: never on the rows beside it. What no row asks
-    for is not computed.
+    The result depends on a row's logits, settings and position, never on other rows. Filters that no row asks for are
+    not computed.
 
     Args:
-        positions: how many tokens each row has drawn before.
+        positions: number of tokens generated before, per row.
         token_seen: the tokens in each row's sequence, where a row may have a repetition penalty.
     """
     if token_seen is not None:
@@ -152,13 +154,13 @@ def _draw(logits: Float[Array, " V"], seed, stream, position) -> Int[Array, ""]:
 def restrict(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """Set to -inf what each row's settings leave out; tokens that tie with the last one kept are kept."""
+    """Apply the top-k, top-p and min-p filters: set dropped tokens to -inf; ties with the last kept one are kept."""
     ordered = -jnp.sort(-logits, -1)
     size = logits.shape[-1]
     kept = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]
     probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), -1)
-    before = jnp.cumsum(probabilities, -1) - probabilities  # of the tokens likelier than this one
+    before = jnp.cumsum(probabilities, -1) - probabilities  # total probability of the likelier tokens
     kept &= (before < top_p[:, None]) | (top_p >= 1.0)[:, None]
     kept &= probabilities >= min_p[:, None] * probabilities[:, :1]
-    least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    threshold = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)

@@ -1,6 +1,5 @@
-"""Who is computed next: admission by pages, chunks of prefill, rounds of decoding."""
+"""Scheduling: admission by pages, chunked prefill, multi-step decode."""
 
-from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import numpy as np
@@ -8,12 +7,12 @@ import numpy as np
 from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.config import PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import EncoderCache
-from phi4mm_jax.engine.page_allocator import Key, PageAllocator
+from phi4mm_jax.engine.page_allocator import PageAllocator, PageHash
 from phi4mm_jax.engine.sequence import Sequence, SequenceStatus
 
 
 class PrefillBatch(NamedTuple):
-    """Chunks of sequences with the same adapter, each from its `num_computed` to its stop, padded to one width."""
+    """Chunks of sequences with the same adapter, from `num_computed_tokens` to `stops`, padded to one width."""
 
     sequences: list[Sequence]
     stops: list[int]
@@ -21,29 +20,35 @@ class PrefillBatch(NamedTuple):
 
 
 class DecodeBatch(NamedTuple):
-    """A round of decoding, by slot: the sequence, or None for a slot that rests, and its steps at most."""
+    """A round of decoding, by slot.
+
+    Attributes:
+        sequences: None for an idle slot.
+        num_decode_steps: maximum number of tokens to decode.
+        preempted: sequences to be prefilled again with the long rotary set.
+    """
 
     sequences: list[Sequence | None]
-    steps: np.ndarray
-    preempted: list[Sequence]  # those that wait to be prefilled again with the long rotary set
+    num_decode_steps: np.ndarray
+    preempted: list[Sequence]
 
 
 class Scheduler:
-    """Keeps the slots filled, and the page tables of what is in them.
+    """Keeps the slots filled, and the page tables of the sequences in them.
 
     Args:
-        long_rope_boundary: tokens up to which keys are rotated by the short set. A sequence that outgrows it is
-            preempted and prefilled again, since all its keys depend on the set.
+        long_rope_boundary: `original_max_position_embeddings`, up to which keys are rotated by the short set. A
+            sequence that crosses it is preempted and prefilled again, since all its keys depend on the set.
     """
 
     def __init__(self, config: EngineConfig, encoder_cache: EncoderCache, long_rope_boundary: int):
-        self._config, self._encoder_cache, self._boundary = config, encoder_cache, long_rope_boundary
+        self._config, self._encoder_cache, self._long_rope_boundary = config, encoder_cache, long_rope_boundary
         self.allocator = PageAllocator(config.pages)
         self.slots: list[Sequence | None] = [None] * config.slots
 
     @property
-    def running(self) -> list[Sequence]:
-        """Sequences that have a slot."""
+    def resident(self) -> list[Sequence]:
+        """Sequences that have a slot, preempted ones (WAITING) included."""
         return [sequence for sequence in self.slots if sequence is not None]
 
     @property
@@ -53,14 +58,19 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------ admission
 
     def readmit_preempted(self) -> bool:
-        """Reserve pages for preempted sequences, in the order of their requests; False if one has to wait."""
-        preempted = (s for s in self.running if s.status is SequenceStatus.WAITING)
+        """Reserve pages for preempted sequences, in the order of their requests.
+
+        Returns:
+            Whether there were enough for all of them.
+        """
+        preempted = (s for s in self.resident if s.status is SequenceStatus.WAITING)
         return all(self._reserve(sequence) for sequence in sorted(preempted, key=lambda s: s.id))
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give a new sequence its slot and reserve its pages; False if there are too few.
+        """Give a new sequence its slot and reserve its pages. Call it FCFS, so that large requests do not starve.
 
-        Ask in the order of the requests: then none that needs many pages is overtaken for ever.
+        Returns:
+            Whether there were enough pages; otherwise nothing has changed.
         """
         if not self._reserve(sequence):
             return False
@@ -75,27 +85,27 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
-        sequence.reset(self._config.page_size, self._boundary)
+        sequence.reset(self._config.page_size, self._long_rope_boundary)
 
     def _reserve(self, sequence: Sequence) -> bool:
-        if sequence.max_pages > self.allocator.available:
+        if sequence.max_pages > self.allocator.num_unreserved:
             return False
         self.allocator.reserve(sequence.max_pages)
-        sequence.num_reserved, sequence.status = sequence.max_pages, SequenceStatus.PREFILLING
+        sequence.num_reserved_pages, sequence.status = sequence.max_pages, SequenceStatus.PREFILLING
         return True
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.decref(sequence.pages)
         if sequence.beams is not None:
             sequence.beams.release(self.allocator)
-        self.allocator.unreserve(sequence.num_reserved)
-        sequence.pages, sequence.num_reserved = [], 0
+        self.allocator.unreserve(sequence.num_reserved_pages)
+        sequence.pages, sequence.num_reserved_pages = [], 0
 
     # ------------------------------------------------------------------------------------------ prefill
 
     def next_prefill(self) -> PrefillBatch | None:
-        """Chunks to compute next, of the sequences that wait longest; allocates their pages."""
-        sequences = self._next_prefilled()
+        """Return the chunks to compute next, of the oldest requests, and allocate their pages."""
+        sequences = self._select_prefill()
         if not sequences:
             return None
         stops = [self._chunk_end(sequence) for sequence in sequences]
@@ -104,78 +114,84 @@ class Scheduler:
         return PrefillBatch(sequences, stops, self._next_width(sequences[0]))
 
     def complete_chunk(self, sequence: Sequence, stop: int) -> bool:
-        """Put a computed chunk's whole pages into the prefix cache; returns whether the sequence decodes from now on.
+        """Put a computed chunk's full pages into the prefix cache.
 
-        Chunks whose logits are not finite are not completed: their pages may hold NaN, which none may share.
+        Not to be called where the logits are not finite: such pages may hold NaN, and must not be shared.
+
+        Returns:
+            Whether the sequence decodes from now on.
         """
         size = self._config.page_size
-        for page in range(sequence.num_computed // size, min(stop // size, len(sequence.page_keys))):
-            self.allocator.cache_page(sequence.pages[page], sequence.page_keys[page])
-        sequence.num_computed = stop
-        if stop == sequence.prefill_end:
+        for page in range(sequence.num_computed_tokens // size, min(stop // size, len(sequence.page_hashes))):
+            self.allocator.cache_page(sequence.pages[page], sequence.page_hashes[page])
+        sequence.num_computed_tokens = stop
+        if stop == sequence.num_tokens_to_prefill:
             sequence.status = SequenceStatus.DECODING
         return sequence.status is SequenceStatus.DECODING
 
-    def _next_prefilled(self) -> list[Sequence]:
-        """Sequences with the same adapter and the same width of chunk."""
-        computed: set[Key] = set()  # pages that a sequence before will put into the prefix cache
+    def _select_prefill(self) -> list[Sequence]:
+        """Return sequences with the same adapter and the same chunk width."""
+        computed: set[PageHash] = set()  # pages that an earlier sequence will put into the prefix cache
         chosen: list[Sequence] = []
-        prefilling = (s for s in self.running if s.status is SequenceStatus.PREFILLING)
+        prefilling = (s for s in self.resident if s.status is SequenceStatus.PREFILLING)
         for sequence in sorted(prefilling, key=lambda s: s.id):
             if not sequence.prefix_matched:
-                # The last token is always computed, or else there would be no logits to draw from.
-                cached = self.allocator.match_prefix(sequence.page_keys)
-                cached = min(cached, (sequence.prefill_end - 1) // self._config.page_size)
-                if any(key in computed for key in sequence.page_keys[cached : cached + 1]):
-                    continue  # another is about to compute the page that this one needs next
+                # The last token is always computed, or else there would be no logits to sample from.
+                cached = self.allocator.match_prefix(sequence.page_hashes)
+                cached = min(cached, (sequence.num_tokens_to_prefill - 1) // self._config.page_size)
+                if any(page_hash in computed for page_hash in sequence.page_hashes[cached : cached + 1]):
+                    continue  # another sequence is about to compute the next page of this one
                 self._acquire_prefix(sequence, cached)
-            computed.update(sequence.page_keys[sequence.num_computed // self._config.page_size :])
+            computed.update(sequence.page_hashes[sequence.num_computed_tokens // self._config.page_size :])
             if not chosen or self._batch_key(sequence) == self._batch_key(chosen[0]):
                 chosen.append(sequence)
         chosen = chosen[: next((n for n in PREFILL_ROWS if n <= len(chosen)), 0)]
-        media = [(s.media, s.num_computed, min(self._chunk_end(s), s.num_prompt_tokens)) for s in chosen]
+        media = [(s.media, s.num_computed_tokens, min(self._chunk_end(s), s.num_prompt_tokens)) for s in chosen]
         return chosen if self._encoder_cache.fits(media) else chosen[:1]
 
     def _acquire_prefix(self, sequence: Sequence, count: int) -> None:
-        """Take its first pages from the prefix cache; they need no reservation any more."""
-        sequence.pages = self.allocator.acquire_cached(sequence.page_keys[:count])
+        """Take its first pages from the prefix cache, and give up their reservation."""
+        sequence.pages = self.allocator.acquire_cached(sequence.page_hashes[:count])
         self.allocator.unreserve(count)
-        sequence.num_reserved -= count
-        sequence.num_computed, sequence.prefix_matched = count * self._config.page_size, True
+        sequence.num_reserved_pages -= count
+        sequence.num_computed_tokens, sequence.prefix_matched = count * self._config.page_size, True
 
     def _batch_key(self, sequence: Sequence) -> tuple[int, int]:
         return sequence.adapter, self._next_width(sequence)
 
     def _next_width(self, sequence: Sequence) -> int:
-        return self._config.prefill_width(self._chunk_end(sequence) - sequence.num_computed)
+        return self._config.prefill_width(self._chunk_end(sequence) - sequence.num_computed_tokens)
 
     def _chunk_end(self, sequence: Sequence) -> int:
-        """End of its next chunk: as far as the chunk's size and the room for its media go; else a page's border."""
+        """End of its next chunk.
+
+        Limited by the chunk size and the encoder cache's room; by the latter it is rounded down to a page boundary.
+        """
         size = self._config.page_size
-        stop = min(sequence.num_computed + self._config.chunk, sequence.prefill_end)
+        stop = min(sequence.num_computed_tokens + self._config.chunk, sequence.num_tokens_to_prefill)
         prompt = min(stop, sequence.num_prompt_tokens)
-        fitting = self._encoder_cache.max_stop(sequence.media, sequence.num_computed, prompt)
+        fitting = self._encoder_cache.max_stop(sequence.media, sequence.num_computed_tokens, prompt)
         return stop if fitting >= prompt else fitting // size * size
 
     # ------------------------------------------------------------------------------------------ decoding
 
     def next_decode(self, max_steps: int) -> DecodeBatch:
-        """Sequences that decode, and their steps; allocates their pages, and preempts what outgrows the short set."""
+        """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
         sequences: list[Sequence | None] = [None] * len(self.slots)
-        steps, preempted = np.zeros(len(self.slots), np.int32), []
+        num_steps, preempted = np.zeros(len(self.slots), np.int32), []
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue
-            room = sequence.max_new_tokens - len(sequence.tokens)
+            room = sequence.max_new_tokens - len(sequence.output_token_ids)
             if not sequence.use_long_rope:
-                room = min(room, self._boundary - sequence.num_computed)
+                room = min(room, self._long_rope_boundary - sequence.num_computed_tokens)
             if room:
-                sequences[i], steps[i] = sequence, min(room, max_steps)
-                self._allocate_to(sequence, sequence.num_computed + int(steps[i]))
+                sequences[i], num_steps[i] = sequence, min(room, max_steps)
+                self._allocate_to(sequence, sequence.num_computed_tokens + int(num_steps[i]))
             else:
                 self._preempt(sequence)
                 preempted.append(sequence)
-        return DecodeBatch(sequences, steps, preempted)
+        return DecodeBatch(sequences, num_steps, preempted)
 
     def _allocate_to(self, sequence: Sequence, num_tokens: int) -> None:
         """Allocate pages for its first tokens."""
@@ -183,38 +199,38 @@ class Scheduler:
             sequence.pages.append(self._allocate(sequence))
 
     def _allocate(self, sequence: Sequence) -> int:
-        sequence.num_reserved -= 1
+        sequence.num_reserved_pages -= 1
         return self.allocator.allocate()
 
     # ------------------------------------------------------------------------------------------ beams
 
     def next_beams(self) -> list[tuple[Sequence, BeamGroup]]:
-        """Sequences whose beams are extended next; allocates pages for the beams' next tokens."""
+        """Return the sequences whose beams are extended next, and allocate pages for the beams' next tokens."""
         ready: list[tuple[Sequence, BeamGroup]] = []
-        for sequence in self.running:
+        for sequence in self.resident:
             if sequence.beams is None or sequence.status is not SequenceStatus.DECODING:
                 continue
-            if not sequence.use_long_rope and sequence.num_computed == self._boundary:
+            if not sequence.use_long_rope and sequence.num_computed_tokens == self._long_rope_boundary:
                 self._preempt(sequence)
             else:
                 ready.append((sequence, sequence.beams))
         for sequence, beams in ready:
             for pages in beams.pages:
-                if (len(sequence.pages) + len(pages)) * self._config.page_size == sequence.num_computed:
+                if (len(sequence.pages) + len(pages)) * self._config.page_size == sequence.num_computed_tokens:
                     pages.append(self._allocate(sequence))
         return ready
 
     def start_beams(self, sequence: Sequence, beams: BeamGroup) -> None:
-        """Hand the page after the prompt's whole ones to the beams, which write to it."""
-        whole = sequence.num_prompt_tokens // self._config.page_size
-        beams.pages, sequence.pages = [sequence.pages[whole:]], sequence.pages[:whole]
+        """Hand the prompt's last, partially filled page to the beams, which write to it."""
+        num_full = sequence.num_prompt_tokens // self._config.page_size
+        beams.pages, sequence.pages = [sequence.pages[num_full:]], sequence.pages[:num_full]
 
-    def fork(self, sequence: Sequence, beams: BeamGroup, parents: Items[int]) -> None:
+    def fork(self, sequence: Sequence, beams: BeamGroup, parents: list[int]) -> None:
         """Give each beam its parent's pages, and a copy of the page that it is about to write to."""
         beams.fork(self.allocator, parents)
-        # What beams without a child had allocated may be needed again.
-        num_reserved = sequence.max_pages - len(sequence.pages) - beams.num_pages
-        self.allocator.reserve(num_reserved - sequence.num_reserved)
-        sequence.num_reserved = num_reserved
-        if sequence.num_computed % self._config.page_size:
+        # Pages freed by dropped beams go back to the reservation.
+        self.allocator.unreserve(sequence.num_reserved_pages)
+        sequence.num_reserved_pages = sequence.max_pages - len(sequence.pages) - beams.num_pages
+        self.allocator.reserve(sequence.num_reserved_pages)
+        if sequence.num_computed_tokens % self._config.page_size:
             beams.copy_on_write(self.allocator, lambda: self._allocate(sequence))

@@ -1,4 +1,4 @@
-"""A request in a slot, from its prompt to its last token."""
+"""Sequence: a request in a slot, from its prompt to its last token."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,14 +9,14 @@ from phi4mm_jax.adapters import index_of
 from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import MediaInputs
-from phi4mm_jax.engine.page_allocator import Key, page_keys
+from phi4mm_jax.engine.page_allocator import PageHash, page_hashes
 from phi4mm_jax.engine.request import Request, TokenLogprobs
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.processing.batching import Row
 
 
 class SequenceStatus(Enum):
-    WAITING = "waiting"  # for its pages to be reserved: before admission, and once it is preempted
+    WAITING = "waiting"  # its pages are not reserved: before admission, and after a preemption
     PREFILLING = "prefilling"
     DECODING = "decoding"
     FINISHED = "finished"
@@ -28,18 +28,18 @@ class Sequence:
 
     Attributes:
         slot: row of the arrays that hold state on the device.
-        max_new_tokens: tokens that may be drawn: as many as the request asks for and the context allows.
-        max_pages: pages that it may come to need.
-        tokens: drawn ones. With several beams none: the group has them.
-        num_told: tokens that updates have told of.
-        pages: page table; with several beams of the prompt's whole pages, which all share.
-        page_keys: keys of the whole pages of what has to be prefilled.
-        num_reserved: pages that are reserved and not yet allocated.
-        num_computed: tokens whose keys and values are in the cache.
-        prefill_end: tokens to prefill before it decodes.
-        prefix_matched: it has looked for its prefix in the cache.
+        max_new_tokens: limit of generated tokens, by the request and by the context.
+        max_pages: pages in the worst case.
+        output_token_ids: generated so far; empty for beam search, see `BeamGroup`.
+        num_reported_tokens: generated tokens that are in an update.
+        pages: page table; for beam search the prompt's full pages only, which all beams share.
+        page_hashes: of the full pages of the tokens to prefill.
+        num_reserved_pages: reserved and not yet allocated.
+        num_computed_tokens: tokens whose keys and values are in the cache.
+        num_tokens_to_prefill: in total, before it decodes.
+        prefix_matched: prefix-cache lookup done.
         use_long_rope: its keys are rotated by the long set of LongRoPE's factors.
-        beams: of a request with several.
+        beams: None unless beam search.
         sampling: the request's, with a seed.
     """
 
@@ -54,15 +54,15 @@ class Sequence:
     beams: BeamGroup | None = None
     sampling: Sampling = field(default_factory=Sampling)
     status: SequenceStatus = SequenceStatus.WAITING
-    tokens: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     top_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    num_told: int = 0
+    num_reported_tokens: int = 0
     pages: list[int] = field(default_factory=list)
-    page_keys: list[Key] = field(default_factory=list)
-    num_reserved: int = 0
-    num_computed: int = 0
-    prefill_end: int = 0
+    page_hashes: list[PageHash] = field(default_factory=list)
+    num_reserved_pages: int = 0
+    num_computed_tokens: int = 0
+    num_tokens_to_prefill: int = 0
     prefix_matched: bool = False
     use_long_rope: bool = False
 
@@ -77,19 +77,21 @@ class Sequence:
         return len(self.row.tokens)
 
     @property
-    def num_drawn(self) -> int:
-        """Tokens that were drawn; of each beam, where there are several."""
-        return len(self.tokens) if self.beams is None else self.beams.search.num_drawn
+    def num_output_tokens(self) -> int:
+        """Number of generated tokens; for beam search, of each beam."""
+        return len(self.output_token_ids) if self.beams is None else self.beams.search.num_output_tokens
 
     def token_ids(self, stop: int) -> np.ndarray:
-        """Its first tokens, drawn ones included."""
-        return np.concatenate([self.row.tokens, np.asarray(self.tokens, np.int32)])[:stop]
+        """Its first `stop` tokens, generated ones included."""
+        return np.concatenate([self.row.tokens, np.asarray(self.output_token_ids, np.int32)])[:stop]
 
     def reset(self, page_size: int, long_rope_boundary: int) -> None:
-        """Have everything prefilled: at first, and when it is about to outgrow the short rotary set."""
+        """Reset for (re)prefill from token 0: at first, and when it is about to cross the LongRoPE boundary."""
         self.status = SequenceStatus.WAITING
-        self.num_computed, self.prefix_matched = 0, False
-        self.prefill_end = self.num_prompt_tokens + len(self.tokens)
-        self.use_long_rope = self.num_prompt_tokens + self.num_drawn > long_rope_boundary
+        self.num_computed_tokens, self.prefix_matched = 0, False
+        self.num_tokens_to_prefill = self.num_prompt_tokens + len(self.output_token_ids)
+        self.use_long_rope = self.num_prompt_tokens + self.num_output_tokens > long_rope_boundary
         salt = bytes([self.adapter, self.use_long_rope])
-        self.page_keys = list(page_keys(self.token_ids(self.prefill_end), self.media.spans, page_size, salt))
+        self.page_hashes = list(
+            page_hashes(self.token_ids(self.num_tokens_to_prefill), self.media.spans, page_size, salt)
+        )

@@ -29,7 +29,7 @@ class PrefillInputs(NamedTuple):
     adapters: Int[Any, " R"]
     use_long_rope: Bool[Any, " R"]
     slots: Int[Any, " R"]
-    num_drawn: Int[Any, " R"]  # tokens that the sequence has drawn before
+    num_output_tokens: Int[Any, " R"]  # tokens generated before
     sampling: SamplingRows
 
 
@@ -38,19 +38,19 @@ class DecodeInputs(NamedTuple):
 
     last: Int[Any, " N"]
     lengths: Int[Any, " N"]  # tokens in the cache
-    steps: Int[Any, " N"]  # tokens to decode in this round at most; 0 for a slot that rests
+    num_decode_steps: Int[Any, " N"]  # maximum number of tokens to decode in this round; 0 for an idle slot
     tables: Int[Any, "N M"]
     adapters: Int[Any, " N"]
     use_long_rope: Bool[Any, " N"]
-    num_drawn: Int[Any, " N"]
+    num_output_tokens: Int[Any, " N"]
     sampling: SamplingRows
     with_top: Bool[Any, " N"] | None = None  # slots whose likeliest tokens are asked for; None: of none
 
 
 class SampledTokens(NamedTuple):
-    """Tokens drawn in a round, and their log-probabilities by the model's own distribution.
+    """Tokens sampled in a round, and their log-probabilities by the model's own distribution.
 
-    A sequence whose logits are not finite draws nothing from them, and rests.
+    A sequence whose logits are not finite samples nothing from them, and idles.
     """
 
     tokens: Int[Array, "N W"]
@@ -147,7 +147,7 @@ class Programs:
         self, variables, cache: KVCache, table: Float[Array, "F D"], token_seen: Bool[Array, "N V"],
         inputs: PrefillInputs, *, candidates: int = 0,
     ) -> tuple[KVCache, SampledTokens, TopLogprobs | None]:  # fmt: skip
-        """Fill the cache and draw the token after each sequence's last; where asked for, also give the likeliest."""
+        """Write the chunk to the cache and sample each sequence's next token; also the likeliest, if asked for."""
         embedded = self._apply(variables, inputs.tokens, inputs.media, table, method="embed")
         hidden, cache = self._apply(
             variables, embedded, inputs.lengths, inputs.adapters, inputs.use_long_rope, cache, inputs.starts,
@@ -156,7 +156,7 @@ class Programs:
         last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, hidden, method="logits")
-        tokens = sample(logits, inputs.num_drawn, inputs.sampling, token_seen[inputs.slots])
+        tokens = sample(logits, inputs.num_output_tokens, inputs.sampling, token_seen[inputs.slots])
         log_probabilities = _log_probability(logits, tokens)
         sampled = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
         return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
@@ -165,7 +165,7 @@ class Programs:
         self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int,
         candidates: int = 0,
     ) -> tuple[KVCache, Bool[Array, "N V"], SampledTokens]:  # fmt: skip
-        """Decode until every slot has taken its steps, at most `width`, or has drawn a stop token.
+        """Decode until every slot has taken its steps, at most `width`, or has sampled a stop token.
 
         With `candidates` also give the likeliest tokens in place of each, for the slots that ask for them.
         """
@@ -193,7 +193,7 @@ class Programs:
                 inputs.tables, method="decode",
             )  # fmt: skip
             logits = self._apply(variables, hidden[:, 0], method="logits")
-            tokens = sample(logits, inputs.num_drawn + sampled.counts, inputs.sampling, token_seen)
+            tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
             finite = sampled.finite & (_finite(logits) | ~active)
             active &= finite
             at = every, jnp.where(active, sampled.counts, width)  # out of range: dropped
@@ -209,7 +209,7 @@ class Programs:
             left = jnp.where(active & ~stopped, left - 1, 0)
             return cache, token_seen, jnp.where(active, tokens, last), sampled, left
 
-        start = cache, token_seen, jnp.asarray(inputs.last), sampled, jnp.minimum(inputs.steps, width)
+        start = cache, token_seen, jnp.asarray(inputs.last), sampled, jnp.minimum(inputs.num_decode_steps, width)
         cache, token_seen, _, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 

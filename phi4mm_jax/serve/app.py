@@ -336,7 +336,7 @@ def _watch(service: Service) -> None:
     watch("ready", "Whether requests are answered", lambda: float(host.ready))
     watch("engine_restarts", "How often the engine was made anew after an error", lambda: host.restarts)
     watch("slots", "Requests that are decoded at once", of_engine(lambda e: e.config.slots))
-    watch("slots_in_use", "Those of them that are taken", of_engine(lambda e: len(e.scheduler.running)))
+    watch("slots_in_use", "Those of them that are taken", of_engine(lambda e: len(e.scheduler.resident)))
     watch("cache_pages", "Pages of the KV cache", of_engine(lambda e: e.scheduler.allocator.num_pages))
     watch("cache_pages_in_use", "Those of them that requests hold", of_engine(lambda e: e.scheduler.allocator.in_use))
     watch(

@@ -68,8 +68,8 @@ class Soak:
 
     def lost(self) -> tuple[int, int]:
         """Slots and pages that nobody gave back."""
-        slots = len(self.engine.scheduler.running)
-        return slots, self.engine.config.pages - self.engine.scheduler.allocator.available
+        slots = len(self.engine.scheduler.resident)
+        return slots, self.engine.config.pages - self.engine.scheduler.allocator.num_unreserved
 
     @staticmethod
     def live_arrays() -> int:

@@ -91,7 +91,7 @@ def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
         )
         assert_found(answer, expected, penalty)
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in stops else "length")
-        assert engine.scheduler.allocator.available == engine.config.pages
+        assert engine.scheduler.allocator.num_unreserved == engine.config.pages
         lengths |= {len(h.tokens) < new_tokens for h in answer.alternatives}
         met = list(dict.fromkeys(t for h in answer.alternatives for t in h.tokens[4:9]))
     assert lengths == ({False} if penalty == 2.0 else {False, True})  # a power of 2 favours the longest
@@ -109,7 +109,7 @@ def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
     )
     assert max(len(h.tokens) for h in answer.alternatives) > 96 - 61 + 2
     assert_found(answer, expected)
-    assert engine.scheduler.allocator.available == engine.config.pages
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ def test_among_others_as_alone(tiny, cache_dtype):
         requests = [dataclasses.replace(r, max_new_tokens=min(r.max_new_tokens, 12)) for r in requests]
     engine, alone = (tiny.engine(dataclasses.replace(SMALL, cache_dtype=cache_dtype)) for _ in range(2))
     together = dict(engine.run(requests))
-    assert engine.scheduler.allocator.available == engine.config.pages
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
     assert engine.scheduler.allocator.in_use == 0
     for place, request in enumerate(requests):
         ((_, expected),) = alone.run([request])
@@ -219,14 +219,14 @@ def test_beams_share_pages_and_give_them_back(tiny):
         if sequence is not None and sequence.beams is not None and sequence.beams.pages:
             most = max(most, in_use)
             assert in_use == len(sequence.pages) + sequence.beams.num_pages
-            assert sequence.num_reserved + in_use == sequence.max_pages
+            assert sequence.num_reserved_pages + in_use == sequence.max_pages
             assert len(sequence.pages) == 333 // size
-            if sequence.num_computed % size:
+            if sequence.num_computed_tokens % size:
                 written = [pages[-1] for pages in sequence.beams.pages]
                 assert len(set(written)) == 4
                 assert not set(written) & set(sequence.pages)
     assert 333 // size + 4 <= most <= 333 // size + 4 * 3
-    assert (engine.scheduler.allocator.available, engine.scheduler.allocator.in_use) == (SMALL.pages, 0)
+    assert (engine.scheduler.allocator.num_unreserved, engine.scheduler.allocator.in_use) == (SMALL.pages, 0)
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_cancelling_gives_all_pages_back(tiny, rounds):
     assert len(answers[number].alternatives) == (3 if rounds else 0)
     assert bool(answers[number].tokens) == bool(rounds)
     assert len(answers[other].tokens) == 12
-    assert (engine.scheduler.allocator.available, engine.scheduler.allocator.in_use) == (engine.config.pages, 0)
+    assert (engine.scheduler.allocator.num_unreserved, engine.scheduler.allocator.in_use) == (engine.config.pages, 0)
 
 
 def test_streaming_gives_the_text_at_the_end(tiny):

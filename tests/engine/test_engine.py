@@ -21,7 +21,7 @@ from phi4mm_jax.batch import NO_MEDIA, Batch
 from phi4mm_jax.engine import EngineConfig, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
-from phi4mm_jax.engine.page_allocator import PageAllocator, page_keys
+from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, fill, quantize
 
 CASES = golden_cases()
@@ -78,7 +78,7 @@ def test_goldens(tiny, goldens, slots):
         assert answers[place].prompt_tokens == case["tokens"]
     assert engine.idle
     assert engine.scheduler.allocator.in_use == 0
-    assert engine.scheduler.allocator.available == engine.config.pages
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
 @pytest.mark.slow
@@ -239,13 +239,13 @@ def test_draws_continue_across_the_longrope_boundary(tiny):
 
 def test_page_keys_depend_on_salt_and_media():
     tokens = np.arange(256, dtype=np.int32)
-    keys = [list(page_keys(tokens, [], 64, bytes(salt))) for salt in ([0, 0], [1, 0], [0, 1])]
+    keys = [list(page_hashes(tokens, [], 64, bytes(salt))) for salt in ([0, 0], [1, 0], [0, 1])]
     assert len({key for of_salt in keys for key in of_salt}) == 12
-    with_medium = list(page_keys(tokens, [(70, 80, b"a")], 64, bytes([0, 0])))
-    other = list(page_keys(tokens, [(70, 80, b"b")], 64, bytes([0, 0])))
+    with_medium = list(page_hashes(tokens, [(70, 80, b"a")], 64, bytes([0, 0])))
+    other = list(page_hashes(tokens, [(70, 80, b"b")], 64, bytes([0, 0])))
     assert with_medium[0] == other[0] == keys[0][0]
     assert not set(with_medium[1:]) & set(other[1:])
-    assert list(page_keys(tokens[:250], [], 64, bytes([0, 0]))) == keys[0][:3]  # whole pages alone
+    assert list(page_hashes(tokens[:250], [], 64, bytes([0, 0]))) == keys[0][:3]  # whole pages alone
 
 
 def test_equal_crops_in_another_layout_are_another_medium(tiny):
@@ -294,10 +294,10 @@ def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
     engine.submit(Request(f"<|user|>{'a b ' * 40}<|end|><|assistant|>", max_new_tokens=60, sampling=settings))
     for _ in range(44):  # a request that is alone draws a token a round
         engine.step()
-    (sequence,) = engine.scheduler.running
+    (sequence,) = engine.scheduler.resident
     assert sequence.num_prompt_tokens < 90
     assert sequence.use_long_rope
-    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.tokens[:-1]}
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids[:-1]}
 
 
 @pytest.mark.slow
@@ -319,8 +319,8 @@ def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
     after = state()
     for ours, theirs in zip(after, before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    (sequence,) = engine.scheduler.running
-    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.tokens[:-1]}
+    (sequence,) = engine.scheduler.resident
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids[:-1]}
 
 
 def test_media_that_have_no_room_together_are_an_error(tiny):
@@ -407,7 +407,7 @@ def test_pages_that_were_another_requests(tiny):
     for prompt in (*prompts, prompts[0]):
         engine.submit(Request(prompt, max_new_tokens=5))
         updates = engine.step()
-        taken += [set(sequence.pages) for sequence in engine.scheduler.running]
+        taken += [set(sequence.pages) for sequence in engine.scheduler.resident]
         while not engine.idle:
             updates += engine.step()
         (answer,) = (update.completion for update in updates if update.completion)
@@ -457,7 +457,7 @@ def test_cancelling_frees_the_slot(tiny):
     assert len(completions[first].tokens) > 2
     assert completions[second].finish_reason == "length"
     assert completions[third].finish_reason == "cancelled"
-    assert engine.scheduler.allocator.available == engine.config.pages
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
 def test_answers_reach_who_asked(tiny):
@@ -479,7 +479,7 @@ def test_answers_reach_who_asked(tiny):
         updates += engine.step()
     assert {u.id for u in updates} == {own}
     assert "".join(u.text for u in updates) == alone[0]
-    assert engine.scheduler.allocator.available == engine.config.pages
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
 def test_a_library_that_fails_is_one_answer(tiny, monkeypatch):
@@ -511,9 +511,9 @@ def poisoned(tiny):
         engine.runner.kv_cache = cache._replace(v=cache.v.at[:, pages].set(np.nan))
         while not engine.idle:
             updates += engine.step()
-        assert engine.scheduler.allocator.available == engine.config.pages
+        assert engine.scheduler.allocator.num_unreserved == engine.config.pages
         answers = {u.id: u.completion for u in updates if u.completion}
-        return [answers[n] for n in numbers], engine.scheduler.allocator.match_prefix(first.page_keys)
+        return [answers[n] for n in numbers], engine.scheduler.allocator.match_prefix(first.page_hashes)
 
     return run
 
@@ -581,12 +581,12 @@ def test_pages_are_kept_until_they_are_needed():
     pages = [pool.allocate(), pool.allocate()]
     pool.cache_page(pages[0], b"a")
     pool.cache_page(pages[1], b"b")
-    assert pool.available == 1
+    assert pool.num_unreserved == 1
     pool.decref(pages)
-    assert pool.available == 3
+    assert pool.num_unreserved == 3
     assert pool.match_prefix([b"a", b"b", b"c"]) == 2
     assert pool.acquire_cached([b"a"]) == pages[:1]
-    assert pool.available == 2
+    assert pool.num_unreserved == 2
     pool.reserve(2)
     assert {pool.allocate(), pool.allocate()} == {0, 1, 2} - set(pages[:1])
     assert pool.match_prefix([b"a", b"b"]) == 1

@@ -310,7 +310,7 @@ def test_a_request_alone_is_streamed_token_by_token(tiny):
             engine.submit(request)
         while not engine.idle:
             engine.step()
-            known += [len(sequence.tokens) for sequence in engine.scheduler.slots[:1] if sequence is not None]
+            known += [len(sequence.output_token_ids) for sequence in engine.scheduler.slots[:1] if sequence is not None]
         return known
 
     assert drawn(1) == [2, 3, 4, 5, 6, 7, 8]  # the first comes with the prompt

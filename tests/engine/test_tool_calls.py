@@ -137,7 +137,7 @@ def forced(tiny, monkeypatch, tokens: list[int]):
         drawn = np.array(sampled.tokens)
         for row, sequence in zip(drawn, sequences, strict=True):
             if sequence is not None:
-                row[:] = (tokens + [0] * 99)[len(sequence.tokens) :][: len(row)]
+                row[:] = (tokens + [0] * 99)[len(sequence.output_token_ids) :][: len(row)]
         return sampled._replace(tokens=drawn)
 
     monkeypatch.setattr(engine.runner, "prefill", lambda batch: (replaced(prefill(batch)[0], batch.sequences), None))
