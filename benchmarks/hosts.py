@@ -31,7 +31,7 @@ from flax.traverse_util import flatten_dict
 from phi4mm_jax.testing.host_runs import ROOT, host_options, outcomes, start_hosts, tensorboard_steps, write_recipe
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
-from phi4mm_jax.training.preemption import STOPPED
+from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE
 from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 
@@ -137,7 +137,9 @@ def stop(recipe: Path, run: Path, draw: random.Random, expected: Any) -> str:
     told = time.monotonic()
     ends = outcomes(hosts, PATIENCE)
     seconds = time.monotonic() - told
-    assert [status for status, *_ in ends] in ([STOPPED] * 2, [0, 0]), ends  # it may have been the last step
+    assert [status for status, *_ in ends] in ([PREEMPTED_EXIT_CODE] * 2, [0, 0]), (
+        ends
+    )  # it may have been the last step
     check_whole(run)
     saved = last_step(run)
     check_ends(train(recipe, run), [0, 0])

@@ -47,13 +47,13 @@ from phi4mm_jax.evaluation.published import PUBLISHED
 from phi4mm_jax.evaluation.report import TASKS, Measure, notes, table, write_report
 from phi4mm_jax.training.hosts import (
     add_host_options,
-    check_agreement,
-    check_shared,
+    check_same_on_all_hosts,
+    check_shared_filesystem,
     collect,
     connected_hosts,
     coordination_of,
     deal_out,
-    is_first,
+    is_primary_process,
 )
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
@@ -148,16 +148,16 @@ def evaluate(
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
     if arguments.adapters_from is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
-    check_agreement("the items and settings", dataclasses.asdict(settings))
+    check_same_on_all_hosts("the items and settings", dataclasses.asdict(settings))
     if arguments.output:
-        check_shared(folder)
+        check_shared_filesystem(folder)
     share, own, own_settings = deal_out(items), folder, settings
     if jax.process_count() > 1:  # a folder each, from which the same number of hosts resumes
         own = folder / f"host-{jax.process_index()}-of-{jax.process_count()}"
         own_settings = dataclasses.replace(settings, prompts=f"{settings.prompts} {own.name}")
-        if is_first():
+        if is_primary_process():
             claim_folder(folder, settings)
-        check_agreement("the folders", "claimed")
+        check_same_on_all_hosts("the folders", "claimed")
     with answer_file(own, own_settings, share) as file:
         if file.answered:
             print(f"{file.answered} of {len(share)} items are answered already; resuming", file=sys.stderr)
@@ -171,7 +171,7 @@ def evaluate(
                     advance(1, tokens)
                     profile.advance()
     answers = [Answer(**found) for found in collect([dataclasses.asdict(a) for a in read_answers(own, share)])]
-    if not is_first():
+    if not is_primary_process():
         return 0
     starts = iter(answers)
     answered = {name: (of_set, [next(starts) for _ in of_set]) for name, of_set in sets.items()}

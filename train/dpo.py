@@ -1,9 +1,9 @@
-"""Train on preferences: of two answers to each prompt, the chosen one and the rejected one.
+"""Direct preference optimization (DPO): of two answers to each prompt, the chosen and the rejected one.
 
     python -m train.dpo RECIPE [key=value]... [--dry-run]
 
-As train.sft, whose loop it runs, with data.kind=preferences. The reference is the model as it was before the first
-step: a copy of what is trained, among the frozen parameters.
+Runs the loop of train.sft, with data.kind=preferences. The reference is the model before the first step: a copy of the
+trainable parameters, among the frozen ones.
 """
 
 import sys
@@ -13,9 +13,9 @@ from phi4mm_jax.training.dpo import preference, with_reference
 from phi4mm_jax.training.hosts import connected_hosts, coordination_of
 from phi4mm_jax.utils.cli import cli_entrypoint
 
-from .sft import Method, train
+from .sft import TrainingMethod, train
 
-DPO = Method(lambda module, recipe: preference(module, recipe.dpo), with_reference)
+DPO = TrainingMethod(lambda module, recipe: preference(module, recipe.dpo), with_reference)
 
 
 @cli_entrypoint

@@ -1,16 +1,16 @@
-"""Train on answers that are given.
+"""Supervised fine-tuning (SFT).
 
     python -m train.sft RECIPE [key=value]... [--dry-run]
         [--coordinator HOST:PORT --num-processes N --process-id I]
 
 RECIPE is a YAML file, such as those in train/recipes; key=value overrides a setting: optimizer.learning_rate=1e-4.
 Where the recipe's output has checkpoints, the run resumes from the last one. SIGTERM and Ctrl-C save, then end.
-Of several hosts each runs the same command; TPU VMs, GKE and SLURM say which one it is, elsewhere the options do.
+On several hosts each runs the same command; TPU VMs, GKE and SLURM identify it, elsewhere the options do.
 """
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,29 +20,28 @@ from phi4mm_jax.api import load
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.pipeline import TrainingData
-from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.arguments import parse_arguments
-from phi4mm_jax.training.auto_settings import is_open, settle_auto
+from phi4mm_jax.training.auto_settings import has_auto_fields, resolve_auto_fields
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
 from phi4mm_jax.training.dry_run import describe_run
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.hosts import (
-    check_agreement,
-    check_shared,
+    check_same_on_all_hosts,
+    check_shared_filesystem,
     connected_hosts,
     coordination_of,
-    is_first,
-    say,
+    is_primary_process,
+    print_once,
 )
 from phi4mm_jax.training.metrics_log import MetricsLog
-from phi4mm_jax.training.optimizer import learning_rates, make_optimizer
-from phi4mm_jax.training.preemption import STOPPED, PreemptionSignal
+from phi4mm_jax.training.optimizer import make_lr_schedule, make_optimizer
+from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE, PreemptionSignal
 from phi4mm_jax.training.recipe import Recipe, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
-from phi4mm_jax.training.resume import restore, settled_recipe
+from phi4mm_jax.training.resume import recipe_for_resume, restore
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
 from phi4mm_jax.training.sharding import (
     check_divisible,
@@ -52,8 +51,8 @@ from phi4mm_jax.training.sharding import (
     shard_batches,
     split_trainable,
 )
-from phi4mm_jax.training.step import Objective, Variables, dropout_key, supervised
-from phi4mm_jax.training.step_batches import count_steps, saved_data_state, step_batches
+from phi4mm_jax.training.step import Metrics, Objective, TrainState, Variables, dropout_key, supervised
+from phi4mm_jax.training.step_batches import StepIterator, count_steps, saved_data_state
 from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
 from phi4mm_jax.utils.cli import cli_entrypoint, command_of
@@ -64,17 +63,17 @@ from phi4mm_jax.utils.progress import progress_bar, step_bar
 PROFILED_STEPS = 3
 
 
-class Method(NamedTuple):
-    """Way of training: what is minimised, and which parameters are frozen besides the model's."""
+class TrainingMethod(NamedTuple):
+    """Objective of a training method, and the frozen parameters that it needs besides the model's."""
 
     objective: Callable[[Phi4MM, Recipe], Objective]
-    extend_frozen: Callable[[Variables, Variables], Variables] = lambda frozen, trainable: frozen
+    add_reference_params: Callable[[Variables, Variables], Variables] = lambda frozen, trainable: frozen
 
 
-SFT = Method(lambda module, recipe: supervised(module, recipe.loss))
+SFT = TrainingMethod(lambda module, recipe: supervised(module, recipe.loss))
 
 
-def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: Path | None = None) -> int:
+def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, profile: Path | None = None) -> int:
     """Train to the last step, or until SIGTERM or Ctrl-C: then save, and end; the same call resumes from there.
 
     Args:
@@ -82,7 +81,7 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
         profile: a folder for a profile of some steps.
 
     Returns:
-        The status to end the program with.
+        The program's exit status.
 
     Raises:
         InputError, CheckpointError, ConfigError: something in the recipe, the data or the checkpoint cannot be used,
@@ -90,9 +89,9 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     """
     folder = local_path(recipe.output)
     check_folder(folder)
-    check_shared(folder)
-    recipe = settled_recipe(recipe, folder)
-    check_agreement("the recipes", recipe_settings(recipe))
+    check_shared_filesystem(folder)
+    recipe = recipe_for_resume(recipe, folder)
+    check_same_on_all_hosts("the recipes", recipe_settings(recipe))
 
     # ---- model
     mesh = order_by_host(training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model))))
@@ -105,132 +104,130 @@ def train(recipe: Recipe, method: Method = SFT, dry_run: bool = False, profile: 
     objective = method.objective(module, recipe)
 
     # ---- data
-    if is_open(recipe) or dry_run:
+    if has_auto_fields(recipe) or dry_run:
         with progress_bar("Measuring the samples"):
-            recipe, lines = settle_auto(recipe, model.processor, mesh)
-        say(*lines)
+            recipe, lines = resolve_auto_fields(recipe, model.processor, mesh)
+        print_once(*lines)
     data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
-    steps = count_steps(data, recipe.accumulate)
-    check_agreement("the data", [data.get_state()["data"], steps])
+    total_steps = count_steps(data, recipe.accumulate)
+    check_same_on_all_hosts("the data", [data.get_state()["data"], total_steps])
 
-    # ---- shard
+    # ---- shard: parameters and optimizer state over the mesh
     trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
-    frozen = method.extend_frozen(frozen, trainable)
-    optimizer = make_optimizer(recipe.optimizer, steps, trainable)
+    frozen = method.add_reference_params(frozen, trainable)
+    optimizer = make_optimizer(recipe.optimizer, total_steps, trainable)
     state = init_train_state(trainable, optimizer, mesh)
     key = dropout_key(recipe.seed) if recipe.dropout else None
     if dry_run:
-        step, batches = compile_step(objective, optimizer, state), [next(data)] * recipe.accumulate
-        say(describe_run(steps, step, state, frozen, batches, model.processor, mesh, key))
+        train_step, batches = compile_step(objective, optimizer, state), [next(data)] * recipe.accumulate
+        print_once(describe_run(total_steps, train_step, state, frozen, batches, model.processor, mesh, key))
         data.close()
         return 0
 
-    # ---- checkpoint
-    asked = recipe.evaluation
-    evaluation = None
-    if asked is not None:
-        evaluation = Evaluation(asked, recipe.data, model.processor, module, model.variables)
-    greater = asked is not None and asked.greater
-    with (
-        exclusive_lock(folder),
-        closing(data),
-        closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, greater)) as checkpoints,
-    ):
-        settled_recipe(recipe, folder)  # another process may have begun a run here meanwhile
-        state, number, steps, unscored, messages = restore(checkpoints, state, data, recipe, steps)
-        if number >= steps and not unscored and (folder / REPORT).exists():
-            say(f"{folder}: has taken {number} steps, and the recipe asks for {steps}: all done")
+    eval_config, evaluation = recipe.evaluation, None  # its data are read before anything is written
+    if eval_config is not None:
+        evaluation = Evaluation(eval_config, recipe.data, model.processor, module, model.variables)
+    higher_is_better = eval_config is not None and eval_config.higher_is_better
+    with ExitStack() as stack:  # left in reverse: the lock last
+        stack.enter_context(exclusive_lock(folder))
+        stack.enter_context(closing(data))
+        checkpoints = stack.enter_context(closing(Checkpoints(folder / CHECKPOINTS, recipe.keep, higher_is_better)))
+
+        # ---- resume
+        recipe_for_resume(recipe, folder)  # another process may have begun a run here meanwhile
+        resumed = restore(checkpoints, state, data, recipe, total_steps)
+        state, step, total_steps = resumed.state, resumed.step, resumed.total_steps
+        eval_pending = resumed.eval_pending
+        if step >= total_steps and not eval_pending and (folder / REPORT).exists():
+            print_once(f"{folder}: already finished ({step} of {total_steps} steps)")
             return 0
-        check_agreement("the checkpoints", [number, steps, unscored])
-        say(*messages)
-        if is_first():
+        check_same_on_all_hosts("the checkpoints", [step, total_steps, eval_pending])
+        print_once(*resumed.messages)
+        if is_primary_process():
             save_recipe(recipe, folder / RECIPE)
 
         # ---- step
-        rates = learning_rates(recipe.optimizer, steps)
-        optimizer = make_optimizer(recipe.optimizer, steps, trainable)
+        lr_schedule = make_lr_schedule(recipe.optimizer, total_steps)
+        optimizer = make_optimizer(recipe.optimizer, total_steps, trainable)  # again: resuming may change total_steps
         train_step = compile_step(objective, optimizer, state)
-        batches_of_steps = step_batches(data, recipe.accumulate, steps - number)
+        step_iterator = StepIterator(data, recipe.accumulate, total_steps - step)
         data_state = data.get_state()  # after the last whole step
-        with (
-            PreemptionSignal() as preemption,
-            closing(MetricsLog(folder, number, writes=is_first())) as metrics_log,
-            step_bar(steps, number) as advance,
-            closing(Throughput(model.config, trainable, number)) as throughput,
-            Profile(profile, steps, number, PROFILED_STEPS) as trace,
-        ):
-            zero_gradients = ZeroGradientCheck(recipe.trainable, number, steps)
-            log = StepLog(metrics_log, throughput, rates, recipe.data.kind, zero_gradients, advance)
+        metrics: Metrics | None = None  # of the last step that this process has taken
 
-            def evaluate() -> float | None:
-                """Score the state; None if the run was told to end before the score is known."""
-                if evaluation is None:
-                    return None
-                values = evaluation(state.trainable, frozen, objective, mesh, preemption.requested)
-                if values is not None:
-                    metrics_log.write(number, values)
-                return evaluation.score(values)
+        preemption = stack.enter_context(PreemptionSignal())
+        metrics_log = stack.enter_context(closing(MetricsLog(folder, step, writes=is_primary_process())))
+        step_progress = stack.enter_context(step_bar(total_steps, step))
+        throughput = stack.enter_context(closing(Throughput(model.config, trainable, step)))
+        profiler = stack.enter_context(Profile(profile, total_steps, step, PROFILED_STEPS))
+        zero_gradients = ZeroGradientCheck(recipe.trainable, step, total_steps)
+        log = StepLog(metrics_log, throughput, lr_schedule, recipe.data.kind, zero_gradients, step_progress)
 
-            def save(score: float | None = None) -> None:
-                """Save the state, unless it has diverged."""
-                check_finite(number, metric_values(metrics, recipe.data.kind), state)
-                checkpoints.save(state, saved_data_state(data_state, steps, recipe), score)
+        # ---- checkpoint
+        def save(state: TrainState, step: int, metrics: Metrics, data_state: dict, score: float | None = None) -> None:
+            """Save a state, unless it has diverged."""
+            check_finite(step, metric_values(metrics, recipe.data.kind), state)
+            checkpoints.save(state, saved_data_state(data_state, resumed.total_steps, recipe), score)
 
-            if unscored and (score := evaluate()) is not None:
-                checkpoints.add_score(number, score)
-                unscored = False
-            while number < steps and not unscored:
-                try:
-                    batches, error = next(batches_of_steps, None), None
-                except InputError as bad_sample:
-                    batches, error = None, bad_sample
-                if error is not None and jax.process_count() > 1:
-                    raise error  # the other hosts do not save with this one
-                if batches is None:  # what is done is not lost
-                    log.flush()
-                    if number and checkpoints.last != number:
-                        save()
-                    if error is not None:
-                        raise error
-                    say(f"The data ended after step {number}, though {steps} were counted; they changed meanwhile.")
-                    steps = number
-                    break
-                data_state = data.get_state()
-                state, metrics = train_step(state, frozen, shard_batches(batches, mesh), key)
-                number += 1
-                throughput.watch(number, metrics, batches)
-                log.flush()  # the step before, while the devices are busy with this one
-                trace.advance()
-                if number % recipe.log_every == 0:
-                    log.add(number, metrics)
+        # ---- evaluate
+        def evaluate(state: TrainState, step: int) -> float | None:
+            """Score a state; None if the run was told to end before the score is known."""
+            assert evaluation is not None  # else no evaluation is due
+            values = evaluation(state.trainable, frozen, objective, mesh, preemption.requested)
+            if values is not None:
+                metrics_log.write(step, values)
+            return evaluation.score(values)
 
-                # ---- evaluate
-                stop = preemption.should_stop(number)
-                due = recipe.evaluates_after(number, steps)
-                if not (stop or due or number == steps or number % recipe.save_every == 0):
-                    continue
-                log.add(number, metrics)
-                log.flush()  # a step that has diverged ends the run here
-                score = evaluate() if due and not stop else None
-                unscored = due and score is None
-                save(score)
-                throughput.pause()
-                if stop or preemption.requested():
-                    break
-            if number == steps and recipe.data.steps is None and next(data, None) is not None:
-                say("The data have more batches than were counted: they changed meanwhile. Rerun to train on them.")
+        # ---- loop
+        if eval_pending and (score := evaluate(state, step)) is not None:
+            checkpoints.add_score(step, score)
+            eval_pending = False
+        stopped = eval_pending  # told to end again, before the score is known
+        while not stopped and (batches := next(step_iterator, None)) is not None:
+            data_state = data.get_state()
+            state, metrics = train_step(state, frozen, shard_batches(batches, mesh), key)
+            step += 1
+            throughput.record_step(step, metrics, batches)
+            log.flush()  # the step before, while the devices are busy with this one
+            profiler.advance()
+
+            stop = preemption.should_stop(step)  # the same on all hosts
+            eval_due = recipe.evaluates_after(step, total_steps)
+            pauses = stop or eval_due or step == total_steps or step % recipe.save_every == 0
+            if pauses or step % recipe.log_every == 0:
+                log.add(step, metrics)
+            if not pauses:
+                continue
+            log.flush()  # this step, too: one that has diverged ends the run here, and is not saved
+            score = evaluate(state, step) if eval_due and not stop else None
+            eval_pending = eval_due and score is None
+            save(state, step, metrics, data_state, score)
+            throughput.reset_timer()
+            stopped = stop or eval_pending or preemption.requested()  # the latter: during evaluation or saving
+
+        # ---- end of the data
+        if step < total_steps and not stopped:  # before the last step, or at a bad sample: steps so far are not lost
+            log.flush()
+            if metrics is not None and checkpoints.last != step:
+                save(state, step, metrics, data_state)
+            if step_iterator.error is not None:
+                raise step_iterator.error
+            print_once(f"Data exhausted at step {step}, expected {total_steps}; the files changed during the run.")
+            total_steps = step
+        has_more = step == total_steps and recipe.data.steps is None and next(data, None) is not None
+        if has_more:
+            print_once("Data left after the last step; the files changed during the run. Rerun to train on the rest.")
 
     # ---- report
-    if number < steps or unscored:
-        rest = ", without its score" if unscored else ""
-        say(f"Stopped and saved after step {number} of {steps}{rest}; rerun the same command to resume.")
-        return STOPPED
+    if step < total_steps or eval_pending:
+        pending = ", evaluation pending" if eval_pending else ""
+        print_once(f"Stopped and saved after step {step} of {total_steps}{pending}; rerun the same command to resume.")
+        return PREEMPTED_EXIT_CODE
     if data.skipped:
-        say(f"Unusable samples that were skipped: {data.skipped}")
-    if is_first():
+        print_once(f"Unusable samples that were skipped: {data.skipped}")
+    if is_primary_process():
         draw_losses(folder)
-        write_report(folder, run_facts(recipe, trainable, steps, checkpoints.best, data.skipped))
-    say(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
+        write_report(folder, run_facts(recipe, trainable, total_steps, checkpoints.best, data.skipped))
+    print_once(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
     return 0
 
 

@@ -26,7 +26,7 @@ class Metric:
     Attributes:
         title: its name in reports.
         scale: the factor of reports.
-        greater: whether more is better.
+        higher_is_better: whether a higher value is better.
         counts: an item's contribution to the sums, from the accepted answers and the one that was given. None stands
             for an item that failed: it is wrong whatever is accepted.
         score: the metric, from sums of counts; NaN where there is nothing to measure by.
@@ -37,7 +37,7 @@ class Metric:
 
     title: str
     scale: float
-    greater: bool
+    higher_is_better: bool
     counts: Callable[[Sequence[str], str | None], tuple[float, ...]]
     score: Callable[[Sequence[float]], float]
     item: Callable[[Sequence[float]], float] | None = None

@@ -1,4 +1,4 @@
-"""Settings that a recipe leaves to its data: sizes of batches, and what is trained."""
+"""Auto fields of a recipe, resolved by its data: batch sizes, and the trainable parameters."""
 
 import dataclasses
 from dataclasses import replace
@@ -13,19 +13,19 @@ from phi4mm_jax.training.recipe import AUTO, Recipe
 from phi4mm_jax.training.sharding import divisors
 
 
-def is_open(recipe: Recipe) -> bool:
-    """Return whether a recipe leaves anything to its data."""
+def has_auto_fields(recipe: Recipe) -> bool:
+    """Return whether a field of a recipe is auto."""
     return recipe.data.packing is None or recipe.trainable == AUTO
 
 
-def settle_auto(recipe: Recipe, processor: Processor, mesh: Mesh | None) -> tuple[Recipe, list[str]]:
-    """Measure all samples, and settle what the recipe leaves open.
+def resolve_auto_fields(recipe: Recipe, processor: Processor, mesh: Mesh | None) -> tuple[Recipe, list[str]]:
+    """Measure all samples, and resolve the recipe's auto fields.
 
     Returns:
-        The recipe, and lines for the user: what the data are like, and which settings are taken, or would be proposed.
+        The recipe, and lines for the user: statistics of the data, and the settings that are taken or proposed.
 
     Raises:
-        InputError: a sample cannot be used, or none has the media that what is trained needs.
+        InputError: a sample cannot be used, or none has the media that the trainable parameters need.
     """
     sizes = measure_samples(recipe.data, processor)
     held_out = []

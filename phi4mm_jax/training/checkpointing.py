@@ -26,23 +26,23 @@ class Checkpoints:
     """Checkpoints by step. They are written in the background; `close` waits for it.
 
     Args:
-        folder: is made if it is not there.
-        keep: the last ones that are kept; None keeps all.
-        greater: whether a greater score is the better one. The best checkpoint is kept besides the last ones.
-        read_only: leave the folder as it is, in which a run may be writing.
+        folder: created if missing.
+        keep: number of last ones to keep; None keeps all.
+        higher_is_better: of the score. The best checkpoint is kept besides the last ones.
+        read_only: write nothing, since a run may be using the folder.
 
     Raises:
-        InputError: there is no such folder to read, or none can be made.
+        InputError: the folder is missing, or cannot be created.
     """
 
-    def __init__(self, folder: Path, keep: int | None, greater: bool = False, read_only: bool = False):
-        self._folder, self._greater = folder.absolute(), greater
+    def __init__(self, folder: Path, keep: int | None, higher_is_better: bool = False, read_only: bool = False):
+        self._folder, self._higher_is_better = folder.absolute(), higher_is_better
         self._late = self._folder.with_name(_LATE)
         policies = checkpoint_managers.AnyPreservationPolicy([
             checkpoint_managers.LatestN(keep),
-            _BestScored(self._late_scores, greater),
+            _BestScored(self._late_scores, higher_is_better),
         ])  # fmt: skip
-        mode = "max" if greater else "min"
+        mode = "max" if higher_is_better else "min"
         with absl_log_level(logging.ERROR):
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=policies, best_fn=_score, best_mode=mode, read_only=read_only,
@@ -66,7 +66,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step of the checkpoint with the best score; of the last one, if none has a score."""
         scores = {step: score for step in self.steps if (score := self.score(step)) is not None}
-        return _best(scores, self._greater) if scores else self.last
+        return _best(scores, self._higher_is_better) if scores else self.last
 
     def score(self, step: int) -> float | None:
         """Return the score of a step's state; None if it has none."""
@@ -77,7 +77,7 @@ class Checkpoints:
         return None if metrics is None else metrics.get(_SCORE)
 
     def add_score(self, step: int, score: float) -> None:
-        """Score a checkpoint that was saved without a score; beside it, since what is saved is not written again."""
+        """Add the score of a checkpoint that was saved without one, in a file beside it: none is rewritten."""
         with self._writable():
             scores = {s: x for s, x in self._late_scores().items() if int(s) in self.steps} | {str(step): score}
             if jax.process_index() == 0:
@@ -110,7 +110,7 @@ class Checkpoints:
             return TrainState(**found["state"]), found["data"]
 
     def trained(self, step: int) -> dict[str, Any]:
-        """Return the trained parameters of a checkpoint, as numpy arrays.
+        """Return the trainable parameters of a checkpoint, as numpy arrays.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -147,16 +147,16 @@ class Checkpoints:
             cause = str(error.__cause__ or error)[:400]
             raise CheckpointError(
                 f"{self._folder / str(step)}: cannot be read as a checkpoint of this run ({cause}); if it is damaged, "
-                "remove it, to go on from the one before; if the recipe has changed, give another output"
+                "remove it to resume from the one before; if the recipe has changed, give another output"
             ) from error
 
 
 @dataclass
 class _BestScored(checkpoint_managers.PreservationPolicy):
-    """Preserve the checkpoint that `Checkpoints.best` names. Orbax's own BestN knows no score that came later."""
+    """Preserve the checkpoint that `Checkpoints.best` names. Orbax's own BestN ignores scores that are added later."""
 
     late_scores: Callable[[], Mapping[str, float]]
-    greater: bool
+    higher_is_better: bool
 
     def should_preserve(
         self,
@@ -167,13 +167,13 @@ class _BestScored(checkpoint_managers.PreservationPolicy):
         late = self.late_scores()
         known = {c.step: late.get(str(c.step), (c.metrics or {}).get(_SCORE)) for c in checkpoints}
         scores = {step: score for step, score in known.items() if score is not None}
-        best = _best(scores, self.greater) if scores else None
+        best = _best(scores, self.higher_is_better) if scores else None
         return [c.step == best for c in checkpoints]
 
 
-def _best(scores: Mapping[int, float], greater: bool) -> int:
+def _best(scores: Mapping[int, float], higher_is_better: bool) -> int:
     """Return the step with the best score; of equal ones the last."""
-    sign = 1 if greater else -1
+    sign = 1 if higher_is_better else -1
     return max(scores, key=lambda step: (sign * scores[step], step))
 
 

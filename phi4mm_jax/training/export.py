@@ -48,8 +48,8 @@ def export(
         cause = f"has no {RECIPE}, and is no run's folder" if run.exists() else "there is no such folder"
         raise InputError(f"{run}: {cause}; give the output of a recipe, as train.sft names it when it begins")
     recipe = load_recipe(run / RECIPE)
-    greater = recipe.evaluation is not None and recipe.evaluation.greater
-    checkpoints = Checkpoints(run / CHECKPOINTS, None, greater, read_only=True)
+    higher_is_better = recipe.evaluation is not None and recipe.evaluation.higher_is_better
+    checkpoints = Checkpoints(run / CHECKPOINTS, None, higher_is_better, read_only=True)
     named = {"best": checkpoints.best, "last": checkpoints.last}
     number = named[str(step)] if str(step) in named else int(step) if str(step).isdigit() else None
     if number not in checkpoints.steps:

@@ -149,19 +149,19 @@ def connected_hosts(coordination: Coordination | None) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def is_first() -> bool:
-    """Return whether this process is the one that writes the run's files and speaks to the user."""
+def is_primary_process() -> bool:
+    """Return whether this process is the first host's, which writes the run's files and prints."""
     return jax.process_index() == 0
 
 
-def say(*lines: str) -> None:
+def print_once(*lines: str) -> None:
     """Print lines for the user, on the first host alone."""
-    if is_first():
+    if is_primary_process():
         for line in lines:
             print(line, flush=True)
 
 
-def check_agreement(what: str, value: Any) -> None:
+def check_same_on_all_hosts(what: str, value: Any) -> None:
     """Raise InputError, on all hosts, if a value is not the same on each of them.
 
     Args:
@@ -178,7 +178,7 @@ def check_agreement(what: str, value: Any) -> None:
         )
 
 
-def check_shared(folder: Path) -> None:
+def check_shared_filesystem(folder: Path) -> None:
     """Raise InputError, on all hosts, if one of them does not see what the first writes into a folder.
 
     The folder need not be there yet: then the nearest one above it is looked at.
@@ -187,7 +187,7 @@ def check_shared(folder: Path) -> None:
         return
     client, key = _client(), "phi4mm/shared"
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    if is_first():
+    if is_primary_process():
         token = there / f".shared-{uuid.uuid4().hex}"
         token.write_text(token.name)
         client.key_value_set(key, token.name, allow_overwrite=True)
@@ -197,7 +197,7 @@ def check_shared(folder: Path) -> None:
     while not (sees := _reads(token)) and time.monotonic() < end:
         time.sleep(0.2)
     seen = _gather(np.asarray([sees]))[:, 0]
-    if is_first():
+    if is_primary_process():
         token.unlink(missing_ok=True)
     if not seen.all():
         blind = ", ".join(str(i) for i, x in enumerate(seen) if not x)
@@ -327,7 +327,7 @@ class _Watch:
                 with self._ending:  # before the other host ends, which this one's collectives fail at
                     with suppress(Exception):
                         client.key_value_set(f"{_SEEN}/{self._me}", "")
-                        if is_first():  # the others would lose the coordinator
+                        if is_primary_process():  # the others would lose the coordinator
                             _wait_until_seen(client)
                     self._end(f"error: host {number} has failed: {message}")
 
@@ -348,7 +348,7 @@ class _Watch:
         return f"host {', '.join(silent)} has gone: was it killed, or is it cut off?" if silent else None
 
     def _cause_unseen(self) -> str:
-        return "another host has gone" if is_first() else "host 0, which coordinates the run, has gone"
+        return "another host has gone" if is_primary_process() else "host 0, which coordinates the run, has gone"
 
     def _end(self, line: str) -> NoReturn:
         with self._ending:
@@ -382,7 +382,7 @@ def _wait_until_seen(client: Any) -> None:
     end = time.monotonic() + _LINGER
     while len(client.key_value_dir_get(_SEEN)) < jax.process_count() - 1 and time.monotonic() < end:
         time.sleep(0.1)
-    time.sleep(2 * _POLL if is_first() else 0)
+    time.sleep(2 * _POLL if is_primary_process() else 0)
 
 
 def _end(status: int) -> NoReturn:

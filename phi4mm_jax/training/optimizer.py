@@ -61,7 +61,7 @@ class OptimizerConfig:
         check("clip", self.clip is None or self.clip > 0, "a positive number, or null (off)")
 
 
-def learning_rates(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_lr_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return the learning rate of each step, of `steps` in all.
 
     Raises:
@@ -94,7 +94,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any
     decayed = matching(flat.keys(), config.decay, "optimizer.decay") if config.weight_decay else set()
     mask = unflatten_dict({path: path in decayed for path in flat})
     adamw = optax.adamw(
-        learning_rates(config, steps),
+        make_lr_schedule(config, steps),
         config.beta1,
         config.beta2,
         config.eps,

@@ -1,4 +1,4 @@
-"""Preemption: a run that is told to end saves after its step, and ends."""
+"""Preemption: on SIGTERM or Ctrl-C a run saves after its step, and ends."""
 
 import signal
 import threading
@@ -7,14 +7,14 @@ from typing import Any, Self
 
 import jax
 
-STOPPED = 143  # status of a program that SIGTERM ended
+PREEMPTED_EXIT_CODE = 143  # 128 + SIGTERM, as of a program that the signal killed
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class PreemptionSignal:
     """SIGTERM and Ctrl-C, noted within `with` instead of ending the process.
 
-    Among several hosts jax's own handler notes SIGTERM, and they agree on a step to stop after; Ctrl-C is made one.
+    On several hosts jax's own handler notes SIGTERM, and they agree on a step to stop after; Ctrl-C becomes SIGTERM.
     Outside the main thread nothing else is noted.
     """
 
@@ -38,11 +38,11 @@ class PreemptionSignal:
         self._noted = True
 
     def requested(self) -> bool:
-        """Return whether the run was told to end, at any time; among several hosts only `should_stop` can tell."""
+        """Return whether the run was told to end, at any time; on several hosts False, only `should_stop` can tell."""
         return self._noted and jax.process_count() == 1
 
     def should_stop(self, step: int) -> bool:
-        """Return whether to stop after a step: the same on all hosts, once any was told to end."""
+        """Return whether to stop after a step: the same on all hosts, once any of them was told to end."""
         if jax.process_count() == 1:
             return self._noted
         from jax.experimental import multihost_utils

@@ -61,8 +61,8 @@ class EvaluationConfig:
     max_new_tokens: Count = 256
 
     @property
-    def greater(self) -> bool:
-        """True if a greater value of the metric is the better one."""
+    def higher_is_better(self) -> bool:
+        """Whether a higher value of the metric is better."""
         return self.metric in ("bleu", "exact")
 
 

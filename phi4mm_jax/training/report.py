@@ -1,4 +1,4 @@
-"""Report of a run at its end: a picture of the losses, and what was trained on what."""
+"""Report at the end of a run: a plot of the losses, the data and the trained parameters."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Resuming a run: the state, the data and the number of steps after its last checkpoint."""
+"""Resuming a run from its last checkpoint: state, data, number of steps. Stopping by SIGTERM is in preemption.py."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from phi4mm_jax.training.step_batches import count_resumed_steps, same_files
 
 
 class Resumed(NamedTuple):
-    """Place at which a run continues."""
+    """Position from which a run starts or resumes."""
 
     state: TrainState
-    step: int  # the last one that was done
-    steps: int  # of the whole run
-    unscored: bool  # the evaluation of this state was cut short
+    step: int  # the last one done; 0 in a new run
+    total_steps: int
+    eval_pending: bool  # the evaluation that is due after `step` was interrupted
     messages: tuple[str, ...]  # for the user
 
 
-def settled_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe with what an earlier process has settled by the data, where the run has begun.
+def recipe_for_resume(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe, with the auto fields as an earlier process resolved them if the run has begun.
 
     Raises:
         InputError: the run in the folder was begun with another recipe.
@@ -32,11 +32,11 @@ def settled_recipe(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, recipe: Recipe, steps: int) -> Resumed:
-    """Restore the last checkpoint, and set the data to where they were; a run without one begins.
+    """Restore the last checkpoint and the data's position; without a checkpoint, start a new run.
 
     Args:
-        state: the first one, whose shardings the restored one takes.
-        steps: of the run if it begins.
+        state: initial, and the shardings of a restored one.
+        steps: of a new run.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -48,10 +48,10 @@ def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, rec
     state, saved = checkpoints.restore(step, state)
     data.set_state(saved)
     steps = count_resumed_steps(recipe, data, step, saved)
-    unscored = recipe.evaluates_after(step, steps) and checkpoints.score(step) is None
+    eval_pending = recipe.evaluates_after(step, steps) and checkpoints.score(step) is None
     messages = [f"Resuming after step {step} of {steps}."]
     if not same_files(data, saved):
         messages += [
-            "The data's files have changed since; they have as many samples, and each is taken to be as it was."
+            "The data's files have changed since; they have as many samples, which are assumed to be in the same order."
         ]
-    return Resumed(state, step, steps, unscored, tuple(messages))
+    return Resumed(state, step, steps, eval_pending, tuple(messages))

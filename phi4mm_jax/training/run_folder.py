@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.training.hosts import gather, is_first
+from phi4mm_jax.training.hosts import gather, is_primary_process
 from phi4mm_jax.utils.files import try_lock
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
@@ -29,7 +29,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         InputError: on all hosts, another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") if is_first() else nullcontext() as file:
+    with (folder / ".lock").open("a") if is_primary_process() else nullcontext() as file:
         locked, *_ = gather(file is not None and try_lock(file))
         if not locked:
             raise InputError(f"{folder}: another process is training here; wait for it, or give another output")

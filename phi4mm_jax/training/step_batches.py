@@ -1,20 +1,22 @@
-"""Batches of steps: how many steps the data make, and the micro-batches of each."""
+"""Steps of a run: their number, and the micro-batches of each."""
 
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import jax
 import numpy as np
 
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.data.pipeline import TrainingData
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.recipe import Recipe
 from phi4mm_jax.utils.progress import progress_bar
 
 
 def count_steps(data: TrainingData, accumulate: int) -> int:
-    """Return the steps of a run that begins.
+    """Return the number of steps of a new run.
 
     Raises:
         InputError: a sample cannot be used.
@@ -24,14 +26,14 @@ def count_steps(data: TrainingData, accumulate: int) -> int:
 
 
 def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Mapping[str, Any]) -> int:
-    """Return the steps of a resumed run: those done, and those that the rest of the data make.
+    """Return the number of steps of a resumed run: those done, and those of the remaining data.
 
-    Counted from where the data are, not from their beginning: repaired files may divide otherwise, and a last batch
-    that was not full stays one when more epochs follow.
+    Counted from the data's position, not from their beginning: repaired files may be packed otherwise, and a partial
+    last batch stays one when more epochs follow.
 
     Args:
         data: after `set_state`.
-        step: the last one that was done.
+        step: the last one done.
         saved: state of the data that was saved after it, see `saved_data_state`.
 
     Raises:
@@ -45,7 +47,7 @@ def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Ma
 
 
 def saved_data_state(state: Mapping[str, Any], steps: int, recipe: Recipe) -> dict[str, Any]:
-    """Return what a checkpoint holds of the data: their state, and what the run's steps were counted by."""
+    """Return the data's part of a checkpoint: their state, and the inputs of the count of steps."""
     return {**state, "total": steps, "epochs": recipe.data.epochs}
 
 
@@ -55,9 +57,9 @@ def same_files(data: TrainingData, saved: Mapping[str, Any]) -> bool:
 
 
 def step_batches(data: Iterator[TrainingBatch], accumulate: int, steps: int) -> Iterator[list[TrainingBatch]]:
-    """Yield the micro-batches of each of so many steps, or until the data end.
+    """Yield the micro-batches of each of `steps` steps, or until the data end.
 
-    The last step's may be fewer than the others': it is filled with batches without targets.
+    A last step with fewer micro-batches is filled up with batches without targets.
     """
     for _ in range(steps):
         batches = list(islice(data, accumulate))
@@ -65,3 +67,26 @@ def step_batches(data: Iterator[TrainingBatch], accumulate: int, steps: int) -> 
             return
         empty = batches[-1]._replace(weights=np.zeros_like(batches[-1].weights))
         yield batches + [empty] * (accumulate - len(batches))
+
+
+class StepIterator(Iterator[list[TrainingBatch]]):
+    """Iterates over `step_batches`, and ends at a bad sample as at the end of the data, so that the run can save first.
+
+    Of several hosts one alone may find a sample to be bad, and cannot save alone: there it is raised at once.
+
+    Attributes:
+        error: the bad sample's.
+    """
+
+    def __init__(self, data: Iterator[TrainingBatch], accumulate: int, steps: int):
+        self.error: InputError | None = None
+        self._batches = step_batches(data, accumulate, steps)
+
+    def __next__(self) -> list[TrainingBatch]:
+        try:
+            return next(self._batches)
+        except InputError as error:
+            if jax.process_count() > 1:
+                raise
+            self.error = error
+            raise StopIteration from error

@@ -19,24 +19,24 @@ def metric_values(metrics: Metrics, kind: Kind) -> dict[str, float]:
 
 
 class StepLog:
-    """Metrics that wait to be written, with the learning rate and the throughput.
+    """Buffers metrics until they are written, with the learning rate and the throughput.
 
     Args:
         log: the run's.
-        advance: is called with each step that is written, and its values: a progress bar.
-        learning_rates: by the number of updates before a step.
+        advance: the progress bar: called with each step that is written, and its values.
+        lr_schedule: by the number of updates before a step.
     """
 
     def __init__(
         self,
         log: MetricsLog,
         throughput: Throughput,
-        learning_rates: Callable[[int], Any],
+        lr_schedule: Callable[[int], Any],
         kind: Kind,
         zero_gradients: ZeroGradientCheck,
         advance: Callable[[int, Mapping[str, float]], None],
     ):
-        self._log, self._throughput, self._learning_rates = log, throughput, learning_rates
+        self._log, self._throughput, self._lr_schedule = log, throughput, lr_schedule
         self._kind: Kind = kind
         self._zero_gradients, self._advance = zero_gradients, advance
         self._pending: dict[int, Metrics] = {}
@@ -46,14 +46,14 @@ class StepLog:
         self._pending[step] = metrics
 
     def flush(self) -> None:
-        """Write what waits.
+        """Write the buffered metrics.
 
         Raises:
             InputError: a step has diverged, or all first steps were without a gradient.
         """
         pending, self._pending = self._pending, {}
         for step, metrics in pending.items():
-            values = metric_values(metrics, self._kind) | {"learning_rate": float(self._learning_rates(step - 1))}
+            values = metric_values(metrics, self._kind) | {"learning_rate": float(self._lr_schedule(step - 1))}
             values |= self._throughput.since_last(step)
             check_finite(step, values)
             self._zero_gradients.observe(step, values["gradient_norm"])

@@ -1,4 +1,4 @@
-"""Throughput of training: tokens a second, and the share of the chips' peak."""
+"""Throughput of training: tokens per second, and MFU."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from phi4mm_jax.training.step import Metrics, Variables
 
 
 class Throughput:
-    """Throughput from the end of one step to the end of another.
+    """Measures throughput from the end of one step to the end of another.
 
-    Metrics are written a step late, and two at once before an evaluation; the clock is the steps' own.
+    Times are the ends of the steps themselves, since metrics are written a step late.
 
     Args:
-        step: the last one that was done before.
+        step: the last one before.
         clock: seconds.
-        peak: operations a second of one device; by default as its maker says, where that is known.
+        peak: FLOP/s of one device; by default its maker's figure, where that is known.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Throughput:
         self._last_step, self._last_end = step, clock()
         self._compiled = False  # the first step is not timed
         self._ends: dict[int, float | Future[float]] = {}
-        self._work: dict[int, tuple[int, float]] = {}  # of each step this host's tokens and operations
+        self._work: dict[int, tuple[int, float]] = {}  # by step: this host's tokens and FLOP
         self._peak = peak_flops() if peak is None else peak
         self._watcher = ThreadPoolExecutor(1, "phi4mm-throughput")
 
-    def watch(self, step: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
-        """Note what a step that was just dispatched works on, and when it ends."""
+    def record_step(self, step: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
+        """Record the work of a step that was just dispatched, and the time of its end."""
         arrays: Any = metrics
         ready = all(x.is_ready() for x in arrays)
         self._ends[step] = self._clock() if ready else self._watcher.submit(self._end_of, metrics)
@@ -49,15 +49,15 @@ class Throughput:
         flops = step_flops(self._config, self._trainable, batches) if self._peak else 0.0
         self._work[step] = tokens, flops
 
-    def pause(self) -> None:
-        """Leave out the time since the last step's end: it was spent on an evaluation or a checkpoint."""
+    def reset_timer(self) -> None:
+        """Exclude the time since the last step's end, which was spent on an evaluation or a checkpoint."""
         self._last_end = self._clock()
 
     def since_last(self, step: int) -> dict[str, float]:
         """Return the throughput of the steps since the last call, of which `step` is the last; it has ended.
 
         Returns:
-            seconds (a step), tokens_per_second, and mfu where the peak is known; nothing for the first call, whose
+            seconds (per step), tokens_per_second, and mfu where the peak is known; nothing for the first call, whose
             step was compiled.
         """
         end = self._ends[step]

@@ -237,7 +237,7 @@ def test_draws_continue_across_the_longrope_boundary(tiny):
     assert answer.tokens == (logits + np.asarray(noise)).argmax(-1).tolist()
 
 
-def test_page_keys_depend_on_salt_and_media():
+def test_page_hashes_depend_on_salt_and_media():
     tokens = np.arange(256, dtype=np.int32)
     keys = [list(page_hashes(tokens, [], 64, bytes(salt))) for salt in ([0, 0], [1, 0], [0, 1])]
     assert len({key for of_salt in keys for key in of_salt}) == 12

@@ -80,17 +80,19 @@ HOSTS = """
     import os, signal, sys, time
     from pathlib import Path
     from phi4mm_jax import InputError
-    from phi4mm_jax.training.hosts import Coordination, check_agreement, check_shared, connected_hosts, say
+    from phi4mm_jax.training.hosts import (
+        Coordination, check_same_on_all_hosts, check_shared_filesystem, connected_hosts, print_once,
+    )
     me, folder = int(sys.argv[2]), Path(sys.argv[3])
     with connected_hosts(Coordination(sys.argv[1], 2, me)):
-        check_shared(folder)
-        check_agreement("the recipes", {"seed": 0})
-        say("both are here")
+        check_shared_filesystem(folder)
+        check_same_on_all_hosts("the recipes", {"seed": 0})
+        print_once("both are here")
         if sys.argv[4] == "kill" and me == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[4] == "fail" and me == 1:
             raise InputError("a bad sample")
-        check_agreement("the data", {"files": me if sys.argv[4] == "differ" else 0})
+        check_same_on_all_hosts("the data", {"files": me if sys.argv[4] == "differ" else 0})
     """
 
 

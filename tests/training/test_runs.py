@@ -39,7 +39,7 @@ from phi4mm_jax.training.dry_run import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.metrics_log import MetricsLog, read_log
-from phi4mm_jax.training.preemption import STOPPED
+from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS
 from phi4mm_jax.training.settings import ALIASES, setting_names
@@ -166,7 +166,7 @@ def test_killed_and_resumed(recipe, tmp_path, endings, steps):
             time.sleep(draw.uniform(0, 0.1))  # while a step is taken, or saved
             process.send_signal(ending)
         out, error = process.communicate()
-        status = {None: 0, signal.SIGTERM: STOPPED, signal.SIGKILL: -signal.SIGKILL}[ending]
+        status = {None: 0, signal.SIGTERM: PREEMPTED_EXIT_CODE, signal.SIGKILL: -signal.SIGKILL}[ending]
         assert process.returncode == status, error
         assert ("Stopped and saved after step" in out) == (ending == signal.SIGTERM)
     (step, weights), (other_step, other) = final(tmp_path / "whole"), final(tmp_path / "cut")
@@ -319,7 +319,7 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert yaml.safe_load(shown.partition("data.packing=")[2].partition('"')[0]) == settled["data"]["packing"]
     assert run(path, *overrides) == 0
-    assert "all done" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
@@ -406,7 +406,7 @@ def test_a_run_is_not_gone_on_with_otherwise(recipe, tmp_path, capsys):
     assert (
         run(recipe, "data.epochs=null", "data.steps=2", "optimizer.learning_rate=0.5", "optimizer.warmup_steps=0") == 0
     )
-    assert "all done" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     assert {p: p.read_bytes() for p in kept} == kept
     assert run(recipe, "data.epochs=null", "data.steps=4", "optimizer.clip=null") == 0
     assert [line["step"] for line in read_log(tmp_path / "run")] == [1, 2, 3, 4]
@@ -493,7 +493,7 @@ def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch, sent):
         os.kill(os.getpid(), sent)
 
     monkeypatch.setattr("phi4mm_jax.training.metrics_log.MetricsLog.write", told)
-    assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == STOPPED
+    assert run(recipe, f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: wer}}") == PREEMPTED_EXIT_CODE
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == 1
 
 
@@ -587,7 +587,7 @@ def test_resuming_with_repaired_files_takes_each_sample_once(quick, tmp_path, mo
     texts(manifest, [before] * 8 + [5] * 4)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        assert run(quick) == STOPPED
+        assert run(quick) == PREEMPTED_EXIT_CODE
     done = read_log(tmp_path / "run")[-1]["step"]
     taken = targets(tmp_path / "run")
     samples = round(taken / loss_tokens(before))
@@ -606,7 +606,7 @@ def test_resuming_keeps_the_sizes_that_were_settled(quick, tmp_path, monkeypatch
     texts(tmp_path / "train.jsonl", [20] * 8)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        assert run(quick, "data.packing=auto") == STOPPED
+        assert run(quick, "data.packing=auto") == PREEMPTED_EXIT_CODE
     before = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]["packing"]
     taken = targets(tmp_path / "run")
     texts(tmp_path / "train.jsonl", [5] * 8)
@@ -625,7 +625,7 @@ def test_resuming_on_other_devices_with_the_data_moved(quick, tmp_path, monkeypa
     assert run(quick, *shared, f"output={tmp_path / 'whole'}") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        assert run(quick, *shared) == STOPPED
+        assert run(quick, *shared) == PREEMPTED_EXIT_CODE
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "train.jsonl").rename(tmp_path / "elsewhere" / "data.jsonl")
     assert run(quick, *shared, "mesh=fsdp=4,tensor=2", f"data.sources=[{{path: {moved}}}]") == 0
@@ -656,7 +656,7 @@ def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
         yield from islice(step_batches(*arguments), 3)
         raise InputError("a bad sample")
 
-    monkeypatch.setattr(sft, "step_batches", broken)
+    monkeypatch.setattr("phi4mm_jax.training.step_batches.step_batches", broken)
     texts(tmp_path / "train.jsonl", [20] * 12)
     wild = ["optimizer.learning_rate=1e38", "optimizer.warmup_steps=0", "optimizer.clip=null", "log_every=100"]
     with pytest.raises(InputError, match="has diverged"):
@@ -765,7 +765,7 @@ def test_a_score_that_was_cut_short_is_made_up_for(quick, tmp_path, monkeypatch)
     evaluation = f"evaluation={{sources: [{{path: {held}}}], every: 100}}"
     with monkeypatch.context() as patch:
         patch.setattr("phi4mm_jax.training.evaluation.Evaluation.__call__", lambda *_: None)
-        assert run(quick, evaluation) == STOPPED
+        assert run(quick, evaluation) == PREEMPTED_EXIT_CODE
     folder = tmp_path / "run"
     last = Checkpoints(folder / CHECKPOINTS, None).last
     assert Checkpoints(folder / CHECKPOINTS, None).score(last) is None
@@ -841,53 +841,53 @@ def answer_losses(model, prompt: str, answer: str) -> np.ndarray:
     return cross_entropy(logits, torch.tensor(batch.tokens[0, start:stop]).long(), reduction="none").numpy()
 
 
-@pytest.mark.parametrize(("greater", "best"), [(True, 2), (False, 3)])
-def test_the_best_checkpoint_is_kept(tmp_path, greater, best):
+@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 2), (False, 3)])
+def test_the_best_checkpoint_is_kept(tmp_path, higher_is_better, best):
     """Besides the last one; a score that came later counts like the others."""
-    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, higher_is_better)
     for step, score in ((1, 0.4), (2, 0.9), (3, 0.1), (4, 0.5), (5, None)):
         checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
     checkpoints.add_score(5, 0.6)
     checkpoints.close()
-    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, None, greater, read_only=True)
+    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, None, higher_is_better, read_only=True)
     assert read.steps == sorted({best, 5})
     assert read.best == best
     assert read.trained(read.best)["a"].tolist() == [best, best]
-    worst = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
-    worst.add_score(5, 2.0 if greater else -2.0)
+    worst = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, higher_is_better)
+    worst.add_score(5, 2.0 if higher_is_better else -2.0)
     assert worst.best == 5
 
 
-@pytest.mark.parametrize("greater", [True, False])
-def test_a_score_that_came_later_keeps_its_checkpoint(tmp_path, greater):
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_score_that_came_later_keeps_its_checkpoint(tmp_path, higher_is_better):
     """The last state was scored on resuming, as the best; the run then goes on to worse ones."""
-    better, worse = (0.9, 0.1) if greater else (0.1, 0.9)
+    better, worse = (0.9, 0.1) if higher_is_better else (0.1, 0.9)
 
     def save(checkpoints, step, score):
         checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
 
     folder = tmp_path / "run" / CHECKPOINTS
-    first = Checkpoints(folder, 1, greater)
+    first = Checkpoints(folder, 1, higher_is_better)
     save(first, 1, 0.5)
     save(first, 2, None)
     first.close()
-    resumed = Checkpoints(folder, 1, greater)
+    resumed = Checkpoints(folder, 1, higher_is_better)
     resumed.add_score(2, better)
     for step in (3, 4, 5):
         save(resumed, step, worse)
     resumed.close()
-    read = Checkpoints(folder, 1, greater, read_only=True)
+    read = Checkpoints(folder, 1, higher_is_better, read_only=True)
     assert (read.best, read.steps) == (2, [2, 5])
     assert read.trained(2)["a"].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("greater", [True, False])
-def test_of_equal_scores_the_later_is_best(tmp_path, greater):
-    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater)
-    for step, score in ((1, 0.5), (2, 0.5), (3, 0.4 if greater else 0.6)):
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_of_equal_scores_the_later_is_best(tmp_path, higher_is_better):
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, higher_is_better)
+    for step, score in ((1, 0.5), (2, 0.5), (3, 0.4 if higher_is_better else 0.6)):
         checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.full(2, step)}, ()), {}, score)
     checkpoints.close()
-    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, greater, read_only=True)
+    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1, higher_is_better, read_only=True)
     assert (read.best, read.steps) == (2, [2, 3])
 
 

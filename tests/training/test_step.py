@@ -35,7 +35,7 @@ from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
 from phi4mm_jax.training.metrics_log import MetricsLog, read_log
-from phi4mm_jax.training.optimizer import OptimizerConfig, learning_rates, make_optimizer
+from phi4mm_jax.training.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
 from phi4mm_jax.training.param_filter import join, matching, split
 from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state, supervised, train_step
 
@@ -378,7 +378,7 @@ def test_ten_steps_are_pytorchs(scanned, goldens, adapter):
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     adamw = torch.optim.AdamW(parameters.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.01)
-    rates = learning_rates(config, STEPS)
+    rates = make_lr_schedule(config, STEPS)
     inputs = native_inputs(scanned, name, goldens)
     for i in range(STEPS):
         adamw.param_groups[0]["lr"] = float(rates(i))
@@ -498,17 +498,17 @@ def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
 
 
 def test_the_schedule():
-    rates: Any = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
+    rates: Any = make_lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
     np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
     for schedule, expected in (
         ("cosine", [0, 0.5, 1.0, 0.1 + 0.9 * 0.75, 0.55, 0.1]),
         ("constant", [0, 0.5, 1, 1, 1, 1]),
     ):
         config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1, schedule=schedule)
-        rates = learning_rates(config, 100)
+        rates = make_lr_schedule(config, 100)
         np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 40, 55, 100)], expected, rtol=1e-6)
     with pytest.raises(InputError, match=r"warmup_steps is 50, and the run has 20 steps"):
-        learning_rates(OptimizerConfig(warmup_steps=50), 20)
+        make_lr_schedule(OptimizerConfig(warmup_steps=50), 20)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_the_schedule():
 )
 def test_a_share_of_the_steps_warms_up(steps, rates):
     """0.2 of them, rounded down."""
-    schedule: Any = learning_rates(OptimizerConfig(learning_rate=1.0, warmup_steps=0.2), steps)
+    schedule: Any = make_lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0.2), steps)
     np.testing.assert_allclose([schedule(i) for i in range(len(rates))], rates, rtol=1e-6)
     with pytest.raises(InputError, match=r"optimizer.warmup_steps is 1.0; .* a share below 1"):
         OptimizerConfig(warmup_steps=1.0)
