@@ -31,7 +31,7 @@ from phi4mm_jax.data.augment import (
 )
 from phi4mm_jax.data.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
 from phi4mm_jax.data.manifests import open_manifest
-from phi4mm_jax.data.packing import PackingConfig, Plan, Planner, Waiting, build
+from phi4mm_jax.data.packing import PackingConfig, PendingSample, Plan, Planner, build_batch
 from phi4mm_jax.data.plans import BadSampleLimit, Plans, Tally, sample_order
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
@@ -323,10 +323,10 @@ class TrainingData:
         return self._order.map_with_index(measure or self._measure).to_iter_dataset(reading)
 
     def _planner(self) -> Planner:
-        return Planner(self._packing, self._hosts, self._sequences)
+        return Planner(self._packing, self._hosts, self._sequences_per_sample)
 
     @property
-    def _sequences(self) -> int:
+    def _sequences_per_sample(self) -> int:
         return 2 if self._config.kind == "preferences" else 1
 
     @contextlib.contextmanager
@@ -342,7 +342,7 @@ class TrainingData:
     def _rng(self, position: int) -> np.random.Generator:
         return np.random.default_rng((self._config.seed, position))
 
-    def _measure(self, position: int, _: Any) -> Waiting | BadSample:
+    def _measure(self, position: int, _: Any) -> PendingSample | BadSample:
         try:
             with self._sample(position) as sample:
                 speech, max_crops = self._config.augment_speech, self._config.max_crops
@@ -353,7 +353,7 @@ class TrainingData:
                     size, _ = measure(sample, self._processor, max_crops, speech, self._rng(position))
                 if self._config.adapter is not None:
                     size = size._replace(adapter=index_of(self._config.adapter))
-                return Waiting(position, size)
+                return PendingSample(position, size)
         except BadSample as error:
             return error
 
@@ -386,14 +386,16 @@ class TrainingData:
     def _load(self, planned: tuple[Plan, Tally]) -> tuple[TrainingBatch, Tally, Tally]:
         """Return this host's part of a batch; what was seen and skipped until then; what it had to leave out itself."""
         plan, tally = planned
-        positions = [at for slot in plan.slots[self._host] for at in slot]
+        positions = [at for bin_ in plan.bins[self._host] for at in bin_]
         found = dict(zip(positions, self._pool.map(self._examples, positions), strict=True))
         unreadable = Tally()
         for error in found.values():
             if isinstance(error, BadSample):
                 unreadable = self._limit.skip(unreadable, error)
         examples = {at: e for at, e in found.items() if not isinstance(e, BadSample)}
-        batch = build(self._processor, self._packing, plan, self._host, examples, self._sequences, self._config.adapter)
+        batch = build_batch(
+            self._processor, self._packing, plan, self._host, examples, self._sequences_per_sample, self._config.adapter
+        )
         return batch, tally, unreadable
 
 

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from phi4mm_jax.data.examples import BadSample, Size
-from phi4mm_jax.data.packing import Plan, Planner, Waiting
+from phi4mm_jax.data.packing import PendingSample, Plan, Planner
 from phi4mm_jax.errors import InputError
 
 
@@ -97,7 +97,7 @@ class _PlanIterator(grain.DatasetIterator[tuple[Plan, Tally]]):
         self._measured, self._new_planner, self._limit = measured, planner, limit
         self._begin([], Tally())
 
-    def _begin(self, pending: Iterable[Waiting], tally: Tally) -> None:
+    def _begin(self, pending: Iterable[PendingSample], tally: Tally) -> None:
         self._planner, self._tally, self._ended = self._new_planner(), tally, False
         for sample in pending:
             self._planner.check_media(sample.size)  # the state may be of fewer hosts
@@ -125,5 +125,5 @@ class _PlanIterator(grain.DatasetIterator[tuple[Plan, Tally]]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._measured.set_state(state["measured"])
-        pending = [Waiting(at, Size(tuple(tokens), *rest)) for at, tokens, *rest in state["pending"]]
+        pending = [PendingSample(at, Size(tuple(tokens), *rest)) for at, tokens, *rest in state["pending"]]
         self._begin(pending, Tally(**state["tally"]))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.data.examples import Kind, Size
-from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting
+from phi4mm_jax.data.packing import PackingConfig, PendingSample, Planner
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import bucket
 
@@ -81,12 +81,12 @@ def _media_of_batches(sizes: Sequence[Size], planner: Planner) -> tuple[int, int
 
     def count_complete(ended: bool = False) -> None:
         while (plan := planner.next(ended)) is not None:
-            for host in plan.slots:
-                found = [sizes[at] for slot in host for at in slot]
+            for host in plan.bins:
+                found = [sizes[at] for bin_ in host for at in bin_]
                 max_[:] = max(max_[0], sum(s.crops for s in found)), max(max_[1], sum(s.chunks for s in found))
 
     for position, size in enumerate(sizes):
-        planner.add(Waiting(position, size))
+        planner.add(PendingSample(position, size))
         count_complete()
     count_complete(ended=True)
     return max_[0], max_[1]

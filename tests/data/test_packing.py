@@ -9,7 +9,7 @@ from helpers.paths import TINY
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.examples import BadSample, Example, Size
-from phi4mm_jax.data.packing import PackingConfig, Planner, Waiting, build
+from phi4mm_jax.data.packing import PackingConfig, PendingSample, Planner, build_batch
 from phi4mm_jax.data.sizing import Divisors, check_reached, propose_packing, propose_trainable
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import Outline, Row, num_chunks
@@ -36,7 +36,7 @@ def some_sizes(rng, count: int, sequences: int, longest: int = LENGTH) -> list[S
     return found
 
 
-def all_plans(planner: Planner, samples: list[Waiting]):
+def all_plans(planner: Planner, samples: list[PendingSample]):
     """As the stream makes them: a batch as soon as it is complete."""
     rest, ended = iter(samples), False
     while True:
@@ -64,33 +64,33 @@ CONFIGS = [
 def test_every_sample_once_and_within_capacities(config, hosts, sequences):
     for seed in range(3):
         sizes = some_sizes(np.random.default_rng(seed), 300, sequences)
-        samples = [Waiting(3 * i, size) for i, size in enumerate(sizes)]
+        samples = [PendingSample(3 * i, size) for i, size in enumerate(sizes)]
         plans = list(all_plans(Planner(config, hosts, sequences), samples))
-        taken = [at for plan in plans for host in plan.slots for slot in host for at in slot]
+        taken = [at for plan in plans for host in plan.bins for bin_ in host for at in bin_]
         assert sorted(taken) == [w.position for w in samples]
         for plan in plans:
             assert plan.sizes.length in config.lengths
             assert plan.sizes.crops * hosts in config.crops
             assert plan.sizes.chunks * hosts in config.chunks
             rows = config.rows * (LENGTH // plan.sizes.length)
-            assert [len(host) for host in plan.slots] == [rows // hosts // (1 if config.pack else sequences)] * hosts
-            for host in plan.slots:
-                of_host = [sizes[at // 3] for slot in host for at in slot]
+            assert [len(host) for host in plan.bins] == [rows // hosts // (1 if config.pack else sequences)] * hosts
+            for host in plan.bins:
+                of_host = [sizes[at // 3] for bin_ in host for at in bin_]
                 assert sum(s.crops for s in of_host) <= plan.sizes.crops
                 assert sum(s.chunks for s in of_host) <= plan.sizes.chunks
-                for slot in host:
-                    in_slot = [sizes[at // 3] for at in slot]
-                    assert len({s.adapter for s in in_slot}) <= 1
-                    tokens = [sum(s.tokens) if config.pack else max(s.tokens) for s in in_slot]
+                for bin_ in host:
+                    in_bin = [sizes[at // 3] for at in bin_]
+                    assert len({s.adapter for s in in_bin}) <= 1
+                    tokens = [sum(s.tokens) if config.pack else max(s.tokens) for s in in_bin]
                     assert sum(tokens) <= plan.sizes.length
-                    assert config.pack or len(slot) <= 1
-                    if not config.pack and slot:  # in the shortest rows that it fits into
+                    assert config.pack or len(bin_) <= 1
+                    if not config.pack and bin_:  # in the shortest rows that it fits into
                         assert plan.sizes.length == min(n for n in config.lengths if n >= tokens[0])
 
 
 def test_a_plan_made_again_from_what_waits_goes_on_alike():
     for config, sequences in itertools.product(CONFIGS, (1, 2)):
-        samples = [Waiting(i, s) for i, s in enumerate(some_sizes(np.random.default_rng(7), 200, sequences))]
+        samples = [PendingSample(i, s) for i, s in enumerate(some_sizes(np.random.default_rng(7), 200, sequences))]
         plans = list(all_plans(Planner(config, 2, sequences), samples))
         planner, read = Planner(config, 2, sequences), 0
         for number in range(len(plans)):
@@ -107,18 +107,18 @@ def test_a_plan_made_again_from_what_waits_goes_on_alike():
 def test_packed_rows_are_nearly_full():
     rng = np.random.default_rng(0)
     sizes = [Size((int(n),), 0, 0, 0, 2) for n in np.clip(rng.lognormal(5, 0.8, 2000), 10, 2048)]
-    samples = [Waiting(i, size) for i, size in enumerate(sizes)]
+    samples = [PendingSample(i, size) for i, size in enumerate(sizes)]
     plans = list(all_plans(Planner(PackingConfig(8, (2048,))), samples))
     filled = sum(s.tokens[0] for s in sizes) / (len(plans) * 8 * 2048)
     assert filled > 0.95
-    order = [max(at for host in plan.slots for slot in host for at in slot) for plan in plans]
+    order = [max(at for host in plan.bins for bin_ in host for at in bin_) for plan in plans]
     assert order == sorted(order)  # none waits for long
 
 
 def test_samples_that_fill_a_row_exactly_share_it():
-    halves = [Waiting(i, Size((LENGTH // 2,), 0, 0, 0, 0)) for i in range(8)]
+    halves = [PendingSample(i, Size((LENGTH // 2,), 0, 0, 0, 0)) for i in range(8)]
     (plan,) = all_plans(Planner(PackingConfig(4, (LENGTH,))), halves)
-    assert plan.slots == (((0, 1), (2, 3), (4, 5), (6, 7)),)
+    assert plan.bins == (((0, 1), (2, 3), (4, 5), (6, 7)),)
 
 
 def fake_example(rng, processor: Processor, size: Size, ids) -> list[Example]:
@@ -157,11 +157,11 @@ def test_batches_hold_what_was_planned(processor, pack, hosts, sequences):
     for at, size in enumerate(some_sizes(rng, 14, sequences, 128)):
         examples[at] = fake_example(rng, processor, size, ids)
         tokens = tuple(len(e.row.tokens) for e in examples[at])
-        samples.append(Waiting(at, size._replace(tokens=tokens, crops=size.crops, chunks=size.chunks)))
+        samples.append(PendingSample(at, size._replace(tokens=tokens, crops=size.crops, chunks=size.chunks)))
     lost = 5  # cannot be read after all
     kept = {at: e for at, e in examples.items() if at != lost}
     for plan in all_plans(Planner(config, hosts, sequences), samples):
-        parts = [build(processor, config, plan, host, kept, sequences) for host in range(hosts)]
+        parts = [build_batch(processor, config, plan, host, kept, sequences) for host in range(hosts)]
         check_joined(processor, config, plan, parts, kept, sequences)
 
 
@@ -179,8 +179,8 @@ def check_joined(processor, config, plan, parts, kept, sequences) -> None:
         ]
     )
     expected = []
-    for slot in (slot for host in plan.slots for slot in host):
-        found = [e for at in slot for e in kept.get(at, ())]
+    for bin_ in (bin_ for host in plan.bins for bin_ in host):
+        found = [e for at in bin_ for e in kept.get(at, ())]
         expected += [found] if config.pack else [[e] for e in found] or [[]] * sequences
     assert len(expected) == len(joined["tokens"])
     seen = np.zeros(weights.shape, bool)
@@ -240,8 +240,8 @@ def test_a_pair_shares_its_features(processor):
     tokens = tuple(len(e.row.tokens) for e in pair)
     config = PackingConfig(2, (128,), pack=False, crops=(2,), chunks=(1,), chunk_tokens=16)
     planner = Planner(config, 1, 2)
-    planner.add(Waiting(0, size._replace(tokens=tokens)))
-    batch = build(processor, config, planner.next(), 0, {0: pair}, 2).batch
+    planner.add(PendingSample(0, size._replace(tokens=tokens)))
+    batch = build_batch(processor, config, planner.next(), 0, {0: pair}, 2).batch
     shared = sum(len(f.layout) for f in pair[0].row.images) + sum(len(c) // 8 for c in pair[0].row.clips)
     np.testing.assert_array_equal(batch.media[0, :shared], batch.media[1, :shared])
     assert batch.images.crops[:, 0, 0, 0].tolist() == pair[0].row.images[0].crops[:, 0, 0, 0].tolist()
@@ -250,9 +250,9 @@ def test_a_pair_shares_its_features(processor):
 def test_without_media_there_are_no_stacks(processor):
     config = PackingConfig(2, (64,))
     planner = Planner(config)
-    planner.add(Waiting(0, Size((9,), 0, 0, 0, 0)))
+    planner.add(PendingSample(0, Size((9,), 0, 0, 0, 0)))
     example = Example(Row(np.arange(9, dtype=np.int32), (), (), ()), np.ones(9, bool))
-    batch = build(processor, config, planner.next(ended=True), 0, {0: [example]}).batch
+    batch = build_batch(processor, config, planner.next(ended=True), 0, {0: [example]}).batch
     assert (batch.images, batch.audio) == (None, None)
     assert batch.lengths.tolist() == [9, 0]
 
@@ -267,12 +267,12 @@ def test_long_clips_fill_several_chunks(processor):
     planner = Planner(config, hosts=2)
     size = Size((len(row.tokens),), 0, num_chunks(count, 500), 500, 2)
     planner.check(size, Outline(row.tokens, (), (count,), 0))
-    planner.add(Waiting(0, size))
-    planner.add(Waiting(1, size))
+    planner.add(PendingSample(0, size))
+    planner.add(PendingSample(1, size))
     plan = planner.next(ended=True)
     example = Example(row, np.ones(len(row.tokens), bool))
-    second = build(processor, config, plan, 1, {0: [example], 1: [example]}).batch
-    assert plan.slots == (((0,),), ((1,),))
+    second = build_batch(processor, config, plan, 1, {0: [example], 1: [example]}).batch
+    assert plan.bins == (((0,),), ((1,),))
     for ours, theirs in zip(second.audio, alone.audio, strict=True):
         np.testing.assert_array_equal(ours[:3], theirs[:3])
     np.testing.assert_array_equal(second.media[0, 2 : count + 2], alone.media[0, 2 : count + 2] + 4 * 512)
@@ -281,10 +281,16 @@ def test_long_clips_fill_several_chunks(processor):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (Size((129,), 0, 0, 0, 0), "the sample has 129 tokens .text: 109, image 1: 15, audio 1: 5., and a row 128"),
-        (Size((9,), 5, 0, 0, 1), "the sample has 5 crops, and a batch 4 a host .2 share .* lower max_crops"),
-        (Size((9,), 0, 4, 9, 2), "the sample has 4 chunks, and a batch 3 a host .* raise chunks"),
-        (Size((9,), 0, 1, 65, 2), "a clip has 65 tokens, and a chunk 64"),
+        (
+            Size((129,), 0, 0, 0, 0),
+            "the sample has 129 tokens .text: 109, image 1: 15, audio 1: 5., but the row length is 128",
+        ),
+        (
+            Size((9,), 5, 0, 0, 1),
+            "the sample has 5 crops, which exceeds the per-host limit .* over 2 hosts. of 4; .* lower max_crops",
+        ),
+        (Size((9,), 0, 4, 9, 2), "the sample has 4 chunks, which exceeds the per-host limit .* of 3; raise chunks"),
+        (Size((9,), 0, 1, 65, 2), "a clip has 65 tokens, but chunk_tokens is 64"),
     ],
 )
 def test_what_no_batch_can_take(size, message):
@@ -314,8 +320,12 @@ def test_settings_are_checked(change, message):
 @pytest.mark.parametrize(
     ("config", "sequences", "message"),
     [
-        (PackingConfig(3, (64,)), 1, "rows is 3, which cannot be divided by 2 hosts; give a multiple"),
-        (PackingConfig(2, (64,), pack=False), 2, "rows is 2, .* 2 hosts and the two rows of a preference"),
+        (PackingConfig(3, (64,)), 1, "rows is 3; it must be a multiple of 2 .2 hosts."),
+        (
+            PackingConfig(2, (64,), pack=False),
+            2,
+            "rows is 2; it must be a multiple of 4 .2 hosts x 2 rows per preference pair",
+        ),
         (PackingConfig(2, (64,), crops=(3,)), 1, "crops is 3"),
     ],
 )

@@ -413,8 +413,8 @@ BAD = {
     "missing file": (sample("x", 1, image("none.png")), "media", "none.png.*the file does not exist"),
     "no image": (sample("x", 1, {"type": "image", "image": str(INPUTS / "audio_0.flac")}), "media", "image 1"),
     "longer than a row": (sample("x", 2000), "length",
-                          r"the sample has \d+ tokens .text: \d+., and a row 1024, which would cut its answer"),
-    "too many crops": (sample("x", 1, image("image_3.png")), "length", "crops, and a batch 20|and a row 1024"),
+                          r"the sample has \d+ tokens .text: \d+., but the row length is 1024, which would cut"),
+    "too many crops": (sample("x", 1, image("image_3.png")), "length", "crops, which exceeds .* 20|row length is 1024"),
     "too long a clip": (sample("x", 1, clip("audio_4.flac")), "length", "a clip has 500 tokens|chunks"),
 }  # fmt: skip
 
