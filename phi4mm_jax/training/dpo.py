@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv:2305.18290): the objective of pairs of answers, one better than the other."""
+"""Direct preference optimization (DPO, arXiv:2305.18290): the objective of pairs of a chosen and a rejected answer."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.losses import LossConfig
-from phi4mm_jax.training.step import Objective, Sums, Variables, losses_of
+from phi4mm_jax.training.step import LossStats, Objective, Variables, losses_of
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class DPOConfig:
     """Settings of the objective.
 
     Attributes:
-        beta: how strongly the policy is held to the reference.
-        label_smoothing: the share of pairs that are taken to be the wrong way round.
+        beta: strength of the KL penalty to the reference.
+        label_smoothing: assumed fraction of pairs with swapped labels.
 
     Raises:
         InputError: a value out of range.
@@ -35,45 +35,45 @@ class DPOConfig:
             raise InputError(f"label_smoothing is {self.label_smoothing!r}; expected a number from 0 to below 0.5")
 
 
-REFERENCE = "reference"  # among the frozen parameters: what the trainable ones are in the model that never changes
+REFERENCE = "reference"  # among the frozen parameters: the trainable ones before the first step
 
 
 def preference(model: Phi4MM, config: DPOConfig) -> Objective:
-    """Return the objective of batches whose rows are pairs, the better answer first and the worse one after it.
+    """Return the DPO objective of batches whose rows are pairs, the chosen answer before the rejected one.
 
-    The frozen parameters have the reference besides.
+    The frozen parameters include the reference, see `with_reference`.
 
-    In `Sums`, weights count pairs, correct those whose better answer gained more on the reference, and
-    log_probability sums the margins of these gains, times beta.
+    In `LossStats`, weight is the number of pairs, correct those with a positive reward margin, and log_probability the
+    sum of the reward margins.
     """
 
     def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
-        # The reference sees no dropout; the policy does.
+        # The reference has no dropout; the policy does.
         others = without_reference(frozen)
-        policy = of_answers(model, trainable, others, batch, key)
-        fixed = jax.lax.stop_gradient(of_answers(model, frozen[REFERENCE], others, batch, None))
+        policy = answer_log_probability(model, trainable, others, batch, key)
+        fixed = jax.lax.stop_gradient(answer_log_probability(model, frozen[REFERENCE], others, batch, None))
         gains = (policy - fixed).reshape(-1, 2)
         margins = config.beta * (gains[:, 0] - gains[:, 1])  # (pairs,)
         share = config.label_smoothing
         losses = -(1.0 - share) * jax.nn.log_sigmoid(margins) - share * jax.nn.log_sigmoid(-margins)
         pairs = jnp.asarray(batch.weights).reshape(len(losses), -1).any(1).astype(jnp.float32)
         total, correct, margin = (jnp.sum(x * pairs) for x in (losses, margins > 0, margins))
-        return total, Sums(total, pairs.sum(), margin, correct)
+        return total, LossStats(total, pairs.sum(), margin, correct)
 
     return objective
 
 
 def with_reference(frozen: Variables, trainable: Variables) -> Variables:
-    """Return the frozen parameters with the reference besides: a copy, since what is trained is donated to the step."""
+    """Return the frozen parameters and the reference: a copy, since the trainable ones are donated to the step."""
     return frozen | {REFERENCE: jax.tree.map(jnp.copy, trainable)}
 
 
 def without_reference(frozen: Variables) -> Variables:
-    """Return the frozen parameters of the model itself."""
+    """Return the frozen parameters without the reference."""
     return {name: value for name, value in frozen.items() if name != REFERENCE}
 
 
-def of_answers(
+def answer_log_probability(
     model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None
 ) -> Float[Array, " B"]:
     """Return the log-probability of each row's answer."""

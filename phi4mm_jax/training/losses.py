@@ -1,4 +1,4 @@
-"""Loss of tokens, without ever holding the logits of all positions."""
+"""Token losses, without ever materialising all logits. Sum and mean are in step.py, the DPO loss in dpo.py."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class LossConfig:
 class TokenLosses(NamedTuple):
     """Losses of each position; zeros where its weight is 0. The loss alone has gradients."""
 
-    loss: Float[Array, "B T"]  # what is minimised
+    loss: Float[Array, "B T"]  # the objective
     log_probability: Float[Array, "B T"]  # of the target
     correct: Float[Array, "B T"]  # 1 where the target is the likeliest
 

@@ -1,4 +1,4 @@
-"""Training step: gradients of the trainable parameters alone, summed over micro-batches, and one update."""
+"""Training step: gradients of the trainable parameters only, accumulated over micro-batches, and one update."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +18,9 @@ Variables = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """State of training, which a step changes.
+    """Training state, which a step updates.
 
-    The trainable parameters are float32 whatever the model computes in, which casts them where it uses them: so small
-    updates are not lost.
+    Trainable parameters are fp32 master weights, cast to the compute dtype on use, so that small updates are not lost.
     """
 
     step: Int[Array, ""]  # updates made
@@ -29,8 +28,8 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-class Sums(NamedTuple):
-    """Sums over the positions of a batch that have a weight. What is minimised is loss / weight."""
+class LossStats(NamedTuple):
+    """Sums over the positions of a batch that have a weight. The objective is loss / weight."""
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
@@ -41,24 +40,24 @@ class Sums(NamedTuple):
 class Metrics(NamedTuple):
     """Metrics of one step."""
 
-    loss: Float[Array, ""]  # what is minimised, a target token
+    loss: Float[Array, ""]  # the objective, per target token
     cross_entropy: Float[Array, ""]  # without smoothing and z-loss
-    accuracy: Float[Array, ""]  # the share of targets that were the likeliest token
+    accuracy: Float[Array, ""]  # top-1 token accuracy
     targets: Float[Array, ""]  # weight of all targets
     gradient_norm: Float[Array, ""]  # before clipping
 
 
-Objective = Callable[[Variables, Variables, Any, Array | None], tuple[Float[Array, ""], Sums]]
+Objective = Callable[[Variables, Variables, Any, Array | None], tuple[Float[Array, ""], LossStats]]
 
 
 def supervised(model: Phi4MM, config: LossConfig = LossConfig()) -> Objective:  # noqa: B008 (frozen)
-    """Return the objective of given answers: their summed cross-entropy."""
+    """Return the SFT objective: the summed token cross-entropy."""
 
     def objective(trainable: Variables, frozen: Variables, batch: TrainingBatch, key: Array | None):
         losses = losses_of(model, trainable, frozen, batch, config, key)
         weights = jnp.asarray(batch.weights, jnp.float32)
         total, log_probability, correct = (jnp.sum(x * weights) for x in losses)
-        return total, Sums(total, weights.sum(), log_probability, correct)
+        return total, LossStats(total, weights.sum(), log_probability, correct)
 
     return objective
 
@@ -66,50 +65,52 @@ def supervised(model: Phi4MM, config: LossConfig = LossConfig()) -> Objective:  
 def losses_of(
     model: Phi4MM, trainable: Variables, frozen: Variables, batch: TrainingBatch, config: LossConfig, key: Array | None
 ) -> TokenLosses:
-    """Return the losses of a batch's positions; with a key, adapters drop out."""
-    # Cast before they are spread over the devices' layers: half of the bytes.
+    """Return the losses of a batch's positions; with a key, LoRA dropout is applied."""
+    # Cast before the all-gather, which halves the communication.
     variables = join(jax.tree.map(lambda x: x.astype(model.dtype), trainable), frozen)
     rngs = None if key is None else {"dropout": key}
     apply: Callable[..., Any] = model.apply
     with split_batch():
         hidden, parts = apply(variables, batch.batch, method="hidden", rngs=rngs), context_size()
-    # Of the head not the cast one: its gradient is a sum over all positions, which float32 has room for.
+    # Use the fp32 embedding for the LM head: its gradient accumulates over all positions.
     embedding = join(trainable, frozen)["params"]["decoder"]["embedding"]
 
-    def dealt(x):  # the parts of a row that devices share are rows to the loss
+    def split_context(x):  # to the loss, each device's part of a row is a row
         return x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:])
 
-    found = token_losses(dealt(hidden), embedding, dealt(batch.targets), dealt(batch.weights), config)
-    return TokenLosses(*(x.reshape(batch.targets.shape) for x in found))
+    losses = token_losses(
+        split_context(hidden), embedding, split_context(batch.targets), split_context(batch.weights), config
+    )
+    return TokenLosses(*(x.reshape(batch.targets.shape) for x in losses))
 
 
 def gradients(
     objective: Objective, trainable: Variables, frozen: Variables, batches: Any, key: Array | None
-) -> tuple[Variables, Sums]:
-    """Return the gradients of the mean loss a target, of all micro-batches together, and the sums behind it.
+) -> tuple[Variables, LossStats]:
+    """Return the gradients of the mean loss per target over all micro-batches, and the sums behind it.
 
     Args:
-        batches: micro-batches stacked along a new first axis. A sum over them is divided once, by all targets: a
-            target counts as much in a micro-batch with few as in one with many.
+        batches: micro-batches stacked along a new first axis. Their sum is divided once, by the number of all targets,
+            so that a target weighs the same in a micro-batch with few as in one with many.
     """
-    of_one = jax.grad(objective, has_aux=True)
+    grad_fn = jax.grad(objective, has_aux=True)
 
     def key_of(i):
         return None if key is None else jax.random.fold_in(key, i)
 
     count = jax.tree.leaves(batches)[0].shape[0]
     if count == 1:
-        total, sums = of_one(trainable, frozen, jax.tree.map(lambda x: x[0], batches), key_of(0))
+        total, stats = grad_fn(trainable, frozen, jax.tree.map(lambda x: x[0], batches), key_of(0))
     else:
 
         def add(carry, numbered):
             i, batch = numbered
-            return jax.tree.map(jnp.add, carry, of_one(trainable, frozen, batch, key_of(i))), None
+            return jax.tree.map(jnp.add, carry, grad_fn(trainable, frozen, batch, key_of(i))), None
 
-        zeros = jax.tree.map(jnp.zeros_like, trainable), Sums(*[jnp.zeros(())] * len(Sums._fields))
-        (total, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batches))
-    share = 1.0 / jnp.maximum(sums.weight, 1.0)
-    return jax.tree.map(lambda x: x * share, total), sums
+        zeros = jax.tree.map(jnp.zeros_like, trainable), LossStats(*[jnp.zeros(())] * len(LossStats._fields))
+        (total, stats), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batches))
+    share = 1.0 / jnp.maximum(stats.weight, 1.0)
+    return jax.tree.map(lambda x: x * share, total), stats
 
 
 def train_step(
@@ -120,42 +121,40 @@ def train_step(
     batches: Any,
     key: Array | None,
 ) -> tuple[TrainState, Metrics]:
-    """One update from micro-batches that are stacked along their first axis; to be compiled, with `state` donated.
+    """Return the state after one update, and its metrics; to be jitted, with `state` donated.
 
     Args:
-        key: of all draws of the run; the step is folded into it. None draws nothing: no adapter drops out.
+        batches: micro-batches stacked along a new first axis.
+        key: base dropout key; the step is folded in. None is no dropout.
     """
-    own = None if key is None else jax.random.fold_in(key, state.step)
-    found, sums = gradients(objective, state.trainable, frozen, batches, own)
+    step_key = None if key is None else jax.random.fold_in(key, state.step)
+    grads, stats = gradients(objective, state.trainable, frozen, batches, step_key)
     with jax.named_scope("optimizer"):
-        updates, optimizer_state = optimizer.update(found, state.optimizer, state.trainable)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-    weight = jnp.maximum(sums.weight, 1.0)
+    weight = jnp.maximum(stats.weight, 1.0)
     metrics = Metrics(
-        sums.loss / weight, -sums.log_probability / weight, sums.correct / weight, sums.weight,
-        optax.tree.norm(found),
+        stats.loss / weight, -stats.log_probability / weight, stats.correct / weight, stats.weight,
+        optax.tree.norm(grads),
     )  # fmt: skip
     return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
 
 def compiler_options(platform: str) -> dict[str, str | bool] | None:
-    """Return XLA's options of a step on a platform.
+    """Return XLA's compiler options for a step on a platform.
 
-    On TPUs the gradient of a split weight is one product and one sum over the devices: of adapters' low ranks XLA would
-    else make products of an eighth of their rows, which leave most of the matrix unit idle.
+    On TPUs, the gradient of a sharded weight is one matmul and one reduction: XLA's windowed einsum would cut the
+    low-rank LoRA matmuls into eighths, which leave most of the MXU idle.
     """
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} if platform == "tpu" else None
 
 
 def initial_state(trainable: Variables, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step, sharded as the parameters are."""
+    """Return the state before the first step, sharded like the parameters."""
     masters = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
     return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters))
 
 
 def dropout_key(seed: int) -> Array:
-    """Return the key of a run's dropout.
-
-    Its bits are drawn by the hardware where it can: they cost next to nothing, and repeat on the same chips.
-    """
+    """Return a run's base dropout key: RBG, which is almost free and reproducible on the same hardware."""
     return jax.random.key(seed, impl="rbg")

@@ -31,13 +31,13 @@ from phi4mm_jax.model.lora import dropout
 from phi4mm_jax.testing.compiled import CHIPS, cost, size
 from phi4mm_jax.testing.training_steps import CASES as COMPILED
 from phi4mm_jax.testing.training_steps import compile_step, held, work
-from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, of_answers, preference
+from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, answer_log_probability, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
 from phi4mm_jax.training.metrics_log import MetricsLog, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
 from phi4mm_jax.training.param_filter import join, matching, split
-from phi4mm_jax.training.step import Sums, dropout_key, gradients, initial_state, supervised, train_step
+from phi4mm_jax.training.step import LossStats, dropout_key, gradients, initial_state, supervised, train_step
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
 ADAPTERS = ["lora_vision", "lora_speech"]
@@ -549,7 +549,7 @@ def test_metrics_of_a_step_by_hand():
 
     def objective(trainable, frozen, batch, key):
         loss = jnp.sum(trainable["a"] * batch["x"])
-        return loss, Sums(loss, batch["weight"], -2.0 * batch["weight"], batch["correct"])
+        return loss, LossStats(loss, batch["weight"], -2.0 * batch["weight"], batch["correct"])
 
     batches = {"x": jnp.asarray([[8.0, 0.0], [4.0, 16.0]]), "weight": jnp.asarray([1.0, 3.0]),
                "correct": jnp.asarray([1.0, 0.0])}  # fmt: skip
@@ -760,7 +760,10 @@ def test_dpo_reference_does_not_drop_out(scanned, dropping, spoken):
     known, key = frozen | {REFERENCE: trainable}, dropout_key(0)
     objective = preference(dropping, DPOConfig(beta=0.5))
     (loss, sums), policy = jax.jit(
-        lambda: (objective(trainable, known, spoken, key), of_answers(dropping, trainable, frozen, spoken, key))
+        lambda: (
+            objective(trainable, known, spoken, key),
+            answer_log_probability(dropping, trainable, frozen, spoken, key),
+        )
     )()
     logits = scanned.logits(spoken.batch)  # of a model without dropout
     each = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), spoken.targets[..., None], -1)[..., 0]
@@ -789,7 +792,9 @@ def test_dpo_prefers(scanned, eight):
         state, last = step(state)
     assert last.loss < 0.5 * first.loss
     assert last.accuracy == 1.0
-    before, after = (of_answers(scanned.module, t, frozen, rows, None) for t in (trainable, state.trainable))
+    before, after = (
+        answer_log_probability(scanned.module, t, frozen, rows, None) for t in (trainable, state.trainable)
+    )
     gains = np.asarray(after - before)
     assert (gains[0::2] > gains[1::2]).all()
 
