@@ -1,1 +1,1 @@
-"""From manifests to batches of training."""
+"""Data: from manifests to training batches."""

@@ -1,4 +1,4 @@
-"""Augmentation of decoded media: a hook for each kind, a small one of each by name; of speech, by its settings."""
+"""Augmentation of decoded media: a hook per kind, a simple one of each by name, and settings for speech."""
 
 import math
 from collections.abc import Callable
@@ -23,16 +23,16 @@ _MASKED_SHARE = 0.2  # of a clip's frames, by one mask
 
 @dataclass(frozen=True)
 class SpeechAugmentation:
-    """Augmentation of clips of speech: speed and pitch of the samples, then SpecAugment on their features. All is off
-    by default.
+    """Speech augmentation: speed and pitch of the samples, then SpecAugment on their features. All are off by
+    default.
 
     Attributes:
-        speed: from and to which factor a clip is played faster, such as (0.9, 1.1), at the same pitch; None leaves it.
-        pitch: by from and up to how many semitones it is shifted, such as (-2, 2), at the same speed; None leaves it.
-        time_masks: how many spans of frames are masked (SpecAugment, arXiv:1904.08779).
-        time_width: frames, of 10 ms, of the widest; never more than a fifth of the clip.
-        frequency_masks: how many spans of mel bands are masked.
-        frequency_width: bands of the widest.
+        speed: range of the factor of speed, such as (0.9, 1.1), at the same pitch; None is off.
+        pitch: range of the shift in semitones, such as (-2, 2), at the same speed; None is off.
+        time_masks: number of spans of frames to mask (SpecAugment, arXiv:1904.08779).
+        time_width: maximum width in frames of 10 ms; never more than a fifth of the clip.
+        frequency_masks: number of spans of mel bands to mask.
+        frequency_width: maximum width in bands.
 
     Raises:
         InputError: a value out of range.
@@ -59,10 +59,10 @@ class SpeechAugmentation:
 
 @dataclass(frozen=True)
 class Augment:
-    """Changes of media after they are decoded.
+    """Augmentations of decoded media.
 
-    The functions must keep an image's size and a clip's length and rate, by which tokens are counted before. Draws come
-    from the generator alone, so that they repeat when a run is resumed.
+    The functions must keep an image's size and a clip's length and rate, from which tokens were counted before. All
+    randomness comes from the generator, so that it repeats when a run is resumed.
     """
 
     image: AugmentImage | None = None
@@ -71,7 +71,7 @@ class Augment:
 
 
 def draw_speed(augmentation: SpeechAugmentation, num_samples: int, rate: int, rng: np.random.Generator) -> float:
-    """Draw the factor of a clip, first of its generator; 1 for one that would become shorter than a frame."""
+    """Draw the speed of a clip, the first number of its generator; 1 for one that would become shorter than a frame."""
     if augmentation.speed is None:
         return 1.0
     speed = float(rng.uniform(*augmentation.speed))
@@ -79,7 +79,7 @@ def draw_speed(augmentation: SpeechAugmentation, num_samples: int, rate: int, rn
 
 
 def stretched_length(num_samples: int, speed: float) -> int:
-    """Samples of a clip that is played faster by a factor."""
+    """Return the number of samples of a clip after a change of speed."""
     return round(num_samples / speed)
 
 
@@ -117,7 +117,7 @@ def mask_features(
 ) -> Float[np.ndarray, "F 80"]:
     """Mask spans of frames, then spans of bands, with each band's mean over the clip (SpecAugment).
 
-    A width is drawn from 0 to the widest, then a start from all that are possible.
+    A width is drawn from 0 to the maximum, then a start.
     """
     if not augmentation.time_masks and not augmentation.frequency_masks:
         return features
@@ -139,7 +139,7 @@ def _span(length: int, widest: int, rng: np.random.Generator) -> tuple[int, int]
 
 
 def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Cuts off up to a tenth of each side, scales the rest back, and changes the brightness by up to a fifth."""
+    """Cut off up to a tenth of each side, scale the rest back, and change the brightness by up to a fifth."""
     width, height = image.size
     left, top, right, bottom = rng.uniform(0, 0.1, 4)
     box = left * width, top * height, (1 - right) * width, (1 - bottom) * height
@@ -148,7 +148,7 @@ def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def noise(clip: Clip, rng: np.random.Generator) -> Clip:
-    """Changes the gain by up to 6 dB, and adds white noise 20 to 50 dB below the clip's own power."""
+    """Change the gain by up to 6 dB, and add white noise 20 to 50 dB below the clip's own power."""
     samples, rate = clip
     level = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) * 10 ** (-rng.uniform(20, 50) / 20)
     noisy = samples + level * rng.standard_normal(len(samples), np.float32)

@@ -1,4 +1,4 @@
-"""Lines of manifests as conversations in one form, also those that were written for other tools.
+"""Conversations of manifests' lines in one form, also of those that were written for other tools.
 
 Besides our own chats these are ms-swift's, LLaMA-Factory's and TRL's, with media beside the messages and their places
 in the texts, and OpenAI's, with tools and weights beside them. Keys that change the loss mask are taken or refused.
@@ -38,7 +38,7 @@ class Conversation:
     """Chat messages as `render_chat` takes them, with their media and tools.
 
     Attributes:
-        loss_mask: of each message of role assistant.
+        loss_mask: per message of role assistant.
     """
 
     messages: list[dict[str, Any]]
@@ -150,7 +150,7 @@ def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
 def _joined(
     name: str, messages: Sequence[dict[str, Any]], loss: Sequence[bool]
 ) -> tuple[list[dict[str, Any]], tuple[bool, ...]]:
-    """Messages that are tool calls alone become part of the answer before them, or one of their own."""
+    """Join messages that are tool calls alone to the answer before them, or make them one."""
     joined: list[dict[str, Any]] = []
     mask: list[bool] = []
     for i, (message, carries) in enumerate(zip(messages, loss, strict=True)):
@@ -170,7 +170,7 @@ def _joined(
 
 
 def _spoken_calls(where: str, content: Any) -> Iterator[dict[str, Any]]:
-    """Calls that are written as JSON: an object with name and arguments, or a list of them."""
+    """Parse calls that are written as JSON: an object with name and arguments, or a list of them."""
     try:
         found = json.loads(content) if isinstance(content, str) else content
     except (ValueError, RecursionError) as error:
@@ -207,8 +207,8 @@ def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
 
 
 def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the media that stand beside them in their places: parts without a medium of their own or, where
-    there are none, `<image>`, `<audio>` and `<video>` in the texts."""
+    """Put the media beside the messages into their places: parts without a medium of their own or, where there are
+    none, `<image>`, `<audio>` and `<video>` in the texts."""
     beside = {kind: _beside(values, kind) for kind in MEDIA}
     if all(media is None for media in beside.values()):
         return messages

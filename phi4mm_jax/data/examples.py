@@ -1,8 +1,8 @@
 """Samples of a manifest: a conversation becomes a row with its loss mask.
 
 A sample is a conversation (see `conversation`) whose assistant turns are its answers; or, a preference, one that ends
-with a prompt, and the answers "chosen" and "rejected". The tokens are those that the model sees and says when it
-generates: the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
+with a prompt, and the answers "chosen" and "rejected". The tokens are exactly those of
+inference: the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ Kind = Literal["answers", "preferences"]
 
 
 class BadSample(InputError):
-    """Sample that cannot be trained on; `cause` is counted where bad samples are skipped."""
+    """Unusable sample; counted by `cause` where bad samples are skipped."""
 
     def __init__(self, cause: Cause, message: str):
         super().__init__(message)
@@ -52,12 +52,12 @@ class BadSample(InputError):
 
 @dataclass(frozen=True)
 class Sample:
-    """Conversation whose text is checked and whose media are still files.
+    """Parsed conversation, with its text checked and its media not read yet.
 
     Attributes:
-        prompt: all of it, as pieces; ends with the last answer.
-        loss_mask: of each assistant turn.
-        rejected: of a preference, what may stand in place of the last answer.
+        prompt: the whole conversation, as pieces; ends with the last answer.
+        loss_mask: per assistant turn.
+        rejected: of a preference, the rejected answer in place of the last one.
     """
 
     prompt: Prompt
@@ -86,10 +86,10 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     """Return the sample of a manifest's line.
 
     Args:
-        folder: what the paths of media are relative to.
+        folder: that relative paths of media refer to.
 
     Raises:
-        BadSample: it is no object, no conversation, or has nothing to learn.
+        BadSample: it is not an object, not a conversation, or has an empty loss mask.
     """
     if not isinstance(values, Mapping):
         raise BadSample("line", f"the sample is a {type(values).__name__}; expected an object with messages")
@@ -119,8 +119,7 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
 
 
 def _preference(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]:
-    """Return the prompt's line and the answers chosen and rejected, of our form, TRL's, LLaMA-Factory's, ms-swift's and
-    OpenAI's."""
+    """Return the prompt's line, the chosen and the rejected answer, from any of the accepted forms."""
     if isinstance(values.get("input"), Mapping) and "preferred_output" in values:
         outputs = {"chosen": values["preferred_output"], "rejected": values.get("non_preferred_output")}
         values = {**values, **values["input"], **outputs}
@@ -170,8 +169,8 @@ def measure(
     """Return the size of a sample, by the headers of its media.
 
     Args:
-        speech, rng: what `load_examples` will do to the lengths of clips, by a generator in the same state; without one
-            clips are as long as they can become.
+        speech, rng: the augmentation of `load_examples`, which changes clips' lengths, with a generator in the same
+            state; without one they are as long as they can become.
 
     Raises:
         BadSample: a medium cannot be opened; an answer is empty; the conversation is longer than the context.
@@ -200,10 +199,10 @@ def load_examples(
     augment: Augment = Augment(),  # noqa: B008 (frozen)
     rng: np.random.Generator | None = None,
 ) -> tuple[Example, ...]:
-    """Return one example, or of a preference two, chosen and rejected, whose media are the same objects.
+    """Return one example, or two of a preference (chosen, rejected), whose media are the same objects.
 
     Args:
-        rng: for the augmentations: those of speech, of each clip, from a generator that it spawns.
+        rng: of the augmentations; each clip has a generator spawned from it.
 
     Raises:
         BadSample: as `measure`, and for media that cannot be decoded.
@@ -228,10 +227,10 @@ def load_examples(
 def token_loss_mask(tokens: np.ndarray, turns: Sequence[bool], tokenizer: Tokenizer) -> Bool[np.ndarray, " T"]:
     """Return the loss mask of a whole conversation: its answers, with `<|end|>` and a last `<|endoftext|>`.
 
-    In a chat these tokens come from the structure alone, so the turns can be told by them.
+    In a chat these tokens come from the structure alone, so they delimit the turns.
 
     Args:
-        turns: the loss mask of the assistant's turns.
+        turns: loss mask per assistant turn.
 
     Raises:
         BadSample: an answer in the loss mask has no tokens, or media.
@@ -258,7 +257,7 @@ def _rejected(tokens: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray
 
 
 def _by_media(process: Callable[[], Any]) -> Any:
-    """Call a function, and give its errors their cause: media, text or length."""
+    """Call a function, and classify its errors by cause: media, text or length."""
     try:
         return process()
     except InputError as error:
@@ -275,7 +274,7 @@ def _cause(error: InputError) -> Cause:
 
 
 def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Generator | None) -> Prompt:
-    """Return the prompt with silence in place of its clips, as long as they will be."""
+    """Return the prompt with silence of the augmented lengths in place of its clips."""
     of_clips = iter([None] * len(prompt.audios) if rng is None else rng.spawn(len(prompt.audios)))
     slowest = replace(speech, speed=(speech.speed[0],) * 2) if speech.speed else speech
 
@@ -292,7 +291,7 @@ def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Genera
 def _augmented(
     prompt: Prompt, augment: Augment, rng: np.random.Generator, of_clips: Sequence[np.random.Generator]
 ) -> Prompt:
-    """Return the prompt with its media decoded and changed; `of_clips` draw what is done to speech."""
+    """Return the prompt with its media decoded and augmented; `of_clips` are the clips' generators."""
     rest = iter(of_clips)
 
     def image(source: Any) -> Any:

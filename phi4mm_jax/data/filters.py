@@ -35,7 +35,7 @@ class Line:
 
     @property
     def id(self) -> Any:
-        """As in the files of `infer.batch`: its number, where it says nothing else."""
+        """Id as in the files of `infer.batch`: by default its number."""
         return self.values.get("id", self.number)
 
 
@@ -49,17 +49,17 @@ class Outcome:
 
 
 def decontaminate(source: Path, against: Sequence[Path], output: Path, ngram: int = 13) -> Outcome:
-    """Keep the samples that share no run of words with evaluation texts.
+    """Keep the samples that share no n-gram with evaluation texts.
 
-    Words are compared as `words` has them. All texts of a sample count, but no ids, paths and media; a run does not
-    cross from one text into another. An instruction that both sides use counts too: keep it out of the evaluation
-    files.
+    Words are compared as normalised by `words`. All texts of a sample count, but not ids, paths and media; an
+    n-gram does not cross from one text into another. An instruction that both sides use counts too: keep it out of the
+    evaluation files.
 
     Args:
         source: a manifest of JSON lines.
         against: JSON lines of evaluation samples, in any form: every text in them counts.
         output: the manifest that is kept; what is dropped goes beside it, see `dropped_path`.
-        ngram: words in a row. Texts of fewer words are not compared: they would match anywhere.
+        ngram: length in words. Shorter texts are not compared: they would match anywhere.
 
     Raises:
         InputError: a file cannot be read or written, or a line is broken.
@@ -97,11 +97,10 @@ def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) 
     """Keep the samples whose speech a recogniser understands.
 
     Args:
-        source: a manifest of JSON lines. What was to be said is a sample's "transcript", or else its last answer.
-        hypotheses: what a recogniser heard: lines with "text", and the sample's "id" or in its place the number of its
+        source: a manifest of JSON lines. The reference is a sample's "transcript", or else its last answer.
+        hypotheses: a recogniser's transcriptions: lines with "text", and the sample's "id" or else the number of its
             line, from 0, as `infer.batch` writes them. A line with "error" instead drops its sample.
-        max_wer: the largest word error rate: wrong words for each word of the transcript, compared as in
-            `decontaminate`.
+        max_wer: maximum word error rate, with words compared as in `decontaminate`.
         output: as in `decontaminate`.
 
     Raises:
@@ -143,7 +142,7 @@ def dropped_path(output: Path) -> Path:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, alike for comparing: without case and punctuation, in one spelling of Unicode."""
+    """Return the words of a text, normalised: without case and punctuation, in one Unicode form."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -151,7 +150,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     """Yield the objects of a file of JSON lines; empty lines are skipped, but counted.
 
     Raises:
-        InputError: the file cannot be read, or a line is no object.
+        InputError: the file cannot be read, or a line is not an object.
     """
     try:
         with path.open("rb") as file:
@@ -166,14 +165,14 @@ def _object(text: bytes, where: str) -> Mapping[str, Any]:
     try:
         values = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); expected one object a line") from None
+        raise InputError(f"{where} is not JSON ({error}); expected one object per line") from None
     if not isinstance(values, dict):
         raise InputError(f"{where} is a {type(values).__name__}; expected an object")
     return values
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in an object."""
+    """Yield every text in an object."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -205,12 +204,12 @@ def _transcript(values: Mapping[str, Any], where: str) -> str:
 
 
 def _key(name: Any) -> tuple[str, str]:
-    """1 and "1" are different ids."""
+    """Return the key of an id; 1 and "1" are different ids."""
     return type(name).__name__, str(name)
 
 
 def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> tuple[int, int]:
-    """Write the samples without fault, and beside them the others; how many there are of both."""
+    """Write the samples without fault, and beside them the others; return the counts of both."""
     for path in (output, dropped_path(output)):
         if path.exists():
             raise InputError(f"{path}: exists already; remove it, or give another output")
@@ -231,7 +230,7 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
 
 
 def _moved(messages: Any, prefix: Path) -> Any:
-    """Messages, which may be a string of JSON, with the paths of their media below `prefix`."""
+    """Return messages, which may be a string of JSON, with the paths of their media below `prefix`."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             return strict_json(_moved(json.loads(messages), prefix), ensure_ascii=False)
@@ -243,7 +242,7 @@ _BESIDE = [key for keys in MEDIA.values() for key in keys]
 
 
 def _moved_media(media: Any, prefix: Path) -> Any:
-    """Media beside the messages, likewise."""
+    """Return media beside the messages, likewise."""
     if isinstance(media, list):
         return [_moved_media(medium, prefix) for medium in media]
     return path_in(media, prefix) if isinstance(media, str) else with_paths(media, prefix)
@@ -251,7 +250,7 @@ def _moved_media(media: Any, prefix: Path) -> Any:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Any]:
-    """Open a file that takes its name when all of it is written."""
+    """Open a file that takes its name once it is whole."""
     try:
         with open_atomically(path, errors="surrogatepass") as file:
             yield file

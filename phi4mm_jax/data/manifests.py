@@ -23,8 +23,8 @@ class Manifest(Protocol):
     """Samples by number; threads may share it.
 
     Attributes:
-        folder: what the paths of media are relative to.
-        size: in bytes, which tells whether the data are still the same; 0 if unknown.
+        folder: that relative paths of media refer to.
+        size: in bytes, to notice a changed file; 0 if unknown.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ def open_manifest(path: Path) -> Manifest:
 
 
 class _JsonLines:
-    """Only the places of its lines are held in memory: 16 bytes a line."""
+    """JSON Lines; only the offsets of its lines are held in memory: 16 bytes per line."""
 
     def __init__(self, path: Path):
         self.path, self.folder = path, path.parent
@@ -100,11 +100,11 @@ class _JsonLines:
         except UnicodeDecodeError as error:
             raise BadSample("line", f"the line is not UTF-8 (at byte {error.start}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise BadSample("line", f"the line is not JSON ({error}); expected one object a line") from None
+            raise BadSample("line", f"the line is not JSON ({error}); expected one object per line") from None
 
 
 class _Parquet:
-    """Reads a row group at a time, and keeps the last few: for a stream that is shuffled, write small ones."""
+    """Parquet file, read one row group at a time; the last few are kept, so write small ones for a shuffled stream."""
 
     def __init__(self, path: Path):
         from pyarrow import ArrowException, parquet
@@ -165,7 +165,7 @@ class _Dataset:
 
 
 def _from_table(value: Any) -> Any:
-    """As JSON has it: tables give every object all keys, and images and audio as {"bytes": ..., "path": ...}."""
+    """Return a row as JSON has it: tables give every object all keys, and media as {"bytes": ..., "path": ...}."""
     if isinstance(value, list):
         return [_from_table(item) for item in value]
     if not isinstance(value, Mapping):

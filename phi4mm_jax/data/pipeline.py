@@ -49,8 +49,8 @@ class Source:
 
     Attributes:
         path: a file of JSON lines, a Parquet file, or the folder of a Hugging Face dataset.
-        weight: of all sources' weights together, the share of samples that are this one's; None for all sources: every
-            sample comes once an epoch.
+        weight: relative; the fraction of samples from this source is its fraction of all weights. None for all sources:
+            every sample comes once per epoch.
     """
 
     path: str
@@ -59,24 +59,24 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data of a run: their order, and the shapes of their batches.
+    """Data of a run, their order, and the shapes of their batches.
 
     Attributes:
         sources: the manifests.
-        kind: what they hold: conversations with answers, or preferences.
-        packing: the shapes of batches; None is for recipes, where a run sizes them by its data.
-        epochs: how often to go through the data: so many times as many samples as the manifests have together.
-        steps: how many batches to make, whatever epochs that takes. Either this or epochs is given.
+        kind: conversations with answers, or preferences.
+        packing: the shapes of batches; None in a recipe is auto: a run sizes them by its data.
+        epochs: passes over the data, or as many samples.
+        steps: number of batches, whatever the epochs. Give either this or epochs.
         seed: of shuffling and augmentation.
-        shuffle: each epoch in another order; otherwise each in that of the files.
-        max_crops: of an image, besides its global view.
+        shuffle: each epoch has another order; otherwise that of the files.
+        max_crops: per image, besides its global view.
         adapter: "none" or an adapter's name, for all samples; by default each has that of its media.
-        augment_image, augment_clip: "jitter" and "noise", or functions of one's own, see `Augment`.
+        augment_image, augment_clip: "jitter" and "noise", or your own functions, see `Augment`.
         augment_speech: speed, pitch and masks of clips, each drawn by the seed and the sample's position in the stream.
-        bad_samples: the share of samples that may be unusable. They are skipped and counted; more of them, over all of
-            at least 100 samples or of an epoch, end the run. With 0 the first one does.
+        bad_samples: fraction of samples that may be unusable. They are skipped and counted; a larger fraction, of at
+            least 100 samples or of an epoch, ends the run. With 0 the first one does.
         threads: that read and process samples.
-        prefetch: batches that are made ahead.
+        prefetch: batches to load ahead.
 
     Raises:
         InputError: a value out of range.
@@ -116,7 +116,7 @@ class DataConfig:
             if value is not None:
                 check_whole(name, value, min_)
         if not 0 <= self.bad_samples < 1:
-            raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a share from 0 to below 1")
+            raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a fraction from 0 to below 1")
         if self.kind not in ("answers", "preferences"):
             raise InputError(f"kind is {self.kind!r:.40}; expected answers or preferences")
         if self.adapter is not None and self.adapter not in adapter_choices():
@@ -125,10 +125,10 @@ class DataConfig:
 
     @property
     def sizes(self) -> PackingConfig:
-        """Packing that is given.
+        """The packing.
 
         Raises:
-            InputError: there is none.
+            InputError: it is None (auto).
         """
         if self.packing is None:
             raise InputError("packing is None, which only a recipe may leave to its data; give a PackingConfig")
@@ -136,7 +136,7 @@ class DataConfig:
 
 
 def without_augmentation(config: DataConfig) -> DataConfig:
-    """Return the settings of data that are read as they are."""
+    """Return the settings without augmentation."""
     return replace(config, augment_image=None, augment_clip=None, augment_speech=None)
 
 
@@ -162,12 +162,12 @@ def _name(augmentation: Any) -> str | None:
 class TrainingData:
     """Iterator of this host's parts of the batches.
 
-    Hosts that are given the same data have as many batches, of the same shapes, and of each batch other samples. Joined
-    along the first axis of every array, their parts are the batch.
+    Hosts with the same data have equally many batches, of the same shapes, and different samples of each batch. Their
+    parts, concatenated along the first axis of every array, are the batch.
 
     Raises:
-        InputError: when it is made: a manifest cannot be read, or the batch not be divided among the hosts. As it goes:
-            a sample is unusable (`BadSample`, naming file and line), or more of them than are allowed.
+        InputError: on construction: a manifest cannot be read, or the batch cannot be divided among the hosts. On
+            iteration: a sample is unusable (`BadSample`, naming file and line), or more of them than are allowed.
     """
 
     def __init__(self, config: DataConfig, processor: Processor, host: int = 0, hosts: int = 1):
@@ -187,13 +187,13 @@ class TrainingData:
         self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
         self._manifests = [open_manifest(local_path(source.path)) for source in config.sources]
         self._augment = _augment(config)
-        self._fitting = self._planner()  # says at once what cannot be divided
+        self._fitting = self._planner()  # raises at once if something cannot be divided
         self._order = sample_order(
             [len(m) for m in self._manifests], [s.weight for s in config.sources if s.weight is not None],
             epochs=config.epochs, shuffle=config.shuffle, seed=config.seed,
         )  # fmt: skip
         self._at: Any = self._order.__getitem__  # position -> source, number
-        self._at(0)  # grain makes its counters when an item is first taken, which threads must not do at once
+        self._at(0)  # grain creates its counters on the first item, which threads must not do concurrently
         self._limit = BadSampleLimit(config.bad_samples, min(_MIN_SAMPLES, sum(map(len, self._manifests))))
         self._pool = ThreadPoolExecutor(config.threads, "phi4mm-samples")
         self._batches: Any = self._stream(self._load)
@@ -213,19 +213,19 @@ class TrainingData:
         return batch
 
     def count_batches(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Return how many there are in all. With `epochs`, all texts are read, and the headers of all media: once each.
+        """Return the number of batches. With `epochs` this reads all texts, and the headers of all media, once each.
 
-        Only clips whose speed is drawn are measured in every epoch, since each has other lengths.
+        Only clips with speed augmentation are measured in every epoch, since their lengths differ.
 
         Args:
-            progress: called with the samples that were seen, and all of the stream.
+            progress: called with the number of samples seen, and of all.
         """
         if self._config.steps is not None:
             return self._config.steps
         return self._count(iter(Plans(self._measured(self._measure_once()), self._planner, self._limit)), progress)
 
     def count_remaining(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Return how many follow the last one that was taken, counted as `count_batches` counts."""
+        """Return the number of batches after the last one taken, counted like `count_batches`."""
         if self._config.steps is not None:
             return max(self._config.steps - self._steps, 0)
         stream = self._stream(lambda planned: planned, self._measure_once())
@@ -244,7 +244,7 @@ class TrainingData:
         return count
 
     def measured_sizes(self) -> list[Size]:
-        """Return the sizes of the stream's samples, those left out that cannot be used and may be skipped."""
+        """Return the sizes of the stream's samples, without bad ones that may be skipped."""
         sizes, tally = [], Tally()
         for measured in self._measured():
             tally = tally._replace(seen=tally.seen + 1)
@@ -256,20 +256,19 @@ class TrainingData:
         return sizes
 
     def _stream(self, load: Callable[[tuple[Plan, Tally]], Any], measure: Measure | None = None) -> Any:
-        """Return an iterator of what `load` makes of the plans, some of which it makes ahead."""
+        """Return an iterator of `load` over the plans, with prefetching."""
         plans = Plans(self._measured(measure), self._planner, self._limit).map(load)
         return iter(grain.experimental.ThreadPrefetchIterDataset(plans, prefetch_buffer_size=self._config.prefetch))
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Samples that were skipped so far, by cause: those of all hosts, but media that cannot be decoded only where
-        they would have been this host's."""
+        """Number of samples skipped so far, by cause: of all hosts, but undecodable media only of this host."""
         return dict(self._tally.plus(self._unreadable).skipped)
 
     def get_state(self) -> dict[str, Any]:
-        """Return where the stream is: after the last batch that was taken.
+        """Return the state of the stream after the last batch taken.
 
-        Plain values for JSON; the same on every host, but for what `skipped` counts.
+        Plain values for JSON; the same on every host, except the counts of `skipped`.
         """
         return {
             "data": self._signature, "steps": self._steps, "stream": self._batches.get_state(),
@@ -277,11 +276,11 @@ class TrainingData:
         }  # fmt: skip
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Resume where `get_state` was.
+        """Resume from a state of `get_state`.
 
         Raises:
-            InputError: the state is of other data. Files of another size with as many samples are taken to be repaired
-                ones. With another number of hosts, batches are the same as long as they have no media.
+            InputError: the state is of other data. Files of another size with as many samples count as repaired. With
+                another number of hosts, batches are the same as long as they have no media.
         """
         ours = self._signature
         unsaid = {name: ours[name] for name in ("augment_image", "augment_clip")}  # by older states
@@ -290,8 +289,8 @@ class TrainingData:
         if different := [name for name in ours if name not in _MAY_DIFFER and theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
-                f"the state is of other data: {name} was {theirs.get(name)!r:.200} and is {ours[name]!r:.200}; go on "
-                "with the same data, or begin anew"
+                f"the state is of other data: {name} was {theirs.get(name)!r:.200} and is {ours[name]!r:.200}; "
+                "resume with the same data, or start over"
             )
         self._batches.set_state(state["stream"])
         self._steps = state["steps"]
@@ -304,7 +303,7 @@ class TrainingData:
 
     @functools.cached_property
     def _signature(self) -> dict[str, Any]:
-        """Settings that the order and the shapes depend on."""
+        """Settings on which the order and the shapes depend."""
         config = self._config
         speech = config.augment_speech
         signature = {
@@ -346,7 +345,7 @@ class TrainingData:
         try:
             with self._sample(position) as sample:
                 speech, max_crops = self._config.augment_speech, self._config.max_crops
-                # Whether it fits is not to depend on what is drawn.
+                # Whether it fits must not depend on the augmentation.
                 size, outline = measure(sample, self._processor, max_crops, speech)
                 self._fitting.check(size, outline)
                 if speech is not None and speech.speed is not None and size.chunks:
@@ -384,7 +383,7 @@ class TrainingData:
             return error
 
     def _load(self, planned: tuple[Plan, Tally]) -> tuple[TrainingBatch, Tally, Tally]:
-        """Return this host's part of a batch; what was seen and skipped until then; what it had to leave out itself."""
+        """Return this host's part of a batch, the tally until then, and the tally of samples unreadable here."""
         plan, tally = planned
         positions = [at for bin_ in plan.bins[self._host] for at in bin_]
         found = dict(zip(positions, self._pool.map(self._examples, positions), strict=True))
@@ -402,10 +401,10 @@ class TrainingData:
 def measure_samples(config: DataConfig, processor: Processor) -> list[Size]:
     """Return the sizes of all samples, each once, whatever its source's weight, with clips at their slowest.
 
-    Bad samples that may be skipped are left out.
+    Bad samples that may be skipped are excluded.
 
     Raises:
-        InputError: as `TrainingData`, but for what exceeds a batch.
+        InputError: as `TrainingData`, except for samples that exceed a batch.
     """
     media = (1 << 40,)
     packing = PackingConfig(2, (processor.context,), False, media, media, processor.config.speech.chunk_tokens)

@@ -15,7 +15,7 @@ from phi4mm_jax.errors import InputError
 
 
 class Tally(NamedTuple):
-    """Samples that were seen, and those of them that were skipped."""
+    """Counts of samples seen, and of those skipped."""
 
     seen: int = 0
     skipped: Mapping[str, int] = {}  # by cause
@@ -29,7 +29,7 @@ class Tally(NamedTuple):
 
 @dataclass(frozen=True)
 class BadSampleLimit:
-    """Share of samples that may be unusable, and how many must have been seen before it means anything."""
+    """Limit of the fraction of bad samples, checked once `min_seen` samples were seen."""
 
     share: float
     min_seen: int
@@ -46,7 +46,7 @@ class BadSampleLimit:
         if tally.seen >= self.min_seen and skipped > self.share * tally.seen:
             causes = ", ".join(f"{cause}: {n}" for cause, n in sorted(tally.skipped.items()))
             raise InputError(
-                f"{skipped} of {tally.seen} samples are unusable ({causes}), more than the share of {self.share} that "
+                f"{skipped} of {tally.seen} samples are unusable ({causes}), more than the fraction {self.share} that "
                 f"bad_samples allows; repair or remove them, or raise it. The last one: {tally.last}"
             )
 
@@ -81,7 +81,7 @@ def _of_source(source: int, number: int) -> tuple[int, int]:
 
 
 class Plans(grain.IterDataset[tuple[Plan, Tally]]):
-    """Plans from a stream of measured samples. The state is the stream's, and the samples that are in no plan yet."""
+    """Plans from a stream of measured samples. The state is the stream's, and the pending samples."""
 
     def __init__(self, measured: grain.IterDataset, planner: Callable[[], Planner], limit: BadSampleLimit):
         super().__init__(measured)

@@ -1,4 +1,4 @@
-"""Proposals by the data: sizes of batches, and what is trained, for recipes that leave them open."""
+"""Auto settings by the data: batch sizes, and the trainable parameters."""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _USED_BY_DEFAULT = {"images": "images", "clips": "clips without images"}  # by `
 
 
 class Divisors(NamedTuple):
-    """Numbers that the sizes of a batch must be divisible by."""
+    """Divisors of the sizes of a batch."""
 
-    devices: int = 1  # that share the rows
+    devices: int = 1  # that split the rows
     hosts: int = 1
-    parts: int = 1  # devices that share each row
+    parts: int = 1  # devices that split each row (context)
 
 
 def propose_packing(
@@ -35,15 +35,15 @@ def propose_packing(
     divisors: Divisors = Divisors(),  # noqa: B008 (a tuple)
     context: int,
 ) -> PackingConfig:
-    """Return sizes that every sample fits into, whatever order they come in.
+    """Return sizes that every sample fits into, in any order.
 
-    A step takes an eighth of the tokens, but not more than 8 rows of 4096 for each of its micro-batches (a row a
-    device, if these are more). Rows are as long as that allows, or as the longest sample. The stacks of media hold what
-    batches of such rows come to have, so that it is the tokens that close a batch.
+    A step takes an eighth of the tokens, but not more than 8 rows of 4096 per micro-batch (or one row per device, if
+    there are more). Rows are as long as that allows, or as the longest sample. The stacks of media are as large as
+    batches of such rows need, so that batches are limited by tokens.
 
     Args:
-        sizes: of all samples that are trained on.
-        others: of samples that the same batches evaluate.
+        sizes: of all training samples.
+        others: of the evaluation samples.
         accumulate: micro-batches of a step.
         context: tokens of the longest sequence.
     """
@@ -98,13 +98,13 @@ def _multiple(count: int, *divisors: int) -> int:
 
 
 def propose_trainable(sizes: Sequence[Size]) -> tuple[str, ...]:
-    """Return the adapters that the samples' media need; the decoder, if all are text."""
+    """Return the adapters of the samples' media, or the decoder if all are text."""
     needed = {size.adapter for size in sizes}
     return tuple(adapter.collection for adapter in ADAPTERS.values() if adapter.index in needed) or ("params/decoder",)
 
 
 def check_reached(sizes: Sequence[Size], trainable: Sequence[str]) -> None:
-    """Raise InputError if no sample reaches any of the trained parameters: it has not their media, or their adapter."""
+    """Raise InputError if no sample reaches a trainable parameter, for lack of its media or adapter."""
     images, clips = any(size.crops for size in sizes), any(size.chunks for size in sizes)
     needs = {  # of parameters: the samples that reach them, and whether there are any
         "params/vision": ("images", images),
@@ -131,14 +131,14 @@ def _is_below(pattern: str, path: str) -> bool:
 
 
 def describe(sizes: Sequence[Size]) -> str:
-    """Return a summary of the sizes of samples, in a line."""
+    """Return a one-line summary of the sizes of samples."""
     if not sizes:
-        raise InputError("no sample can be learnt from; repair the data")
+        raise InputError("no sample can be trained on; repair the data")
     tokens = sorted(sum(size.tokens) for size in sizes)
-    parts = [f"{len(sizes)} samples of {tokens[0]} to {tokens[-1]} tokens, {tokens[len(tokens) // 2]} in the middle"]
+    parts = [f"{len(sizes)} samples of {tokens[0]} to {tokens[-1]} tokens, median {tokens[len(tokens) // 2]}"]
     crops, chunks = max(size.crops for size in sizes), max(size.chunks for size in sizes)
     parts += [f"up to {crops} crop(s)"] if crops else []
     parts += [f"up to {chunks} chunk(s) of clips"] if chunks else []
     text = sum(size.adapter == 0 for size in sizes)
-    parts += [f"{text} of text alone, which no adapter learns from"] if 0 < text < len(sizes) else []
+    parts += [f"{text} of text alone, which trains no adapter"] if 0 < text < len(sizes) else []
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Checks of a run as it goes: a state that has diverged, and data that do not reach what is trained."""
+"""Checks during a run: divergence, and data that do not reach the trainable parameters."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.step import TrainState
 
-_ZERO_STEPS = 10  # as many steps without any gradient are no chance
+_ZERO_STEPS = 10  # so many first steps without a gradient end a run
 
 
 @jax.jit
@@ -22,7 +22,7 @@ def check_finite(step: int, values: Mapping[str, float], state: TrainState | Non
     if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
         found = f"the loss of step {step} is {values['loss']}, its gradients' norm {values['gradient_norm']}"
     elif state is not None and not bool(_all_finite(state)):
-        found = f"step {step} has left trained parameters or moments of the optimizer that are not finite"
+        found = f"step {step} has left trainable parameters or optimizer moments that are not finite"
     else:
         return
     raise InputError(
@@ -32,29 +32,29 @@ def check_finite(step: int, values: Mapping[str, float], state: TrainState | Non
 
 
 class ZeroGradientCheck:
-    """Check of a run's first steps, which ends a run that trains nothing.
+    """Ends a run whose first steps have no gradient.
 
     Args:
-        trainable: patterns of the parameters that are trained.
-        step: the last one that was done before; only a run's own first steps are checked.
+        trainable: patterns of the trainable parameters.
+        step: the last one before; only the first steps of a new run are checked.
         steps: of the run.
     """
 
     def __init__(self, trainable: Sequence[str], step: int, steps: int):
         self._trainable, self._max = trainable, min(_ZERO_STEPS, steps)
-        self._count: int | None = 0 if step == 0 else None  # None as soon as there was a gradient
+        self._count: int | None = 0 if step == 0 else None  # None once there was a gradient
 
     def observe(self, step: int, gradient_norm: float) -> None:
-        """Note a step that is logged.
+        """Observe a logged step.
 
         Raises:
-            InputError: none of the steps up to this one had a gradient, and they are enough to tell.
+            InputError: none of the first steps had a gradient.
         """
         if self._count is None:
             return
         self._count = self._count + 1 if gradient_norm == 0 else None
         if self._count == self._max:
             raise InputError(
-                f"the gradients of all steps up to {step} are 0: the data do not reach what is trained "
+                f"the gradients of all steps up to {step} are 0: the data do not reach the trainable parameters "
                 f"({', '.join(self._trainable)}); an adapter needs samples with its media"
             )

@@ -1,4 +1,4 @@
-"""Dry run: what would be trained, the memory of a step, and the first batch."""
+"""Dry run: trainable parameters, memory of a step, and the first batch."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -21,10 +21,10 @@ def describe_run(
     steps: int, step: Any, state: TrainState, frozen: Variables, batches: Sequence[TrainingBatch],
     processor: Processor, mesh: Mesh | None, key: jax.Array | None,
 ) -> str:  # fmt: skip
-    """Return what would be trained, for the user.
+    """Return a description of the run, for the user.
 
     Args:
-        step: see `compile_step`; it is compiled, and not taken.
+        step: of `compile_step`; it is compiled, but not run.
         batches: the micro-batches of the first step.
     """
     return "\n\n".join([
@@ -36,7 +36,7 @@ def describe_run(
 
 
 def trainable_table(trainable: Variables) -> str:
-    """Return the trained parameters, a line each."""
+    """Return the trainable parameters, one per line."""
     flat: dict[Any, Any] = flatten_dict(trainable)
     names = {"/".join(path): x for path, x in flat.items()}
     width = max(map(len, names))
@@ -45,7 +45,7 @@ def trainable_table(trainable: Variables) -> str:
 
 
 def step_memory(step: Any, state: TrainState, frozen: Variables, batches: Any, key: jax.Array | None) -> str:
-    """Return what a step takes of each device's memory, as its compiled program says."""
+    """Return the memory of a step per device, by XLA's memory analysis."""
     found = step.lower(state, frozen, batches, key).compile().memory_analysis()
     share = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(frozen))
     return (
@@ -61,7 +61,7 @@ def describe_batch(batch: TrainingBatch, processor: Processor) -> str:
     lines += [f"crops {inner.images.crops.shape}"] if inner.images is not None else []
     lines += [f"frames of clips {inner.audio.frames.shape}"] if inner.audio is not None else []
     filled = inner.lengths.sum() / inner.tokens.size
-    lines += [f"{filled:.0%} of the positions are filled; {np.count_nonzero(batch.weights)} targets carry loss"]
+    lines += [f"{filled:.0%} of the positions are filled; {np.count_nonzero(batch.weights)} targets in the loss mask"]
     return "\n".join([*lines, "", _first_row(batch, processor)])
 
 

@@ -33,12 +33,12 @@ _CACHE_TOKENS = 32768  # the same on all hosts, and little beside the optimizer
 
 
 class Evaluation:
-    """Evaluation of states on data that are not trained on.
+    """Evaluates states on held-out data.
 
     Args:
-        data: of training; those of evaluation are read alike, without augmentation.
-        module: with which the loss is computed.
-        variables: of the model; where they lie is where those that are given later will.
+        data: of training; evaluation data are read likewise, without augmentation.
+        module: that computes the loss.
+        variables: of the model, with the shardings of the later states.
 
     Raises:
         InputError: the data cannot be used.
@@ -52,7 +52,7 @@ class Evaluation:
             without_augmentation(data), sources=config.sources, epochs=1, steps=None, shuffle=False
         )
         with closing(self.batches()) as stream:
-            stream.count_batches()  # reads all samples: now, and not when the first evaluation is due
+            stream.count_batches()  # reads all samples now, not when the first evaluation is due
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
         self._programs = Programs(Phi4MM(module.config, module.dtype), on_own_devices(shapes))
         self._compiled: Any = None

@@ -1,4 +1,4 @@
-"""Export of trained parameters as a checkpoint in PyTorch's layouts."""
+"""Export of a run's trained parameters as a checkpoint in PyTorch's layouts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def export(
     adapters_only: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Write the model that the run began with, with what was trained in place of its own, in its dtype; and its card.
+    """Write the run's base model with the trained parameters in place of its own, in its dtype, and a model card.
 
     Args:
         run: the recipe's output.
@@ -70,12 +70,12 @@ def export(
 
 
 def model_card(name: str, run: Path, recipe: Recipe, step: int, collections: Sequence[str], adapters_only: bool) -> str:
-    """README.md of an export: what it was made of, with which data and recipe, and what was measured at its step.
+    """Return the README.md of an export: base, data, recipe, and the metrics at its step.
 
     Args:
         name: of the export.
         run: the folder with the run's metrics.
-        collections: "params" or adapters, of which something was trained.
+        collections: "params" or adapters that have trained parameters.
         adapters_only: whether the export needs the base beside it.
     """
     sources = [str(source.path) for source in recipe.data.sources]

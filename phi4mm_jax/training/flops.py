@@ -1,4 +1,4 @@
-"""Operations of a training step, by the model's sizes, and the peak of the chips."""
+"""FLOP of a training step, by the model's sizes, and peak FLOP/s of the chips, for MFU."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
 
-# Operations a second in bfloat16 without sparsity, of one device, by their makers' data sheets.
+# FLOP/s in bfloat16 without sparsity, of one device, by the makers' data sheets.
 PEAK_FLOPS: Mapping[str, float] = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1154e12,
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
@@ -19,18 +19,18 @@ PEAK_FLOPS: Mapping[str, float] = {
 
 
 def peak_flops() -> float | None:
-    """Return the peak of one device, in operations a second; None where it is not known."""
+    """Return the peak FLOP/s of one device; None if unknown."""
     kind = jax.devices()[0].device_kind
     known = [name for name in PEAK_FLOPS if kind == name or kind.startswith(f"{name} ")]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequence[TrainingBatch]) -> float:
-    """Return the operations of micro-batches, forward and backward, without recomputation.
+    """Return the FLOP of micro-batches, forward and backward, without recomputation.
 
-    A product of matrices costs 2 operations a weight and token forward, as many for the gradient of its input, and as
-    many again for that of its weights where they are trained. Causal attention is counted in full squares' halves,
-    that of the encoders in full squares, depthwise convolutions and padding not at all.
+    A matmul costs 2 FLOP per weight and token forward, as many for the gradient of its input, and as many again for
+    that of its weights if they are trainable. Causal attention counts as half of the square, the encoders' as the whole
+    square; depthwise convolutions and padding do not count.
     """
     decoder = config.decoder
     flat: dict[Any, Any] = flatten_dict(dict(trainable))
@@ -64,13 +64,13 @@ def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequ
 def _passes(
     encoder: float, projector: float, trained: AbstractSet[str], name: str, projectors: AbstractSet[str]
 ) -> float:
-    """Products of an encoder and the projector behind it, forward and backward: of what is trained, or leads there."""
+    """Return the multiplications of an encoder and its projector, forward and, as far as needed, backward."""
     own = 3 if name in trained else 1
     return encoder * own + projector * (3 if projectors & trained else 2 if own == 3 else 1)
 
 
 def _vision_weights(config: Phi4MMConfig) -> tuple[float, float]:
-    """Multiplications of a crop: in the tower, and in the projector of its features."""
+    """Return the multiplications per crop: of the tower, and of the projector."""
     vision, embed_dim = config.vision, config.decoder.embed_dim
     patches = vision.patches_per_side**2
     block = 4 * vision.embed_dim**2 + 2 * vision.embed_dim * vision.mlp_dim + 2 * vision.embed_dim * patches
@@ -80,7 +80,7 @@ def _vision_weights(config: Phi4MMConfig) -> tuple[float, float]:
 
 
 def _speech_weights(config: Phi4MMConfig, attended: np.ndarray) -> tuple[float, float]:
-    """Multiplications of chunks of so many tokens: in the encoder, and in the projector of its features."""
+    """Return the multiplications of chunks with these token counts: of the encoder, and of the projector."""
     speech, embed_dim = config.speech, config.decoder.embed_dim
     width, channels, bands = speech.embed_dim, speech.conv_channels, speech.subsampled_bands
     tokens = attended.sum()
@@ -94,7 +94,7 @@ def _speech_weights(config: Phi4MMConfig, attended: np.ndarray) -> tuple[float, 
 
 
 def _sample_lengths(batch: TrainingBatch) -> np.ndarray:
-    """Return the tokens of each sample."""
+    """Return the number of tokens per sample."""
     segments = batch.batch.segments
     if segments is None:
         return np.asarray(batch.batch.lengths)

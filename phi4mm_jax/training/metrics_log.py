@@ -22,8 +22,8 @@ class MetricsLog:
     """Writer of metrics, in the run's folder.
 
     Args:
-        step: the run resumes after it; what an earlier process has logged of later ones is taken out.
-        writes: False on all hosts but the first, where nothing is written.
+        step: the run resumes after it; an earlier process's lines of later steps are removed.
+        writes: only on the first host; elsewhere nothing is written.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True):
@@ -63,7 +63,7 @@ class MetricsLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines so far, with NaN for null; one that a killed process has left half-written is left out.
+    """Return the lines so far, with NaN for null; a last line that a killed process left incomplete is ignored.
 
     Raises:
         InputError: a line is damaged.
@@ -77,5 +77,5 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             found = dict(json.loads(line))
             lines.append({key: math.nan if value is None else value for key, value in found.items()})
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: line {number} is no line of metrics; take it out") from error
+            raise InputError(f"{path}: line {number} is not a line of metrics; remove it") from error
     return lines

@@ -21,11 +21,11 @@ class OptimizerConfig:
     but for the warm-up, which is 50 steps there.
 
     Attributes:
-        learning_rate: the highest.
-        warmup_steps: over which it rises from 0: a whole number, or a share below 1 of the run's steps.
-        schedule: how it falls from there to `final_share` of it at the last step.
+        learning_rate: peak.
+        warmup_steps: of linear warm-up from 0: a whole number, or a fraction below 1 of the run's steps.
+        schedule: decay from the peak to `final_share` of it at the last step.
         decay: patterns of the parameters that weight decay applies to.
-        clip: maximum of the norm of all gradients; None does not clip.
+        clip: maximum global gradient norm; None does not clip.
 
     Raises:
         InputError: a value out of range.
@@ -51,7 +51,9 @@ class OptimizerConfig:
         check("learning_rate", self.learning_rate > 0, "a positive number")
         is_share = isinstance(self.warmup_steps, float) and 0 <= self.warmup_steps < 1
         is_count = is_whole(self.warmup_steps, 0)
-        check("warmup_steps", is_share or is_count, "0, a positive whole number, or a share below 1 of the run's steps")
+        check(
+            "warmup_steps", is_share or is_count, "0, a positive whole number, or a fraction below 1 of the run's steps"
+        )
         check("schedule", self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         check("final_share", 0 <= self.final_share <= 1, "a number from 0 to 1")
         check("beta1", 0 <= self.beta1 < 1, "a number from 0 to below 1")
@@ -62,7 +64,7 @@ class OptimizerConfig:
 
 
 def make_lr_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate of each step, of `steps` in all.
+    """Return the learning-rate schedule of a run of `steps`.
 
     Raises:
         InputError: the warm-up is not over before the last step.
@@ -72,7 +74,7 @@ def make_lr_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if warmup_steps >= steps:
         raise InputError(
             f"optimizer.warmup_steps is {warmup_steps}, and the run has {steps} steps; warm up over fewer, or over a "
-            "share of them, such as 0.1"
+            "fraction of them, such as 0.1"
         )
     peak, rest = config.learning_rate, steps - warmup_steps
     after = {
@@ -88,7 +90,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any
     """Return the optimizer of these parameters, for a run of `steps`.
 
     Raises:
-        InputError: the warm-up is as long as the run, or a pattern of `decay` matches no trained parameter.
+        InputError: the warm-up is as long as the run, or a pattern of `decay` matches no trainable parameter.
     """
     flat = flatten_dict(trainable)
     decayed = matching(flat.keys(), config.decay, "optimizer.decay") if config.weight_decay else set()

@@ -1,8 +1,8 @@
-"""Patterns of parameters' paths: one language for what is trained, what decays, and what is exported.
+"""Patterns of parameter paths, for trainable parameters, weight decay and exports.
 
 A path is a parameter's names joined by "/", its collection first: "lora_speech/decoder/layers/mlp/down/a". A pattern
-stands for a path from its first name on, and for all that lies below: "*" for any part of a name, "**" for any names.
-One that begins with "!" takes away from what the patterns before it gave.
+matches a path from its first name on, and everything below it: "*" is any part of a name, "**" any names. One that
+begins with "!" excludes matches of the patterns before it.
 """
 
 import re
@@ -17,13 +17,13 @@ ParamPath = tuple[str, ...]
 
 
 def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -> set[ParamPath]:
-    """Return the paths that the patterns stand for.
+    """Return the paths that match the patterns.
 
     Args:
-        what: the setting that the patterns are of, for errors.
+        what: name of the setting, for errors.
 
     Raises:
-        InputError: a pattern that stands for no path, or takes none away.
+        InputError: a pattern matches, or excludes, no path.
     """
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{what} is {patterns!r}; expected a list of patterns, such as ['lora_speech']")
@@ -48,7 +48,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 def split(variables: dict[str, Any], patterns: Sequence[str], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the variables that the patterns stand for, and the others.
+    """Return the variables that match the patterns, and the others.
 
     Raises:
         InputError: as `matching`.
@@ -62,5 +62,5 @@ def split(variables: dict[str, Any], patterns: Sequence[str], what: str) -> tupl
 
 
 def join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Merge what `split` has taken apart."""
+    """Merge the two parts of `split`."""
     return unflatten_dict({**flatten_dict(one), **flatten_dict(other)})

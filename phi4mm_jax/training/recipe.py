@@ -46,11 +46,11 @@ class EvaluationConfig:
 
     Attributes:
         sources: manifests, of which each sample counts once.
-        every: steps.
-        metric: decides which checkpoint is the best one: the loss, or by generating answers word or character error
-            rate, BLEU, or the share that is exactly right.
-        samples: how many answers are generated at most, for metrics that need them; of each source as many, from all
-            over it.
+        every: interval in steps.
+        metric: chooses the best checkpoint: the loss or, of generated answers, word or character error rate, BLEU, or
+            the fraction of exact matches.
+        samples: maximum number of answers to generate, for metrics that need them; evenly over the sources, and within
+            each.
         max_new_tokens: of a generated answer.
     """
 
@@ -72,20 +72,20 @@ class Recipe:
 
     Attributes:
         model: the checkpoint to begin with, as `phi4mm_jax.load` takes it.
-        output: the run's folder. Where it has checkpoints, the run resumes from the last one.
-        trainable: patterns of the parameters that are trained, see `phi4mm_jax.training.param_filter`; or "auto": the
-            adapters that the data's media need, the decoder if all are text.
-        data: what is learnt from. `data.packing.rows` are those of a micro-batch. Packing may be "auto": sizes that
-            every sample fits into, see `phi4mm_jax.data.sizing`. Both are settled when the run begins.
-        accumulate: micro-batches of a step.
-        fresh_adapters: begin with adapters that change nothing yet, where the checkpoint's are all zero.
-        dropout: whether adapters drop out, as the checkpoint's config says.
-        dtype: what is computed in; trained parameters are float32 besides.
-        remat: what the backward pass computes again.
-        mesh: axes and sizes, such as "fsdp=4,tensor=2", see `phi4mm_jax.mesh`; fsdp takes the devices that are left.
+        output: the run's folder. If it has checkpoints, the run resumes from the last one.
+        trainable: patterns of trainable parameters, see `phi4mm_jax.training.param_filter`; or "auto": the adapters of
+            the data's media, or the decoder if all are text.
+        data: the training data. `data.packing.rows` are those of a micro-batch. Packing may be "auto": sizes that every
+            sample fits into, see `phi4mm_jax.data.sizing`. Auto fields are resolved when the run begins.
+        accumulate: micro-batches per step.
+        fresh_adapters: start from newly initialised adapters if the checkpoint's are all zero.
+        dropout: whether to apply LoRA dropout, as the checkpoint's config says.
+        dtype: compute dtype; trainable parameters have float32 master weights.
+        remat: what the backward pass recomputes.
+        mesh: axes and sizes, such as "fsdp=4,tensor=2", see `phi4mm_jax.mesh`; fsdp takes the remaining devices.
         seed: of dropout. That of the data is `data.seed`.
         save_every: steps between checkpoints.
-        keep: the last checkpoints that are kept, besides the best one.
+        keep: number of last checkpoints to keep, besides the best one.
         log_every: steps between lines of metrics.
     """
 
@@ -126,7 +126,7 @@ class Recipe:
                 raise InputError(f"{name} has settings, which data.kind={self.data.kind} does not use; leave them out")
 
     def evaluates_after(self, step: int, steps: int) -> bool:
-        """Return whether the state after a step of so many is to be evaluated."""
+        """Return whether an evaluation is due after a step of `steps`."""
         return self.evaluation is not None and (step % self.evaluation.every == 0 or step == steps)
 
 
@@ -170,7 +170,7 @@ def _settle_auto(settings: dict[str, Any]) -> None:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe with all settings that it came to have; `load_recipe` reads it."""
+    """Write a recipe with all settings, defaults and resolved auto fields included; `load_recipe` reads it."""
     write_atomically(path, yaml.safe_dump(recipe_settings(recipe), sort_keys=False))
 
 
@@ -187,7 +187,7 @@ _MAY_CHANGE = re.compile(
 
 
 def resolved_as_before(recipe: Recipe, path: Path) -> Recipe:
-    """Return the recipe with what it leaves to the data as the run that was saved at `path` has settled it.
+    """Return the recipe, with the auto fields as resolved by the run that was saved at `path`.
 
     Raises:
         InputError: that run cannot be resumed with this recipe.
@@ -208,8 +208,8 @@ def _check_same_run(recipe: Recipe, before: Recipe, path: Path) -> None:
             continue  # there was none, or is none any more
         if old != new and not _MAY_CHANGE.fullmatch(name):
             raise InputError(
-                f"{path}: the run was begun with {name}={old!r:.80}, and cannot go on with {new!r:.80}; set it back, "
-                "or give another output"
+                f"{path}: the run was begun with {name}={old!r:.80}, and cannot be resumed with {new!r:.80}; set it "
+                "back, or give another output"
             )
 
 
@@ -257,7 +257,7 @@ def _said(error: Mapping[str, Any]) -> str:
 
 
 def _as_list(place: str, error: Mapping[str, Any]) -> str | None:
-    """The list that is meant by a single value, where it is text."""
+    """Return a list for a single text."""
     value, name = error["input"], place.rstrip("0123456789").rstrip(".")
     if not isinstance(value, str) or error["type"] != ("tuple_type" if name == place else "dataclass_type"):
         return None

@@ -1,4 +1,4 @@
-"""Folder of a run: the names of its files, the checks before it is written, and its lock."""
+"""Folder of a run: names of its files, checks before it is written, and its lock."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError if a run could not write its folder: before the weights are read, and not after."""
+    """Raise InputError if a run could not write its folder; called before the weights are read."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise InputError(f"output is {folder}, and {there} is a file; give a folder")

@@ -1,4 +1,4 @@
-"""Names of settings: which a recipe has, and which one is meant by another."""
+"""Names of a recipe's settings, and suggestions for unknown ones."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# What TrainingArguments of transformers, TRL, LLaMA-Factory, ms-swift and MaxText call it where we do not.
+# Names of transformers' TrainingArguments, TRL, LLaMA-Factory, ms-swift and MaxText, and ours.
 ALIASES = {
     "adam_b1": "optimizer.beta1",
     "adam_b2": "optimizer.beta2",

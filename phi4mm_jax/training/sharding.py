@@ -30,10 +30,10 @@ from phi4mm_jax.training.step import (
 def order_by_host(mesh: Mesh | None) -> Mesh | None:
     """Return a mesh whose rows are those of the first host, then of the second, and so on.
 
-    The rows of a batch that a host loads are then those that its devices take.
+    Each host then loads exactly the rows of its own devices.
 
     Raises:
-        InputError: of several hosts, not all devices are used.
+        InputError: not all devices of several hosts are used.
     """
     if jax.process_count() == 1:
         return mesh
@@ -85,8 +85,8 @@ def on_own_devices(variables: Variables) -> Variables:
 
 
 def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:
-    """Raise InputError if the devices cannot share the rows, crops and chunks of a batch evenly."""
-    if packing is None:  # it will be settled for these devices
+    """Raise InputError if the rows, crops and chunks of a batch do not divide evenly over the devices."""
+    if packing is None:  # auto: it will be sized for these devices
         return
     rows, parts = divisors(mesh)
     for name, sizes, devices in (
@@ -104,7 +104,7 @@ def check_divisible(packing: PackingConfig | None, mesh: Mesh | None) -> None:
 
 
 def divisors(mesh: Mesh | None) -> tuple[int, int]:
-    """Return how many devices share the rows of a batch, and how many each row."""
+    """Return the numbers of devices that split the rows of a batch, and each row (context)."""
     sizes = {} if mesh is None else mesh.shape
     return math.prod(sizes.get(axis, 1) for axis in ROWS), math.prod(sizes.get(axis, 1) for axis in LENGTH)
 
@@ -112,7 +112,7 @@ def divisors(mesh: Mesh | None) -> tuple[int, int]:
 def split_trainable(
     variables: Variables, patterns: Sequence[str], packing: PackingConfig, adapter: str | None = None
 ) -> tuple[Variables, Variables]:
-    """Return the parameters that are trained, and the frozen ones, without adapters that no batch will need.
+    """Return the trainable parameters, and the frozen ones without adapters that no batch will need.
 
     Args:
         adapter: of all rows; by default each has that of its media.
@@ -129,7 +129,7 @@ def split_trainable(
 
 
 def shard_batches(batches: Sequence[TrainingBatch], mesh: Mesh | None) -> Any:
-    """Stack micro-batches, and put them on the devices, split as the activations that are made of them will be."""
+    """Stack micro-batches, and put them on the devices with the sharding of the activations."""
     stacked: Any = jax.tree.map(lambda *x: np.stack(x), *batches)
     if mesh is None:
         return stacked
@@ -147,7 +147,7 @@ def shard_batches(batches: Sequence[TrainingBatch], mesh: Mesh | None) -> Any:
 def spread_batch(
     batch: TrainingBatch, *, rows: Callable[[Any], Any], tokens: Callable[[Any], Any], media: Callable[[Any], Any]
 ) -> TrainingBatch:
-    """Apply a function each to what a batch has of its rows, of their tokens, and of crops and chunks."""
+    """Apply one function each to a batch's arrays per row, per token, and per crop or chunk."""
     inner = batch.batch
     spread = Batch(
         tokens(inner.tokens), rows(inner.lengths), rows(inner.adapters), tokens(inner.media), media(inner.images),
@@ -157,11 +157,11 @@ def spread_batch(
 
 
 def init_train_state(trainable: Variables, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
-    """Return the state before the first step: split as the parameters are, single numbers replicated."""
+    """Return the state before the first step: sharded like the parameters, scalars replicated."""
     replicated = None if mesh is None else NamedSharding(mesh, jax.P())
 
     def placed(x: jax.Array) -> jax.Array:
-        # Where the step's results will be, in jax's eyes too: else the second step is compiled once more.
+        # With the very sharding of the step's results, or else the second step would compile again.
         stays = replicated is None or isinstance(x.sharding, NamedSharding)
         return jax.device_put(x, x.sharding if stays else replicated)
 
@@ -173,7 +173,7 @@ def compile_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Return the training step on the state's mesh: (state, frozen, batches, key) to the next state and its metrics.
 
-    The state is donated, and the next one lies where it was.
+    The state is donated, and the next one has its sharding.
     """
 
     def step(state: TrainState, frozen: Variables, batches: Any, key: jax.Array | None):

@@ -465,7 +465,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path, processor):
     lines = [b"oops" if i % 10 == 9 else g for i, g in enumerate(texts(300))]
     source = manifest(tmp_path / "m.jsonl", lines)
     assert len(answers(processor, stream(processor, source, bad_samples=0.1, shuffle=False))) == 270
-    with pytest.raises(InputError, match=r"\d+ of 1\d\d samples are unusable .line: \d+., more than the share of 0.05"):
+    with pytest.raises(InputError, match=r"\d+ of 1\d\d samples are unusable .line: \d+., more than the fraction 0.05"):
         list(stream(processor, source, bad_samples=0.05, shuffle=False))
 
 

@@ -900,7 +900,11 @@ def test_of_equal_scores_the_later_is_best(tmp_path, higher_is_better):
             "the loss of step 7 is nan, its gradients' norm 1.0: the run has",
         ),
         ({"loss": 2.0, "gradient_norm": np.inf}, 1.0, "the loss of step 7 is 2.0, its gradients' norm inf"),
-        ({"loss": 2.0, "gradient_norm": 1.0}, np.inf, "step 7 has left trained parameters or moments .* not finite"),
+        (
+            {"loss": 2.0, "gradient_norm": 1.0},
+            np.inf,
+            "step 7 has left trainable parameters or optimizer moments .* not finite",
+        ),
     ],
 )
 def test_what_has_diverged_is_named(values, weight, told):

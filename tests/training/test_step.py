@@ -518,7 +518,7 @@ def test_a_share_of_the_steps_warms_up(steps, rates):
     """0.2 of them, rounded down."""
     schedule: Any = make_lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=0.2), steps)
     np.testing.assert_allclose([schedule(i) for i in range(len(rates))], rates, rtol=1e-6)
-    with pytest.raises(InputError, match=r"optimizer.warmup_steps is 1.0; .* a share below 1"):
+    with pytest.raises(InputError, match=r"optimizer.warmup_steps is 1.0; .* a fraction below 1"):
         OptimizerConfig(warmup_steps=1.0)
 
 
