@@ -1,7 +1,7 @@
 """Cost of a decoding step by what it depends on, and of a shared image: python -m benchmarks.decode_cost.
 
 With random weights at the release's widths and few layers, in float32. First the time of a step of all slots for
-the same rows in caches of 2K and 32K tokens (whose tables have 32 and 512 pages a row), and for longer rows in the
+the same rows in caches of 2K and 32K tokens (whose tables have 32 and 512 pages per row), and for longer rows in the
 large one. Then ten questions about one image beside ten questions about ten images.
 """
 
@@ -63,7 +63,7 @@ def random_model(layers: int) -> phi4mm_jax.Model:
 
 
 def steps(model: phi4mm_jax.Model, rounds: int) -> Table:
-    table = Table("cache", "keys a row", "ms a step", "ratio", title="A decoding step of 8 slots")
+    table = Table("cache", "keys per row", "ms per step", "ratio", title="A decoding step of 8 slots")
     cases = [(2048, 200), (32768, 200), (32768, 2000), (32768, 4000)]
     calls = {case: decoding(model, *case) for case in cases}
     times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}

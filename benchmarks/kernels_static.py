@@ -29,7 +29,7 @@ SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL"
 
 
 class Job(NamedTuple):
-    """One kernel to compile, in a process of its own, and the inner tile to look for in it."""
+    """Kernel to compile, in a process of its own, and the inner tile to look for in it."""
 
     chip: str
     implementation: str  # "ours", "splash", "tokamax"
@@ -186,7 +186,7 @@ def chip_blocks(chip: str):
 
 
 def report(job: Job) -> None:
-    """One line of the table."""
+    """Return a line of the table."""
     peak, bytes_a_cycle, _ = units(job.chip)
     regions = measure(job)
     if isinstance(regions, str):

@@ -94,7 +94,7 @@ def write_rows(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, engines: int) -> int:
-    """Answer all rows, and print tokens a second from the first answer on."""
+    """Answer all rows, and print tokens per second from the first answer on."""
     import ray
 
     from phi4mm_jax.ray import run

@@ -1,7 +1,7 @@
 """An hour of service, in short: python -m benchmarks.soak [--requests 10000].
 
-Short requests through one engine with the tiny checkpoint of the tests: text, images and clips, greedy and drawn, some
-cancelled, some that cannot be served, some streams that are closed early. Prints the memory as it goes on, and what is
+Short requests to one engine with the tiny checkpoint of the tests: text, images and clips, greedy and sampled, some
+cancelled, some that cannot be served, some streams that are closed early. Prints the memory meanwhile, and what is
 lost in the end: slots, pages, arrays on the device, compilations.
 """
 

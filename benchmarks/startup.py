@@ -1,4 +1,4 @@
-"""From the start of a process to its first token, with the small model: python -m benchmarks.startup.
+"""Start-up time, from a process's start to its first token, with the small model: python -m benchmarks.startup.
 
 Each row is a process of its own; "cold" begins with no compiled programs, "warm" with those that the run before kept.
 

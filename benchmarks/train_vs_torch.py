@@ -3,9 +3,9 @@
     python -m benchmarks.train_vs_torch [--small] [--rounds N]
 
 The model has the release's widths and vocabulary but two decoder layers, in float32. A step is the forward and backward
-pass of the speech adapter over rows of text, clipping, and AdamW; half of the positions carry loss. Each side runs in a
-process of its own, in turns; its fastest step counts, and the most memory that it held while stepping. Ratios are
-PyTorch's figure over ours: from 1.0 on, ours is as fast, or needs as little. PyTorch is given the faster of its two
+pass of the speech adapter over rows of text, clipping, and AdamW; half of the positions are in the loss mask. Each side
+runs in a process of its own, in turns; its fastest step counts, and the most memory that it held while stepping. Ratios
+are PyTorch's figure over ours: from 1.0 on, ours is as fast, or needs as little. PyTorch is given the faster of its two
 kinds of attention.
 
 Needs `pip install '.[tests]'`.
@@ -72,7 +72,7 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
     tokens = np.random.default_rng(0).integers(0, 600, (rows, length)).astype(np.int32)
     step = ours(checkpoint, tokens) if side == "ours" else theirs(checkpoint, tokens, side)
     losses = [step() for _ in range(WARM)]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     times = []
     for _ in range(3):
         start = time.perf_counter()

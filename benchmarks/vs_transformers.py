@@ -67,7 +67,7 @@ SMALL = Sizes((1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9))
 
 
 class Contest(NamedTuple):
-    """One row: how much both sides do, and what each takes for it."""
+    """Row of the table: the work of both sides, and the time of each."""
 
     amount: float
     unit: str
@@ -76,7 +76,7 @@ class Contest(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """One of the mixed batch."""
+    """Prompt of the mixed batch."""
 
     text: str
     image: Image.Image | None
@@ -362,7 +362,7 @@ class Sides:
         return Contest(total, "tokens", timed(ours), self.each_attention(theirs))
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """As transformers' users must: one modality, padded on the left, until the longest answer ends."""
+        """Generate as transformers' users must: one modality, padded on the left, until the longest answer ends."""
         media: dict[str, Any] = {}
         before = ""
         if prompts[0].image is not None:

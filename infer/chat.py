@@ -1,4 +1,4 @@
-"""Talk with the model in a terminal: python -m infer.chat --model PATH.
+"""Chat with the model in a terminal: python -m infer.chat --model PATH.
 
 What you type is said to the model, but for these:
 

@@ -1,7 +1,7 @@
-"""Registry of the adapters: everything that names one, or runs over all of them, reads it.
+"""Registry of the adapters: everything that names one, or loops over all of them, reads it.
 
-One more entry adds one more adapter, which is loaded from its PEFT folder, asked for by its name, computed, trained
-and exported as the release's two are:
+One more entry adds one more adapter, which is loaded from its PEFT folder, requested by its name, computed, trained and
+exported like the release's two:
 
     ADAPTERS["legal"] = Adapter("legal", index=3)
 """
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 Media = Literal["images", "clips"]
-NO_ADAPTER, NONE = 0, "none"  # a row's index where it uses none, and the name by which a request asks for that
+NO_ADAPTER, NONE = 0, "none"  # index of a row without adapter, and its name in requests
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter of the mixture, on all of the decoder's projections.
+    """Adapter of the mixture, on all of the decoder's projections.
 
     Attributes:
         name: in requests, on command lines, and in the names of tensors ("lora_A.vision").
         index: in `Batch.adapters`, of the rows that use it; no two have the same.
-        media: rows with such media use it by default, images before clips; None: only rows that ask for it do.
+        media: rows with such media use it by default, images before clips; None: only rows that request it.
         targets: PEFT's target_modules for it, within the decoder that the release's code wraps.
     """
 
@@ -63,7 +63,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def adapter_choices() -> tuple[str, ...]:
-    """Return the names that a request may ask for: "none" and every adapter's."""
+    """Return the valid names in requests: "none" and every adapter's."""
     return NONE, *ADAPTERS
 
 

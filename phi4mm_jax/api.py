@@ -1,4 +1,4 @@
-"""The front door: `load` a checkpoint, then `process`, `logits`, `generate`."""
+"""Public API: `load` a checkpoint, then `process`, `logits`, `generate`."""
 
 import dataclasses
 import logging
@@ -38,7 +38,7 @@ from phi4mm_jax.utils.compilation import keep_compiled_by_default
 _log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16"]
 MediaLists = Sequence[Sequence[Any] | None]
-_MOST_SLOTS = 8  # of `generate`; an engine may have more
+_MAX_SLOTS = 8  # of `generate`; an engine may have more
 
 
 def load(
@@ -62,18 +62,18 @@ def load(
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
             converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations: "float32" or "bfloat16", or that of numpy or jax.
-        mesh: the devices to spread the parameters over (see `phi4mm_jax.mesh`); by default the first device.
+        mesh: the devices to shard the parameters over (see `phi4mm_jax.mesh`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters are added to the
             checkpoint's own, or take the place of those of the same names: {"speech": FOLDER}.
         adapters_from: where adapters come from in the original layout, which has them in its shards and in the folders
             vision-lora and speech-lora: "shards" or "folders". By default from a folder where it differs from the
             shards, as after fine-tuning, which is logged; see `checkpoint.contents.folder_adapters`.
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
-        merge: add this adapter ("vision", "speech") to the weights, and drop all: prompts of its modality are answered
-            as before, without the adapter's cost; others are errors.
-        scan: whether the decoder's layers are one loop over stacked parameters, or are written out ("layers_0", ...).
-            The loop compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack for every
-            token. By default a loop, except on one CPU.
+        merge: merge this adapter ("vision", "speech") into the weights, and drop all: prompts of its modality are
+            answered as before, without the adapter's cost; others are errors.
+        scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...). The loop
+            compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack for every token. By
+            default a loop, except on one CPU.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -154,11 +154,11 @@ class Model:
         max_crops: int | None = None,
         continue_final_message: bool = False,
     ) -> Batch:
-        """Prompts, images and audio as a static-shaped batch; see `Processor.__call__`."""
+        """Return prompts, images and audio as a static-shaped batch; see `Processor.__call__`."""
         return self.processor(prompts, images, audios, max_crops, continue_final_message=continue_final_message)
 
     def logits(self, batch: Batch) -> Float[Array, "B T V"]:
-        """The float32 logits of every position; those past a row's length have no meaning.
+        """Return the float32 logits of every position; those past a row's length are meaningless.
 
         Raises:
             InputError: the batch is not one that `process` made.
@@ -193,27 +193,27 @@ class Model:
         """Answer the prompts, all in one batch, in their order.
 
         Args:
-            prompts: one a row: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
+            prompts: one per row: a raw string with placeholders such as `<|image_1|>`, or a list of chat messages.
             images: for each row a list of images, in any form that `Processor.__call__` takes.
             audios: for each row a list of clips, likewise.
-            max_new_tokens: the most tokens to generate for a row.
-            temperature: 0 chooses the likeliest token.
+            max_new_tokens: maximum number of tokens to generate per row.
+            temperature: 0 is greedy.
             top_k: sample from this many likeliest tokens; 0 from all.
             top_p: sample from the fewest tokens whose probabilities reach this.
-            min_p: leave out tokens less likely than this share of the likeliest's probability.
+            min_p: drop tokens less likely than this fraction of the likeliest's probability.
             repetition_penalty: divides positive logits of tokens that the row has, and multiplies negative ones.
-            seed: of the sampling. By default each row draws for itself, by its prompt and media: the same again in
-                any other call, and equal prompts each something else. A seed is every row's: each draws what a
-                request with that seed draws, so that rows with different prompts meet the same noise.
+            seed: of the sampling. By default each row is seeded by its prompt and media: the same again in any other
+                call, while equal prompts sample independently. A given seed is that of every row, so that rows with
+                different prompts have the same noise.
             stop: strings that end an answer; they are not part of its text.
             stop_tokens: ids that end an answer, besides the model's own.
-            beams: search for so many answers of a row at once; they are its completion's `alternatives`.
+            beams: width of the beam search; the answers are the completion's `alternatives`.
             length_penalty: see `Request`.
-            n: draw so many answers of each row, which are its completion's `alternatives`; the first is its own.
+            n: number of sampled answers per row, the completion's `alternatives`; the first is its own.
             adapter: "none" or an adapter's name ("vision", "speech") for all rows; by default each has that of its
                 media.
             logprobs: whether completions have the log-probabilities of their tokens.
-            max_crops: the most crops of an image, see `Processor.__call__`.
+            max_crops: maximum number of crops per image, see `Processor.__call__`.
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
 
         Raises:
@@ -252,7 +252,7 @@ class Model:
             )
         engine = self._engine_for(rows, requests[0].max_new_tokens, int(beams))
         engine.check_adapter(adapter)
-        self._last_engine = None  # what an interruption leaves in it is not met again
+        self._last_engine = None  # an interrupted engine is not used again
         numbers = [engine.submit(request, row, earlier=earlier) for request, row in zip(requests, rows, strict=True)]
         answers: dict[int, Completion] = {}
         while len(answers) < len(numbers):
@@ -263,7 +263,7 @@ class Model:
         return found if logprobs else [_without_logprobs(completion) for completion in found]
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
-        """An engine for many requests; see `phi4mm_jax.engine`."""
+        """Return an engine for many requests; see `phi4mm_jax.engine`."""
         return Engine(self.programs, self.variables, self.processor, config or EngineConfig())
 
     @cached_property
@@ -272,8 +272,8 @@ class Model:
         return Programs(self.module, self.variables)
 
     def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, beams: int = 1) -> Engine:
-        """The engine of the last call, where it has room for this one."""
-        slots = min(1 << (len(rows) - 1).bit_length(), _MOST_SLOTS)
+        """Return the engine of the last call if it has room for this one, else a new one."""
+        slots = min(1 << (len(rows) - 1).bit_length(), _MAX_SLOTS)
         page = EngineConfig().page_size
         lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
         pages = beams * sum(-(-length // page) for length in lengths[-slots:])
@@ -285,12 +285,12 @@ class Model:
         return last
 
     def _variables_for(self, batch: Batch) -> dict[str, Any]:
-        """Without the adapters that no row uses, which then cost nothing."""
+        """Return the variables without the adapters that no row uses, which then cost nothing."""
         return used_collections(self.variables, set(np.unique(batch.adapters).tolist()))
 
 
 def _together(drawn: Sequence[Completion]) -> Completion:
-    """One completion of all answers that were drawn for a prompt."""
+    """Return one completion of all answers that were sampled for a prompt."""
     found = tuple(
         Hypothesis(c.text, c.tokens, float(np.mean(c.log_probabilities or (0.0,))), c.log_probabilities) for c in drawn
     )
@@ -303,8 +303,7 @@ def _without_logprobs(completion: Completion) -> Completion:
 
 
 def _streams(rows: Sequence[Row], config: Phi4MMConfig) -> list[int]:
-    """For each row how many rows before it have the same prompt: equal prompts draw for themselves, and no row's draw
-    depends on other prompts."""
+    """Return per row the number of rows before it with the same prompt, so that equal prompts sample independently."""
     texts = Counter(row.tokens.tobytes() for row in rows)
     earlier: Counter[Any] = Counter()
     streams = []

@@ -1,4 +1,4 @@
-"""The static-shaped batch: what the processor makes and the model takes.
+"""Static-shaped batch: the contract between processor and model.
 
 Crops and clips of all rows lie in two padded stacks. The model turns both stacks into one table of features; `media`
 tells for each position of the sequence which row of that table it takes. So the model knows nothing of images, clips

@@ -1,11 +1,11 @@
-"""Leave out of a manifest what should not be learnt.
+"""Drop samples from a manifest that should not be trained on.
 
     python -m train.prepare decontaminate --input M.jsonl --against eval.jsonl ... --output OUT.jsonl [--ngram 13]
     python -m train.prepare filter-speech --input M.jsonl --hypotheses H.jsonl --max-wer 0.1 --output OUT.jsonl
 
-The first drops samples that share a run of words with evaluation texts. The second keeps speech, such as synthetic one,
-that a recogniser understands: H.jsonl is what it heard, for instance the output of infer.batch. What is dropped goes to
-OUT.dropped.jsonl. An output is written whole or not at all.
+The first drops samples that share an n-gram with evaluation texts. The second keeps speech, such as synthetic speech,
+that a recogniser understands: H.jsonl has its transcriptions, for instance the output of infer.batch. Dropped samples
+go to OUT.dropped.jsonl. An output is written whole or not at all.
 """
 
 import argparse

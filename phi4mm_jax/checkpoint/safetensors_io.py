@@ -174,7 +174,7 @@ def _write(descriptor: int, data, offset: int) -> None:
 
 
 def shard(tensors: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
-    """Deal tensors, in order, to files of at most `limit` bytes each; a larger tensor has a file of its own."""
+    """Assign tensors, in order, to files of at most `limit` bytes each; a larger tensor has a file of its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in tensors:

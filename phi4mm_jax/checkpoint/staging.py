@@ -1,4 +1,4 @@
-"""A folder that is whole or not there."""
+"""Staged folders: a folder appears whole or not at all."""
 
 import contextlib
 import errno

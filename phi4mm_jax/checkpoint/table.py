@@ -1,4 +1,6 @@
-"""Weight tables: which tensor of a checkpoint is which parameter, as a bijection.
+"""Types of the weight tables: which tensor of a checkpoint is which parameter, as a bijection.
+
+The tables themselves are in `layouts/original.py` and `layouts/native.py`.
 
 A tensor's rows are split into parts (q, k, v of a fused matrix; mostly there is one); each part is viewed, transposed
 and reshaped into one parameter. All three steps have inverses, so a table converts in both directions.
@@ -22,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter's share of a tensor: `rows.reshape(view).transpose(axes).reshape(shape)`."""
+    """Part of a tensor that is one parameter: `rows.reshape(view).transpose(axes).reshape(shape)`."""
 
     path: ParamPath
     view: Shape
@@ -130,7 +132,7 @@ def unused(name: str, shape: Shape) -> Tensor:
 
 
 def _transpose(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """As np.transpose; a matrix is copied in strips, which is five times as fast as copying numpy's strided view."""
+    """Transpose like numpy, but copy a matrix in strips, five times as fast as copying numpy's strided view."""
     if axes != (1, 0):
         return x.transpose(axes)
     out = np.empty(x.shape[::-1], x.dtype)

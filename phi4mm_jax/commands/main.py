@@ -1,4 +1,8 @@
-"""Start a program of the installed package: phi4mm COMMAND [arguments]."""
+"""Start a program of the installed package: phi4mm COMMAND [arguments].
+
+The programs are infer/, convert/ and train/ of a clone; setup.py puts them into the wheel as phi4mm_jax.commands.infer,
+.convert and .train.
+"""
 
 import sys
 from collections.abc import Sequence

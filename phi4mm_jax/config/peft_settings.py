@@ -24,7 +24,7 @@ _PREFIXES = ("model.layers.", "layers.")
 
 @dataclass(frozen=True)
 class ModuleLora:
-    """One module's LoRA, which adds alpha / rank times A B; where PEFT divides by a root, alpha has that already."""
+    """LoRA of one module, which adds alpha / rank times A B; with rsLoRA, alpha includes the root."""
 
     rank: int
     alpha: float
@@ -38,7 +38,7 @@ Module = tuple[int, str]  # layer, and one of MODULES
 
 
 def module_loras(name: str, settings: Mapping[str, Any], num_layers: int) -> dict[Module, ModuleLora]:
-    """Rank and alpha of each module of the decoder that an adapter is on.
+    """Return rank and alpha of each module of the decoder that an adapter is on.
 
     Args:
         name: of the settings, for errors.
@@ -79,8 +79,8 @@ def module_loras(name: str, settings: Mapping[str, Any], num_layers: int) -> dic
 
 
 def common_lora(loras: Mapping[Module, ModuleLora]) -> ModuleLora:
-    """One rank and scale for all modules: the largest rank, to which the others are padded, and the scale that most of
-    them have, by which the others are multiplied."""
+    """Return one rank and scale for all modules: the largest rank, to which the others are padded, and the most common
+    scale; the ratios of the others go into B."""
     rank = max(lora.rank for lora in loras.values())
     counts = Counter(lora.scale for lora in loras.values())
     scale = max(counts, key=lambda scale: (counts[scale], scale))
@@ -89,7 +89,7 @@ def common_lora(loras: Mapping[Module, ModuleLora]) -> ModuleLora:
 
 
 def is_uniform(loras: Mapping[Module, ModuleLora], num_layers: int) -> bool:
-    """Whether all modules of the decoder have a LoRA, all of one rank and alpha."""
+    """Return whether all modules of the decoder have a LoRA, all of one rank and alpha."""
     return len(loras) == num_layers * len(MODULES) and len(set(loras.values())) == 1
 
 
@@ -135,7 +135,7 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
 
 
 def read_adapter(name: str, settings: Mapping[str, Any], decoder: DecoderConfig) -> LoraConfig:
-    """An adapter by its adapter_config.json: its modules' ranks and scales as one rank and scale (see `common_lora`).
+    """Read an adapter's adapter_config.json: its modules' ranks and scales as one rank and scale (see `common_lora`).
 
     Args:
         name: of the settings, for errors.
@@ -174,7 +174,7 @@ def _matches(names: Any, key: str) -> bool:
 
 
 def _by_pattern(pattern: Mapping[str, Any], key: str, usual: Any) -> Any:
-    """The value of the first expression that a module's name ends with."""
+    """Return the value of the first expression that a module's name ends with."""
     return next((value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", key)), usual)
 
 

@@ -1,4 +1,4 @@
-"""Output of a run, a line for each answer; rerun the same command to resume a run that was stopped."""
+"""Output file of a run, one line per answer; rerun the same command to resume a run that was stopped."""
 
 import os
 import stat
@@ -25,24 +25,24 @@ from phi4mm_jax.engine.request import Request
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.files import incomplete_path, try_lock, write_remedy
 
-_NEW, _FAILED, _KEPT, _ANSWERED = range(4)  # kept: the error of a line that cannot be asked
+_NEW, _FAILED, _KEPT, _ANSWERED = range(4)  # kept: the error of a broken line
 
 
 class AnswerFile:
-    """Output with a line for each answer, written at once. A context manager.
+    """Output file with one line per answer, written as it comes. A context manager.
 
-    A line whose answer is an error is asked again by the next run. Until that run has ended its former answer stands
+    A line whose answer is an error is retried by the next run. Until that run has ended, its earlier answer stands
     before the new one; then the new one takes its place.
 
     Args:
-        settings: returns what answers depend on besides their lines (see `settings_of`); kept beside the output, so
-            that a run with others is refused. Called once the output can be written.
+        settings: returns the settings that answers depend on (see `settings_of`); kept beside the output, so that a run
+            with others is refused. Called once the output can be written.
         form: of the answers: ours, or OpenAI's.
-        retry: ask lines again whose answer is an error.
+        retry: retry lines whose answer is an error.
 
     Attributes:
         total: lines of this run's share.
-        answered: those of them that have an answer, and are not asked again.
+        answered: those of them that have an answer, and are skipped.
         errors: those of them that are errors.
 
     Raises:
@@ -82,7 +82,7 @@ class AnswerFile:
             self._file.close()  # another run has replaced it meanwhile
 
     def _lock(self) -> bool:
-        """Return whether the file is this run's, and still the one of that name."""
+        """Lock the file; return whether it still is the one of that name."""
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise InputError(f"{self.path}: is no file, so that a run could not be resumed; give one")
@@ -95,7 +95,7 @@ class AnswerFile:
             raise self._unwritable(error) from error
 
     def _begin(self) -> None:
-        """Read the answers that are there, and find out what is left to do."""
+        """Read the existing answers, and find the lines left to do."""
         self._state = bytearray(self.total)  # of each line
         media = array("Q", bytes(8 * self.total))
         changed, repeated, in_order, count = None, False, True, 0
@@ -140,7 +140,7 @@ class AnswerFile:
         return self._retry and not self._index.broken[place]
 
     def _is_stale(self, record: Record) -> bool:
-        """Return whether it is the error of a line that was broken, and is not any more."""
+        """Return whether it is the error of a broken line that has been repaired."""
         if not record.failed or not isinstance(record.key, tuple):
             return False
         numbers, number = self._index.numbers, record.key[1] - 1
@@ -174,7 +174,7 @@ class AnswerFile:
         self._file.close()
 
     def _settle(self) -> None:
-        """Rewrite the file, whole or not at all: each line's last answer takes the place of its first."""
+        """Rewrite the file atomically, with only the last answer of each line."""
         last = array("q", [-1]) * self.total
         for record in read_records(self.path, self._form, self._file.fileno()):
             place = self._index.places.get(record.key)
@@ -207,10 +207,10 @@ class AnswerFile:
         self._file = new
 
     def run(self, engine: Engine) -> Iterator[tuple[Mapping[str, Any], int]]:
-        """Answer the lines that have no answer yet, and again those that failed.
+        """Answer the lines that have no answer yet, and retry those that failed.
 
         Yields:
-            Each answer as it is written, and how many tokens were sampled for it.
+            Each answer as it is written, and its number of sampled tokens.
         """
         asked_again = _FAILED in self._state
         waiting: dict[int, Any] = {}  # answers, whether they are errors, their tokens
@@ -226,7 +226,7 @@ class AnswerFile:
             self._settle()
 
     def _answers(self, engine: Engine) -> Iterator[tuple[int, Mapping[str, Any], bool, int]]:
-        """Yield place in what is left, answer, whether it is an error, and tokens, in the order in which they end."""
+        """Yield index among the lines left, answer, whether it is an error, and tokens, in order of completion."""
         broken: deque[tuple[int, Line]] = deque()
         asked: dict[int, tuple[int, Line]] = {}
 

@@ -1,4 +1,4 @@
-"""An engine for servers and notebooks: asked from any thread, answering threads and coroutines."""
+"""Asynchronous engine for servers and notebooks: requests from any thread or coroutine."""
 
 import asyncio
 import contextlib
@@ -16,10 +16,10 @@ from phi4mm_jax.errors import InputError
 
 
 class Answer:
-    """An answer that is on its way.
+    """Pending answer.
 
     Attributes:
-        future: becomes the completion; also one with an error, or of a cancelled request.
+        future: of the completion, also one with an error or of a cancelled request.
     """
 
     def __init__(self, engine: "AsyncEngine", listen: Callable[[Update], None] | None):
@@ -27,16 +27,16 @@ class Answer:
         self.future: Future[Completion] = Future()
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the whole answer, in a thread. Raises TimeoutError; the request goes on then."""
+        """Wait for the whole answer, in a thread. Raises TimeoutError; the request then continues."""
         return self.future.result(timeout)
 
     def cancel(self) -> None:
-        """End the request soon; what it has drawn so far is its answer. From any thread, any number of times."""
+        """Cancel the request soon; the tokens so far are its answer. From any thread, any number of times."""
         self._engine._call(lambda: self._engine._cancel(self))
 
 
 class AsyncEngine:
-    """Owns an engine in one thread; a context manager, whose end cancels what is not answered.
+    """Runs an engine in a thread of its own; a context manager, whose exit cancels unanswered requests.
 
         with AsyncEngine(model.engine(EngineConfig(slots=16))) as engine:
             answer = engine.submit(Request(chat))          # from any thread
@@ -44,15 +44,15 @@ class AsyncEngine:
             async for piece in engine.stream(Request(chat)):  # in a coroutine
                 print(piece, end="", flush=True)
 
-    The engine must not be used by anybody else meanwhile.
+    Nothing else may use the engine meanwhile.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._answers: dict[int, Answer] = {}  # by the engine's ids; of its thread alone
+        self._answers: dict[int, Answer] = {}  # by request id; used by the engine's thread only
         self._lock = threading.Lock()
-        self._closed: str | None = None  # why nothing is taken any more
+        self._closed: str | None = None  # why no more requests are accepted
         self._thread = threading.Thread(target=self._serve, name="phi4mm-engine", daemon=True)
         self._thread.start()
 
@@ -60,12 +60,12 @@ class AsyncEngine:
         """Queue a request, from any thread.
 
         Raises:
-            InputError: the engine is closed, or has stopped by an error.
+            InputError: the engine is closed, or was stopped by an error.
         """
         return self._submit(request, None)
 
     async def generate(self, request: Request) -> Completion:
-        """The whole answer. Cancelling the coroutine cancels the request."""
+        """Return the whole answer. Cancelling the coroutine cancels the request."""
         answer = self.submit(request)
         try:
             return await asyncio.wrap_future(_uncancelled(answer.future))
@@ -74,7 +74,7 @@ class AsyncEngine:
             raise
 
     async def stream(self, request: Request) -> AsyncIterator[str]:
-        """The answer in pieces of text, none of which splits a character. Leaving the loop cancels the request.
+        """Yield the answer in pieces of whole characters. Leaving the loop cancels the request.
 
         Raises:
             InputError: the request cannot be served.
@@ -114,11 +114,11 @@ class AsyncEngine:
 
     @property
     def running(self) -> bool:
-        """Whether requests are taken: it is not closed, nor was it stopped by an error."""
+        """Whether requests are accepted: it is neither closed nor stopped by an error."""
         return self._closed is None
 
     def close(self) -> None:
-        """Cancel what is not answered, and end the thread. From any thread, any number of times."""
+        """Cancel unanswered requests, and end the thread. From any thread, any number of times."""
         with self._lock:
             if self._closed is None:
                 self._closed = "is closed; make another"
@@ -132,7 +132,7 @@ class AsyncEngine:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    # What follows runs in the thread, but for `_submit` and `_call`.
+    # The rest runs in the engine's thread, except `_submit` and `_call`.
 
     def _submit(self, request: Request, listen: Callable[[Update], None] | None) -> Answer:
         answer = Answer(self, listen)
@@ -165,7 +165,7 @@ class AsyncEngine:
         self._end(error)
 
     def _take_calls(self) -> bool:
-        """All that there are; waits for one where there is nothing else to do. False at the end."""
+        """Run the queued calls; wait for one if the engine is idle. Return False at the end."""
         calls: deque[Callable[[], None] | None] = deque()
         if self._engine.idle:
             calls.append(self._calls.get())
@@ -194,7 +194,7 @@ class AsyncEngine:
             answer._listen(update)
 
     def _end(self, error: BaseException | None) -> None:
-        """Whoever waits is told, those too whose requests were not begun."""
+        """Complete all pending answers, those not yet submitted included."""
         if error is None:
             for number in list(self._answers):
                 self._engine.cancel(number)
@@ -215,7 +215,7 @@ class AsyncEngine:
 
 
 def _uncancelled(future: Future[Completion]) -> Future[Completion]:
-    """One that may be cancelled by who waits for it, without the other's being so."""
+    """Return a future whose cancellation does not cancel the given one."""
     other: Future[Completion] = Future()
 
     def done(found: Future[Completion]) -> None:

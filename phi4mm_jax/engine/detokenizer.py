@@ -1,4 +1,4 @@
-"""Token ids to text, as they come."""
+"""Incremental detokenization."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Text so far, in pieces that split no character and show nothing that a stop string may begin."""
+    """Text so far, in pieces of whole characters that hold back the possible beginning of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, tuple(s.encode() for s in stop)
@@ -40,7 +40,7 @@ class IncrementalDetokenizer:
         return rest + last
 
     def _num_held_back(self) -> int:
-        """Bytes at the end that may begin a stop string."""
+        """Return the number of bytes at the end that may begin a stop string."""
         return max(
             (n for s in self._stop for n in range(1, len(s)) if self._bytes.endswith(s[:n])),
             default=0,

@@ -1,4 +1,4 @@
-"""Encoded media on the device: each crop and each chunk of a clip once, evicted LRU."""
+"""Encoder cache: each crop and each audio chunk is encoded once and kept on the device, evicted LRU."""
 
 import hashlib
 import math
@@ -22,7 +22,7 @@ _NONE, _SUB_SEPARATOR, _GLOBAL_SEPARATOR = -1, -2, -3
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """A crop of an image or a chunk of a clip: the unit that is encoded and cached."""
+    """Crop of an image or audio chunk: the unit that is encoded and cached."""
 
     kind: Literal["image", "audio"]
     arrays: tuple[np.ndarray, ...] = field(repr=False)  # one entry of an `ImageStack` or `AudioStack`
@@ -39,10 +39,10 @@ class MediaInputs:
     """Media of one prompt.
 
     Attributes:
-        inputs: what has to be encoded.
-        input_index: for each token the input that it takes a feature of, or a separator, or none.
-        feature_index: which feature of that input.
-        spans: for each medium its first token, one past its last, and what tells it from all others.
+        inputs: of the encoders.
+        input_index: per token the input that its feature is of, or a separator, or none.
+        feature_index: per token the index of its feature in that input.
+        spans: for each medium its first token, one past its last, and its content hash.
     """
 
     inputs: tuple[EncoderInput, ...]
@@ -98,7 +98,7 @@ def _audio_chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -
 
 
 def warm_up_stacks(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:
-    """Yield zeros in every shape that is ever encoded, and how many features each gives."""
+    """Yield zeros in every shape that is ever encoded, and their number of features."""
     vision, speech = config.vision, config.speech
     side, patches, reduction = vision.crop_size, vision.patches_per_side, speech.time_reduction
     for count in _GROUP_SIZES:
@@ -112,7 +112,7 @@ def warm_up_stacks(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioSta
 
 
 def _chunk_lengths(config: Phi4MMConfig) -> list[int]:
-    """Tokens to which chunks of clips are padded."""
+    """Return the token counts that audio chunks are padded to."""
     whole = config.speech.chunk_tokens
     return sorted({n for n in (64, 128, 256) if n < whole} | {whole})
 
@@ -142,7 +142,7 @@ class EncoderCache:
         self.table = self._encode(self.table, stack, np.full(num_features, len(self.table), np.int32))  # out of range
 
     def max_stop(self, media: MediaInputs, start: int, stop: int) -> int:
-        """End of the longest run of tokens from `start` on, at most to `stop`, whose inputs fit into the table."""
+        """Return the end, `stop` at most, of the longest run of tokens from `start` whose inputs fit into the table."""
         numbers, first = np.unique(media.input_index[start:stop], return_index=True)
         room = self.capacity
         for at, number in sorted(zip(first.tolist(), numbers.tolist(), strict=True)):
@@ -152,11 +152,11 @@ class EncoderCache:
         return stop
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether the inputs of all these tokens fit into the table together."""
+        """Return whether the inputs of all these tokens fit into the table together."""
         return sum(x.num_blocks for x in _inputs_of(chunks).values()) <= self.capacity
 
     def lookup_or_encode(self, chunks: Sequence[Chunk]) -> list[np.ndarray]:
-        """Rows of the table that each chunk's tokens take, `NO_MEDIA` for text; encodes what is not in the table."""
+        """Return the table rows of each chunk's tokens, `NO_MEDIA` for text; encode inputs that are missing."""
         needed = _inputs_of(chunks)
         for digest in needed.keys() & self._blocks.keys():
             self._blocks.move_to_end(digest)
@@ -191,7 +191,7 @@ class EncoderCache:
                 self.num_encoded += size
 
     def _allocate(self, x: EncoderInput, pinned: Collection[bytes]) -> np.ndarray:
-        """Rows for an input's features; evicts the least recently used inputs if need be, but none that is pinned."""
+        """Return rows for an input's features; evict LRU inputs if need be, except pinned ones."""
         while len(self._free) < x.num_blocks:
             oldest = next(digest for digest in self._blocks if digest not in pinned)
             self._free += self._blocks.pop(oldest)
@@ -202,7 +202,7 @@ class EncoderCache:
 
 
 def _inputs_of(chunks: Iterable[Chunk]) -> dict[bytes, EncoderInput]:
-    """Inputs that these tokens take features of, by digest."""
+    """Return the inputs of these tokens, by digest."""
     return {
         media.inputs[n].digest: media.inputs[n]
         for media, start, stop in chunks

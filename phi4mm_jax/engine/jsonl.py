@@ -1,6 +1,6 @@
-"""Files of requests, one JSON object a line.
+"""Request files, one JSON object per line.
 
-Lines are read as they are needed. Only their ids, and a few bytes each, are kept of all of them at once.
+Lines are read when needed. Only their ids, and a few bytes each, are kept of all of them.
 """
 
 import codecs
@@ -32,13 +32,13 @@ _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", 
 
 @dataclass(frozen=True)
 class Line:
-    """Line of the input: its request, or what is wrong with it.
+    """Line of the input: its request, or its error.
 
     Attributes:
-        where: its name in an error.
+        where: its name in errors.
         id: None where the line is too broken to have one; its answer then has its number as "line".
-        digest: of the line and of what its request depends on besides; None: nobody compares it.
-        logprobs: whether the answer has those of its tokens.
+        digest: of the line and the settings that its request depends on; None: not compared.
+        logprobs: whether the answer has the log-probabilities of its tokens.
         duplicate: an earlier line has this id; its answer has its number as well.
     """
 
@@ -66,7 +66,7 @@ class Line:
 
 
 class LineIndex:
-    """Index of lines: for each key its place, and for each place some bytes."""
+    """Index of lines: for each key its index, and for each index some bytes."""
 
     def __init__(self, lines: Iterable[Line]):
         self.places: dict[Any, int] = {}
@@ -82,7 +82,7 @@ class LineIndex:
 
 
 class RequestFile:
-    """Lines of a file, read anew in each iteration.
+    """Lines of a file, read again in each iteration.
 
     Attributes:
         index: see `LineIndex`.
@@ -160,7 +160,7 @@ def parse_line(
     Args:
         number: from 0.
         folder: of relative paths.
-        settings: of lines that do not say, "max_new_tokens" at least.
+        settings: defaults, "max_new_tokens" at least.
         default_id: of a line without an id, or too broken to have one; by default the line's number, or none.
     """
     where = f"line {number + 1}"
@@ -174,7 +174,7 @@ def parse_line(
     except UnicodeDecodeError as error:
         return bad(f" is not UTF-8 (at byte {error.start}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        return bad(f" is not JSON ({error}); expected one object a line")
+        return bad(f" is not JSON ({error}); expected one object per line")
     if not isinstance(values, dict):
         return bad(f" is a {type(values).__name__}; expected an object with a prompt")
     id_key = "custom_id" if "body" in values or "custom_id" in values else "id"
@@ -186,7 +186,7 @@ def parse_line(
             values = from_openai(values)
         request = request_of(_with_paths(values, folder), settings)
         identity = repr(name).encode("utf-8", "backslashreplace")
-        # Its own draws, wherever the line stands and whichever run answers it.
+        # Its seed is its own, wherever the line stands and whichever run answers it.
         request = replace(request, sampling=request.sampling.for_identity(identity))
         return Line(number, where, name, request, digest=digest, logprobs=values.get("logprobs", False))
     except InputError as error:

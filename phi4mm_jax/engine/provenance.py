@@ -21,7 +21,7 @@ _NEVER_MEDIA = ("text", "role", "type")  # keys of a message's parts
 
 
 def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> dict[str, Any]:
-    """Return what the answers of a run depend on besides its lines; the checkpoint by its fingerprint.
+    """Return the settings that a run's answers depend on; the checkpoint by its fingerprint.
 
     Args:
         adapters: as of `phi4mm_jax.load`.
@@ -34,7 +34,7 @@ def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = N
 
 
 def check_settings(output: Path, now: Settings, *, has_answers: bool) -> None:
-    """Check that the answers that an output has are of these settings; without answers write the settings beside it.
+    """Check that an output's answers are of these settings; without answers write the settings beside it.
 
     Raises:
         InputError: the answers are of other settings, or their settings cannot be read.
@@ -72,7 +72,7 @@ def compare_settings(output: Path | str, file: str, before: Any, now: Settings) 
 
 
 def media_fingerprint(request: Request) -> str | None:
-    """Return the digest of the files that a request shows; None where it has none, or one is gone."""
+    """Return the digest of a request's media files; None if it has none, or one is missing."""
     sources: list[str] = [m for m in (*request.images, *request.audios) if isinstance(m, str)]
     if isinstance(request.prompt, list):
         for message in request.prompt:

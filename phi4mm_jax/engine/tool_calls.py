@@ -1,7 +1,7 @@
 """Tool calls in an answer: `<|tool_call|>[{"name": ..., "arguments": {...}}, ...]<|/tool_call|>`.
 
-The marks are special tokens. An answer that spells one, as where it quotes a document, has other ids there, and calls
-nothing.
+The marks are special tokens. Text that merely looks like one, as in a quoted document, has other ids, and is not parsed
+as a tool call.
 """
 
 import json
@@ -29,7 +29,7 @@ def parse_tool_calls(
     """Take the tool calls out of an answer; a `Completion` has them as `tool_calls`.
 
     A call is an object with a name and arguments, or one with these below "function", as in the OpenAI API; arguments
-    may be an object or JSON in a string. What is between the marks but is no such call, or a list of them, stays text,
+    may be an object or JSON in a string. Anything else between the marks stays text,
     marks included. A mark within a string of the JSON is part of that string.
 
     Args:
@@ -66,7 +66,7 @@ def parse_tool_calls(
 
 
 def _marked(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int], list[int]]:
-    """The text of the ids, and where in it the special tokens begin that begin and end calls."""
+    """Return the text of the ids, and the offsets of the special tokens that begin and end calls."""
     marks = {tokenizer.special_tokens.get(name): name for name in (BEGIN, _END)}
     text, places, start = "", {BEGIN: [], _END: []}, 0
     for i, token in enumerate(tokens):
@@ -79,7 +79,7 @@ def _marked(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int]
 
 
 def _block(text: str, start: int, ends: Collection[int]) -> tuple[list[ToolCall], int]:
-    """The calls from `start` on with the place after their end mark; for what is malformed none, and `start`."""
+    """Parse the calls at `start`; return them and the offset after their end mark, or none and `start` if malformed."""
     try:
         values, stop = _DECODER.raw_decode(text, _skip(text, start))
     except (ValueError, RecursionError):

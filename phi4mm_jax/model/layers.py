@@ -67,7 +67,7 @@ class Linear(nn.Module):
 
 
 class Projector(nn.Module):
-    """From an encoder (D) into the decoder's embedding (E): Linear, exact GELU, Linear."""
+    """Projector of an encoder's features (D) into the decoder's embedding (E): Linear, exact GELU, Linear."""
 
     sizes: Sizes
 
@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
 def layer_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """In float32, cast at the end; in PyTorch's order, x / deviation - mean / deviation, so that it rounds alike."""
+    """LayerNorm in float32, then cast; in PyTorch's order, x / deviation - mean / deviation, to round alike."""
     wide = x.astype(jnp.float32)
     mean = row_mean(wide)
     inverse_deviation = jax.lax.rsqrt(row_mean(jnp.square(wide - mean)) + eps)
@@ -118,7 +118,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """In float32, then cast, then scaled."""
+    """RMSNorm: normalised in float32, then cast, then scaled."""
     wide = x.astype(jnp.float32)
     normal = wide * jax.lax.rsqrt(row_mean(jnp.square(wide)) + eps)
     return normal.astype(x.dtype) * scale.astype(x.dtype)
@@ -149,7 +149,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
 
 
 def unstack_layers(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables of a scanned model as an unscanned one has them: "layers" becomes "layers_0", "layers_1", ...
+    """Return a scanned model's variables in the form of an unrolled one: "layers" becomes "layers_0", "layers_1", ...
 
     `variables` is emptied on the way, so that no more than one stack is held twice at a time.
     """
@@ -174,7 +174,7 @@ def _unstacked(stacked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slices(stack: Array) -> dict[str, Array]:
-    """Each layer's part of a stack; on one CPU by the host, which compiles nothing."""
+    """Return each layer's part of a stack; on one CPU by the host, which compiles nothing."""
     if isinstance(stack, jax.Array) and [d.platform for d in stack.devices()] == ["cpu"]:
         return {f"layers_{i}": jax.device_put(x, stack.sharding) for i, x in enumerate(np.asarray(stack))}
     return {f"layers_{i}": x for i, x in enumerate(stack)}

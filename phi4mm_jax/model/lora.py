@@ -33,13 +33,13 @@ def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
 
 
 def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
-    """Each adapter's weight in each row: alpha / rank in the rows that use it, else 0."""
+    """Return each adapter's scale per row: alpha / rank in the rows that use it, else 0."""
     index = adapter_indices()
     return {name: jnp.where(adapters == index[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
 
 
 def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[str, Any]:
-    """The variables with one adapter added to the weights, and without adapters: W + (alpha / rank) A B.
+    """Return the variables with one adapter merged into the weights, and without adapters: W + (alpha / rank) A B.
 
     The weights that change are donated: `variables` must not be used any more.
     """
@@ -54,7 +54,7 @@ def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[
 
 
 def _added(weight: Float[Array, "L ..."], a: Float[Array, "L ... R"], b: Float[Array, "L R ..."], scale: float):
-    """Layer by layer, so that one layer's product is held at a time."""
+    """Add A B layer by layer, so that one layer's product is held at a time."""
 
     def layer(arrays):
         weight, a, b = arrays
@@ -103,7 +103,7 @@ class Projection(nn.Module):
         return tuple(parts.values())
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
-        """As `layers.declare`, in any collection. B starts at zero, so that a fresh adapter changes nothing."""
+        """Declare as `layers.declare` does, in any collection. B starts at zero: a fresh adapter changes nothing."""
         sizes = {**self.sizes, "R": rank}
         if collection == "params":
             return declare(self, name, axes, sizes)
@@ -120,11 +120,11 @@ def dropout(
 ) -> Float[Array, "B T ..."]:
     """Zero each value with probability `rate`, and scale the others up (arXiv:1207.0580).
 
-    A value's draw is a hash of the key and of its place in x: the same however x lies on a mesh, and never held in
-    memory, as bits that a generator writes would be.
+    The random bits are a hash of the key and of a value's position in x: the same however x is sharded, and never
+    held in memory, unlike a generator's.
 
     Args:
-        order: the places of the tokens, where they are not in order.
+        order: the positions of the tokens, if they are not in order.
     """
     first, second = jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.arange(math.prod(x.shape[:-1]), dtype=jnp.uint32).reshape(*x.shape[:-1], 1)

@@ -43,7 +43,7 @@ class SpeechEncoder(nn.Module):
         attended: Int[Array, " A"],
         dtype: Any,
     ) -> Float[Array, "A T D"]:
-        """One feature a token, in `dtype`; the arguments are those of `AudioStack`. T = F / 8 - 1."""
+        """Return one feature per token, in `dtype`; the arguments are those of `AudioStack`. T = F / 8 - 1."""
         config, sizes = self.config, sizes_of(self.config)
         mean = declare(self, "mean", "P", sizes, nn.initializers.zeros)
         inverse_deviation = declare(self, "inverse_deviation", "P", sizes, nn.initializers.ones)
@@ -135,7 +135,7 @@ class Convolution(nn.Module):
 def zero_outside(
     x: Float[Array, "A F ..."], first: Int[Array, " A"], last: Int[Array, " A"]
 ) -> Float[Array, "A F ..."]:
-    """Zero what does not belong to the clip, as if the clip were alone and padded with zeros."""
+    """Zero the frames outside of the clip, as if the clip were alone and padded with zeros."""
     index = jnp.arange(x.shape[1])
     inside = (index >= first[:, None]) & (index < last[:, None])
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (x.ndim - 2)), x, 0)
@@ -196,8 +196,8 @@ def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array,
 def _map_rows(function, bytes_per_row: int, *rows):
     """`function(*rows)`, computed a few rows at a time where all at once would hold more than `_MAP_BYTES`.
 
-    Of a mesh's devices, each takes as many of its own rows at a time. The backward pass computes again what would be as
-    much to hold.
+    Of a mesh's devices, each takes as many of its own rows at a time. The backward pass recomputes what would be as
+    large.
     """
     count, axes = rows[0].shape[0], automatic_axes()
     devices = math.prod(axes[name] for name in (*ROWS, *LENGTH) if name in axes)
@@ -206,9 +206,9 @@ def _map_rows(function, bytes_per_row: int, *rows):
     if count <= at_once * devices:
         return function(*rows)
 
-    def dealt(x):  # (rows of a device, devices, ...)
+    def split(x):  # (rows of a device, devices, ...)
         return x.reshape(devices, -1, *x.shape[1:]).swapaxes(0, 1)
 
     of_some = jax.checkpoint(lambda some: function(*some))
-    found = jax.lax.map(of_some, tuple(map(dealt, rows)), batch_size=at_once)
+    found = jax.lax.map(of_some, tuple(map(split, rows)), batch_size=at_once)
     return found.swapaxes(0, 1).reshape(count, *found.shape[2:])

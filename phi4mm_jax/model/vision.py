@@ -62,7 +62,7 @@ class ImageEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "M D"]) -> Float[Array, "M+2 E"]:
-        """The features' embeddings, then those of the separator of rows and of the global view."""
+        """Return the features' embeddings, then those of the row separator and of the global view."""
         separators = [declare(self, name, "D", self.sizes) for name in ("row_separator", "global_separator")]
         x = jnp.concatenate([features, jnp.stack(separators).astype(features.dtype)])
         return Projector(self.sizes, name="projector")(x)
@@ -71,7 +71,7 @@ class ImageEmbedder(nn.Module):
 def embed_patches(
     crops: Float[Array, "C X X 3"], kernel: Float[Array, "P P 3 D"], bias: Float[Array, " D"]
 ) -> Float[Array, "C S D"]:
-    """A linear map of each patch, row by row, as a convolution without overlap."""
+    """Embed each patch, row by row, by a convolution without overlap."""
     size = kernel.shape[0]
     x = jax.lax.conv_general_dilated(
         crops, kernel.astype(crops.dtype), (size, size), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),

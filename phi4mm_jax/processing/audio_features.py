@@ -1,4 +1,4 @@
-"""Log-mel features of clips, 100 frames a second.
+"""Log-mel features of clips, 100 frames per second.
 
 They are those of the original's front end, which runs at 16 kHz, and at 8 kHz on half of the spectrum. Any other rate
 is resampled to 16 kHz. (The original does so at 32 and 48 kHz, with the same filter; all other rates it treats as if
@@ -16,7 +16,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.checks import is_number
 
 NUM_BANDS = 80
-TIME_REDUCTION = 8  # frames a token
+TIME_REDUCTION = 8  # frames per token
 
 _RATE = 16000
 _HALF_RATE = 8000  # the one other rate that has features of its own
@@ -41,7 +41,7 @@ FEATURE_SETTINGS = {
 
 
 def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F 80"]:
-    """Return the logarithm of the power in 80 bands of equal width on the mel scale, float32, 100 frames a second.
+    """Return the logarithm of the power in 80 bands of equal width on the mel scale, float32, 100 frames per second.
 
     Frames of 25 ms every 10 ms, without padding; a rest that fills no frame is dropped. Each is pre-emphasised by
     itself (its first sample is its own predecessor), scaled to the range of 16-bit integers and weighted with a Hamming

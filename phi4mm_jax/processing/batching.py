@@ -1,4 +1,4 @@
-"""Batches: processed rows put together into static shapes; all that depends on sizes is decided here."""
+"""Batches: processed rows assembled into static shapes; everything that depends on sizes is decided here."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from phi4mm_jax.processing.audio_features import num_audio_tokens
 from phi4mm_jax.processing.images import SUB_SEPARATOR, ImageFeatures
 from phi4mm_jax.processing.prompt import Kind, Media
 
-# Short sequences are padded to this: smaller products round in another order, and cost no less.
+# Short sequences are padded to this: smaller matmuls round in another order, and cost no less.
 _MIN_LENGTH = 64
 _HALO_TOKENS = 1  # before each chunk; a whole token, see `AudioStack`
 
@@ -167,12 +167,12 @@ def _unique_clips(rows: Sequence[Row]) -> dict[tuple[int, bool], tuple[np.ndarra
 
 
 def num_chunks(tokens: int, max_tokens: int) -> int:
-    """Return the number of chunks of a clip of so many tokens."""
+    """Return the number of audio chunks of a clip with this many tokens."""
     return math.ceil(tokens / max_tokens)
 
 
 def clip_chunks(frames: np.ndarray, with_images: bool, tokens: int, speech: SpeechConfig) -> Iterator[AudioStack]:
-    """Yield a clip's entries of an `AudioStack`, each with room for so many tokens."""
+    """Yield a clip's entries of an `AudioStack`, each with room for this many tokens."""
     reduction, max_tokens = speech.time_reduction, speech.chunk_tokens
     halo, count = _HALO_TOKENS * reduction, num_audio_tokens(len(frames))
     for start in range(0, len(frames), max_tokens * reduction):
@@ -187,7 +187,8 @@ def clip_chunks(frames: np.ndarray, with_images: bool, tokens: int, speech: Spee
 
 
 def bucket(n: int, min_size: int = 1) -> int:
-    """Return the next size of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four to the octave, at most 1/4 more."""
+    """Return the next size of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, ...: four per power of two, at most
+    1/4 more."""
     n = max(n, min_size)
     step = 1 << max((n - 1).bit_length() - 3, 0)
     return -(-n // step) * step

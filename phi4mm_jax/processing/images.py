@@ -147,7 +147,7 @@ def _initialised() -> None:
 
 
 def _formats() -> list[str]:
-    """Those of the allowed formats that this Pillow reads."""
+    """Return the allowed formats that this Pillow reads."""
     _initialised()
     return [name for name in FORMATS if name in Image.OPEN]
 

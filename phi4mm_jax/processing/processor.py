@@ -1,4 +1,4 @@
-"""From prompts, images and audio to rows, and from rows to the static-shaped `Batch`."""
+"""Processor: prompts, images and audio become rows, and rows the static-shaped `Batch`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -128,7 +128,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
-    """frame_2 before frame_10: texts and numbers take turns."""
+    """Return a key that sorts frame_2 before frame_10: texts and numbers alternate."""
     pieces = re.split(r"([0-9]+)", path.name)
     return [int(p) if i % 2 else p for i, p in enumerate(pieces)], path.name
 

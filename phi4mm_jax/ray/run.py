@@ -198,7 +198,7 @@ def answer(
     inputs: Inputs, todo: np.ndarray, parts: Parts, engines: Engines, *, form: Format, options: Mapping[str, Any],
     settings: Mapping[str, Any], advance: Callable[[int, int], None],
 ) -> None:  # fmt: skip
-    """Answer what is to do; engines that die are replaced, and their rows asked again.
+    """Answer the lines left to do; engines that die are replaced, and their rows retried.
 
     Args:
         todo: whether a line is to be answered.
@@ -264,7 +264,7 @@ def _gather(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> l
 
 
 def _cause(error: Exception) -> Exception:
-    """One of this package's errors, where that is what a worker raised."""
+    """Return the error of this package that a worker raised, if it is one."""
     last = str(error).strip().splitlines()[-1]
     for kind in (InputError, CheckpointError, ConfigError):
         _, found, message = last.partition(f"{kind.__name__}: ")

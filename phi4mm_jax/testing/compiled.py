@@ -26,11 +26,11 @@ class Chip:
     """Device.
 
     Attributes:
-        clock: cycles a second.
-        macs: multiply-adds a cycle of one core.
+        clock: cycles per second.
+        macs: multiply-adds per cycle of one core.
         cores: that work as one device.
         hbm: GiB that a program may take.
-        link: bytes a second to both neighbours along one axis of the torus (jax-ml.github.io/scaling-book).
+        link: bytes per second to both neighbours along one axis of the torus (jax-ml.github.io/scaling-book).
         kernels: multiply-adds of attention at the static measure of docs/kernels.md, over `macs`: forward, gradient of
             the queries, gradient of keys and values.
     """
@@ -204,7 +204,7 @@ def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool) ->
 
 
 def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
-    """By the products of an attention kernel over the causal half of its pairs, or over all in the image encoder."""
+    """Count the matmuls of an attention kernel over the causal half of its pairs, or over all in the image encoder."""
     shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"\bbf16\[([\d,]+)\]", x.text.split("metadata=")[0])]
     keys = next((s for s in shapes if len(s) == 4), None)
     queries = next((s for s in shapes if len(s) == 5), None)

@@ -133,7 +133,7 @@ def work(case: Case, config: Phi4MMConfig) -> float:
 
 
 def _batches(config: Phi4MMConfig, case: Case, mesh: Mesh) -> TrainingBatch:
-    """One micro-batch, spread by rows."""
+    """Return one micro-batch, split by rows."""
     shapes = _shapes(config, case)
 
     def spread(*axes: str):

@@ -139,7 +139,7 @@ def _log_lines() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says the programs' names as this one was started."""
+    """Parser that names programs as this one was started."""
 
     def format_help(self) -> str:
         return _as_called(super().format_help(), _MODULE)
@@ -209,7 +209,7 @@ def named_options(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-    """Replaces `sys.excepthook`."""
+    """Replace `sys.excepthook`."""
     found = _ending(error)
     if found is None:
         sys.__excepthook__(kind, error, traceback)
@@ -220,7 +220,7 @@ def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> Non
 
 
 def _end_unraisable(unraisable: Any) -> None:
-    """Replaces `sys.unraisablehook`: what is interrupted in a callback would go on."""
+    """Replace `sys.unraisablehook`: an interrupted callback would continue."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         _end(KeyboardInterrupt, unraisable.exc_value, None)
     sys.__unraisablehook__(unraisable)

@@ -20,7 +20,7 @@ from rich.progress import (
 
 @contextmanager
 def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Bar on standard error; it moves to and fro until the yielded function is called with (done, of all).
+    """Bar on standard error; it is indeterminate until the yielded function is called with (done, of all).
 
     Args:
         size: what is counted are bytes; shows how many, how fast, and the time that is left.

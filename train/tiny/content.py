@@ -49,7 +49,7 @@ class Page(NamedTuple):
 
 
 def is_of(text: str, split: Split) -> bool:
-    """Content is dealt to the splits by a hash of itself: none is in both."""
+    """Return whether content belongs to a split, by a hash of itself: none is in both."""
     return (zlib.crc32(text.encode()) % 8 == 0) == (split == "held")
 
 
@@ -180,14 +180,14 @@ def crops(page: Page) -> list[str]:
 
 
 def page_as_text(page: Page) -> str:
-    """In the order of an image's tokens: all rows, the separator of the global view, and its rows."""
+    """Spell a page in the order of an image's tokens: all rows, the separator of the global view, and its rows."""
     view = crops(page)[0]
     view_rows = [view[i : i + SIDE] for i in range(0, SIDE**2, SIDE)]
     return "".join(row + ROW_END for row in page.rows) + GLOBAL + "".join(row + ROW_END for row in view_rows)
 
 
 def clip_as_text(rng: np.random.Generator, text: str) -> str:
-    """In the form of a clip's tokens: letters that last a while, with pauses between them, as CTC aligns them."""
+    """Spell a text in the form of a clip's tokens: letters that last a while, with pauses, as CTC aligns them."""
     out = [PAUSE * rng.integers(0, 4)]
     for letter, following in zip(text, text[1:] + PAUSE, strict=True):
         pauses = max(int(rng.choice(4, p=[0.55, 0.3, 0.1, 0.05])), following == letter)
@@ -196,7 +196,7 @@ def clip_as_text(rng: np.random.Generator, text: str) -> str:
 
 
 def misheard(rng: np.random.Generator, text: str, stage: Stage) -> str:
-    """As the encoder spells an unknown voice; the decoder, which knows the words, learns to tell them nevertheless.
+    """Misspell a text like the encoder an unknown voice; the decoder, which knows the words, learns to recognise them.
 
     Half of the texts as they are; of the others up to every fifth letter changed, lost or followed by another.
     """

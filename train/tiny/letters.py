@@ -1,4 +1,4 @@
-"""Teach an encoder to tell letters, before there is a decoder that could tell it.
+"""Train an encoder to recognise letters, before there is a trained decoder.
 
     python -m train.tiny.letters pages|clips START DATA DESTINATION
 
@@ -80,7 +80,7 @@ def clip_loss(apply: Callable[..., Any], variables: Any, batch: tuple[AudioStack
 
 
 def page_batches(model: phi4mm_jax.Model, seed: int = 0) -> Iterator[tuple[ImageStack, np.ndarray]]:
-    """Crops of pages that are drawn as it goes: of a fixed set the tower would learn the pictures by heart."""
+    """Yield crops of newly drawn pages: the tower would memorise a fixed set."""
     rng, fonts, config = np.random.default_rng(seed), pictures.fonts_of("train"), model.config.vision
     separators = [PAGE_CLASSES.index(c) for c in (content.ROW_END, content.GLOBAL)]
 

@@ -1,1 +1,1 @@
-"""Tables of names: one layout of a checkpoint a file."""
+"""Weight tables, one file per checkpoint layout."""
