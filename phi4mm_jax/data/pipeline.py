@@ -38,7 +38,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
 
-Measure = Callable[[int, Any], Waiting | BadSample]  # of a position in the stream, and what stands there
+Measure = Callable[[int, Any], PendingSample | BadSample]  # of a position in the stream, and what stands there
 _MAY_DIFFER = {"bytes", "hosts"}  # between a state and the stream that resumes there
 _MIN_SAMPLES = 100  # before a rate of bad samples means anything
 
@@ -362,15 +362,15 @@ class TrainingData:
         same: dict[Size, Size] = {}  # in memory once
         speech = self._config.augment_speech
 
-        def measure(position: int, item: Any) -> Waiting | BadSample:
+        def measure(position: int, item: Any) -> PendingSample | BadSample:
             source, number = self._at(position)
             known = found[source][number]
             if known is None:
                 measured = self._measure(position, item)
-                known = measured.size if isinstance(measured, Waiting) else measured
+                known = measured.size if isinstance(measured, PendingSample) else measured
                 if isinstance(known, BadSample) or not (known.chunks and speech and speech.speed):
                     found[source][number] = known if isinstance(known, BadSample) else same.setdefault(known, known)
-            return known if isinstance(known, BadSample) else Waiting(position, known)
+            return known if isinstance(known, BadSample) else PendingSample(position, known)
 
         return measure
 
