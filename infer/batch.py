@@ -14,7 +14,7 @@ Paths are relative to the input file; media may be `data:` URLs. Each line of th
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with
 its text, tokens and score. "request" tells requests apart, so that no answer is taken for that of a line which has
-changed. A line that is no JSON has no id; its answer has its "line".
+changed. A line that is not JSON has no id; its answer has its "line".
 
 Lines of OpenAI's batch files ("custom_id" and "body", as for /v1/chat/completions) are taken as well; without
 "temperature" they are greedy, as all lines are. With --format openai all answers have the form of OpenAI's output

@@ -61,7 +61,7 @@ from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import count_bar
 
-_WIDTH = 120  # of the table, where the output is no terminal
+_WIDTH = 120  # of the table, where the output is not a terminal
 
 
 def parse_arguments() -> argparse.Namespace:

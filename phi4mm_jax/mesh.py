@@ -92,7 +92,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
         if not equals or not size.isdecimal() or not size.isascii() or int(size) < 1:
             raise InputError(f"mesh is {spec!r:.80}; expected axes with their sizes, such as tensor=8")
         if axis not in AXES:
-            raise InputError(f"mesh is {spec!r:.80}, and {axis!r} is no axis; choose from {', '.join(AXES)}")
+            raise InputError(f"mesh is {spec!r:.80}, and {axis!r} is not an axis; choose from {', '.join(AXES)}")
         if axis in sizes:
             raise InputError(f"mesh is {spec!r:.80}, which has {axis} twice; give it once")
         sizes[axis] = int(size)
@@ -106,7 +106,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
         None for one device.
 
     Raises:
-        InputError: it is no mesh, asks for more devices than there are, or does not divide the model.
+        InputError: it is not a mesh, asks for more devices than there are, or does not divide the model.
     """
     sizes = {} if spec is None else parse_mesh(spec)
     devices = jax.device_count()

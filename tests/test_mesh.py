@@ -125,7 +125,7 @@ def test_pages_are_copied_where_they_lie():
     [
         ("tensor", "expected axes with their sizes"),
         ("tensor=0", "expected axes with their sizes"),
-        ("model=2", "'model' is no axis; choose from data, fsdp, context, tensor"),
+        ("model=2", "'model' is not an axis; choose from data, fsdp, context, tensor"),
         ("tensor=2,tensor=2", "has tensor twice"),
         ("fsdp=4,tensor=2", "inference splits over tensor only; leave fsdp out"),
         ("tensor=2,context=2", "inference splits over tensor only; leave context out"),
@@ -204,7 +204,7 @@ def test_heads_that_the_devices_cannot_share(scanned):
 @pytest.mark.parametrize(
     ("free", "cache_dtype", "expected"),
     [
-        (17.0, None, 805 * 128),  # 12.6 GiB beside features; a page of 128 tokens takes 16 MiB, and one is no row's
+        (17.0, None, 805 * 128),  # 12.6 GiB beside features; a page of 128 tokens takes 16 MiB; one is the scratch page
         (2.0, "int8", 167 * 128),
         (400.0, None, 8 * 131072),  # all that eight slots can use
     ],

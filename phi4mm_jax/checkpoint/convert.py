@@ -217,7 +217,7 @@ def _opened(folder: Path, fresh_adapters: bool, adapters_from: AdaptersFrom | No
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes], dtype: str | None) -> None:
-    """config.json last: a folder without it is no checkpoint."""
+    """config.json last: a folder without it is not a checkpoint."""
     for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
         if name == "config.json" and dtype is not None:
             content = _with_dtype(content, dtype)

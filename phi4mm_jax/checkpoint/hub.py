@@ -19,7 +19,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     """The folder that a path or the name of a repository on the Hub stands for.
 
     Args:
-        path: a folder, which is returned as it is; or a string "org/name" or "org/name@revision" that is no path of
+        path: a folder, which is returned as it is; or a string "org/name" or "org/name@revision" that is not a path of
             this machine: its weights, settings and tokenizer are downloaded, with progress bars, to the Hub's cache.
             After an interruption, the files that were whole are not downloaded again. Any other path, and any `Path`,
             is never looked for on the Hub.

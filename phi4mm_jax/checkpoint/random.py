@@ -65,4 +65,4 @@ def write_random_checkpoint(
         if processor is not None:
             for name in _PROCESSOR:
                 shutil.copy(Path(processor) / name, folder)
-        shutil.copy(config_file, folder / "config.json")  # last: a folder without it is no checkpoint
+        shutil.copy(config_file, folder / "config.json")  # last: a folder without it is not a checkpoint

@@ -113,7 +113,7 @@ class _Parquet:
         try:
             self._file = parquet.ParquetFile(path)
         except ArrowException as error:
-            raise InputError(f"{path}: is no Parquet file ({error}); write it again") from error
+            raise InputError(f"{path}: is not a Parquet file ({error}); write it again") from error
         groups = self._file.metadata.num_row_groups
         sizes = [self._file.metadata.row_group(i).num_rows for i in range(groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -148,7 +148,7 @@ class _Dataset:
         try:
             loaded = datasets.load_from_disk(str(path))
         except (FileNotFoundError, ValueError) as error:
-            raise InputError(f"{path}: is no dataset ({error}); write one with Dataset.save_to_disk") from error
+            raise InputError(f"{path}: is not a dataset ({error}); write one with Dataset.save_to_disk") from error
         if not isinstance(loaded, datasets.Dataset):
             raise InputError(f"{path}: has several splits ({', '.join(map(str, loaded))}); give the folder of one")
         self._rows = loaded.with_format("arrow")  # as stored: media stay undecoded

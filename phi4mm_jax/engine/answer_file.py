@@ -85,7 +85,7 @@ class AnswerFile:
         """Lock the file; return whether it still is the one of that name."""
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                raise InputError(f"{self.path}: is no file, so that a run could not be resumed; give one")
+                raise InputError(f"{self.path}: is not a file, so that a run could not be resumed; give one")
             if not try_lock(self._file):
                 raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it")
             return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))

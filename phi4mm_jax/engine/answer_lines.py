@@ -35,7 +35,7 @@ def read_records(path: Path, form: Format, descriptor: int) -> Iterator[Record]:
         descriptor: of the open file, to truncate it.
 
     Raises:
-        InputError: a line is no answer, or one of another format.
+        InputError: a line is not an answer, or one of another format.
     """
     start, rest = 0, b""
     with path.open("rb") as file:
@@ -55,7 +55,7 @@ def read_records(path: Path, form: Format, descriptor: int) -> Iterator[Record]:
 
 
 def parse_record(path: Path, form: Format, line: bytes, number: int, start: int) -> Record:
-    """Parse line `number` of an output, which begins at byte `start`; raise an InputError if it is no answer."""
+    """Parse line `number` of an output, which begins at byte `start`; raise an InputError if it is not an answer."""
     try:
         answer = json.loads(line)
         is_openai = "custom_id" in answer
@@ -77,7 +77,7 @@ def parse_record(path: Path, form: Format, line: bytes, number: int, start: int)
 
 
 def _foreign(path: Path, number: int) -> InputError:
-    return InputError(f"{path}: line {number} is no answer of a run before; give another output")
+    return InputError(f"{path}: line {number} is not an answer of a run before; give another output")
 
 
 def answer_of(line: Line, completion: Completion, form: Format) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def line_key(named: Mapping[str, Any]) -> Any:
     if "line" in named:
         return ("line", named["line"])
     if not isinstance(name, str) and not is_whole(name):
-        raise TypeError(f"{name!r} is no id")
+        raise TypeError(f"{name!r} is not an id")
     return name
 
 

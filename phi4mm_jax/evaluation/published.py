@@ -36,7 +36,7 @@ class Published:
         """Raise an InputError where there is no figure of a set in any of the metrics."""
         if name not in self.figures:
             raise InputError(
-                f"{name}: is no set of the reference; name the manifests after its sets: {', '.join(self.figures)}"
+                f"{name}: is not a set of the reference; name the manifests after its sets: {', '.join(self.figures)}"
             )
         if self._metric(name) not in metrics:
             raise InputError(

@@ -134,7 +134,7 @@ def check_rate(rate: Any) -> int:
     """Return the sampling rate as an int, in Hz.
 
     Raises:
-        InputError: it is no whole number, or impossible.
+        InputError: it is not a whole number, or impossible.
     """
     value: Any = rate if is_number(rate) else math.nan
     if not (_MIN_RATE <= value <= _MAX_RATE and float(value).is_integer()):

@@ -173,9 +173,9 @@ class Tokenizer:
         """Return the ids of a sequence of plain texts (str), special tokens (int) and ids taken as they are (tuple).
 
         Neighbouring texts are one text: tokens form across their boundary, and added tokens that are not special are
-        found in it, as transformers does. A special token swallows the white space of
-        neighbouring text as its flags say. Raises InputError for an id that is no special token, and for a text that is
-        not valid Unicode or has a run of white space too long for the regular expression engine (over half a million).
+        found in it, as transformers does. A special token swallows the white space of neighbouring text as its flags
+        say. Raises InputError for an id that is not a special token, and for a text that is not valid Unicode
+        or has a run of white space too long for the regular expression engine (over half a million).
         """
         if self._added:
             pieces = self._split_by(self._added, _joined(pieces))

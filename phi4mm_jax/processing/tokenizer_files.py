@@ -100,7 +100,7 @@ def read_vocab_size(path: Path) -> int:
     """Return the vocabulary size that a `config.json` states; 0 if it states none.
 
     Raises:
-        CheckpointError: it is no number of tokens.
+        CheckpointError: it is not a number of tokens.
     """
     size = _load_json(path).get("vocab_size", 0) if path.is_file() else 0
     if not is_whole(size, 0, MAX_ID):

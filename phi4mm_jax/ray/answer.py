@@ -96,7 +96,7 @@ class Answer:
         """Answer a batch.
 
         Raises:
-            InputError: it is no Arrow table.
+            InputError: it is not an Arrow table.
         """
         if not isinstance(batch, pa.Table):
             raise InputError(f'a batch is a {type(batch).__name__}; give map_batches batch_format="pyarrow"')

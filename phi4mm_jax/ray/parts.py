@@ -75,7 +75,9 @@ class Parts:
         for name in names:
             match = _PART.fullmatch(name)
             if match is None:
-                raise InputError(f"{url}: has {name!r:.80}, which is no part of a run's answers; give another folder")
+                raise InputError(
+                    f"{url}: has {name!r:.80}, which is not a part of a run's answers; give another folder"
+                )
             if match[2] != self._suffix:
                 raise InputError(f"{url}: has answers in .{match[2]}; give that --output-format, or another folder")
         self._names = sorted(names, key=lambda name: int(_PART.fullmatch(name)[1]))  # type: ignore[index]

@@ -45,7 +45,7 @@ def export(
     """
     run = local_path(run)
     if not (run / RECIPE).is_file():
-        cause = f"has no {RECIPE}, and is no run's folder" if run.exists() else "there is no such folder"
+        cause = f"has no {RECIPE}, and is not a run's folder" if run.exists() else "there is no such folder"
         raise InputError(f"{run}: {cause}; give the output of a recipe, as train.sft names it when it begins")
     recipe = load_recipe(run / RECIPE)
     higher_is_better = recipe.evaluation is not None and recipe.evaluation.higher_is_better

@@ -151,7 +151,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as a recipe ({error})") from error
     if not isinstance(settings, dict):
-        raise InputError(f"{path}: is no recipe; expected settings, such as 'model: FOLDER'")
+        raise InputError(f"{path}: is not a recipe; expected settings, such as 'model: FOLDER'")
     for override in overrides:
         _override(settings, override)
     _settle_auto(settings)
@@ -248,7 +248,7 @@ def _said(error: Mapping[str, Any]) -> str:
         return f"{place}: is missing; give it"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         suggestion = meant(place, list(setting_names(Recipe)))
-        return f"{place}: is no setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
+        return f"{place}: is not a setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
     if (list_of := _as_list(place, error)) is not None:
         return f"{place}: is {error['input']!r:.60}, and a list is expected; write {list_of}"
     message = error["msg"].removeprefix("Value error, ")

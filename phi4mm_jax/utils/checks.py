@@ -21,7 +21,7 @@ def check_whole(name: str, value: Any, min_value: int) -> None:
     """Check a setting.
 
     Raises:
-        InputError: it is no whole number from `min_value` on; the message begins with the name.
+        InputError: it is not a whole number from `min_value` on; the message begins with the name.
     """
     if not is_whole(value, min_value):
         raise InputError(f"{name} is {value!r:.80}; expected a whole number from {min_value} on")
@@ -31,7 +31,7 @@ def check_positive(name: str, value: Any) -> None:
     """Check a setting.
 
     Raises:
-        InputError: it is no positive whole number; the message begins with the name.
+        InputError: it is not a positive whole number; the message begins with the name.
     """
     if not is_whole(value, 1):
         raise InputError(f"{name} is {value!r:.80}; expected a positive whole number")

@@ -20,7 +20,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     """
     text = os.fsdecode(given)
     if not text.strip() or (isinstance(given, str) and "\0" in text):
-        raise InputError(f"{text!r:.200} is no path; give that of a file or folder")
+        raise InputError(f"{text!r:.200} is not a path; give that of a file or folder")
     path = Path(text)
     first = path.parts[0] if path.parts else "."
     url = _URL.match(text)
@@ -36,7 +36,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
         raise InputError(f"{text}: {first} is nobody's home folder here; write it out") from error
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise InputError(f"{text!r:.200} is no path ({error.strerror}); give another") from error
+            raise InputError(f"{text!r:.200} is not a path ({error.strerror}); give another") from error
     return path
 
 

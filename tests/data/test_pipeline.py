@@ -530,8 +530,8 @@ def test_sources_that_cannot_be_opened(tmp_path, processor, monkeypatch):
     for name, message in (
         ("none.jsonl", "none.jsonl: cannot be read .No such file"),
         ("empty.jsonl", "empty.jsonl: has no samples"),
-        ("broken.parquet", "broken.parquet: is no Parquet file"),
-        ("folder", "folder: is no dataset"),
+        ("broken.parquet", "broken.parquet: is not a Parquet file"),
+        ("folder", "folder: is not a dataset"),
     ):
         with pytest.raises(InputError, match=message):
             stream(processor, Source(str(tmp_path / name)))

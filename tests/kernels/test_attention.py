@@ -126,7 +126,7 @@ def check(implementation, shape, options, seed=0, garbage=None):
 
 
 def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
-    """Keys and values in shuffled pages, and the table; what lies behind a row's length is no number."""
+    """Keys and values in shuffled pages, and the table; what lies behind a row's length is not a number."""
     rng = np.random.default_rng(seed)
     count = len(lengths) * per_row
     tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)

@@ -494,7 +494,7 @@ DONE = Completion("", [], "stop", 1)
 
 
 def test_json_is_strict(tmp_path):
-    """A log-probability that is not finite is null: NaN is no JSON."""
+    """A log-probability that is not finite is null: NaN is not JSON."""
     nan = Completion("a", [1, 2], "stop", 1, (float("nan"), -1.0))
     engine = SimpleNamespace(run=lambda requests: ((i, nan) for i, _ in enumerate(requests)))
     found = answer(engine, write(tmp_path / "in", [{"prompt": "a", "logprobs": True}]), tmp_path / "out")
@@ -517,7 +517,7 @@ def test_json_is_strict(tmp_path):
 def test_another_file_is_not_touched(tmp_path, content, line):
     (tmp_path / "out").write_bytes(content)
     lines = read_requests(write(tmp_path / "in", [GOOD]), max_new_tokens=3)
-    with pytest.raises(InputError, match=f"out: line {line} is no answer .* give another output"), AnswerFile(
+    with pytest.raises(InputError, match=f"out: line {line} is not an answer .* give another output"), AnswerFile(
         tmp_path / "out", lines
     ):  # fmt: skip
         pass
@@ -548,7 +548,7 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
         ({"--input": "."}, ".: cannot be read (Is a directory)"),
         ({"--output": "."}, ".: cannot be written (Is a directory); it is a folder; give a file's path"),
         ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory); make its"),
-        ({"--output": "/dev/full"}, "/dev/full: is no file"),
+        ({"--output": "/dev/full"}, "/dev/full: is not a file"),
         ({"--output": "in"}, "in: is the input"),
         ({"--slots": "0"}, "--slots is 0"),
         ({"--hosts": "2", "--host": "1"}, "--hosts and --host are gone: python -m infer.ray answers on many hosts"),

@@ -303,7 +303,7 @@ def test_figures_of_letters_are_character_error_rates():
     assert fleurs.figure("ja", "cer") == 4.50
     with pytest.raises(InputError, match=r"ja: the reference has its cer, which is not measured here \(bleu\)"):
         fleurs.check("ja", ["bleu"])
-    with pytest.raises(InputError, match=r"held: is no set of the reference; .* en, de, es"):
+    with pytest.raises(InputError, match=r"held: is not a set of the reference; .* en, de, es"):
         fleurs.check("held", ["wer", "cer"])
 
 
@@ -668,7 +668,11 @@ GOOD = {"messages": [user("A?"), assistant("a")]}
         ([GOOD], ["--slots", "0"], "--slots is 0"),
         ([GOOD], ["--tokenize", "zh"], "--tokenize is for the task ast; leave it out for asr"),
         ([GOOD], ["--task", "ast", "--tokenize", "words"], "--tokenize is 'words'; expected one of sacreBLEU's: 13a"),
-        ([GOOD], ["--reference", "open-asr"], "m: is no set of the reference; name the manifests after its sets: ami"),
+        (
+            [GOOD],
+            ["--reference", "open-asr"],
+            "m: is not a set of the reference; name the manifests after its sets: ami",
+        ),
         ([{"messages": [user("A?"), assistant("[noise]")]}], [], "m.jsonl: nothing is left of any reference by the"),
         ([GOOD], ["--model", "nowhere"], "nowhere: no such folder. Give the folder of a Phi-4-multimodal checkpoint"),
         ([GOOD], ["--output", "m.jsonl"], "m.jsonl: cannot be written to (File exists); a file is where a folder"),

@@ -208,7 +208,7 @@ def test_export(recipe, tmp_path, layout):
         export(tmp_path / "run", tmp_path / "other", layout, step="77")
 
 
-@pytest.mark.parametrize(("folder", "cause"), [("nope", "there is no such folder"), (".", "is no run's folder")])
+@pytest.mark.parametrize(("folder", "cause"), [("nope", "there is no such folder"), (".", "is not a run's folder")])
 def test_what_is_no_run_is_not_exported(tmp_path, folder, cause):
     with pytest.raises(InputError, match=f"{cause}; give the output of a recipe"):
         export(tmp_path / folder, tmp_path / "out", "native")
@@ -337,8 +337,8 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.learning_rat=1", r"rat: is no setting of a recipe; did you mean optimizer\.learning_rate\?"),
-        ("optimizer.lr=1", r"optimizer\.lr: is no setting of a recipe; did you mean optimizer\.learning_rate\?"),
+        ("optimizer.learning_rat=1", r"rat: is not a setting of a recipe; did you mean optimizer\.learning_rate\?"),
+        ("optimizer.lr=1", r"optimizer\.lr: is not a setting of a recipe; did you mean optimizer\.learning_rate\?"),
         ("num_train_epochs=1", r"did you mean data\.epochs\?"),
         ("weight_decay=1", r"did you mean optimizer\.weight_decay\?"),
         ("data.sources=[{pth: x}]", r"data\.sources\.0\.pth: .* did you mean data\.sources\.path\?"),
@@ -348,7 +348,7 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
         ("optimizer=constant", r"optimizer: .* \(it is 'constant'\)"),
         ("data.steps=5", r"data: epochs is 2 and steps is 5; give one of them, and null for the other$"),
         ("dtype.kind=1", r"dtype is 'float32', which has no settings of its own; give dtype=\{...\} with all"),
-        ("xyz=1", r"xyz: is no setting of a recipe$"),
+        ("xyz=1", r"xyz: is not a setting of a recipe$"),
         ("optimizer.learning_rate=-1", r"optimizer\.learning_rate is -1"),
         ("optimizer=5", r"optimizer"),
         ("seed=x", r"seed: .* \(it is 'x'\)"),

@@ -41,7 +41,7 @@ def test_urls_are_named_with_a_remedy(url, remedy, form):
     ("given", "named"), [("", "''"), ("  ", "'  '"), ("a\0b", r"'a\x00b'"), ("a" * 300, "too long")]
 )
 def test_what_no_file_can_be_called(given, named):
-    with pytest.raises(InputError, match="is no path") as caught:
+    with pytest.raises(InputError, match="is not a path") as caught:
         local_path(given)
     assert named in str(caught.value)
 
@@ -72,7 +72,7 @@ def test_odd_names_of_files_that_are_there(name, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_every_reader_and_writer_says_so(use, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((InputError, CheckpointError), match=r"is a URL, and only files|'' is no path"):
+    with pytest.raises((InputError, CheckpointError), match=r"is a URL, and only files|'' is not a path"):
         use(given)
     assert not any(tmp_path.iterdir())
 
@@ -81,7 +81,7 @@ def test_every_reader_and_writer_says_so(use, given, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("output", "named"),
     [
-        ("", "'' is no path"),
+        ("", "'' is not a path"),
         ("gs://b/out.jsonl", "is a URL"),
         ("missing/out.jsonl", "missing/out.jsonl"),
         (".", "Is a dir"),
