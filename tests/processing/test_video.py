@@ -3,6 +3,7 @@
 import base64
 import io
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.processing import containers, video
+from phi4mm_jax.processing import containers
 from phi4mm_jax.processing.images import preprocess_image
 from phi4mm_jax.processing.sources import Deadline
 from phi4mm_jax.processing.video import (
@@ -140,29 +141,55 @@ def test_a_length_that_the_header_lacks():
     assert numbers(video_frames(pipe.data, 4)) == [75, 225, 375, 525]
 
 
-def test_a_file_that_cannot_be_searched(monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: Any) -> None:
-        raise video._SeekError
+class Container:
+    """A file as PyAV opens it. Its packets are counted; it may refuse to be searched."""
 
+    packets = 0
+
+    def __init__(self, opened: Any, can_seek: bool):
+        self._opened, self._can_seek = opened, can_seek
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._opened, name)
+
+    def __enter__(self) -> "Container":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._opened.close()
+
+    def seek(self, *arguments: Any, **options: Any) -> None:
+        if not self._can_seek:
+            raise av.PermissionError(1, "cannot seek")
+        self._opened.seek(*arguments, **options)
+
+    def demux(self, *streams: Any) -> Iterator[Any]:
+        for packet in self._opened.demux(*streams):
+            Container.packets += 1
+            yield packet
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Have PyAV open files as `Container`s that can be searched, or not."""
+    av_open = av.open
+    monkeypatch.setattr(Container, "packets", 0)
+    return lambda can_seek: monkeypatch.setattr(av, "open", lambda *a, **k: Container(av_open(*a, **k), can_seek))
+
+
+def test_a_file_that_cannot_be_searched_is_read_through(opened: Callable[[bool], None]):
     data = made(600)
-    monkeypatch.setattr(video, "_jump", refuse)
+    opened(False)
     assert numbers(video_frames(data, 4)) == [75, 225, 375, 525]
+    assert Container.packets >= 525
 
 
-def test_only_what_is_near_a_frame_is_decoded(monkeypatch: pytest.MonkeyPatch):
+def test_only_what_is_near_a_frame_is_decoded(opened: Callable[[bool], None]):
     """Of 3000 frames 4 are wanted; a key frame is at most 20 before each."""
-    decoded = 0
-    timed = video._timed
-
-    def counted(*arguments: Any):
-        nonlocal decoded
-        for item in timed(*arguments):
-            decoded += 1
-            yield item
-
-    monkeypatch.setattr(video, "_timed", counted)
-    assert numbers(video_frames(made(3000), 4)) == [375, 1125, 1875, 2625]
-    assert decoded < 4 * 25
+    data = made(3000)
+    opened(True)
+    assert numbers(video_frames(data, 4)) == [375, 1125, 1875, 2625]
+    assert 4 < Container.packets < 4 * 25
 
 
 # Sizes
