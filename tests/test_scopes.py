@@ -25,7 +25,7 @@ def names(function, *arguments) -> set[str]:
 
 
 @pytest.mark.parametrize("tokens", [1, PAGE])
-def test_inference(tiny, tokens):
+def test_phases_of_inference_are_named(tiny, tokens):
     """Over one page of cache: a chunk of prefill, and a step of decoding."""
     module: Phi4MM = tiny.module
 
@@ -46,7 +46,7 @@ def test_inference(tiny, tokens):
     assert {"attention", "mlp", "rope", "cache_write", "sampling", "Phi4MM.logits", *kernel} <= found
 
 
-def test_training(tiny):
+def test_phases_of_training_are_named(tiny):
     module = Phi4MM(tiny.config, jnp.float32)
     batch = abstract_batch(tiny.config)
     batch = TrainingBatch(batch, batch.tokens, jax.ShapeDtypeStruct(batch.tokens.shape, np.float32))

@@ -200,7 +200,7 @@ def test_a_folder_that_differs_from_the_shards_is_taken(folder, tiny, native, tm
     assert_same(phi4mm_jax.load(tmp_path / "shards", dtype="float32"), tiny)
 
 
-def test_equal_folders_are_not_told_of(folder, tiny, caplog):
+def test_equal_copies_of_adapters_log_nothing(folder, tiny, caplog):
     assert_same(phi4mm_jax.load(folder, dtype="float32"), tiny)
     assert not caplog.messages
     (folder / "vision-lora" / "adapter_config.json").unlink()

@@ -136,7 +136,7 @@ def test_adapters_only(original, layout):
 
 
 @pytest.mark.parametrize("source", ["original", "release"])
-def test_there_and_back(source, tmp_path, request):
+def test_sidecar_files_survive_a_round_trip(source, tmp_path, request):
     source = request.getfixturevalue(source)
     native = write(read_sidecar_files(source, "native"), tmp_path / "native")
     back = write(read_sidecar_files(native, "original"), tmp_path / "back")

@@ -56,7 +56,7 @@ def test_samples_that_share_a_run_of_words_are_dropped(tmp_path):
     assert ids(tmp_path / "strict.jsonl") == [0, 4]
 
 
-def test_words_are_compared_without_their_clothes():
+def test_words_are_compared_without_case_and_punctuation():
     assert words("Don’t STOP,  e\u0301t\u00e9 ﬁn!") == ["don", "t", "stop", "été", "fin"]
     assert words("東京は 2024年") == ["東", "京", "は", "2024", "年"]
 

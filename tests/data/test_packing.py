@@ -88,7 +88,7 @@ def test_every_sample_once_and_within_capacities(config, hosts, sequences):
                         assert plan.sizes.length == min(n for n in config.lengths if n >= tokens[0])
 
 
-def test_a_plan_made_again_from_what_waits_goes_on_alike():
+def test_a_plan_resumes_from_the_samples_that_wait():
     for config, sequences in itertools.product(CONFIGS, (1, 2)):
         samples = [PendingSample(i, s) for i, s in enumerate(some_sizes(np.random.default_rng(7), 200, sequences))]
         plans = list(all_plans(Planner(config, 2, sequences), samples))

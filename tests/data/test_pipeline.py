@@ -158,7 +158,7 @@ def test_each_pass_over_a_weighted_source_has_another_order(tmp_path, processor)
     assert np.abs(shares[7:] - 0.75).max() < 0.1  # mixed throughout
 
 
-def test_steps_go_on_as_long_as_they_are_asked_for(tmp_path, processor):
+def test_steps_repeat_the_data_until_their_number(tmp_path, processor):
     source = manifest(tmp_path / "m.jsonl", texts(7))
     batches = list(stream(processor, source, steps=40))
     assert len(batches) == 40
@@ -230,7 +230,7 @@ def test_proposed_sizes_take_every_sample(tmp_path, processor, make, count, host
 
 
 @pytest.mark.parametrize("packing", [MEDIA, PackingConfig(2, (256, 1024), pack=False, crops=(20,), chunks=(4,))])
-def test_a_run_goes_on_bit_by_bit_from_every_step(tmp_path, processor, packing):
+def test_resuming_from_every_step_is_bitwise_identical(tmp_path, processor, packing):
     source = manifest(tmp_path / "m.jsonl", mixed(20))
     options = {"packing": packing, "epochs": 2, "augment_image": "jitter", "augment_clip": "noise"}
     whole = stream(processor, source, **options)
@@ -252,7 +252,7 @@ def test_a_run_goes_on_bit_by_bit_from_every_step(tmp_path, processor, packing):
                 assert_same(ours, theirs)
 
 
-def test_augmented_speech_goes_on_where_it_was(tmp_path, processor):
+def test_augmented_speech_resumes_where_it_was(tmp_path, processor):
     """Samples of other lengths each epoch, all of which are there again after resuming."""
     speech = SpeechAugmentation((0.8, 1.25), (-1, 1), time_masks=1, frequency_masks=1)
     samples = [sample(f"c{i}", 2, clip(f"audio_{i % 2}.flac")) for i in range(4)]
@@ -273,7 +273,7 @@ def test_augmented_speech_goes_on_where_it_was(tmp_path, processor):
     assert len({int(b.batch.lengths[0]) for b in batches}) > 4  # of two clips
 
 
-def test_a_run_goes_on_with_its_data_in_another_folder(tmp_path, processor):
+def test_resuming_with_the_data_in_another_folder(tmp_path, processor):
     """Manifest and media together, which it names by paths relative to it: the batches are those it would have had."""
     media = [{"type": "image", "image": "media/i.png"}, {"type": "audio", "audio": "media/c.flac"}]
     (tmp_path / "here" / "media").mkdir(parents=True)

@@ -75,7 +75,7 @@ def assert_found(answer, expected, penalty=1.0):
 @pytest.mark.torch
 @pytest.mark.parametrize("beams", [2, 3, 4])
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -1.0, 2.0])
-def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
+def test_beams_of_text_are_those_of_transformers(tiny, goldens, oracle, beams, penalty):
     """With and without stop tokens that are met on the way: searches that end early, and at the most tokens."""
     engine = tiny.engine(CONFIG)
     met: list[int] = []  # tokens on the beams' way
@@ -99,7 +99,7 @@ def test_text_as_transformers(tiny, goldens, oracle, beams, penalty):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("config", [CONFIG, SMALL], ids=["64", "32"])
-def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
+def test_longrope_crossing_is_that_of_transformers(tiny, goldens, oracle, config):
     """From 61 tokens over the boundary of 96: keys and values of all beams are made anew with the long rotary set."""
     engine = tiny.engine(config)
     case, stops = CASES["text_cross"], tiny.config.stop_token_ids
@@ -114,7 +114,7 @@ def test_beyond_the_boundary_as_transformers(tiny, goldens, oracle, config):
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_media_as_transformers(tiny, goldens, oracle):
+def test_beams_of_media_are_those_of_transformers(tiny, goldens, oracle):
     """Clips, an image and a long text, side by side."""
     import torch
 
@@ -191,7 +191,7 @@ def mixed(count, seed=0):
 
 
 @pytest.mark.parametrize("cache_dtype", fast_are(["int8"], [None, "int8"]))
-def test_among_others_as_alone(tiny, cache_dtype):
+def test_beams_do_not_depend_on_the_batch(tiny, cache_dtype):
     """Several groups and single rows in slots that are refilled, over pages that are just enough."""
     requests = mixed(15)
     if cache_dtype == "int8":  # rounding at 1e-7 can make a value the next integer, and over 70 tokens another beam
@@ -297,7 +297,7 @@ def test_bad_settings_are_named(settings, named):
         Request(PROMPT, **settings)
 
 
-def test_what_the_engine_cannot_serve_is_an_answer(tiny):
+def test_requests_beyond_the_engine_end_with_errors(tiny):
     config = dataclasses.replace(SMALL, cache_tokens=32 * 8)
     requests = [
         Request(PROMPT, max_new_tokens=2, beams=5),
@@ -319,7 +319,7 @@ def search_of(**settings):
     return Search(**({"width": 2, "limit": 9, "length_penalty": 1.0, "stops": frozenset([0])} | settings))
 
 
-def test_beams_go_on_from_the_likeliest():
+def test_beams_extend_the_likeliest():
     search, parents = advance(search_of(), np.array([[3, 4, 5]]), np.log([[0.5, 0.3, 0.2]], dtype=np.float32))
     assert parents == [0, 0]
     assert [beam.tokens for beam in search.beams] == [(3,), (4,)]

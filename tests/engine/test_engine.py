@@ -67,7 +67,7 @@ def check_greedy(model, prompt, completion, adapter=0, atol=1e-3):
 
 
 @pytest.mark.parametrize("slots", fast_are([3], [1, 3, 8]))
-def test_goldens(tiny, goldens, slots):
+def test_mixed_requests_give_the_golden_tokens(tiny, goldens, slots):
     engine = tiny.engine(dataclasses.replace(SMALL, slots=slots, cache_tokens=2560 * slots))
     cases = random.Random(slots).sample(CASES, len(CASES))
     requests = [request_of(c, len(goldens[f"{c['name']}.generated"])) for c in cases]
@@ -134,7 +134,7 @@ def gumbel(seed, stream):
 
 
 @pytest.mark.parametrize("config", fast_are([NARROW], [NARROW, WARMED]), ids=["one width", "three widths"])
-def test_nothing_compiles_after_a_while(tiny, config):
+def test_nothing_compiles_after_warm_up(tiny, config):
     """Whatever comes: the shapes are those of the first requests."""
     engine = tiny.engine(config)
     engine.warm_up()
@@ -145,7 +145,7 @@ def test_nothing_compiles_after_a_while(tiny, config):
     assert count_compilations() == before
 
 
-def test_prompts_that_begin_alike_share_pages(tiny):
+def test_prefix_cache_shares_pages_and_encoded_media(tiny):
     """Ten questions about an image: it is encoded once, and its pages are there once."""
     image = [TINY / "inputs" / "image_0.png"]
     engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
@@ -160,7 +160,7 @@ def test_prompts_that_begin_alike_share_pages(tiny):
 
 
 @pytest.mark.slow
-def test_the_same_prompt_under_another_adapter_shares_nothing(tiny):
+def test_prefix_cache_is_not_shared_between_adapters(tiny):
     prompt = prompt_of(tiny.processor.tokenizer, 200)
     engine = tiny.engine(SMALL)
     for index, adapter in enumerate(["none", "vision", "speech"]):
@@ -168,7 +168,7 @@ def test_the_same_prompt_under_another_adapter_shares_nothing(tiny):
         check_greedy(tiny, prompt, answer, index)
 
 
-def test_a_prompt_of_whole_pages_is_prefilled_when_it_is_cached(tiny):
+def test_a_cached_prompt_of_whole_pages_is_prefilled(tiny):
     """The last page is computed again, or else there would be no logits to draw from."""
     prompt = prompt_of(tiny.processor.tokenizer, 128)
     engine = tiny.engine(SMALL)
@@ -178,7 +178,7 @@ def test_a_prompt_of_whole_pages_is_prefilled_when_it_is_cached(tiny):
         check_greedy(tiny, prompt, answer)
 
 
-def test_a_row_at_rest_leaves_its_pages_alone(tiny):
+def test_an_idle_slot_writes_no_page(tiny):
     """It ends early in a round that another goes on with; a longer prompt then shares all its pages."""
     prompt = prompt_of(tiny.processor.tokenizer, 128)
     engine = tiny.engine(SMALL)
@@ -273,7 +273,7 @@ def test_rows_wait_for_pages_and_none_is_lost(tiny):
     assert served.finish_reason in ("stop", "length")
 
 
-def test_chunks_behind_the_prompt(tiny):
+def test_a_long_answer_is_recomputed_across_the_longrope_boundary(tiny):
     """A short prompt's long answer crosses the LongRoPE boundary; it is computed anew in chunks of its own."""
     request = Request("<|user|>Tell me about the light of seven stones<|end|><|assistant|>", max_new_tokens=100)
     ((_, answer),) = tiny.engine(dataclasses.replace(SMALL, chunk=64)).run([request])
@@ -287,7 +287,7 @@ def tokens_seen(engine, sequence):
     return set(np.flatnonzero(engine.runner.token_seen[sequence.slot]).tolist())
 
 
-def test_a_penalty_forgets_nothing_at_the_boundary(tiny):
+def test_repetition_penalty_survives_the_longrope_boundary(tiny):
     """A row that is computed anew beyond the LongRoPE boundary still knows all of its tokens."""
     engine = tiny.engine(SMALL)
     settings = Sampling(repetition_penalty=3.0)
@@ -323,7 +323,7 @@ def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
     assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids[:-1]}
 
 
-def test_media_that_have_no_room_together_are_an_error(tiny):
+def test_media_beyond_the_encoder_cache_are_an_error(tiny):
     """A page of this image takes features of five crops: too many for 16 blocks. Others are served."""
     engine = tiny.engine(dataclasses.replace(SMALL, feature_blocks=16))
     wide = Request("<|user|><|image_1|>What?<|end|><|assistant|>", [np.zeros((100, 3600, 3), np.uint8)])
@@ -343,7 +343,7 @@ def test_an_engine_that_was_stopped_in_a_round_says_so(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-def test_int8_cache(tiny):
+def test_log_probabilities_of_an_int8_cache(tiny):
     """Log-probabilities of tokens that were decoded from quantised keys and values, near those without a cache."""
     engine = tiny.engine(dataclasses.replace(SMALL, cache_dtype="int8"))
     requests = [Request(p, max_new_tokens=8) for p in texts(6, seed=9)]
@@ -365,7 +365,9 @@ def test_quantised_values_use_all_of_int8():
     ("dtype", "prefill", "decode", "uncached"),
     fast_are([("float32", 1e-5, 1e-5, 1e-4)], [("float32", 1e-5, 1e-5, 1e-4), ("bfloat16", 1e-5, 0.02, 0.1)]),
 )
-def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached):
+def test_answers_depend_on_neither_batch_nor_prefix_cache(
+    tiny, monkeypatch, dtype, cache_dtype, prefill, decode, uncached
+):
     """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of
     the others, and of both to float32 logits without a cache."""
     monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)  # several blocks
@@ -399,7 +401,7 @@ def test_what_is_beside_or_cached_changes_no_answer(tiny, monkeypatch, dtype, ca
         np.testing.assert_allclose(answer.log_probabilities, expected, atol=atol)
 
 
-def test_pages_that_were_another_requests(tiny):
+def test_reused_pages_leak_nothing(tiny):
     """Requests of five and four of six pages, in turn: each takes what the one before has given back."""
     engine = tiny.engine(dataclasses.replace(SMALL, slots=4, cache_tokens=64 * 6))
     prompts = [begin + prompt_of(tiny.processor.tokenizer, n) for n, begin in ((300, "a"), (250, "b"))]
@@ -460,7 +462,7 @@ def test_cancelling_frees_the_slot(tiny):
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
-def test_answers_reach_who_asked(tiny):
+def test_streams_and_runs_get_their_own_answers(tiny):
     """Two streams, a run and requests of their own, one between the other; closing one takes nothing from the rest."""
     prompts = texts(5, seed=11)
     alone = [c.text for c in tiny.generate(prompts, max_new_tokens=12)]
@@ -482,7 +484,7 @@ def test_answers_reach_who_asked(tiny):
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
-def test_a_library_that_fails_is_one_answer(tiny, monkeypatch):
+def test_an_exception_ends_one_request_alone(tiny, monkeypatch):
     engine = tiny.engine(SMALL)
     row = tiny.processor.row
     monkeypatch.setattr(tiny.processor, "row", lambda prompt, *rest: row(prompt, *rest) if prompt != "bad" else 1 // 0)
@@ -491,7 +493,7 @@ def test_a_library_that_fails_is_one_answer(tiny, monkeypatch):
     assert len(answers[1].tokens) == 2
 
 
-def test_errors_are_answers(tiny):
+def test_bad_requests_end_with_errors(tiny):
     requests = [Request("fine", max_new_tokens=2), Request("<|image_1|>", max_new_tokens=2), Request("x" * 200_000)]
     answers = dict(tiny.engine(SMALL).run(requests))
     assert [answers[i].finish_reason for i in range(3)] == ["length", "error", "error"]
@@ -543,7 +545,7 @@ def test_pages_of_a_prompt_that_is_not_finite_are_not_shared(poisoned):
     assert shared == 1  # of the first chunk
 
 
-def test_settings_of_a_request(tiny):
+def test_stop_tokens_and_repetition_penalty(tiny):
     prompt = "<|user|>Tell me<|end|><|assistant|>"
     engine = tiny.engine(SMALL)
     (plain,) = (a for _, a in engine.run([Request(prompt, max_new_tokens=12)]))
@@ -556,7 +558,7 @@ def test_settings_of_a_request(tiny):
     assert not set(varied.tokens) & set(seen[: -len(varied.tokens)])
 
 
-def test_log_probabilities(tiny):
+def test_log_probabilities_are_those_without_a_cache(tiny):
     prompt = "<|user|>Tell me<|end|><|assistant|>"
     ((_, answer),) = tiny.engine(SMALL).run([Request(prompt, max_new_tokens=6)])
     assert len(answer.log_probabilities) == 6
@@ -575,7 +577,7 @@ def test_bad_sizes_are_named(size):
         EngineConfig(**{size: 0})
 
 
-def test_pages_are_kept_until_they_are_needed():
+def test_unreferenced_pages_stay_in_the_prefix_cache():
     pool = PageAllocator(3)
     pool.reserve(2)
     pages = [pool.allocate(), pool.allocate()]
@@ -592,7 +594,7 @@ def test_pages_are_kept_until_they_are_needed():
     assert pool.match_prefix([b"a", b"b"]) == 1
 
 
-def test_the_end_of_what_was_unused_longest_is_forgotten_first():
+def test_prefix_cache_evicts_lru_and_ends_first():
     pool = PageAllocator(4)
     pool.reserve(4)
     pages = [pool.allocate() for _ in range(4)]

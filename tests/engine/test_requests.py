@@ -24,27 +24,27 @@ def restricted(logits, top_k=0, top_p=1.0, min_p=0.0):
     return restrict(logits, jnp.full(rows, top_k), jnp.full(rows, top_p), jnp.full(rows, min_p))
 
 
-def test_restrict_keeps_the_k_likeliest():
+def test_top_k_keeps_the_k_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 5.0, 1.0]])
     kept = np.isfinite(restricted(logits, top_k=2))
     np.testing.assert_array_equal(kept, [[False, True, False, True], [True, True, True, False]])  # ties stay
 
 
-def test_restrict_keeps_the_fewest_that_reach_p():
+def test_top_p_keeps_the_fewest_that_reach_p():
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     for p, expected in ((0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.81, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
         kept = np.isfinite(restricted(jnp.log(probabilities), top_p=p))
         assert np.flatnonzero(kept[0]).tolist() == expected, p
 
 
-def test_restrict_keeps_what_is_not_far_less_likely():
+def test_min_p_keeps_what_is_not_far_less_likely():
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     for p, expected in ((0.0, [0, 1, 2, 3]), (0.2, [1, 2, 3]), (0.5, [1, 3]), (1.0, [1])):
         kept = np.isfinite(restricted(jnp.log(probabilities), min_p=p))
         assert np.flatnonzero(kept[0]).tolist() == expected, p
 
 
-def test_penalty_divides_what_was_seen():
+def test_repetition_penalty_divides_seen_logits():
     logits = jnp.asarray([[2.0, 1.5, -1.0], [2.0, 1.5, -1.0]])
     seen = jnp.asarray([[True, False, True], [False, False, False]])
     settings = SamplingRows.of([Sampling(repetition_penalty=2.0)] * 2)
@@ -87,7 +87,7 @@ def test_samples_follow_the_distribution():
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / rows, probabilities, atol=0.015)
 
 
-def test_extreme_settings(tiny):
+def test_extreme_settings_are_greedy(tiny):
     (greedy,) = tiny.generate([PROMPT], max_new_tokens=6)
     for extreme in ({"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-46}, {"temperature": 1.0, "min_p": 1.0}):
         settings = SamplingRows.of([Sampling(**extreme)])
@@ -167,7 +167,7 @@ def test_generation_ends_with_the_context(tiny):
         model.generate(["<|tag|>" * (limit + 1)], max_new_tokens=1)
 
 
-def test_the_context_is_what_the_files_say(tiny):
+def test_the_context_length_is_that_of_the_files(tiny):
     assert tiny.processor.context == 131072  # tokenizer_config.json; the goldens go beyond config.json's 2048
 
 
@@ -223,7 +223,7 @@ def test_draws_of_different_requests_are_independent():
     assert (noise_of([b"7"]) == found[7]).all()
 
 
-def test_a_seed_is_as_it_was():
+def test_draws_follow_from_seed_stream_and_position():
     """Its draws follow from the seed, the stream (0 if there is none) and the position alone."""
     given = [Sampling(1.0, seed=5), Sampling(1.0, seed=5, stream=0), Sampling(1.0, seed=5, stream=3)]
     logits = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
@@ -266,7 +266,7 @@ def test_an_answer_that_was_begun_is_continued(tiny):
 
 
 @pytest.mark.slow
-def test_arguments_are_those_of_a_request(tiny):
+def test_arguments_of_generate_are_those_of_a_request(tiny):
     """Each changes what a request with it is answered, and generate answers the same."""
     (plain,) = tiny.generate([PROMPT], max_new_tokens=6)
     engine = tiny.engine(EngineConfig(slots=1, cache_tokens=1024, beams=2))

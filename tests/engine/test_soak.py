@@ -12,7 +12,7 @@ REQUESTS = int(os.environ.get("SOAK_REQUESTS", "600"))
 
 
 @pytest.mark.slow
-def test_nothing_is_left_behind(tiny):
+def test_many_requests_leak_nothing(tiny):
     """Short requests with cancellations, errors, media and streams among them."""
     soak = Soak(tiny, TINY / "inputs", seed=1)
     soak.run(200)  # warm-up: what allocators keep

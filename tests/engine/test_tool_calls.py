@@ -36,7 +36,7 @@ def parsed(tiny, text: str):
          [ToolCall("wetter", {"ort": "Köln 😀 日本"})]),
     ],
 )  # fmt: skip
-def test_calls(tiny, inside, calls):
+def test_tool_calls_are_parsed(tiny, inside, calls):
     assert parsed(tiny, f"Let me see.<|tool_call|>{inside}<|/tool_call|>") == ("Let me see.", calls)
 
 

@@ -330,7 +330,7 @@ def test_decode_without_tables_reads_each_rows_own_length():
         np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
 
 
-def test_memory_is_bounded():
+def test_scores_are_never_held():
     """Neither direction ever holds the scores, which would take 4 GiB here."""
     length, heads = 16384, 4
     shape = jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32)

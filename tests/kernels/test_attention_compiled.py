@@ -68,7 +68,7 @@ def test_blocks_fit_the_chip(mesh):
     assert chosen.blocks.vmem < pltpu.get_tpu_info().vmem_capacity_bytes
 
 
-def test_at_2k_with_segments(mesh):
+def test_training_at_2k_with_segments_compiles(mesh):
     def program(q, k, v, segments):
         return with_gradients(q, k, v, causal=True, q_segments=segments, kv_segments=segments)
 
@@ -78,7 +78,7 @@ def test_at_2k_with_segments(mesh):
         assert name in text
 
 
-def test_at_128k(mesh):
+def test_prefill_at_128k_compiles(mesh):
     def program(q, k, v, offset, lengths):
         return flash_attention(q, k, v, causal=True, q_offset=offset, kv_lengths=lengths)
 
@@ -88,13 +88,13 @@ def test_at_128k(mesh):
 
 
 @only_v6e
-def test_backward_at_128k(mesh):
+def test_backward_at_128k_compiles(mesh):
     text = compiled(mesh, lambda *x: with_gradients(*x, causal=True), *(shape(1, 131_072, n, 128) for n in (3, 1, 1)))
     assert "phi4mm_flash_bwd_dkv" in text
 
 
 @only_v6e
-def test_vision_tower(mesh):
+def test_vision_tower_compiles(mesh):
     def program(q, k, v, mask):
         return with_gradients(q, k, v, causal=False, kv_mask=mask)
 
@@ -103,7 +103,7 @@ def test_vision_tower(mesh):
 
 
 @pytest.mark.parametrize("int8", fast_are([True], [False, True]))
-def test_decode_at_128k(mesh, int8):
+def test_decoding_at_128k_compiles(mesh, int8):
     def program(q, k, v, lengths, tables, scales):
         k_scales, v_scales = scales or (None, None)
         return decode_attention(q, k, v, layer=1, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales)

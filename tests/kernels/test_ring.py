@@ -26,7 +26,7 @@ def ring(q, k, v, segments):
 
 
 @pytest.mark.parametrize(("fsdp", "context", "tensor"), [(2, 2, 2), (2, 4, 1), (1, 8, 1)])
-def test_values_and_gradients(fsdp, context, tensor):
+def test_values_and_gradients_on_a_mesh(fsdp, context, tensor):
     """Of packed samples that begin and end anywhere; no device has another's keys all at once."""
     mesh = make_mesh(fsdp, tensor, context=context)
     draw = np.random.default_rng(context)

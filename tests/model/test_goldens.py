@@ -19,7 +19,7 @@ LOGITS = 3e-4  # their scale is 6
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits(tiny, goldens, name):
+def test_logits_are_golden(tiny, goldens, name):
     case = CASES[name]
     batch = tiny.process([case["prompt"]], **media_of(case))
     ids = goldens[f"{name}.input_ids"]
@@ -33,7 +33,7 @@ def test_logits(tiny, goldens, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens(tiny, goldens, name):
+def test_greedy_tokens_are_golden(tiny, goldens, name):
     case, expected = CASES[name], goldens[f"{name}.generated"].tolist()
     (completion,) = tiny.generate([case["prompt"]], **media_of(case), max_new_tokens=len(expected))
     assert completion.tokens == expected
@@ -49,12 +49,12 @@ def check_medium(tensors, goldens, name):
 
 
 @pytest.mark.parametrize("i", range(4))
-def test_images(tiny, goldens, i):
+def test_image_features_are_golden(tiny, goldens, i):
     check_medium(image_tensors(tiny, TINY / "inputs" / f"image_{i}.png"), goldens, f"image_{i}")
 
 
 @pytest.mark.parametrize("i", range(5))
-def test_audio(tiny, goldens, i):
+def test_audio_features_are_golden(tiny, goldens, i):
     check_medium(audio_tensors(tiny, TINY / "inputs" / f"audio_{i}.flac"), goldens, f"audio_{i}")
 
 
@@ -67,8 +67,8 @@ def answer_loss(model, variables, batch, prompt_tokens):
 
 
 @pytest.mark.parametrize("remat", fast_are(["full"], ["full", "attention", "dots"]))
-def test_gradients_with_remat(scanned, goldens, remat):
-    """Without it, and of the other cases, they are in test_training.py."""
+def test_gradients_with_remat_are_golden(scanned, goldens, remat):
+    """Without it, and of the other cases, they are in tests/training/test_step.py."""
     name = "grad_vision_speech"
     case = GRADIENT_CASES[name]
     batch = scanned.process([case["prompt"] + case["answer"]], **media_of(case))

@@ -10,7 +10,7 @@ from phi4mm_jax.model.rope import rotate
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("half", [48, 64, 3])
-def test_rotate(dtype, half):
+def test_rotation_is_that_of_complex_numbers(dtype, half):
     """By complex numbers in float64: (a + bi) (cos + i sin) of each pair; the other dimensions pass untouched."""
     generator = np.random.default_rng(0)
     x = generator.standard_normal((2, 5, 3, 128)).astype(dtype)

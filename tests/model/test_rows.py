@@ -112,7 +112,7 @@ def greedy_from_scratch(model, tokens, steps):
     return tokens[start:]
 
 
-def test_rows_that_cross_the_boundary_at_different_times(tiny):
+def test_longrope_crossing_at_different_times(tiny):
     """96 tokens here. Rows start far below, just below, at, just above and beyond it; some cross, one never does."""
     boundary, steps = tiny.config.decoder.rope.original_length, 24
     lengths = [40, boundary - 7, boundary - 1, boundary, boundary + 1, 120, boundary - 15]

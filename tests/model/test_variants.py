@@ -32,7 +32,7 @@ def test_layers_are_unstacked(tiny, scanned):
     jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables["params"]["decoder"])
 
 
-def test_encoders_written_out(scanned, batch):
+def test_unrolled_encoders_equal_scanned_ones(scanned, batch):
     module = scanned.module.clone(scan=False, scan_encoders=False)
     variables = unstack_layers(jax.tree.map(lambda x: x, scanned.variables))
     assert "layers_2" in variables["params"]["vision"]
@@ -47,7 +47,7 @@ def test_scanned_layers_generate_the_same(scanned, goldens):
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), fast_are([(1, 2)], [(8, 1), (1, 2), (4, 2)]))
-def test_spread_over_devices(scanned, goldens, batch, fsdp, tensor):
+def test_logits_and_tokens_on_a_mesh(scanned, goldens, batch, fsdp, tensor):
     model = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(fsdp, tensor))
     layers = model.variables["params"]["decoder"]["layers"]
     gate = layers["mlp"]["gate_up"]["gate"]

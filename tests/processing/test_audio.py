@@ -58,7 +58,7 @@ def sound(rate: int, seconds: float = 2.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_goldens(index: int, goldens: dict[str, np.ndarray]) -> None:
+def test_features_are_golden(index: int, goldens: dict[str, np.ndarray]) -> None:
     """At 16 kHz, at 8 kHz (2), at 48 kHz (3); the last clip is thinned."""
     samples, rate = load_audio(TINY / "inputs" / f"audio_{index}.flac")
     features = log_mel(samples, rate)
@@ -117,7 +117,7 @@ def filters_by_definition() -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [8000, 16000, 32000, 48000])
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
-def test_definition(rate: int, scale: float) -> None:
+def test_features_are_those_of_the_definition(rate: int, scale: float) -> None:
     """Loud, and so soft that many bands are clipped."""
     for samples in (noise(rate // 2 + 77) * np.float32(scale), sound(rate, 0.6) * np.float32(scale)):
         features, expected = log_mel(samples, rate), features_by_definition(samples, rate)

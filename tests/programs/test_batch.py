@@ -217,7 +217,7 @@ def test_log_probabilities_on_demand(tmp_path, engine):
 
 
 @pytest.mark.parametrize("ids", [["a", "a"], [1, 1], [1, None], [None, 0]])
-def test_an_id_is_one_lines(tmp_path, engine, ids):
+def test_an_id_belongs_to_one_line(tmp_path, engine, ids):
     """Of the first that has it; the others are errors, and go by their numbers."""
     lines = [{"prompt": "x"} | ({} if i is None else {"id": i}) for i in ids] + [GOOD]
     source = write(tmp_path / "in", lines)
@@ -664,7 +664,7 @@ def written(output: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_killed_ten_times(tmp_path, compiled, tiny):
+def test_killed_ten_times_each_id_is_answered_once(tmp_path, compiled, tiny):
     """At random moments, from the start on; then each id is there once, with what a run without kills answers."""
     draw = random.Random(4)
     lines = [

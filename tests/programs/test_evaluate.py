@@ -189,7 +189,7 @@ ENGLISH = [
 
 
 @pytest.mark.parametrize(("text", "expected"), ENGLISH)
-def test_english(text, expected):
+def test_english_normalisation(text, expected):
     assert make_normalizer("english")(text) == expected
 
 
@@ -323,7 +323,7 @@ def assistant(text) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def test_items(tmp_path):
+def test_items_of_a_manifest(tmp_path):
     image = {"type": "image", "image": "a.png"}
     lines = [
         {"messages": [user("A?"), assistant("a")], "id": "first"},

@@ -121,7 +121,7 @@ def add(amount: float, at=...):
         ("image_0.embeds", add(-1e-3, (108, 95))),
     ],
 )
-def test_finds(loaded, folder, capsys, tensor, change):
+def test_each_changed_tensor_is_found(loaded, folder, capsys, tensor, change):
     edit(folder, tensor, change)
     assert verify.main([str(TINY), "--goldens", str(folder)]) == 1
     printed = capsys.readouterr().out

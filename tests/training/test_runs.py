@@ -103,7 +103,7 @@ def final(folder: Path):
     return checkpoints.last, flatten_dict(checkpoints.trained(checkpoints.last))
 
 
-def test_a_run(recipe, tmp_path, capsys, caplog):
+def test_a_run_compiles_once_and_logs_every_step(recipe, tmp_path, capsys, caplog):
     with jax.log_compiles():
         assert sft.train(load_recipe(recipe), profile=tmp_path / "profile") == 0
     assert caplog.text.count("XLA compilation of jit(step)") == 1
@@ -179,7 +179,7 @@ def test_killed_and_resumed(recipe, tmp_path, endings, steps):
 
 
 @pytest.mark.slow
-def test_spread_over_devices(recipe, tmp_path, caplog):
+def test_losses_on_a_mesh_are_those_of_one_device(recipe, tmp_path, caplog):
     """Eight devices, rows and parameters spread: the losses of one."""
     shared = ["dropout=false", "data.packing.rows=4", "data.packing.chunks=[8]", "data.steps=4", "data.epochs=null"]
     with jax.log_compiles():
@@ -191,7 +191,7 @@ def test_spread_over_devices(recipe, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_export(recipe, tmp_path, layout):
+def test_an_export_has_the_trained_weights(recipe, tmp_path, layout):
     """What comes out is what was trained, in place of what it began with, and the rest is as it was."""
     assert run(recipe, "data.steps=3", "data.epochs=null") == 0
     export(tmp_path / "run", tmp_path / "out", layout)
@@ -216,7 +216,7 @@ def test_what_is_no_run_is_not_exported(tmp_path, folder, cause):
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_a_tuned_adapter_in_peft(recipe, native, tmp_path, caplog):
+def test_a_tuned_adapter_loads_in_peft(recipe, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
     and their cards are of the run."""
     from helpers import torch_native
@@ -392,7 +392,7 @@ def test_overrides_reach_settings_that_are_not_there(recipe):
 
 
 @pytest.mark.slow
-def test_a_run_is_not_gone_on_with_otherwise(recipe, tmp_path, capsys):
+def test_resuming_with_other_settings_is_refused(recipe, tmp_path, capsys):
     """What was begun stays as it was said; and what is done is not done again."""
     assert run(recipe, "data.epochs=null", "data.steps=3") == 0
     kept = {p: p.read_bytes() for p in (tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "report.md")}
@@ -423,7 +423,7 @@ def test_what_is_logged_is_in_the_files_at_once(tmp_path):
     log.close()
 
 
-def test_two_at_once(recipe, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(recipe, tmp_path):
     """A second run is refused; an export reads beside a run, and touches nothing."""
     assert run(recipe, "data.epochs=null", "data.steps=3") == 0
     begun = tmp_path / "run" / CHECKPOINTS / "7.orbax-checkpoint-tmp"
@@ -485,7 +485,7 @@ def test_evaluation_is_checked_before_the_first_step(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_it_does_not_evaluate(recipe, tmp_path, monkeypatch, sent):
+def test_preemption_skips_the_evaluation(recipe, tmp_path, monkeypatch, sent):
     """There may be half a minute left. Ctrl-C ends a run like SIGTERM: the step is saved."""
     held = write(tmp_path / "held.jsonl", speech_samples(2))
 

@@ -75,7 +75,7 @@ def relative(ours, theirs) -> float:
 # Patterns.
 
 
-def test_patterns():
+def test_patterns_select_parameters():
     paths = [("params", "speech", "stem", "kernel"), ("params", "speech", "bias"), ("lora_speech", "down", "a")]
     assert matching(paths, ["params/speech"], "trainable") == set(paths[:2])
     assert matching(paths, ["**/a", "params/*/bias"], "trainable") == {paths[2], paths[1]}
@@ -89,7 +89,7 @@ def test_patterns():
         matching(paths, "lora_speech", "trainable")
 
 
-def test_split_and_join(scanned):
+def test_join_undoes_split(scanned):
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
     assert set(trainable) == {"lora_speech"}
     assert set(frozen) == {"params", "lora_vision"}
@@ -111,7 +111,7 @@ def head():
 @pytest.mark.torch
 @pytest.mark.parametrize("chunk", [1, 5, 37, 1000])
 @pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 1e-3)])
-def test_chunked_loss(head, monkeypatch, chunk, smoothing, z):
+def test_chunked_loss_is_pytorchs(head, monkeypatch, chunk, smoothing, z):
     """Value and gradients are those of the whole logits, by PyTorch."""
     import torch
 
@@ -180,7 +180,7 @@ def case_gradients(scanned, compute):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden_gradients(scanned, goldens, case_gradients, name):
+def test_gradients_are_golden(scanned, goldens, case_gradients, name):
     found, sums = case_gradients[name]
     assert sums.weight == len(goldens[f"{name}.answer_ids"])
     np.testing.assert_allclose(sums.loss / sums.weight, goldens[f"{name}.loss"][0], rtol=1e-5)
@@ -279,7 +279,7 @@ def test_accumulation_changes_nothing(scanned, eight):
 
 
 @pytest.mark.parametrize("mesh", fast_are([None], [None, make_mesh(4, 2)]), ids=["one device", "eight"])
-def test_clips_a_few_at_a_time(scanned, eight, monkeypatch, mesh):
+def test_clips_in_groups_change_no_gradient(scanned, eight, monkeypatch, mesh):
     """What would be too much to hold for all clips is computed for some, forward and backward; on devices, for their
     own."""
     trainable, frozen = split(scanned.variables, ["params/speech/stem", "params/speech/layers"], "trainable")
@@ -497,7 +497,7 @@ def test_small_updates_of_a_bfloat16_model_are_not_lost(eight):
     assert metrics.gradient_norm > 0
 
 
-def test_the_schedule():
+def test_learning_rate_schedules():
     rates: Any = make_lr_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_share=0.1), 100)
     np.testing.assert_allclose([rates(i) for i in (0, 5, 10, 55, 100)], [0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
     for schedule, expected in (
@@ -724,7 +724,7 @@ def test_tuning_the_speech_adapter_fits_eight_chips():
 
 
 @pytest.mark.slow
-def test_dpo(scanned, eight):
+def test_dpo_is_its_formula(scanned, eight):
     """The loss and its gradients are those of its formula, by whole logits; nothing of it moves the reference."""
     rows = together(eight, scanned)
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
@@ -777,7 +777,7 @@ def test_dpo_reference_does_not_drop_out(scanned, dropping, spoken):
 
 
 @pytest.mark.slow
-def test_dpo_prefers(scanned, eight):
+def test_dpo_raises_what_is_chosen(scanned, eight):
     rows = together(eight, scanned)
     trainable, frozen = split(scanned.variables, ["lora_speech"], "trainable")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), STEPS, trainable)
