@@ -1,4 +1,4 @@
-"""The mesh, and the tables from logical axes to mesh axes, of parameters and of activations."""
+"""Device mesh, and the rules from logical to mesh axes: RULES for parameters, ACTIVATIONS for activations."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 from phi4mm_jax.config import DecoderConfig, Phi4MMConfig
 from phi4mm_jax.errors import InputError
 
-AXES = ("data", "fsdp", "context", "tensor")  # of a mesh, the innermost last: its devices talk most
+AXES = ("data", "fsdp", "context", "tensor")  # of a mesh, the innermost last: it has the most communication
 ROWS, LENGTH, HEADS = ("data", "fsdp"), ("context",), ("tensor",)
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
-    ("vocab", ("fsdp", "context", "tensor")),  # so no head is gathered: each device has the logits of its own tokens
+    ("vocab", ("fsdp", "context", "tensor")),  # so the LM head is never all-gathered
     ("heads", HEADS),
     ("kv_heads", HEADS),
     ("mlp", HEADS),
@@ -39,17 +39,17 @@ ACTIVATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # likewise of an activ
 def make_mesh(
     fsdp: int = 1, tensor: int = 1, *, data: int = 1, context: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of data * fsdp * context * tensor devices, with automatic axes.
+    """Return a mesh of data * fsdp * context * tensor devices, with automatic axes.
 
     Args:
         fsdp: splits every weight along its embedding axis, with context, and the rows of a batch.
         tensor: splits heads and MLP; with fsdp and context, the vocabulary.
-        data: splits rows alone. Across slices, which data-centre networks join, it is the only axis.
+        data: splits rows alone; the only axis across slices, which data-centre networks connect.
         context: splits the tokens of each row.
         devices: all by default.
 
     Raises:
-        InputError: a size below 1, more devices asked for than there are, or slices that `data` does not count.
+        InputError: a size below 1, too few devices, or `data` is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
@@ -81,10 +81,10 @@ def mesh_of_sizes(sizes: Mapping[str, int], devices: Sequence[Any] | None = None
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
-    """The axes and sizes of a mesh, written as "fsdp=4,tensor=2".
+    """Parse the axes and sizes of a mesh, such as "fsdp=4,tensor=2".
 
     Raises:
-        InputError: it is not written so, or names an axis that there is not, or one twice.
+        InputError: invalid syntax, an unknown axis, or one twice.
     """
     sizes: dict[str, int] = {}
     for part in spec.split(","):
@@ -92,7 +92,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
         if not equals or not size.isdecimal() or not size.isascii() or int(size) < 1:
             raise InputError(f"mesh is {spec!r:.80}; expected axes with their sizes, such as tensor=8")
         if axis not in AXES:
-            raise InputError(f"mesh is {spec!r:.80}, and {axis!r} is not an axis; choose from {', '.join(AXES)}")
+            raise InputError(f"mesh is {spec!r:.80}, and {axis!r} is not a mesh axis; choose from {', '.join(AXES)}")
         if axis in sizes:
             raise InputError(f"mesh is {spec!r:.80}, which has {axis} twice; give it once")
         sizes[axis] = int(size)
@@ -100,13 +100,13 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
-    """The mesh to train on: as asked for, the axis fsdp taking what the others leave, or one of all devices.
+    """Return the training mesh; fsdp takes the remaining devices, by default all.
 
     Returns:
         None for one device.
 
     Raises:
-        InputError: it is not a mesh, asks for more devices than there are, or does not divide the model.
+        InputError: an invalid spec, too few devices, or sizes that do not divide the model.
     """
     sizes = {} if spec is None else parse_mesh(spec)
     devices = jax.device_count()
@@ -115,7 +115,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
     if jax.process_count() > 1 and jax.local_device_count() % within_host:
         raise InputError(
             f"mesh is {spec!r}, whose tensor times context of {within_host} does not divide a host's "
-            f"{jax.local_device_count()} devices; give sizes that do: hosts share no rows"
+            f"{jax.local_device_count()} devices; tensor x context must fit in one host"
         )
     others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
     if others > devices or ("fsdp" not in sizes and devices % others):
@@ -127,7 +127,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
 
 
 def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
-    """The mesh to answer on: as asked for, or of as many of this host's accelerators as can share the heads.
+    """Return the inference mesh; by default as many of this host's accelerators as divide the heads.
 
     Returns:
         None for one device.
@@ -156,17 +156,17 @@ def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
 
 
 def check_heads(config: DecoderConfig, tensor: int) -> None:
-    """Raise InputError where the devices of the axis `tensor` cannot share the key heads evenly.
+    """Raise InputError if the axis `tensor` does not divide the KV heads.
 
-    XLA would give each device all keys and values.
+    XLA would replicate all keys and values.
     """
-    _check_divides("tensor", tensor, config.num_kv_heads, "{} key heads", config.num_kv_heads)
+    _check_divides("tensor", tensor, config.num_kv_heads, "{} KV heads", config.num_kv_heads)
 
 
 def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
-    """Raise InputError where the devices of a mesh axis cannot share what `RULES` would split over it.
+    """Raise InputError if a mesh axis does not divide a dimension that `RULES` would split over it.
 
-    XLA would give each device all of it, and say nothing.
+    XLA would replicate it silently.
     """
     decoder, vision, speech = config.decoder, config.vision, config.speech
     stacks = [("decoder", decoder)]
@@ -174,8 +174,8 @@ def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
     stacks += [("speech encoder", speech)] if config.has_speech else []
     tensor, embed = sizes.get("tensor", 1), sizes.get("fsdp", 1) * sizes.get("context", 1)
     checks = [  # the encoders' heads and MLP are divided by what divides the decoder's
-        ("tensor", tensor, "key heads", decoder.num_kv_heads, "decoder"),
-        ("tensor", tensor, "values of the MLP", decoder.mlp_dim, "decoder"),
+        ("tensor", tensor, "KV heads", decoder.num_kv_heads, "decoder"),
+        ("tensor", tensor, "MLP columns", decoder.mlp_dim, "decoder"),
     ]
     for name, stack in stacks:
         checks.append(("fsdp times context", embed, "values of the embedding", stack.embed_dim, name))
@@ -186,7 +186,7 @@ def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
 
 
 def _check_divides(axis: str, size: int, count: int, what: str, most: int) -> None:
-    """Raise InputError where a mesh axis's size does not divide a count, naming sizes up to `most` that do."""
+    """Raise InputError if a mesh axis's size does not divide a count, naming sizes up to `most` that do."""
     if count % size:
         fitting = [n for n in range(1, most + 1) if count % n == 0]
         raise InputError(f"mesh has {axis}={size}, which does not divide {what.format(count)}; give {_any_of(fitting)}")
@@ -197,12 +197,12 @@ def _any_of(sizes: Sequence[int]) -> str:
 
 
 def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sharding.Sharding]:
-    """Return where each parameter lies, by path; on this host's first device without a mesh.
+    """Return each parameter's sharding, by path; this host's first device without a mesh.
 
-    An axis that its mesh axes do not divide is not split, and a mesh axis splits the first axis it can.
+    A dimension is left replicated if not divisible, and a mesh axis splits the first dimension that it can.
 
     Raises:
-        InputError: a mesh without any axis of `RULES`, over which nothing would be split.
+        InputError: a mesh without any axis of `RULES`.
     """
     if mesh is not None and not (
         isinstance(mesh, Mesh) and set(mesh.axis_names) & {a for _, axes in RULES for a in axes}
@@ -220,10 +220,10 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
 
 
 def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
-    """A parameter where it is used: split as `shardings` says, then gathered over the mesh axes that split the batch.
+    """Constrain a parameter on use: sharded as by `shardings`, then gathered over the axes that split the batch.
 
-    Said of both, XLA gathers one layer's weights, where else it would sum activations of the whole batch over those
-    axes. The gradient lies as the parameter does. Without a mesh in context, just the parameter.
+    With both constraints XLA all-gathers one layer's weights (FSDP) instead of all-reducing activations. The gradient
+    has the parameter's sharding. Without a mesh in context, return the parameter.
     """
     sizes = automatic_axes()
     if math.prod(sizes.values()) == 1:
@@ -246,9 +246,9 @@ _constrain.defvjp(
 
 
 def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """An activation whose first axes lie as `ACTIVATIONS` says, the others as XLA sees fit.
+    """Constrain the first axes of an activation as `ACTIVATIONS` says, and leave the others to XLA.
 
-    Within `split_batch`, where its devices divide it; else just the activation.
+    Within `split_batch`, if divisible; else return the activation.
     """
     sizes, table = automatic_axes(), dict(nn.get_logical_axis_rules())
     split = _split_axes(axes, x.shape[: len(axes)], table, sizes) if table else []
@@ -259,13 +259,13 @@ def constrain(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
 
 
 def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> NamedSharding:
-    """Return where an array with such first axes lies: what the devices do not divide is not split."""
+    """Return the sharding of an array with these first axes; a dimension that is not divisible is replicated."""
     split = _split_axes(axes, shape[: len(axes)], dict(ACTIVATIONS), mesh.shape)
     return NamedSharding(mesh, jax.P(*(names or None for names in split)))
 
 
 def replicate(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """An activation that every device has whole, and whose gradient is summed over them; within `split_batch`."""
+    """Replicate an activation, whose gradient is then all-reduced; within `split_batch`."""
     if not activation_axes() or math.prod(automatic_axes().values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, jax.P())
@@ -277,19 +277,19 @@ def split_batch() -> Any:
 
 
 def activation_axes() -> tuple[str, ...]:
-    """The mesh axes that split activations, by the rules in context: none but within `split_batch`."""
+    """Return the mesh axes that split activations, by the rules in context; none outside of `split_batch`."""
     return tuple(dict.fromkeys(name for axes in dict(nn.get_logical_axis_rules()).values() for name in axes or ()))
 
 
 def context_size() -> int:
-    """Return how many devices share the tokens of a row, by the mesh and the rules in context."""
+    """Return the number of devices that split each row's tokens, by the mesh and the rules in context."""
     return math.prod(automatic_axes().get(name, 1) for name in LENGTH) if LENGTH[0] in activation_axes() else 1
 
 
 def _split(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], gathered: Sequence[str] = ()
 ) -> jax.P:
-    """The mesh axes that split each axis of an array, but for those over which it is gathered."""
+    """Return the mesh axes that split each axis of an array, without those over which it is gathered."""
     split = _split_axes(axes, shape, dict(RULES), mesh)
     return jax.P(*(tuple(n for n in names if n not in gathered) or None for names in split))
 
@@ -307,7 +307,7 @@ def _split_axes(
 
 
 def jit_on_mesh(variables: Any, function: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit` of a function of these variables, with their mesh in context: kernels are split over its devices."""
+    """Jit a function of these variables with their mesh in context, so that kernels are split over its devices."""
     place = jax.tree.leaves(variables)[0].sharding
 
     @wraps(function)
@@ -321,9 +321,10 @@ def jit_on_mesh(variables: Any, function: Callable[..., Any], **options: Any) ->
 
 
 def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outputs: Any, *, rows: int, heads: int):
-    """function(*arguments), on each device of the mesh in context its part of it; without such a mesh, just that.
+    """Call function(*arguments) under `shard_map` on the mesh in context; without a mesh, call it directly.
 
-    XLA cannot split a kernel over devices by itself: each device is given its rows and heads.
+    XLA cannot partition a kernel by itself: each device gets its rows and heads. With rows=1 the batch is not
+    sharded, whatever its size.
 
     Args:
         inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads" or None.
@@ -346,14 +347,14 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
 
 
 def automatic_axes() -> dict[str, int]:
-    """The axes of the mesh in context over which XLA splits arrays, and how many devices each has."""
+    """Return the automatic axes of the mesh in context, over which XLA splits arrays, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
 
 
 class Axes(tuple[str | None, ...]):
-    """Kinds of the axes of one array."""
+    """Kinds of one array's axes, for `over_mesh`: "rows", "heads" or None."""
 
     def __new__(cls, *names: str | None):
         return super().__new__(cls, names)

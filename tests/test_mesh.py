@@ -31,7 +31,7 @@ LAYERS, PAGES, HEADS, PAGE, SIZE = 2, 9, 8, 16, 32  # of a small cache
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A checkpoint with eight key heads, so that up to eight devices can share them."""
+    """A checkpoint with eight KV heads, so that up to eight devices can share them."""
     folder = tmp_path_factory.mktemp("wide")
     config = json.loads((TINY / "config.json").read_text())
     config |= {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 2}
@@ -125,12 +125,12 @@ def test_pages_are_copied_where_they_lie():
     [
         ("tensor", "expected axes with their sizes"),
         ("tensor=0", "expected axes with their sizes"),
-        ("model=2", "'model' is not an axis; choose from data, fsdp, context, tensor"),
+        ("model=2", "'model' is not a mesh axis; choose from data, fsdp, context, tensor"),
         ("tensor=2,tensor=2", "has tensor twice"),
         ("fsdp=4,tensor=2", "inference splits over tensor only; leave fsdp out"),
         ("tensor=2,context=2", "inference splits over tensor only; leave context out"),
         ("tensor=16", "there are 8 devices; tensor can be 1 or 2 or 4 or 8"),
-        ("tensor=3", "tensor=3, which does not divide 8 key heads; give 1 or 2 or 4 or 8"),
+        ("tensor=3", "tensor=3, which does not divide 8 KV heads; give 1 or 2 or 4 or 8"),
     ],
 )
 def test_meshes_that_inference_cannot_use(spec, error):
@@ -143,7 +143,7 @@ def test_meshes_that_inference_cannot_use(spec, error):
     [
         ("tensor=3", "which 8 devices cannot make; give sizes whose product divides it"),
         ("fsdp=16", "a mesh of fsdp=16: expected positive sizes, and at most 8 devices in all"),
-        ("fsdp=1,tensor=6", "tensor=6, which does not divide the decoder's 8 key heads; give 1 or 2 or 4 or 8"),
+        ("fsdp=1,tensor=6", "tensor=6, which does not divide the decoder's 8 KV heads; give 1 or 2 or 4 or 8"),
         ("fsdp=5", "fsdp times context=5, which does not divide the decoder's 3072 values of the embedding"),
     ],
 )
@@ -193,11 +193,11 @@ def test_meshes_for_inference():
 
 
 def test_heads_that_the_devices_cannot_share(scanned):
-    """Two key heads on four devices: an error, where each device would have the whole cache."""
+    """Two KV heads on four devices: an error, where each device would have the whole cache."""
     mesh = make_mesh(tensor=4)
     place = NamedSharding(mesh, jax.P())
     variables = {"params": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=place)}
-    with pytest.raises(InputError, match="tensor=4, which does not divide 2 key heads; give 1 or 2"):
+    with pytest.raises(InputError, match="tensor=4, which does not divide 2 KV heads; give 1 or 2"):
         Programs(scanned.module, variables)
 
 

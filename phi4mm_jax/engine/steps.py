@@ -86,7 +86,7 @@ class Programs:
     """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand.
 
     Raises:
-        InputError: the mesh of the variables cannot share the key heads.
+        InputError: the mesh of the variables does not divide the KV heads.
     """
 
     def __init__(self, model: Phi4MM, variables: Mapping[str, Any]):

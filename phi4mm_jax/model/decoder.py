@@ -1,6 +1,6 @@
 """The decoder: Phi-4-mini with a mixture of LoRAs.
 
-Pre-norm blocks of grouped-query attention with partial LongRoPE and of SwiGLU; embedding and head share their weights.
+Pre-norm blocks of grouped-query attention with partial LongRoPE and of SwiGLU; embedding and LM head are tied.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class AttentionInputs(NamedTuple):
     sin: Float[Array, "B T R"]
     scales: RowScales
     cached: CachedInputs | None = None
-    segments: Int[Array, "B T"] | None = None  # tokens attend to those of the same segment
+    segments: Int[Array, "B T"] | None = None  # packed samples: no attention across them
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """The decoder's sizes with its adapters'; hashable, as Linen modules want their attributes."""
+    """Sizes of the decoder and its adapters; hashable, as Flax requires of module fields."""
 
     decoder: DecoderConfig
     loras: tuple[tuple[str, LoraConfig], ...]  # by collection
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         return self.embedding[tokens].astype(dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """In float32, by the transposed embedding."""
+        """Return the logits in float32, by the tied embedding."""
         return jnp.einsum(
             "...D,VD->...V", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32,
             precision=precision_of(x.dtype),
@@ -124,7 +124,7 @@ def attend(
     rows: CachedInputs,
     cache: KVCache,
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
-    """Causal attention of new tokens to themselves and to the cached ones, and the cache with the new ones in it.
+    """Write the new keys and values, then attend causally to the cache; return output and updated cache.
 
     One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border. On a mesh each device has its
     heads of all rows; no key or value leaves it.
@@ -155,6 +155,6 @@ class MLP(nn.Module):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         parts = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
         gate, up = (checkpoint_name(part, "mlp") for part in parts)
-        # Behind a barrier, or else XLA's compiler for TPUs computes it, and its gradient, inside of the products.
+        # optimization_barrier keeps XLA for TPUs from fusing it, and its gradient, into the matmuls.
         hidden = jax.lax.optimization_barrier(gated(up, gate))
         return Projection("F", {"down": "D"}, sizes, loras, name="down")(hidden, rows.scales)[0]

@@ -1,7 +1,7 @@
-"""Paged cache of keys and values: allocate, write, copy pages, quantise.
+"""Paged KV cache: allocate, write, copy pages, quantise.
 
-Pages are written and copied one after the other, in the cache's own order of bytes: a scatter or gather would make XLA
-for TPUs turn the whole cache around, and back (docs/kernels.md).
+Pages are written and copied one by one, in the cache's own memory layout: a scatter or gather would make XLA for TPUs
+transpose (relayout) the whole cache, and back (docs/kernels.md).
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from phi4mm_jax.mesh import Axes, over_mesh
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers in P pages of S tokens each; in int8 with a scale for each token and head.
+    """Keys and values of all layers in P pages of S tokens each; in int8 with one scale per token and head.
 
-    The last one is the scratch page: rows that rest, and padding, are written there.
+    The last one is the scratch page: idle rows and padding are written there.
     """
 
     k: Array  # (L, P, K, S, H)
@@ -29,7 +29,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def allocate(cls, config: DecoderConfig, num_pages: int, page_size: int, dtype: Any) -> "KVCache":
-        """Zeros: `num_pages` pages, of any rows, and the scratch page.
+        """Return zeros: `num_pages` pages, shared by all sequences, and the scratch page.
 
         With dtype int8, keys and values are quantised by token and head.
         """
@@ -81,7 +81,7 @@ def append(
 
 
 def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
-    """Cached form of keys and values, in the order of the cache's arrays."""
+    """Return keys and values as cached, in the order of the cache's arrays."""
     if cache.k_scales is None:
         return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
     (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
@@ -117,7 +117,9 @@ def _write(
 
         return jax.lax.fori_loop(0, batch * count, one, old)
 
-    k, v = (row_major(x.swapaxes(1, 2)) for x in (k, v))  # (B, K, T, H), as pages have them; made so, not turned
+    k, v = (
+        row_major(x.swapaxes(1, 2)) for x in (k, v)
+    )  # (B, K, T, H), materialised in page layout instead of transposed
     return KVCache(*map(put, cache.arrays, _cache_values(cache, k, v)))
 
 
