@@ -229,7 +229,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def deal_out(items: Sequence[Any]) -> Sequence[Any]:
-    """Return this host's share of items: they are dealt out one by one."""
+    """Return this host's share of items: they are assigned round-robin."""
     return items[jax.process_index() :: jax.process_count()]
 
 
@@ -359,7 +359,7 @@ class _Watch:
 def _hold_up_abort() -> None:
     """Let a thread that aborts the process sleep before: for SIGABRT's number of seconds, 6.
 
-    jax aborts in C++ when a host is lost. The handler is C as well, since one in Python could wait for ever.
+    jax aborts in C++ when a host is lost. The handler is C as well, since one in Python could wait forever.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
