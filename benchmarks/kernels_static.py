@@ -227,7 +227,7 @@ def inner(job: Job, regions: list[Region]) -> Region:
 
 
 def loops(regions: list[Region]) -> list[Region]:
-    """Without the whole program: the kernel's step begins with regions that hold everything."""
+    """Return the loops, without the whole program: the kernel's step begins with regions that hold everything."""
     most = max(r.used[0] for r in regions)
     holding = sorted((r for r in regions if r.used[0] >= 0.95 * most), key=lambda r: r.bundles)
     return holding[:1]

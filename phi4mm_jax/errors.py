@@ -14,7 +14,7 @@ class ContextLengthError(InputError):
 
 
 class ConfigError(ValueError):
-    """`config.json` that asks for something this implementation does not support."""
+    """Unsupported setting in `config.json`."""
 
 
 class CheckpointError(ValueError):

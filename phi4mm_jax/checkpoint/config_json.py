@@ -1,4 +1,4 @@
-"""config.json in either layout, written from a configuration: the inverse of `Phi4MMConfig.from_dict`.
+"""Writer of config.json in either layout from a configuration: the inverse of `Phi4MMConfig.from_dict`.
 
 Every key is written out: transformers' defaults for `phi4_multimodal` are not the release's. What the model does not
 depend on (its name, how it was trained) is the release's, or the source's where both layouts have it.
@@ -21,7 +21,7 @@ CODE = {"AutoConfig": "configuration_phi4mm.Phi4MMConfig", "AutoModelForCausalLM
 
 
 def native_config(config: Phi4MMConfig, source: Mapping[str, Any]) -> Json:
-    """config.json as transformers' `Phi4MultimodalConfig` reads it, in versions 4 and 5.
+    """Return config.json as transformers' `Phi4MultimodalConfig` reads it, in versions 4 and 5.
 
     Args:
         source: the parsed config.json, of either layout, that `config` was read from.
@@ -80,7 +80,7 @@ def native_config(config: Phi4MMConfig, source: Mapping[str, Any]) -> Json:
 
 
 def original_config(config: Phi4MMConfig, source: Mapping[str, Any], *, code: bool) -> Json:
-    """config.json as the release has it.
+    """Return config.json as the release has it.
 
     Args:
         source: as in `native_config`.
@@ -128,7 +128,7 @@ def original_config(config: Phi4MMConfig, source: Mapping[str, Any], *, code: bo
 
 
 def whole(number: float) -> int | float:
-    """An alpha as the files spell it."""
+    """Return an alpha as the files spell it."""
     return int(number) if number == int(number) else number
 
 
@@ -169,7 +169,7 @@ def _original_lora(adapter: Adapter, lora: LoraConfig) -> Json:
 
 
 def _unlike_the_release(config: Phi4MMConfig) -> Json:
-    """Return what the release's file leaves out, where this model is another one."""
+    """Return the keys that the release's file lacks, if this model differs from the release."""
     v = config.vision
     tower = {
         "hidden_size": v.embed_dim,

@@ -1,4 +1,4 @@
-"""Conversion between the three layouts: parameters stream through, the other files travel along."""
+"""Conversion between the three layouts: parameters are streamed, sidecar files are copied or translated."""
 
 import contextlib
 import json
@@ -97,8 +97,8 @@ def to_torch(
         layout: "original" (as published) or "native" (as transformers and PEFT save it).
         adapters_only: write the adapters' folders alone (vision-lora, speech-lora), for PEFT.
         trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
-        card: README.md, in place of the source's, which does not tell what was trained.
-        shard_bytes: the largest file, unless a single tensor is larger.
+        card: README.md, in place of the source's.
+        shard_bytes: maximum size of a file, unless a single tensor is larger.
         source, destination, fresh_adapters, adapters_from, progress: as in `to_orbax`.
 
     Raises:
@@ -144,7 +144,7 @@ def _staged(source: str | Path, destination: str | Path) -> Iterator[tuple[Path,
 
 
 class _Source(NamedTuple):
-    """A checkpoint with some of its adapters replaced."""
+    """Checkpoint with some of its adapters replaced."""
 
     checkpoint: Checkpoint
     adapters: Sequence[PeftAdapter]
@@ -165,7 +165,7 @@ class _Source(NamedTuple):
 
 
 class _Tuned(NamedTuple):
-    """A checkpoint with some of its parameters replaced."""
+    """Checkpoint with some of its parameters replaced."""
 
     checkpoint: _Source
     trained: Mapping[ParamPath, np.ndarray]
@@ -179,7 +179,7 @@ class _Tuned(NamedTuple):
 def _finite(
     checkpoint: "_Source | _Tuned", table: Iterable[Tensor], dtype: str | None = None
 ) -> Callable[[ParamPath], np.ndarray]:
-    """Reads parameters, and checks that they are numbers.
+    """Reads parameters, and checks that they are finite.
 
     Args:
         table: the source's tensors.
@@ -217,7 +217,7 @@ def _opened(folder: Path, fresh_adapters: bool, adapters_from: AdaptersFrom | No
 
 
 def _write_files(folder: Path, files: Mapping[str, bytes], dtype: str | None) -> None:
-    """config.json last: a folder without it is not a checkpoint."""
+    """Write the files, config.json last: a folder without it is not a checkpoint."""
     for name, content in sorted(files.items(), key=lambda file: file[0] == "config.json"):
         if name == "config.json" and dtype is not None:
             content = _with_dtype(content, dtype)
@@ -227,7 +227,7 @@ def _write_files(folder: Path, files: Mapping[str, bytes], dtype: str | None) ->
 
 
 def _with_dtype(config: bytes, dtype: str) -> bytes:
-    """config.json tells PyTorch's loaders which dtype to make; unchanged where it already says this."""
+    """Return config.json with the dtype for PyTorch's loaders; unchanged if it already states it."""
     values = json.loads(config)
     changed = {key: dtype for key in ("torch_dtype", "dtype") if key in values and values[key] != dtype}
     try:

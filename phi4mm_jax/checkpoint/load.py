@@ -1,4 +1,4 @@
-"""From a checkpoint folder, whichever its layout, to the model's variables, one parameter at a time."""
+"""Loading: a checkpoint folder of any layout becomes the model's variables, one parameter at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,8 +61,8 @@ def load_variables(
 
     Args:
         checkpoint, config: of the folder alone.
-        dtype: what the parameters are cast to.
-        shardings: where each parameter lies; by default on the first device.
+        dtype: that parameters are cast to.
+        shardings: of the parameters; by default on the first device.
         adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
@@ -103,7 +103,7 @@ def load_variables(
 def _place(
     checkpoint: Checkpoint | PeftAdapter, path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding
 ) -> tuple[jax.Array, list[np.ndarray]]:
-    """A parameter on its devices, and the values that this host has of it."""
+    """Return a parameter on its devices, and this host's values of it."""
     if isinstance(checkpoint, OrbaxCheckpoint):
         placed = checkpoint.place(path, dtype, sharding)
         shares = {str(share.index): share.data for share in placed.addressable_shards}
@@ -113,7 +113,7 @@ def _place(
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether none is NaN or infinite, from their bits, a piece at a time: nine times as fast as numpy's."""
+    """Return whether none is NaN or infinite, from their bits, a piece at a time: nine times as fast as numpy's."""
     signed, unsigned = np.dtype(f"i{values.itemsize}"), np.dtype(f"u{values.itemsize}")
     positive, negative = np.array([np.inf, -np.inf], values.dtype).view(unsigned)
     flat = values.reshape(-1)
@@ -151,13 +151,13 @@ def _layers_used_on_devices(stacked: jax.Array) -> jax.Array:
 
 
 def layers_used(stacked: np.ndarray) -> np.ndarray:
-    """Whether a layer has a value that is not zero, for each."""
+    """Return whether a layer has a value that is not zero, for each."""
     bits = stacked.view(f"u{stacked.itemsize}").reshape(len(stacked), -1)
     return np.array([any((x[i : i + _PIECE] << 1).any() for i in range(0, x.size, _PIECE)) for x in bits])  # -0 is zero
 
 
 def check_trained(tensors: Iterable[Tensor], layers_used: Callable[[ParamPath], np.ndarray]) -> None:
-    """No adapter is untrained: a B matrix of zeros whose A is not, or a whole adapter of zeros.
+    """Check that no adapter is untrained: a B matrix of zeros whose A is not, or a whole adapter of zeros.
 
     Where both are zero, the adapter is on other modules only.
 

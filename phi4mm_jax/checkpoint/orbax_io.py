@@ -104,7 +104,7 @@ def write(
     done = 0
 
     class Handler(type_handlers.NumpyHandler):
-        """Reads a parameter when its turn comes to be written, and waits until it is."""
+        """Reads a parameter lazily when it is written, and waits until it is."""
 
         async def serialize(self, values: Any, infos, args=None):
             nonlocal done
@@ -140,7 +140,7 @@ def write(
 
 @contextlib.contextmanager
 def _writable() -> Iterator[None]:
-    """TensorStore's errors, which are ValueErrors, as what they are."""
+    """Convert TensorStore's ValueErrors to OSErrors."""
     try:
         yield
     except ValueError as error:

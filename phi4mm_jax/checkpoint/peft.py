@@ -86,7 +86,7 @@ class PeftAdapter(StackedTensors):
     """
 
     def __init__(self, folder: Path, kind: str, config: Phi4MMConfig):
-        """`config`: of the model that the adapter is for; its settings are the adapter's where the folder has none."""
+        """Open a folder. `config` is the model's; its settings are the adapter's where the folder has none."""
         self.folder, self.kind = folder, kind
         own = config.loras.get(kind)
         if own is None or (folder / SETTINGS_FILE).exists():

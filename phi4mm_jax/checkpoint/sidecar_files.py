@@ -50,7 +50,7 @@ def read_sidecar_files(
     """The files that go with the weights of a checkpoint when it is written in a layout.
 
     Weights, hidden files, files over 64 MiB and folders other than the adapters' and the chat templates' (figures,
-    examples, the Orbax folder) stay behind. The release's code travels; it is never run.
+    examples, the Orbax folder) are not copied. The release's code is copied, but never run.
 
     Args:
         source: a checkpoint folder of any layout, converted ones included.
@@ -290,7 +290,7 @@ def _adapter_config(
 
 
 def _stating_adapters(model: Json, config: Phi4MMConfig) -> Json | None:
-    """config.json of the original layout with the adapters' settings; None where it has them already."""
+    """Return config.json of the original layout with the adapters' settings; None where it has them already."""
     stated = dict(model)
     for name, lora in config.loras.items():
         adapter = ADAPTERS[name]

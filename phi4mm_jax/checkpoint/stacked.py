@@ -58,7 +58,7 @@ class StackedTensors:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """As np.empty, but aligned as jax has its buffers: on a CPU it takes such an array as it is, others it copies."""
+    """Return an empty array, aligned like jax's buffers: on a CPU jax takes such an array without a copy."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

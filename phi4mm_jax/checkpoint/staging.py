@@ -76,7 +76,7 @@ def aside_of(destination: Path) -> Path:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Whether a folder can take so many bytes more.
+    """Return whether a folder can take so many bytes more.
 
     Raises:
         CheckpointError: its disk has not so many free.
@@ -118,8 +118,8 @@ def _check_free(destination: Path) -> None:
 
 
 def _is_unfinished(destination: Path) -> bool:
-    """Whether a run was interrupted, or is at work, between a folder's renaming and its end; and nobody has changed a
-    file of it since, which would then be lost."""
+    """Return whether a run was interrupted, or is at work, between a folder's renaming and its end, and no file of it
+    has changed since, which would then be lost."""
     try:
         marked = (destination / _MARKER).lstat().st_ctime_ns
     except (FileNotFoundError, NotADirectoryError):

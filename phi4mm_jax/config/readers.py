@@ -26,7 +26,7 @@ RELEASE_IMAGE_TOKEN, RELEASE_AUDIO_TOKEN = 200010, 200011
 
 
 def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
-    """`model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids."""
+    """Read `model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids."""
     del adapters  # this layout's config.json has the adapters' settings itself
     embed = keys.section("embd_layer")
     embed.expect("embedding_cls", "image_audio", required=True)
@@ -108,7 +108,7 @@ def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fie
 
 
 def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
-    """`model_type: phi4_multimodal`, as transformers saves it."""
+    """Read `model_type: phi4_multimodal`, as transformers saves it."""
     audio, vision = keys.section("audio_config"), keys.section("vision_config")
     for key, supported in {
         "activation": "swish",

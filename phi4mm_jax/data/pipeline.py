@@ -38,7 +38,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
 
-Measure = Callable[[int, Any], PendingSample | BadSample]  # of a position in the stream, and what stands there
+Measure = Callable[[int, Any], PendingSample | BadSample]  # of a position in the stream, and the item there
 _MAY_DIFFER = {"bytes", "hosts"}  # between a state and the stream that resumes there
 _MIN_SAMPLES = 100  # before a rate of bad samples means anything
 
@@ -357,7 +357,7 @@ class TrainingData:
             return error
 
     def _measure_once(self) -> Measure:
-        """`_measure` that keeps what it found of each sample, for as long as its size does not depend on a draw."""
+        """Return a `_measure` that caches each sample's size, unless augmentation changes it."""
         found: list[list[Size | BadSample | None]] = [[None] * len(manifest) for manifest in self._manifests]
         same: dict[Size, Size] = {}  # in memory once
         speech = self._config.augment_speech

@@ -97,7 +97,7 @@ class SamplingRows(NamedTuple):
 
 
 def draws_by_identity(settings: Sampling) -> bool:
-    """Whether the seed follows from the request itself: it samples, and has neither seed nor stream."""
+    """Return whether the seed follows from the request itself: it samples, and has neither seed nor stream."""
     return settings.temperature != 0 and settings.seed is None and settings.stream is None
 
 

@@ -21,7 +21,7 @@ def inverse_frequencies(rope: RopeConfig) -> Float[np.ndarray, "2 R"]:
 
 
 def is_long(rope: RopeConfig, lengths: Int[Array, "B ..."]) -> Bool[Array, "B ..."]:
-    """Whether a sequence of that length uses the long set, for all of its positions."""
+    """Return whether a sequence of that length uses the long set, for all of its positions."""
     return lengths > rope.original_length
 
 

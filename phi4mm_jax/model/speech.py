@@ -194,7 +194,7 @@ def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array,
 
 
 def _map_rows(function, bytes_per_row: int, *rows):
-    """`function(*rows)`, computed a few rows at a time where all at once would hold more than `_MAP_BYTES`.
+    """Compute `function(*rows)`, a few rows at a time if all at once would hold more than `_MAP_BYTES`.
 
     Of a mesh's devices, each takes as many of its own rows at a time. The backward pass recomputes what would be as
     large.

@@ -112,7 +112,7 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 
 def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result:
-    """`use` of the image, whose pixels are not decoded yet; decoders' errors are made InputErrors."""
+    """Return `use` of the image, whose pixels are not decoded yet; decoders' errors become InputErrors."""
     source = plain(source)
     if isinstance(source, np.ndarray):
         source = _from_array(source)

@@ -43,7 +43,7 @@ class Frame:
 
 
 def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int | None = None) -> list[Image.Image]:
-    """Evenly spaced frames: of so many equal parts of the clip, what is shown in the middle of each.
+    """Return evenly spaced frames, each from the middle of an equal part of the clip.
 
     A clip of fewer frames gives each of them once. Files are searched, not read as a whole. Frames are turned as a
     player turns them, and scaled down, as they are decoded, to what the model sees of them: memory is bounded by the
@@ -53,8 +53,8 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int |
         source: a video file (a path, an open binary file or its bytes) in one of the formats of
             `phi4mm_jax.processing.containers`, for which PyAV must be installed; a folder of images, in the order of
             their names, numbers by their value; or a list of images in any form of `load_image`'s.
-        frames: how many at most, 1 to 64.
-        max_crops: what each frame will be given at most, where it is not its share, `crops_per_frame`.
+        frames: maximum number, 1 to 64.
+        max_crops: maximum per frame; by default its share, `crops_per_frame`.
 
     Raises:
         InputError: `frames` is out of range; a file is missing, unreadable or without video, or has frames that are too
@@ -101,12 +101,12 @@ def check_frames(frames: Any) -> None:
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """So many of the numbers 0 to total - 1, each in the middle of its equal share; all, if there are no more."""
+    """Return evenly spaced numbers from 0 to total - 1, each in the middle of its share; all, if there are no more."""
     return sorted({total * (2 * i + 1) // (2 * count) for i in range(count)})
 
 
 def crops_per_frame(frames: int) -> int:
-    """Return the share of each of so many frames in the crops of a clip."""
+    """Return each frame's share of a clip's crops."""
     return max(1, _CROPS // frames)
 
 

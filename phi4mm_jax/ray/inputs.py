@@ -24,7 +24,7 @@ _CHUNK_BYTES, _CHUNK_LINES = 16 << 20, 8192  # of a chunk at most: what one task
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some lines of a file, or a row group.
+    """Chunk of a file: some of its lines, or a row group.
 
     Attributes:
         name: of the file, below the part of the glob without wildcards; begins the ids of lines that have none.
@@ -61,7 +61,7 @@ class Index:
 
 
 def is_parquet(name: str) -> bool:
-    """Whether a file is Parquet, by its name."""
+    """Return whether a file is Parquet, by its name."""
     return name.lower().endswith((".parquet", ".pq"))
 
 

@@ -29,7 +29,7 @@ _ANSWERED = pa.schema([("answer", pa.large_binary()), ("tokens", pa.int64()), ("
 
 
 class AnswerLines(Answer):
-    """`Answer` for lines of request files; an answer is a line of the output.
+    """Callable class like `Answer` for lines of request files; an answer is a line of the output.
 
     Args:
         form: of the answers.

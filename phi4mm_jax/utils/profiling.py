@@ -1,4 +1,4 @@
-"""Profiles of programs: traces of jax, in which the phases of the model have their names."""
+"""Profiles of programs: jax traces, with the model's phases by name."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ def add_profile(parser: argparse.ArgumentParser, traced: str) -> None:
 
 
 class Profile:
-    """Trace of some items in the middle of work, when what compiles has been compiled; to be entered and left.
+    """Trace of some items in the middle of the work, after everything is compiled; a context manager.
 
     Args:
         folder: where to write; None traces nothing.
@@ -50,7 +50,7 @@ class Profile:
         self._end()
 
     def advance(self, items: int = 1) -> None:
-        """Note that so many more items are done."""
+        """Count items as done."""
         import jax
 
         self._done += items

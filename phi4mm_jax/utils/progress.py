@@ -23,7 +23,7 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
     """Bar on standard error; it is indeterminate until the yielded function is called with (done, of all).
 
     Args:
-        size: what is counted are bytes; shows how many, how fast, and the time that is left.
+        size: counts bytes; shows size, speed and the remaining time.
     """
     columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()]
     if size:

@@ -102,7 +102,7 @@ def spoken(rng: np.random.Generator, split: Split) -> str:
 
 
 def _lines(rng: np.random.Generator, split: Split) -> Page:
-    """Some words and numbers, anywhere on a page of one to four crops."""
+    """Draw some words and numbers, anywhere on a page of one to four crops."""
     shapes = (1, 1), (1, 2), (1, 3), (2, 1), (2, 2)
     high, wide = shapes[int(rng.choice(5, p=[0.2, 0.25, 0.35, 0.1, 0.1]))]
     height, width = high * SIDE, wide * SIDE
@@ -137,7 +137,7 @@ def _charts(rng: np.random.Generator, split: Split) -> Page:
 
 
 def _names(rng: np.random.Generator, most: int) -> list[str]:
-    """Two to four, of which no two begin alike."""
+    """Draw two to four names, no two with the same initial."""
     names: dict[str, str] = {}
     short = [word for word in THINGS if len(word) <= most]
     count = rng.integers(2, SIDE + 1)

@@ -105,7 +105,7 @@ def page_batches(model: phi4mm_jax.Model, seed: int = 0) -> Iterator[tuple[Image
 
 
 def _page(rng: np.random.Generator) -> content.Page:
-    """Half of them full of letters, each as often."""
+    """Draw a page, half of them full of equally frequent letters."""
     if rng.random() < 0.5:
         height, width = content.SIDE * rng.integers(1, 3), content.SIDE * rng.integers(1, 4)
         characters = list(content.LETTERS + content.DIGITS + content.BLANK)

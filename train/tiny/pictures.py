@@ -86,7 +86,7 @@ def _colours(rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _worn(rng: np.random.Generator, image: Image.Image, paper: tuple[int, ...]) -> Image.Image:
-    """Half of them turned by up to 0.4 degrees, half blurred a little, all with noise."""
+    """Degrade a page: half are turned by up to 0.4 degrees, half blurred a little, all with noise."""
     if rng.random() < 0.5:
         image = image.rotate(rng.uniform(-0.4, 0.4), Image.Resampling.BILINEAR, fillcolor=paper)
     if rng.random() < 0.5:
