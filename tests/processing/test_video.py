@@ -253,7 +253,7 @@ def test_memory_is_bounded_by_the_frames_kept():
 def test_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch):
     """Before a frame is decoded, by FFmpeg itself, and by what the container says."""
     data = made(10)
-    monkeypatch.setattr(video, "MAX_PIXELS", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr("phi4mm_jax.processing.video.MAX_PIXELS", WIDTH * HEIGHT - 1)
     with pytest.raises(InputError, match="the video has 96x64 pixels, more than 6143; shrink it"):
         video_frames(data)
     monkeypatch.setattr(containers, "MAX_PIXELS", WIDTH * HEIGHT - 1)
