@@ -29,9 +29,9 @@ def flash_attention(
     out_dtype: Any = None,
     implementation: str | None = None,
 ) -> Any:
-    """Compute softmax attention with grouped query heads; memory is bounded, the (T, S) scores are never held at once.
+    """Compute softmax attention with grouped query heads; memory is bounded: (T, S) scores are never held.
 
-    Query head n attends with key head n // (N / K). Scores and softmax are in float32. A query that may attend to no
+    Query head n attends with KV head n // (N / K). Scores and softmax are in float32. A query that may attend to no
     key gives zeros. Differentiable in q, k and v.
 
     Args:
@@ -117,9 +117,9 @@ def decode_attention(
     return_partials: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """Attend with one query a row to the first `lengths[b]` keys of `layer` in the cache.
+    """Attend with one query per row to the first `lengths[b]` keys of `layer` in the cache.
 
-    The cache of all layers is taken whole, so that no layer's part of it need be copied out. The number of pages read
+    The cache of all layers is passed whole, so that no layer's slice has to be copied. The number of pages read
     grows with the lengths, not with the capacity.
 
     Args:
@@ -127,7 +127,7 @@ def decode_attention(
             or int8 with scales.
         tables: row b's tokens from S * i on lie in page tables[b, i]. Slots behind a row's length may hold any value,
             NaN included.
-            Without tables, k and v are (L, B, K, S, H): one page a row.
+            Without tables, k and v are (L, B, K, S, H): one page per row.
         k_scales, v_scales: float32 (L, P, K, S), by which the int8 values of a token and head are multiplied.
         scale: of the scores; H**-0.5 by default.
         return_partials: return (o, m, l) for `merge_partials`, where each shard holds a part of the keys.
@@ -146,7 +146,7 @@ def decode_attention(
     if tables is None and k.shape[1] != q.shape[0]:
         raise InputError(f"decode_attention: without tables, k {k.shape} must have as many rows as q {q.shape}")
     if tables is not None and (tables.ndim != 2 or tables.shape[0] != q.shape[0]):
-        raise InputError(f"decode_attention: tables has shape {tables.shape}; expected ({q.shape[0]}, pages a row)")
+        raise InputError(f"decode_attention: tables has shape {tables.shape}; expected ({q.shape[0]}, pages per row)")
     if lengths.shape != q.shape[:1]:
         raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:1]}")
     quantized = k.dtype == jnp.int8

@@ -72,7 +72,7 @@ def append(
     pages: Int[Array, " B"],
     slots: Int[Array, " B"],
 ) -> tuple[Array, ...]:
-    """Write one token a row in place, on this device."""
+    """Write one token per row in place, on this device."""
     return pallas_tpu_append.append(caches, new, layer, pages, slots, target=_target())
 
 

@@ -1,7 +1,7 @@
-"""One new token a row into a paged cache on TPUs, in place.
+"""Append kernel for TPUs: writes one new token per row into a paged cache, in place.
 
-Tokens lie in tiles, two or four to a word, so that none can be written alone: each row's tile is brought, changed and
-sent back. The tiles of many rows are on their way at once, unlike one write after the other.
+Tokens are packed in tiles, two or four to a word, so that none can be written alone: each row's tile is read, changed
+and written back. The transfers of many rows' tiles overlap, unlike sequential writes.
 """
 
 import math
@@ -34,7 +34,7 @@ def append(
     """Write a token of each of B rows.
 
     Args:
-        caches: arrays (L, P, K, S, H), or (L, P, K, S) for scales; those of the result lie where they lay.
+        caches: arrays (L, P, K, S, H), or (L, P, K, S) for scales; the results alias them.
         new: for each (B, K, H), or (B, K).
         pages, slots: int32 (B,), where each row's token goes. No two rows share a page, but for the last one of the
             cache, the scratch page: nothing is written there.

@@ -2,7 +2,7 @@
 
 With P = exp(S - log_sum) and D the product of the output and its gradient, summed over a row (less the gradient of
 log_sum): dV = P^T dO, dS = P (dO V^T - D), dQ = dS K, dK = dS^T Q. Two kernels, since one sums over keys and the
-other over queries; each computes P again.
+other over queries; each recomputes P.
 """
 
 from functools import partial
@@ -184,7 +184,7 @@ def _dkv_kernel(
     plan, q_any, k_ref, v_ref, d_out_any, stats_any, segments, dk_ref, dv_ref, q_ref, d_out_ref, stats_ref,
     segment_scratch, sems, free_slot, dk_acc, dv_acc, *, call: Call, grid: Grid,
 ):  # fmt: skip
-    """Sum over queries, with keys along the rows, so that no operand of a product is transposed."""
+    """Sum over queries, with keys along the rows, so that no operand of a matmul is transposed."""
     _, group, bq, _ = q_ref.shape
     bk = k_ref.shape[0]
     row, _, i = grid.place(grid.this_step())

@@ -1,8 +1,8 @@
-"""Decoding on TPUs: one query a row against a paged cache.
+"""Decode kernel for TPUs: one query per row against a paged cache.
 
-Bound by the transfer of keys and values: only valid pages are brought, in large pieces, and the next piece, be it the
-next row's, is on its way while one is worked on. A page holds all heads of its tokens in one piece: one transfer brings
-them. Where two cores are one device, each takes half of every row's keys.
+Bound by the transfer of keys and values: only valid pages are read, in large pieces, and the next piece, even the next
+row's, is prefetched while one is computed. A page holds all heads of its tokens contiguously: one transfer reads them.
+Where two cores are one device, each takes half of every row's keys.
 """
 
 from functools import partial

@@ -1,13 +1,13 @@
 """Flash attention on TPUs (Dao et al., arXiv:2205.14135).
 
-A step of the grid is one block of queries of one group: the heads that share a key head are laid one below the other.
+A step of the grid is one block of queries of one group: the query heads of a KV head, stacked.
 It streams the tiles of keys and values that the block may attend to, and no others, by its own double-buffered
 transfers; the last tile of a step starts the first one of the next.
 
-The first tile, and every tile in which some pair is masked, is done by the usual online softmax. All the others take
-the maximum as they find it: weights then may exceed 1, which float32 and bfloat16 hold as exactly, and neither the
-maximum of the scores nor rescaling stands between the two products. Should the sum leave the range in which that is
-safe, the step is done again with exact maxima. See docs/kernels.md.
+The first tile, and every tile in which some pair is masked, is done by the usual online softmax. All the others keep
+the maximum unchanged: weights then may exceed 1, which float32 and bfloat16 hold as exactly, and neither the
+maximum of the scores nor rescaling stands between the two matmuls. Should the sum leave the range in which that is
+safe, the step is repeated with exact maxima. See docs/kernels.md.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Partial results of attention, of parts of the keys, and their sum."""
+"""Partial results of attention over parts of the keys, and their merging."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,4 +1,4 @@
-"""Common parts of the TPU kernels: the chip they are compiled for, block sizes, lengths and interpretation."""
+"""Common parts of the TPU kernels: the chip they are compiled for, block sizes, lengths and interpret mode."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class Blocks:
     Attributes:
         rows: query rows of a forward tile, those of a group's heads together.
         keys: keys of a forward tile: one transfer from main memory.
-        chunk: keys of one pair of products inside of a tile.
+        chunk: keys of one pair of matmuls inside of a tile.
         backward_rows, backward_keys, backward_chunk: the same in the backward kernels.
         decode_bytes: of keys that are transferred at a time in decoding, over all heads; of values as many.
         append_bytes: of tiles that are held at a time in writing new tokens.
@@ -64,7 +64,7 @@ _INTERPRETED: ContextVar[Target | None] = ContextVar("interpreted", default=None
 
 @contextmanager
 def interpreted(interpret: Any = True, blocks: Blocks | None = None, cores: int = 1) -> Iterator[None]:
-    """Interpret the TPU kernels that are traced in this context, by XLA (True) or as `pltpu.InterpretParams` say."""
+    """Run TPU kernels traced in this context in Pallas interpret mode (True, or `pltpu.InterpretParams`)."""
     token = _INTERPRETED.set(Target(blocks or Blocks(), cores, interpret))
     try:
         yield
@@ -83,7 +83,7 @@ def target() -> Target | None:
 
 
 def padded(length: int) -> int:
-    """Round a length up so that a large block divides it: to a quarter of an octave, a multiple of 128.
+    """Round a length up so that a large block divides it: to a quarter of a power of two, a multiple of 128.
 
     Buckets of lengths (see `phi4mm_jax.processing`) are such already, from 512 on.
     """

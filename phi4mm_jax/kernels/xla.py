@@ -1,8 +1,8 @@
 """Attention in plain XLA: the reference, exact and with bounded memory on every platform.
 
-The scores are computed tile by tile with a running maximum and sum, and computed again in the backward pass (Dao et
+The scores are computed tile by tile with a running maximum and sum, and recomputed in the backward pass (Dao et
 al., FlashAttention, arXiv:2205.14135). Tiles that no query of theirs may attend to are not visited. Inside, arrays
-have their heads in front, so that a tile is one contiguous piece a head.
+have their heads in front, so that a tile is one contiguous piece per head.
 """
 
 from functools import partial
