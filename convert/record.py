@@ -24,7 +24,6 @@ parity.
 
 import argparse
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +50,7 @@ from phi4mm_jax.utils.checks import is_whole
 from phi4mm_jax.utils.cli import cli_entrypoint, command_of, make_parser
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import progress_bar
+from phi4mm_jax.utils.strict_json import parse_json
 
 from .reference import Reference, check_layout, load_reference
 
@@ -111,7 +111,7 @@ def read_requests(path: Path, max_new_tokens: int) -> list[Request]:
         InputError: the file is missing or malformed; it names the case and the key.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         cases = values["cases"]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; give a file of cases") from None

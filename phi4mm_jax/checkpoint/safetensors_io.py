@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.utils.strict_json import unique_keys
 
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -77,7 +78,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             with safe_open(file, framework="np"):  # checks that the header and the file's length agree
                 pass
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(length), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise
     except OSError as error:

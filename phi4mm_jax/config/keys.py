@@ -1,35 +1,26 @@
 """Parsed JSON files, and typed access to their keys."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.utils.checks import is_number, is_whole
+from phi4mm_jax.utils.strict_json import parse_json
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON file; a missing or broken one is a CheckpointError that names it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). See who may read it.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}). Download the file again.") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object. Download the file again.")
-    return values
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, in which a key that is there twice is an error."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"{twice!r} is in one object twice")
     return values
 
 

@@ -4,7 +4,6 @@ Besides our own chats these are ms-swift's, LLaMA-Factory's and TRL's, with medi
 in the texts, and OpenAI's, with tools and weights beside them. Keys that change the loss mask are taken or refused.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import with_tools
 from phi4mm_jax.processing.message_parts import looks_like_media, words_of
+from phi4mm_jax.utils.strict_json import parse_json
 
 MESSAGES = ("messages", "conversations", "conversation")
 MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
@@ -73,7 +73,7 @@ def _messages(values: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     name, messages = found[0], values.get(found[0])
     if isinstance(messages, str):  # as tables have it, whose columns are of one type
         try:
-            messages = json.loads(messages)
+            messages = parse_json(messages)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name} is a string, but not JSON ({error})") from None
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
@@ -172,7 +172,7 @@ def _joined(
 def _spoken_calls(where: str, content: Any) -> Iterator[dict[str, Any]]:
     """Parse calls that are written as JSON: an object with name and arguments, or a list of them."""
     try:
-        found = json.loads(content) if isinstance(content, str) else content
+        found = parse_json(content) if isinstance(content, str) else content
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: the tool call is not JSON ({error})") from None
     for call in found if isinstance(found, list) else [found]:

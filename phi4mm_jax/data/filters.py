@@ -16,7 +16,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.edits import edit_distance, optional_module
 from phi4mm_jax.utils.files import open_atomically, write_remedy
-from phi4mm_jax.utils.strict_json import strict_json
+from phi4mm_jax.utils.strict_json import parse_json, strict_json
 
 # Scripts without spaces between words: each character is one.
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
@@ -163,7 +163,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 def _object(text: bytes, where: str) -> Mapping[str, Any]:
     try:
-        values = json.loads(text.decode("utf-8-sig"))
+        values = parse_json(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); expected one object per line") from None
     if not isinstance(values, dict):
@@ -232,8 +232,8 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
 def _moved(messages: Any, prefix: Path) -> Any:
     """Return messages, which may be a string of JSON, with the paths of their media below `prefix`."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
-            return strict_json(_moved(json.loads(messages), prefix), ensure_ascii=False)
+        with contextlib.suppress(json.JSONDecodeError):  # a prompt that begins so
+            return strict_json(_moved(parse_json(messages), prefix), ensure_ascii=False)
     return with_paths(messages, prefix) if isinstance(messages, list) else messages
 
 

@@ -1,7 +1,6 @@
 """Files of samples, read one sample at a time from anywhere in them: JSON Lines, Parquet, and Hugging Face datasets."""
 
 import functools
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import numpy as np
 from phi4mm_jax.data.examples import BadSample
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.paths import local_path
+from phi4mm_jax.utils.strict_json import parse_json
 
 _BLOCK = 1 << 24  # bytes
 _SHORT = 8  # bytes; longer lines are not looked at to tell whether they are empty
@@ -94,7 +94,7 @@ class _JsonLines:
     def read(self, number: int) -> Any:
         try:
             text = os.pread(self._file.fileno(), int(self._lengths[number]), int(self._starts[number]))
-            return json.loads(text.decode("utf-8-sig"))
+            return parse_json(text.decode("utf-8-sig"))
         except OSError as error:
             raise BadSample("line", f"the line cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:

@@ -30,6 +30,7 @@ class Admission:
         """Return the sequence of a request, to be prefilled, and without pages.
 
         Raises:
+            ContextLengthError: the prompt fills the context.
             InputError: the engine has no room for it, or the checkpoint lacks what it asks for.
         """
         length, size, context = len(row.tokens), self._config.page_size, self._processor.context

@@ -21,6 +21,7 @@ from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.checks import is_whole
+from phi4mm_jax.utils.strict_json import unique_keys
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
@@ -170,7 +171,7 @@ def parse_line(
         return Line(number, where, name, None, f"{where}{error}", digest)
 
     try:
-        values = json.loads(text.decode("utf-8"))
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return bad(f" is not UTF-8 (at byte {error.start}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:

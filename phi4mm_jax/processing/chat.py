@@ -12,6 +12,7 @@ from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.message_parts import NEXT, kind_of, looks_like_media, parse_part, string_at
 from phi4mm_jax.processing.prompt import KINDS, Kind, Media, Prompt, Tokens, given_media, parse_raw
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.utils.strict_json import parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
@@ -245,7 +246,7 @@ def _calls(where: str, calls: Any) -> Iterator[dict[str, Any]]:
         arguments = {} if arguments is None else arguments
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = parse_json(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{at}.function.arguments is not JSON ({error}): pass a JSON object") from None
         if not isinstance(arguments, Mapping):

@@ -1,7 +1,6 @@
 """Tokenizer files of a checkpoint folder: `tokenizer.json`, or `vocab.json` with `merges.txt`."""
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.utils.checks import is_whole
+from phi4mm_jax.utils.strict_json import parse_json
 
 # How o200k_base cuts text into the pieces within which tokens are formed; `vocab.json` and `merges.txt` do not say it.
 O200K_PATTERN = "|".join(
@@ -88,7 +88,7 @@ def _load_text(path: Path) -> str:
 def _load_json(path: Path) -> dict[str, Any]:
     text = _load_text(path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         refuse(path, f"is not valid JSON ({error})")
     if not isinstance(content, dict):

@@ -1,6 +1,7 @@
 """Request files as rows of a data set: an index of all their lines first, then the lines that are not answered."""
 
 import codecs
+import contextlib
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from phi4mm_jax.engine.jsonl import digest_number, parse_line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.media import REQUEST, as_json
 from phi4mm_jax.ray.storage import open_storage
+from phi4mm_jax.utils.strict_json import parse_json
 
 _CHUNK_BYTES, _CHUNK_LINES = 16 << 20, 8192  # of a chunk at most: what one task reads
 
@@ -187,5 +189,6 @@ def _parquet_lines(file: Any, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
     table = pq.ParquetFile(file).read_row_group(chunk.start)
     for number, row in enumerate(table.to_pylist(), chunk.number):
         if isinstance(row.get("messages"), str):
-            row["messages"] = json.loads(row["messages"])
+            with contextlib.suppress(ValueError, RecursionError):  # else that row's error
+                row["messages"] = parse_json(row["messages"])
         yield number, json.dumps(as_json(row)).encode()

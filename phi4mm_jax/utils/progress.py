@@ -30,7 +30,11 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
         columns[3:] = [DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        try:
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        except BaseException:
+            progress.update(task, visible=progress.tasks[0].total is not None)  # nothing was begun
+            raise
         progress.update(task, completed=1, total=1) if not progress.tasks[0].total else None
 
 
