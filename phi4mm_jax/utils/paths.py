@@ -54,4 +54,5 @@ def _remedy(scheme: str, rest: str) -> str:
     if scheme == "hf":
         return f"give a model as org/name: {'/'.join(rest.split('/')[:2])}"
     mount = ", or mount it," if scheme in _COPY else ""
-    return f"copy it here ({_COPY.get(scheme, 'download')} {scheme}://{rest} FOLDER){mount} and give that path"
+    output = "; an output is copied there when it is written" if scheme in _COPY else ""
+    return f"copy it here ({_COPY.get(scheme, 'download')} {scheme}://{rest} FOLDER){mount} and give that path{output}"
