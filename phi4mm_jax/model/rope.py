@@ -1,4 +1,7 @@
-"""LongRoPE (arXiv:2402.13753): rotary positions with one set of frequencies for short and one for long sequences."""
+"""LongRoPE (arXiv:2402.13753): rotary positions with one set of frequencies for short and one for long sequences.
+
+The engine chooses the set of a sequence in engine/sequence.py, and preempts it at the boundary in engine/scheduler.py.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from phi4mm_jax.precision import einsum
 
 
 def inverse_frequencies(rope: RopeConfig) -> Float[np.ndarray, "2 R"]:
-    """1 / (factor * theta**(2i/R)) in float32, for short and for long sequences.
+    """Return 1 / (factor * theta**(2i/R)) in float32, for short and for long sequences.
 
     Each step is rounded as PyTorch rounds it: an error in the last place of a frequency would grow with the position,
     to 1e-3 in the logits after 2,000 tokens.
