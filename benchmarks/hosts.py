@@ -14,6 +14,8 @@ Two processes of this machine train the small model as the hosts of one run, on 
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -28,7 +30,15 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from phi4mm_jax.testing.host_runs import ROOT, host_options, outcomes, start_hosts, tensorboard_steps, write_recipe
+from phi4mm_jax.testing.host_runs import (
+    ROOT,
+    free_port,
+    host_options,
+    outcomes,
+    start_hosts,
+    tensorboard_steps,
+    write_recipe,
+)
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE
@@ -91,9 +101,35 @@ def command_of(recipe: Path, run: Path, *more: str) -> list[object]:
 
 
 def start(recipe: Path, run: Path) -> str:
-    check_ends(train(recipe, run, "data.steps=2"), [0, 0])
+    """Start two processes that have imported everything already: they come to the folder at the same moment."""
+    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    forks, address = multiprocessing.get_context("forkserver"), f"localhost:{free_port()}"
+    forks.set_forkserver_preload(["train.sft"])
+    logs = [run.with_name(f"{run.name}-{host}.log") for host in range(2)]
+    commands = [[*command_of(recipe, run, "data.steps=2")[1:], *host_options(address, host)] for host in range(2)]
+    hosts = [forks.Process(target=run_here, args=given) for given in zip(commands, logs, strict=True)]
+    for host in hosts:
+        host.start()
+    end = time.monotonic() + 120
+    for host in hosts:
+        host.join(max(0, end - time.monotonic()))
+    codes = [host.exitcode for host in hosts]
+    for host in hosts:
+        host.kill()
+    assert codes == [0, 0], (codes, [log.read_text() for log in logs])
     check_whole(run, 2)
     return "one recipe, one log"
+
+
+def run_here(command: list[object], log: Path) -> None:
+    """Be a program of the package, in a process of its own."""
+    from train.sft import main
+
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [str(word) for word in command]
+    sys.exit(main())
 
 
 def pair(recipe: Path, run: Path) -> str:
