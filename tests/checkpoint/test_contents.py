@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
 from helpers.checkpoints import save_shards, shards
-from helpers.marks import fast_are
 from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
@@ -75,7 +74,8 @@ def check_golden(model, goldens, name, **arguments):
     np.testing.assert_allclose(logits[-len(golden) :], golden, atol=3e-4)
 
 
-@pytest.mark.parametrize("folder", fast_are(["native"], ["original", "native"]), indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["original", "native"], indirect=True)
 def test_merged_adapters(folder, goldens, tmp_path):
     merge(folder, "vision")
     model = phi4mm_jax.load(folder, dtype="float32")

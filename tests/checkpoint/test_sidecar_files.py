@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
 from safetensors.numpy import load_file, save_file
 from soundfile import read as read_audio
@@ -135,7 +136,7 @@ def test_adapters_only(original, layout):
 # Between the layouts: our own reading.
 
 
-@pytest.mark.parametrize("source", ["original", "release"])
+@pytest.mark.parametrize("source", fast_are(["original"], ["original", "release"]))
 def test_sidecar_files_survive_a_round_trip(source, tmp_path, request):
     source = request.getfixturevalue(source)
     native = write(read_sidecar_files(source, "native"), tmp_path / "native")
@@ -270,7 +271,7 @@ def test_every_key_of_transformers_is_stated(original, transformers):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("source", ["original", "release"])
+@pytest.mark.parametrize("source", fast_are(["original"], ["original", "release"]))
 def test_autotokenizer(source, tmp_path, request, transformers):
     source = request.getfixturevalue(source)
     native = write(read_sidecar_files(source, "native"), tmp_path / "native")
@@ -344,7 +345,7 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("loader", ["peft", "transformers"])
+@pytest.mark.parametrize("loader", fast_are(["transformers"], ["peft", "transformers"]))
 def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers):
     from helpers import torch_native
     from helpers.native_cases import native_inputs

@@ -212,6 +212,7 @@ def test_loss_and_gradients(native: NativeModel, goldens: dict[str, np.ndarray],
 # ------------------------------------------------------------------------------------------------ the interface
 
 
+@pytest.mark.slow
 def test_the_native_forward_merges_alike(native: NativeModel, goldens: dict[str, np.ndarray]):
     """One image and one clip handed to the native forward itself: its merging and its choice of projector are ours."""
     ids = goldens["vision_speech.input_ids"]

@@ -66,7 +66,8 @@ def check_greedy(model, prompt, completion, adapter=0, atol=1e-3):
     np.testing.assert_allclose(completion.log_probabilities, expected, atol=atol)
 
 
-@pytest.mark.parametrize("slots", fast_are([3], [1, 3, 8]))
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3, 8])
 def test_mixed_requests_give_the_golden_tokens(tiny, goldens, slots):
     engine = tiny.engine(dataclasses.replace(SMALL, slots=slots, cache_tokens=2560 * slots))
     cases = random.Random(slots).sample(CASES, len(CASES))
@@ -192,6 +193,7 @@ def test_an_idle_slot_writes_no_page(tiny):
     np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
     monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)
@@ -520,7 +522,7 @@ def poisoned(tiny):
     return run
 
 
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("beams", fast_are([1], [1, 2]))
 def test_a_row_whose_logits_are_not_finite_ends_alone(tiny, poisoned, beams):
     """While it decodes; what it drew before the fault stays its answer. The row beside it is as without it."""
     prompts = texts(2, seed=21)

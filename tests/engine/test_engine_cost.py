@@ -62,7 +62,7 @@ def compiled(tiny, config, program):
 @pytest.mark.parametrize(
     ("program", "dtype"),
     fast_are(
-        [("decode", "int8"), ("prefill", None), ("image", None), ("audio", None), ("set_penalty_mask", None)],
+        [("decode", "int8"), ("image", None), ("audio", None), ("set_penalty_mask", None)],
         [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
          ("set_penalty_mask", None)],
     ),

@@ -78,7 +78,8 @@ def test_training_at_2k_with_segments_compiles(mesh):
         assert name in text
 
 
-def test_prefill_at_128k_compiles(mesh):
+@pytest.mark.slow
+def test_attention_at_128k_compiles(mesh):
     def program(q, k, v, offset, lengths):
         return flash_attention(q, k, v, causal=True, q_offset=offset, kv_lengths=lengths)
 
@@ -87,12 +88,14 @@ def test_prefill_at_128k_compiles(mesh):
     assert "phi4mm_flash_fwd" in text
 
 
+@pytest.mark.slow
 @only_v6e
 def test_backward_at_128k_compiles(mesh):
     text = compiled(mesh, lambda *x: with_gradients(*x, causal=True), *(shape(1, 131_072, n, 128) for n in (3, 1, 1)))
     assert "phi4mm_flash_bwd_dkv" in text
 
 
+@pytest.mark.slow
 @only_v6e
 def test_vision_tower_compiles(mesh):
     def program(q, k, v, mask):
@@ -117,7 +120,7 @@ def test_decoding_at_128k_compiles(mesh, int8):
 
 
 @pytest.mark.parametrize("int8", fast_are([True], [False, True]))
-def test_prefill_at_128k(mesh, int8):
+def test_prefill_over_pages_at_128k_compiles(mesh, int8):
     """A chunk of 2048 tokens; pages are read where they lie."""
 
     def program(q, k, v, starts, lengths, tables, scales):
@@ -222,6 +225,7 @@ def test_training_copies_neither_queries_nor_keys_nor_their_gradients(mesh, deco
     assert [c for c in copies(text, BATCH * KV_HEADS * LENGTH * 128) if "128]" in c] == []
 
 
+@pytest.mark.slow
 @only_v6e
 @pytest.mark.parametrize("dtype", fast_are([jnp.int8], [jnp.bfloat16, jnp.int8]))
 def test_decoding_copies_no_pages(mesh, decoders, dtype):
@@ -233,6 +237,7 @@ def test_decoding_copies_no_pages(mesh, decoders, dtype):
     assert copies(text, 8 * KV_HEADS * PAGE * 128) == []
 
 
+@pytest.mark.slow
 @only_v6e
 @pytest.mark.parametrize("dtype", fast_are([jnp.int8], [jnp.bfloat16, jnp.int8]))
 def test_beams_copy_no_more_pages_than_they_part_with(mesh, decoders, dtype):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
-from helpers.marks import fast_are
 from helpers.paths import TINY
 
 from phi4mm_jax.checkpoint.layouts.original import original_table
@@ -66,7 +65,8 @@ def answer_loss(model, variables, batch, prompt_tokens):
     return -log_probabilities[np.arange(len(positions)), batch.tokens[0, positions]].mean()
 
 
-@pytest.mark.parametrize("remat", fast_are(["full"], ["full", "attention", "dots"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
 def test_gradients_with_remat_are_golden(scanned, goldens, remat):
     """Without it, and of the other cases, they are in tests/training/test_step.py."""
     name = "grad_vision_speech"

@@ -86,6 +86,7 @@ def test_the_layout_is_current():
     assert packages - named == {"phi4mm_jax/generation"}, "packages that README.md does not name"
 
 
+@pytest.mark.slow
 def test_commands(work, monkeypatch, capfd):
     monkeypatch.chdir(work)
     places = {"MODEL": TINY, "RECIPES": ROOT / "train/recipes"}

@@ -91,7 +91,8 @@ def test_the_vision_adapter_carries_it(name, adapter, tmp_path):
     assert measured(tmp_path / "run", HELD / f"{name}.jsonl", "ocr", "--adapter", adapter) <= 10
 
 
-@pytest.mark.parametrize("adapter", fast_are(["none"], ["none", "vision"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["none", "vision"])
 def test_the_speech_adapter_carries_it(adapter, tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr", "--adapter", adapter) >= 80
 

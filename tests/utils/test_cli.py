@@ -118,6 +118,7 @@ def test_arguments_are_checked_before_the_checkpoint_is_read(arguments, named, m
 ANSWER = ("infer.generate", "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "8", "Describe.")
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_an_encoding_that_lacks_the_answer(tiny):
     (completion,) = tiny.generate([[{"role": "user", "content": "Describe."}]], max_new_tokens=8)
@@ -127,6 +128,7 @@ def test_an_encoding_that_lacks_the_answer(tiny):
     assert result.stdout == completion.text.encode("ascii", "backslashreplace").decode() + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_an_answer_that_cannot_be_written():
     with open("/dev/full", "w") as full:
@@ -155,7 +157,7 @@ def test_demo_answers_what_is_expected():
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+@pytest.mark.parametrize("platform", fast_are(["cuda"], ["cuda", "rocm"]))
 def test_a_missing_backend_is_one_line(platform):
     result = run("infer.generate", "--model", str(TINY), "hello", JAX_PLATFORMS=platform)
     assert result.returncode == 2
