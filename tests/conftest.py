@@ -1,23 +1,20 @@
 """Eight host devices for all tests, set before jax is imported; what one process compiles, all can use."""
 
-import atexit
 import os
-import shutil
-import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inherit it
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="phi4mm-jax-tests-")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inherit it; the next run finds it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(4 << 30)  # a bound makes jax lock the folder
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # XLA's TPU compiler takes minutes to carry along where in pytest's deep calls an operation comes from.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 
 import json
+import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import numpy as np
