@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ class Service:
 
     Attributes:
         name: of the model, for clients.
+        workers: threads in which bodies are parsed and media read.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Service:
     read_media: MediaReader
     metrics: Metrics
     created: int
+    workers: Executor
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served."""
@@ -115,9 +118,7 @@ async def _answer(
                     raise failed(completion)
                 news.put_nowait((place, update))
     except TimeoutError:
-        taken = time.monotonic() - began
-        message = f"not answered within {taken:.3g} seconds; allow more time, ask for fewer tokens, or send it again"
-        news.put_nowait(ApiError(504, message, kind="timeout_error", code="timeout"))
+        news.put_nowait(_too_late(began))
     except Exception as error:
         news.put_nowait(error)
 
@@ -131,16 +132,26 @@ async def completions_of(updates: AsyncIterator[tuple[int, Update]], count: int)
     return [found[place] for place in range(count)]
 
 
-async def in_thread(work: Callable[[], T]) -> T:
+async def in_thread(service: Service, work: Callable[[], T], deadline: float) -> T:
     """Run what takes long or blocks in a thread.
 
     Raises:
-        ApiError: an InputError of the work.
+        ApiError: an InputError of the work, or it takes too long.
     """
+    began = time.monotonic()
     try:
-        return await asyncio.to_thread(work)
+        async with asyncio.timeout_at(deadline):
+            return await asyncio.get_running_loop().run_in_executor(service.workers, work)
     except InputError as error:
         raise bad_input(error) from error
+    except TimeoutError:
+        raise _too_late(began) from None
+
+
+def _too_late(began: float) -> ApiError:
+    taken = time.monotonic() - began
+    message = f"not answered within {taken:.3g} seconds; allow more time, ask for fewer tokens, or send it again"
+    return ApiError(504, message, kind="timeout_error", code="timeout")
 
 
 async def while_connected(http: HttpRequest, work: Awaitable[T]) -> T | None:

@@ -6,6 +6,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, File, Form, UploadFile
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -43,6 +45,7 @@ PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
 _OPEN = ("/", "/health", "/ready", "/openapi.json")  # without a key, and what is below /page
 _NO_KEYS = {"body", "query", "path", "str", *PART_MODELS}  # what pydantic puts between the keys
+_WORKERS = 32  # threads that read media: a slow one holds up few others
 _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows this one
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -94,11 +97,12 @@ def create_app(
         make_engine: makes an engine with so many `slots`; called again after one has stopped by an error.
     """
     limits = settings.limits
-    fetch = Fetcher(limits.remote_bytes, limits.remote_seconds) if settings.remote_media else None
+    fetch = Fetcher(limits.remote_bytes) if settings.remote_media else None
     service = Service(
         name=settings.name, host=EngineHost(make_engine, warm_up=settings.warm_up), tokenizer=tokenizer,
         queue=FairQueue(2 * slots, limits.max_waiting),  # the media of as many as run are processed meanwhile
         limits=limits, read_media=MediaReader(limits, fetch), metrics=Metrics(), created=int(time.time()),
+        workers=ThreadPoolExecutor(_WORKERS, "phi4mm-media"),
     )  # fmt: skip
     store = Store(settings.files, limits)
     batches = Batches(store, _batch_answer(service), parallel=slots)
@@ -113,9 +117,11 @@ def create_app(
         finally:
             await batches.close()
             await service.host.close()
+            service.workers.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="phi4mm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
+    app.openapi = lambda: _described(app)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Exception, _on_failure)
@@ -124,6 +130,19 @@ def create_app(
     _add_status(app, service)
     app.add_middleware(Gate, service=service, settings=settings)
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document, without the answers to bad input that FastAPI would give itself."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def _batch_answer(service: Service) -> Callable[[str, dict[str, Any], str], Any]:
@@ -355,11 +374,12 @@ class Gate:
         self._app, self._metrics, self._limits = app, service.metrics, service.limits
         self._keys = [key.encode() for key in settings.api_keys]
         self._loopback = settings.loopback and not settings.api_keys
+        self._held = 0  # bytes of the bodies that are here
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        status = 499
+        status, held = 499, [0]
 
         async def counted(message: Any) -> None:
             nonlocal status
@@ -377,13 +397,41 @@ class Gate:
                     raise _too_large(limit)
             except ApiError as error:
                 return await error.response()(scope, receive, counted)
-            await self._app(scope, _limited(receive, limit), counted)
+            await self._app(scope, self._limited(receive, limit, held), counted)
         except Exception:
             status = 500
             raise
         finally:
+            self._held -= held[0]
             route = scope.get("route")
             self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def _limited(self, receive: Any, limit: int, held: list[int]) -> Any:
+        """Return what receives a body, and is an error beyond the limits or where nothing comes for long.
+
+        Args:
+            held: the bytes so far are counted there.
+        """
+        more = True
+
+        async def limited() -> Any:
+            nonlocal more
+            try:
+                async with asyncio.timeout(_PATIENCE if more else None):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"nothing of the body came for {_PATIENCE} seconds; send it again") from None
+            more, count = message.get("more_body", False), len(message.get("body", b""))
+            held[0] += count
+            self._held += count
+            if held[0] > limit:
+                raise _too_large(limit)
+            if self._held > self._limits.held_bytes:
+                raise ApiError(429, "the server has as many bytes of requests as it may; send it again later",
+                               kind="rate_limit_error", code="server_busy", retry_after=5)  # fmt: skip
+            return message
+
+        return limited
 
     def _check_host(self, headers: Headers) -> None:
         name = headers.get("host", "").lower()
@@ -403,26 +451,6 @@ class Gate:
             raise ApiError(401, "the request has no API key, or an unknown one; send Authorization: Bearer KEY",
                            kind="authentication_error", code="invalid_api_key")  # fmt: skip
         return hashlib.sha256(given).hexdigest()
-
-
-def _limited(receive: Any, limit: int) -> Any:
-    """Return what receives a body, and is an error beyond the limit or where nothing comes for long."""
-    count, more = 0, True
-
-    async def limited() -> Any:
-        nonlocal count, more
-        try:
-            async with asyncio.timeout(_PATIENCE if more else None):
-                message = await receive()
-        except TimeoutError:
-            raise ApiError(408, f"nothing of the body came for {_PATIENCE} seconds; send it again") from None
-        more = message.get("more_body", False)
-        count += len(message.get("body", b""))
-        if count > limit:
-            raise _too_large(limit)
-        return message
-
-    return limited
 
 
 def _too_large(limit: int) -> ApiError:

@@ -83,7 +83,7 @@ async def parse_audio(
         sampling = Sampling(temperature=temperature)
         return Request(chat, max_new_tokens=service.limits.max_new_tokens, sampling=sampling), seconds
 
-    request, seconds = await in_thread(parse)
+    request, seconds = await in_thread(service, parse, deadline)
     spoken = "english" if task == "translate" else None if language is None else LANGUAGES[language]
     return AudioJob(task, request, seconds, deadline, form, logprobs, spoken)
 

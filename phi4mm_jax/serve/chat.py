@@ -64,7 +64,7 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
         return replace(request, top_logprobs=body.top_logprobs or 0)
 
     deadline = service.deadline(body.timeout)
-    request = await in_thread(parse)
+    request = await in_thread(service, parse, deadline)
     return ChatJob(
         choices(request, count), deadline, bool(body.logprobs),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),

@@ -65,7 +65,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
         return [choice for request in asked for choice in choices(request, count)]
 
     deadline = service.deadline(body.timeout)
-    requests = await in_thread(parse)
+    requests = await in_thread(service, parse, deadline)
     echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(count)]
     return TextJob(
         requests, echoed, count, deadline, body.logprobs is not None,

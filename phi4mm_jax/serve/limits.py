@@ -16,6 +16,7 @@ class Limits:
 
     Attributes:
         max_body_bytes: of a request, its media included.
+        held_bytes: of all bodies together that the server has at a time; more are refused for the moment.
         file_bytes: of a file for batches.
         stored_bytes: of all files for batches together.
         max_images: of a request, a video being as many as it may have frames.
@@ -27,7 +28,7 @@ class Limits:
         top_logprobs: the most alternatives of each token.
         max_new_tokens: of answers whose request does not say.
         remote_bytes: of a medium that is fetched.
-        remote_seconds: that fetching it may take.
+        remote_seconds: that fetching all media of a request may take.
         max_waiting: requests that wait for the engine; more are refused for the moment.
         timeout: seconds that a request may take, waiting included, which may itself ask for less.
 
@@ -36,6 +37,7 @@ class Limits:
     """
 
     max_body_bytes: int = 64 * _MIB
+    held_bytes: int = 4096 * _MIB
     file_bytes: int = 512 * _MIB
     stored_bytes: int = 8192 * _MIB
     max_images: int = MAX_FRAMES

@@ -3,6 +3,7 @@
 A server opens no file that a client names: media are data URLs, base64, or, where that is allowed, fetched.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class _Count:
     images: int = 0
     audios: int = 0
     audio_seconds: float = 0.0
+    fetch_end: float = 0.0  # by time.monotonic
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class MediaReader:
     """Reads the media of messages. Call it in a thread: it decodes, and may download.
 
     Attributes:
-        fetch: downloads a URL; None where that is not allowed.
+        fetch: downloads a URL within some seconds; None where that is not allowed.
     """
 
     limits: Limits
-    fetch: Callable[[str, str], bytes] | None = None
+    fetch: Callable[[str, str, float], bytes] | None = None
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the messages with each medium as bytes, in parts that `render_chat` takes.
@@ -41,7 +43,7 @@ class MediaReader:
         Raises:
             InputError: a medium is none, not allowed, or beyond a limit.
         """
-        count = _Count()
+        count = _Count(fetch_end=time.monotonic() + self.limits.remote_seconds)
         return [self._message(f"messages[{i}]", message, count) for i, message in enumerate(messages)]
 
     def audio(self, where: str, content: bytes) -> float:
@@ -68,11 +70,11 @@ class MediaReader:
         given = part[key] if isinstance(part[key], Mapping) else {**part, "url": part[key]}
         settings = {name: given[name] for name in ("detail", "frames", "max_crops") if given.get(name) is not None}
         at, medium = f"{where}.{key}", _KINDS[kind]
-        content = self._content(at, given["url"], medium)
+        content = self._content(at, given["url"], medium, count)
         getattr(self, f"_check_{medium}")(at, content, count, **({"settings": settings} if medium == "video" else {}))
         return {"type": medium, medium: content} | settings
 
-    def _content(self, where: str, url: str, kind: str) -> bytes:
+    def _content(self, where: str, url: str, kind: str, count: _Count) -> bytes:
         scheme = url[: url.find(":") + 1].lower()
         if scheme == "data:":
             return locate(where, url, kind)
@@ -83,7 +85,7 @@ class MediaReader:
                 f"{where} is {url!r:.200}: this server fetches nothing (--allow-remote-media); pass a data URL, "
                 f"data:{kind}/...;base64,..."
             )
-        return self.fetch(where, url)
+        return self.fetch(where, url, max(count.fetch_end - time.monotonic(), 0.0))
 
     def _check_image(self, where: str, content: bytes, count: _Count) -> None:
         self._count_images(where, 1, count)

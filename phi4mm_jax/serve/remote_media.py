@@ -42,28 +42,29 @@ class Fetcher:
 
     Attributes:
         max_bytes: of a medium.
-        max_seconds: for all of it, redirects included.
         allowed: tells whether an address may be connected to.
     """
 
     max_bytes: int
-    max_seconds: float
     allowed: Callable[[str], bool] = is_public
     context: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
-    def __call__(self, where: str, url: str) -> bytes:
+    def __call__(self, where: str, url: str, seconds: float) -> bytes:
         """Return the content.
+
+        Args:
+            seconds: for all of it, redirects included.
 
         Raises:
             MediaError: it is not allowed, too large, too slow or not there; it begins with `where`.
         """
-        end = time.monotonic() + self.max_seconds
+        end = time.monotonic() + seconds
         for _ in range(_REDIRECTS + 1):
             try:
                 content, target = self._get(url, end)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() >= end:
-                    cause = f"takes longer than {self.max_seconds:g} seconds"
+                    cause = f"takes longer than the {seconds:.3g} seconds that are left"
                 else:
                     cause = f"cannot be fetched ({error or type(error).__name__})"
                 raise MediaError(f"{where} is {url!r:.200}, which {cause}; pass its bytes as a data URL") from error

@@ -120,6 +120,33 @@ def test_too_many_wait(tokenizer, tmp_path):
     assert found == [200, 200, 200]
 
 
+def test_bodies_are_bounded_together(tokenizer, tmp_path):
+    """The first request holds its bytes until it is answered; the next one has room then."""
+    app = make_app(when_told, tokenizer, tmp_path, Limits(held_bytes=1500))
+    body = {"messages": [{"role": "user", "content": "a" * 1000}]}
+    with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+        found = []
+        first = threading.Thread(
+            target=lambda: found.append(client.post("/v1/chat/completions", json=body).status_code)
+        )
+        first.start()
+        wait_for(lambda: app.state.service.host.asked)
+        refused = client.post("/v1/chat/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "server_busy")
+        app.state.service.host.go.set()
+        first.join()
+        assert found == [200]
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_the_document_describes_what_is_answered(tokenizer, tmp_path):
+    paths = make_app(answer, tokenizer, tmp_path).openapi()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/audio/transcriptions", "/v1/audio/translations",
+            "/v1/files", "/v1/batches", "/v1/models", "/health", "/ready", "/metrics"} <= paths.keys()  # fmt: skip
+    assert all("422" not in operation["responses"] for path in paths.values() for operation in path.values())
+    assert {"400", "413", "429", "503", "504"} <= paths["/v1/chat/completions"]["post"]["responses"].keys()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_cancels_its_request(tokenizer, tmp_path, stream):
     app = make_app(never, tokenizer, tmp_path)

@@ -1,0 +1,227 @@
+"""The server under load, beside the engine alone on the same requests: python -m benchmarks.serving_load.
+
+Clients of the OpenAI API send held-out questions about text, pictures and clips to `infer.serve`, a process of its own.
+A tenth of the requests is cancelled after the first token, a tenth is malformed. Every other one has to be answered
+as the engine alone answers it; what is not is counted, and the exit status is then 1.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+import phi4mm_jax
+from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.evaluation.items import read_items
+
+ROOT = Path(__file__).parent.parent
+TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".ogg": "audio/ogg", ".wav": "audio/wav", ".flac": "audio/flac"}
+MALFORMED: list[tuple[dict[str, Any], int]] = [
+    ({"messages": []}, 400),
+    ({"messages": [{"role": "user", "content": "one"}], "temperature": -1}, 400),
+    ({"messages": [{"role": "user", "content": "one"}], "model": "another"}, 404),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]}, 400),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA"}}]}]}, 400),
+    ({"messages": [{"role": "user", "content": "one"}], "unknown": True}, 400),
+]
+
+
+@dataclass
+class Counts:
+    """What became of the requests."""
+
+    equal: int = 0
+    other: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    wrong_status: list[str] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)  # seconds to the first token, of those answered
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving_load", description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "assets" / "tiny"), help="a checkpoint's folder")
+    parser.add_argument("--items", type=Path, nargs="+", help="manifests of questions",
+                        default=sorted((ROOT / "tests" / "fixtures" / "held").glob("*.jsonl")))  # fmt: skip
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    chats = [item.prompt for path in arguments.items for item in read_items(path)]
+    drawn = random.Random(0)
+    plan = [drawn.choices(["answer", "cancel", "malformed"], [8, 1, 1])[0] for _ in range(arguments.requests)]
+    asked = [drawn.randrange(len(chats)) for _ in plan]
+
+    answered = [chats[i] for i, kind in zip(asked, plan, strict=True) if kind == "answer"]
+    own, tokens, alone = engine_alone(arguments, chats, answered)
+    with server(arguments) as (url, process):
+        before = memory(process)
+        counts, seconds = asyncio.run(load(url, [as_sent(chat) for chat in chats], own, plan, asked, arguments))
+        figures = httpx.get(f"{url}/metrics").text
+        after = memory(process)
+        left = {name: figure(figures, name) for name in ("running", "waiting", "cache_pages_in_use", "slots_in_use")}
+    rate, own_rate = tokens / seconds, tokens / alone
+    p50, p99 = np.percentile(counts.first, [50, 99])
+    print(f"{len(plan)} requests of {arguments.clients} clients, {arguments.slots} slots, {processor()}")
+    print("| | requests/s | tokens/s |\n|---|---|---|")
+    print(f"| engine alone | {len(answered) / alone:.1f} | {own_rate:.0f} |")
+    print(f"| server, with cancelled and malformed ones beside | {len(answered) / seconds:.1f} | {rate:.0f} |")
+    print(f"server / engine alone: {rate / own_rate:.2f}; first token p50 {p50:.2f} s, p99 {p99:.2f} s")
+    print(f"answers equal to the engine's: {counts.equal}, others: {counts.other}; cancelled: {counts.cancelled}")
+    print(f"refused as expected: {counts.refused}, otherwise: {len(counts.wrong_status)} {counts.wrong_status[:3]}")
+    print(f"left over: {left}; resident memory {before:.0f} MiB before, {after:.0f} MiB after")
+    return 1 if counts.other or counts.wrong_status or any(left.values()) else 0
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(slots=arguments.slots, cache_tokens=16384, top_logprobs=20)
+
+
+def engine_alone(arguments: argparse.Namespace, chats: Sequence[Any], answered: Sequence[Any]) -> Any:
+    """Return the answer to each chat, and the tokens and seconds of all that are to be answered."""
+    model = phi4mm_jax.load(arguments.model, dtype="float32")
+    engine = model.engine(engine_config(arguments))
+    engine.warm_up()
+    request = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in chats]
+    own = {place: completion.text for place, completion in engine.run(request)}
+    again = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in answered]
+    began = time.perf_counter()
+    tokens = sum(len(completion.tokens) for _, completion in engine.run(again))
+    return own, tokens, time.perf_counter() - began
+
+
+@contextmanager
+def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Start the server; gives its URL and process once it is ready."""
+    command = [
+        sys.executable, "-m", "infer.serve", "--model", arguments.model, "--dtype", "float32", "--slots",
+        str(arguments.slots), "--cache-tokens", "16384", "--port", "0", "--max-waiting", str(2 * arguments.clients),
+    ]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        try:
+            while not (found := re.search(r"http://[\d.]+:\d+", contents(log))):
+                if process.poll() is not None:
+                    raise RuntimeError(contents(log))
+                time.sleep(0.1)
+            while httpx.get(f"{found[0]}/ready").status_code != 200:
+                time.sleep(0.5)
+            yield found[0], process.pid
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+        finally:
+            process.kill()
+
+
+def contents(log: Any) -> str:
+    return os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
+
+
+def as_sent(chat: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a chat as clients send it: media as data URLs."""
+
+    def part(given: dict[str, Any]) -> dict[str, Any]:
+        kind = given["type"]
+        if kind == "text":
+            return given
+        path = Path(given[kind])
+        url = f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+
+    def content(given: Any) -> Any:
+        return given if isinstance(given, str) else [part(each) for each in given]
+
+    return [{**message, "content": content(message["content"])} for message in chat]
+
+
+async def load(
+    url: str, chats: Sequence[Any], own: dict[int, str], plan: Sequence[str], asked: Sequence[int], arguments: Any
+) -> tuple[Counts, float]:
+    """Send all requests; so many clients, each one after the other."""
+    counts, left = Counts(), iter(enumerate(zip(plan, asked, strict=True)))
+    limits = httpx.Limits(max_connections=arguments.clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+
+        async def client() -> None:
+            for number, (kind, place) in left:
+                if kind == "malformed":
+                    body, expected = MALFORMED[number % len(MALFORMED)]
+                    status = (await http.post("/v1/chat/completions", json=body)).status_code
+                    if status == expected:
+                        counts.refused += 1
+                    else:
+                        counts.wrong_status.append(f"{body} got {status}"[:200])
+                    continue
+                body = {"messages": chats[place], "max_tokens": arguments.max_new_tokens, "stream": True}
+                began, text = time.perf_counter(), ""
+                async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    if answer.status_code != 200:
+                        counts.wrong_status.append(f"{answer.status_code} {(await answer.aread())[:200]!r}")
+                        continue
+                    async for line in answer.aiter_lines():
+                        piece = content_of(line)
+                        if piece and not text:
+                            if kind == "cancel":
+                                break
+                            counts.first.append(time.perf_counter() - began)
+                        text += piece
+                if kind == "cancel":
+                    counts.cancelled += 1
+                elif text == own[place]:
+                    counts.equal += 1
+                else:
+                    counts.other += 1
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(arguments.clients)))
+        seconds = time.perf_counter() - began
+        await asyncio.sleep(1)  # the last ones that were cancelled end
+    return counts, seconds
+
+
+def content_of(line: str) -> str:
+    """Return the text of an event."""
+    data = line.removeprefix("data: ")
+    if not data.startswith("{"):
+        return ""
+    event = json.loads(data)
+    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))
+
+
+def figure(metrics: str, name: str) -> float:
+    found = re.search(rf"^phi4mm_{name} (\S+)$", metrics, re.M)
+    assert found is not None, name
+    return float(found[1])
+
+
+def memory(process: int) -> float:
+    """Return a process's resident memory in MiB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else 'unknown processor'}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
