@@ -64,6 +64,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _content(*types: str) -> dict[int | str, dict[str, Any]]:
+    """Describe answers of other types than JSON."""
+    return {200: {"content": {kind: {} for kind in types}}}
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """Settings of a server.
@@ -170,7 +175,7 @@ def _validated(kind: type[BaseModel], body: dict[str, Any]) -> Any:
 
 
 def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) -> None:
-    @app.post("/v1/chat/completions", responses=_ERRORS)
+    @app.post("/v1/chat/completions", responses=_ERRORS | _content("text/event-stream"))
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a chat, at once or as server-sent events."""
         job = await parse_chat(service, body)
@@ -178,7 +183,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             return EventStream(chat_events(service, _client(http), job))
         return await response_of(http, chat_answer(service, _client(http), job))
 
-    @app.post("/v1/completions", responses=_ERRORS)
+    @app.post("/v1/completions", responses=_ERRORS | _content("text/event-stream"))
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue raw prompts, at once or as server-sent events."""
         job = await parse_completion(service, body)
@@ -203,7 +208,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             return EventStream(audio.audio_events(service, _client(http), job), last=None)
         return await response_of(http, audio.audio_answer(service, _client(http), job))
 
-    @app.post("/v1/audio/transcriptions", responses=_ERRORS)
+    @app.post("/v1/audio/transcriptions", responses=_ERRORS | _content("text/event-stream", "text/plain"))
     async def transcriptions(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
         model: Annotated[str | None, Form()] = None,
@@ -228,7 +233,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             temperature=temperature, timeout=timeout, logprobs=bool(include),
         )  # fmt: skip
 
-    @app.post("/v1/audio/translations", responses=_ERRORS)
+    @app.post("/v1/audio/translations", responses=_ERRORS | _content("text/event-stream", "text/plain"))
     async def translations(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
         model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(description="only empty")] = "",
@@ -285,7 +290,7 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         store.delete_file(file_id, _owner(http))
         return {"id": file_id, "object": "file", "deleted": True}
 
-    @app.get("/v1/files/{file_id}/content", responses=_ERRORS)
+    @app.get("/v1/files/{file_id}/content", responses=_ERRORS | _content("application/octet-stream"))
     async def file_content(file_id: str, http: HttpRequest) -> Response:
         """Return what is in a file."""
         store.read(file_id, _owner(http))

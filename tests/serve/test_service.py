@@ -144,6 +144,8 @@ def test_the_document_describes_what_is_answered(tokenizer, tmp_path):
     assert {"/v1/chat/completions", "/v1/completions", "/v1/audio/transcriptions", "/v1/audio/translations",
             "/v1/files", "/v1/batches", "/v1/models", "/health", "/ready", "/metrics"} <= paths.keys()  # fmt: skip
     assert all("422" not in operation["responses"] for path in paths.values() for operation in path.values())
+    described = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
+    assert described.keys() == {"application/json", "text/event-stream"}
     assert {"400", "413", "429", "503", "504"} <= paths["/v1/chat/completions"]["post"]["responses"].keys()
 
 
