@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
@@ -66,7 +67,8 @@ def flash_attention(
         raise InputError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if (q_segments is None) != (kv_segments is None):
         raise InputError("flash_attention: q_segments and kv_segments must be given together")
-    q_offset = jnp.zeros(batch, jnp.int32) if q_offset is None else jnp.asarray(q_offset)
+    if q_offset is None or isinstance(q_offset, int):  # known when traced: see `Limits`
+        q_offset = np.full(batch, q_offset or 0, np.int32)
     q_offset = jnp.broadcast_to(q_offset, batch) if q_offset.ndim == 0 else q_offset
     for name, argument, shape in (
         ("q_offset", q_offset, (batch,)),
@@ -83,19 +85,20 @@ def flash_attention(
             raise InputError(f"flash_attention: {name} has dtype {argument.dtype}")
     if kv_mask is not None:  # masked keys are a segment without queries
         k, v = _cleared(kv_mask, k, v)
-        q_segments = jnp.zeros((batch, q_len), jnp.int32) if q_segments is None else q_segments
+        q_segments = np.zeros((batch, q_len), np.int32) if q_segments is None else q_segments
         kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
     segments = None
     if q_segments is not None and kv_segments is not None:
-        segments = q_segments.astype(jnp.int32), kv_segments.astype(jnp.int32)
+        ids = q_segments.astype(jnp.int32)
+        segments = ids, ids if kv_segments is q_segments else kv_segments.astype(jnp.int32)
     limits = Limits(
         q_offset.astype(jnp.int32),
-        jnp.full(batch, kv_len, jnp.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, kv_len).astype(jnp.int32),
+        np.full(batch, kv_len, np.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, kv_len).astype(jnp.int32),
         segments,
     )
     factor = size**-0.5 if scale is None else float(scale)
     out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
-    chosen = choose("flash_attention", implementation, "prefill", q, k, v, limits)
+    chosen = choose("flash_attention", implementation, "prefill", q, k, v, limits, causal)
     if kv_lengths is not None and not chosen.masks_values:
         k, v = _cleared(jnp.arange(kv_len) < kv_lengths[:, None], k, v)
     out, lse = chosen.prefill(q, k, v, limits, causal=causal, scale=factor, out_dtype=out_dtype)

@@ -1,17 +1,34 @@
 """Limits of the keys that a query may attend to, as every implementation takes them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 
 class Limits(NamedTuple):
     """Limits of each row, int32.
 
     Query t of row b attends to key s if s < kv_lengths[b], the ids of their segments are the same and, where
-    attention is causal, s <= t + q_offset[b].
+    attention is causal, s <= t + q_offset[b]. What is known when a program is traced is a numpy array.
     """
 
-    q_offset: Int[Array, " B"]
-    kv_lengths: Int[Array, " B"]
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None  # of queries and of keys
+    q_offset: Int[Any, " B"]
+    kv_lengths: Int[Any, " B"]
+    segments: tuple[Int[Any, "B T"], Int[Any, "B S"]] | None  # of queries, of keys; one array where they are equal
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether each row's first query is known to be at its first key."""
+        return isinstance(self.q_offset, np.ndarray) and not self.q_offset.any()
+
+    def takes_all(self, num_keys: int) -> bool:
+        """Return whether all keys are known to be valid."""
+        return isinstance(self.kv_lengths, np.ndarray) and bool((self.kv_lengths == num_keys).all())
+
+    @property
+    def key_mask(self) -> Bool[Array, "B S"] | None:
+        """Keys that may be attended to, where the queries are known to be one segment; else None."""
+        if self.segments is None or not isinstance(self.segments[0], np.ndarray) or self.segments[0].any():
+            return None
+        return self.segments[1] == 0

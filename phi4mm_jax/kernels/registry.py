@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import pallas_tpu, xla
+from phi4mm_jax.kernels import cudnn, pallas_tpu, xla
 
 Operation = Literal["prefill", "decode", "append", "cached"]
+
+
+def _missing(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("`supports` is asked first")
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class Implementation:
     Arguments are checked before, shapes as in `phi4mm_jax.kernels`. A function runs on the mesh in context.
 
     Attributes:
-        supports: supports(operation, *arguments), with the positional arguments of the operation, returns None, or the
-            reason why it does not run on these arguments or on this platform, as a clause for an error.
+        supports: supports(operation, *arguments), with the positional arguments of the operation and, in prefill,
+            whether it is causal, returns None, or the reason why it does not run on these arguments or on this
+            platform, as a clause for an error.
         prefill: prefill(q, k, v, limits, *, causal, scale, out_dtype) returns the output and the log-sum-exp (B, T, N).
         decode: decode(q, k, v, layer, lengths, tables, scales, *, scale) returns (o, m, l); scales is a pair or None.
         append: append(caches, new, layer, pages, slots) returns the caches.
@@ -31,14 +36,14 @@ class Implementation:
     """
 
     supports: Callable[..., str | None]
-    prefill: Callable[..., Any]
-    decode: Callable[..., Any]
+    prefill: Callable[..., Any] = _missing
+    decode: Callable[..., Any] = _missing
     append: Callable[..., Any] | None = None
     cached: Callable[..., Any] | None = None
     masks_values: bool = False
 
 
-# By name, in order of preference; the last one supports everything but `append` and `cached`.
+# By name, in order of preference; the last one has everything but `append` and `cached`.
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(
         pallas_tpu.supports,
@@ -48,6 +53,7 @@ IMPLEMENTATIONS = {
         pallas_tpu.cached,
         masks_values=True,
     ),
+    "cudnn": Implementation(cudnn.supports, prefill=cudnn.prefill),
     "xla": Implementation(xla.supports, xla.flash_attention, xla.decode_attention),
 }
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention import random, reference
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
@@ -26,36 +27,6 @@ SMALL = tpu.Blocks(
 )  # several tiles even of short sequences
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
-
-
-def reference(
-    q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_segments=None, kv_segments=None, scale=None
-):
-    """The output and the log-sum-exp of attention written out in float64."""
-    batch, length, heads, size = q.shape
-    keys = k.shape[1]
-    k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (size**-0.5 if scale is None else scale)
-    allowed = np.ones((batch, length, keys), bool)
-    if causal:
-        offset = np.broadcast_to(np.asarray(q_offset), (batch,))
-        allowed &= np.arange(keys) <= (np.arange(length) + offset[:, None])[..., None]
-    if kv_lengths is not None:
-        allowed &= np.arange(keys) < np.asarray(kv_lengths)[:, None, None]
-    if kv_mask is not None:
-        allowed &= kv_mask[:, None, :]
-    if q_segments is not None:
-        allowed &= q_segments[:, :, None] == kv_segments[:, None]
-    some, allowed = np.any(allowed, axis=-1)[:, None], np.expand_dims(allowed, 1)
-    scores = jnp.where(allowed, scores, -1e30)
-    lse = jax.nn.logsumexp(scores, -1)
-    weights = jnp.where(allowed, jnp.exp(scores - lse[..., None]), 0.0)
-    return jnp.einsum("bnts,bsnh->btnh", weights, v), jnp.where(some, lse, -np.inf).swapaxes(1, 2)
-
-
-def random(seed, *shapes, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
 def random_qkv(seed, batch, length, keys, heads, kv_heads, size, dtype=np.float32):

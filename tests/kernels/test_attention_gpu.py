@@ -1,0 +1,247 @@
+"""Attention by cuDNN, without a GPU: the calls in the lowered program, and that what they are told gives attention."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.attention import random, reference
+from helpers.marks import fast_are
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels import cudnn, flash_attention, gpu
+from phi4mm_jax.model.decoder import attend
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
+HOPPER, AMPERE, TURING = (gpu.Target(capability) for capability in ((9, 0), (8, 0), (7, 5)))
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def lowered(target, function, *arguments) -> str:
+    """The program for CUDA, traced anew: jax does not know that the target changes what is traced."""
+    with gpu.assumed(target):
+        return jax.jit(lambda *x: function(*x)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text: str) -> list[tuple[str, str]]:
+    """cuDNN's calls in a lowered program, each with its kind of mask."""
+    return re.findall(r"(__cudnn\$\w+)\(.*?mask_type[^A-Z]+([A-Z_]+)", text)
+
+
+def gradients_of(**options):
+    def program(q, k, v, limits):
+        out, pull = jax.vjp(lambda *x: flash_attention(*x, **options, **limits), q, k, v)
+        return pull(out)
+
+    return program
+
+
+IDS, LENGTHS = shape(2, 256, dtype=jnp.int32), {"kv_lengths": shape(2, dtype=jnp.int32)}
+PROGRAMS = {
+    "training": (gradients_of(causal=True), (24, 8, 128), {}, "CAUSAL"),
+    "padded rows": (gradients_of(causal=True), (24, 8, 128), LENGTHS, "PADDING_CAUSAL"),
+    "crops": (gradients_of(causal=False), (16, 16, 72), {"kv_mask": shape(2, 256, dtype=jnp.bool_)}, "PADDING"),
+}
+
+
+@pytest.mark.parametrize(("program", "sizes", "limits", "mask"), PROGRAMS.values(), ids=PROGRAMS)
+def test_cudnn_is_called_forward_and_backward(program, sizes, limits, mask):
+    heads, kv_heads, size = sizes
+    q, k = shape(2, 256, heads, size), shape(2, 256, kv_heads, size)
+    assert calls(lowered(HOPPER, program, q, k, k, limits)) == [(FORWARD, mask), (BACKWARD, mask)]
+
+
+def test_cudnn_is_called_for_packed_rows_on_hopper_only():
+    def program(q, k, v, ids, limits):
+        return gradients_of(causal=True, q_segments=ids, kv_segments=ids)(q, k, v, limits)
+
+    q, k = shape(2, 256, 24, 128), shape(2, 256, 8, 128)
+    text = lowered(HOPPER, program, q, k, k, IDS, LENGTHS)
+    assert calls(text) == [(FORWARD, "PADDING_CAUSAL"), (BACKWARD, "PADDING_CAUSAL")]
+    assert re.findall(r"max_seg_per_batch\\22: (\d+)", text) == ["32", "32"]
+    assert calls(lowered(AMPERE, program, q, k, k, IDS, LENGTHS)) == []
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_chunk_of_a_prompt_attends_by_cudnn(int8):
+    """In a loop over blocks of keys: those before the chunk, those that begin with it, or both and their merge."""
+    pages = shape(3, 65, 8, 64, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
+    scales = [shape(3, 65, 8, 64, dtype=jnp.float32)] * 2 if int8 else []
+    numbers = shape(2, dtype=jnp.int32)
+    rows = CachedInputs(numbers, numbers, shape(2, 32, dtype=jnp.int32))
+    tensors = *(shape(2, 256, n, 128) for n in (24, 8, 8)), shape(dtype=jnp.int32)
+    found = calls(lowered(HOPPER, attend, *tensors, rows, KVCache(pages, pages, *scales)))
+    assert found == [(FORWARD, "PADDING"), (FORWARD, "PADDING_CAUSAL")] * 2
+
+
+@pytest.mark.parametrize(
+    ("target", "q", "options", "named"),
+    [
+        (TURING, shape(1, 64, 4, 128), {}, "8.0 or later"),
+        (HOPPER, shape(1, 64, 4, 128, dtype=jnp.float32), {}, "q has dtype float32"),
+        (HOPPER, shape(1, 64, 4, 20), {}, "multiples of 8 up to 256"),
+        (AMPERE, shape(1, 64, 4, 256), {}, "multiples of 8 up to 128"),
+        (HOPPER, shape(1, 64, 4, 128), {"kv_mask": np.ones((1, 64), bool)}, "kv_mask is given"),
+        (AMPERE, shape(1, 64, 4, 128), {"segments": (1, 1)}, "9.0 on"),
+        (HOPPER, shape(1, 64, 4, 128), {"segments": (1, 2)}, "q_segments and kv_segments differ"),
+        (HOPPER, shape(1, 64, 4, 128), {"segments": (1, 1), "q_offset": 64}, "q_segments and q_offset"),
+    ],
+)
+def test_what_cudnn_cannot_take_is_named_and_left_to_xla(target, q, options, named):
+    if "segments" in options:
+        ids = {i: np.full((1, 64), i) for i in options["segments"]}
+        of_q, of_keys = options["segments"]
+        options = {"q_segments": ids[of_q], "kv_segments": ids[of_keys], **options}
+        del options["segments"]
+
+    def program(q, k, v, implementation=None):
+        return flash_attention(q, k, v, causal=True, implementation=implementation, **options)
+
+    assert calls(lowered(target, program, q, q, q)) == []
+    with gpu.assumed(target), pytest.raises(InputError, match=f"flash_attention: .*{named}"):
+        jax.eval_shape(lambda *x: program(*x, implementation="cudnn"), q, q, q)
+
+
+def test_cudnn_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(gpu, "target", lambda: HOPPER)
+    monkeypatch.setattr(cudnn, "cuda_versions", None)
+    q = jnp.zeros((1, 64, 4, 128), jnp.bfloat16)
+    with pytest.raises(InputError, match=r"needs cuDNN, .*jax\[cuda13\]"):
+        flash_attention(q, q, q, causal=True, implementation="cudnn")
+
+
+def dense(q, k, q_lengths, kv_lengths, starts, call):
+    """Scores of all pairs in the layout that cuDNN is given, and where it is told that they count."""
+    batch, length, heads, size = q.shape
+    keys = k.shape[1]
+    if starts is None:
+        starts, keep = jnp.arange(batch) * length, jnp.eye(batch, dtype=bool)[:, None, :, None]
+        q_lengths = jnp.full(batch, length) if q_lengths is None else q_lengths
+        kv_lengths = jnp.full(batch, keys) if kv_lengths is None else kv_lengths
+        t, s = jnp.arange(length), jnp.arange(keys)
+        allowed = (t < q_lengths[:, None])[:, :, None] & (s < kv_lengths[:, None])[:, None]
+        allowed = keep & allowed[:, :, None]
+        allowed &= (s <= t[:, None])[:, None] if call.causal else True  # (B, T, B, S)
+    else:
+        at = jnp.arange(batch * length)
+        within = (at >= starts[:, None]) & (at < (starts + q_lengths)[:, None])  # (R, B T)
+        valid = (at >= starts[:, None]) & (at < (starts + kv_lengths)[:, None])
+        allowed = jnp.einsum("RT,RS->TS", within.astype(int), valid.astype(int)) > 0
+        allowed &= (at <= at[:, None]) if call.causal else True
+    allowed = allowed.reshape(batch * length, batch * keys)
+    k = jnp.repeat(k, heads // k.shape[2], 2).reshape(-1, heads, size)
+    scores = jnp.einsum("TNH,SNH->NTS", q.reshape(-1, heads, size), k) * call.scale
+    return scores, allowed
+
+
+def forward(q, k, v, q_lengths, kv_lengths, starts, call):
+    """What cuDNN is told to compute; rows that nothing is said about are not a number."""
+    batch, length, heads, size = q.shape
+    scores, allowed = dense(q, k, q_lengths, kv_lengths, starts, call)
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    log_sum = jax.nn.logsumexp(scores, -1)
+    v = jnp.repeat(v, heads // v.shape[2], 2).reshape(-1, heads, size)
+    out = jnp.einsum("NTS,SNH->TNH", jnp.exp(scores - log_sum[..., None]), v).reshape(q.shape)
+    if starts is None:
+        return out, log_sum.reshape(heads, batch, length).swapaxes(0, 1)
+    place = jnp.arange(length)
+    rows = log_sum[:, jnp.minimum(starts[:, None] + place, batch * length - 1)].swapaxes(0, 1)  # (R, N, T)
+    return out, jnp.where((place < q_lengths[:, None])[:, None], rows, jnp.nan)
+
+
+def backward(q, k, v, q_lengths, kv_lengths, starts, log_sum, out, d_out, call):
+    """From the log-sum-exp as it is handed over: with a wrong one the weights are wrong."""
+    batch, length, heads, size = q.shape
+    scores, allowed = dense(q, k, q_lengths, kv_lengths, starts, call)
+    if starts is None:
+        flat = log_sum.swapaxes(0, 1).reshape(heads, -1)
+    else:
+        at = jnp.arange(batch * length)
+        run = ((at >= starts[:, None]) & (at < (starts + q_lengths)[:, None])).argmax(0)
+        flat = log_sum[run, :, at - starts[run]].T
+    weights = jnp.where(allowed, jnp.exp(scores - flat[..., None]), 0.0)
+    d_out, out = (x.reshape(-1, heads, size) for x in (d_out, out))
+    wide = [jnp.repeat(x, heads // x.shape[2], 2).reshape(-1, heads, size) for x in (k, v)]
+    d_scores = weights * (jnp.einsum("TNH,SNH->NTS", d_out, wide[1]) - (d_out * out).sum(-1).T[..., None]) * call.scale
+    dq = jnp.einsum("NTS,SNH->TNH", d_scores, wide[0]).reshape(q.shape)
+    d_wide = (
+        jnp.einsum("NTS,TNH->SNH", d_scores, q.reshape(-1, heads, size)),
+        jnp.einsum("NTS,TNH->SNH", weights, d_out),
+    )
+    group = heads // k.shape[2]
+    return dq, *(x.reshape(*k.shape[:3], group, size).sum(3) for x in d_wide)
+
+
+PACKED = np.array([[1] * 20 + [2] * 7 + [5] * 13 + [0] * 8, [3] * 48])  # padding behind the first row's samples
+SCATTERED = np.arange(48)[None] % np.array([[3], [5]])  # segments in many pieces: not for cuDNN
+CASES = {
+    "causal": (True, 48, {}),
+    "lengths, one of nothing": (True, 48, {"lengths": [30, 0]}),
+    "bidirectional, lengths": (False, 48, {"lengths": [48, 5]}),
+    "packed": (True, 48, {"segments": PACKED, "lengths": [40, 47]}),
+    "packed, a segment without keys": (True, 48, {"segments": PACKED, "lengths": [21, 48]}),
+    "segments in many pieces": (True, 48, {"segments": SCATTERED, "lengths": [48, 33]}),
+    "mask": (False, 48, {"kv_mask": np.random.default_rng(0).integers(0, 2, (2, 48)).astype(bool)}),
+    "mask of nothing": (False, 48, {"kv_mask": np.arange(48)[None] >= np.array([[48], [9]])}),
+    "keys before the queries": (True, 20, {"lengths": [20, 7], "offset": [25, 19]}),
+    "keys from the queries on": (True, 64, {"lengths": [64, 30], "offset": [0, -9]}),
+    "keys before, among and behind the queries": (True, 100, {"lengths": [90, 100], "offset": [33, -47]}),
+    "keys before and among the queries, one row of nothing": (True, 40, {"lengths": [40, 0], "offset": [17, 30]}),
+}
+
+
+FAST = ("lengths, one of nothing", "packed, a segment without keys", "keys before, among and behind the queries")
+
+
+@pytest.mark.parametrize("case", fast_are(FAST, CASES))
+def test_what_cudnn_is_told_gives_attention(monkeypatch, case):
+    """Its contract written out stands in for cuDNN: lengths, offsets of segments, the log-sum-exp there and back."""
+    causal, count, limits = CASES[case]
+    monkeypatch.setattr(cudnn, "_bind_forward", forward)
+    monkeypatch.setattr(cudnn, "_bind_backward", backward)
+    q, k, v, d_out = random(0, (2, 48, 6, 16), *[(2, count, 2, 16)] * 2, (2, 48, 6, 16))
+    keys = cudnn.Keys(**{name: jnp.asarray(x, jnp.int32) for name, x in limits.items() if name != "kv_mask"})
+
+    def program(q, k, v, d_out):
+        def attention(q, k, v):
+            return cudnn.flash_attention(q, k, v, keys, limits.get("kv_mask"), causal=causal, scale=0.25)
+
+        ours, pull = jax.vjp(lambda *x: attention(*x)[0], q, k, v)
+        log_sum = attention(q, k, v)[1]
+        return ours, log_sum, *pull(d_out)
+
+    names = {"lengths": "kv_lengths", "offset": "q_offset", "kv_mask": "kv_mask"}
+    options = {names[name]: np.asarray(x) for name, x in limits.items() if name in names}
+    if "segments" in limits:
+        options |= {"q_segments": limits["segments"], "kv_segments": limits["segments"]}
+    with jax.enable_x64(True):
+        wide = [x.astype(np.float64) for x in (q, k, v)]
+        (out, log_sum), pull = jax.vjp(lambda *x: reference(*x, causal=causal, scale=0.25, **options), *wide)
+        expected = out, log_sum, *pull((d_out.astype(np.float64), np.zeros(log_sum.shape)))
+    for ours, theirs in zip(jax.jit(program, compiler_options=QUICK)(q, k, v, d_out), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_log_sum_exp_has_a_gradient(monkeypatch):
+    """Which cuDNN has not: parts that are merged by it are differentiated by XLA."""
+    monkeypatch.setattr(cudnn, "_bind_forward", forward)
+    q, k, v, d_log_sum = random(1, (2, 48, 6, 16), *[(2, 48, 2, 16)] * 2, (2, 48, 6))
+    call = {"causal": True, "scale": 0.25}
+
+    def log_sum_exp(q, k, v):
+        return cudnn.flash_attention(q, k, v, cudnn.Keys(), None, **call)[1]
+
+    def program(q, k, v, d_log_sum):
+        return jax.vjp(log_sum_exp, q, k, v)[1](d_log_sum)
+
+    with jax.enable_x64(True):
+        _, expected = jax.vjp(lambda *x: reference(*x, **call)[1], *(x.astype(np.float64) for x in (q, k, v)))
+        expected = expected(d_log_sum.astype(np.float64))
+    for ours, theirs in zip(jax.jit(program, compiler_options=QUICK)(q, k, v, d_log_sum), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
