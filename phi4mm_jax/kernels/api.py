@@ -67,11 +67,11 @@ def flash_attention(
         raise InputError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if (q_segments is None) != (kv_segments is None):
         raise InputError("flash_attention: q_segments and kv_segments must be given together")
-    if q_offset is None or isinstance(q_offset, int):  # known when traced: see `Limits`
-        q_offset = np.full(batch, q_offset or 0, np.int32)
-    q_offset = jnp.broadcast_to(q_offset, batch) if q_offset.ndim == 0 else q_offset
+    is_known = q_offset is None or isinstance(q_offset, int)  # when traced: see `Limits`
+    offset: Any = np.full(batch, q_offset or 0, np.int32) if is_known else jnp.asarray(q_offset)
+    offset = jnp.broadcast_to(offset, batch) if offset.ndim == 0 else offset
     for name, argument, shape in (
-        ("q_offset", q_offset, (batch,)),
+        ("q_offset", offset, (batch,)),
         ("kv_lengths", kv_lengths, (batch,)),
         ("kv_mask", kv_mask, (batch, kv_len)),
         ("q_segments", q_segments, (batch, q_len)),
@@ -85,14 +85,13 @@ def flash_attention(
             raise InputError(f"flash_attention: {name} has dtype {argument.dtype}")
     if kv_mask is not None:  # masked keys are a segment without queries
         k, v = _cleared(kv_mask, k, v)
-        q_segments = np.zeros((batch, q_len), np.int32) if q_segments is None else q_segments
         kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
     segments = None
-    if q_segments is not None and kv_segments is not None:
-        ids = q_segments.astype(jnp.int32)
+    if kv_segments is not None:
+        ids = np.zeros((batch, q_len), np.int32) if q_segments is None else q_segments.astype(jnp.int32)
         segments = ids, ids if kv_segments is q_segments else kv_segments.astype(jnp.int32)
     limits = Limits(
-        q_offset.astype(jnp.int32),
+        offset.astype(jnp.int32),
         np.full(batch, kv_len, np.int32) if kv_lengths is None else jnp.clip(kv_lengths, 0, kv_len).astype(jnp.int32),
         segments,
     )

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from phi4mm_jax.kernels import gpu
 from phi4mm_jax.kernels.api import flash_attention
 from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
 
 KEYS_PER_BLOCK = 2048  # that are attended to at once where no kernel reads pages
+KEYS_PER_BLOCK_ON_GPU = 8192  # likewise: a block costs launches and a pass over the output
 
 
 @jax.named_scope("cached_attention")
@@ -81,6 +83,8 @@ def _attend_by_blocks(q, k, v, layer, starts, lengths, tables, scales, *, scale:
     """
     size = k.shape[3]
     pages = max(KEYS_PER_BLOCK // size, 1)
+    if gpu.target():
+        pages = min(max(KEYS_PER_BLOCK_ON_GPU // size, 1), tables.shape[1])
     keys = pages * size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     k_scales, v_scales = scales or (None, None)
@@ -107,12 +111,14 @@ def _gather(
     """Gather keys or values of each row's first pages.
 
     Args:
-        filled: pages of each row to take; zeros follow.
+        filled: pages of each row to take; zeros follow, or on GPUs the other pages of the table.
     """
     batch, count = table.shape
 
     def gathered(x):
         _, _, heads, size, *rest = x.shape
+        if gpu.target():
+            return x[layer, table].swapaxes(2, 3).reshape(batch, count * size, heads, *rest)
 
         def one(i, out):
             b, n = jax.lax.div(i, filled), jax.lax.rem(i, filled)

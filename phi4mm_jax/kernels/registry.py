@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import cudnn, pallas_tpu, xla
+from phi4mm_jax.kernels import cudnn, pallas_gpu, pallas_tpu, xla
 
 Operation = Literal["prefill", "decode", "append", "cached"]
 
@@ -54,6 +54,7 @@ IMPLEMENTATIONS = {
         masks_values=True,
     ),
     "cudnn": Implementation(cudnn.supports, prefill=cudnn.prefill),
+    "pallas_gpu": Implementation(pallas_gpu.supports, decode=pallas_gpu.decode, append=pallas_gpu.append),
     "xla": Implementation(xla.supports, xla.flash_attention, xla.decode_attention),
 }
 

@@ -1,7 +1,8 @@
 """Paged KV cache: allocate, write, copy pages, quantise.
 
 Pages are written and copied one by one, in the cache's own memory layout: a scatter or gather would make XLA for TPUs
-transpose (relayout) the whole cache, and back (docs/kernels.md).
+transpose (relayout) the whole cache, and back (docs/kernels.md). On GPUs each of these would be a launch, and a scatter
+along one axis of all tokens and heads is in place.
 """
 
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig
-from phi4mm_jax.kernels import append_tokens
+from phi4mm_jax.kernels import append_tokens, gpu
 from phi4mm_jax.kernels.cached import row_major
+from phi4mm_jax.kernels.pallas_gpu import scatter
 from phi4mm_jax.mesh import Axes, over_mesh
 
 
@@ -109,6 +111,10 @@ def _write(
     size = k.shape[1] // count
 
     def put(old, new):
+        if gpu.target():
+            pieces = new.reshape(*new.shape[:2], count, size, *new.shape[3:]).swapaxes(1, 2)
+            return scatter(old, pieces, layer, pages, slots)
+
         def one(i, x):
             b, n = i // count, i % count
             piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)

@@ -16,6 +16,7 @@ from phi4mm_jax.kernels import (
     cached_attention,
     decode_attention,
     flash_attention,
+    gpu,
     merge_partials,
     tpu,
     xla,
@@ -27,6 +28,7 @@ SMALL = tpu.Blocks(
 )  # several tiles even of short sequences
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
+DECODERS = CONTEXTS | {"pallas_gpu": lambda: gpu.assumed(gpu.Target(cores=3, interpret=True))}  # 2 parts of a row
 
 
 def random_qkv(seed, batch, length, keys, heads, kv_heads, size, dtype=np.float32):
@@ -125,6 +127,12 @@ def implementation(request):
         yield request.param
 
 
+@pytest.fixture(params=DECODERS)
+def decoder(request):
+    with DECODERS[request.param]():
+        yield request.param
+
+
 class TestEveryImplementation:
     @pytest.mark.parametrize(("shape", "options"), CASES.values(), ids=CASES)
     def test_values_and_gradients(self, implementation, shape, options):
@@ -162,7 +170,7 @@ class TestEveryImplementation:
 
     @pytest.mark.parametrize("int8", [False, True])
     @pytest.mark.parametrize("layer", [0, 1])
-    def test_decode_reads_pages(self, implementation, layer, int8):
+    def test_decode_reads_pages(self, decoder, layer, int8):
         lengths = np.array([1, 0, 300, 640], np.int32)
         k, v, tables = pages_of(4, lengths, kv_heads=2)
         (q,) = random(5, (4, 6, 128))
@@ -174,7 +182,7 @@ class TestEveryImplementation:
             extra = {"k_scales": jnp.asarray(k_scales), "v_scales": jnp.asarray(v_scales)}
         out = decode_attention(
             *map(jnp.asarray, (q, k, v)), layer=jnp.int32(layer), lengths=jnp.asarray(lengths),
-            tables=jnp.asarray(tables), implementation=implementation, **extra,
+            tables=jnp.asarray(tables), implementation=decoder, **extra,
         )  # fmt: skip
         expected, _ = reference(
             q[:, None], unpaged(expected_k[layer], tables), unpaged(expected_v[layer], tables), causal=False,
@@ -206,7 +214,7 @@ class TestEveryImplementation:
         for ours, theirs in zip((out, lse), expected, strict=True):
             np.testing.assert_allclose(np.asarray(ours)[valid], np.asarray(theirs)[valid], atol=3e-6)
 
-    def test_partial_results_merge(self, implementation):
+    def test_partial_results_merge(self, decoder):
         """Each of two shards has some of a row's keys, and of one row none."""
         lengths = np.array([200, 640], np.int32)
         k, v, tables = pages_of(6, lengths, kv_heads=1)
@@ -215,7 +223,7 @@ class TestEveryImplementation:
         parts = [
             decode_attention(
                 *map(jnp.asarray, (q, k, v)), layer=0, lengths=jnp.asarray(part), tables=jnp.asarray(table),
-                return_partials=True, implementation=implementation,
+                return_partials=True, implementation=decoder,
             )
             for table, part in halves
         ]  # fmt: skip
@@ -383,8 +391,9 @@ def test_bad_arguments_of_decoding_are_named(arguments, named):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_append_writes_each_rows_token_alone(dtype):
-    """Six rows, four at once, one of which rests, in the first, a middle and the last token of a page."""
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_append_writes_each_rows_token_alone(platform, dtype):
+    """Six rows, one of which rests, in the first, a middle and the last token of a page; on TPUs four at once."""
     draw = np.random.default_rng(0)
     shape = (2, 9, 2, 128, 128)
     caches = [jnp.asarray(draw.integers(-100, 100, shape), dtype) for _ in range(2)]
@@ -394,7 +403,8 @@ def test_append_writes_each_rows_token_alone(dtype):
     pages, slots = np.array([3, 8, 0, 5, 7, 1]), np.array([0, 5, 127, 33, 64, 31])  # the last page is for what rests
     blocks = tpu.Blocks(append_bytes=4 * 4 * 2 * 32 * 128 * caches[0].dtype.itemsize + (1 << 14))
     pltpu.reset_tpu_interpret_mode_state()
-    with tpu.interpreted(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"), blocks):
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    with tpu.interpreted(params, blocks) if platform == "tpu" else gpu.assumed(gpu.Target()):
         found = jax.jit(lambda c, n: append_tokens(c, n, layer=1, pages=pages, slots=slots))(caches, new)
     assert found is not None
     for cache, token, written in zip(caches, new, found, strict=True):
@@ -402,4 +412,4 @@ def test_append_writes_each_rows_token_alone(dtype):
         for row in (0, 2, 3, 4, 5):
             expected[1, pages[row], :, slots[row]] = token[row]
         np.testing.assert_array_equal(written, expected)
-    assert not interpret_pallas_call.races.races_found
+    assert not getattr(interpret_pallas_call.races, "races_found", False)

@@ -1,6 +1,7 @@
-"""Attention by cuDNN, without a GPU: the calls in the lowered program, and that what they are told gives attention."""
+"""Attention on GPUs, without one: cuDNN's calls in the lowered program, what they are told, and compiled PTX."""
 
 import re
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 from helpers.attention import random, reference
 from helpers.marks import fast_are
+from helpers.paths import FIXTURES
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels import cudnn, flash_attention, gpu
+from phi4mm_jax.kernels import cudnn, decode_attention, flash_attention, gpu, pallas_gpu_decode
 from phi4mm_jax.model.decoder import attend
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
+from phi4mm_jax.testing.compiled import copies
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 HOPPER, AMPERE, TURING = (gpu.Target(capability) for capability in ((9, 0), (8, 0), (7, 5)))
@@ -245,3 +250,105 @@ def test_log_sum_exp_has_a_gradient(monkeypatch):
         expected = expected(d_log_sum.astype(np.float64))
     for ours, theirs in zip(jax.jit(program, compiler_options=QUICK)(q, k, v, d_log_sum), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "q", "pages", "named"),
+    [
+        (TURING, (1, 8, 128), (1, 4, 4, 64, 128), "8.0 or later"),
+        (HOPPER, (1, 8, 128), (1, 4, 4, 24, 128), "pages of 16 n tokens"),
+        (HOPPER, (1, 8, 72), (1, 4, 4, 64, 72), "head sizes 16, 32, 64"),
+        (HOPPER, (1, 68, 128), (1, 4, 4, 64, 128), "up to 16 heads"),
+    ],
+)
+def test_what_the_decoding_kernel_cannot_take_is_named(target, q, pages, named):
+    def program(q, k, v):
+        return decode_attention(
+            q, k, v, layer=0, lengths=jnp.ones(1, jnp.int32), tables=jnp.zeros((1, 4), jnp.int32),
+            implementation="pallas_gpu",
+        )  # fmt: skip
+
+    with gpu.assumed(target), pytest.raises(InputError, match=named):
+        jax.eval_shape(program, shape(*q), shape(*pages), shape(*pages))
+
+
+def test_splits_keep_all_multiprocessors_busy():
+    splits = [pallas_gpu_decode.splits_of(batch, 8, 2048, HOPPER.cores) for batch in (1, 8, 64)]
+    assert splits == [128, 16, 2]
+    assert pallas_gpu_decode.splits_of(1, 8, 3, HOPPER.cores) == 2  # tiles are not shared
+
+
+def test_cached_rows_on_gpus_attend_as_whole_ones():
+    """Two chunks and a decoded token, of which the second row rests in the second chunk; pages are shuffled."""
+    lengths = np.array([49, 18])
+    q, k, v = random(3, (2, 49, 6, 16), *[(2, 49, 2, 16)] * 2)
+    expected, _ = reference(q, k, v, causal=True)
+    pages = jnp.full((2, 9, 2, 16, 16), 7.0)
+    cache, tables = KVCache(pages, pages), jnp.asarray([[5, 0, 7, 2], [1, 6, 3, 4]], jnp.int32)
+    with gpu.assumed(gpu.Target(cores=3, interpret=True)):
+        for starts, ends in (([0, 0], [32, 17]), ([32, 0], [48, 0]), ([48, 17], [49, 18])):
+            width = 1 if ends[0] == 49 else ends[0] - starts[0]
+            at = np.minimum(np.array(starts)[:, None] + np.arange(width), 48)[..., None, None]
+            new = (jnp.asarray(np.take_along_axis(x, at, 1)) for x in (q, k, v))
+            rows = CachedInputs(jnp.asarray(starts), jnp.asarray(ends), tables)
+            out, cache = jax.jit(attend, compiler_options=QUICK)(*new, jnp.int32(1), rows, cache)
+            for row in range(2):
+                count = max(ends[row] - starts[row], 0)
+                theirs = expected[row, starts[row] : starts[row] + count]
+                np.testing.assert_allclose(out[row, :count], theirs, atol=3e-6)
+    assert (cache.k[0] == 7).all()  # the other layer
+    written = np.asarray(cache.k[1][tables]).swapaxes(2, 3).reshape(2, -1, 2, 16)
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(written[row, :length], k[row, :length])
+
+
+@pytest.fixture(scope="module")
+def h200():
+    """A mesh of one H200 that there is not, to compile for; it takes jax's CUDA plugin, not a GPU."""
+    if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
+        pytest.skip("jax-cuda13-plugin is not installed: nothing can be compiled for a GPU")
+    config = (FIXTURES / "h200_target_config.txtpb").read_text()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h200", target_config=config, topology="1x1x1"
+    )
+    return Mesh(np.array(topology.devices), ("x",))
+
+
+def compiled(mesh, function, arguments, **options):
+    place = NamedSharding(mesh, jax.P())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    with gpu.assumed(HOPPER):
+        return jax.jit(function).lower(*arguments).compile(options)
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory):
+    """One folder for what the compiler writes: it keeps to the first that a process names."""
+    return tmp_path_factory.mktemp("dumps")
+
+
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_at_128k_compiles_without_spills(h200, dumps, int8, page):
+    """The release's 24 and 8 heads of 128, and both page sizes; within the shared memory of a block."""
+
+    def program(q, k, v, lengths, tables, scales):
+        k_scales, v_scales = scales or (None, None)
+        return decode_attention(q, k, v, layer=1, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales)
+
+    count = 131_072 // page + 1
+    pages = shape(32, count, 8, page, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
+    scales = (shape(32, count, 8, page, dtype=jnp.float32),) * 2 if int8 else None
+    numbers, tables = shape(1, dtype=jnp.int32), shape(1, count - 1, dtype=jnp.int32)
+    text = compiled(
+        h200, program, (shape(1, 24, 128), pages, pages, numbers, tables, scales),
+        xla_gpu_fail_ptx_compilation_on_register_spilling=True, xla_dump_to=str(dumps),
+    ).as_text()  # fmt: skip
+    assert copies(text or "", pages.size) == []
+    written = sorted(dumps.glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns)
+    path = [x for x in written if ".entry phi4mm_decode(" in x.read_text()][-1]
+    ptx = path.read_text()
+    assert "mma.sync" in ptx
+    assert "cp.async" in ptx  # tiles on their way while others are worked on
+    assert "ld.local" not in ptx
+    assert "st.local" not in ptx

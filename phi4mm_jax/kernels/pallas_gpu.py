@@ -1,0 +1,69 @@
+"""Decoding on NVIDIA GPUs by a Pallas kernel, and writing new tokens, on the mesh in context."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from phi4mm_jax.kernels import gpu, pallas_gpu_decode
+from phi4mm_jax.mesh import Axes, over_mesh
+
+
+def supports(operation: str, *arguments: Any) -> str | None:
+    """Return why an operation cannot run on these arguments, if so; see `registry.Implementation`."""
+    target = gpu.target()
+    if target is None:
+        return "implementation 'pallas_gpu' needs an NVIDIA GPU, and this is none; use 'xla'"
+    match operation, arguments:
+        case "decode", (q, k, *_):
+            return pallas_gpu_decode.unsupported(q, k, target)
+        case "append", _:
+            return None
+    return f"implementation 'pallas_gpu' has no {operation}"
+
+
+def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
+    """Compute (o, m, l), heads split over the mesh."""
+    of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
+    of_tables = None if tables is None else Axes(None, None)
+    target = gpu.target()
+    assert target is not None  # `supports` was asked
+    return over_mesh(
+        partial(pallas_gpu_decode.decode_attention, scale=scale, target=target),
+        (q, k, v, layer, lengths, tables, scales),
+        (of_q, of_pages, of_pages, Axes(), Axes(None), of_tables, scales and (Axes(*of_pages[:4]),) * 2),
+        (of_q, Axes(None, "heads"), Axes(None, "heads")),
+        rows=1,
+        heads=k.shape[2],
+    )
+
+
+def append(
+    caches: Sequence[Array],
+    new: Sequence[Array],
+    layer: Int[Array, ""],
+    pages: Int[Array, " B"],
+    slots: Int[Array, " B"],
+) -> tuple[Array, ...]:
+    """Write one token a row in place, on this device: one scatter along the axis of all tokens and heads of a cache."""
+    return tuple(
+        scatter(cache, token[:, None, :, None], layer, pages[:, None], slots[:, None])
+        for cache, token in zip(caches, new, strict=True)
+    )
+
+
+def scatter(
+    cache: Array, pieces: Array, layer: Int[Array, ""], pages: Int[Array, "B n"], slots: Int[Array, "B n"]
+) -> Array:
+    """Write pieces (B, n, K, T, ...) into pages of a cache (L, P, K, S, ...), each from a slot on.
+
+    Nothing is written into the last page, the scratch page.
+    """
+    _, per_layer, heads, page_size, *rest = cache.shape
+    page = ((layer * per_layer + pages)[..., None] * heads + jnp.arange(heads)) * page_size  # (B, n, K)
+    place = (page + slots[..., None])[..., None] + jnp.arange(pieces.shape[3])
+    flat = cache.reshape(-1, *rest)
+    place = jnp.where((pages == per_layer - 1)[..., None, None], len(flat), place)  # out of bounds: dropped
+    return flat.at[place.reshape(-1)].set(pieces.reshape(-1, *rest), mode="drop").reshape(cache.shape)
