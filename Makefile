@@ -6,7 +6,8 @@ EXTRA ?= cpu
 TESTS ?= tests
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -n 3 --dist loadfile
+# Files in the order of tests/conftest.py, each in one worker.
+PYTEST := $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs lint test test-all test-slow
 .DELETE_ON_ERROR:

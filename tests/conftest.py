@@ -29,6 +29,21 @@ def pytest_configure() -> None:
     assert jax.device_count() == 8, "the tests need 8 host devices; was jax imported before tests/conftest.py?"
 
 
+LONGEST = (
+    "training/test_step.py", "training/test_runs.py", "engine/test_engine.py", "programs/test_small_model.py",
+    "programs/test_notebooks.py", "programs/test_ray.py", "programs/test_batch.py", "engine/test_beam_search.py",
+    "kernels/test_attention_compiled.py", "engine/test_requests.py", "engine/test_soak.py", "model/test_rows.py",
+    "model/test_goldens.py", "programs/test_readme.py", "test_mesh.py", "utils/test_cli.py",
+    "checkpoint/test_convert.py", "programs/test_commands.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left with one of them at the end."""
+    places = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup():
     return (yield from _skipped_without_pytorch())
