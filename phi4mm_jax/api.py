@@ -72,8 +72,8 @@ def load(
         merge: merge this adapter ("vision", "speech") into the weights, and drop all: prompts of its modality are
             answered as before, without the adapter's cost; others are errors.
         scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...). The loop
-            compiles faster, but XLA's CPU backend copies each layer's parameters out of the stack for every token. By
-            default a loop, except on one CPU.
+            compiles faster, but XLA for CPUs and GPUs copies each layer's parameters out of the stack for every token.
+            By default a loop, except on one CPU or GPU.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -109,7 +109,7 @@ def load(
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     if scan is None:
-        scan = mesh is not None or jax.default_backend() != "cpu"
+        scan = mesh is not None or jax.default_backend() not in ("cpu", "gpu")
     if not scan:
         for collection in variables.values():
             collection["decoder"] = unstack_layers(collection["decoder"])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.engine.sampling import SamplingRows, sample
+from phi4mm_jax.kernels import gpu
 from phi4mm_jax.mesh import check_heads, jit_on_mesh
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.kv_cache import copy_pages
@@ -155,7 +156,7 @@ class Programs:
         )  # fmt: skip
         last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
-        logits = self._apply(variables, hidden, method="logits")
+        logits = self._apply(variables, _pad_single(hidden), method="logits")[: len(hidden)]
         tokens = sample(logits, inputs.num_output_tokens, inputs.sampling, token_seen[inputs.slots])
         log_probabilities = _log_probability(logits, tokens)
         sampled = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
@@ -187,12 +188,14 @@ class Programs:
             active = left > 0
             token_seen = token_seen.at[every, last].max(active)
             lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
-            embedded = self._apply(variables, last[:, None], jnp.full((count, 1), NO_MEDIA), None, method="embed")
+            rows = last[:, None], lengths, inputs.adapters, inputs.use_long_rope, inputs.tables
+            ids, ends, adapters, use_long_rope, tables = map(_pad_single, rows)
+            embedded = self._apply(variables, ids, jnp.full(ids.shape, NO_MEDIA), None, method="embed")
             hidden, cache = self._apply(
-                variables, embedded, lengths, inputs.adapters, inputs.use_long_rope, cache, jnp.maximum(lengths - 1, 0),
-                inputs.tables, method="decode",
+                variables, embedded, ends, adapters, use_long_rope, cache, jnp.maximum(ends - 1, 0), tables,
+                method="decode",
             )  # fmt: skip
-            logits = self._apply(variables, hidden[:, 0], method="logits")
+            logits = self._apply(variables, hidden[:, 0], method="logits")[:count]
             tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
             finite = sampled.finite & (_finite(logits) | ~active)
             active &= finite
@@ -226,6 +229,14 @@ class Programs:
         )  # fmt: skip
         logits = self._apply(variables, hidden[:, 0], method="logits")
         return self._constrain_state(cache), _top_log_probabilities(logits, candidates)
+
+
+def _pad_single(x: Array) -> Array:
+    """Add a resting row to a single one on GPUs.
+
+    XLA for GPUs computes a matrix times one row as a sum over a product as large as the matrix, and writes that out.
+    """
+    return jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1))) if len(x) == 1 and gpu.target() else x
 
 
 @jax.named_scope("log_probability")

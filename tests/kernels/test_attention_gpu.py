@@ -1,22 +1,31 @@
 """Attention on GPUs, without one: cuDNN's calls in the lowered program, what they are told, and compiled PTX."""
 
+import json
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers.attention import random, reference
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.engine import Programs, Sampling
+from phi4mm_jax.engine.sampling import SamplingRows
+from phi4mm_jax.engine.steps import DecodeInputs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import cudnn, decode_attention, flash_attention, gpu, pallas_gpu_decode
+from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
+from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.compiled import copies
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
@@ -352,3 +361,31 @@ def test_decoding_at_128k_compiles_without_spills(h200, dumps, int8, page):
     assert "cp.async" in ptx  # tiles on their way while others are worked on
     assert "ld.local" not in ptx
     assert "st.local" not in ptx
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_a_decoding_step_copies_neither_cache_nor_weights(h200, rows):
+    """Two layers of the release's widths, unrolled: beside parameters and cache less is held than one matrix."""
+    config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
+    config = replace(config, decoder=replace(config.decoder, vocab_size=1024, num_layers=2))
+    abstract = nn.unbox(abstract_variables(Phi4MM(config, jnp.bfloat16)))["params"]
+    abstract = jax.tree.map(lambda x: shape(*x.shape), abstract)
+    stacked = abstract["decoder"].pop("layers")
+    for i in range(2):
+        abstract["decoder"][f"layers_{i}"] = jax.tree.map(lambda x: shape(*x.shape[1:]), stacked)
+    cache = jax.eval_shape(lambda: KVCache.allocate(config.decoder, 2048, 64, jnp.bfloat16))
+    numbers = shape(rows, dtype=jnp.int32)
+    inputs = DecodeInputs(
+        numbers, numbers, numbers, shape(rows, 2048, dtype=jnp.int32), numbers, shape(rows, dtype=jnp.bool_), numbers,
+        SamplingRows.of([Sampling()] * rows),
+    )  # fmt: skip
+    place = NamedSharding(h200, jax.P())
+    arguments = {"params": abstract}, cache, shape(rows, 1024, dtype=jnp.bool_), inputs
+    variables, *state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    with gpu.assumed(HOPPER):
+        programs = Programs(Phi4MM(config, jnp.bfloat16, scan=False), variables)
+        program = programs.decode.lower(variables, *state, width=8).compile({"xla_gpu_autotune_level": 0})
+    assert copies(program.as_text(), 3072 * 1024) == []
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * cache.k.size * 2  # the cache is donated
+    assert memory.temp_size_in_bytes < 3072 * 3072 * 2

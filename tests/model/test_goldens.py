@@ -8,7 +8,9 @@ from helpers.cases import golden_cases, golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
 from helpers.paths import TINY
 
+import phi4mm_jax
 from phi4mm_jax.checkpoint.layouts.original import original_table
+from phi4mm_jax.kernels import gpu
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.testing.compare import audio_tensors, image_tensors
 
@@ -39,6 +41,16 @@ def test_greedy_tokens_are_golden(tiny, goldens, name):
     assert completion.finish_reason == "length"
     assert completion.prompt_tokens == case["tokens"]
     assert completion.text == tiny.processor.tokenizer.decode(expected)
+
+
+def test_greedy_tokens_on_gpus_are_golden(tiny, goldens):
+    """As computed for GPUs: a row alone is padded, pages are scattered and gathered, the kernel is interpreted."""
+    name = next(iter(CASES))
+    expected = goldens[f"{name}.generated"].tolist()
+    with gpu.assumed(gpu.Target(cores=3, interpret=True)):
+        alone = phi4mm_jax.Model(tiny.module, tiny.variables, tiny.processor)  # with programs of its own
+        (completion,) = alone.generate([CASES[name]["prompt"]], **media_of(CASES[name]), max_new_tokens=len(expected))
+    assert completion.tokens == expected
 
 
 def check_medium(tensors, goldens, name):
