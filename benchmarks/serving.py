@@ -22,6 +22,7 @@ from phi4mm_jax.engine.steps import DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
+from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
 from phi4mm_jax.testing.compiled import CHIPS, cost
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
@@ -31,13 +32,19 @@ APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the oth
 
 
 class Serving(NamedTuple):
-    """A program of the engine: `rows` of `length` tokens each, those in the cache included; `chunk` are prefilled."""
+    """A program of the engine: `rows` of `length` tokens each, those in the cache included; `chunk` are prefilled.
+
+    With `devices`, on so many of the topology's.
+    """
 
     topology: str
     program: Literal["decode", "prefill"]
     rows: int
     length: int
     chunk: int = 2048
+    weights: Weights | None = None
+    cache: Literal["bfloat16", "int8"] = "bfloat16"
+    devices: int | None = None
 
 
 CASES = {
@@ -57,7 +64,9 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     """The program with a cache that holds all rows, its heads over all chips, without adapters."""
     module = Phi4MM(config, jnp.bfloat16)
     abstract = abstract_variables(module)
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    if case.weights is not None:
+        abstract = quantized_abstract(abstract, case.weights)
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
     mesh = jax.make_mesh((1, len(chips)), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
     places = shardings(abstract, mesh)
 
@@ -65,13 +74,19 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    variables = {p: on_chips(x.shape, jnp.bfloat16, places[p]) for p, x in flat.items() if p[0] == "params"}
+    variables = {
+        path: on_chips(
+            x.shape, x.dtype if scales_of(path) in flat or weight_of(path) != path else jnp.bfloat16, places[path]
+        )
+        for path, x in flat.items()
+        if path[0] == "params"
+    }
     variables = unflatten_dict(variables)
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
     pages = jax.eval_shape(
-        lambda: KVCache.allocate(config.decoder, case.rows * case.length // PAGE, PAGE, jnp.bfloat16)
+        lambda: KVCache.allocate(config.decoder, case.rows * case.length // PAGE, PAGE, jnp.dtype(case.cache))
     )
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     settings = SamplingRows.of([Sampling()] * case.rows)

@@ -34,7 +34,14 @@ from typing import get_args
 
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
+from phi4mm_jax.commands.options import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    add_weights,
+    load_model,
+    make_engine,
+)
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.answer_lines import Format
@@ -54,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", metavar="FILE", type=path_argument, required=True)
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_weights(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
@@ -118,8 +126,12 @@ def settings(arguments: argparse.Namespace) -> Settings:
     """Return the settings that answers depend on besides their lines."""
     names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
     names += [] if arguments.adapters_from is None else ["adapters_from"]  # not in answers of earlier versions
+    quantized = {} if arguments.weights is None else {"quantized": arguments.weights}
     return settings_of(
-        arguments.model, adapter_folders_of(arguments), **{name: getattr(arguments, name) for name in names}
+        arguments.model,
+        adapter_folders_of(arguments),
+        **{name: getattr(arguments, name) for name in names},
+        **quantized,
     )
 
 

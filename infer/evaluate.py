@@ -30,7 +30,14 @@ from rich.table import Table
 
 import phi4mm_jax
 from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_mesh, load_model, make_engine
+from phi4mm_jax.commands.options import (
+    adapter_folders_of,
+    add_adapter_folder,
+    add_mesh,
+    add_weights,
+    load_model,
+    make_engine,
+)
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.evaluation.answers import (
     AUTO,
@@ -85,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_weights(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
@@ -148,6 +156,8 @@ def evaluate(
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
     if arguments.adapters_from is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
+    if arguments.weights is not None:
+        settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.weights}")
     check_same_on_all_hosts("the items and settings", dataclasses.asdict(settings))
     if arguments.output:
         check_shared_filesystem(folder)

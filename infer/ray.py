@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_weights
 from phi4mm_jax.engine.answer_lines import Format
 from phi4mm_jax.engine.provenance import settings_of
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         help="seconds that an answer waits for others to be written with (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_weights(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that an engine decodes at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of an engine's rows; by default what fits")
@@ -99,8 +100,9 @@ def main() -> int:
     lines |= {} if arguments.adapter is None else {"adapter": arguments.adapter}
     options = {
         "model": arguments.model, "mesh": arguments.mesh, "engine": sizes | {"cli": True}, "dtype": arguments.dtype,
-        "merge": arguments.merge, "adapters": adapter_folders_of(arguments), "adapters_from": arguments.adapters_from,
-        "warm_up": arguments.warmup, "compilation_cache": arguments.compilation_cache,
+        "weights": arguments.weights, "merge": arguments.merge, "adapters": adapter_folders_of(arguments),
+        "adapters_from": arguments.adapters_from, "warm_up": arguments.warmup,
+        "compilation_cache": arguments.compilation_cache,
     }  # fmt: skip
     parts = Parts(arguments.output, arguments.format, parquet, arguments.write_seconds)
     parts.check_settings(settings(arguments))
@@ -144,8 +146,12 @@ def settings(arguments: argparse.Namespace) -> Any:
     """Return the settings that answers depend on besides their lines."""
     names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
     names += [] if arguments.adapters_from is None else ["adapters_from"]
+    quantized = {} if arguments.weights is None else {"quantized": arguments.weights}
     return settings_of(
-        arguments.model, adapter_folders_of(arguments), **{name: getattr(arguments, name) for name in names}
+        arguments.model,
+        adapter_folders_of(arguments),
+        **{name: getattr(arguments, name) for name in names},
+        **quantized,
     )
 
 

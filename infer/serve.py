@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, load_model
+from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weights, load_model
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.app import ServerSettings, create_app
@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--api-key", metavar="KEY", action="append", default=[], help="may be given several times")
     add_mesh(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add_weights(parser)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="requests that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all requests together; by default what fits")
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")

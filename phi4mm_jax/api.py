@@ -32,6 +32,13 @@ from phi4mm_jax.model.lora import merged
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor, PromptLike
+from phi4mm_jax.quantization import (
+    Weights,
+    check_weights,
+    quantize_variables,
+    quantized_abstract,
+    stored_weights,
+)
 from phi4mm_jax.utils.checks import is_whole
 from phi4mm_jax.utils.compilation import keep_compiled_by_default
 
@@ -46,6 +53,7 @@ def load(
     dtype: DType | Any = "bfloat16",
     mesh: Mesh | None = None,
     *,
+    weights: Weights | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     adapters_from: AdaptersFrom | None = None,
     fresh_adapters: bool = False,
@@ -62,6 +70,8 @@ def load(
         path: a folder in either published layout (config.json, the safetensors shards, the tokenizer's files) or a
             converted one; or a repository on the Hub, "org/name", which is downloaded.
         dtype: of parameters and activations: "float32" or "bfloat16", or that of numpy or jax.
+        weights: quantise the linear maps of all three stacks, to "int8" or "int4" (see `phi4mm_jax.quantization`); by
+            default as they are stored.
         mesh: the devices to shard the parameters over (see `phi4mm_jax.mesh`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters are added to the
             checkpoint's own, or take the place of those of the same names: {"speech": FOLDER}.
@@ -82,6 +92,7 @@ def load(
         InputError: an unknown dtype, or no such adapter to replace or to merge.
     """
     dtype = _dtype_name(dtype)
+    check_weights(weights)
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is a {type(path).__name__}; expected the checkpoint's folder")
     keep_compiled_by_default()
@@ -100,12 +111,21 @@ def load(
         _log.warning("%s has no adapters: images and clips are answered by its weights alone, as merged ones are", path)
     processor = Processor.from_folder(path, config)
     abstract = None if mesh is None else abstract_variables(Phi4MM(config))  # a trace of the model: seconds
+    stored = stored_weights(opened().parameters)
+    if stored is not None and (merge is not None or weights not in (None, stored)):
+        asked = f"merge={merge!r}" if merge is not None else f"weights={weights!r}"
+        raise InputError(f"{path}: its weights are {stored}, so {asked} is not possible; use what it was made from")
+    if abstract is not None and (kind := stored or (None if merge else weights)) is not None:
+        abstract = quantized_abstract(abstract, kind)
     places = None if abstract is None else shardings(abstract, mesh)
     variables = load_variables(
-        path, opened(), own, dtype, places, adapters=given, fresh_adapters=fresh_adapters, progress=progress
-    )
+        path, opened(), own, dtype, places, weights=None if merge else weights, adapters=given,
+        fresh_adapters=fresh_adapters, progress=progress,
+    )  # fmt: skip
     if merge is not None:
         variables = merged(variables, ADAPTERS[merge].collection, config.loras[merge].scale)
+        if weights is not None:
+            variables = quantize_variables(variables, weights)
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     if scan is None:

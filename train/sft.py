@@ -98,8 +98,9 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     check_divisible(recipe.data.packing, mesh)
     with progress_bar("Reading the weights", size=True) as progress:
         model = load(
-            recipe.model, recipe.dtype, mesh, scan=True, fresh_adapters=recipe.fresh_adapters, progress=progress
-        )
+            recipe.model, recipe.dtype, mesh, scan=True, weights=recipe.weights,
+            fresh_adapters=recipe.fresh_adapters, progress=progress,
+        )  # fmt: skip
     module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
     objective = method.objective(module, recipe)
 

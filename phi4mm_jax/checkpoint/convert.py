@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.adapters import ADAPTERS
@@ -32,6 +33,16 @@ from phi4mm_jax.checkpoint.table import ParamPath, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.processing.processor import Processor
+from phi4mm_jax.quantization import (
+    QuantizedWeight,
+    Weights,
+    check_weights,
+    is_quantized,
+    quantize,
+    quantized_parameters,
+    stored_weights,
+    weight_of,
+)
 from phi4mm_jax.utils.paths import local_path
 
 Progress = Callable[[int, int], None]
@@ -43,6 +54,7 @@ def to_orbax(
     destination: str | Path,
     *,
     dtype: str | None = None,
+    weights: Weights | None = None,
     fresh_adapters: bool = False,
     adapters_from: AdaptersFrom | None = None,
     progress: Progress | None = None,
@@ -53,6 +65,7 @@ def to_orbax(
         source: a folder that `phi4mm_jax.load` takes.
         destination: a folder that does not exist.
         dtype: "float32" or "bfloat16"; by default the source's.
+        weights: quantise linear maps, as `phi4mm_jax.load` does: what is loaded later is the same.
         fresh_adapters: accept adapters whose B matrices are all zero.
         adapters_from: of the original layout's two copies of the adapters, as in `phi4mm_jax.load`.
         progress: called with the bytes written so far, and in all.
@@ -64,15 +77,20 @@ def to_orbax(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or None, the source's")
+    check_weights(weights)
     with _staged(source, destination) as (source, folder):
         config, checkpoint = _opened(source, fresh_adapters, adapters_from)
+        _refuse_quantized(source, checkpoint)
         Processor.from_folder(source, config)  # without which nobody could use what comes out
         parameters = checkpoint.parameters
         if dtype is not None:
             parameters = {path: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)) for path, p in parameters.items()}
+        read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
+        if weights is not None:
+            read = _quantized(read, parameters, weights)
+            parameters = quantized_parameters(parameters, weights)
         check_room(folder, sum(parameter_bytes(p) for p in parameters.values()))
         files = read_sidecar_files(source, layout_of(source), config=config)
-        read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         orbax_io.write(folder / orbax_io.FOLDER, parameters, read, progress=progress)
         _write_files(folder, files, dtype)
         _log_left(source, checkpoint)
@@ -109,6 +127,7 @@ def to_torch(
     with _staged(source, destination) as (source, folder):
         config, checkpoint = _opened(source, fresh_adapters, adapters_from)
         if not adapters_only:
+            _refuse_quantized(source, checkpoint)
             Processor.from_folder(source, config)
         tensors = adapter_table(config) if adapters_only else tensors_of(layout, config)
         if not tensors:
@@ -194,6 +213,30 @@ def _finite(
         return parameter
 
     return read
+
+
+def _refuse_quantized(source: Path, checkpoint: _Source) -> None:
+    if (stored := stored_weights(checkpoint.parameters)) is not None:
+        raise CheckpointError(f"{source}: its weights are {stored}, from which no others are made; convert its source")
+
+
+def _quantized(
+    read: Callable[[ParamPath], np.ndarray], parameters: Mapping[ParamPath, jax.ShapeDtypeStruct], weights: Weights
+) -> Callable[[ParamPath], np.ndarray]:
+    """Reads parameters as they are quantised: a weight's integers, or the scales under a path of their own."""
+    last: tuple[ParamPath, QuantizedWeight] | None = None  # scales are asked for beside their weight
+
+    def read_quantized(path: ParamPath) -> np.ndarray:
+        nonlocal last
+        own = path if path in parameters else weight_of(path)
+        if not is_quantized(own, len(parameters[own].shape)):
+            return read(own)
+        if last is None or last[0] != own:
+            last = None
+            last = own, quantize(own, jnp.asarray(read(own)), weights)
+        return np.asarray(last[1].values if path == own else last[1].scales)
+
+    return read_quantized
 
 
 def _log_left(source: Path, checkpoint: _Source) -> None:

@@ -20,6 +20,7 @@ from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.table import UNUSED, ParamPath, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.quantization import SCALES, Weights, quantize, quantized_parameters, scales_of, stored_weights
 
 Checkpoint = PyTorchCheckpoint | OrbaxCheckpoint
 _PIECE = 1 << 18  # values, which stay in a cache
@@ -33,15 +34,18 @@ def open_checkpoint(folder: Path, config: Phi4MMConfig) -> Checkpoint:
     """
     if not (folder / orbax_io.FOLDER).exists():
         return PyTorchCheckpoint(folder, config)
-    expected = parameter_shapes(original_table(config))
-    checkpoint = OrbaxCheckpoint((folder / orbax_io.FOLDER).absolute(), expected)
+    shapes = parameter_shapes(original_table(config))
+    checkpoint = OrbaxCheckpoint((folder / orbax_io.FOLDER).absolute(), shapes)
+    expected = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    if (stored := stored_weights(checkpoint.parameters)) is not None:
+        expected = quantized_parameters(expected, stored)
     for path in sorted(expected.keys() | checkpoint.parameters.keys()):
         found = checkpoint.parameters.get(path)
         name = f"{folder / orbax_io.FOLDER}: {'/'.join(path)}"
-        if path not in expected or found is None or found.shape != expected[path]:
-            shape = "nothing" if found is None else found.shape
-            raise CheckpointError(f"{name}: is {shape}, expected {expected.get(path, 'nothing')}; convert again")
-        if found.dtype not in DTYPES.values():
+        if path not in expected or found is None or found.shape != expected[path].shape:
+            shapes = ["nothing" if x is None else x.shape for x in (found, expected.get(path))]
+            raise CheckpointError(f"{name}: is {shapes[0]}, expected {shapes[1]}; convert again")
+        if found.dtype not in (DTYPES.values() if stored is None else [*DTYPES.values(), expected[path].dtype]):
             raise CheckpointError(f"{name}: has dtype {found.dtype}, expected a floating one; convert again")
     return checkpoint
 
@@ -53,6 +57,7 @@ def load_variables(
     dtype: Any,
     shardings: Mapping[ParamPath, jax.sharding.Sharding] | None = None,
     *,
+    weights: Weights | None = None,
     adapters: Sequence[PeftAdapter] = (),
     fresh_adapters: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -63,6 +68,9 @@ def load_variables(
         checkpoint, config: of the folder alone.
         dtype: that parameters are cast to.
         shardings: of the parameters; by default on the first device.
+        weights: quantise linear maps, each after it has been read.
+        shardings: where each parameter lies; by default on the first device.
+        weights: quantise linear maps, each after it has been read.
         adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
@@ -79,16 +87,24 @@ def load_variables(
     table = [t for t in tensors_of(layout_of(folder), config) if t.collection not in replaced]
     table += [tensor for adapter in adapters for tensor in adapter.tensors]
     used = {path: source.parameters[path] for path, source in sources.items() if path[0] != UNUSED}
+    stored = stored_weights(used)
+    results = used if weights in (None, stored) else quantized_parameters(used, weights)
     if shardings is None:
-        shardings = dict.fromkeys(used, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    for path in used.keys() ^ shardings.keys():
+        shardings = dict.fromkeys(results, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    for path in shardings.keys() ^ results.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
     variables: dict[ParamPath, jax.Array] = {}
     checked: Future[ParamPath | None] | None = None  # beside the reading of the next one
     with ThreadPoolExecutor(1) as pool:
         for path, abstract in used.items():
-            variables[path], values = _place(sources[path], path, dtype, shardings[path])
+            variables[path], values = _place(
+                sources[path], path, _dtype_in_memory(path, abstract, dtype), shardings[path]
+            )
+            if weights is not None and results[path].dtype != abstract.dtype:
+                found = quantize(path, variables.pop(path), weights)
+                for own, array in ((path, found.values), (scales_of(path), found.scales)):
+                    variables[own] = jax.device_put(array, shardings[own])
             _refuse_infinite(checked, sources, table, variables)
             checked = pool.submit(lambda path, values: None if all(map(is_finite, values)) else path, path, values)
             done += parameter_bytes(abstract)
@@ -98,6 +114,12 @@ def load_variables(
     if not fresh_adapters:
         check_trained(table, lambda path: _layers_used(variables[path]))
     return unflatten_dict(variables)
+
+
+def _dtype_in_memory(path: ParamPath, stored: jax.ShapeDtypeStruct, dtype: Any) -> Any:
+    """The dtype that a parameter is read in: that of the model, but for integers and their scales."""
+    is_float = np.dtype(stored.dtype) in DTYPES.values() and not path[-1].endswith(SCALES)
+    return dtype if is_float else stored.dtype
 
 
 def _place(
@@ -114,6 +136,8 @@ def _place(
 
 def is_finite(values: np.ndarray) -> bool:
     """Return whether none is NaN or infinite, from their bits, a piece at a time: nine times as fast as numpy's."""
+    if values.dtype not in DTYPES.values():
+        return True
     signed, unsigned = np.dtype(f"i{values.itemsize}"), np.dtype(f"u{values.itemsize}")
     positive, negative = np.array([np.inf, -np.inf], values.dtype).view(unsigned)
     flat = values.reshape(-1)
@@ -130,7 +154,7 @@ def _refuse_infinite(
     if checked is None or (path := checked.result()) is None:
         return
     tensors = [t for t in table if path in [part.path for part in t.parts]]
-    infinite = [t for t in tensors if t.layer is None or not is_finite(np.asarray(variables[path][t.layer]))]
+    infinite = [t for t in tensors if t.layer is None or not is_finite(np.asarray(variables[path][t.layer]))] or tensors
     names = ", ".join(str(t.key) for t in infinite[:3])
     more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
     raise CheckpointError(

@@ -54,7 +54,7 @@ class Stored:
         size = math.prod(shape) * dtype.itemsize
         if buffer is None:
             buffer = np.empty(size, np.uint8)
-        rows = buffer[:size].view(dtype).reshape(shape)
+        rows = np.asarray(buffer)[:size].view(dtype).reshape(shape)
         offset = self.start + start * math.prod(self.shape[1:]) * rows.itemsize
         try:
             with self.file.open("rb", buffering=0) as opened:
@@ -159,7 +159,7 @@ class Writer:
 
 
 def _read(descriptor: int, into: np.ndarray, offset: int) -> None:
-    view = memoryview(into.reshape(-1).view(np.uint8))
+    view: Any = memoryview(into.reshape(-1).view(np.uint8))  # type: ignore
     while view:
         read = os.preadv(descriptor, [view[: 1 << 30]], offset)
         if not read:

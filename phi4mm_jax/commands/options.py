@@ -2,10 +2,11 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.quantization import Weights
 from phi4mm_jax.utils.cli import named_options
 
 
@@ -33,6 +34,14 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", metavar="tensor=N",
         help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can",
+    )  # fmt: skip
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --weights, which `load_model` reads."""
+    parser.add_argument(
+        "--weights", choices=get_args(Weights),
+        help="quantise the linear maps, to a half or a quarter of bfloat16's bytes; by default they are as stored",
     )  # fmt: skip
 
 
@@ -73,7 +82,8 @@ def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:
-    """Load the model that a program's options name: --model, --dtype, --mesh, --adapter-folder, --adapters-from.
+    """Load the model that a program's options name: --model, --dtype, --weights, --mesh, --adapter-folder,
+    --adapters-from.
 
     Args:
         notice: print what the model's card says to those who ask it, where it does, on standard error.
@@ -92,7 +102,7 @@ def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options
         print(line, file=sys.stderr)
     with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
         return phi4mm_jax.load(
-            arguments.model, dtype=arguments.dtype, mesh=mesh, adapters=adapters,
+            arguments.model, dtype=arguments.dtype, weights=arguments.weights, mesh=mesh, adapters=adapters,
             adapters_from=arguments.adapters_from, progress=advance, **options,
         )  # fmt: skip
 

@@ -20,7 +20,8 @@ from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes,
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
-from phi4mm_jax.precision import gated, precision_of
+from phi4mm_jax.precision import einsum, gated
+from phi4mm_jax.quantization import lookup
 
 
 class AttentionInputs(NamedTuple):
@@ -63,14 +64,11 @@ class Decoder(nn.Module):
         self.embedding = declare(self, "embedding", "VD", self.config.sizes)
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        return self.embedding[tokens].astype(dtype)
+        return lookup(self.embedding, tokens, dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return the logits in float32, by the tied embedding."""
-        return jnp.einsum(
-            "...D,VD->...V", x, self.embedding.astype(x.dtype), preferred_element_type=jnp.float32,
-            precision=precision_of(x.dtype),
-        )  # fmt: skip
+        return einsum("...D,VD->...V", x, self.embedding, result=jnp.float32)
 
     @nn.compact
     def __call__(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.precision import einsum, row_mean
+from phi4mm_jax.quantization import SCALES, QuantizedWeight
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",
@@ -43,12 +44,19 @@ _SAVED = {  # what the backward pass finds, by the names that `checkpoint_name` 
 _WEIGHT = nn.initializers.normal(0.02)
 
 
-def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Float[Array, "..."]:
-    """Declare the parameter `name` of `module`, whose axes are the letters of `axes`."""
+def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Any:
+    """Declare the parameter `name` of `module`, whose axes are the letters of `axes`.
+
+    Returns:
+        The array, or a `QuantizedWeight` where the variables have its scales.
+    """
     logical = tuple(LOGICAL_AXES[a] for a in axes)
     boxed = nn.with_logical_partitioning(init, logical)
     value: Any = module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
-    return constrain_param(value, logical)  # unboxed by Linen
+    value = constrain_param(value, logical)  # unboxed by Linen
+    if not module.has_variable("params", name + SCALES):
+        return value
+    return QuantizedWeight(value, constrain_param(module.get_variable("params", name + SCALES), logical))
 
 
 class Linear(nn.Module):

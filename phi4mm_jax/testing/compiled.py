@@ -257,3 +257,23 @@ def copies(text: str, at_least: int) -> list[str]:
         if copy and np.prod([int(n) for n in copy[2].split(",")]) >= at_least and computation not in in_place:
             found.append(f"{copy[1]} {copy[3]}")
     return found
+
+
+def float_copies(text: str, at_least: int, vocabulary: int) -> list[str]:
+    """Float arrays of at least so many elements that a compiled module makes in main memory; logits excepted.
+
+    What is within a fusion is never in memory, and what lies in the vector memory, S(1), is not read from there.
+    """
+    computations, _ = read(text)
+    fused = {name for body in computations.values() for x in body if (name := _called(x, "calls"))}
+    found = []
+    for name, body in computations.items():
+        for x in body if name not in fused else ():
+            shape = re.match(r"(bf16|f16|f32)\[([\d,]+)\](\S*)", x.type)
+            made = x.op in ("fusion", "copy", "convert", "multiply", "transpose", "dynamic-slice", "reshape")
+            if not made or shape is None or "S(1)" in shape[3]:
+                continue
+            sizes = [int(n) for n in shape[2].split(",")]
+            if sizes[-1] != vocabulary and np.prod(sizes) >= at_least:
+                found.append(f"{x.name} {x.type}")
+    return found

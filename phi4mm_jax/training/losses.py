@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import automatic_axes
-from phi4mm_jax.precision import precision_of
+from phi4mm_jax.precision import einsum
+from phi4mm_jax.quantization import QuantizedWeight
 
 _CHUNK_LOGITS = 1 << 26  # held at once by one device: 256 MiB in float32
 
@@ -49,7 +50,7 @@ class TokenLosses(NamedTuple):
 @jax.named_scope("loss")
 def token_losses(
     hidden: Float[Array, "B T D"],
-    embedding: Float[Array, "V D"],
+    embedding: Float[Array, "V D"] | QuantizedWeight,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     config: LossConfig = LossConfig(),
@@ -96,8 +97,8 @@ def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
         )
 
     def forward(hidden, embedding, targets, counted):
-        given = hidden.value, embedding.value, targets.value, counted.value
-        if embedding.perturbed:
+        given: Any = jax.tree.map(lambda x: x.value, (hidden, embedding, targets, counted))
+        if any(x.perturbed for x in jax.tree.leaves(embedding)):
             return losses(*given), (given, None)
 
         def with_gradient():
@@ -127,10 +128,7 @@ def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
 
 
 def _losses(hidden, embedding, targets, counted, config: LossConfig) -> TokenLosses:
-    logits = jnp.einsum(
-        "BTD,VD->BTV", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32,
-        precision=precision_of(hidden.dtype),
-    )  # fmt: skip
+    logits = einsum("BTD,VD->BTV", hidden, embedding, result=jnp.float32)
     log_sum = jax.nn.logsumexp(logits, -1)
     target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     loss = log_sum - target

@@ -15,6 +15,7 @@ from phi4mm_jax.data.packing import PackingConfig
 from phi4mm_jax.data.pipeline import DataConfig, Source
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model.layers import Remat
+from phi4mm_jax.quantization import Weights
 from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.losses import LossConfig
 from phi4mm_jax.training.named_recipes import recipe_path
@@ -81,6 +82,8 @@ class Recipe:
         fresh_adapters: start from newly initialised adapters if the checkpoint's are all zero.
         dropout: whether to apply LoRA dropout, as the checkpoint's config says.
         dtype: compute dtype; trainable parameters have float32 master weights.
+        weights: quantise the frozen linear maps to "int8" or "int4" (QLoRA, arXiv:2305.14314), see
+            `phi4mm_jax.quantization`; adapters alone can be trained then.
         remat: what the backward pass recomputes.
         mesh: axes and sizes, such as "fsdp=4,tensor=2", see `phi4mm_jax.mesh`; fsdp takes the remaining devices.
         seed: of dropout. That of the data is `data.seed`.
@@ -97,6 +100,7 @@ class Recipe:
     fresh_adapters: bool = False
     dropout: bool = True
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    weights: Weights | None = None
     remat: Remat = "full"
     mesh: str | None = None
     seed: Seed = 0

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.adapters import ADAPTERS
@@ -118,9 +120,16 @@ def split_trainable(
         adapter: of all rows; by default each has that of its media.
 
     Raises:
-        InputError: a pattern matches no parameter.
+        InputError: a pattern matches no parameter, or a quantised one.
     """
     trainable, frozen = split(variables, patterns, "trainable")
+    leaves: dict[Any, Any] = flatten_dict(trainable)
+    for path, parameter in leaves.items():
+        if not jnp.issubdtype(parameter.dtype, jnp.floating):
+            raise InputError(
+                f"trainable has {'/'.join(path)}, which is quantised; train adapters alone, such as [lora_speech], or "
+                "leave weights out"
+            )
     by_media = {"images": bool(packing.crops), "clips": bool(packing.chunks), None: False}
     for own in ADAPTERS.values():
         if not (by_media[own.media] if adapter is None else own.name == adapter):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.mesh import context_size, split_batch
 from phi4mm_jax.model import Phi4MM
+from phi4mm_jax.quantization import weight_in
 from phi4mm_jax.training.losses import LossConfig, TokenLosses, token_losses
 from phi4mm_jax.training.param_filter import join
 
@@ -73,7 +74,7 @@ def losses_of(
     with split_batch():
         hidden, parts = apply(variables, batch.batch, method="hidden", rngs=rngs), context_size()
     # Use the fp32 embedding for the LM head: its gradient accumulates over all positions.
-    embedding = join(trainable, frozen)["params"]["decoder"]["embedding"]
+    embedding = weight_in(join(trainable, frozen)["params"]["decoder"], "embedding")
 
     def split_context(x):  # to the loss, each device's part of a row is a row
         return x.reshape(x.shape[0] * parts, x.shape[1] // parts, *x.shape[2:])

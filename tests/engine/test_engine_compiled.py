@@ -30,7 +30,8 @@ from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.testing.compiled import copies
+from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
+from phi4mm_jax.testing.compiled import copies, float_copies
 
 pytestmark = pytest.mark.tpu_compile
 
@@ -40,12 +41,14 @@ BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @cache
-def compiled(program: str) -> tuple[Any, int]:
+def compiled(program: str, weights: Weights | None = None) -> tuple[Any, int]:
     """A program on eight chips that share the heads, and the bytes of the cache that each has."""
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
     config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY))
     module = Phi4MM(config, jnp.bfloat16)
     abstract = abstract_variables(module)
+    if weights is not None:
+        abstract = quantized_abstract(abstract, weights)
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     mesh = Mesh(np.array(chips).reshape(1, 8), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     places = shardings(abstract, mesh)
@@ -54,7 +57,11 @@ def compiled(program: str) -> tuple[Any, int]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    variables = unflatten_dict({path: on_chips(x.shape, jnp.bfloat16, places[path]) for path, x in flat.items()})
+    floats = {path for path in flat if scales_of(path) not in flat and weight_of(path) == path}
+    variables = {
+        path: on_chips(x.shape, jnp.bfloat16 if path in floats else x.dtype, places[path]) for path, x in flat.items()
+    }
+    variables = unflatten_dict(variables)
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
@@ -112,3 +119,17 @@ def test_decoding_holds_one_cache_and_moves_none_of_it(program):
     assert "phi4mm_append" in text
     layer = PAGES * PAGE * 128  # keys of the one head that a chip has, in one layer
     assert copies(text, layer) == []
+
+
+@pytest.mark.parametrize("weights", fast_are(["int8"], ["int8", "int4"]))
+def test_decoding_reads_quantised_weights_as_integers(weights):
+    """No float copy of any weight is made in memory; the smallest of a layer, on one of eight chips, has 393,216."""
+    step, _ = compiled("decode", weights)
+    text = step.as_text()
+    plain = compiled("decode")[0]
+    saved = {"int8": 0.45, "int4": 0.7}[weights] * 2 * 3.2e9 / 8  # of the layers' bytes on each chip
+    after, before = (x.memory_analysis().argument_size_in_bytes for x in (step, plain))
+    assert before - after > saved
+    found = float_copies(text, 393_216, VOCABULARY)
+    assert [copy for copy in found if ",320]" not in copy] == []  # the speech adapter's rank, whose A is a float
+    assert [place for size, place in moved(text) if size > 2**18] == []

@@ -24,10 +24,12 @@ from flax.traverse_util import flatten_dict
 from helpers.cases import golden_cases, media_of
 from helpers.marks import fast_are
 from helpers.paths import TINY
+from helpers.quantized import dequantized
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.engine import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -912,3 +914,26 @@ def test_what_has_diverged_is_named(values, weight, told):
     with pytest.raises(InputError, match=told):
         check_finite(7, values, TrainState(jnp.int32(7), {"a": jnp.full(2, weight)}, ()))
     check_finite(7, {"loss": 2.0, "gradient_norm": 1.0}, TrainState(jnp.int32(7), {"a": jnp.ones(2)}, ()))
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_beside_quantised_weights(recipe, tmp_path):
+    """QLoRA: the losses are those of a base that int4's values, as floats, make up, and the export is an adapter's."""
+    steps = "data.steps=3", "data.epochs=null", "dropout=false"
+    assert run(recipe, *steps, "weights=int4") == 0
+    quantized = phi4mm_jax.load(TINY, "float32", weights="int4", scan=True)
+    plain = tmp_path / "plain"
+    to_torch(TINY, plain, "original", trained=flatten_dict(dequantized(quantized.variables)))
+    assert run(recipe, *steps, f"model={plain}", f"output={tmp_path / 'other'}") == 0
+    losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("run", "other")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    export(tmp_path / "run", tmp_path / "tuned", "native", adapters_only=True)
+    tuned = phi4mm_jax.load(
+        TINY, "float32", weights="int4", adapters={"speech": tmp_path / "tuned" / "speech-lora"}, scan=True
+    )
+    _, weights = final(tmp_path / "run")
+    for path, value in flatten_dict(tuned.variables).items():
+        if path[0] == "lora_speech":
+            np.testing.assert_array_equal(value, weights[path])
+    with pytest.raises(InputError, match=r"trainable has params/speech/\S+, which is quantised; train adapters alone"):
+        run(recipe, "weights=int8", "trainable=[params/speech]", f"output={tmp_path / 'third'}")

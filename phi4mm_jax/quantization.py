@@ -1,0 +1,249 @@
+"""Weights of linear maps in int8 or int4, with float scales: half or a quarter of the bytes that a step reads.
+
+int8 has a scale for each output of the map; int4 for each output and each group of inputs, whose values are clipped
+where that makes their squared error least. The embedding, which is also the head, is int8 in either case, with a scale
+for each token. What is rounded is `scale * round(weight / scale)`: no zero points.
+
+Scales lie beside their weight, under its name and "_scales"; a step multiplies the integers and scales what comes out.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.errors import InputError
+
+Weights = Literal["int8", "int4"]
+ParamPath = tuple[str, ...]
+
+SCALES = "_scales"
+_GROUP = 128  # inputs that share a scale in int4
+_LARGEST = {"int8": 127, "int4": 7}
+_SCALES = {"int8": jnp.float32, "int4": jnp.bfloat16}  # dtypes
+_FEW_ROWS = 128  # whose products of each group are held at once
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a group's largest value that int4's range may end at
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight as integers and scales; the scales' contracted axes have one entry, or one a group."""
+
+    values: Int[Array, "..."]
+    scales: Float[Array, "..."]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+def weight_in(parameters: Mapping[str, Any], name: str) -> Any:
+    """Return a module's weight, with its scales where they are there."""
+    scales = parameters.get(name + SCALES)
+    return parameters[name] if scales is None else QuantizedWeight(parameters[name], scales)
+
+
+def check_weights(weights: Any) -> None:
+    """Raise InputError where it is neither None nor one of `Weights`."""
+    if weights is not None and (not isinstance(weights, str) or weights not in get_args(Weights)):
+        raise InputError(f"weights is {weights!r:.60}; expected 'int8', 'int4' or None, as they are stored")
+
+
+def stored_weights(parameters: Mapping[ParamPath, jax.ShapeDtypeStruct]) -> Weights | None:
+    """Return how the parameters of a checkpoint are quantised; None where they are not."""
+    kinds = {np.dtype(p.dtype).name for p in parameters.values()}
+    return next((kind for kind in ("int4", "int8") if kind in kinds), None)
+
+
+def quantized_parameters(
+    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct], weights: Weights
+) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of parameters after they are quantised, each weight's scales behind it."""
+    found: dict[ParamPath, jax.ShapeDtypeStruct] = {}
+    for path, parameter in parameters.items():
+        if not is_quantized(path, len(parameter.shape)):
+            found[path] = parameter
+            continue
+        kind = kind_of(path, weights)
+        found[path] = jax.ShapeDtypeStruct(parameter.shape, jnp.dtype(kind))
+        found[scales_of(path)] = jax.ShapeDtypeStruct(scales_shape(path, parameter.shape, weights), _SCALES[kind])
+    return found
+
+
+def is_quantized(path: ParamPath, ndim: int) -> bool:
+    """Whether a parameter is a linear map's, so that it is quantised where any is."""
+    return contracted_axes(path, ndim) is not None
+
+
+def scales_of(path: ParamPath) -> ParamPath:
+    """Return the path of a weight's scales."""
+    return *path[:-1], path[-1] + SCALES
+
+
+def weight_of(path: ParamPath) -> ParamPath:
+    """Return the path of the weight that scales belong to."""
+    return *path[:-1], path[-1].removesuffix(SCALES)
+
+
+def contracted_axes(path: ParamPath, ndim: int) -> tuple[int, ...] | None:
+    """Return the axes of a parameter that its linear map sums over; None where it is not quantised.
+
+    A kernel's inputs come first, and its outputs are the last axis, but for q, k, v, whose outputs are heads and their
+    values. The embedding (V, D) is summed over D.
+
+    Args:
+        path: of the parameter; one under "layers" has their axis in front.
+    """
+    if path[0] != "params":
+        return None
+    first = 1 if "layers" in path else 0
+    if path[-1] == "embedding":
+        return (ndim - 1,)
+    name = path[-2] if path[-1] == "kernel" else path[-1] if _is_projection(path) else None
+    if name is None:
+        return None
+    return tuple(range(first, ndim - (2 if name in ("q", "k", "v") else 1)))
+
+
+def _is_projection(path: ParamPath) -> bool:
+    """Whether it is a part of one of the decoder's fused matrices."""
+    return path[1] == "decoder" and path[-2] in ("qkv", "out", "gate_up", "down")
+
+
+def scales_shape(path: ParamPath, shape: tuple[int, ...], weights: Weights) -> tuple[int, ...]:
+    """Return the scales' shape: 1 on contracted axes, but in int4 the groups of inputs on the last of them."""
+    contracted = contracted_axes(path, len(shape)) or ()
+    sizes = [1 if i in contracted else size for i, size in enumerate(shape)]
+    if contracted and kind_of(path, weights) == "int4":
+        *others, last = contracted
+        for i in others:
+            sizes[i] = shape[i]
+        sizes[last] = shape[last] // _group_size(shape[last])
+    return tuple(sizes)
+
+
+def kind_of(path: ParamPath, weights: Weights) -> Weights:
+    """Return how a parameter is quantised where `weights` is asked for."""
+    return "int8" if path[-1] == "embedding" else weights
+
+
+def _group_size(inputs: int) -> int:
+    """The smallest divisor of the inputs from 128 on; fewer inputs are one group."""
+    return next((n for n in range(_GROUP, inputs) if inputs % n == 0), inputs)
+
+
+def quantize(path: ParamPath, weight: Float[Array, "..."], weights: Weights) -> QuantizedWeight:
+    """Quantise a parameter where it lies, layer by layer where it is a stack of them."""
+    place = weight.sharding
+    found = _quantize(weight, path, weights)
+    return QuantizedWeight(jax.device_put(found.values, place), found.scales)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _quantize(weight: Float[Array, "..."], path: ParamPath, weights: Weights) -> QuantizedWeight:
+    kind = kind_of(path, weights)
+    shape = scales_shape(path, weight.shape, weights)
+    if "layers" not in path:
+        return _rounded(weight, shape, kind)
+    return jax.lax.map(lambda layer: _rounded(layer, shape[1:], kind), weight)
+
+
+def _rounded(weight: Float[Array, "..."], scales_shape: tuple[int, ...], kind: Weights) -> QuantizedWeight:
+    """Round to the nearest multiples of the scales, the largest of which is the largest value of the kind."""
+    largest = _LARGEST[kind]
+    split, inner = _split_groups(weight.shape, scales_shape)
+    wide = weight.astype(jnp.float32).reshape(split)
+    extreme = jnp.abs(wide).max(inner, keepdims=True)
+
+    def rounded(clip: float):
+        scales = jnp.where(extreme > 0, extreme * (clip / largest), 1.0)
+        scales = scales.astype(_SCALES[kind]).astype(jnp.float32)
+        return jnp.clip(jnp.round(wide / scales), -largest, largest), scales
+
+    values, scales = rounded(1.0)
+    if kind == "int4":
+        least = jnp.square(values * scales - wide).sum(inner, keepdims=True)
+        for clip in _CLIPS[1:]:
+            others, smaller = rounded(clip)
+            error = jnp.square(others * smaller - wide).sum(inner, keepdims=True)
+            values, scales, least = (
+                jnp.where(error < least, new, old) for new, old in ((others, values), (smaller, scales), (error, least))
+            )
+    return QuantizedWeight(
+        values.reshape(weight.shape).astype(jnp.dtype(kind)), scales.reshape(scales_shape).astype(_SCALES[kind])
+    )
+
+
+def _split_groups(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The weight's shape with each axis as groups and their members, and the axes of members."""
+    pairs = [(groups, size // groups) for size, groups in zip(shape, scales, strict=True)]
+    return tuple(n for pair in pairs for n in pair), tuple(2 * i + 1 for i in range(len(pairs)))
+
+
+def quantize_variables(variables: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """Return the variables with all linear maps quantised, whose float weights are given up one by one."""
+    flat: dict[Any, Any] = flatten_dict(variables)
+    variables.clear()
+    for path in list(flat):
+        if is_quantized(path, flat[path].ndim):
+            flat[path], flat[scales_of(path)] = quantize(path, flat.pop(path), weights)
+    return unflatten_dict(flat)
+
+
+def quantized_abstract(abstract: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """Return the shapes of all variables, boxed with their logical axes, as `quantize_variables` would leave them."""
+    boxed: dict[Any, Any] = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
+    shapes = quantized_parameters({path: nn.unbox(leaf) for path, leaf in boxed.items()}, weights)
+    for path, shape in shapes.items():
+        own = path if path in boxed else weight_of(path)
+        boxed[path] = boxed[own].replace_boxed(shape) if isinstance(boxed[own], nn.Partitioned) else shape
+    return unflatten_dict(boxed)
+
+
+def product(
+    equation: str, x: Float[Array, "..."], weight: QuantizedWeight, *, precision: Any, result: Any
+) -> Float[Array, "..."]:
+    """Return the einsum of x with a quantised weight, in `result`.
+
+    With a scale per output, the product of x and the integers is scaled. With groups, the products of each are scaled
+    and summed where there are few rows, as in decoding; where there are many, the weights are scaled instead.
+    """
+    inputs, outputs = equation.split("->")
+    letters = inputs.split(",")[1]
+    contracted = tuple(i for i, letter in enumerate(letters) if letter not in outputs)
+    values, scales = weight
+    if all(scales.shape[i] == 1 for i in contracted):
+        found = jnp.einsum(equation, x, values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+        return (found * scales.squeeze(contracted).astype(jnp.float32)).astype(result)
+    axis = contracted[-1]  # inputs come before outputs, and this one is the last of x
+    letter, sums = letters[axis], len(contracted)
+    size = values.shape[axis] // scales.shape[axis]
+    rows = x.size // math.prod(values.shape[:sums])
+    x = x.reshape(*x.shape[:-1], -1, size)
+    values = values.reshape(*values.shape[:axis], -1, size, *values.shape[sums:]).astype(x.dtype)
+    grouped = equation.replace(letter, "g" + letter)
+    if rows > _FEW_ROWS:
+        weights = values * jnp.expand_dims(scales, sums).astype(x.dtype)
+        return jnp.einsum(grouped, x, weights, precision=precision, preferred_element_type=result)
+    kept = letters[:axis] + "g"
+    found = jnp.einsum(
+        grouped.replace("->", "->" + kept), x, values, precision=precision, preferred_element_type=jnp.float32
+    )
+    outer = found.ndim - scales.ndim
+    scales = scales.astype(jnp.float32).reshape(*scales.shape[:sums], *[1] * outer, *scales.shape[sums:])
+    return (found * scales).sum(tuple(range(sums))).astype(result)
+
+
+def lookup(
+    table: Float[Array, "V D"] | QuantizedWeight, tokens: Int[Array, "..."], dtype: Any
+) -> Float[Array, "... D"]:
+    """Return the rows of an embedding."""
+    if not isinstance(table, QuantizedWeight):
+        return table[tokens].astype(dtype)
+    return (table.values[tokens].astype(jnp.float32) * table.scales[tokens]).astype(dtype)
