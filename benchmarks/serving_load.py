@@ -63,8 +63,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--small", action="store_true", help="a few requests, without warm-up; its times mean nothing")
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.clients, arguments.requests, arguments.slots = 4, 40, 2
     chats = [item.prompt for path in arguments.items for item in read_items(path)]
+    chats = chats[:: len(chats) // 8] if arguments.small else chats
     drawn = random.Random(0)
     plan = [drawn.choices(["answer", "cancel", "malformed"], [8, 1, 1])[0] for _ in range(arguments.requests)]
     asked = [drawn.randrange(len(chats)) for _ in plan]
@@ -98,9 +102,10 @@ def engine_alone(arguments: argparse.Namespace, chats: Sequence[Any], answered: 
     """Return the answer to each chat, and the tokens and seconds of all that are to be answered."""
     model = phi4mm_jax.load(arguments.model, dtype="float32")
     engine = model.engine(engine_config(arguments))
-    engine.warm_up()
-    request = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in chats]
-    own = {place: completion.text for place, completion in engine.run(request)}
+    if not arguments.small:
+        engine.warm_up()
+    requests = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in chats]
+    own = {place: completion.text for place, completion in engine.run(requests)}
     again = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in answered]
     began = time.perf_counter()
     tokens = sum(len(completion.tokens) for _, completion in engine.run(again))
@@ -113,6 +118,7 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     command = [
         sys.executable, "-m", "infer.serve", "--model", arguments.model, "--dtype", "float32", "--slots",
         str(arguments.slots), "--cache-tokens", "16384", "--port", "0", "--max-waiting", str(2 * arguments.clients),
+        *(["--no-warmup"] if arguments.small else []),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, cwd=ROOT, stderr=log)
