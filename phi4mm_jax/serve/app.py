@@ -1,8 +1,6 @@
 """The application: its endpoints, and who may ask them."""
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -20,7 +18,6 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from phi4mm_jax import __version__
@@ -34,6 +31,7 @@ from phi4mm_jax.serve.completions import parse_completion, text_answer, text_eve
 from phi4mm_jax.serve.engine_host import EngineHost
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.gate import Gate, client_of, owner_of
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.media import MediaReader
 from phi4mm_jax.serve.metrics import Metrics
@@ -43,7 +41,6 @@ from phi4mm_jax.serve.remote_media import Fetcher
 
 PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
-_OPEN = ("/", "/health", "/ready", "/openapi.json")  # without a key, and what is below /page
 _NO_KEYS = {"body", "query", "path", "str", *PART_MODELS}  # what pydantic puts between the keys
 _WORKERS = 32  # threads that read media: a slow one holds up few others
 _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows this one
@@ -51,8 +48,6 @@ _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows t
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
 }
-_PATIENCE = 60  # seconds without any of a body
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": what}
     for status, what in {
@@ -133,7 +128,9 @@ def create_app(
     _add_generation(app, service, settings)
     _add_files(app, store, batches)
     _add_status(app, service)
-    app.add_middleware(Gate, service=service, settings=settings)
+    app.add_middleware(
+        Gate, metrics=service.metrics, limits=limits, api_keys=settings.api_keys, loopback=settings.loopback
+    )
     return app
 
 
@@ -180,16 +177,16 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         """Answer a chat, at once or as server-sent events."""
         job = await parse_chat(service, body)
         if body.stream:
-            return EventStream(chat_events(service, _client(http), job))
-        return await response_of(http, chat_answer(service, _client(http), job))
+            return EventStream(chat_events(service, client_of(http), job))
+        return await response_of(http, chat_answer(service, client_of(http), job))
 
     @app.post("/v1/completions", responses=_ERRORS | _content("text/event-stream"))
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue raw prompts, at once or as server-sent events."""
         job = await parse_completion(service, body)
         if body.stream:
-            return EventStream(text_events(service, _client(http), job))
-        return await response_of(http, text_answer(service, _client(http), job))
+            return EventStream(text_events(service, client_of(http), job))
+        return await response_of(http, text_answer(service, client_of(http), job))
 
     async def listen(
         task: audio.Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool, prompt: str,
@@ -205,8 +202,8 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         if stream and response_format not in ("json", "text"):
             raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
         if stream:
-            return EventStream(audio.audio_events(service, _client(http), job), last=None)
-        return await response_of(http, audio.audio_answer(service, _client(http), job))
+            return EventStream(audio.audio_events(service, client_of(http), job), last=None)
+        return await response_of(http, audio.audio_answer(service, client_of(http), job))
 
     @app.post("/v1/audio/transcriptions", responses=_ERRORS | _content("text/event-stream", "text/plain"))
     async def transcriptions(
@@ -272,49 +269,49 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         if purpose != "batch":
             raise ApiError(400, f'purpose is {purpose!r:.60}; expected "batch"', param="purpose")
         name = (file.filename or "")[-255:]
-        return await asyncio.to_thread(store.add_file, file.file, name, purpose, _owner(http))
+        return await asyncio.to_thread(store.add_file, file.file, name, purpose, owner_of(http))
 
     @app.get("/v1/files")
     async def list_files(http: HttpRequest) -> dict[str, Any]:
         """List files, the newest first."""
-        return _listed(await asyncio.to_thread(store.list, "file", _owner(http)))
+        return _listed(await asyncio.to_thread(store.list, "file", owner_of(http)))
 
     @app.get("/v1/files/{file_id}", responses=_ERRORS)
     async def read_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
         """Describe a file."""
-        return store.read(file_id, _owner(http))
+        return store.read(file_id, owner_of(http))
 
     @app.delete("/v1/files/{file_id}", responses=_ERRORS)
     async def delete_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
         """Delete a file."""
-        store.delete_file(file_id, _owner(http))
+        store.delete_file(file_id, owner_of(http))
         return {"id": file_id, "object": "file", "deleted": True}
 
     @app.get("/v1/files/{file_id}/content", responses=_ERRORS | _content("application/octet-stream"))
     async def file_content(file_id: str, http: HttpRequest) -> Response:
         """Return what is in a file."""
-        store.read(file_id, _owner(http))
+        store.read(file_id, owner_of(http))
         return FileResponse(store.content(file_id), media_type="application/octet-stream")
 
     @app.post("/v1/batches", responses=_ERRORS)
     async def create_batch(body: BatchRequest, http: HttpRequest) -> dict[str, Any]:
         """Begin to answer the requests of a file."""
-        return batches.create(body, _owner(http))
+        return batches.create(body, owner_of(http))
 
     @app.get("/v1/batches")
     async def list_batches(http: HttpRequest) -> dict[str, Any]:
         """List batches, the newest first."""
-        return _listed(batches.list(_owner(http)))
+        return _listed(batches.list(owner_of(http)))
 
     @app.get("/v1/batches/{batch_id}", responses=_ERRORS)
     async def read_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
         """Describe a batch."""
-        return batches.read(batch_id, _owner(http))
+        return batches.read(batch_id, owner_of(http))
 
     @app.post("/v1/batches/{batch_id}/cancel", responses=_ERRORS)
     async def cancel_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
         """End a batch; its answers so far stay."""
-        return batches.cancel(batch_id, _owner(http))
+        return batches.cancel(batch_id, owner_of(http))
 
 
 def _listed(values: list[dict[str, Any]]) -> dict[str, Any]:
@@ -367,109 +364,6 @@ def _watch(service: Service) -> None:
         "prefilled_tokens", "Tokens of prompts that were computed; the others were in the prefix cache",
         of_engine(lambda e: e.runner.num_prefilled_tokens),
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- who may ask
-
-
-class Gate:
-    """Lets requests in: by key, by the host's name, by size; counts how they end."""
-
-    def __init__(self, app: Any, service: Service, settings: ServerSettings):
-        self._app, self._metrics, self._limits = app, service.metrics, service.limits
-        self._keys = [key.encode() for key in settings.api_keys]
-        self._loopback = settings.loopback and not settings.api_keys
-        self._held = 0  # bytes of the bodies that are here
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        status, held = 499, [0]
-
-        async def counted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            headers, path = Headers(scope=scope), scope["path"]
-            try:
-                self._check_host(headers)
-                scope.setdefault("state", {})["owner"] = self._owner(headers, path)
-                limit = self._limits.file_bytes + 2**16 if path == "/v1/files" else self._limits.max_body_bytes
-                if (length := headers.get("content-length", "0")).isdecimal() and int(length) > limit:
-                    raise _too_large(limit)
-            except ApiError as error:
-                return await error.response()(scope, receive, counted)
-            await self._app(scope, self._limited(receive, limit, held), counted)
-        except Exception:
-            status = 500
-            raise
-        finally:
-            self._held -= held[0]
-            route = scope.get("route")
-            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
-
-    def _limited(self, receive: Any, limit: int, held: list[int]) -> Any:
-        """Return what receives a body, and is an error beyond the limits or where nothing comes for long.
-
-        Args:
-            held: the bytes so far are counted there.
-        """
-        more = True
-
-        async def limited() -> Any:
-            nonlocal more
-            try:
-                async with asyncio.timeout(_PATIENCE if more else None):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(408, f"nothing of the body came for {_PATIENCE} seconds; send it again") from None
-            more, count = message.get("more_body", False), len(message.get("body", b""))
-            held[0] += count
-            self._held += count
-            if held[0] > limit:
-                raise _too_large(limit)
-            if self._held > self._limits.held_bytes:
-                raise ApiError(429, "the server has as many bytes of requests as it may; send it again later",
-                               kind="rate_limit_error", code="server_busy", retry_after=5)  # fmt: skip
-            return message
-
-        return limited
-
-    def _check_host(self, headers: Headers) -> None:
-        name = headers.get("host", "").lower()
-        name = name if name.endswith("]") else name.rsplit(":", 1)[0]
-        if self._loopback and name not in _LOOPBACK:
-            raise ApiError(403, f"this server is for its own host, not for {name!r:.80}; start it with --api-key for "
-                           "others", kind="permission_error", code="host_not_allowed")  # fmt: skip
-
-    def _owner(self, headers: Headers, path: str) -> str:
-        """Return whose request it is, for files and turns."""
-        if not self._keys or path in _OPEN or path.startswith("/page/"):
-            return "everybody"
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        found = [hmac.compare_digest(given, known) for known in self._keys]  # all of them, in a time that tells nothing
-        if scheme.lower() != "bearer" or not any(found):
-            raise ApiError(401, "the request has no API key, or an unknown one; send Authorization: Bearer KEY",
-                           kind="authentication_error", code="invalid_api_key")  # fmt: skip
-        return hashlib.sha256(given).hexdigest()
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"the body has more than {limit} bytes; send less, or smaller media", code="body_too_large")
-
-
-def _owner(http: HttpRequest) -> str:
-    return http.state.owner
-
-
-def _client(http: HttpRequest) -> str:
-    """Return whose turn a request takes: its key's, or its address's where there are no keys."""
-    owner = _owner(http)
-    return owner if owner != "everybody" else getattr(http.client, "host", "")
 
 
 # ---------------------------------------------------------------------------------------------- errors
