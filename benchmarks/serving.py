@@ -45,11 +45,16 @@ class Serving(NamedTuple):
     weights: Weights | None = None
     cache: Literal["bfloat16", "int8"] = "bfloat16"
     devices: int | None = None
+    context: int = 1  # devices that share the tokens of each page; the others share the heads
+    sampled: bool = False  # whether rows draw with top-k, top-p and a penalty, and else are greedy
 
 
 CASES = {
     "prefill": Serving("v5e:2x4", "prefill", 1, 131072),
+    "prefill, context": Serving("v5e:4x4", "prefill", 1, 131072, context=2),
     "decode": Serving("v5e:2x4", "decode", 16, 8192),
+    "decode, sampled": Serving("v5e:2x4", "decode", 16, 8192, sampled=True),
+    "decode, context": Serving("v5e:4x4", "decode", 16, 8192, context=2),
     "decode, v6e": Serving("v6e:2x4", "decode", 64, 8192),
 }
 
@@ -67,7 +72,9 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     if case.weights is not None:
         abstract = quantized_abstract(abstract, case.weights)
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
-    mesh = jax.make_mesh((1, len(chips)), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+    sizes = case.context, len(chips) // case.context
+    mesh = jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+    page = PAGE * case.context
     places = shardings(abstract, mesh)
 
     def on_chips(shape, dtype, place):
@@ -86,13 +93,14 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
     pages = jax.eval_shape(
-        lambda: KVCache.allocate(config.decoder, case.rows * case.length // PAGE, PAGE, jnp.dtype(case.cache))
+        lambda: KVCache.allocate(config.decoder, case.rows * case.length // page, page, jnp.dtype(case.cache))
     )
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     settings = SamplingRows.of([Sampling()] * case.rows)
     settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)
     seen = flags((case.rows, config.decoder.vocab_size))
-    row, long, tables = numbers((case.rows,)), flags((case.rows,)), numbers((case.rows, case.length // PAGE))
+    seen = on_chips(seen.shape, seen.dtype, programs.sharding_of(seen))
+    row, long, tables = numbers((case.rows,)), flags((case.rows,)), numbers((case.rows, case.length // page))
     if case.program == "decode":
         slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
         return programs.decode.lower(variables, pages, seen, slots, width=8).compile()
@@ -110,11 +118,11 @@ def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
     layer = d.embed_dim * d.head_size * (heads + d.num_heads) + 3 * d.embed_dim * d.mlp_dim
     weights = d.num_layers * layer + d.vocab_size * d.embed_dim
     if case.program == "decode":
-        found = cost(text, chip)
+        found = cost(text, chip, branch=max if case.sampled else min)
         keys = 4 * d.num_layers * case.rows * case.length * d.num_kv_heads * d.head_size / chips
         seconds = found.seconds + keys / bandwidth + d.num_layers * APPEND
         return Estimate(seconds, (2 * weights / chips + keys) / bandwidth, sum(found.bytes.values()))
-    found = cost(text, chip)  # of one chunk, without its attention
+    found = cost(text, chip, branch=min)  # of one chunk, without its attention
     count = case.length // case.chunk
     pairs = case.rows * case.length * (case.length + PAGE) / 2  # a page's queries attend to all of its keys
     macs = 2 * d.num_layers * d.num_heads * d.head_size * pairs / chips
@@ -132,7 +140,7 @@ def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, held: fl
     hbm = CHIPS[case.topology.split(":")[0]].hbm
     tokens = case.rows * (1 if case.program == "decode" else case.length)
     return (
-        f"| {case.program} | {case.topology} | {case.rows} x {case.length} | {held:.1f} of {hbm:.1f} "
+        f"| {name} | {case.topology} | {case.rows} x {case.length} | {held:.1f} of {hbm:.1f} "
         f"| {memory.temp_size_in_bytes / 2**30:.2f} | {found.moved / 1e6:.0f} | {found.floor * 1e3:.2f} "
         f"| {found.seconds * 1e3:.2f} | {found.seconds / found.floor:.2f} | {tokens / found.seconds:.0f} "
         f"| {seconds:.0f} |"

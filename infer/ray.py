@@ -138,7 +138,9 @@ def chips_of(mesh: str | None) -> int | None:
         return None
     sizes = parse_mesh(mesh)
     if others := sorted(axis for axis, size in sizes.items() if axis != "tensor" and size > 1):
-        raise phi4mm_jax.InputError(f"--mesh is {mesh!r}, but inference splits over tensor only; leave {others[0]} out")
+        raise phi4mm_jax.InputError(
+            f"--mesh is {mesh!r}, but an engine of infer.ray splits over tensor only; leave {others[0]} out"
+        )
     return sizes.get("tensor", 1)
 
 

@@ -34,6 +34,8 @@ ACTIVATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (  # likewise of an activ
     ("length", LENGTH),
     ("media", (*ROWS, *LENGTH)),  # crops and chunks of clips
 )
+PREFILL: tuple[tuple[str, tuple[str, ...]], ...] = (("batch", ()), ("length", LENGTH))  # likewise, of a chunk
+ENCODING: tuple[tuple[str, tuple[str, ...]], ...] = (("media", AXES),)  # likewise, of media alone
 
 
 def make_mesh(
@@ -129,6 +131,8 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
 def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
     """Return the inference mesh; by default as many of this host's accelerators as divide the heads.
 
+    Its axes are tensor and, where asked for, context, whose devices share the tokens of every page.
+
     Returns:
         None for one device.
 
@@ -138,21 +142,24 @@ def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
     devices = jax.local_devices()
     fitting = [n for n in range(1, config.num_kv_heads + 1) if config.num_kv_heads % n == 0 and n <= len(devices)]
     if spec is None:
-        tensor = fitting[-1] if devices[0].platform != "cpu" else 1
+        tensor, context = fitting[-1] if devices[0].platform != "cpu" else 1, 1
     else:
         sizes = parse_mesh(spec)
-        for axis in sizes.keys() - {"tensor"}:
+        for axis in sizes.keys() - {"tensor", "context"}:
             if sizes[axis] > 1:
-                raise InputError(f"mesh is {spec!r}, but inference splits over tensor only; leave {axis} out")
-        tensor = sizes.get("tensor", 1)
-        if tensor > len(devices):
+                raise InputError(f"mesh is {spec!r}, but inference splits over tensor and context; leave {axis} out")
+        tensor, context = sizes.get("tensor", 1), sizes.get("context", 1)
+        if tensor * context > len(devices):
+            fitting = [n for n in fitting if n * context <= len(devices)]
             raise InputError(
-                f"mesh is {spec!r}, but there are {len(devices)} devices; tensor can be {_any_of(fitting)}"
+                f"mesh is {spec!r}, but there are {len(devices)} devices; "
+                + (f"tensor can be {_any_of(fitting)}" if fitting else f"context can be at most {len(devices)}")
             )
         check_heads(config, tensor)
-    if tensor == 1:
+        _check_divides("context", context, config.embed_dim, "{} values of the embedding", 2 * context - 1)
+    if tensor * context == 1:
         return None
-    return make_mesh(tensor=tensor, devices=devices)
+    return make_mesh(tensor=tensor, context=context, devices=devices)
 
 
 def check_heads(config: DecoderConfig, tensor: int) -> None:
@@ -264,6 +271,18 @@ def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> 
     return NamedSharding(mesh, jax.P(*(names or None for names in split)))
 
 
+def logits_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return where an array (..., V) lies beside logits, of which each device has its part of the vocabulary."""
+    return NamedSharding(mesh, _split([*[None] * (len(shape) - 1), "vocab"], shape, mesh.shape))
+
+
+def vocabulary_parts(size: int) -> int:
+    """Return how many devices of the mesh in context share a vocabulary."""
+    sizes = automatic_axes()
+    (names,) = _split_axes(["vocab"], [size], dict(RULES), sizes)
+    return math.prod(sizes[name] for name in names)
+
+
 def replicate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Replicate an activation, whose gradient is then all-reduced; within `split_batch`."""
     if not activation_axes() or math.prod(automatic_axes().values()) == 1:
@@ -271,9 +290,9 @@ def replicate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.with_sharding_constraint(x, jax.P())
 
 
-def split_batch() -> Any:
-    """A context in which activations are split as in training, and weights are gathered where they are used."""
-    return nn.logical_axis_rules(ACTIVATIONS)
+def split_batch(table: Sequence[tuple[str, tuple[str, ...]]] = ACTIVATIONS) -> Any:
+    """A context in which a table splits activations, and weights are gathered where they are used over its axes."""
+    return nn.logical_axis_rules(table)
 
 
 def activation_axes() -> tuple[str, ...]:
@@ -327,15 +346,19 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
     sharded, whatever its size.
 
     Args:
-        inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads" or None.
+        inputs, outputs: for each array of the arguments and results what its axes are: "rows", "heads", "length" or
+            None.
         rows, heads: how many there are. What its mesh axes do not divide is not split over them.
     """
     automatic = automatic_axes()
     if math.prod(automatic.values()) == 1:
         return function(*arguments)
-    axes: dict[str | None, Any] = {None: None}
-    for name, candidates, count in (("rows", ((*ROWS, *LENGTH), ROWS), rows), ("heads", (HEADS,), heads)):
-        present = [tuple(n for n in names if n in automatic) for names in candidates]
+    axes: dict[str | None, Any] = {None: None, "length": tuple(n for n in LENGTH if n in automatic) or None}
+    everything = (AXES,) if set(activation_axes()) == set(AXES) else ()
+    for name, candidates, count in (("rows", (*everything, (*ROWS, *LENGTH), ROWS), rows), ("heads", (HEADS,), heads)):
+        present = [
+            tuple(n for n in names if n in automatic and n not in (axes.get("rows") or ())) for names in candidates
+        ]
         axes[name] = next((p for p in present if p and count % math.prod(automatic[n] for n in p) == 0), None)
 
     def specs(tree):
@@ -344,6 +367,14 @@ def over_mesh(function: Callable[..., Any], arguments: tuple, inputs: Any, outpu
     return jax.shard_map(
         function, in_specs=specs(inputs), out_specs=specs(outputs), axis_names=set(automatic), check_vma=False
     )(*arguments)
+
+
+def context_part() -> tuple[Any, int]:
+    """Within `over_mesh`: which part of every page's tokens this device has, and of how many."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual}
+    size = mesh.shape[LENGTH[0]] if LENGTH[0] in manual else 1
+    return (jax.lax.axis_index(LENGTH[0]), size) if size > 1 else (0, 1)
 
 
 def automatic_axes() -> dict[str, int]:

@@ -4,16 +4,19 @@ import json
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
+from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
 from jax.sharding import NamedSharding
 
 import phi4mm_jax
+from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.engine import EngineConfig, Programs, Request
@@ -22,7 +25,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, copy_pages, quantize
+from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, copy_pages, quantize
 
 RELEASE = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
 DECODER = RELEASE.decoder
@@ -40,10 +43,17 @@ def wide(tmp_path_factory):
     return folder / "checkpoint"
 
 
-def test_engine_over_eight_devices(wide):
-    """Logits, and answers to ragged rows, fewer than the devices, of text and of image and speech."""
+@pytest.mark.parametrize(
+    ("tensor", "context", "cache_dtype", "beams"),
+    fast_are([(4, 2, None, 1)], [(8, 1, None, 2), (4, 2, None, 1), (2, 4, "int8", 2), (1, 4, None, 1)]),
+)
+def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
+    """Logits, and answers to ragged rows, fewer than the devices, of text and of image and speech, and of beams.
+
+    Of one row the prompt's first pages are in the cache already.
+    """
     alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
-    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=8))
+    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=tensor, context=context))
     case = next(c for c in golden_cases() if c["name"] == "vision_speech")
     texts = ["<|user|>Hello<|end|><|assistant|>", "<|user|>The light of seven stones" + " is green" * 9]
     batch = alone.process(texts)
@@ -54,12 +64,43 @@ def test_engine_over_eight_devices(wide):
     requests = [
         Request(case["prompt"], **media, max_new_tokens=3),  # in chunks, of which each attends to those before
         *(Request(text, max_new_tokens=6, adapter="vision") for text in texts),
+        Request(texts[1] + "?", max_new_tokens=4, adapter="vision"),
+        Request(texts[0], max_new_tokens=4, beams=beams),
     ]
-    config = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4)
-    found, expected = (dict(model.engine(config).run(requests)) for model in (spread, alone))
+    sizes: Any = {"slots": 2, "cache_tokens": 4096, "steps": 4, "beams": beams, "cache_dtype": cache_dtype}
+    config = EngineConfig(page_size=64, chunk=64, **sizes)
+    of_pages = EngineConfig(page_size=64 // context, chunk=64, **sizes)  # of which each device has its part
+    found, expected = (dict(m.engine(c).run(requests)) for m, c in ((spread, of_pages), (alone, config)))
     for i in range(len(requests)):
         assert found[i].tokens == expected[i].tokens
         np.testing.assert_allclose(found[i].log_probabilities, expected[i].log_probabilities, atol=1e-4)
+
+
+def test_each_device_encodes_its_crops(wide):
+    """Eight crops: a device has one of them, and the weights of a layer at a time."""
+    draw = np.random.default_rng(0)
+    alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
+    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=4, context=2))
+    vision = alone.config.vision
+    side, patches = vision.crop_size, vision.patches_per_side
+    crops = draw.standard_normal((8, side, side, 3)).astype(np.float32)
+    stack = ImageStack(crops, np.ones((8, patches, patches), bool))
+    count = 8 * vision.features_per_crop + 2
+    table, rows = np.zeros((count, alone.config.decoder.embed_dim), np.float32), np.arange(count, dtype=np.int32)
+    programs = Programs(spread.module, spread.variables)
+    arguments = programs.place(table), programs.place_media(stack), rows
+    compiled = programs.encode.lower(spread.variables, *arguments).compile()
+    text = str(compiled.as_text())
+    assert f"f32[1,{side},{side},3]" in text
+    assert f"f32[1,{patches**2},{vision.embed_dim}]" in text
+    assert f"f32[8,{patches**2},{vision.embed_dim}]" not in text
+    gathered = [line for line in text.splitlines() if " all-gather(" in line and "vision/" in line]
+    shapes = (re.search(r"= \(?\w+\[([\d,]*)\]", line) for line in gathered)
+    largest = max(np.prod([int(n) for n in shape[1].split(",")]) for shape in shapes if shape)
+    assert largest <= max(vision.embed_dim * vision.mlp_dim, side**2)
+    found = compiled(spread.variables, *arguments)
+    expected = Programs(alone.module, alone.variables).encode(alone.variables, table, stack, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def attended(q, k, v):
@@ -70,10 +111,16 @@ def attended(q, k, v):
     return np.einsum("NS,SNH->NH", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize(("tensor", "fsdp", "dtype"), [(2, 1, "float32"), (4, 2, "int8"), (8, 1, "float32")])
-def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
-    """A chunk, then a token, of three rows that have none, some and many tokens in the cache, in plain XLA."""
-    mesh = make_mesh(fsdp, tensor)
+@pytest.mark.parametrize(
+    ("tensor", "fsdp", "context", "dtype"),
+    [(2, 1, 1, "float32"), (4, 2, 1, "int8"), (8, 1, 1, "float32"), (2, 1, 4, "float32"), (4, 1, 2, "int8")],
+)
+def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
+    """A chunk, then a token, of three rows that have none, some and many tokens in the cache, in plain XLA.
+
+    With a context axis, queries and results are sent: all new tokens' are less than a layer's cached keys.
+    """
+    mesh = make_mesh(fsdp, tensor, context=context)
     draw = np.random.default_rng(0)
     tables = np.array([[5, 2, 0, 0], [1, 6, 3, 4], [0, 7, 8, 0]], np.int32)
     starts, lengths = np.array([0, 2 * PAGE, PAGE]), np.array([PAGE + 4, 4 * PAGE - 1, PAGE + 9])
@@ -81,11 +128,12 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
     new = draw.standard_normal((2, 3, 2 * PAGE + 1, HEADS, SIZE)).astype(np.float32)
     q = draw.standard_normal((3, 2 * PAGE + 1, 2 * HEADS, SIZE)).astype(np.float32)
     (k, k_scales), (v, v_scales) = ((x, None) if dtype == "float32" else quantize(x) for x in map(jnp.asarray, pages))
-    by_heads = NamedSharding(mesh, jax.P(None, None, "tensor"))
-    cache = jax.device_put(KVCache(k, v, k_scales, v_scales), by_heads)
+    place = NamedSharding(mesh, jax.P(None, None, "tensor", "context"))
+    cache = jax.device_put(KVCache(k, v, k_scales, v_scales), place)
 
     def chunk_and_token(cache, q, k, v):
-        chunk, token = CachedInputs(starts, lengths, tables), CachedInputs(lengths, lengths + 1, tables)
+        chunk = cached_inputs(cache, starts, lengths, tables, 2 * PAGE)
+        token = cached_inputs(cache, lengths, lengths + 1, tables, 1)
         out, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], jnp.int32(1), chunk, cache)
         last, cache = attend(q[:, -1:], k[:, -1:], v[:, -1:], jnp.int32(1), token, cache)
         return out, last, cache
@@ -93,9 +141,13 @@ def test_attention_keeps_heads_on_their_devices(tensor, fsdp, dtype):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         arguments = cache, *(jax.device_put(x, NamedSharding(mesh, jax.P(None, None, "tensor"))) for x in (q, *new))
         compiled = jax.jit(chunk_and_token).lower(*arguments).compile()
-    assert not re.search("all-gather|all-reduce|all-to-all|collective", str(compiled.as_text()))
+    found = set(re.findall("all-gather|all-reduce|all-to-all|reduce-scatter|collective", str(compiled.as_text())))
+    assert found <= ({"all-gather", "all-reduce", "reduce-scatter"} if context > 1 else set())
+    sent = re.findall(r"= \(?\w+\[([\d,]+)\].* all-gather\(", str(compiled.as_text()))
+    of_layer = PAGES * HEADS * PAGE * SIZE // tensor
+    assert all(np.prod([int(n) for n in shape.split(",")]) < of_layer // 4 for shape in sent)
     out, last, cache = compiled(*arguments)
-    assert cache.k.sharding.is_equivalent_to(by_heads, 5)
+    assert cache.k.sharding.is_equivalent_to(place, 5)
     atol = 1e-4 if dtype == "float32" else 0.05
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         earlier = pages[:, 1, tables[row]].swapaxes(2, 3).reshape(2, -1, HEADS, SIZE)[:, :start]
@@ -127,8 +179,9 @@ def test_pages_are_copied_where_they_lie():
         ("tensor=0", "expected axes with their sizes"),
         ("model=2", "'model' is not a mesh axis; choose from data, fsdp, context, tensor"),
         ("tensor=2,tensor=2", "has tensor twice"),
-        ("fsdp=4,tensor=2", "inference splits over tensor only; leave fsdp out"),
-        ("tensor=2,context=2", "inference splits over tensor only; leave context out"),
+        ("fsdp=4,tensor=2", "inference splits over tensor and context; leave fsdp out"),
+        ("tensor=4,context=4", "there are 8 devices; tensor can be 1 or 2"),
+        ("context=7", "context=7, which does not divide 3072 values of the embedding; give 1 or 2 or 3 or 4 or 6"),
         ("tensor=16", "there are 8 devices; tensor can be 1 or 2 or 4 or 8"),
         ("tensor=3", "tensor=3, which does not divide 8 KV heads; give 1 or 2 or 4 or 8"),
     ],
@@ -187,9 +240,11 @@ def test_meshes_for_inference():
     """On CPUs one device, unless it is said otherwise."""
     assert inference_mesh(None, DECODER) is None
     assert inference_mesh("tensor=1", DECODER) is None
-    mesh = inference_mesh("tensor=4", DECODER)
-    assert mesh is not None
-    assert mesh.size == mesh.shape["tensor"] == 4
+    for spec, expected in (("tensor=4", (1, 4)), ("context=2,tensor=4", (2, 4)), ("context=4", (4, 1))):
+        mesh = inference_mesh(spec, DECODER)
+        assert mesh is not None
+        assert (mesh.shape["context"], mesh.shape["tensor"]) == expected
+        assert mesh.size == expected[0] * expected[1]
 
 
 def test_heads_that_the_devices_cannot_share(scanned):

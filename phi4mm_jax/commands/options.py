@@ -33,7 +33,8 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     """Give a program the option --mesh, which `mesh_of` reads."""
     parser.add_argument(
         "--mesh", metavar="tensor=N",
-        help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can",
+        help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can; "
+        "context=M,tensor=N has M times as many, which share the tokens of each page and of a prompt",
     )  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def mesh_of(arguments: argparse.Namespace) -> Any:
     with named_options(arguments):
         mesh = inference_mesh(arguments.mesh, config)
     if mesh is not None:
-        print(f"on {mesh.size} devices, mesh tensor={mesh.shape['tensor']}", file=sys.stderr)
+        axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        print(f"on {mesh.size} devices, mesh {axes}", file=sys.stderr)
     return mesh
 
 

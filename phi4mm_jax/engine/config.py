@@ -25,6 +25,7 @@ class EngineConfig:
             device's free memory, at most as much as the slots can use; 32768 on CPUs, whose free memory is unknown.
         page_size: tokens per page (vLLM: block_size); prompts share full pages, and prefill at least one. By default
             128 on TPUs, whose kernel requires that, and 64 elsewhere, where a short prompt then costs half as much.
+            On a mesh with `context`, each of its devices has that many of every page.
         chunk: maximum number of tokens of a sequence that are prefilled at once; a multiple of the page size.
         steps: tokens that are decoded before the host looks at them (multi-step decoding).
         cache_dtype: the model's by default, else "int8".

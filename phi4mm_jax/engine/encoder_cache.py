@@ -16,7 +16,6 @@ from phi4mm_jax.processing.batching import Row, clip_chunks
 from phi4mm_jax.processing.images import SUB_SEPARATOR
 
 BLOCK_SIZE = 64  # features; an input's features take as many whole blocks as they need
-_GROUP_SIZES = (4, 1)  # inputs that are encoded at once
 _NONE, _SUB_SEPARATOR, _GLOBAL_SEPARATOR = -1, -2, -3
 
 
@@ -97,11 +96,16 @@ def _audio_chunks(frames: np.ndarray, with_images: bool, config: Phi4MMConfig) -
         yield _input("audio", tokens, *entry)
 
 
-def warm_up_stacks(config: Phi4MMConfig) -> Iterator[tuple[ImageStack | AudioStack, int]]:
+def group_sizes(devices: int) -> list[int]:
+    """Numbers of inputs that are encoded at once, the largest first: as many on each of the devices."""
+    return sorted({math.ceil(n / devices) * devices for n in (4, 1)}, reverse=True)
+
+
+def warm_up_stacks(config: Phi4MMConfig, sizes: Sequence[int]) -> Iterator[tuple[ImageStack | AudioStack, int]]:
     """Yield zeros in every shape that is ever encoded, and their number of features."""
     vision, speech = config.vision, config.speech
     side, patches, reduction = vision.crop_size, vision.patches_per_side, speech.time_reduction
-    for count in _GROUP_SIZES:
+    for count in sizes:
         if config.has_vision:
             crops = np.zeros((count, side, side, 3), np.float32)
             yield ImageStack(crops, np.zeros((count, patches, patches), bool)), count * vision.features_per_crop + 2
@@ -123,10 +127,12 @@ class EncoderCache:
     Args:
         encode: (table, stack, rows of the table for its features) -> table; see `Programs.encode`.
         table: (64 * blocks, D); the first block has the two separators.
+        group_sizes: numbers of inputs that are encoded at once; fewer than the smallest are padded to it.
     """
 
-    def __init__(self, encode: Callable[..., Any], table: Any):
+    def __init__(self, encode: Callable[..., Any], table: Any, group_sizes: Sequence[int]):
         self.table = table
+        self.group_sizes = group_sizes
         self.num_encoded = 0  # inputs, since the start
         self._encode = encode
         self._free = list(range(1, len(table) // BLOCK_SIZE))[::-1]
@@ -179,16 +185,19 @@ class EncoderCache:
             by_shape.setdefault((x.kind, x.num_features), []).append(x)
         for (kind, _), waiting in by_shape.items():
             while waiting:
-                size = next(n for n in _GROUP_SIZES if n <= len(waiting))
+                size = next((n for n in self.group_sizes if n <= len(waiting)), self.group_sizes[-1])
                 group, waiting = waiting[:size], waiting[size:]
-                rows = np.concatenate([self._allocate(x, pinned) for x in group])
-                stacked = (np.stack(arrays) for arrays in zip(*(x.arrays for x in group), strict=True))
+                missing = size - len(group)
+                nowhere = np.full(missing * group[0].num_features, len(self.table))  # out of range: dropped
+                rows = np.concatenate([*(self._allocate(x, pinned) for x in group), nowhere])
+                padded = [*group, *group[:1] * missing]
+                stacked = (np.stack(arrays) for arrays in zip(*(x.arrays for x in padded), strict=True))
                 if kind == "image":
                     stack, rows = ImageStack(*stacked), np.concatenate([rows, [0, 1]])
                 else:
                     stack = AudioStack(*stacked)
                 self.table = self._encode(self.table, stack, rows.astype(np.int32))
-                self.num_encoded += size
+                self.num_encoded += len(group)
 
     def _allocate(self, x: EncoderInput, pinned: Collection[bytes]) -> np.ndarray:
         """Return rows for an input's features; evict LRU inputs if need be, except pinned ones."""

@@ -15,7 +15,7 @@ from phi4mm_jax.adapters import adapter_indices, used_collections
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
-from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, warm_up_stacks
+from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
@@ -52,7 +52,11 @@ class ModelRunner:
         self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
         base = {"params": variables["params"]}
-        self.encoder_cache = EncoderCache(lambda *arguments: programs.encode(base, *arguments), features)
+
+        def encode(table: Any, stack: Any, rows: np.ndarray) -> Any:
+            return programs.encode(base, table, programs.place_media(stack), rows)
+
+        self.encoder_cache = EncoderCache(encode, features, group_sizes(len(programs.devices)))
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self.num_prefilled_tokens = 0
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
@@ -212,7 +216,7 @@ class ModelRunner:
         def beam_step(adapters: set[int], size: int) -> None:
             self.run_beam_step(adapters, self.beam_inputs([], size))
 
-        stacks = warm_up_stacks(self._programs.model.config)
+        stacks = warm_up_stacks(self._programs.model.config, self.encoder_cache.group_sizes)
         no_slot = config.slots  # out of range, so that nothing is set
         return [
             *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
@@ -238,7 +242,7 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
     seen = config.slots * decoder.vocab_size
     cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
     head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
-    token = 2 * decoder.num_layers * decoder.num_kv_heads // programs.shares * head
+    token = 2 * decoder.num_layers * decoder.num_kv_heads * head // programs.shares
     pages = int(0.75 * (free - features - seen)) // (token * config.page_size) - 1  # the scratch page
     if pages < 1:
         raise InputError(

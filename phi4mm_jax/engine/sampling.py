@@ -154,13 +154,31 @@ def _draw(logits: Float[Array, " V"], seed, stream, position) -> Int[Array, ""]:
 def restrict(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """Apply the top-k, top-p and min-p filters: set dropped tokens to -inf; ties with the last kept one are kept."""
-    ordered = -jnp.sort(-logits, -1)
-    size = logits.shape[-1]
-    kept = jnp.arange(size) < jnp.where(top_k > 0, top_k, size)[:, None]
-    probabilities = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), -1)
-    before = jnp.cumsum(probabilities, -1) - probabilities  # total probability of the likelier tokens
-    kept &= (before < top_p[:, None]) | (top_p >= 1.0)[:, None]
-    kept &= probabilities >= min_p[:, None] * probabilities[:, :1]
-    threshold = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    """Apply the top-k, top-p and min-p filters: set dropped tokens to -inf; ties with the last kept one are kept.
+
+    Nothing is sorted, and on a mesh no logits are gathered: each device has the sums of its own part of the vocabulary.
+    """
+    keys = _order_keys(logits)
+    kept = keys >= _cut(keys, jnp.ones_like(logits), jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf))
+    weights = jnp.where(kept, jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)
+    kept &= keys >= _cut(keys, weights, jnp.where(top_p < 1.0, top_p * weights.sum(-1), jnp.inf))
+    return jnp.where(kept & (weights >= min_p[:, None]), logits, -jnp.inf)
+
+
+def _order_keys(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """Return unsigned numbers that compare as these float32 do."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
+
+
+def _cut(keys: Int[Array, "B V"], weights: Float[Array, "B V"], limits: Float[Array, " B"]) -> Int[Array, "B 1"]:
+    """Find the least key such that all greater ones weigh less than the limit, 2 of its bits at a time."""
+
+    def digit(i, cut):
+        shift = (30 - 2 * i).astype(jnp.uint32)
+        digits = jnp.arange(1, 4, dtype=jnp.uint32)[:, None]
+        tops = cut | ((digits << shift) - 1)  # (3, B), the greatest keys of the digits 0 to 2
+        heavy = jnp.where(keys > tops[..., None], weights, 0.0).sum(-1) >= limits
+        return cut | (heavy.sum(0).astype(jnp.uint32) << shift)
+
+    return jax.lax.fori_loop(0, 16, digit, jnp.zeros(len(keys), jnp.uint32))[:, None]

@@ -14,7 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.engine.sampling import SamplingRows, sample
 from phi4mm_jax.kernels import gpu
-from phi4mm_jax.mesh import check_heads, jit_on_mesh
+from phi4mm_jax.mesh import (
+    AXES,
+    ENCODING,
+    PREFILL,
+    check_heads,
+    jit_on_mesh,
+    logits_sharding,
+    replicate,
+    split_batch,
+    vocabulary_parts,
+)
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.kv_cache import copy_pages
 
@@ -111,12 +121,22 @@ class Programs:
 
     @property
     def shares(self) -> int:
-        """Number of devices that share the heads."""
+        """Number of devices that share the cache: its heads, and the tokens of each page."""
+        return self._size("tensor") * self.context
+
+    @property
+    def context(self) -> int:
+        """Number of devices that share the tokens of each page."""
+        return self._size("context")
+
+    def _size(self, axis: str) -> int:
         place = self._sharding
-        return place.mesh.shape.get("tensor", 1) if isinstance(place, NamedSharding) else 1
+        return place.mesh.shape.get(axis, 1) if isinstance(place, NamedSharding) else 1
 
     def place(self, state: Any) -> Any:
-        """Put an engine's state where the parameters are: keys and values by heads, the rest replicated.
+        """Put an engine's state where the parameters are.
+
+        Keys and values by heads and, along `context`, by the tokens of each page; flags by the vocabulary.
 
         Steps return it with the sharding that they were given: otherwise the second call would be compiled anew.
         """
@@ -129,10 +149,21 @@ class Programs:
         """Sharding of an array of an engine's state."""
         if not isinstance(self._sharding, NamedSharding):
             return self._sharding
-        heads = 2 if x.ndim >= 4 else None  # of the cache: (L, P, K, S, ...)
         mesh = self._sharding.mesh
-        splits = heads is not None and "tensor" in mesh.shape
-        return NamedSharding(mesh, jax.P(None, None, "tensor") if splits else jax.P())
+        if x.dtype == jnp.bool_:  # the tokens that sequences have, (N, V)
+            return logits_sharding(mesh, x.shape)
+        if x.ndim < 4:
+            return NamedSharding(mesh, jax.P())
+        of_cache = (name if name in mesh.shape else None for name in ("tensor", "context"))  # (L, P, K, S, ...)
+        return NamedSharding(mesh, jax.P(None, None, *of_cache))
+
+    def place_media(self, stack: ImageStack | AudioStack) -> ImageStack | AudioStack:
+        """Give each device its crops or chunks, of which there are as many for each."""
+        if not isinstance(self._sharding, NamedSharding):
+            return stack
+        mesh = self._sharding.mesh
+        by_entry = NamedSharding(mesh, jax.P(tuple(name for name in AXES if name in mesh.shape)))
+        return jax.tree.map(lambda x: jax.device_put(x, by_entry), stack)
 
     def _set_penalty_mask(
         self, token_seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]
@@ -141,7 +172,8 @@ class Programs:
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
-        features = self._apply(variables, stack, method=method)
+        with split_batch(ENCODING):
+            features = replicate(self._apply(variables, stack, method=method))
         return self._constrain_state(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
 
     def _prefill(
@@ -149,11 +181,12 @@ class Programs:
         inputs: PrefillInputs, *, candidates: int = 0,
     ) -> tuple[KVCache, SampledTokens, TopLogprobs | None]:  # fmt: skip
         """Write the chunk to the cache and sample each sequence's next token; also the likeliest, if asked for."""
-        embedded = self._apply(variables, inputs.tokens, inputs.media, table, method="embed")
-        hidden, cache = self._apply(
-            variables, embedded, inputs.lengths, inputs.adapters, inputs.use_long_rope, cache, inputs.starts,
-            inputs.tables, method="decode",
-        )  # fmt: skip
+        with split_batch(PREFILL):
+            embedded = self._apply(variables, inputs.tokens, inputs.media, table, method="embed")
+            hidden, cache = self._apply(
+                variables, embedded, inputs.lengths, inputs.adapters, inputs.use_long_rope, cache, inputs.starts,
+                inputs.tables, method="decode",
+            )  # fmt: skip
         last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, _pad_single(hidden), method="logits")[: len(hidden)]
@@ -267,5 +300,15 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 
 @jax.named_scope("log_probability")
 def _top_log_probabilities(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
-    values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    values, tokens = _top_k(logits, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
+
+
+def _top_k(logits: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
+    """Return the greatest logits and their tokens: of each device's part of the vocabulary first, and then of all."""
+    parts = vocabulary_parts(logits.shape[-1])
+    size = logits.shape[-1] // parts
+    values, tokens = jax.lax.top_k(logits.reshape(-1, parts, size), min(count, size))  # (R, parts, C)
+    tokens += size * jnp.arange(parts)[:, None]
+    values, order = jax.lax.top_k(values.reshape(len(logits), -1), count)
+    return values, jnp.take_along_axis(tokens.reshape(len(logits), -1), order, 1)

@@ -21,7 +21,7 @@ def flash_attention(
     *,
     causal: bool,
     scale: float | None = None,
-    q_offset: Int[Array, " B"] | int | None = None,
+    q_offset: Int[Array, " B"] | Int[Array, "B T"] | int | None = None,
     kv_lengths: Int[Array, " B"] | None = None,
     kv_mask: Bool[Array, "B S"] | None = None,
     q_segments: Int[Array, "B T"] | None = None,
@@ -38,7 +38,8 @@ def flash_attention(
     Args:
         causal: query t of row b attends to keys s <= t + q_offset[b] only.
         scale: of the scores; H**-0.5 by default.
-        q_offset: the position of each row's first query among its keys; 0 by default, negative before them.
+        q_offset: the position of each row's first query among its keys; 0 by default, negative before them. Or one of
+            each query, (B, T), in plain XLA only.
         kv_lengths: keys from this index on are not attended to; they may hold any value, NaN included.
         kv_mask: keys where it is False are not attended to, likewise.
         q_segments: a query attends to the keys with the same id only; ids are not negative. Needs `kv_segments`.
@@ -70,8 +71,10 @@ def flash_attention(
     is_known = q_offset is None or isinstance(q_offset, int)  # when traced: see `Limits`
     offset: Any = np.full(batch, q_offset or 0, np.int32) if is_known else jnp.asarray(q_offset)
     offset = jnp.broadcast_to(offset, batch) if offset.ndim == 0 else offset
+    if offset.ndim == 2 and implementation is None:
+        implementation = "xla"
     for name, argument, shape in (
-        ("q_offset", offset, (batch,)),
+        ("q_offset", offset, (batch, q_len)[: offset.ndim]),
         ("kv_lengths", kv_lengths, (batch,)),
         ("kv_mask", kv_mask, (batch, kv_len)),
         ("q_segments", q_segments, (batch, q_len)),
@@ -168,7 +171,7 @@ def decode_attention(
     if return_partials:
         return partials
     out, _, total = partials
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype)
+    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)  # an empty row's sums are zeros
 
 
 @jax.named_scope("append_tokens")

@@ -28,6 +28,7 @@ def cached_attention(
     tables: Int[Array, "B M"],
     k_scales: Float[Array, "L P K S"] | None = None,
     v_scales: Float[Array, "L P K S"] | None = None,
+    part: tuple[Int[Array, ""] | int, int] = (0, 1),
     scale: float | None = None,
     return_lse: bool = False,
     out_dtype: Any = None,
@@ -42,6 +43,8 @@ def cached_attention(
         k, v: pages (L, P, K, S, H), in q's dtype, or int8 with scales; see `decode_attention`.
         starts: multiples of the page size, as T is.
         lengths: those of the new tokens included; queries behind them give any value.
+        part: (i, n) where pages are cut into n parts of S tokens each, and these are the i-th; `starts` and T are then
+            multiples of n * S. A query may have no key here: the results of all parts are to be merged.
         implementation: None reads pages in place where a kernel does so, and else gathers them block by block.
 
     Returns:
@@ -52,14 +55,14 @@ def cached_attention(
         InputError: an implementation that is not supported.
     """
     scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
-    arguments = q, k, v, jnp.asarray(layer, jnp.int32), starts, lengths, tables, scales
+    arguments = q, k, v, jnp.asarray(layer, jnp.int32), starts, lengths, tables, scales, jnp.asarray(part[0], jnp.int32)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     found = _reader(implementation, arguments)
     out, lse = (
-        _attend_by_blocks(*arguments, scale=factor, implementation=implementation)
+        _attend_by_blocks(*arguments, parts=part[1], scale=factor, implementation=implementation)
         if found is None
-        else found(*arguments, scale=factor, out_dtype=out_dtype)
+        else found(*arguments, parts=part[1], scale=factor, out_dtype=out_dtype)
     )
     out = out.astype(out_dtype)
     return (out, lse) if return_lse else out
@@ -76,7 +79,15 @@ def _reader(name: str | None, arguments: tuple) -> Any:
     return None
 
 
-def _attend_by_blocks(q, k, v, layer, starts, lengths, tables, scales, *, scale: float, implementation: str | None):
+def of_part(lengths: Int[Array, "..."], size: int, part: Int[Array, ""] | int, parts: int) -> Int[Array, "..."]:
+    """Count those of a row's first tokens that are in one part of its pages, of `size` tokens each."""
+    whole, rest = jax.lax.div(lengths, size * parts), jax.lax.rem(lengths, size * parts)
+    return whole * size + jnp.clip(rest - part * size, 0, size)
+
+
+def _attend_by_blocks(
+    q, k, v, layer, starts, lengths, tables, scales, part, *, parts: int, scale: float, implementation: str | None
+) -> tuple[Array, Array]:
     """Compute the output in float32, and the log-sum-exp (B, T, N).
 
     Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined.
@@ -88,6 +99,11 @@ def _attend_by_blocks(q, k, v, layer, starts, lengths, tables, scales, *, scale:
     keys = pages * size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     k_scales, v_scales = scales or (None, None)
+    offsets = starts
+    if parts > 1:  # of each query: the last of its keys that are here lies before it
+        new = jnp.arange(q.shape[1])
+        offsets = of_part(starts[:, None] + new + 1, size, part, parts) - 1 - new
+        lengths = of_part(lengths, size, part, parts)
 
     def block(i, carry):
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
@@ -95,7 +111,7 @@ def _attend_by_blocks(q, k, v, layer, starts, lengths, tables, scales, *, scale:
         filled = jax.lax.div(of_block.max() + size - 1, size)
         found = flash_attention(
             q, *(_gather(x, s, layer, table, filled, q.dtype) for x, s in ((k, k_scales), (v, v_scales))), causal=True,
-            scale=scale, q_offset=starts - i * keys, kv_lengths=of_block, return_lse=True, out_dtype=jnp.float32,
+            scale=scale, q_offset=offsets - i * keys, kv_lengths=of_block, return_lse=True, out_dtype=jnp.float32,
             implementation=implementation,
         )  # fmt: skip
         return merge_outputs(carry, found)

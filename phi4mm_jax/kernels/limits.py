@@ -10,10 +10,11 @@ class Limits(NamedTuple):
     """Limits of each row, int32.
 
     Query t of row b attends to key s if s < kv_lengths[b], the ids of their segments are the same and, where
-    attention is causal, s <= t + q_offset[b]. What is known when a program is traced is a numpy array.
+    attention is causal, s <= t + q_offset[b], or + q_offset[b, t] in plain XLA. What is known when a program is
+    traced is a numpy array.
     """
 
-    q_offset: Int[Any, " B"]
+    q_offset: Int[Any, " B"] | Int[Any, "B T"]
     kv_lengths: Int[Any, " B"]
     segments: tuple[Int[Any, "B T"], Int[Any, "B S"]] | None  # of queries, of keys; one array where they are equal
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash, tpu
@@ -17,6 +16,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
     if tpu.target() is None:
         return "implementation 'pallas_tpu' needs a TPU, and this is none; use 'xla'"
     match operation, arguments:
+        case "prefill", (_, _, _, limits, *_) if limits.q_offset.ndim == 2:
+            return "implementation 'pallas_tpu' takes one q_offset a row"
         case "prefill", (q, *_):
             return pallas_tpu_flash.unsupported(q)
         case "decode", (q, k, _, _, _, tables, _):
@@ -56,11 +57,11 @@ def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Ar
 
 
 def cached(
-    q, k, v, layer, starts, lengths, tables, scales, *, scale: float, out_dtype: Any
+    q, k, v, layer, starts, lengths, tables, scales, part, *, parts: int, scale: float, out_dtype: Any
 ) -> tuple[Array, Array]:  # fmt: skip
     """Compute the output and the log-sum-exp (B, T, N), on this device."""
     return pallas_tpu_cached.cached_attention(
-        q, k, v, layer, starts, lengths, tables, scales, jnp.int32(0), parts=1, scale=scale, out_dtype=out_dtype,
+        q, k, v, layer, starts, lengths, tables, scales, part, parts=parts, scale=scale, out_dtype=out_dtype,
         target=_target(),
     )  # fmt: skip
 

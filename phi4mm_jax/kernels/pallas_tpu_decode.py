@@ -38,7 +38,6 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     group = heads // kv_heads
     rows = -(-group // _SUBLANES) * _SUBLANES
     groups = q.reshape(batch, kv_heads, group, size)
-    groups = jnp.pad(groups, ((0, 0), (0, 0), (0, rows - group), (0, 0)))
     pages = min(max(target.blocks.decode_bytes // (kv_heads * page * size * k.dtype.itemsize), 1), tables.shape[1])
     cores = target.cores
     main_memory = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -52,7 +51,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
             num_scalar_prefetch=3,
             grid=(cores, batch),
             in_specs=[
-                pl.BlockSpec((None, kv_heads, rows, size), lambda core, b, *_: (b, 0, 0, 0)),
+                pl.BlockSpec((None, kv_heads, group, size), lambda core, b, *_: (b, 0, 0, 0)),
                 main_memory,
                 main_memory,
                 scales and (main_memory, main_memory),
@@ -89,7 +88,8 @@ def _kernel(
     layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, largest_ref, total_ref, k_ref, v_ref,
     scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, cores: int,
 ):  # fmt: skip
-    kv_heads, rows, size = q_ref.shape
+    kv_heads, group, size = q_ref.shape
+    rows = acc_ref.shape[0] // kv_heads
     page = k_ref.shape[3]
     keys = pages * page
     core, layer = pl.program_id(0), layer_ref[0]
@@ -127,6 +127,10 @@ def _kernel(
 
         for_pages(b, block, act)
 
+    def queries(h):
+        x = q_ref[h].astype(jnp.float32)
+        return jnp.concatenate([x, jnp.zeros((rows - group, size))]).astype(q_ref.dtype) if rows > group else q_ref[h]
+
     def of_head(ref, slot, h):
         return ref[slot, :, h].reshape(keys, size)
 
@@ -161,7 +165,7 @@ def _kernel(
             lax.fori_loop(lax.div(length - block * keys, page), pages, clear_page, None)
 
         scores = jnp.concatenate([
-            scaled(product(q_ref[h], of_head(k_ref, slot, h), (((1,), (1,)), ((), ()))), 0, slot, h)
+            scaled(product(queries(h), of_head(k_ref, slot, h), (((1,), (1,)), ((), ()))), 0, slot, h)
             for h in range(kv_heads)
         ]) * (scale * LOG2_E)  # (kv_heads * rows, keys)  # fmt: skip
         key = block * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)

@@ -1,5 +1,6 @@
 """Partial results of attention over parts of the keys, and their merging."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,3 +29,13 @@ def merge_outputs(one: Output, other: Output) -> Output:
     both = jnp.logaddexp(one[1], other[1])
     weight, other_weight = (jnp.where(jnp.isfinite(x), jnp.exp(x - both), 0.0)[..., None] for x in (one[1], other[1]))
     return one[0] * weight + other[0] * other_weight, both
+
+
+def merge_devices(out: Float[Array, "B T N H"], lse: Float[Array, "B T N"], axis: str) -> Float[Array, "B X N H"]:
+    """Merge what the devices of a mesh axis attended to, in float32; each keeps its share of the T queries."""
+    greatest = jax.lax.pmax(lse, axis)
+    weight = jnp.where(jnp.isfinite(lse), jnp.exp(lse - jnp.where(jnp.isfinite(greatest), greatest, 0.0)), 0.0)
+    weighted, total = (
+        jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in (out * weight[..., None], weight)
+    )
+    return weighted / jnp.where(total > 0, total, 1.0)[..., None]

@@ -30,8 +30,8 @@ class Implementation:
         prefill: prefill(q, k, v, limits, *, causal, scale, out_dtype) returns the output and the log-sum-exp (B, T, N).
         decode: decode(q, k, v, layer, lengths, tables, scales, *, scale) returns (o, m, l); scales is a pair or None.
         append: append(caches, new, layer, pages, slots) returns the caches.
-        cached: cached(q, k, v, layer, starts, lengths, tables, scales, *, scale, out_dtype) returns the output and the
-            log-sum-exp (B, T, N).
+        cached: cached(q, k, v, layer, starts, lengths, tables, scales, part, *, parts, scale, out_dtype) returns the
+            output and the log-sum-exp (B, T, N).
         masks_values: whether `prefill` takes any values behind `limits.kv_lengths`; otherwise they are zeroed before.
     """
 

@@ -54,6 +54,8 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_
     queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
     if limits.segments is not None:
         limits = limits._replace(segments=(_pad(limits.segments[0], 1, queries), _pad(limits.segments[1], 1, keys)))
+    if limits.q_offset.ndim == 2:
+        limits = limits._replace(q_offset=_pad(limits.q_offset, 1, queries))
     groups = q.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
     result: Any = _attend(
         _pad(groups.transpose(0, 2, 3, 1, 4), 3, queries),  # (B, K, G, T, H)
@@ -168,7 +170,8 @@ def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
         allowed &= _tile(q_ids, i, tiling.queries, 1)[:, :, None] == _tile(k_ids, j, tiling.keys, 1)[:, None]
     if tiling.causal:
         query = i * tiling.queries + jnp.arange(tiling.queries)
-        allowed &= key <= (query + limits.q_offset[:, None])[..., None]
+        offset = limits.q_offset[:, None] if limits.q_offset.ndim == 1 else _tile(limits.q_offset, i, tiling.queries, 1)
+        allowed &= key <= (query + offset)[..., None]
     allowed = allowed[:, None, None]
     return jnp.where(allowed, scores, _MASKED), allowed
 

@@ -13,10 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
-from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention
+from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, merge_partials
+from phi4mm_jax.kernels.cached import of_part
+from phi4mm_jax.kernels.partials import merge_devices
 from phi4mm_jax.kernels.ring import ring_attention
-from phi4mm_jax.mesh import Axes, constrain, context_size, over_mesh
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill
+from phi4mm_jax.mesh import LENGTH, Axes, constrain, context_part, context_size, over_mesh
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill, inputs_of_part, tokens_of_part
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import Projection, RowScales
 from phi4mm_jax.model.rope import rotate
@@ -28,8 +30,8 @@ class AttentionInputs(NamedTuple):
     """Lengths, rotations and adapters of a batch, for every layer."""
 
     lengths: Int[Array, " B"]  # valid tokens of each row, those of this call and those in the cache
-    cos: Float[Array, "B T R"]
-    sin: Float[Array, "B T R"]
+    cos: Float[Array, "B T H"]
+    sin: Float[Array, "B T H"]
     scales: RowScales
     cached: CachedInputs | None = None
     segments: Int[Array, "B T"] | None = None  # packed samples: no attention across them
@@ -101,7 +103,8 @@ class Attention(nn.Module):
     def __call__(self, x, layer, rows: AttentionInputs, cache: KVCache | None):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
-        q, k = rotate(q, rows.cos, rows.sin), rotate(k, rows.cos, rows.sin)
+        half = self.config.decoder.rope.rotary_size // 2
+        q, k = (rotate(x, rows.cos, rows.sin, half) for x in (q, k))
         if rows.segments is not None and context_size() > 1:
             out = ring_attention(q, k, v, rows.segments)
         elif cache is None or rows.cached is None:
@@ -125,24 +128,36 @@ def attend(
     """Write the new keys and values, then attend causally to the cache; return output and updated cache.
 
     One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border. On a mesh each device has its
-    heads of all rows; no key or value leaves it.
+    heads of all rows, and along `context` its part of every page; no key or value of the cache leaves it.
     """
     heads, pages = Axes(None, None, "heads", None), cache_axes(cache)
-    tables = CachedInputs(Axes(None), Axes(None), Axes(None, None))  # type: ignore
+    tables = CachedInputs(Axes(None), Axes(None), *[Axes(None, None)] * 3)  # type: ignore
     inputs = heads, heads, heads, Axes(), tables, pages
-    return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (heads, pages), rows=1, heads=k.shape[2])
+    out = heads if q.shape[1] == 1 else Axes(None, "length", "heads", None)
+    return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (out, pages), rows=1, heads=k.shape[2])
 
 
 def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[Array, "B T N H"], KVCache]:
-    # Written before it is read, or else XLA would copy it.
-    cache = append(cache, k, v, layer, rows) if q.shape[1] == 1 else fill(cache, k, v, layer, rows)
-    pages: Any = {
-        "layer": layer, "lengths": rows.lengths, "tables": rows.tables, "k_scales": cache.k_scales,
-        "v_scales": cache.v_scales,
-    }  # fmt: skip
-    if q.shape[1] == 1:
-        return decode_attention(q[:, 0], cache.k, cache.v, **pages)[:, None], cache
-    return cached_attention(q, cache.k, cache.v, starts=rows.starts, **pages), cache
+    part, parts = context_part()
+    size, one = cache.page_size, q.shape[1] == 1
+    here = inputs_of_part(rows, cache, q.shape[1], part, parts)
+    k, v = (tokens_of_part(x, size, part, parts) for x in (k, v))
+    cache = (append if one else fill)(cache, k, v, layer, here)  # before it is read, or else XLA would copy it
+    pages: Any = {"layer": layer, "tables": rows.tables, "k_scales": cache.k_scales, "v_scales": cache.v_scales}
+    if not one:
+        if parts == 1:
+            return cached_attention(q, cache.k, cache.v, starts=rows.starts, lengths=rows.lengths, **pages), cache
+        found = cached_attention(
+            q, cache.k, cache.v, starts=rows.starts, lengths=rows.lengths, part=(part, parts), return_lse=True,
+            out_dtype=jnp.float32, **pages,
+        )  # fmt: skip
+        return merge_devices(*found, LENGTH[0]).astype(q.dtype), cache
+    if parts == 1:
+        return decode_attention(q[:, 0], cache.k, cache.v, lengths=rows.lengths, **pages)[:, None], cache
+    lengths = of_part(rows.lengths, size, part, parts)
+    found = decode_attention(q[:, 0], cache.k, cache.v, lengths=lengths, return_partials=True, **pages)
+    out, _, total = merge_partials(*(jax.lax.all_gather(x, LENGTH[0]) for x in found))
+    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)[:, None], cache
 
 
 class MLP(nn.Module):

@@ -56,16 +56,57 @@ class KVCache(NamedTuple):
 
 
 class CachedInputs(NamedTuple):
-    """Places of a call's rows in the cache."""
+    """Places of a call's rows in the cache; see `cached_inputs`."""
 
     starts: Int[Array, " B"]  # tokens of each row in the cache before this call
     lengths: Int[Array, " B"]  # and after it
     tables: Int[Array, "B M"]  # page table: the i-th page of each row's tokens
+    pages: Int[Array, "B n"]  # that the new tokens are written to
+    slots: Int[Array, "B n"]  # from which one on, in each of them
+
+
+def cached_inputs(
+    cache: KVCache, starts: Int[Array, " B"], lengths: Int[Array, " B"], tables: Int[Array, "B M"], new: int
+) -> CachedInputs:
+    """Find where `new` tokens of each row go, once for all layers: one as its last, more into whole pages.
+
+    Those that are not written, of rows that rest and of pages after a row's last token, go to the scratch page.
+    """
+    size = cache.page_size
+    first = jnp.maximum(lengths - 1, 0) if new == 1 else starts
+    index = first[:, None] // size + jnp.arange(max(new // size, 1))  # (B, pages)
+    pages = jnp.take_along_axis(tables, jnp.minimum(index, tables.shape[1] - 1), 1)
+    pages = jnp.where(index * size < lengths[:, None], pages, cache.num_pages)
+    slots = (first % size)[:, None] if new == 1 else jnp.zeros_like(pages)
+    return CachedInputs(starts, lengths, tables, pages, slots)
 
 
 def cache_axes(cache: KVCache) -> KVCache:
     """Axes of the cache's arrays, for `over_mesh`."""
-    return jax.tree.map(lambda x: Axes(None, None, "heads", *[None] * (x.ndim - 3)), cache)
+    return jax.tree.map(lambda x: Axes(None, None, "heads", "length", *[None] * (x.ndim - 4)), cache)
+
+
+def inputs_of_part(
+    rows: CachedInputs, cache: KVCache, new: int, part: Int[Array, ""] | int, parts: int
+) -> CachedInputs:
+    """Leave a device that has one of several parts of every page what it is to write, into its cache.
+
+    A single new token is in one of the parts, and of whole pages each has its own.
+    """
+    if parts == 1 or new > 1:
+        return rows
+    owner, slots = rows.slots // cache.page_size, rows.slots % cache.page_size
+    return rows._replace(pages=jnp.where(owner == part, rows.pages, cache.num_pages), slots=slots)
+
+
+def tokens_of_part(
+    x: Float[Array, "B T K H"], size: int, part: Int[Array, ""] | int, parts: int
+) -> Float[Array, "B X K H"]:
+    """Take the tokens of whole pages that are in one of their parts, of `size` tokens each; a single token stays."""
+    if parts == 1 or x.shape[1] == 1:
+        return x
+    pieces = x.reshape(len(x), -1, parts, size, *x.shape[2:])
+    return jax.lax.dynamic_index_in_dim(pieces, part, 2, keepdims=False).reshape(len(x), -1, *x.shape[2:])
 
 
 @jax.named_scope("cache_write")
@@ -73,13 +114,9 @@ def append(
     cache: KVCache, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], layer: Int[Array, ""], rows: CachedInputs
 ) -> KVCache:
     """Write one token a row, as its last."""
-    position = jnp.maximum(rows.lengths - 1, 0)[:, None]
-    page = jnp.take_along_axis(rows.tables, position // cache.page_size, 1)
-    page = jnp.where(rows.lengths[:, None] > 0, page, cache.num_pages)
-    pages, slots = page, position % cache.page_size
     new = _cache_values(cache, k[:, 0], v[:, 0])
-    written = append_tokens(cache.arrays, new, layer=layer, pages=pages[:, 0], slots=slots[:, 0])
-    return _write(cache, k, v, layer, pages, slots) if written is None else KVCache(*written)
+    written = append_tokens(cache.arrays, new, layer=layer, pages=rows.pages[:, 0], slots=rows.slots[:, 0])
+    return fill(cache, k, v, layer, rows) if written is None else KVCache(*written)
 
 
 def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
@@ -94,31 +131,19 @@ def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]
 def fill(
     cache: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer: Int[Array, ""], rows: CachedInputs
 ) -> KVCache:
-    """Write whole pages, those after a row's last token excepted."""
-    size = cache.page_size
-    index = rows.starts[:, None] // size + jnp.arange(k.shape[1] // size)  # (B, pages)
-    page = jnp.take_along_axis(rows.tables, jnp.minimum(index, rows.tables.shape[1] - 1), 1)
-    page = jnp.where(index * size < rows.lengths[:, None], page, cache.num_pages)
-    return _write(cache, k, v, layer, page, jnp.zeros_like(page))
-
-
-def _write(
-    cache: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer,
-    pages: Int[Array, "B n"], slots: Int[Array, "B n"],
-) -> KVCache:  # fmt: skip
-    """Cut each row into pieces of T / n tokens, and put each into a page, from a slot on."""
-    batch, count = pages.shape
+    """Cut each row into pieces, as many as it has pages, and put each into its page, one after the other."""
+    batch, count = rows.pages.shape
     size = k.shape[1] // count
 
     def put(old, new):
         if gpu.target():
             pieces = new.reshape(*new.shape[:2], count, size, *new.shape[3:]).swapaxes(1, 2)
-            return scatter(old, pieces, layer, pages, slots)
+            return scatter(old, pieces, layer, rows.pages, rows.slots)
 
         def one(i, x):
             b, n = i // count, i % count
             piece = jax.lax.dynamic_slice_in_dim(new[b], n * size, size, 1)  # (K, T / n, ...)
-            place = layer, pages[b, n], 0, slots[b, n], *[0] * (x.ndim - 4)
+            place = layer, rows.pages[b, n], 0, rows.slots[b, n], *[0] * (x.ndim - 4)
             return row_major(jax.lax.dynamic_update_slice(row_major(x), piece[None, None], place))
 
         return jax.lax.fori_loop(0, batch * count, one, old)

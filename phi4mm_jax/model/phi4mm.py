@@ -13,7 +13,7 @@ from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
 from phi4mm_jax.mesh import constrain, context_size, replicate
 from phi4mm_jax.model import lora, rope
 from phi4mm_jax.model.decoder import AttentionInputs, BlockConfig, Decoder
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
+from phi4mm_jax.model.kv_cache import KVCache, cached_inputs
 from phi4mm_jax.model.layers import Projector, Remat
 from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
@@ -112,13 +112,15 @@ class Phi4MM(nn.Module):
             positions, sizes = rope.within_segments(segments)
         settings = self.config.decoder.rope
         long = rope.is_long(settings, sizes) if long is None else long
-        if context_size() > 1:
+        if cache is None and context_size() > 1:
             if segments is None:
                 segments = (positions < lengths[:, None]).astype(jnp.int32)
             positions, segments = to_zigzag(positions), to_zigzag(segments)
             long = to_zigzag(long) if long.ndim == 2 else long
-        cos, sin = rope.rotations(settings, positions, long)
-        cached = None if starts is None or tables is None else CachedInputs(starts, lengths, tables)
+        cos, sin = rope.widen(*rope.rotations(settings, positions, long), self.config.decoder.head_size)
+        cached = None
+        if cache is not None and starts is not None and tables is not None:
+            cached = cached_inputs(cache, starts, lengths, tables, embedded.shape[1])
         rows = AttentionInputs(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
         return self.decoder(embedded, rows, cache)
 

@@ -31,7 +31,7 @@ def is_long(rope: RopeConfig, lengths: Int[Array, "B ..."]) -> Bool[Array, "B ..
 def rotations(
     rope: RopeConfig, positions: Int[Array, "B T"], long: Bool[Array, "B ..."]
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """The cosines and sines, scaled, in float32, of each position.
+    """The cosines and sines, scaled, in float32, of each position; see `widen`.
 
     Args:
         long: which set of frequencies, for each row or for each position.
@@ -53,21 +53,27 @@ def within_segments(segments: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int
     return index - start, stop - start
 
 
+def widen(
+    cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], size: int
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """Return the factors of all `size` dimensions of a head, as `rotate` takes them: once for all layers."""
+    passing = (*cos.shape[:2], size - 2 * cos.shape[-1])
+    ones, zeros = jnp.ones(passing), jnp.zeros(passing)
+    return jnp.concatenate([cos, cos, ones], -1), jnp.concatenate([sin, sin, zeros], -1)
+
+
 @jax.named_scope("rope")
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"], half: int
 ) -> Float[Array, "B T N H"]:
-    """Rotate the first 2R dimensions of each head, the first half against the second; the others pass.
+    """Rotate the first 2 `half` dimensions of each head, the first half against the second; the others pass.
 
     x * cos + turned(x) * sin, all H dimensions wide; x is turned by a product with a signed permutation, which is
     exact: TPUs would cut and join pieces of their 128 lanes at several times the cost.
     """
-    half, size = cos.shape[-1], x.shape[-1]
-    passing = (*cos.shape[:2], size - 2 * half)
-    cos = jnp.concatenate([cos, cos, jnp.ones(passing)], -1)[:, :, None]
-    sin = jnp.concatenate([sin, sin, jnp.zeros(passing)], -1)[:, :, None]
+    size = x.shape[-1]
     turn = np.zeros((size, size), np.float32)
     turn[np.arange(half) + half, np.arange(half)] = -1.0
     turn[np.arange(half), np.arange(half) + half] = 1.0
     turned = einsum("BTNH,HI->BTNI", x, jnp.asarray(turn), result=jnp.float32)
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
-from phi4mm_jax.mesh import LENGTH, ROWS, automatic_axes, constrain
+from phi4mm_jax.mesh import LENGTH, ROWS, activation_axes, automatic_axes, constrain
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
 from phi4mm_jax.precision import gated, precision_of, row_sum
 
@@ -200,7 +200,7 @@ def _map_rows(function, bytes_per_row: int, *rows):
     large.
     """
     count, axes = rows[0].shape[0], automatic_axes()
-    devices = math.prod(axes[name] for name in (*ROWS, *LENGTH) if name in axes)
+    devices = math.prod(axes[name] for name in activation_axes() or (*ROWS, *LENGTH) if name in axes)
     devices = 1 if count % devices else devices
     at_once = max(1, _MAP_BYTES // bytes_per_row)
     if count <= at_once * devices:

@@ -1,12 +1,12 @@
 """Cost of a program compiled for TPUs, by its text: cycles, collectives and kernels, loops times their trip counts.
 
 Cycles are the compiler's estimates. Kernels have none: they are counted by their products and the static measure of
-docs/kernels.md. Of a conditional the dearer branch counts.
+docs/kernels.md. Of a conditional the dearer branch counts, or else the cheaper.
 """
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -139,8 +139,13 @@ def size(type_: str) -> float:
     return total
 
 
-def cost(text: str, chip: Chip, unknown_trips: int = 1) -> Cost:
-    """Count what one device does in one run of the program; a loop of unknown trips counts so often."""
+def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Cost] = max) -> Cost:
+    """Count what one device does in one run of the program.
+
+    Args:
+        unknown_trips: how often a loop of unknown trips counts.
+        branch: which branch of a conditional counts: max, the dearest, or min, the cheapest.
+    """
     computations, entry = read(text)
 
     @cache
@@ -152,7 +157,7 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1) -> Cost:
             elif x.op == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", x.text)
                 names = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
-                total.add(max(map(of, names), key=lambda branch: branch.seconds, default=Cost()))
+                total.add(branch(map(of, names), key=lambda cost: cost.seconds, default=Cost()))
             elif x.op == "call":
                 total.add(of(_called(x, "to_apply")))
             else:

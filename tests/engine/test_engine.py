@@ -22,7 +22,7 @@ from phi4mm_jax.engine import EngineConfig, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, fill, quantize
+from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill, quantize
 
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -211,8 +211,9 @@ def test_a_short_row_fills_no_page_too_many():
     """Beyond its tokens a row's table names page 0, which is another row's."""
     k, v = np.random.default_rng(0).normal(size=(2, 2, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 5, 1, 4, 2))
-    rows = CachedInputs(*map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])))
-    filled = fill(KVCache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    cache = KVCache(empty, empty)
+    rows = cached_inputs(cache, *map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])), 8)
+    filled = fill(cache, jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         expected = np.stack([new[0, :4], np.zeros((4, 1, 2)), new[1, :4], new[0, 4:]]).swapaxes(1, 2)
         np.testing.assert_array_equal(pages[0, :4], expected)
@@ -221,8 +222,9 @@ def test_a_short_row_fills_no_page_too_many():
 def test_a_row_that_ends_with_a_page_fills_no_other():
     k, v = np.random.default_rng(0).normal(size=(2, 1, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 3, 1, 4, 2))
-    rows = CachedInputs(*map(jnp.asarray, ([0], [4], [[1, 0]])))  # page 0 is another row's
-    filled = fill(KVCache(empty, empty), jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
+    cache = KVCache(empty, empty)
+    rows = cached_inputs(cache, *map(jnp.asarray, ([0], [4], [[1, 0]])), 8)  # page 0 is another row's
+    filled = fill(cache, jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         np.testing.assert_array_equal(pages[0, :2], np.stack([np.zeros((4, 1, 2)), new[0, :4]]).swapaxes(1, 2))
 

@@ -41,8 +41,8 @@ BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @cache
-def compiled(program: str, weights: Weights | None = None) -> tuple[Any, int]:
-    """A program on eight chips that share the heads, and the bytes of the cache that each has."""
+def compiled(program: str, weights: Weights | None = None, context: int = 1) -> tuple[Any, int]:
+    """A program on eight chips, which share the heads and the tokens of pages, and the bytes of cache that each has."""
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
     config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY))
     module = Phi4MM(config, jnp.bfloat16)
@@ -50,7 +50,7 @@ def compiled(program: str, weights: Weights | None = None) -> tuple[Any, int]:
     if weights is not None:
         abstract = quantized_abstract(abstract, weights)
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = Mesh(np.array(chips).reshape(1, 8), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(np.array(chips).reshape(context, -1), ("context", "tensor"), axis_types=(AxisType.Auto,) * 2)
     places = shardings(abstract, mesh)
 
     def on_chips(shape, dtype, place):
@@ -65,14 +65,15 @@ def compiled(program: str, weights: Weights | None = None) -> tuple[Any, int]:
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
-    pages = jax.eval_shape(lambda: KVCache.allocate(config.decoder, PAGES, PAGE, jnp.bfloat16))
+    pages = jax.eval_shape(lambda: KVCache.allocate(config.decoder, PAGES // context, PAGE * context, jnp.bfloat16))
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // 8
     rows = 1 if program == "prefill" else SLOTS
-    tables = numbers((rows, PAGES_OF_A_ROW))
+    tables = numbers((rows, PAGES_OF_A_ROW // context))
     settings = SamplingRows.of([Sampling()] * rows)
     settings = jax.tree.map(lambda x: everywhere(x.shape, x.dtype), settings)
     seen = flags((SLOTS, VOCABULARY))
+    seen = on_chips(seen.shape, seen.dtype, programs.sharding_of(seen))
     row, long = numbers((rows,)), flags((rows,))
     if program == "decode":
         slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
@@ -100,13 +101,21 @@ def moved(text: str) -> list[tuple[float, str]]:
     return found
 
 
-@pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "prefill", "extend"]))
-def test_programs_gather_no_cache_and_no_weights(program):
-    """The cached keys of a layer that prefill reads at once are 4 MB, and the smallest weight of a layer 6 MB."""
-    text = compiled(program)[0].as_text()
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("program", fast_are(["decode", "prefill"], ["decode", "prefill", "extend"]))
+def test_programs_gather_no_cache(program, context):
+    """A row of the longest has 16 MB of keys in a layer, and the smallest weight of a layer is 6 MB.
+
+    No weights are gathered but where a chunk's tokens are shared: then one layer's at a time.
+    """
+    text = compiled(program, context=context)[0].as_text()
     assert "phi4mm_cached" in text if program == "prefill" else "phi4mm_decode" in text
     assert "all-reduce" in text  # as the products of split weights need it
-    assert [place for size, place in moved(text) if size > 2**18] == []
+    gathered = [size for size, place in moved(text) if size > 2**18]
+    shared = program == "prefill" and context > 1
+    assert bool(gathered) == shared
+    largest = 2 * 3072 * 8192 // (8 // context)  # bytes of a chip's part of the gate's weight
+    assert max(gathered, default=0) <= shared * largest
 
 
 @pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "extend"]))

@@ -28,6 +28,7 @@ class Compiling:
 
     def __init__(self, programs):
         self._programs, self.model, self.place = programs, programs.model, programs.place
+        self.context, self.devices, self.place_media = programs.context, programs.devices, programs.place_media
         self.compiled: Any = None
         self.changed: list[Any] = []
 
@@ -45,7 +46,7 @@ def compiled(tiny, config, program):
     programs: Any = Compiling(tiny.programs)
     engine = Engine(programs, tiny.variables, tiny.processor, config)
     runner = engine.runner
-    stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config)))}
+    stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config, [4, 1])))}
     resting = [None] * config.slots
     calls = {
         "decode": lambda: runner.run_decode({0, 1, 2}, runner.decode_inputs(resting, np.zeros(config.slots, np.int32))),

@@ -185,9 +185,14 @@ def decoder_of(layers):
 
 def inputs(config, batch, length, pages_of_a_row=None):
     """What the decoder is called with, for new tokens that come after cached ones where there are pages."""
-    angles = shape(batch, length, config.rope.rotary_size // 2, dtype=jnp.float32)
+    angles = shape(batch, length, config.head_size, dtype=jnp.float32)
     numbers = shape(batch, dtype=jnp.int32)
-    cached = pages_of_a_row and CachedInputs(numbers, numbers, shape(batch, pages_of_a_row, dtype=jnp.int32))
+    cached = pages_of_a_row and CachedInputs(
+        numbers,
+        numbers,
+        shape(batch, pages_of_a_row, dtype=jnp.int32),
+        *[shape(batch, max(length // PAGE, 1), dtype=jnp.int32)] * 2,
+    )
     rows = AttentionInputs(numbers, angles, angles, {"lora_speech": shape(batch, dtype=jnp.float32)}, cached)
     return shape(batch, length, config.embed_dim), rows
 

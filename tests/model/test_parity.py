@@ -106,6 +106,7 @@ def test_decoder_layer_at_full_width(release, factors, adapter):
     x = np.random.default_rng(0).standard_normal((1, length, 3072)).astype(np.float32)
     long = jnp.asarray([factors == "long"])
     cos, sin = rope.rotations(release.decoder.rope, jnp.arange(length)[None], long)
+    cos, sin = rope.widen(cos, sin, release.decoder.head_size)
     index = {None: 0, "vision": 1, "speech": 2}[adapter]
     rows = decoder.AttentionInputs(jnp.asarray([length]), cos, sin, lora.row_scales(release, jnp.asarray([index])))
     (ours, _), _ = jax.jit(decoder.Block(config).apply)(variables, (x, None), jnp.int32(0), rows)

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from phi4mm_jax.model.rope import rotate
+from phi4mm_jax.model.rope import rotate, widen
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -16,7 +16,7 @@ def test_rotation_is_that_of_complex_numbers(dtype, half):
     x = generator.standard_normal((2, 5, 3, 128)).astype(dtype)
     angles = generator.uniform(0, 100, (2, 5, half)).astype(np.float32)
     cos, sin = np.cos(angles) * np.float32(1.19), np.sin(angles) * np.float32(1.19)
-    found = np.asarray(rotate(jnp.asarray(x), jnp.asarray(cos), jnp.asarray(sin)))
+    found = np.asarray(rotate(jnp.asarray(x), *widen(jnp.asarray(cos), jnp.asarray(sin), 128), half))
     assert found.dtype == dtype
     wide = x.astype(np.float64)
     turned = (wide[..., :half] + 1j * wide[..., half : 2 * half]) * (cos + 1j * sin.astype(np.float64))[:, :, None]
