@@ -24,7 +24,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import cudnn, decode_attention, flash_attention, gpu, pallas_gpu_decode
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend
-from phi4mm_jax.model.kv_cache import CachedInputs, KVCache
+from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, cached_inputs
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.compiled import copies
 
@@ -88,7 +88,8 @@ def test_a_chunk_of_a_prompt_attends_by_cudnn(int8):
     pages = shape(3, 65, 8, 64, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
     scales = [shape(3, 65, 8, 64, dtype=jnp.float32)] * 2 if int8 else []
     numbers = shape(2, dtype=jnp.int32)
-    rows = CachedInputs(numbers, numbers, shape(2, 32, dtype=jnp.int32))
+    tables, places = shape(2, 32, dtype=jnp.int32), shape(2, 4, dtype=jnp.int32)
+    rows = CachedInputs(numbers, numbers, tables, places, places)
     tensors = *(shape(2, 256, n, 128) for n in (24, 8, 8)), shape(dtype=jnp.int32)
     found = calls(lowered(HOPPER, attend, *tensors, rows, KVCache(pages, pages, *scales)))
     assert found == [(FORWARD, "PADDING"), (FORWARD, "PADDING_CAUSAL")] * 2
@@ -299,7 +300,7 @@ def test_cached_rows_on_gpus_attend_as_whole_ones():
             width = 1 if ends[0] == 49 else ends[0] - starts[0]
             at = np.minimum(np.array(starts)[:, None] + np.arange(width), 48)[..., None, None]
             new = (jnp.asarray(np.take_along_axis(x, at, 1)) for x in (q, k, v))
-            rows = CachedInputs(jnp.asarray(starts), jnp.asarray(ends), tables)
+            rows = cached_inputs(cache, jnp.asarray(starts), jnp.asarray(ends), tables, width)
             out, cache = jax.jit(attend, compiler_options=QUICK)(*new, jnp.int32(1), rows, cache)
             for row in range(2):
                 count = max(ends[row] - starts[row], 0)
