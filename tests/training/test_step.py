@@ -224,8 +224,16 @@ def pack(model, names: Sequence[str]) -> TrainingBatch:
     return TrainingBatch(batch, targets, weights)
 
 
-def test_packed_rows_have_the_gradients_of_their_samples(scanned, compute):
-    """Two samples in one row, each with an image, are as each alone: attention, positions, frequencies, media.
+@pytest.mark.parametrize(
+    ("names", "adapter"),
+    fast_are(
+        [(("grad_speech", "grad_speech"), "lora_speech")],
+        [(("grad_vision", "grad_vision_speech"), "lora_vision"), (("grad_speech", "grad_speech"), "lora_speech")],
+    ),
+    ids=["images", "clips"],
+)
+def test_packed_rows_have_the_gradients_of_their_samples(scanned, compute, names, adapter):
+    """Two samples in one row, each with a medium, are as each alone: attention, positions, frequencies, media.
 
     Queries are a quarter as long: where random attention is as sharp as the checkpoint's, rounding alone moves the
     gradients by 1e-5, more on some processors.
@@ -233,7 +241,6 @@ def test_packed_rows_have_the_gradients_of_their_samples(scanned, compute):
     calm = jax.tree_util.tree_map_with_path(
         lambda path, x: x / 4 if "q" in [step.key for step in path] else x, scanned.variables
     )
-    names = ["grad_vision", "grad_vision_speech"]
     found, sums = jax.device_get(compute(calm, micro_batches(pack(scanned, names))))
     alone = [jax.device_get(compute(calm, micro_batches(case_sample(scanned, n)))) for n in names]
     weights = [of_sample.weight for _, of_sample in alone]
@@ -241,7 +248,7 @@ def test_packed_rows_have_the_gradients_of_their_samples(scanned, compute):
     expected = jax.tree.map(
         lambda *g: sum(x * w for x, w in zip(g, weights, strict=True)) / sum(weights), *(g for g, _ in alone)
     )
-    of_adapter = {k: v for k, v in found.items() if k == "lora_vision"}
+    of_adapter = {k: v for k, v in found.items() if k == adapter}
     assert relative(of_adapter, {k: expected[k] for k in of_adapter}) <= 1e-5
 
 
