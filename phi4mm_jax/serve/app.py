@@ -31,7 +31,7 @@ from phi4mm_jax.serve.completions import parse_completion, text_answer, text_eve
 from phi4mm_jax.serve.engine_host import EngineHost
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import Store
-from phi4mm_jax.serve.gate import Gate, client_of, owner_of
+from phi4mm_jax.serve.gate import Gate, StrictRoute, client_of, owner_of
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.media import MediaReader
 from phi4mm_jax.serve.metrics import Metrics
@@ -120,6 +120,7 @@ def create_app(
             service.workers.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="phi4mm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
     app.state.service = service
     app.openapi = lambda: _described(app)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -388,8 +389,6 @@ async def _on_failure(_: HttpRequest, error: Exception) -> Response:
 def invalid(errors: Any) -> ApiError:
     """Return what a client is told of a body that the models refuse: the fault that lies deepest in it."""
     first = max(errors, key=lambda error: len(error["loc"]))  # of the forms that a value may have the nearest one
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', '')})")
     keys = [place for place in first["loc"] if place not in _NO_KEYS and not str(place).startswith("list[")]
     places = [key for before, key in zip(["", *keys], keys, strict=False) if type(before) is str or type(key) is int
               or key not in PART_TYPES]  # fmt: skip

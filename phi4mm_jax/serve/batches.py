@@ -11,7 +11,7 @@ from typing import Any
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import Store, new_id
 from phi4mm_jax.serve.models import BatchRequest
-from phi4mm_jax.utils.strict_json import strict_json
+from phi4mm_jax.utils.strict_json import parse_json, strict_json
 
 _log = logging.getLogger(__name__)
 _ENDED = ("completed", "failed", "cancelled")
@@ -183,7 +183,7 @@ def _read_names(path: Path) -> set[str]:
 
 def _name_of(line: str) -> str | None:
     try:
-        name = json.loads(line).get("custom_id")
+        name = parse_json(line).get("custom_id")
     except (ValueError, RecursionError, AttributeError):
         return None
     return name if isinstance(name, str) else None
@@ -196,7 +196,7 @@ def _body_of(line: str, endpoint: str) -> dict[str, Any]:
         ApiError: the line is none of this endpoint.
     """
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the line is not JSON ({error}); expected one object a line") from None
     if not isinstance(values, dict) or not isinstance(values.get("custom_id"), str):

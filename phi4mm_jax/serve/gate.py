@@ -3,15 +3,18 @@
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
-from starlette.requests import Request as HttpRequest
 
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.metrics import Metrics
+from phi4mm_jax.utils.strict_json import parse_json
 
 _OPEN = ("/", "/health", "/ready", "/openapi.json")  # without a key, and what is below /page
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -102,6 +105,28 @@ class Gate:
             raise ApiError(401, "the request has no API key, or an unknown one; send Authorization: Bearer KEY",
                            kind="authentication_error", code="invalid_api_key")  # fmt: skip
         return hashlib.sha256(given).hexdigest()
+
+
+class StrictRoute(APIRoute):
+    """Route whose body is JSON as the rest of the project reads it: a key that is there twice is an error."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        """Return a handler whose request is strict."""
+        handle = super().get_route_handler()
+
+        async def strict(http: HttpRequest) -> Response:
+            return await handle(_StrictRequest(http.scope, http.receive))
+
+        return strict
+
+
+class _StrictRequest(HttpRequest):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return parse_json(body.decode())
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON ({error}); expected an object in UTF-8") from None
 
 
 def _too_large(limit: int) -> ApiError:

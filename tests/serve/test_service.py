@@ -139,6 +139,17 @@ def test_bodies_are_bounded_together(tokenizer, tmp_path):
         assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "body", ['{"messages": [], "messages": []}', "{", '{"temperature": NaN}', "[" * 100_000, b"\xff"]
+)
+def test_bodies_are_strict_json(tokenizer, tmp_path, body):
+    headers = {"content-type": "application/json"}
+    with serving(make_app(answer, tokenizer, tmp_path)) as url:
+        found = httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers)
+    assert found.status_code == 400
+    assert found.json()["error"]["message"].startswith("the body is not JSON (")
+
+
 def test_the_document_describes_what_is_answered(tokenizer, tmp_path):
     paths = make_app(answer, tokenizer, tmp_path).openapi()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/audio/transcriptions", "/v1/audio/translations",
