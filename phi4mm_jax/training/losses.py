@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import automatic_axes
+from phi4mm_jax.mesh import automatic_axes, constrain_param
 from phi4mm_jax.precision import einsum
 from phi4mm_jax.quantization import QuantizedWeight
 
@@ -69,7 +69,7 @@ def token_losses(
         for x in (hidden, targets, weights != 0)
     )
     # A mesh holds more, but not ever more: a chunk in which a single position counts costs as much as a full one.
-    held = _CHUNK_LOGITS * min(math.prod(automatic_axes().values()), 4)
+    held = _CHUNK_LOGITS * min(math.prod(automatic_axes().values()), 8)
     size = max(min(length, held // (batch * embedding.shape[0])), 1)
     missing = -length % size
 
@@ -77,41 +77,46 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    of_chunk = _of_chunk(config)
-    found: TokenLosses = jax.lax.map(
-        lambda x: of_chunk(x[0], embedding, *x[1:]), (chunks(hidden), chunks(targets), chunks(counted))
-    )
+    found = _of_chunks(config)(chunks(hidden), embedding, chunks(targets), chunks(counted))
     back = jnp.argsort(order, axis=1)
     return TokenLosses(*(jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found))
 
 
-def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
-    """Return the losses of some positions; nothing is computed where none counts."""
+def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
+    """Return the losses of chunks of positions (C, B, T); of a chunk in which none counts nothing is computed."""
 
     def losses(hidden, embedding, targets, counted) -> TokenLosses:
-        zeros = jnp.zeros(targets.shape, jnp.float32)
-        return jax.lax.cond(
-            counted.any(),
-            lambda: _losses(hidden, embedding, targets, counted, config),
-            lambda: TokenLosses(zeros, zeros, zeros),
-        )
+        head, zeros = _cast(embedding, hidden.dtype), jnp.zeros(targets.shape[1:], jnp.float32)
+
+        def of_chunk(chunk) -> TokenLosses:
+            hidden, targets, counted = chunk
+            return jax.lax.cond(
+                counted.any(),
+                lambda: _losses(_logits(hidden, head), targets, counted, config),
+                lambda: TokenLosses(zeros, zeros, zeros),
+            )
+
+        return jax.lax.map(of_chunk, (hidden, targets, counted))
 
     def forward(hidden, embedding, targets, counted):
         given: Any = jax.tree.map(lambda x: x.value, (hidden, embedding, targets, counted))
         if any(x.perturbed for x in jax.tree.leaves(embedding)):
             return losses(*given), (given, None)
+        hidden, embedding, targets, counted = given
+        head, zeros = _cast(embedding, hidden.dtype), jnp.zeros(targets.shape[1:], jnp.float32)
 
-        def with_gradient():
-            def own(h):
-                found = _losses(h, *given[1:], config)
-                return found.loss, found
+        def of_chunk(chunk):
+            hidden, targets, counted = chunk
 
-            loss, pull, found = jax.vjp(own, hidden.value, has_aux=True)
-            return found, pull(jnp.ones_like(loss))[0]  # no loss depends on another position
+            def with_gradient():
+                logits, pull = jax.vjp(lambda h: _logits(h, head), hidden)
+                found, of_logits = _with_gradient(logits, targets, counted, 1.0, config)
+                return found, pull(of_logits)[0]  # no loss depends on another position
 
-        zeros = jnp.zeros(targets.value.shape, jnp.float32)
-        nothing = TokenLosses(zeros, zeros, zeros), jnp.zeros_like(hidden.value)
-        found, gradient = jax.lax.cond(counted.value.any(), with_gradient, lambda: nothing)
+            nothing = TokenLosses(zeros, zeros, zeros), jnp.zeros_like(hidden)
+            return jax.lax.cond(counted.any(), with_gradient, lambda: nothing)
+
+        found, gradient = jax.lax.map(of_chunk, (hidden, targets, counted))
         return found, (None, gradient)
 
     def backward(kept, cotangents: Any):
@@ -119,16 +124,51 @@ def _of_chunk(config: LossConfig) -> Callable[..., TokenLosses]:
         scale = cotangents.loss
         if given is None:
             return gradient * scale[..., None].astype(gradient.dtype), None, None, None
-        _, pull = jax.vjp(lambda h, e: losses(h, e, *given[2:]).loss, *given[:2])
-        return *pull(scale), None, None
+        hidden, embedding, targets, counted = given
+        head = embedding.astype(hidden.dtype)
 
-    of_chunk = jax.custom_vjp(losses)
-    of_chunk.defvjp(forward, backward, symbolic_zeros=True)
-    return of_chunk
+        def of_chunk(total, chunk):
+            hidden, targets, counted, scale = chunk
+
+            def added():  # to the sum where it lies: another one would be as large as the embedding
+                logits, pull = jax.vjp(lambda h: _logits(h, head), hidden)
+                _, of_logits = _with_gradient(logits, targets, counted, scale, config)
+                product = einsum("BTV,BTD->VD", of_logits.astype(hidden.dtype), hidden, result=jnp.float32)
+                return total + product, pull(of_logits)[0]
+
+            return jax.lax.cond(counted.any(), added, lambda: (total, jnp.zeros_like(hidden)))
+
+        zeros = constrain_param(jnp.zeros(embedding.shape, jnp.float32), ("vocab", "embed"))
+        total, of_hidden = jax.lax.scan(of_chunk, zeros, (hidden, targets, counted, scale))
+        return of_hidden, total.astype(embedding.dtype), None, None
+
+    of_chunks = jax.custom_vjp(losses)
+    of_chunks.defvjp(forward, backward, symbolic_zeros=True)
+    return of_chunks
 
 
-def _losses(hidden, embedding, targets, counted, config: LossConfig) -> TokenLosses:
-    logits = einsum("BTD,VD->BTV", hidden, embedding, result=jnp.float32)
+def _cast(embedding: Float[Array, "V D"] | QuantizedWeight, dtype) -> Float[Array, "V D"] | QuantizedWeight:
+    """The head as its products take it: cast once, not of each chunk."""
+    return embedding if isinstance(embedding, QuantizedWeight) else embedding.astype(dtype)
+
+
+def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight) -> Float[Array, "B T V"]:
+    """In float32."""
+    return einsum("BTD,VD->BTV", hidden, head, result=jnp.float32)
+
+
+def _with_gradient(logits, targets, counted, scale, config: LossConfig) -> tuple[TokenLosses, Float[Array, "B T V"]]:
+    """Return the losses, and the gradient of their sum, each times its scale, in the logits."""
+
+    def own(logits):
+        found = _losses(logits, targets, counted, config)
+        return found.loss, found
+
+    loss, pull, found = jax.vjp(own, logits, has_aux=True)
+    return found, pull(jnp.broadcast_to(jnp.float32(scale), loss.shape))[0]
+
+
+def _losses(logits: Float[Array, "B T V"], targets, counted, config: LossConfig) -> TokenLosses:
     log_sum = jax.nn.logsumexp(logits, -1)
     target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     loss = log_sum - target
