@@ -112,7 +112,7 @@ def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jitted.trace(state, frozen, _batches(config, case, mesh), jax.eval_shape(lambda: dropout_key(0)))
-        return traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=compiler_options("tpu"))
+        return traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=compiler_options(chips[0]))
 
 
 def held(compiled: jax.stages.Compiled) -> float:

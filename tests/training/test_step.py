@@ -18,6 +18,8 @@ from helpers.cases import golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 import phi4mm_jax
 from phi4mm_jax import InputError
@@ -38,7 +40,15 @@ from phi4mm_jax.training.losses import LossConfig, token_losses
 from phi4mm_jax.training.metrics_log import MetricsLog, read_log
 from phi4mm_jax.training.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
 from phi4mm_jax.training.param_filter import join, matching, split
-from phi4mm_jax.training.step import LossStats, dropout_key, gradients, initial_state, supervised, train_step
+from phi4mm_jax.training.step import (
+    LossStats,
+    compiler_options,
+    dropout_key,
+    gradients,
+    initial_state,
+    supervised,
+    train_step,
+)
 
 CASES = {c["name"]: c for c in golden_gradient_cases()}
 ADAPTERS = ["lora_vision", "lora_speech"]
@@ -704,6 +714,21 @@ def test_operations_of_what_is_trained_before_the_decoder(scanned):
 
 
 # At full size.
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(("topology", "option"), [("v5e:2x2", "einsum"), ("v6e:2x2", "vmem")])
+def test_options_of_a_chip_are_known_to_its_compiler(topology, option):
+    """A wrong name is an error, of libtpu, where the step is compiled for TPUs only."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    options = compiler_options(device)
+    assert options is not None
+    assert any(option in name for name in options)
+    x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    lowered = jax.jit(lambda x: x @ x).lower(x)
+    lowered.compile(compiler_options=options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options=options | {"xla_tpu_of_no_name": "true"})
 
 
 @pytest.mark.slow
