@@ -271,7 +271,7 @@ def activation_sharding(mesh: Mesh, shape: Sequence[int], *axes: str | None) -> 
     return NamedSharding(mesh, jax.P(*(names or None for names in split)))
 
 
-def logits_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+def logits_sharding(mesh: Any, shape: Sequence[int]) -> NamedSharding:
     """Return where an array (..., V) lies beside logits, of which each device has its part of the vocabulary."""
     return NamedSharding(mesh, _split([*[None] * (len(shape) - 1), "vocab"], shape, mesh.shape))
 

@@ -164,7 +164,7 @@ def _kernel(
     def of_cache(ref, slot, keys):
         return ref[slot, keys] if not scales else ref[slot, keys].astype(jnp.float32).astype(q_ref.dtype)
 
-    def factors(which, slot, n, keys=slice(None)):
+    def factors(which, slot, n, keys: Any = slice(None)):
         """Scales of some keys of a page, (1, keys)."""
         return scale_refs[which][slot, n, pl.ds(head, 1), keys]
 

@@ -147,11 +147,12 @@ def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[A
     if not one:
         if parts == 1:
             return cached_attention(q, cache.k, cache.v, starts=rows.starts, lengths=rows.lengths, **pages), cache
-        found = cached_attention(
+        found: Any = cached_attention(
             q, cache.k, cache.v, starts=rows.starts, lengths=rows.lengths, part=(part, parts), return_lse=True,
             out_dtype=jnp.float32, **pages,
         )  # fmt: skip
-        return merge_devices(*found, LENGTH[0]).astype(q.dtype), cache
+        out, lse = found
+        return merge_devices(out, lse, LENGTH[0]).astype(q.dtype), cache
     if parts == 1:
         return decode_attention(q[:, 0], cache.k, cache.v, lengths=rows.lengths, **pages)[:, None], cache
     lengths = of_part(rows.lengths, size, part, parts)

@@ -1,6 +1,6 @@
 """Training step: gradients of the trainable parameters only, accumulated over micro-batches, and one update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -151,10 +151,11 @@ def compiler_options(device: Any) -> dict[str, str | bool] | None:
     """
     if device.platform != "tpu":
         return None
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"} | _OF_CHIP.get(device.device_kind, {})
+    options: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+    return options | _OF_CHIP.get(device.device_kind, {})
 
 
-_OF_CHIP = {
+_OF_CHIP: Mapping[str, dict[str, str | bool]] = {
     "TPU v6 lite": {
         "xla_enable_async_all_gather": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
