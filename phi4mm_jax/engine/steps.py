@@ -145,7 +145,7 @@ class Programs:
     def _constrain_state(self, state: Any) -> Any:
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.sharding_of(x)), state)
 
-    def sharding_of(self, x: Array) -> jax.sharding.Sharding:
+    def sharding_of(self, x: Any) -> jax.sharding.Sharding:
         """Sharding of an array of an engine's state."""
         if not isinstance(self._sharding, NamedSharding):
             return self._sharding

@@ -212,7 +212,8 @@ def test_a_short_row_fills_no_page_too_many():
     k, v = np.random.default_rng(0).normal(size=(2, 2, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 5, 1, 4, 2))
     cache = KVCache(empty, empty)
-    rows = cached_inputs(cache, *map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]])), 8)
+    starts, lengths, tables = map(jnp.asarray, ([0, 4], [7, 6], [[0, 3, 0], [1, 2, 0]]))
+    rows = cached_inputs(cache, starts, lengths, tables, 8)
     filled = fill(cache, jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         expected = np.stack([new[0, :4], np.zeros((4, 1, 2)), new[1, :4], new[0, 4:]]).swapaxes(1, 2)
@@ -223,7 +224,8 @@ def test_a_row_that_ends_with_a_page_fills_no_other():
     k, v = np.random.default_rng(0).normal(size=(2, 1, 8, 1, 2)).astype(np.float32)
     empty = jnp.zeros((1, 3, 1, 4, 2))
     cache = KVCache(empty, empty)
-    rows = cached_inputs(cache, *map(jnp.asarray, ([0], [4], [[1, 0]])), 8)  # page 0 is another row's
+    starts, lengths, tables = map(jnp.asarray, ([0], [4], [[1, 0]]))  # page 0 is another row's
+    rows = cached_inputs(cache, starts, lengths, tables, 8)
     filled = fill(cache, jnp.asarray(k), jnp.asarray(v), jnp.int32(0), rows)
     for pages, new in zip(filled[:2], (k, v), strict=True):
         np.testing.assert_array_equal(pages[0, :2], np.stack([np.zeros((4, 1, 2)), new[0, :4]]).swapaxes(1, 2))
