@@ -10,7 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from flax.traverse_util import flatten_dict
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,7 @@ from phi4mm_jax.checkpoint.load import open_checkpoint
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder
 from phi4mm_jax.processing.prompt import KINDS, Kind
+from phi4mm_jax.quantization import stored_weights
 from phi4mm_jax.testing.compare import Check, is_exact, unexercised, verify_cases, verify_medium
 from phi4mm_jax.testing.goldens import read_goldens
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
@@ -88,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{check.subject} {check.tensor}: {check.note}")
     if missed := unexercised(model.config, goldens):
         print(f"No case exercises {', '.join(missed)}: nothing is said of that.")
+    parameters: Any = flatten_dict(model.variables)
+    if (weights := stored_weights(parameters)) is not None:
+        print(f"The weights are {weights}: what they compute differs from what the goldens' floats do.")
     failed = [check for check in checks if not check.passed]
     if not exact:
         print("Errors are root mean squares, since one side is bfloat16: this finds mistakes, and proves no parity.")

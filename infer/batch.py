@@ -60,9 +60,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", metavar="FILE", type=path_argument, required=True)
     parser.add_argument("--output", metavar="FILE", type=path_argument, required=True)
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say (default: %(default)s)"
+    )
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="the most that a line may ask for")

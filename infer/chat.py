@@ -342,7 +342,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
     add_adapter_folder(parser)
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="how long it may get; by default what fits")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")

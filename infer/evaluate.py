@@ -91,9 +91,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"show the published figures of a benchmark: {', '.join(PUBLISHED)}",
     )  # fmt: skip
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256)
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
     parser.add_argument(

@@ -52,9 +52,11 @@ def parse_arguments() -> argparse.Namespace:
         "--write-seconds", metavar="N", type=float, default=30.0,
         help="seconds that an answer waits for others to be written with (default: %(default)g)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say (default: %(default)s)"
+    )
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that an engine decodes at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of an engine's rows; by default what fits")
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")

@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--port", metavar="N", type=int, default=8000, help="0 for any (default: %(default)s)")
     parser.add_argument("--api-key", metavar="KEY", action="append", default=[], help="may be given several times")
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="requests that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all requests together; by default what fits")
@@ -144,7 +144,8 @@ def serve(app: Any, arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it again after
     host, port = socket.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} has the page, and /v1 below it the API; "
-          "/ready tells when the model answers", file=sys.stderr, flush=True)  # fmt: skip
+          "/ready tells when the model answers" + ("" if arguments.no_warmup else ", once every program is compiled "
+          "(--no-warmup compiles them as they are needed)"), file=sys.stderr, flush=True)  # fmt: skip
     uvicorn.Server(config).run([socket])
     return 0
 

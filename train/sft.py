@@ -41,7 +41,7 @@ from phi4mm_jax.training.optimizer import make_lr_schedule, make_optimizer
 from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE, PreemptionSignal
 from phi4mm_jax.training.recipe import Recipe, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
-from phi4mm_jax.training.resume import recipe_for_resume, restore
+from phi4mm_jax.training.resume import check_finished, recipe_for_resume, restore
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
 from phi4mm_jax.training.sharding import (
     check_divisible,
@@ -140,6 +140,7 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         state, step, total_steps = resumed.state, resumed.step, resumed.total_steps
         eval_pending = resumed.eval_pending
         if step >= total_steps and not eval_pending and (folder / REPORT).exists():
+            check_finished(recipe, folder)
             print_once(f"{folder}: already finished ({step} of {total_steps} steps)")
             return 0
         check_same_on_all_hosts("the checkpoints", [step, total_steps, eval_pending])

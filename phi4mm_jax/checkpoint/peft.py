@@ -54,7 +54,7 @@ def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path
             raise InputError(f"adapter {kind!r:.60} is not known; an adapter takes the place of {names}")
         if not isinstance(given, str | os.PathLike):
             raise InputError(f"adapter {kind!r} is a {type(given).__name__}; expected the adapter's folder")
-        folder = local_folder(given)
+        folder = _folder_of(kind, given)
         inner = ADAPTERS[kind].folder
         places = [folder, folder / inner, folder / kind]
         place = next((place for place in places if (place / SETTINGS_FILE).is_file()), None)
@@ -67,8 +67,26 @@ def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path
                 f"{folder}: holds no {kind} adapter: neither {SETTINGS_FILE}, nor a folder {inner} or {kind} with "
                 f"one; {hint}"
             )
+        others = (a.name for a in ADAPTERS.values() if place.name == a.folder and a.name != kind)
+        if (other := next(others, None)) is not None:
+            raise InputError(
+                f"{place}: is the folder of a {other} adapter, given as {kind}; give it as {other}, or rename it"
+            )
         found[kind] = place
     return found
+
+
+def _folder_of(kind: str, given: str | os.PathLike[str]) -> Path:
+    """Return an adapter's folder here, or the one that is downloaded.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    beside = Path(given).parent
+    if os.path.exists(given) or beside == Path(".") or not beside.is_dir():
+        return local_folder(given)
+    names = ", ".join(sorted(path.name for path in beside.iterdir() if path.is_dir())[:8]) or "no folders"
+    raise CheckpointError(f"{given}: no such folder for the {kind} adapter; in {beside} there are {names}")
 
 
 class PeftAdapter(StackedTensors):

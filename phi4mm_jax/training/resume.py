@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from phi4mm_jax.data.pipeline import TrainingData
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.checkpointing import Checkpoints
-from phi4mm_jax.training.recipe import Recipe, resolved_as_before
+from phi4mm_jax.training.recipe import Recipe, load_recipe, resolved_as_before
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 from phi4mm_jax.training.step import TrainState
 from phi4mm_jax.training.step_batches import count_resumed_steps, same_files
@@ -29,6 +30,16 @@ def recipe_for_resume(recipe: Recipe, folder: Path) -> Recipe:
     """
     began = (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists()
     return resolved_as_before(recipe, folder / RECIPE) if began else recipe
+
+
+def check_finished(recipe: Recipe, folder: Path) -> None:
+    """Raise InputError where a finished run's recipe now names other data, which it would not be trained on."""
+    trained, given = ([str(s.path) for s in r.data.sources] for r in (load_recipe(folder / RECIPE), recipe))
+    if trained != given:
+        raise InputError(
+            f"{folder}: the run is finished, and was trained on {', '.join(trained)}; data.sources has "
+            f"{', '.join(given)} now. Give another output to train on these"
+        )
 
 
 def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, recipe: Recipe, steps: int) -> Resumed:

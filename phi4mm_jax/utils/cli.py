@@ -154,6 +154,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
         prog=command_of(module),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=version_line())
     return parser

@@ -218,7 +218,8 @@ def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change,
         ({"speech": 3}, "'speech' is a int; expected the adapter's folder"),
         ("speech=x", "adapters is a str"),
         ({"speech": TINY / "inputs"}, r"inputs: holds no speech adapter: neither adapter_config\.json, nor"),
-        ({"speech": TINY / "nowhere"}, "nowhere: no such folder"),
+        ({"speech": TINY / "nowhere"}, "nowhere: no such folder for the speech adapter; in .* there are .*speech-lora"),
+        ({"speech": TINY / "vision-lora"}, "vision-lora: is the folder of a vision adapter, given as speech"),
     ],
 )  # fmt: skip
 def test_no_such_adapter_beside(adapters, message):

@@ -583,6 +583,16 @@ def targets(folder: Path) -> float:
     return sum(line["targets"] for line in read_log(folder) if "targets" in line)
 
 
+def test_a_finished_run_takes_no_other_data_in_silence(quick, tmp_path, capsys):
+    assert run(quick) == 0
+    assert run(quick) == 0
+    assert "already finished" in capsys.readouterr().out
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "train.jsonl").read_text().replace("x ", "y "))
+    with pytest.raises(InputError, match=r"the run is finished, and was trained on .*train\.jsonl; .*other\.jsonl now"):
+        run(quick, f"data.sources=[{{path: {other}}}]")
+
+
 @pytest.mark.parametrize(("before", "after"), fast_are([(5, 20)], [(5, 20), (20, 5)]), ids=["longer", "shorter"])
 def test_resuming_with_repaired_files_takes_each_sample_once(quick, tmp_path, monkeypatch, before, after):
     """Those that were trained on have another length now, so that batches counted from the beginning are others."""
