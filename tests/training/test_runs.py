@@ -513,7 +513,7 @@ def test_a_damaged_checkpoint_is_named(recipe, tmp_path):
         if file.is_file() and file.stat().st_size > 500:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(
-        CheckpointError, match=r"checkpoints/2: cannot be read .* remove it, to go on from the one before"
+        CheckpointError, match=r"checkpoints/2: cannot be read .* remove it to resume from the one before"
     ):
         run(recipe, "data.steps=4", "data.epochs=null")
 
