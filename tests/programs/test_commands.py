@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers.paths import TINY
 
 from phi4mm_jax import InputError, __version__
 from phi4mm_jax.commands.main import find_command, usage
