@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -23,6 +23,8 @@ from phi4mm_jax.serve.queueing import FairQueue
 from phi4mm_jax.utils.strict_json import strict_json
 
 T = TypeVar("T")
+J = TypeVar("J", bound="Job")
+Updates = AsyncIterator[tuple[int, Update]]  # each with its request's place
 _CLOSED = 499  # the client has gone, as nginx has it; nobody reads it but the metrics
 
 
@@ -64,11 +66,27 @@ class Service:
         return asyncio.get_running_loop().time() + (limit if seconds is None else min(seconds, limit))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Requests of a client that belong together, parsed.
+
+    Attributes:
+        requests: one for each answer.
+        deadline: by the event loop's clock.
+        logprobs: answers have their tokens' log-probabilities.
+        include_usage: a stream ends with the count of tokens.
+    """
+
+    requests: list[Request]
+    deadline: float
+    logprobs: bool
+    include_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
 @asynccontextmanager
-async def answering(
-    service: Service, client: str, requests: Sequence[Request], deadline: float, *, unlimited: bool = False
-) -> AsyncIterator[AsyncIterator[tuple[int, Update]]]:
-    """Have requests answered that belong together; gives their updates, each with its request's place.
+async def answering(service: Service, client: str, job: Job, *, unlimited: bool = False) -> AsyncIterator[Updates]:
+    """Have a job's requests answered; gives their updates, each with its request's place.
 
     On leaving, those not answered are cancelled.
 
@@ -79,12 +97,13 @@ async def answering(
     Raises:
         ApiError: too many wait, or, by the iterator: a request cannot be served, or not in time.
     """
+    requests, deadline = job.requests, job.deadline
     if not unlimited:
         service.queue.check_room(len(requests))
     news: asyncio.Queue[tuple[int, Update] | Exception] = asyncio.Queue()
     tasks = [asyncio.create_task(_answer(service, client, i, r, deadline, news)) for i, r in enumerate(requests)]
 
-    async def updates() -> AsyncIterator[tuple[int, Update]]:
+    async def updates() -> Updates:
         left = len(requests)
         while left:
             item = await news.get()
@@ -123,13 +142,29 @@ async def _answer(
         news.put_nowait(error)
 
 
-async def completions_of(updates: AsyncIterator[tuple[int, Update]], count: int) -> list[Completion]:
-    """Wait for all answers; return them in the order of their requests."""
+async def completions_of(service: Service, client: str, job: Job, *, unlimited: bool = False) -> list[Completion]:
+    """Wait for all answers of a job; return them in the order of their requests.
+
+    Raises:
+        ApiError: as `answering`.
+    """
     found: dict[int, Completion] = {}
-    async for place, update in updates:
-        if update.completion is not None:
-            found[place] = update.completion
-    return [found[place] for place in range(count)]
+    async with answering(service, client, job, unlimited=unlimited) as updates:
+        async for place, update in updates:
+            if update.completion is not None:
+                found[place] = update.completion
+    return [found[place] for place in range(len(job.requests))]
+
+
+def events_of(service: Service, client: str, job: J, form: Callable[[Service, J, Updates], Any]) -> Callable[[], Any]:
+    """Return what an `EventStream` sends: the objects that `form` makes of a job's updates."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        async with answering(service, client, job) as updates:
+            yield form(service, job, updates)
+
+    return opened
 
 
 async def in_thread(service: Service, work: Callable[[], T], deadline: float) -> T:

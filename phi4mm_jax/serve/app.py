@@ -24,10 +24,10 @@ from phi4mm_jax import __version__
 from phi4mm_jax.engine import Engine
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve import audio
-from phi4mm_jax.serve.answering import EventStream, Service, response_of
+from phi4mm_jax.serve.answering import EventStream, Service, events_of, response_of
 from phi4mm_jax.serve.batches import Batches
-from phi4mm_jax.serve.chat import chat_answer, chat_events, parse_chat
-from phi4mm_jax.serve.completions import parse_completion, text_answer, text_events
+from phi4mm_jax.serve.chat import chat_answer, chat_chunks, parse_chat
+from phi4mm_jax.serve.completions import parse_completion, text_answer, text_chunks
 from phi4mm_jax.serve.engine_host import EngineHost
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import Store
@@ -178,7 +178,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         """Answer a chat, at once or as server-sent events."""
         job = await parse_chat(service, body)
         if body.stream:
-            return EventStream(chat_events(service, client_of(http), job))
+            return EventStream(events_of(service, client_of(http), job, chat_chunks))
         return await response_of(http, chat_answer(service, client_of(http), job))
 
     @app.post("/v1/completions", responses=_ERRORS | _content("text/event-stream"))
@@ -186,7 +186,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         """Continue raw prompts, at once or as server-sent events."""
         job = await parse_completion(service, body)
         if body.stream:
-            return EventStream(text_events(service, client_of(http), job))
+            return EventStream(events_of(service, client_of(http), job, text_chunks))
         return await response_of(http, text_answer(service, client_of(http), job))
 
     async def listen(
@@ -203,7 +203,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         if stream and response_format not in ("json", "text"):
             raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
         if stream:
-            return EventStream(audio.audio_events(service, client_of(http), job), last=None)
+            return EventStream(events_of(service, client_of(http), job, audio.audio_chunks), last=None)
         return await response_of(http, audio.audio_answer(service, client_of(http), job))
 
     @app.post("/v1/audio/transcriptions", responses=_ERRORS | _content("text/event-stream", "text/plain"))

@@ -1,13 +1,12 @@
 """/v1/audio/transcriptions and /v1/audio/translations."""
 
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from phi4mm_jax.engine import Completion, Request, Sampling, Update
-from phi4mm_jax.serve.answering import Service, answering, completions_of, in_thread
+from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.chat import token_logprobs
 from phi4mm_jax.serve.errors import ApiError
 
@@ -21,9 +20,9 @@ LANGUAGES = {
 Task = Literal["transcribe", "translate"]
 
 
-@dataclass(frozen=True)
-class AudioJob:
-    """A clip to be written down, parsed.
+@dataclass(frozen=True, kw_only=True)
+class AudioJob(Job):
+    """A clip to be written down, parsed: one request.
 
     Attributes:
         seconds: of the clip.
@@ -31,11 +30,8 @@ class AudioJob:
     """
 
     task: Task
-    request: Request
     seconds: float
-    deadline: float
     form: str
-    logprobs: bool
     language: str | None
 
 
@@ -85,7 +81,9 @@ async def parse_audio(
 
     request, seconds = await in_thread(service, parse, deadline)
     spoken = "english" if task == "translate" else None if language is None else LANGUAGES[language]
-    return AudioJob(task, request, seconds, deadline, form, logprobs, spoken)
+    return AudioJob(
+        requests=[request], deadline=deadline, logprobs=logprobs, task=task, seconds=seconds, form=form, language=spoken
+    )
 
 
 async def audio_answer(service: Service, client: str, job: AudioJob) -> dict[str, Any] | str:
@@ -94,8 +92,7 @@ async def audio_answer(service: Service, client: str, job: AudioJob) -> dict[str
     Raises:
         ApiError: as `answering`.
     """
-    async with answering(service, client, [job.request], job.deadline) as updates:
-        (completion,) = await completions_of(updates, 1)
+    (completion,) = await completions_of(service, client, job)
     segments = segments_of(job, completion)
     text = completion.text.strip()
     match job.form:
@@ -122,7 +119,7 @@ def segments_of(job: AudioJob, completion: Completion) -> list[Segment]:
     return [
         Segment(
             id=0, seek=0, start=0.0, end=job.seconds, text=text, tokens=completion.tokens,
-            temperature=float(job.request.sampling.temperature),
+            temperature=float(job.requests[0].sampling.temperature),
             avg_logprob=sum(values) / len(values) if values else None,
             compression_ratio=len(text.encode()) / len(zlib.compress(text.encode())),
         )
@@ -149,20 +146,8 @@ def _clock(seconds: float, point: str) -> str:
     return f"{total // 3_600_000:02}:{total // 60_000 % 60:02}:{total // 1000 % 60:02}{point}{total % 1000:03}"
 
 
-def audio_events(service: Service, client: str, job: AudioJob) -> Callable[[], Any]:
-    """Return what an `EventStream` sends of a clip."""
-
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        async with answering(service, client, [job.request], job.deadline) as updates:
-            yield _events(service, job, updates)
-
-    return opened
-
-
-async def _events(
-    service: Service, job: AudioJob, updates: AsyncIterator[tuple[int, Update]]
-) -> AsyncIterator[dict[str, Any]]:
+async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
+    """Yield the objects of a streamed transcript."""
     async for _, update in updates:
         if update.text:
             event: dict[str, Any] = {"type": "transcript.text.delta", "delta": update.text}

@@ -1,10 +1,8 @@
 """/v1/chat/completions."""
 
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from secrets import randbelow
 from typing import Any
 
@@ -14,28 +12,20 @@ from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.engine.tool_calls import BEGIN
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.serve.answering import Service, answering, completions_of, in_thread
+from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import ChatRequest, Drawing
 
-_OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout", "top_logprobs"}  # not of the parser
+OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout"}  # not of the parser
+_OURS = OURS | {"top_logprobs"}
 
 
-@dataclass(frozen=True)
-class ChatJob:
-    """A chat, parsed.
+@dataclass(frozen=True, kw_only=True)
+class ChatJob(Job):
+    """A chat, parsed."""
 
-    Attributes:
-        requests: one for each answer.
-        include_usage: a stream ends with the count of tokens.
-    """
-
-    requests: list[Request]
-    deadline: float
-    logprobs: bool
-    include_usage: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(default_factory=partial(new_id, "chatcmpl"))
 
 
 async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
@@ -66,8 +56,8 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
     deadline = service.deadline(body.timeout)
     request = await in_thread(service, parse, deadline)
     return ChatJob(
-        choices(request, count), deadline, bool(body.logprobs),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        requests=choices(request, count), deadline=deadline, logprobs=bool(body.logprobs),
+        include_usage=body.include_usage,
     )  # fmt: skip
 
 
@@ -116,8 +106,7 @@ async def chat_answer(service: Service, client: str, job: ChatJob, *, unlimited:
     Raises:
         ApiError: as `answering`.
     """
-    async with answering(service, client, job.requests, job.deadline, unlimited=unlimited) as updates:
-        found = await completions_of(updates, len(job.requests))
+    found = await completions_of(service, client, job, unlimited=unlimited)
     return {
         "id": job.id, "object": "chat.completion", "created": job.created, "model": service.name,
         "choices": [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)],
@@ -149,20 +138,8 @@ def _named(tokenizer: Tokenizer, token: int, log_probability: float) -> dict[str
     return {"token": content.decode(errors="replace"), "logprob": log_probability, "bytes": list(content)}
 
 
-def chat_events(service: Service, client: str, job: ChatJob) -> Callable[[], Any]:
-    """Return what an `EventStream` sends of a chat."""
-
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        async with answering(service, client, job.requests, job.deadline) as updates:
-            yield _chunks(service, job, updates)
-
-    return opened
-
-
-async def _chunks(
-    service: Service, job: ChatJob, updates: AsyncIterator[tuple[int, Update]]
-) -> AsyncIterator[dict[str, Any]]:
+async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
+    """Yield the objects of a streamed chat."""
     head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": service.name}
     usage = {"usage": None} if job.include_usage else {}
 

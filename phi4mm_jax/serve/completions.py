@@ -1,10 +1,8 @@
 """/v1/completions."""
 
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from phi4mm_jax.engine import Completion, Request, Update
@@ -12,31 +10,27 @@ from phi4mm_jax.engine.answer_lines import usage_of
 from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.serve.answering import Service, answering, completions_of, in_thread
-from phi4mm_jax.serve.chat import adapter_of, check_drawing, check_top_logprobs, choices
+from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
+from phi4mm_jax.serve.chat import OURS, adapter_of, check_drawing, check_top_logprobs, choices
 from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import CompletionRequest
 
-_OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout", "logprobs", "echo", "prompt"}
+_OURS = OURS | {"logprobs", "echo", "prompt"}
 
 
-@dataclass(frozen=True)
-class TextJob:
-    """Texts to complete, parsed.
+@dataclass(frozen=True, kw_only=True)
+class TextJob(Job):
+    """Texts to complete, parsed; the requests are in the order of the prompts.
 
     Attributes:
-        requests: one for each answer to each prompt, in the order of the prompts.
         echoed: what each answer begins with.
+        per_prompt: answers to each prompt.
     """
 
-    requests: list[Request]
     echoed: list[str]
     per_prompt: int
-    deadline: float
-    logprobs: bool
-    include_usage: bool
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = field(default_factory=partial(new_id, "cmpl"))
 
 
 async def parse_completion(service: Service, body: CompletionRequest) -> TextJob:
@@ -68,8 +62,8 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
     requests = await in_thread(service, parse, deadline)
     echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(count)]
     return TextJob(
-        requests, echoed, count, deadline, body.logprobs is not None,
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        requests=requests, deadline=deadline, logprobs=body.logprobs is not None, include_usage=body.include_usage,
+        echoed=echoed, per_prompt=count,
     )  # fmt: skip
 
 
@@ -79,8 +73,7 @@ async def text_answer(service: Service, client: str, job: TextJob, *, unlimited:
     Raises:
         ApiError: as `answering`.
     """
-    async with answering(service, client, job.requests, job.deadline, unlimited=unlimited) as updates:
-        found = await completions_of(updates, len(job.requests))
+    found = await completions_of(service, client, job, unlimited=unlimited)
     answers = [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)]
     return _head(service, job) | {
         "choices": answers,
@@ -115,20 +108,8 @@ def _logprobs(tokenizer: Tokenizer, found: Completion | Update, offset: int) -> 
     }  # fmt: skip
 
 
-def text_events(service: Service, client: str, job: TextJob) -> Callable[[], Any]:
-    """Return what an `EventStream` sends of texts."""
-
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        async with answering(service, client, job.requests, job.deadline) as updates:
-            yield _chunks(service, job, updates)
-
-    return opened
-
-
-async def _chunks(
-    service: Service, job: TextJob, updates: AsyncIterator[tuple[int, Update]]
-) -> AsyncIterator[dict[str, Any]]:
+async def text_chunks(service: Service, job: TextJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
+    """Yield the objects of streamed texts."""
     head = _head(service, job) | ({"usage": None} if job.include_usage else {})
     count, offsets = 0, [0] * len(job.requests)
     prompt_tokens = [0] * len(job.requests)

@@ -44,7 +44,7 @@ class EngineHost:
 
     @property
     def cause(self) -> str:
-        """Why it is not ready."""
+        """Reason why it is not ready."""
         return "it is being restarted" if self._runner is not None and not self._runner.running else self._cause
 
     def start(self) -> None:

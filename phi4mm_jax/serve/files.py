@@ -1,7 +1,6 @@
 """Files of clients for /v1/files, on disk: each a content and a description, which is written last."""
 
 import json
-import os
 import re
 import time
 import uuid
@@ -11,16 +10,15 @@ from typing import Any, BinaryIO
 
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.strict_json import strict_json
 
 _ID = re.compile(r"(file|batch|req)-[0-9a-f]{32}")
-
-
 _BLOCK = 1 << 20
 
 
 def new_id(kind: str) -> str:
-    """Return a name that nobody guesses: "file-..." or "batch-..."."""
+    """Return a name that nobody guesses: "file-...", "batch-...", "chatcmpl-..."."""
     return f"{kind}-{uuid.uuid4().hex}"
 
 
@@ -60,10 +58,7 @@ class Store:
 
     def write(self, value: dict[str, Any], owner: str) -> None:
         """Write an object, whole or not at all."""
-        path = self._path(value["id"], "json")
-        aside = path.with_suffix(".part")
-        aside.write_text(strict_json({**value, "owner": owner}))
-        os.replace(aside, path)
+        write_atomically(self._path(value["id"], "json"), strict_json({**value, "owner": owner}))
 
     def all(self, kind: str) -> Iterator[dict[str, Any]]:
         """Yield all objects of a kind, with their owners, the newest first."""

@@ -122,6 +122,11 @@ class Drawing(Model):
     frequency_penalty: Number | None = Field(None, description="only 0")
     logit_bias: dict[str, Any] | None = Field(None, description="only {}")
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the count of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class ChatRequest(Drawing):
     messages: list[Message]
