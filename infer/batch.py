@@ -35,10 +35,10 @@ from typing import get_args
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.commands.options import (
-    adapter_folders_of,
     add_adapter_folder,
     add_mesh,
     add_weights,
+    answer_settings,
     load_model,
     make_engine,
 )
@@ -46,7 +46,6 @@ from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.answer_lines import Format
 from phi4mm_jax.engine.jsonl import read_requests
-from phi4mm_jax.engine.provenance import Settings, settings_of
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
 from phi4mm_jax.utils.paths import path_argument
@@ -114,7 +113,11 @@ def main() -> int:
             raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
     keep_compiled(arguments.compilation_cache)
     with AnswerFile(
-        arguments.output, lines, ordered=arguments.ordered, settings=partial(settings, arguments), form=arguments.format
+        arguments.output,
+        lines,
+        ordered=arguments.ordered,
+        settings=partial(answer_settings, arguments),
+        form=arguments.format,
     ) as answers:
         if answers.answered:
             print(f"{answers.answered} of {len(lines)} lines are answered already; resuming", file=sys.stderr)
@@ -122,19 +125,6 @@ def main() -> int:
             answer(arguments, config, answers, len(lines))
     print(f"{arguments.output}: {answers.answered} answers, {answers.errors} of them errors", file=sys.stderr)
     return 1 if answers.errors else 0
-
-
-def settings(arguments: argparse.Namespace) -> Settings:
-    """Return the settings that answers depend on besides their lines."""
-    names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
-    names += [] if arguments.adapters_from is None else ["adapters_from"]  # not in answers of earlier versions
-    quantized = {} if arguments.weights is None else {"quantized": arguments.weights}
-    return settings_of(
-        arguments.model,
-        adapter_folders_of(arguments),
-        **{name: getattr(arguments, name) for name in names},
-        **quantized,
-    )
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:

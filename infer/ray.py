@@ -22,13 +22,12 @@ The exit status is 1 if a line has failed.
 
 import argparse
 import sys
-from typing import Any, get_args
+from typing import get_args
 
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_weights
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_weights, answer_settings
 from phi4mm_jax.engine.answer_lines import Format
-from phi4mm_jax.engine.provenance import settings_of
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
 
@@ -107,7 +106,7 @@ def main() -> int:
         "compilation_cache": arguments.compilation_cache,
     }  # fmt: skip
     parts = Parts(arguments.output, arguments.format, parquet, arguments.write_seconds)
-    parts.check_settings(settings(arguments))
+    parts.check_settings(answer_settings(arguments))
     run.connect(arguments.cluster, arguments.engines)
     inputs = run.index_files(arguments.input, lines, parquet)
     failed, done = run.settle(parts, inputs, arguments.format)
@@ -144,19 +143,6 @@ def chips_of(mesh: str | None) -> int | None:
             f"--mesh is {mesh!r}, but an engine of infer.ray splits over tensor only; leave {others[0]} out"
         )
     return sizes.get("tensor", 1)
-
-
-def settings(arguments: argparse.Namespace) -> Any:
-    """Return the settings that answers depend on besides their lines."""
-    names = ["dtype", "merge", "adapter", "cache_dtype", "max_new_tokens"]
-    names += [] if arguments.adapters_from is None else ["adapters_from"]
-    quantized = {} if arguments.weights is None else {"quantized": arguments.weights}
-    return settings_of(
-        arguments.model,
-        adapter_folders_of(arguments),
-        **{name: getattr(arguments, name) for name in names},
-        **quantized,
-    )
 
 
 if __name__ == "__main__":

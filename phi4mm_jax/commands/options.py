@@ -83,6 +83,24 @@ def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
     return folders
 
 
+def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that a batch's answers depend on besides its lines.
+
+    All are there, None included: answers that were made with a setting are not continued without it. Those of earlier
+    versions, which lack a setting, were made without.
+
+    Raises:
+        CheckpointError, InputError: there is no such model or adapter.
+    """
+    from phi4mm_jax.engine.provenance import settings_of
+
+    names = "dtype", "merge", "adapter", "cache_dtype", "max_new_tokens", "adapters_from"
+    return settings_of(
+        arguments.model, adapter_folders_of(arguments), quantized=arguments.weights,
+        **{name: getattr(arguments, name) for name in names},
+    )  # fmt: skip
+
+
 def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:
     """Load the model that a program's options name: --model, --dtype, --weights, --mesh, --adapter-folder,
     --adapters-from.

@@ -20,10 +20,11 @@ from helpers.paths import TINY
 
 from infer import batch
 from phi4mm_jax import InputError
+from phi4mm_jax.commands.options import answer_settings
 from phi4mm_jax.engine import Completion, EngineConfig, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import read_requests
-from phi4mm_jax.engine.provenance import settings_of
+from phi4mm_jax.engine.provenance import compare_settings, settings_of
 from phi4mm_jax.utils.compilation import keep_compiled
 
 ROOT = Path(__file__).parents[2]
@@ -377,6 +378,24 @@ def test_answers_of_another_model_or_setting_are_not_mixed(tmp_path, engine):
     (tmp_path / "out.settings.json").unlink()
     with pytest.raises(InputError, match=r"out.settings.json, which tells .* is missing"):
         begin()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--weights", "int8"), ("--adapters-from", "shards")])
+def test_answers_with_an_option_are_not_continued_without_it(monkeypatch, option, value):
+    """Nor the other way round; answers of a version that had no such option were made without."""
+
+    def settings(*options):
+        program = ["batch", "--model", str(TINY), "--input", "in", "--output", "out", *options]
+        monkeypatch.setattr(sys, "argv", program)
+        return answer_settings(batch.parse_arguments())
+
+    plain, other = settings(), settings(option, value)
+    for before, now in ((plain, other), (other, plain)):
+        with pytest.raises(InputError, match=rf"its answers are of another \w+ \(was .*{value}|now .*{value}"):
+            compare_settings("out", "out.settings.json", before, now)
+    earlier = {name: setting for name, setting in plain.items() if setting == other[name]}
+    assert len(earlier) == len(plain) - 1
+    compare_settings("out", "out.settings.json", earlier, plain)
 
 
 def test_answers_about_other_media_are_not_kept(tmp_path, engine):
