@@ -1,9 +1,10 @@
 """Bytes that a step of decoding reads on one chip, by the program compiled for it: python -m benchmarks.decode_bytes.
 
 The model is the release's, in full size. A step reads every weight of the decoder once, and the keys and values of its
-rows: with the chip's bandwidth that bounds the tokens per second. "Copies" are float arrays of a weight's size that the
-compiled program makes in main memory, which a step would read besides: there should be none. Needs libtpu (`pip install
-'.[tpu]'`), and no TPU.
+rows: with the chip's bandwidth that bounds the tokens per second. The estimate is the compiler's, of greedy rows, and
+attention's the transfer of its keys and values. "Copies" are float arrays of a weight's size that the compiled program
+makes in main memory. Cache fits beside the whole model: the decoder, both towers, both adapters. Needs libtpu
+(`pip install '.[tpu]'`), and no TPU.
 """
 
 import argparse
@@ -14,11 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
-from benchmarks.serving import BANDWIDTH, PAGE, Serving, compile_serving
+from benchmarks.serving import APPEND, BANDWIDTH, PAGE, Serving, compile_serving
 from phi4mm_jax.config import Phi4MMConfig, read_json
-from phi4mm_jax.model import KVCache
-from phi4mm_jax.testing.compiled import CHIPS, float_copies
+from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.phi4mm import abstract_variables
+from phi4mm_jax.quantization import SCALES, quantized_abstract
+from phi4mm_jax.testing.compiled import CHIPS, cost, float_copies
 
 RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
@@ -36,10 +41,10 @@ def main() -> int:
     arguments = parser.parse_args()
     config = Phi4MMConfig.from_dict(read_json(RELEASE))
     print(
-        "| weights | chip | weights, GB | temporaries, GB | copies | tokens of cache that fit | read a step, GB "
-        "| of it the cache | ceiling, tokens/s |"
+        "| weights | chip | whole model, GB | decoder | temporaries | copies | tokens of cache that fit "
+        "| read a step, GB | of it the cache | ceiling, tokens/s | estimated, ms a step |"
     )
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 11)
     for chip in arguments.chips:
         for weights in arguments.weights:
             kind: Any = None if weights == "bfloat16" else weights
@@ -54,19 +59,32 @@ def main() -> int:
 def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
     """A line of the table."""
     memory: Any = compiled.memory_analysis()
-    d = config.decoder
-    copies = float_copies(str(compiled.as_text()), d.embed_dim * d.num_kv_heads * d.head_size, d.vocab_size)
-    cache = jax.eval_shape(lambda: KVCache.allocate(config.decoder, 1, PAGE, jnp.dtype(case.cache)))
+    d, text, bandwidth = config.decoder, str(compiled.as_text()), BANDWIDTH[chip]
+    copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size, d.vocab_size)
+    cache = jax.eval_shape(lambda: KVCache.allocate(d, 1, PAGE, jnp.dtype(case.cache)))
     per_token = sum(math.prod(x.shape[2:]) * x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(cache)) / PAGE
     pages = case.rows * case.length // PAGE + 1  # and the scratch page
-    held = memory.argument_size_in_bytes - pages * PAGE * per_token
-    free = CHIPS[chip].hbm * 2**30 - held - memory.temp_size_in_bytes - memory.generated_code_size_in_bytes
+    decoder = memory.argument_size_in_bytes - pages * PAGE * per_token
+    model = model_bytes(case, config)
+    free = CHIPS[chip].hbm * 2**30 - model - memory.temp_size_in_bytes - memory.generated_code_size_in_bytes
     keys = case.rows * case.length * per_token
-    ceiling = case.rows * BANDWIDTH[chip] / (held + keys)
+    seconds = cost(text, CHIPS[chip], branch=min).seconds + keys / bandwidth + d.num_layers * APPEND
     return (
-        f"| {weights} | {chip} | {held / 1e9:.2f} | {memory.temp_size_in_bytes / 1e9:.2f} "
-        f"| {len(copies)} | {free / per_token:,.0f} | {(held + keys) / 1e9:.2f} "
-        f"| {keys / 1e9:.2f} | {ceiling:,.0f} |"
+        f"| {weights} | {chip} | {model / 1e9:.2f} | {decoder / 1e9:.2f} | {memory.temp_size_in_bytes / 1e9:.2f} "
+        f"| {len(copies)} | {free / per_token:,.0f} | {(decoder + keys) / 1e9:.2f} | {keys / 1e9:.2f} "
+        f"| {case.rows * bandwidth / (decoder + keys):,.0f} | {seconds * 1e3:.2f} |"
+    )
+
+
+def model_bytes(case: Serving, config: Phi4MMConfig) -> float:
+    """Bytes of all weights as they are loaded: the decoder, both towers, both adapters."""
+    abstract = abstract_variables(Phi4MM(config))
+    if case.weights is not None:
+        abstract = quantized_abstract(abstract, case.weights)
+    sizes = {"float32": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}  # what is not quantised is in bfloat16
+    leaves: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
+    return sum(
+        x.size * (x.dtype.itemsize if path[-1].endswith(SCALES) else sizes[x.dtype.name]) for path, x in leaves.items()
     )
 
 

@@ -113,11 +113,11 @@ Measurement = tuple[str, str, str, Callable[[], float | str]]  # row, side, unit
 
 
 def platform_line(rows: Sequence[dict[str, Any]]) -> str:
-    told = [row["value"] for row in rows if row["row"] == "platform" and "value" in row]
+    platform = [row["value"] for row in rows if row["row"] == "platform" and "value" in row]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=FIXTURES
     )
-    return "; ".join([time.strftime("%Y-%m-%d"), f"commit {commit.stdout.strip() or 'unknown'}", *told])
+    return "; ".join([time.strftime("%Y-%m-%d"), f"commit {commit.stdout.strip() or 'unknown'}", *platform])
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -597,41 +597,18 @@ def torch_model(small: bool) -> Iterator[Measurement]:
 
 def tuning(small: bool) -> Iterator[Measurement]:
     """A step of the speech adapter over packed rows of text: forward, backward, clipping, AdamW."""
-    import jax
     import jax.numpy as jnp
 
-    from phi4mm_jax.adapters import ADAPTERS
-    from phi4mm_jax.batch import NO_MEDIA, Batch, TrainingBatch
     from phi4mm_jax.model import Phi4MM
-    from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from phi4mm_jax.training.param_filter import split
-    from phi4mm_jax.training.step import initial_state, supervised, train_step
+    from phi4mm_jax.testing.adapter_steps import speech_adapter_step
 
     rows, length = (SMALL if small else Sizes()).tuning
 
     def measure() -> float:
         ours = random_model(small, scan=True)
-        trainable, frozen = split(ours.variables, ["lora_speech"], "trainable")
-        frozen.pop("lora_vision")
         module = Phi4MM(ours.config, jnp.bfloat16, scan=True, remat="full")
-        optimizer = make_optimizer(OptimizerConfig(1e-4, 0, "constant"), 100, trainable)
         tokens = np.random.default_rng(0).integers(0, 500, (rows, length)).astype(np.int32)
-        whole = np.full(rows, length, np.int32)
-        adapters = np.full(rows, ADAPTERS["speech"].index, np.int32)
-        batch = Batch(tokens, whole, adapters, np.full_like(tokens, NO_MEDIA), None, None)
-        one = TrainingBatch(batch, np.roll(tokens, -1, 1), np.ones(tokens.shape, np.float32))
-        batches = jax.tree.map(lambda x: x[None], one)
-        state = initial_state(trainable, optimizer)
-        step = jax.jit(
-            lambda state, frozen, batches: train_step(supervised(module), optimizer, state, frozen, batches, None),
-            donate_argnums=0,
-        )
-
-        def call() -> Any:
-            nonlocal state
-            state, metrics = step(state, frozen, batches)
-            return metrics.loss
-
+        call = speech_adapter_step(module, ours.variables, tokens, np.ones(tokens.shape, np.float32))
         return rows * length / of_jax(call, rounds=2, seconds=1.0)
 
     yield f"speech-adapter tuning, {rows} x {length}", "ours", "tokens/s", measure

@@ -87,8 +87,8 @@ def main() -> int:
         for name, scenario in scenarios.items():
             for i in range(getattr(arguments, name)):
                 began = time.monotonic()
-                told = scenario(folder / f"{name}-{i}", random.Random(f"{arguments.seed} {name} {i}"))
-                print(f"{name} {i + 1}: {told} ({time.monotonic() - began:.0f} s in all)", flush=True)
+                outcome = scenario(folder / f"{name}-{i}", random.Random(f"{arguments.seed} {name} {i}"))
+                print(f"{name} {i + 1}: {outcome} ({time.monotonic() - began:.0f} s in all)", flush=True)
     return 0
 
 
@@ -153,8 +153,8 @@ def kill(recipe: Path, run: Path, draw: random.Random, expected: Any) -> str:
     hosts[victim].communicate()
     status, lines = hosts[1 - victim].returncode, error.strip().splitlines()
     assert seconds < PATIENCE, seconds
-    told = f"host {victim} killed {moment}; the other ended {seconds:.1f} s later, status {status}: {lines[-1]:.120}"
-    print(told, f"[{len(lines)} lines]", flush=True)
+    outcome = f"host {victim} killed {moment}; the other ended {seconds:.1f} s later, status {status}: {lines[-1]:.120}"
+    print(outcome, f"[{len(lines)} lines]", flush=True)
     assert status == 2, error
     assert f"error: host {victim}" in lines[-1], error
     check_whole(run)
@@ -170,9 +170,9 @@ def stop(recipe: Path, run: Path, draw: random.Random, expected: Any) -> str:
     which = draw.choice(([0], [1], [0, 1]))
     for host in which:
         hosts[host].send_signal(signal.SIGTERM)
-    told = time.monotonic()
+    signalled = time.monotonic()
     ends = outcomes(hosts, PATIENCE)
-    seconds = time.monotonic() - told
+    seconds = time.monotonic() - signalled
     assert [status for status, *_ in ends] in ([PREEMPTED_EXIT_CODE] * 2, [0, 0]), (
         ends
     )  # it may have been the last step

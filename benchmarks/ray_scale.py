@@ -27,16 +27,16 @@ TOKENS, CACHE = 8, 4096
 COMMON = ("--max-new-tokens", f"{TOKENS}", "--cache-tokens", f"{CACHE}", "--dtype", "float32", "--cluster", "local")
 
 
-class Told:
+class Progress:
     """Results so far, in a file that a benchmark that is resumed reads."""
 
     def __init__(self, path: Path):
         self._path = path
-        told = json.loads(path.read_text()) if path.exists() else {}
-        self.rates: dict[str, float] = told.get("rates", {})  # tokens/s by engines
-        self.engines: int = told.get("engines", 0)  # killed
-        self.runs: int = told.get("runs", 0)
-        self.ended: bool = told.get("ended", False)
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        self.rates: dict[str, float] = saved.get("rates", {})  # tokens/s by engines
+        self.engines: int = saved.get("engines", 0)  # killed
+        self.runs: int = saved.get("runs", 0)
+        self.ended: bool = saved.get("ended", False)
 
     def save(self) -> None:
         self._path.write_text(json.dumps({name: x for name, x in vars(self).items() if name != "_path"}))
@@ -56,25 +56,25 @@ def main() -> int:
     if not (folder / "in").exists():
         write_rows(folder / "in", arguments.rows)
     say(f"{folder}: {arguments.rows} rows, one processor an engine: {processor()}")
-    told = Told(folder / "told.json")
+    progress = Progress(folder / "progress.json")
     for engines in ("1", "2"):
-        if engines in told.rates:
+        if engines in progress.rates:
             continue
         shutil.rmtree(folder / f"out{engines}", ignore_errors=True)
         output = subprocess.run(
             [sys.executable, "-m", "benchmarks.ray_scale", "--measure", engines, str(folder)],
             cwd=ROOT, env=environment(folder), check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
-        told.rates[engines] = json.loads(output.splitlines()[-1])["rate"]
-        told.save()
-        say(f"{engines} engines: {told.rates[engines]:.1f} tokens/s")
+        progress.rates[engines] = json.loads(output.splitlines()[-1])["rate"]
+        progress.save()
+        say(f"{engines} engines: {progress.rates[engines]:.1f} tokens/s")
     expected, found = (answers_of(folder / f"out{engines}") for engines in (1, 2))
     assert found == expected, "two engines answer otherwise than one"
-    say(f"throughput of two engines over one: {told.rates['2'] / told.rates['1']:.2f}")
-    run_with_kills(folder, told, arguments.worker_seconds, arguments.driver_seconds)
+    say(f"throughput of two engines over one: {progress.rates['2'] / progress.rates['1']:.2f}")
+    run_with_kills(folder, progress, arguments.worker_seconds, arguments.driver_seconds)
     found = answers_of(folder / "killed")
     assert found == expected, "answers after kills are others"
-    say(f"{told.engines} engines and {told.runs} runs killed: {len(found)} ids, each answered once, as by one")
+    say(f"{progress.engines} engines and {progress.runs} runs killed: {len(found)} ids, each answered once, as by one")
     return 0
 
 
@@ -116,10 +116,10 @@ def measure(folder: Path, engines: int) -> int:
     return 0
 
 
-def run_with_kills(folder: Path, told: Told, worker_seconds: float, driver_seconds: float) -> None:
+def run_with_kills(folder: Path, progress: Progress, worker_seconds: float, driver_seconds: float) -> None:
     """Run infer.ray until it ends by itself; tell what was killed."""
-    draw = random.Random(told.engines + told.runs)
-    while not told.ended:
+    draw = random.Random(progress.engines + progress.runs)
+    while not progress.ended:
         run = subprocess.Popen(
             [sys.executable, "-m", "infer.ray", "--model", str(MODEL), "--input", f"{folder}/in/*.jsonl", "--output",
              f"{folder}/killed", "--engines", "2", "--slots", "2", "--write-seconds", "0", *COMMON],
@@ -133,19 +133,19 @@ def run_with_kills(folder: Path, told: Told, worker_seconds: float, driver_secon
             time.sleep(min(draw.expovariate(1 / worker_seconds), max(end - time.monotonic(), 0.1)))
             if engines := engine_processes(run.pid):
                 os.kill(draw.choice(engines), signal.SIGKILL)
-                told.engines += 1
-                told.save()
+                progress.engines += 1
+                progress.save()
                 say(f"an engine killed, {len(answers_in(folder / 'killed'))} rows answered")
         if run.poll() is None:
             run.kill()
             run.wait()
-            told.runs += 1
+            progress.runs += 1
             say(f"the run killed, {len(answers_in(folder / 'killed'))} rows answered")
             time.sleep(2)  # its cluster ends
         else:
             assert run.returncode == 0, f"infer.ray ended with {run.returncode}; see {folder}/run.log"
-            told.ended = True
-        told.save()
+            progress.ended = True
+        progress.save()
 
 
 def answers_of(folder: Path) -> dict[str, Any]:

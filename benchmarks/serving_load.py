@@ -44,7 +44,7 @@ MALFORMED: list[tuple[dict[str, Any], int]] = [
 
 @dataclass
 class Counts:
-    """What became of the requests."""
+    """Outcomes of the requests."""
 
     equal: int = 0
     other: int = 0

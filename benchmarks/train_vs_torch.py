@@ -84,40 +84,15 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
 
 
 def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
-    import jax
-
     import phi4mm_jax
-    from phi4mm_jax.adapters import ADAPTERS
-    from phi4mm_jax.batch import NO_MEDIA, Batch, TrainingBatch
-    from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from phi4mm_jax.training.param_filter import split
-    from phi4mm_jax.training.step import initial_state, supervised, train_step
+    from phi4mm_jax.testing.adapter_steps import speech_adapter_step
 
     model = phi4mm_jax.load(checkpoint, dtype="float32", scan=True)
-    trainable, frozen = split(model.variables, ["lora_speech"], "trainable")
-    frozen.pop("lora_vision")
-    optimizer = make_optimizer(OptimizerConfig(RATE, 0, "constant"), 100, trainable)
-    rows, length = tokens.shape
-    whole = np.full(rows, length, np.int32)
-    batch = Batch(
-        tokens, whole, np.full(rows, ADAPTERS["speech"].index, np.int32), np.full_like(tokens, NO_MEDIA), None, None
-    )
+    length = tokens.shape[1]
     position = np.arange(length)
     weights = np.broadcast_to((position >= length // 2) & (position < length - 1), tokens.shape).astype(np.float32)
-    batches = jax.tree.map(lambda x: x[None], TrainingBatch(batch, np.roll(tokens, -1, 1), weights))
-    state, module = initial_state(trainable, optimizer), model.module
-    del model, trainable
-    step = jax.jit(
-        lambda state, frozen, batches: train_step(supervised(module), optimizer, state, frozen, batches, None),
-        donate_argnums=0,
-    )
-
-    def one() -> float:
-        nonlocal state
-        state, metrics = step(state, frozen, batches)
-        return float(metrics.loss)
-
-    return one
+    step = speech_adapter_step(model.module, model.variables, tokens, weights, RATE)
+    return lambda: float(step())
 
 
 def theirs(checkpoint: Path, tokens: np.ndarray, attention: str) -> Callable[[], float]:

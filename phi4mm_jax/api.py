@@ -115,11 +115,12 @@ def load(
     if stored is not None and (merge is not None or weights not in (None, stored)):
         asked = f"merge={merge!r}" if merge is not None else f"weights={weights!r}"
         raise InputError(f"{path}: its weights are {stored}, so {asked} is not possible; use what it was made from")
-    if abstract is not None and (kind := stored or (None if merge else weights)) is not None:
+    at_load = None if merge else weights  # an adapter is merged into floats
+    if abstract is not None and (kind := stored or at_load) is not None:
         abstract = quantized_abstract(abstract, kind)
     places = None if abstract is None else shardings(abstract, mesh)
     variables = load_variables(
-        path, opened(), own, dtype, places, weights=None if merge else weights, adapters=given,
+        path, opened(), own, dtype, places, weights=at_load, adapters=given,
         fresh_adapters=fresh_adapters, progress=progress,
     )  # fmt: skip
     if merge is not None:

@@ -139,10 +139,9 @@ def _group_size(inputs: int) -> int:
 
 
 def quantize(path: ParamPath, weight: Float[Array, "..."], weights: Weights) -> QuantizedWeight:
-    """Quantise a parameter where it lies, layer by layer where it is a stack of them."""
-    place = weight.sharding
+    """Quantise a parameter, layer by layer if it is a stack of them; the integers have its sharding."""
     found = _quantize(weight, path, weights)
-    return QuantizedWeight(jax.device_put(found.values, place), found.scales)
+    return found._replace(values=jax.device_put(found.values, weight.sharding))
 
 
 @partial(jax.jit, static_argnums=(1, 2))

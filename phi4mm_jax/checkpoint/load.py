@@ -69,8 +69,6 @@ def load_variables(
         dtype: that parameters are cast to.
         shardings: of the parameters; by default on the first device.
         weights: quantise linear maps, each after it has been read.
-        shardings: where each parameter lies; by default on the first device.
-        weights: quantise linear maps, each after it has been read.
         adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
@@ -102,9 +100,8 @@ def load_variables(
                 sources[path], path, _dtype_in_memory(path, abstract, dtype), shardings[path]
             )
             if weights is not None and results[path].dtype != abstract.dtype:
-                found = quantize(path, variables.pop(path), weights)
-                for own, array in ((path, found.values), (scales_of(path), found.scales)):
-                    variables[own] = jax.device_put(array, shardings[own])
+                variables[path], scales = quantize(path, variables[path], weights)
+                variables[scales_of(path)] = jax.device_put(scales, shardings[scales_of(path)])
             _refuse_infinite(checked, sources, table, variables)
             checked = pool.submit(lambda path, values: None if all(map(is_finite, values)) else path, path, values)
             done += parameter_bytes(abstract)

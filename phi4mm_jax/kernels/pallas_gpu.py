@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import gpu, pallas_gpu_decode
-from phi4mm_jax.mesh import Axes, over_mesh
+from phi4mm_jax.kernels.partials import decode_over_mesh
 
 
 def supports(operation: str, *arguments: Any) -> str | None:
@@ -26,18 +26,10 @@ def supports(operation: str, *arguments: Any) -> str | None:
 
 def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
     """Compute (o, m, l), heads split over the mesh."""
-    of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
-    of_tables = None if tables is None else Axes(None, None)
     target = gpu.target()
     assert target is not None  # `supports` was asked
-    return over_mesh(
-        partial(pallas_gpu_decode.decode_attention, scale=scale, target=target),
-        (q, k, v, layer, lengths, tables, scales),
-        (of_q, of_pages, of_pages, Axes(), Axes(None), of_tables, scales and (Axes(*of_pages[:4]),) * 2),
-        (of_q, Axes(None, "heads"), Axes(None, "heads")),
-        rows=1,
-        heads=k.shape[2],
-    )
+    kernel = partial(pallas_gpu_decode.decode_attention, scale=scale, target=target)
+    return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)
 
 
 def append(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash, tpu
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.partials import decode_over_mesh
 from phi4mm_jax.mesh import Axes, over_mesh
 
 
@@ -45,15 +46,8 @@ def prefill(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -
 
 def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
     """Compute (o, m, l), heads split over the mesh."""
-    of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
-    return over_mesh(
-        partial(pallas_tpu_decode.decode_attention, scale=scale, target=_target()),
-        (q, k, v, layer, lengths, tables, scales),
-        (of_q, of_pages, of_pages, Axes(), Axes(None), Axes(None, None), scales and (Axes(*of_pages[:4]),) * 2),
-        (of_q, Axes(None, "heads"), Axes(None, "heads")),
-        rows=1,
-        heads=k.shape[2],
-    )
+    kernel = partial(pallas_tpu_decode.decode_attention, scale=scale, target=_target())
+    return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)
 
 
 def cached(

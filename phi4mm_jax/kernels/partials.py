@@ -1,10 +1,28 @@
-"""Partial results of attention over parts of the keys, and their merging."""
+"""Partial results of attention over parts of the keys: their computation on a mesh, and their merging."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from phi4mm_jax.mesh import Axes, over_mesh
+
 Output = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # and its log-sum-exp, -inf without keys
+
+
+def decode_over_mesh(kernel: Callable[..., tuple], q, k, v, layer, lengths, tables, scales) -> tuple[Array, ...]:
+    """Compute (o, m, l) of decoding by a kernel, heads split over the mesh in context."""
+    of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
+    of_tables = None if tables is None else Axes(None, None)
+    return over_mesh(
+        kernel,
+        (q, k, v, layer, lengths, tables, scales),
+        (of_q, of_pages, of_pages, Axes(), Axes(None), of_tables, scales and (Axes(*of_pages[:4]),) * 2),
+        (of_q, Axes(None, "heads"), Axes(None, "heads")),
+        rows=1,
+        heads=k.shape[2],
+    )
 
 
 def merge_partials(

@@ -89,7 +89,9 @@ def test_all_else_is_read_as_json_has_it():
 
 
 def test_messages_of_a_table_that_are_no_json_are_that_rows_error(tmp_path):
-    inputs = pytest.importorskip("phi4mm_jax.ray.inputs")
+    pytest.importorskip("ray", reason="ray is not installed; it is in the extra ray")
+    from phi4mm_jax.ray import inputs
+
     good = json.dumps([{"role": "user", "content": "hi"}])
     pq.write_table(pa.table({"messages": [good, "[{", f"[{TWICE}]"]}), tmp_path / "in.parquet")
     with (tmp_path / "in.parquet").open("rb") as file:
