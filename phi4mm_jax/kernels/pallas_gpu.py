@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import gpu, pallas_gpu_decode
-from phi4mm_jax.kernels.partials import decode_over_mesh
+from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 
 
 def supports(operation: str, *arguments: Any) -> str | None:
@@ -24,7 +24,7 @@ def supports(operation: str, *arguments: Any) -> str | None:
     return f"implementation 'pallas_gpu' has no {operation}"
 
 
-def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
+def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
     """Compute (o, m, l), heads split over the mesh."""
     target = gpu.target()
     assert target is not None  # `supports` was asked

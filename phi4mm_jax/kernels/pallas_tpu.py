@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash, tpu
 from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.kernels.partials import decode_over_mesh
+from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 from phi4mm_jax.mesh import Axes, over_mesh
 
 
@@ -44,7 +44,7 @@ def prefill(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -
     )
 
 
-def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
+def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
     """Compute (o, m, l), heads split over the mesh."""
     kernel = partial(pallas_tpu_decode.decode_attention, scale=scale, target=_target())
     return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)

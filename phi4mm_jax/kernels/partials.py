@@ -8,10 +8,11 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.mesh import Axes, over_mesh
 
+Partials = tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]  # (o, m, l): sums, maxima, weights
 Output = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # and its log-sum-exp, -inf without keys
 
 
-def decode_over_mesh(kernel: Callable[..., tuple], q, k, v, layer, lengths, tables, scales) -> tuple[Array, ...]:
+def decode_over_mesh(kernel: Callable[..., Partials], q, k, v, layer, lengths, tables, scales) -> Partials:
     """Compute (o, m, l) of decoding by a kernel, heads split over the mesh in context."""
     of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
     of_tables = None if tables is None else Axes(None, None)
@@ -29,7 +30,7 @@ def merge_partials(
     o: Float[Array, "X B N H"],
     m: Float[Array, "X B N"],
     l: Float[Array, "X B N"],  # noqa: E741
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]:
+) -> Partials:
     """Merge the partial results of X parts of the keys; the attention is then o / l[..., None].
 
     Across devices, gather each of the three first: `jax.lax.all_gather(o, axis)`.

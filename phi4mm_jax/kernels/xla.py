@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.partials import Partials
 from phi4mm_jax.precision import precision_of, row_sum
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN
@@ -186,7 +187,7 @@ def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
     return lax.div(last + tiling.keys - 1, tiling.keys)
 
 
-def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -> tuple[Array, Array, Array]:
+def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
     """Compute (o, m, l) of `phi4mm_jax.kernels.decode_attention`."""
     batch, heads, size = q.shape
     kv_heads, page = k.shape[2], k.shape[3]
