@@ -6,6 +6,7 @@ from phi4mm_jax.data.pipeline import Kind
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import add_host_options
 from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.training.settings import setting_names
 from phi4mm_jax.utils.cli import make_parser
 from phi4mm_jax.utils.profiling import add_profile
 
@@ -16,7 +17,7 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     Raises:
         InputError: the recipe cannot be used, or its data are of another kind.
     """
-    parser = make_parser(program, description)
+    parser = make_parser(program, description, _as_setting)
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in train/recipes")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained, its memory, a batch; end")
@@ -27,3 +28,8 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     if recipe.data.kind != kind:
         raise InputError(f"{arguments.recipe}: data.kind is {recipe.data.kind!r}; {program} needs {kind!r}")
     return arguments, recipe
+
+
+def _as_setting(option: str) -> str | None:
+    name = option.replace("-", "_")
+    return f"settings are written without dashes: {name}=..." if name in setting_names(Recipe) else None

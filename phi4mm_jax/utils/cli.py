@@ -6,6 +6,7 @@ where the package is installed.
 """
 
 import argparse
+import difflib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import metadata
@@ -57,6 +58,7 @@ COMMANDS = {  # what follows `phi4mm`: the program's module, and what it does
 _COMMAND_OF = {module: command for command, (module, _) in COMMANDS.items()}
 _CALL = re.compile(rf"python -m ({'|'.join(map(re.escape, _COMMAND_OF))})\b")
 _MODULE = re.compile(rf"(?<![\w.])(?:python -m )?({'|'.join(map(re.escape, _COMMAND_OF))})\b(?!\.)")
+_NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")  # a number, as argparse has it
 _ROOT = Path(__file__).parents[2]  # the clone, where this is one
 
 _began = threading.Event()  # the program's `main` has: imports are over
@@ -139,23 +141,55 @@ def _log_lines() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that names programs as this one was started."""
+    """Parser that names programs as this one was started, and an unknown option before what that leaves missing."""
+
+    suggest: Callable[[str], str | None] = staticmethod(lambda name: None)
 
     def format_help(self) -> str:
         return _as_called(super().format_help(), _MODULE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given = sys.argv[1:] if args is None else list(args)
+        self._check_options(given[: given.index("--")] if "--" in given else given)
+        return super().parse_known_args(given, namespace)
+
+    def _check_options(self, given: Sequence[str]) -> None:
+        """End with an error if one is not an option of this parser; argparse would name the words behind it."""
+        known = self._option_string_actions
+        for word in given:
+            name = word.partition("=")[0]
+            is_option = name.startswith("-") and name != "-" and " " not in word and not _NEGATIVE.fullmatch(word)
+            if is_option and name not in known and (name.startswith("--") or name[:2] not in known):
+                shown = [option.lstrip("-") for option, action in known.items() if action.help != argparse.SUPPRESS]
+                self.error(f"{name} is not an option; {self._remedy(name.lstrip('-'), shown)}")
+
+    def _remedy(self, name: str, options: Sequence[str]) -> str:
+        if (suggestion := self.suggest(name)) is not None:
+            return suggestion
+        if close := difflib.get_close_matches(name.lower().replace("_", "-"), options, 1):
+            return f"did you mean --{close[0]}?"
+        return "--help lists them; a value that begins with - is joined to its option by =, a text comes after --"
 
     def error(self, message: str) -> NoReturn:
         super().error(_as_called(message, _CALL))
 
 
-def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of a program's arguments, with --version; `module` is what `python -m` starts."""
+def make_parser(
+    module: str, description: str | None, suggest: Callable[[str], str | None] | None = None
+) -> argparse.ArgumentParser:
+    """Return a parser of a program's arguments, with --version.
+
+    Args:
+        module: what `python -m` starts.
+        suggest: what to write in place of an unknown option, by its name without dashes; None where options are meant.
+    """
     parser = _Parser(
         prog=command_of(module),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.suggest = suggest or parser.suggest
     parser.add_argument("--version", action="version", version=version_line())
     return parser
 

@@ -14,6 +14,7 @@ from helpers.marks import fast_are
 from helpers.paths import TINY
 
 from infer import generate
+from phi4mm_jax.training import arguments as training_arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,6 +114,44 @@ def test_arguments_are_checked_before_the_checkpoint_is_read(arguments, named, m
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--max_new_token", "5", "--model", "x", "hi"],
+            "--max_new_token is not an option; did you mean --max-new-tokens?",
+        ),
+        (["--modell=x", "hi"], "--modell is not an option; did you mean --model?"),
+        (["-model", "x", "hi"], "-model is not an option; did you mean --model?"),
+        (["--zzz", "--model", "x", "hi"], "--zzz is not an option; --help lists them"),
+        (["--model", "x", "--stop", "-y", "hi"], "a value that begins with - is joined to its option by ="),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", *words])
+    with pytest.raises(SystemExit, match="2"):
+        generate.parse_arguments()
+    assert said in capsys.readouterr().err
+
+
+def test_words_that_begin_with_a_dash_and_are_no_option(monkeypatch):
+    words = ["--model", "x", "--top-k", "-1", "--top-p=-.5", "--stop", "- a", "--image", "-", "--", "--modell"]
+    monkeypatch.setattr(sys, "argv", ["generate", *words])
+    found = generate.parse_arguments()
+    assert (found.top_k, found.top_p, found.stop, found.image) == (-1, -0.5, ["- a"], ["-"])
+    assert found.text == "--modell"
+
+
+def test_a_setting_is_no_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft", "small", "--optimizer.learning_rate=1", "model=x"])
+    with pytest.raises(SystemExit, match="2"):
+        training_arguments.parse_arguments("train.sft", None, "answers")
+    assert (
+        "--optimizer.learning_rate is not an option; settings are written without dashes: optimizer.learning_rate="
+        in (capsys.readouterr().err)
+    )
 
 
 ANSWER = ("infer.generate", "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "8", "Describe.")
