@@ -8,23 +8,29 @@ from jaxtyping import Float
 
 from phi4mm_jax.evaluation.metrics import Metric
 
+MIN_ITEMS = 10  # of a bootstrap: its interval is 18% narrower than Student's there, with 5 items 37%, with 2 89%
 _SAMPLES = 1000
 _Z = 1.959964  # of the normal distribution, two-sided 95%
 
 
-def interval(metric: Metric, counts: Float[np.ndarray, "N K"]) -> tuple[float, float]:
+def interval(metric: Metric, counts: Float[np.ndarray, "N K"]) -> tuple[float, float] | None:
     """Return the interval of a metric: Wilson's of a share, which is not a point where all are right, else a bootstrap.
+
+    None where a bootstrap would claim too much: of fewer items than `MIN_ITEMS`, or of items that are all alike.
 
     E. B. Wilson, Journal of the American Statistical Association 22 (1927); B. Efron, Annals of Statistics 7 (1979).
     """
     if metric.is_share:
         return wilson(float(counts[:, 0].sum()), len(counts))
-    return percentiles(bootstrap(metric, counts))
+    return mean_interval(metric, [counts])
 
 
-def mean_interval(metric: Metric, sets: Sequence[Float[np.ndarray, "N K"]]) -> tuple[float, float]:
-    """Return the interval of the mean over sets, by a bootstrap over the items of each."""
-    return percentiles(np.mean([bootstrap(metric, counts, seed) for seed, counts in enumerate(sets)], axis=0))
+def mean_interval(metric: Metric, sets: Sequence[Float[np.ndarray, "N K"]]) -> tuple[float, float] | None:
+    """Return the interval of the mean over sets, by a bootstrap over the items of each; None as `interval`."""
+    if min(map(len, sets)) < MIN_ITEMS:
+        return None
+    low, high = percentiles(np.mean([bootstrap(metric, counts, seed) for seed, counts in enumerate(sets)], axis=0))
+    return (low, high) if high > low else None
 
 
 def bootstrap(metric: Metric, counts: Float[np.ndarray, "N K"], seed: int = 0) -> Float[np.ndarray, " D"]:

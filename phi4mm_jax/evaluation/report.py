@@ -13,7 +13,7 @@ from rich.table import Table
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.answers import Answer, Settings
-from phi4mm_jax.evaluation.intervals import interval, mean_interval
+from phi4mm_jax.evaluation.intervals import MIN_ITEMS, interval, mean_interval
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.evaluation.metrics import (
     Metric,
@@ -39,11 +39,16 @@ _SEPARATOR = "<sep>"  # of a translation by chain of thought from the transcript
 
 @dataclass(frozen=True)
 class Figure:
-    """Metric of a set, as reports show it, with its 95% confidence interval and the published figure, if any."""
+    """Metric of a set, as reports show it, with its 95% confidence interval and the published figure, if any.
+
+    Attributes:
+        low: of the interval; None where there is none, see `phi4mm_jax.evaluation.intervals`.
+        high: likewise.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     published: float | None = None
 
 
@@ -119,9 +124,9 @@ class Measure:
 
         def figure(metric: str, name: str) -> Figure:
             found, scale = counts[metric][name], self.metrics[metric].scale
-            low, high = interval(self.metrics[metric], found)
+            low, high = _scaled(interval(self.metrics[metric], found), scale)
             known = None if published is None else published.figure(name, metric)
-            return Figure(self.metrics[metric].score(found.sum(0).tolist()) * scale, low * scale, high * scale, known)
+            return Figure(self.metrics[metric].score(found.sum(0).tolist()) * scale, low, high, known)
 
         reports = tuple(
             SetReport(
@@ -143,10 +148,14 @@ class Measure:
 
 
 def _mean(metric: Metric, figures: Sequence[Figure], counts: Sequence[np.ndarray]) -> Figure:
-    low, high = mean_interval(metric, counts)
+    low, high = _scaled(mean_interval(metric, counts), metric.scale)
     known = [f.published for f in figures if f.published is not None]
     published = published_mean(known) if len(known) == len(figures) else None
-    return Figure(float(np.mean([f.value for f in figures])), low * metric.scale, high * metric.scale, published)
+    return Figure(float(np.mean([f.value for f in figures])), low, high, published)
+
+
+def _scaled(bounds: tuple[float, float] | None, scale: float) -> tuple[float, float] | tuple[None, None]:
+    return (None, None) if bounds is None else (bounds[0] * scale, bounds[1] * scale)
 
 
 def table(report: Report, measure: Measure) -> Table:
@@ -168,7 +177,7 @@ def table(report: Report, measure: Measure) -> Table:
         cells = list(labels)
         for name, has_published in shown:
             found = figures[name]
-            cells += [f"{found.value:.2f}", f"{found.low:.2f} to {found.high:.2f}"]
+            cells += [f"{found.value:.2f}", "-" if found.low is None else f"{found.low:.2f} to {found.high:.2f}"]
             cells += [("" if found.published is None else f"{found.published:.2f}")] if has_published else []
         made.add_row(*cells)
     return made
@@ -183,7 +192,10 @@ def notes(report: Report, answers: Sequence[Answer], max_new_tokens: int, most: 
         if len(errors) > most:
             yield f"  and {len(errors) - most} more"
     if cut := sum(a.cut for a in answers):
-        yield f"{cut} answers were cut at {max_new_tokens} tokens"
+        yield f"{cut} answers were cut at {max_new_tokens} tokens; --max-new-tokens allows more"
+    figures = [f for figures in [*(s.figures for s in report.sets), report.mean or {}] for f in figures.values()]
+    if any(figure.low is None for figure in figures):
+        yield f"-: no interval, of fewer than {MIN_ITEMS} items in a set, or of items that are all alike"
     yield from report.signatures.values()
     if report.source is not None:
         yield f"published: {report.source}"
