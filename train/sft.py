@@ -52,7 +52,7 @@ from phi4mm_jax.training.sharding import (
     split_trainable,
 )
 from phi4mm_jax.training.step import Metrics, Objective, TrainState, Variables, dropout_key, supervised
-from phi4mm_jax.training.step_batches import StepIterator, count_steps, saved_data_state
+from phi4mm_jax.training.step_batches import StepIterator, count_steps, saved_data_state, warn_of_few_steps
 from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
 from phi4mm_jax.utils.cli import cli_entrypoint, command_of
@@ -112,6 +112,8 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
     total_steps = count_steps(data, recipe.accumulate)
     check_same_on_all_hosts("the data", [data.get_state()["data"], total_steps])
+    if is_primary_process():
+        warn_of_few_steps(recipe, total_steps)
 
     # ---- shard: parameters and optimizer state over the mesh
     trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)

@@ -26,7 +26,9 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
     arguments = parser.parse_intermixed_args()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.data.kind != kind:
-        raise InputError(f"{arguments.recipe}: data.kind is {recipe.data.kind!r}; {program} needs {kind!r}")
+        given = [override for override in arguments.overrides if override.partition("=")[0] in ("data.kind", "data")]
+        origin = repr(given[-1]) if given else arguments.recipe
+        raise InputError(f"{origin}: data.kind is {recipe.data.kind!r}; {program} needs {kind!r}")
     return arguments, recipe
 
 

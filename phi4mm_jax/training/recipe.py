@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,13 +157,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}: cannot be read as a recipe ({error})") from error
     if not isinstance(settings, dict):
         raise InputError(f"{path}: is not a recipe; expected settings, such as 'model: FOLDER'")
-    for override in overrides:
-        _override(settings, override)
+    origins = {_override(settings, override): f"{override!r:.200}" for override in overrides}
     _settle_auto(settings)
     try:
         return TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
-        raise InputError(f"{path}: {'; '.join(map(_said, error.errors()))}") from error
+        told = groupby(error.errors(), lambda e: _origin(e, origins) or str(path))
+        raise InputError("; ".join(f"{origin}: {'; '.join(map(_said, es))}" for origin, es in told)) from error
+
+
+def _origin(error: Mapping[str, Any], origins: Mapping[str, str]) -> str | None:
+    """Return the overrides that an error is about; None if it is about the file's own settings.
+
+    The last one that gave the setting or its section; of a section's check, all that gave what it names.
+    """
+    place = _place(error)
+    if given := [origin for key, origin in origins.items() if f"{place}.".startswith(f"{key}.")]:
+        return given[-1]
+    named = [origin for key, origin in origins.items() if re.search(rf"(?<![\w.]){re.escape(key)}\b", error["msg"])]
+    return ", ".join(named) or None
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in error["loc"])
 
 
 def _settle_auto(settings: dict[str, Any]) -> None:
@@ -224,15 +241,18 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _override(settings: dict[str, Any], override: str) -> None:
+def _override(settings: dict[str, Any], override: str) -> str:
+    """Change a setting; return its name, or that of the outermost section that was made for it."""
     key, equals, value = override.partition("=")
     if not key or not equals:
         raise InputError(f"{override!r}: expected key=value, such as optimizer.learning_rate=1e-4")
     *parents, last = key.split(".")
     inner: Any = settings
+    made = key
     for i, parent in enumerate(parents, 1):
         if inner.get(parent) is None:
             inner[parent] = {}
+            made = min(made, ".".join(parents[:i]), key=len)
         inner = inner[parent]
         if not isinstance(inner, dict):
             section = ".".join(parents[:i])
@@ -244,10 +264,11 @@ def _override(settings: dict[str, Any], override: str) -> None:
         inner[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"{override!r}: the value is not YAML ({error})") from error
+    return made
 
 
 def _said(error: Mapping[str, Any]) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place = _place(error)
     if error["type"] == "missing":
         return f"{place}: is missing; give it"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -257,7 +278,9 @@ def _said(error: Mapping[str, Any]) -> str:
         return f"{place}: is {error['input']!r:.60}, and a list is expected; write {list_of}"
     message = error["msg"].removeprefix("Value error, ")
     is_section = isinstance(error["input"], Mapping)  # whose own check names the setting, and the value
-    return f"{place}: {message}" if is_section else f"{place}: {message} (it is {error['input']!r:.60})"
+    if is_section:
+        return f"{place}: {message}" if place else message
+    return f"{place}: {message} (it is {error['input']!r:.60})"
 
 
 def _as_list(place: str, error: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Steps of a run: their number, and the micro-batches of each."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -14,6 +15,9 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.recipe import Recipe
 from phi4mm_jax.utils.progress import progress_bar
 
+_FEW_STEPS = 50  # with the recipes' rates, of some 1e-5, a parameter moves by less than 1e-3 in them
+_log = logging.getLogger(__name__)
+
 
 def count_steps(data: TrainingData, accumulate: int) -> int:
     """Return the number of steps of a new run.
@@ -23,6 +27,22 @@ def count_steps(data: TrainingData, accumulate: int) -> int:
     """
     with progress_bar("Counting the batches") as show:
         return math.ceil(data.count_batches(show) / accumulate)
+
+
+def warn_of_few_steps(recipe: Recipe, steps: int) -> None:
+    """Log a warning if the data make so few steps that little can be learnt; none if the recipe asks for its steps.
+
+    A step of AdamW changes a parameter by about the learning rate at most.
+    """
+    if recipe.data.steps is not None or steps >= _FEW_STEPS:
+        return
+    rate, packing = recipe.optimizer.learning_rate, recipe.data.packing
+    rows = packing.rows if packing is not None else "auto"
+    _log.warning(
+        f"The run has {steps} steps, and a step changes a parameter by about the learning rate at most: it may learn "
+        f"little. More of data.epochs (now {recipe.data.epochs}), a higher optimizer.learning_rate (now {rate:g}) or "
+        f"smaller batches (data.packing.rows, now {rows}; accumulate, now {recipe.accumulate}) help."
+    )
 
 
 def count_resumed_steps(recipe: Recipe, data: TrainingData, step: int, saved: Mapping[str, Any]) -> int:

@@ -46,7 +46,7 @@ from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS
 from phi4mm_jax.training.settings import ALIASES, setting_names
 from phi4mm_jax.training.step import Metrics, TrainState
-from phi4mm_jax.training.step_batches import step_batches
+from phi4mm_jax.training.step_batches import step_batches, warn_of_few_steps
 from phi4mm_jax.training.step_log import metric_values
 from phi4mm_jax.training.throughput import Throughput
 from train import dpo, sft
@@ -365,6 +365,41 @@ def test_wrong_settings(recipe, override, message):
     overrides = [override, "mesh=fsdp=2"] if "rows" in override else [override]
     with pytest.raises((InputError, CheckpointError), match=message):
         run(recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["optimizer.learning_rate=abc"],
+            r"^'optimizer\.learning_rate=abc': optimizer\.learning_rate: .*\(it is 'abc'\)$",
+        ),
+        (["data.sources=x.jsonl", "seed=0"], r"^'data\.sources=x\.jsonl': data\.sources: is 'x\.jsonl'"),
+        (["seed=x", "seed=y", "keep=0"], r"^'seed=y': seed: .*; 'keep=0': keep: expected"),
+        (["evaluation.every=5"], r"^'evaluation\.every=5': evaluation\.sources: is missing"),
+        (["optimizer.warmup_steps=-1", "optimizer.clip=1"], r"^'optimizer\.warmup_steps=-1': optimizer: "),
+        (["data.kind=preferences", "seed=1"], r"^'data\.kind=preferences': data\.kind is preferences, and"),
+    ],
+)
+def test_a_wrong_override_is_named_as_the_place(recipe, overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(recipe, overrides)
+
+
+def test_a_wrong_setting_of_the_file_is_not_an_overrides(recipe):
+    recipe.write_text(recipe.read_text() + "log_every: 0\n")
+    with pytest.raises(InputError, match=rf"^{recipe}: log_every: expected"):
+        load_recipe(recipe, ["seed=1"])
+
+
+@pytest.mark.parametrize(("epochs", "steps", "warned"), [(3, 6, True), (3, 49, True), (3, 50, False), (None, 6, False)])
+def test_few_steps_are_told(recipe, caplog, epochs, steps, warned):
+    asked = "null" if epochs else steps  # a recipe that asks for its steps has them
+    settings = load_recipe(recipe, [f"data.epochs={epochs or 'null'}", f"data.steps={asked}"])
+    warn_of_few_steps(settings, steps)
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == warned
+    assert all(f"{steps} steps" in line and "data.epochs (now 3)" in line for line in said)
 
 
 def test_evaluation_is_never_augmented(recipe, scanned):
