@@ -44,7 +44,7 @@ from phi4mm_jax.commands.options import (
 )
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
-from phi4mm_jax.engine.answer_lines import Format
+from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import default_folder, keep_compiled
@@ -124,6 +124,8 @@ def main() -> int:
         if answers.answered < len(lines):
             answer(arguments, config, answers, len(lines))
     print(f"{arguments.output}: {answers.answered} answers, {answers.errors} of them errors", file=sys.stderr)
+    if answers.cut:
+        print(cut_line(answers.cut, arguments.max_new_tokens), file=sys.stderr)
     return 1 if answers.errors else 0
 
 

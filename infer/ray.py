@@ -27,7 +27,7 @@ from typing import get_args
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_weights, answer_settings
-from phi4mm_jax.engine.answer_lines import Format
+from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
 
@@ -109,7 +109,7 @@ def main() -> int:
     parts.check_settings(answer_settings(arguments))
     run.connect(arguments.cluster, arguments.engines)
     inputs = run.index_files(arguments.input, lines, parquet)
-    failed, done = run.settle(parts, inputs, arguments.format)
+    failed, done, cut = run.settle(parts, inputs, arguments.format)
     todo = ~done & ~(failed & inputs.broken)
     if not todo.all():
         print(f"{(~todo).sum()} of {len(todo)} lines are answered already; resuming", file=sys.stderr)
@@ -120,8 +120,10 @@ def main() -> int:
             run.answer(
                 inputs, todo, parts, engines, form=arguments.format, options=options, settings=lines, advance=advance
             )
-        failed, done = run.settle(parts, inputs, arguments.format)
+        failed, done, cut = run.settle(parts, inputs, arguments.format)
     print(f"{arguments.output}: {done.sum() + failed.sum()} answers, {failed.sum()} of them errors", file=sys.stderr)
+    if cut.any():
+        print(cut_line(cut.sum(), arguments.max_new_tokens), file=sys.stderr)
     if missing := int((~done & ~failed).sum()):
         print(f"{missing} lines have no answer; rerun the same command to ask them again", file=sys.stderr)
     return 1 if missing or failed.any() else 0

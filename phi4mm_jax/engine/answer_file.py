@@ -15,6 +15,7 @@ from phi4mm_jax.engine.answer_lines import (
     answer_of,
     encode_answer,
     error_answer,
+    is_cut,
     parse_record,
     read_records,
 )
@@ -44,6 +45,7 @@ class AnswerFile:
         total: lines of this run's share.
         answered: those of them that have an answer, and are skipped.
         errors: those of them that are errors.
+        cut: those of them that ended at their limit of tokens.
 
     Raises:
         InputError: the file has something else in it, another run is writing it, or it cannot be written.
@@ -64,7 +66,7 @@ class AnswerFile:
         self._form: Format = form
         self._index = lines.index if isinstance(lines, RequestFile) else LineIndex(lines)
         self.total = len(self._index)
-        self.answered = self.errors = 0
+        self.answered = self.errors = self.cut = 0
 
     def __enter__(self) -> "AnswerFile":
         while True:
@@ -97,7 +99,7 @@ class AnswerFile:
     def _begin(self) -> None:
         """Read the existing answers, and find the lines left to do."""
         self._state = bytearray(self.total)  # of each line
-        media = array("Q", bytes(8 * self.total))
+        media, cut = array("Q", bytes(8 * self.total)), bytearray(self.total)
         changed, repeated, in_order, count = None, False, True, 0
         for record in read_records(self.path, self._form, self._file.fileno()):
             place = self._index.places.get(record.key)
@@ -113,7 +115,7 @@ class AnswerFile:
             if record.failed:
                 self._state[place] = _FAILED if not same or self._can_retry(place) else _KEPT
             else:
-                self._state[place], media[place] = _ANSWERED, digest_number(record.media)
+                self._state[place], media[place], cut[place] = _ANSWERED, digest_number(record.media), record.cut
                 changed = changed or (None if same else (record.key, place))
         if self._settings is not None:
             self._check_settings(self._settings())
@@ -133,7 +135,7 @@ class AnswerFile:
             self._check_media(media)
         if repeated:
             self._settle()
-        self.errors = self._state.count(_KEPT)
+        self.errors, self.cut = self._state.count(_KEPT), sum(cut)
         self.answered = self._state.count(_ANSWERED) + self.errors
 
     def _can_retry(self, place: int) -> bool:
@@ -264,3 +266,4 @@ class AnswerFile:
             raise self._unwritable(error) from error
         self.answered += 1
         self.errors += failed
+        self.cut += is_cut(answer)

@@ -19,13 +19,14 @@ _PREFIX = "batch_req_"
 
 @dataclass(frozen=True)
 class Record:
-    """Identity and outcome of a line of the output, and where it begins."""
+    """Identity and outcome of a line of the output, and where it begins; `cut`: at its limit of tokens."""
 
     key: Any
     digest: str | None
     failed: bool
     media: str | None
     start: int
+    cut: bool = False
 
 
 def read_records(path: Path, form: Format, descriptor: int) -> Iterator[Record]:
@@ -64,16 +65,30 @@ def parse_record(path: Path, form: Format, line: bytes, number: int, start: int)
             raise InputError(f"{path}: has answers of --format {other}; give that format, or another output")
         if is_openai:
             failed = answer["error"] is not None
-            named = {**answer, "id": answer["custom_id"]}
-            return Record(line_key(named), answer["id"].removeprefix(_PREFIX), failed, answer.get("media"), start)
+            named, made_of = {**answer, "id": answer["custom_id"]}, answer["id"].removeprefix(_PREFIX)
+            return Record(line_key(named), made_of, failed, answer.get("media"), start, is_cut(answer))
         failed = "error" in answer
         if not failed and not {"text", "tokens"} <= answer.keys():
             raise _foreign(path, number)
-        return Record(line_key(answer), answer.get("request"), failed, answer.get("media"), start)
+        return Record(line_key(answer), answer.get("request"), failed, answer.get("media"), start, is_cut(answer))
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _foreign(path, number) from None
+
+
+def is_cut(answer: Mapping[str, Any]) -> bool:
+    """Return whether an answer, of either format, ended at its limit of tokens."""
+    choice = answer["response"]["body"]["choices"][0] if answer.get("response") else answer
+    return choice.get("finish_reason") == "length"
+
+
+def cut_line(cut: int, max_new_tokens: int) -> str:
+    """Return what a run says of answers that are cut."""
+    return (
+        f"{cut} answers are cut, their finish_reason is length: more of --max-new-tokens (now {max_new_tokens}; or a "
+        "line's own max_new_tokens) lets them end, in another output"
+    )
 
 
 def _foreign(path: Path, number: int) -> InputError:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from phi4mm_jax.engine.answer_lines import Format, parse_record
+from phi4mm_jax.engine.answer_lines import Format, is_cut, parse_record
 from phi4mm_jax.engine.jsonl import digest_number
 from phi4mm_jax.engine.provenance import compare_settings
 from phi4mm_jax.errors import InputError
@@ -39,6 +39,7 @@ class Records:
     keys: np.ndarray
     digests: np.ndarray
     failed: np.ndarray
+    cut: np.ndarray
 
 
 class Parts:
@@ -187,17 +188,18 @@ def index_part(path: str, storage: fs.FileSystem, form: Format) -> Records:
     """
     try:
         if is_parquet(path):
-            table = pq.read_table(path, columns=["id", "request", "error"], filesystem=storage)
-            found = [(r["id"], r["request"], r["error"] is not None) for r in table.to_pylist()]
+            table = pq.read_table(path, columns=["id", "request", "error", "finish_reason"], filesystem=storage)
+            found = [(r["id"], r["request"], r["error"] is not None, is_cut(r)) for r in table.to_pylist()]
         else:
             records = [parse_record(Path(path), form, line, i, 0) for i, line in enumerate(_lines(path, storage), 1)]
-            found = [(record.key, record.digest, record.failed) for record in records]
+            found = [(record.key, record.digest, record.failed, record.cut) for record in records]
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: cannot be read ({error!s:.200}); restore it, or give another folder") from error
-    names, digests, failed = zip(*found, strict=True) if found else ((), (), ())
+    names, digests, failed, cut = zip(*found, strict=True) if found else ((), (), (), ())
     return Records(
         np.array([key_of(name) for name in names], np.uint64),
         np.array([digest_number(digest) for digest in digests], np.uint64), np.array(failed, bool),
+        np.array(cut, bool),
     )  # fmt: skip
 
 

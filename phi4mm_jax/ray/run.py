@@ -157,21 +157,23 @@ def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool) -> Inp
     return Inputs(chunks, keys, digests, broken, order)
 
 
-def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.ndarray]:
+def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keep one answer of each line: an error gives way to an answer, and an earlier error to a later one.
 
     Returns:
-        Of each line of the inputs whether its answer is an error, and whether it is none.
+        Of each line of the inputs whether its answer is an error, whether it is none, and whether it is cut.
 
     Raises:
         InputError: an answer is to another request than its line is now.
     """
     keys, digests, order = inputs.keys, inputs.digests, inputs.order
-    failed, done = np.zeros(len(keys), bool), np.zeros(len(keys), bool)
+    failed, done, cut = np.zeros((3, len(keys)), bool)
     records: list[Records] = _gather(index_part, [(path, parts.storage, form) for path in parts.paths])
     if not records or not len(keys):
-        return failed, done
-    told, bad, made = (np.concatenate([getattr(r, name) for r in records]) for name in ("keys", "failed", "digests"))
+        return failed, done, cut
+    told, bad, made, long = (
+        np.concatenate([getattr(r, name) for r in records]) for name in ("keys", "failed", "digests", "cut")
+    )
     places = order[np.minimum(np.searchsorted(keys, told, sorter=order), len(keys) - 1)]
     known = keys[places] == told
     changed = known & ~bad & (digests[places] != 0) & (digests[places] != made)
@@ -187,11 +189,12 @@ def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.n
     kept[ranked] |= last
     done[places[known & kept & ~bad]] = True
     failed[places[known & kept & bad]] = True
+    cut[places[known & kept & long]] = True
     ends = np.cumsum([len(r.keys) for r in records])
     for part, mine in reversed(list(enumerate(np.split(kept, ends[:-1])))):  # from the last, which may go
         if not mine.all():
             parts.keep(part, mine)
-    return failed, done
+    return failed, done, cut
 
 
 def answer(

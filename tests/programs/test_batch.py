@@ -340,6 +340,20 @@ def test_errors_are_counted_and_asked_again(tmp_path, engine):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "in", "later.png", "out"]
 
 
+@pytest.mark.parametrize("form", ["plain", "openai"])
+def test_answers_that_are_cut_are_counted(tmp_path, engine, form):
+    """Those of earlier runs, too."""
+    ended = {"prompt": "c", "max_new_tokens": 64, "stop_tokens": list(range(768))}  # by its first token
+    source = write(tmp_path / "in", [{"prompt": "a"}, {"prompt": "b"}, b"oops", ended])
+    counts = []
+    for _ in range(2):
+        with AnswerFile(tmp_path / "out", read_requests(source, max_new_tokens=2), form=form) as answers:
+            before = answers.cut
+            list(answers.run(engine))
+            counts.append((before, answers.cut, answers.errors, answers.answered))
+    assert counts == [(0, 2, 1, 4), (2, 2, 1, 4)]
+
+
 def test_repaired_lines_keep_the_order(tmp_path, engine):
     lines = [{"id": str(i), "prompt": f"a {i}"} for i in range(5)]
     broken = [*lines[:1], lines[1] | {"max_tokens": 1}, *lines[2:4]]
@@ -664,7 +678,9 @@ def test_warming_up_comes_before_the_first_answer(tmp_path, engine, monkeypatch,
     monkeypatch.setattr(sys, "argv", given[2:])
     assert batch.main() == 0
     assert calls == ["warm up", "run"]
-    assert "Compiling" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Compiling" in said
+    assert "1 answers are cut, their finish_reason is length: more of --max-new-tokens (now 3;" in said
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert batch.main() == 0  # all is answered: nothing is loaded
     assert calls == ["warm up", "run"]

@@ -282,13 +282,15 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     for number, part in enumerate(told):
         parts.add([line(n, **{k: f"{number}"}, **({} if k == "error" else {"tokens": [number]})) for n, k in part], 0)
         parts.flush()
-    failed, done = settle(parts, inputs, "plain")
+    failed, done, cut = settle(parts, inputs, "plain")
     assert (failed.tolist(), done.tolist()) == ([False, False, True, True], [True, True, False, False])
+    assert not cut.any()
     found = [index_part(path, parts.storage, "plain") for path in parts.paths]
     assert [r.keys.tolist() for r in found] == [[key_of(n) for n in names] for names in ("b", ("a", "c", "gone"), "d")]
-    parts.add([line("d", text="3", tokens=[3])], 0)
+    parts.add([line("d", text="3", tokens=[3], finish_reason="length")], 0)
     parts.flush()
-    failed, done = settle(parts, inputs, "plain")
+    failed, done, cut = settle(parts, inputs, "plain")
+    assert cut.tolist() == [False, False, False, True]
     assert (failed.tolist(), done.tolist()) == ([False, False, True, False], [True, True, False, True])
     assert len(parts.paths) == 3  # a part without answers is gone
     digests["b"] = "2"
