@@ -17,7 +17,7 @@ from jaxtyping import Float
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.audio_features import check_length, check_rate, check_samples
 from phi4mm_jax.processing.containers import MissingPyAV, open_container
-from phi4mm_jax.processing.sources import Deadline, open_file, plain, to_array
+from phi4mm_jax.processing.sources import Deadline, open_file, other_kind, plain, to_array
 from phi4mm_jax.processing.wav_header import (
     MIN_UNKNOWN_32,
     MIN_UNKNOWN_64,
@@ -257,6 +257,8 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
 
 def _from_container(source: str | bytes, max_seconds: float, cause: Exception) -> tuple[Float[np.ndarray, " S"], int]:
     """Decode by PyAV what soundfile cannot open, for the `cause` given."""
+    if (other := other_kind(source, "audio", "video")) is not None:
+        raise InputError(f"the file has no audio: {other}") from cause
     try:
         with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3") as (container, deadline):
             stream = container.streams.best("audio")

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.sources import open_file, plain
+from phi4mm_jax.processing.sources import open_file, other_kind, plain
 from phi4mm_jax.utils.checks import is_whole
 
 # What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
@@ -136,6 +136,8 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result
     except UnidentifiedImageError:
         refused = [] if isinstance(source, Image.Image) else _refused(source)
         what = f"in the format {refused[0]}, which is not decoded here" if refused else "in no format that Pillow reads"
+        if not isinstance(source, Image.Image) and (other := other_kind(source, "image")) is not None:
+            raise InputError(f"the file is {what}: {other}") from None
         raise InputError(f"the file is {what}; {remedy}. {_expected()}") from None
     except Exception as error:  # decoders raise errors of any type
         raise InputError(f"the image cannot be decoded ({error!r:.200}); {remedy}") from error

@@ -28,6 +28,34 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 
+_IMAGE, _AUDIO, _VIDEO, _NONE = "image", "audio", "video", "none"
+_REMEDIES = {
+    _IMAGE: "give it as an image", _AUDIO: "give it as audio", _VIDEO: "give it as a video",
+    _NONE: "give a medium itself",
+}  # fmt: skip
+_RIFF = {b"WAVE": (_AUDIO, "a WAV sound"), b"WEBP": (_IMAGE, "a WebP image"), b"AVI ": (_VIDEO, "an AVI video")}
+_BRANDS = {b"M4A ": (_AUDIO, "an M4A sound"), b"M4B ": (_AUDIO, "an M4A sound"), b"avif": (_IMAGE, "an AVIF image")}
+_BRANDS |= dict.fromkeys((b"heic", b"heix", b"mif1"), (_IMAGE, "a HEIF image"))
+_BEGINNINGS = (
+    (b"\x89PNG\r\n\x1a\n", (_IMAGE, "a PNG image")),
+    (b"\xff\xd8\xff", (_IMAGE, "a JPEG image")),
+    (b"GIF8", (_IMAGE, "a GIF image")),
+    (b"II*\0", (_IMAGE, "a TIFF image")),
+    (b"MM\0*", (_IMAGE, "a TIFF image")),
+    (b"fLaC", (_AUDIO, "a FLAC sound")),
+    (b"OggS", (_AUDIO, "an Ogg sound")),
+    (b"ID3", (_AUDIO, "an MP3 sound")),
+    (b"\xff\xfb", (_AUDIO, "an MP3 sound")),
+    (b"\x1aE\xdf\xa3", (_VIDEO, "a Matroska or WebM video")),
+    (b"%PDF-", (_NONE, "a PDF document")),
+    (b"PK\x03\x04", (_NONE, "a ZIP archive")),
+    (b"\x1f\x8b", (_NONE, "a gzip archive")),
+    (b"<!DOCTYPE html", (_NONE, "an HTML page")),
+    (b"<html", (_NONE, "an HTML page")),
+    (b"<svg", (_NONE, "an SVG drawing")),
+    (b"version https://git-lfs", (_NONE, "a pointer of Git LFS, in place of the file")),
+)
+
 
 def each(kind: str, sources: Sequence[Any], process: Callable[[Any], T]) -> tuple[T, ...]:
     """Process each medium.
@@ -54,7 +82,9 @@ def plain(source: Any) -> Any:
     """
     if isinstance(source, str | os.PathLike):
         path = os.fsdecode(source)
-        open_file(path).close()
+        with open_file(path) as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise InputError("the file is empty; pass a whole one")
         return path
     if hasattr(source, "read"):
         source = _content(source)
@@ -113,6 +143,34 @@ def _check_regular(status: os.stat_result) -> None:
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "of another kind")
         raise InputError(f"the file is {what}, not a regular file; pass its content as a file or as bytes")
+
+
+def other_kind(source: str | bytes, *taken: str) -> str | None:
+    """Return what a file is by its first bytes, and what to do, as a clause; None if it may be of the kinds taken.
+
+    Args:
+        taken: of "image", "audio" and "video".
+
+    Raises:
+        InputError: as `open_file`.
+    """
+    with open_file(source) as file:
+        head = file.read(64)
+    found = _in_box(head) or next((found for begins, found in _BEGINNINGS if head.startswith(begins)), None)
+    if found is None or found[0] in taken:
+        return None
+    kind, name = found
+    return f"it is {name}; {_REMEDIES[kind]}"
+
+
+def _in_box(head: bytes) -> tuple[str, str] | None:
+    """Return the kind and name of a file whose format is within another: RIFF, or the boxes of MP4."""
+    brand = head[8:12]
+    if head[:4] in (b"RIFF", b"RF64"):
+        return _RIFF.get(brand)
+    if head[4:8] != b"ftyp":
+        return None
+    return _BRANDS.get(brand, ("video", "an MP4 video"))
 
 
 class Deadline:

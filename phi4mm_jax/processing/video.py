@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.containers import open_container
+from phi4mm_jax.processing.containers import MissingPyAV, open_container
 from phi4mm_jax.processing.images import MAX_PIXELS, ImageSource, check_size, load_image, registered_suffixes, shrink
-from phi4mm_jax.processing.sources import Deadline, each, plain
+from phi4mm_jax.processing.sources import Deadline, each, other_kind, plain
 from phi4mm_jax.utils.checks import is_whole
 
 MAX_FRAMES = 64
@@ -155,9 +155,14 @@ def _opened(source: str | bytes) -> Iterator[tuple[Any, Any, Deadline]]:
             context.options = {"max_pixels": str(MAX_PIXELS)}  # where a frame is larger than the header says
             context.thread_type = "AUTO" if context.width * context.height <= _PARALLEL_PIXELS else "NONE"
             yield container, stream, deadline
+    except MissingPyAV as error:
+        other = other_kind(source, "video")
+        raise error if other is None else InputError(f"the file has no video: {other}") from error
     except (InputError, MemoryError, _SeekError):
         raise
     except Exception as error:  # decoders raise errors of many types
+        if (other := other_kind(source, "video")) is not None:
+            raise InputError(f"the file has no video: {other}") from error
         raise InputError(
             f"the video cannot be read ({error!r:.200}); check that it is whole, or convert it to MP4"
         ) from error

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL import Image
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import containers
-from phi4mm_jax.processing.images import preprocess_image
+from phi4mm_jax.processing.audio import load_audio
+from phi4mm_jax.processing.images import load_image, preprocess_image
 from phi4mm_jax.processing.sources import Deadline
 from phi4mm_jax.processing.video import (
     crops_per_frame,
@@ -325,6 +327,44 @@ def sound() -> bytes:
 def test_unusable_sources(source: Any, message: str):
     with pytest.raises(InputError, match=message):
         video_frames(source)
+
+
+def image(form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("is_installed", [True, False], ids=["PyAV", "no PyAV"])
+@pytest.mark.parametrize(
+    ("load", "content", "message"),
+    [
+        (load_audio, image("JPEG"), "the file has no audio: it is a JPEG image; give it as an image"),
+        (load_audio, image("GIF"), "the file has no audio: it is a GIF image; give it as an image"),
+        (load_image, sound(), "in no format that Pillow reads: it is a WAV sound; give it as audio"),
+        (
+            load_image,
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "it is a pointer of Git LFS, in place of the file",
+        ),
+        (load_image, b"\0\0\0\x20ftypisom" + b"\0" * 40, "it is an MP4 video; give it as a video"),
+        (video_frames, image("PNG"), "the file has no video: it is a PNG image; give it as an image"),
+        (video_frames, b"%PDF-1.7\n" + b"x" * 99, "the file has no video: it is a PDF document; give a medium itself"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(load, content, message, is_installed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", av if is_installed else None)
+    (tmp_path / "file").write_bytes(content)
+    for source in (content, tmp_path / "file"):
+        with pytest.raises(InputError, match=re.escape(message)):
+            load(source)
+
+
+@pytest.mark.parametrize("load", [load_audio, load_image, video_frames])
+def test_an_empty_file_is_empty(load, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(InputError, match="the file is empty; pass a whole one"):
+        load(tmp_path / "a.jpg")
 
 
 def test_a_folder_without_images(tmp_path: Path):
