@@ -143,9 +143,10 @@ def serve(app: Any, arguments: argparse.Namespace) -> int:
                          "--port or --host") from None  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it again after
     host, port = socket.getsockname()[:2]
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port} has the page, and /v1 below it the API; "
-          "/ready tells when the model answers" + ("" if arguments.no_warmup else ", once every program is compiled "
-          "(--no-warmup compiles them as they are needed)"), file=sys.stderr, flush=True)  # fmt: skip
+    told = "requests wait until every program is compiled, which /ready tells (--no-warmup compiles what is needed)"
+    told = "programs are compiled as requests need them" if arguments.no_warmup else told
+    at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{at} has the page, and /v1 below it the API; {told}", file=sys.stderr, flush=True)
     uvicorn.Server(config).run([socket])
     return 0
 

@@ -137,7 +137,7 @@ async def _answer(
                     raise failed(completion)
                 news.put_nowait((place, update))
     except TimeoutError:
-        news.put_nowait(_too_late(began))
+        news.put_nowait(_too_late(began) if service.host.ready else service.host.unavailable())
     except Exception as error:
         news.put_nowait(error)
 

@@ -53,6 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "A key of the request is not supported, out of range or beyond a limit",
         401: "No key, or an unknown one", 404: "No such model or object", 413: "The body is too large",
+        415: "Content-Type is not application/json",
         429: "Too many requests wait", 500: "The answer failed", 503: "The model is not ready",
         504: "Not answered in time",
     }.items()

@@ -13,6 +13,7 @@ from phi4mm_jax.serve.errors import ApiError
 
 _log = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between looks at whether the engine still runs
+_SAID = 5.0  # seconds between lines about a warm-up
 _STEADY = 60.0  # seconds after which an engine's end is no sign that the next one ends at once
 _LONGEST_PAUSE = 30.0
 
@@ -33,6 +34,8 @@ class EngineHost:
         self._make_engine, self._warm_up = make_engine, warm_up
         self._runner: AsyncEngine | None = None
         self._cause = "it is being compiled"
+        self._failed = False  # the last try to make an engine
+        self._said = 0.0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self.engine: Engine | None = None
@@ -60,25 +63,27 @@ class EngineHost:
         if self._runner is not None:
             await asyncio.to_thread(self._runner.close)
         self._runner = self.engine = None
-        self._cause = "the server ends"
+        self._cause, self._failed = "the server ends", True
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
-        """Answer a request, as `AsyncEngine.updates` does.
+        """Answer a request, as `AsyncEngine.updates` does; it waits for an engine that is being made.
 
         Raises:
-            ApiError: there is no engine at the moment.
+            ApiError: there is no engine, and the last try to make one has failed.
         """
-        runner = self._runner
-        if runner is None or not runner.running:
-            raise self._unavailable()
+        while (runner := self._runner) is None or not runner.running:
+            if self._failed:
+                raise self.unavailable()
+            await asyncio.sleep(_LOOK)
         try:
             async with aclosing(runner.updates(request)) as updates:
                 async for update in updates:
                     yield update
         except InputError:  # it has stopped before it took the request
-            raise self._unavailable() from None
+            raise self.unavailable() from None
 
-    def _unavailable(self) -> ApiError:
+    def unavailable(self) -> ApiError:
+        """Return what a client is told where there is no engine."""
         return ApiError(503, f"the model cannot answer yet: {self.cause}; send the request again later",
                         kind="server_error", code="not_ready", retry_after=5)  # fmt: skip
 
@@ -88,7 +93,10 @@ class EngineHost:
             began = time.monotonic()
             try:
                 await asyncio.to_thread(self._make)
+                self._failed = False
+                _log.info("ready after %.0f s: requests are answered", time.monotonic() - began)
             except Exception as error:
+                self._failed = True
                 self._cause = f"it could not be started ({type(error).__name__}: {error})"
                 _log.error("the engine could not be started: %s: %s", type(error).__name__, error)
             while self.ready:
@@ -98,7 +106,7 @@ class EngineHost:
             steady = time.monotonic() - began > _STEADY
             pause = 0.0 if steady else min(max(2 * pause, 0.5), _LONGEST_PAUSE)
             self._runner = self.engine = None  # their memory is free before the next takes its own
-            self._cause = "it is being restarted"
+            self._cause = self._cause if self._failed else "it is being restarted"
             gc.collect()
             self.restarts += 1
             await asyncio.sleep(pause)
@@ -114,3 +122,6 @@ class EngineHost:
         if self._closed:
             raise InputError("the server ends")
         self._cause = f"program {done} of {total} is compiled"
+        if done == total or time.monotonic() - self._said > _SAID:
+            self._said = time.monotonic()
+            _log.info("warming up: program %d of %d is compiled; requests wait", done, total)

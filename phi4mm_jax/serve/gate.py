@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi import Response
+from fastapi import Response, params
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 
@@ -112,9 +112,12 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         """Return a handler whose request is strict."""
-        handle = super().get_route_handler()
+        handle, field = super().get_route_handler(), self.body_field
+        takes_json = field is not None and not isinstance(field.field_info, params.Form)
 
         async def strict(http: HttpRequest) -> Response:
+            if takes_json:
+                _check_type(http.headers.get("content-type", ""))
             return await handle(_StrictRequest(http.scope, http.receive))
 
         return strict
@@ -127,6 +130,17 @@ class _StrictRequest(HttpRequest):
             return parse_json(body.decode())
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON ({error}); expected an object in UTF-8") from None
+
+
+def _check_type(given: str) -> None:
+    """Raise an ApiError unless a body is said to be JSON: pages of other sites may send the other types here."""
+    kind = given.partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        found = f"is {kind!r:.80}" if kind else "is missing"
+        raise ApiError(
+            415, f"the header Content-Type {found}; send Content-Type: application/json (curl -H 'Content-Type: "
+            "application/json' -d ...)", code="unsupported_media_type",
+        )  # fmt: skip
 
 
 def _too_large(limit: int) -> ApiError:

@@ -140,6 +140,94 @@ def test_bodies_are_bounded_together(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("application/x-www-form-urlencoded", "is 'application/x-www-form-urlencoded'"),  # as of curl -d
+        ("text/plain; charset=utf-8", "is 'text/plain'"),  # as of a page of another site, which needs no leave for it
+        (None, "is missing"),
+    ],
+)
+def test_a_body_that_is_not_said_to_be_json(tokenizer, tmp_path, given, found):
+    headers = {} if given is None else {"content-type": given}
+    with serving(make_app(answer, tokenizer, tmp_path)) as url, httpx.Client(base_url=url) as client:
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/batches"):
+            refused = client.post(path, content=json.dumps(CHAT), headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (415, "unsupported_media_type")
+            assert f"Content-Type {found}; send Content-Type: application/json" in refused.json()["error"]["message"]
+        taken = client.post(
+            "/v1/chat/completions",
+            content=json.dumps(CHAT),
+            headers={"content-type": "application/json; charset=utf-8"},
+        )
+        assert taken.status_code == 200
+
+
+class Runner:
+    """Stands for `AsyncEngine`: gives every request one answer."""
+
+    running = True
+
+    def __init__(self, _):
+        pass
+
+    def close(self) -> None:
+        pass
+
+    async def updates(self, _) -> AsyncIterator[Update]:
+        async for update in answer(None):
+            yield update
+
+
+def test_requests_wait_while_programs_are_compiled(tokenizer, tmp_path, monkeypatch, caplog):
+    """One with a time of its own ends by it."""
+    compiled = threading.Event()
+
+    def ask(client: openai.OpenAI, **options: Any) -> Any:
+        return client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hello"}], **options)
+
+    class Engine:
+        def warm_up(self, progress):
+            progress(1, 2)
+            compiled.wait(60)
+            progress(2, 2)
+
+    monkeypatch.setattr("phi4mm_jax.serve.engine_host.AsyncEngine", Runner)
+    caplog.set_level("INFO", "phi4mm_jax")
+    app = create_app(Engine, tokenizer, 1, ServerSettings("m", tmp_path))
+    with (
+        serving(app, until_ready=False) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(ask(client)))
+        thread.start()
+        wait_for(lambda: app.state.service.queue.running == 1)
+        with pytest.raises(openai.InternalServerError, match="program 1 of 2 is compiled") as caught:
+            ask(client, extra_body={"timeout": 0.3})
+        assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
+        assert httpx.get(f"{url}/ready").status_code == 503
+        compiled.set()
+        thread.join()
+        assert found[0].choices[0].message.content == "yes"
+        assert httpx.get(f"{url}/ready").status_code == 200
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("phi4mm_jax.serve")]
+    assert said[:2] == [f"warming up: program {n} of 2 is compiled; requests wait" for n in (1, 2)]
+    assert said[2].startswith("ready after ")
+
+
+def test_requests_do_not_wait_for_an_engine_that_cannot_be_made(tokenizer, tmp_path):
+    def broken():
+        raise MemoryError("too large")
+
+    app = create_app(broken, tokenizer, 1, ServerSettings("m", tmp_path))
+    with serving(app, until_ready=False) as url:
+        wait_for(lambda: "could not be started" in app.state.service.host.cause)
+        refused = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
+    assert refused.status_code == 503
+    assert "it could not be started (MemoryError: too large)" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     "body", ['{"messages": [], "messages": []}', "{", '{"temperature": NaN}', "[" * 100_000, b"\xff"]
 )
 def test_bodies_are_strict_json(tokenizer, tmp_path, body):
