@@ -19,6 +19,7 @@ from phi4mm_jax.engine.output_processor import OutputProcessor, Update
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.engine.request_queue import RequestQueue, WaitingRequest
 from phi4mm_jax.engine.scheduler import Scheduler
+from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import Programs, TopLogprobs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import Row
@@ -179,6 +180,7 @@ class Engine:
         Args:
             progress: called with the number of programs compiled, and of all.
         """
+        self.queue.warm_up()
         self.runner.warm_up(progress)
 
     def _discard(self, ids: Collection[int]) -> None:
@@ -222,7 +224,7 @@ class Engine:
         if not self.scheduler.admit(sequence):
             return False
         self.queue.remove(waiting)
-        sequence.sampling = waiting.seeded_sampling(row, media)
+        sequence.sampling, sequence.matcher = waiting.seeded_sampling(row, media), waiting.matcher
         self.runner.set_penalty_mask(sequence)
         return True
 
@@ -236,6 +238,9 @@ class Engine:
                 if not sampled.finite[i]:
                     self._outputs.fail(sequence)
                 elif self.scheduler.complete_chunk(sequence, stop):
+                    if (cause := _dead_end(sequence)) is not None:
+                        self._outputs.fail_grammar(sequence, cause)
+                        continue
                     if (beams := sequence.beams) is None:
                         self._outputs.append(sequence, sampled.tokens[i], sampled.log_probabilities[i], _row(top, i))
                         continue
@@ -256,7 +261,9 @@ class Engine:
         sampled = self.runner.decode(batch)
         top_tokens, top_values = sampled.top_tokens, sampled.top_log_probabilities
         for i, sequence in enumerate(batch.sequences):
-            if sequence is not None:
+            if sequence is not None and (cause := _dead_end(sequence)) is not None:
+                self._outputs.fail_grammar(sequence, cause)
+            elif sequence is not None:
                 n = int(sampled.counts[i])
                 sequence.num_computed_tokens += n
                 top = None if top_tokens is None or top_values is None else (top_tokens[i], top_values[i])
@@ -281,6 +288,11 @@ class Engine:
                 elif sequence.num_computed_tokens == sequence.num_prompt_tokens + beams.search.num_output_tokens:
                     self._outputs.extend_beams(sequence, beams, _rows(top, start, stop))
                 start = stop
+
+
+def _dead_end(sequence: Sequence) -> str | None:
+    """Why a sequence's grammar allows no token, where it allows none."""
+    return None if sequence.matcher is None else sequence.matcher.error
 
 
 def _row(top: TopLogprobs | None, i: int) -> tuple[Any, Any] | None:

@@ -16,6 +16,7 @@ from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
+from phi4mm_jax.engine.grammar import is_installed, num_words
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
@@ -62,6 +63,8 @@ class ModelRunner:
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
         self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
+        self._with_grammars = is_installed()
+        self._unrestricted: dict[int, Any] = {}  # on the device, by number of rows: masks that allow all
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -78,7 +81,10 @@ class ModelRunner:
     def decode(self, batch: DecodeBatch) -> SampledTokens:
         """Decode up to `num_decode_steps` tokens of each slot."""
         adapters = {s.adapter for s in batch.sequences if s is not None}
-        return self.run_decode(adapters, self.decode_inputs(batch.sequences, batch.num_decode_steps))
+        inputs = self.decode_inputs(batch.sequences, batch.num_decode_steps)
+        if all(s is None or s.matcher is None for s in batch.sequences):
+            return self.run_decode(adapters, inputs)
+        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(batch.sequences, len(batch.sequences)))
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
         """Extend beams by a token; return the likeliest tokens after each."""
@@ -117,7 +123,29 @@ class ModelRunner:
             slots=_column(sequences, count, lambda s: s.slot),
             num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
             sampling=_sampling_rows(sequences, count),
+            **self._restrictions(batch, count),
         )  # fmt: skip
+
+    def _restrictions(self, batch: PrefillBatch, count: int) -> dict[str, Any]:
+        """Arguments of `PrefillInputs` for the grammars of sequences whose last chunk this is."""
+        if not self._with_grammars:
+            return {}
+        last = [
+            s if stop == s.num_tokens_to_prefill else None for s, stop in zip(batch.sequences, batch.stops, strict=True)
+        ]
+        restricted = any(s is not None and s.matcher is not None for s in last)
+        if count not in self._unrestricted:
+            self._unrestricted[count] = self._programs.place(self._allowed([], count))
+        allowed = self._programs.place(self._allowed(last, count)) if restricted else self._unrestricted[count]
+        return {"allowed": allowed, "restricted": np.asarray(restricted)}
+
+    def _allowed(self, sequences: Items[Sequence | None], count: int) -> np.ndarray:
+        """The tokens that may come next in each row, a bit each: all where there is no grammar."""
+        allowed = np.full((count, num_words(self.token_seen.shape[1])), -1, np.int32)
+        for row, sequence in zip(allowed, sequences, strict=False):
+            if sequence is not None and sequence.matcher is not None:
+                row[:] = sequence.matcher.allowed()
+        return allowed
 
     def decode_inputs(self, sequences: Items[Sequence | None], num_decode_steps: np.ndarray) -> DecodeInputs:
         """Arrays of all slots."""
@@ -179,6 +207,19 @@ class ModelRunner:
         )
         return jax.device_get(sampled)
 
+    def run_decode_allowed(
+        self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
+    ) -> SampledTokens:
+        """Decode a token of each slot; the masks of the grammars are computed while the device works."""
+        self.kv_cache, self.token_seen, logits = self._programs.decode_logits(
+            self._variables_of(adapters), self.kv_cache, self.token_seen, inputs
+        )
+        mask = self._programs.place(allowed())
+        sampled = self._programs.sample_allowed(
+            logits, self.token_seen, inputs, mask, candidates=self._config.top_logprobs
+        )
+        return jax.device_get(sampled)
+
     def run_beam_step(self, adapters: set[int], inputs: BeamInputs) -> TopLogprobs:
         self.kv_cache, top = self._programs.beam_step(
             self._variables_of(adapters), self.kv_cache, inputs, candidates=self._num_candidates
@@ -213,6 +254,10 @@ class ModelRunner:
         def decode(adapters: set[int]) -> None:
             self.run_decode(adapters, self.decode_inputs([None] * config.slots, np.zeros(config.slots, np.int32)))
 
+        def decode_allowed(adapters: set[int]) -> None:
+            inputs = self.decode_inputs([None] * config.slots, np.zeros(config.slots, np.int32))
+            self.run_decode_allowed(adapters, inputs, lambda: self._allowed([], config.slots))
+
         def beam_step(adapters: set[int], size: int) -> None:
             self.run_beam_step(adapters, self.beam_inputs([], size))
 
@@ -222,6 +267,7 @@ class ModelRunner:
             *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
             *(partial(prefill, a, n, w) for a in [0, *present] for n in PREFILL_ROWS for w in config.prefill_widths),
             *(partial(decode, adapters) for adapters in together),
+            *(partial(decode_allowed, adapters) for adapters in together if self._with_grammars),
             *(partial(beam_step, adapters, size) for adapters in together for size in config.beam_batch_sizes),
             partial(self.run_set_penalty_mask, no_slot, np.zeros(self.token_seen.shape[1], bool)),
         ]  # fmt: skip

@@ -78,6 +78,10 @@ class OutputProcessor:
             pieces.append(sequence.detokenizer.add(token))
             if sequence.detokenizer.stopped:
                 return self.finish(sequence, "stop", pieces)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token)
+                if sequence.matcher.over:
+                    return self.finish(sequence, "stop", pieces)
             if len(sequence.output_token_ids) == sequence.max_new_tokens:
                 return self.finish(sequence, "length", pieces)
         if text := "".join(pieces):
@@ -102,9 +106,15 @@ class OutputProcessor:
         )
         self.finish(sequence, "error", error=error)
 
+    def fail_grammar(self, sequence: Sequence, cause: str) -> None:
+        """End a sequence whose grammar allows no token with an error; it keeps the tokens before."""
+        error = f"grammar is at a dead end after {sequence.num_output_tokens} tokens: {cause}; give another one"
+        self.finish(sequence, "error", error=error, error_type="InputError")
+
     def finish(
-        self, sequence: Sequence, reason: FinishReason, pieces: Iterable[str] = (), error: str | None = None
-    ) -> None:
+        self, sequence: Sequence, reason: FinishReason, pieces: Iterable[str] = (), error: str | None = None,
+        error_type: str = "FloatingPointError",
+    ) -> None:  # fmt: skip
         """End a sequence with the tokens that it has, and free its slot and pages."""
         if sequence.beams is not None:
             return self._finish_beams(sequence, sequence.beams, reason, error)
@@ -112,7 +122,7 @@ class OutputProcessor:
         completion = Completion.of(
             self._tokenizer, sequence.detokenizer.text, sequence.output_token_ids, reason, sequence.num_prompt_tokens,
             log_probabilities=tuple(sequence.log_probabilities), top_logprobs=tuple(sequence.top_logprobs), error=error,
-            error_type=None if error is None else "FloatingPointError",
+            error_type=None if error is None else error_type,
         )  # fmt: skip
         self._tell(sequence, "".join(pieces) + rest, completion)
         self._scheduler.finish(sequence)

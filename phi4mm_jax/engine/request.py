@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phi4mm_jax.adapters import adapter_choices
+from phi4mm_jax.engine.grammar import Grammar
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
 from phi4mm_jax.errors import InputError
@@ -34,6 +35,8 @@ class Request:
         max_crops: maximum number of crops per image; by default the checkpoint's.
         top_logprobs: number of likeliest tokens to give in place of each generated one; at most
             `EngineConfig.top_logprobs`, and none for beam search.
+        grammar: what the answer obeys, from its first token on. It may end only where the grammar may, or by a stop
+            string, a limit, or an error if no token obeys. Not for beam search.
         adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default that of the media.
             It does not change how media are encoded.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
@@ -55,6 +58,7 @@ class Request:
     adapter: str | None = None
     continue_final_message: bool = False
     top_logprobs: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self):
         stop = self.stop
@@ -72,6 +76,8 @@ class Request:
         penalty = self.length_penalty
         if not is_number(penalty) or not abs(penalty) <= _MAX_PENALTY:
             raise InputError(f"length_penalty is {penalty!r}; expected a number from -{_MAX_PENALTY} to {_MAX_PENALTY}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InputError(f"grammar is a {type(self.grammar).__name__}; expected a Grammar")
         if self.beams > 1:
             self._check_beams()
         if self.max_crops is not None:
@@ -94,6 +100,8 @@ class Request:
             raise InputError(
                 f"top_logprobs is {self.top_logprobs} with {self.beams} beams; ask for none, or for 1 beam"
             )
+        if self.grammar is not None:
+            raise InputError(f"grammar is given with {self.beams} beams; leave it out, or ask for 1 beam")
         if self.stop:
             raise InputError(
                 f"stop is {list(self.stop)!r} with {self.beams} beams, which end by tokens only; give stop_tokens, or "
@@ -131,11 +139,12 @@ class Completion:
     Attributes:
         text: the answer, without stop tokens; cut before a stop string.
         tokens: the generated ids, a final stop token included.
-        finish_reason: "stop" by a stop token or string, "length" by max_new_tokens or the context; "cancelled", and
-            "error" for a request that could not be served, or whose logits became NaN or infinite.
+        finish_reason: "stop" by a stop token or string, or where a grammar is at its end; "length" by max_new_tokens or
+            the context, whether a grammar is at its end or not; "cancelled", and "error" for a request that could not
+            be served, whose logits became NaN or infinite, or whose grammar came to allow no token.
         prompt_tokens: the prompt's length.
-        log_probabilities: of each token, by the model's own distribution. Their last digits depend on the engine's
-            sizes, so they do not count when completions are compared.
+        log_probabilities: of each token, by the model's own distribution, whatever a grammar allows. Their last
+            digits depend on the engine's sizes, so they do not count when completions are compared.
         top_logprobs: for each token the likeliest ones in its place, where the request asks for them; like
             log_probabilities.
         error: what was wrong.

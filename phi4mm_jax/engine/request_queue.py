@@ -3,10 +3,12 @@
 import hashlib
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from phi4mm_jax.engine.encoder_cache import MediaInputs, media_inputs
+from phi4mm_jax.engine.grammar import Grammar, GrammarMatcher, is_installed, start_matcher
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sampling import Sampling, draws_by_identity
 from phi4mm_jax.errors import InputError
@@ -21,6 +23,7 @@ class WaitingRequest:
     Attributes:
         duplicates: number of equal earlier requests by identity, one counter for a group of requests.
         processed: its prompt and media.
+        matcher: state of its grammar before the first token, once it is processed.
         started: when their processing began.
     """
 
@@ -28,6 +31,7 @@ class WaitingRequest:
     request: Request
     duplicates: Counter[bytes] | None = None
     processed: Future[tuple[Row, MediaInputs]] = field(init=False)
+    matcher: GrammarMatcher | None = None
     started: float | None = None
 
     @property
@@ -92,11 +96,22 @@ class RequestQueue:
                 request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message,
                 request.adapter,
             )  # fmt: skip
+            if request.grammar is not None:
+                waiting.matcher = self._start_matcher(request.grammar, request.stop_tokens)
             made = self._processor.row(*asked) if row is None else row
             return made, media_inputs(made, self._processor.config)
 
         waiting.processed = self.workers.submit(process)
         self._waiting.append(waiting)
+
+    def _start_matcher(self, grammar: Grammar, stop_tokens: Sequence[int] = ()) -> GrammarMatcher:
+        tokenizer, config = self._processor.tokenizer, self._processor.config
+        return start_matcher(grammar, tokenizer, config.decoder.vocab_size, config.stop_token_ids, stop_tokens)
+
+    def warm_up(self) -> None:
+        """Prepare the tokenizer for grammars, which takes seconds, where they can be used."""
+        if is_installed():
+            self._start_matcher(Grammar.json_object())
 
     def cancel(self, request_id: int) -> bool:
         """Remove a request; returns whether it was there."""

@@ -151,6 +151,18 @@ def _draw(logits: Float[Array, " V"], seed, stream, position) -> Int[Array, ""]:
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
+@jax.named_scope("grammar")
+def restrict_to_allowed(logits: Float[Array, "B V"], allowed: Int[Array, "B W"]) -> Float[Array, "B V"]:
+    """Set the logits of tokens that are not allowed to -inf.
+
+    Args:
+        allowed: a bit for each token, the first token's lowest in the first of 32-bit words.
+    """
+    tokens = jnp.arange(logits.shape[-1])
+    bits = (allowed[:, tokens // 32] >> (tokens % 32)) & 1  # a gather, so that each device makes its own part
+    return jnp.where(bits == 1, logits, -jnp.inf)
+
+
 def restrict(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:

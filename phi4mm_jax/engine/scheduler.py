@@ -24,7 +24,8 @@ class DecodeBatch(NamedTuple):
 
     Attributes:
         sequences: None for an idle slot.
-        num_decode_steps: maximum number of tokens to decode.
+        num_decode_steps: maximum number of tokens to decode; 1 where a sequence has a grammar, whose next mask
+            depends on the token.
         preempted: sequences to be prefilled again with the long rotary set.
     """
 
@@ -179,6 +180,8 @@ class Scheduler:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
         sequences: list[Sequence | None] = [None] * len(self.slots)
         num_steps, preempted = np.zeros(len(self.slots), np.int32), []
+        if any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident):
+            max_steps = 1
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue

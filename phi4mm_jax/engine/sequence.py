@@ -9,6 +9,7 @@ from phi4mm_jax.adapters import index_of
 from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import MediaInputs
+from phi4mm_jax.engine.grammar import GrammarMatcher
 from phi4mm_jax.engine.page_allocator import PageHash, page_hashes
 from phi4mm_jax.engine.request import Request, TokenLogprobs
 from phi4mm_jax.engine.sampling import Sampling
@@ -41,6 +42,7 @@ class Sequence:
         use_long_rope: its keys are rotated by the long set of LongRoPE's factors.
         beams: None unless beam search.
         sampling: the request's, with a seed.
+        matcher: state of the request's grammar after the generated tokens.
     """
 
     id: int
@@ -53,6 +55,7 @@ class Sequence:
     detokenizer: IncrementalDetokenizer
     beams: BeamGroup | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    matcher: GrammarMatcher | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
-from phi4mm_jax.engine.sampling import SamplingRows, sample
+from phi4mm_jax.engine.sampling import SamplingRows, restrict_to_allowed, sample
 from phi4mm_jax.kernels import gpu
 from phi4mm_jax.mesh import (
     AXES,
@@ -42,6 +42,8 @@ class PrefillInputs(NamedTuple):
     slots: Int[Any, " R"]
     num_output_tokens: Int[Any, " R"]  # tokens generated before
     sampling: SamplingRows
+    allowed: Int[Any, "R W"] | None = None  # tokens that grammars allow next, a bit each; None: no grammars
+    restricted: Bool[Any, ""] | None = None  # whether any sequence has a grammar
 
 
 class DecodeInputs(NamedTuple):
@@ -111,6 +113,8 @@ class Programs:
         self.prefill = jit_on_mesh(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
         sizes = ("width", "candidates")
         self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames=sizes)
+        self.decode_logits = jit_on_mesh(variables, self._decode_logits, donate_argnums=(1, 2))
+        self.sample_allowed = jit_on_mesh(variables, self._sample_allowed, static_argnames="candidates")
         self.beam_step = jit_on_mesh(variables, self._beam_step, donate_argnums=1, static_argnames="candidates")
         self.set_penalty_mask = jit_on_mesh(variables, self._set_penalty_mask, donate_argnums=0)
 
@@ -190,7 +194,10 @@ class Programs:
         last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, _pad_single(hidden), method="logits")[: len(hidden)]
-        tokens = sample(logits, inputs.num_output_tokens, inputs.sampling, token_seen[inputs.slots])
+        choosable, allowed = logits, inputs.allowed
+        if allowed is not None:
+            choosable = jax.lax.cond(inputs.restricted, lambda x: restrict_to_allowed(x, allowed), lambda x: x, logits)
+        tokens = sample(choosable, inputs.num_output_tokens, inputs.sampling, token_seen[inputs.slots])
         log_probabilities = _log_probability(logits, tokens)
         sampled = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
         return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
@@ -203,15 +210,7 @@ class Programs:
 
         With `candidates` also give the likeliest tokens in place of each, for the slots that ask for them.
         """
-        count = len(inputs.last)
-        every = jnp.arange(count)
-        sampled = SampledTokens(
-            jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
-            jnp.ones(count, bool),
-        )  # fmt: skip
-        if candidates:
-            none = jnp.zeros((count, width, min(candidates, self.model.config.decoder.vocab_size)))
-            sampled = sampled._replace(top_tokens=none.astype(jnp.int32), top_log_probabilities=none)
+        sampled = _no_tokens(len(inputs.last), width, min(candidates, self.model.config.decoder.vocab_size))
 
         def unfinished(carry):
             return (carry[-1] > 0).any()
@@ -219,28 +218,10 @@ class Programs:
         def advance(carry):
             cache, token_seen, last, sampled, left = carry
             active = left > 0
-            token_seen = token_seen.at[every, last].max(active)
             lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
-            rows = last[:, None], lengths, inputs.adapters, inputs.use_long_rope, inputs.tables
-            ids, ends, adapters, use_long_rope, tables = map(_pad_single, rows)
-            embedded = self._apply(variables, ids, jnp.full(ids.shape, NO_MEDIA), None, method="embed")
-            hidden, cache = self._apply(
-                variables, embedded, ends, adapters, use_long_rope, cache, jnp.maximum(ends - 1, 0), tables,
-                method="decode",
-            )  # fmt: skip
-            logits = self._apply(variables, hidden[:, 0], method="logits")[:count]
+            cache, token_seen, logits = self._next_logits(variables, cache, token_seen, inputs, last, lengths)
             tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
-            finite = sampled.finite & (_finite(logits) | ~active)
-            active &= finite
-            at = every, jnp.where(active, sampled.counts, width)  # out of range: dropped
-            top = _add_top(sampled, logits, at, inputs.with_top) if candidates else (None, None)
-            sampled = SampledTokens(
-                sampled.tokens.at[at].set(tokens, mode="drop"),
-                sampled.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
-                sampled.counts + active,
-                finite,
-                *top,
-            )
+            sampled, active = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
             stopped = (tokens[:, None] == self._stops).any(-1)
             left = jnp.where(active & ~stopped, left - 1, 0)
             return cache, token_seen, jnp.where(active, tokens, last), sampled, left
@@ -248,6 +229,47 @@ class Programs:
         start = cache, token_seen, jnp.asarray(inputs.last), sampled, jnp.minimum(inputs.num_decode_steps, width)
         cache, token_seen, _, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
+
+    def _decode_logits(
+        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs
+    ) -> tuple[KVCache, Bool[Array, "N V"], Float[Array, "N V"]]:
+        """Put each decoding slot's last token into the cache; gives the logits after it, for `sample_allowed`.
+
+        Two calls: the host computes the grammars' masks during the first.
+        """
+        lengths = jnp.where(inputs.num_decode_steps > 0, inputs.lengths + 1, 0)
+        last = jnp.asarray(inputs.last)
+        cache, token_seen, logits = self._next_logits(variables, cache, token_seen, inputs, last, lengths)
+        if isinstance(self._sharding, NamedSharding):
+            place = logits_sharding(self._sharding.mesh, logits.shape)
+            logits = jax.lax.with_sharding_constraint(logits, place)
+        return self._constrain_state(cache), self._constrain_state(token_seen), logits
+
+    def _sample_allowed(
+        self, logits: Float[Array, "N V"], token_seen: Bool[Array, "N V"], inputs: DecodeInputs,
+        allowed: Int[Array, "N W"], *, candidates: int = 0,
+    ) -> SampledTokens:  # fmt: skip
+        """Sample one token of each decoding slot, among those that its grammar allows."""
+        none = _no_tokens(len(inputs.last), 1, min(candidates, self.model.config.decoder.vocab_size))
+        choosable = restrict_to_allowed(logits, allowed)
+        tokens = sample(choosable, inputs.num_output_tokens, inputs.sampling, token_seen)
+        return _add_tokens(none, tokens, logits, jnp.asarray(inputs.num_decode_steps) > 0, inputs.with_top)[0]
+
+    def _next_logits(
+        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, last: Int[Array, " N"],
+        lengths: Int[Array, " N"],
+    ) -> tuple[KVCache, Bool[Array, "N V"], Float[Array, "N V"]]:  # fmt: skip
+        """Put a token of each slot into the cache, the last of `lengths`; 0 for an idle slot."""
+        count = len(last)
+        token_seen = token_seen.at[jnp.arange(count), last].max(lengths > 0)
+        rows = last[:, None], lengths, inputs.adapters, inputs.use_long_rope, inputs.tables
+        ids, ends, adapters, use_long_rope, tables = map(_pad_single, rows)
+        embedded = self._apply(variables, ids, jnp.full(ids.shape, NO_MEDIA), None, method="embed")
+        hidden, cache = self._apply(
+            variables, embedded, ends, adapters, use_long_rope, cache, jnp.maximum(ends - 1, 0), tables,
+            method="decode",
+        )  # fmt: skip
+        return cache, token_seen, self._apply(variables, hidden[:, 0], method="logits")[:count]
 
     def _beam_step(
         self, variables, cache: KVCache, inputs: BeamInputs, *, candidates: int
@@ -276,6 +298,38 @@ def _pad_single(x: Array) -> Array:
 def _log_probability(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Float[Array, " B"]:
     chosen = jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, -1)
+
+
+def _no_tokens(count: int, width: int, candidates: int) -> SampledTokens:
+    """Return room for a round's tokens of each slot."""
+    sampled = SampledTokens(
+        jnp.zeros((count, width), jnp.int32), jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32),
+        jnp.ones(count, bool),
+    )  # fmt: skip
+    if candidates:
+        none = jnp.zeros((count, width, candidates))
+        sampled = sampled._replace(top_tokens=none.astype(jnp.int32), top_log_probabilities=none)
+    return sampled
+
+
+def _add_tokens(
+    sampled: SampledTokens, tokens: Int[Array, " N"], logits: Float[Array, "N V"], active: Bool[Array, " N"],
+    with_top: Bool[Any, " N"] | None,
+) -> tuple[SampledTokens, Bool[Array, " N"]]:  # fmt: skip
+    """Add a token of each active slot; returns also which are active still, their logits being finite."""
+    count, width = sampled.tokens.shape
+    finite = sampled.finite & (_finite(logits) | ~active)
+    active &= finite
+    at = jnp.arange(count), jnp.where(active, sampled.counts, width)  # out of range: dropped
+    top = (None, None) if sampled.top_tokens is None else _add_top(sampled, logits, at, with_top)
+    added = SampledTokens(
+        sampled.tokens.at[at].set(tokens, mode="drop"),
+        sampled.log_probabilities.at[at].set(_log_probability(logits, tokens), mode="drop"),
+        sampled.counts + active,
+        finite,
+        *top,
+    )
+    return added, active
 
 
 def _add_top(

@@ -92,7 +92,9 @@ class Tokenizer:
         self._bytes = dict(token_bytes) | {token.id: token.content.encode() for token in special}
         self._skipped = frozenset(token.id for token in special if token.skip)
         self._finders = _finders(special)
-        self._added = _finders([t for t in special if not t.skip and not _CONTROL.fullmatch(t.content)])
+        added = [t for t in special if not t.skip and not _CONTROL.fullmatch(t.content)]
+        self._added = _finders(added)
+        self._control = frozenset(self._special) - {token.id for token in added}
         self._ids = {token.content: token.id for token in special}
         self.vocab_size: int = max(self._bytes) + 1
         self._id_range = max(self.vocab_size, model_vocab_size)
@@ -100,6 +102,11 @@ class Tokenizer:
     @property
     def special_tokens(self) -> Mapping[str, int]:
         return MappingProxyType(self._ids)
+
+    @property
+    def control_tokens(self) -> frozenset[int]:
+        """Ids of the special tokens that are never part of plain text, as those are that a fine-tuner added."""
+        return self._control
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":

@@ -32,7 +32,7 @@ _EXTRAS = {  # an optional package, as it is imported: the extra that brings it
     "grain": "train", "matplotlib": "train", "pydantic": "train", "yaml": "train", "tensorboardX": "train",
     "rapidfuzz": "evaluate", "sacrebleu": "evaluate", "whisper_normalizer": "evaluate",
     "fastapi": "serve", "prometheus_client": "serve", "starlette": "serve", "uvicorn": "serve",
-    "ray": "ray", "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
+    "llguidance": "grammar", "ray": "ray", "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
 }  # fmt: skip
 _NEEDED = {  # what all programs need, likewise
     "PIL", "flax", "huggingface_hub", "jax", "jaxlib", "jaxtyping", "librosa", "ml_dtypes", "numpy", "optax", "orbax",

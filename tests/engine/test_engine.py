@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 import phi4mm_jax
 from phi4mm_jax import InputError
 from phi4mm_jax.batch import NO_MEDIA, Batch
-from phi4mm_jax.engine import EngineConfig, Request, Sampling
+from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
@@ -141,8 +141,10 @@ def test_nothing_compiles_after_warm_up(tiny, config):
     engine.warm_up()
     before = count_compilations()
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
-    requests += [request_of(c, 5) for c in CASES]
-    assert len(dict(engine.run(requests))) == len(requests)
+    requests += [request_of(c, 5, grammar=Grammar.regex("[a-z]*") if i % 3 == 0 else None) for i, c in enumerate(CASES)]
+    answers = dict(engine.run(requests))
+    assert {answer.finish_reason for answer in answers.values()} <= {"stop", "length"}
+    assert len(answers) == len(requests)
     assert count_compilations() == before
 
 
