@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-# XLA's CPU backend compiles gradients in two thirds of the time without its fusion emitters; code is as fast.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_cpu_use_fusion_emitters=false"]
-).strip()
+from helpers.environment import EIGHT_DEVICES
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".strip()
+# A test's program compiles for longer than it runs: without LLVM's optimisations gradients take half of the time. The
+# programs that tests start inherit this.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inherit it; the next run finds it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
@@ -15,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inheri
 # XLA's TPU compiler takes minutes to carry along where in pytest's deep calls an operation comes from.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 
+import gc
 import json
 import shutil
 from importlib.util import find_spec
@@ -47,8 +50,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of the garbage collector's walks: tracing makes objects by the million."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+OPTIMIZED = "kernels"  # compiled as for users: the bounds are of that code
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup():
+def pytest_runtest_setup(item: pytest.Item):
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    optimized = folder == OPTIMIZED or item.get_closest_marker("tpu_compile") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
     return (yield from _skipped_without_pytorch())
 
 

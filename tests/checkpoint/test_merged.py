@@ -16,7 +16,7 @@ from phi4mm_jax.mesh import make_mesh
 
 @pytest.fixture(scope="module", params=fast_are(["speech"], ["vision", "speech"]))
 def merged(request):
-    return phi4mm_jax.load(TINY, dtype="float32", merge=request.param)
+    return phi4mm_jax.load(TINY, dtype="float32", merge=request.param, scan=True)  # less to compile
 
 
 def kind_of(case):

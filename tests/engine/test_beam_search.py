@@ -74,7 +74,7 @@ def assert_found(answer, expected, penalty=1.0):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("beams", fast_are([3], [2, 3, 4]))
-@pytest.mark.parametrize("penalty", fast_are([0.0, 1.0], [0.0, 1.0, -1.0, 2.0]))
+@pytest.mark.parametrize("penalty", fast_are([0.0], [0.0, 1.0, -1.0, 2.0]))
 def test_beams_of_text_are_those_of_transformers(tiny, goldens, oracle, beams, penalty):
     """With and without stop tokens that are met on the way: searches that end early, and at the most tokens."""
     engine = tiny.engine(CONFIG)
@@ -97,8 +97,9 @@ def test_beams_of_text_are_those_of_transformers(tiny, goldens, oracle, beams, p
     assert lengths == ({False} if penalty == 2.0 else {False, True})  # a power of 2 favours the longest
 
 
+@pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize("config", fast_are([SMALL], [CONFIG, SMALL]), ids=["64", "32"])
+@pytest.mark.parametrize("config", [CONFIG, SMALL], ids=["64", "32"])
 def test_longrope_crossing_is_that_of_transformers(tiny, goldens, oracle, config):
     """From 61 tokens over the boundary of 96: keys and values of all beams are made anew with the long rotary set."""
     engine = tiny.engine(config)
@@ -190,7 +191,8 @@ def mixed(count, seed=0):
     return requests
 
 
-@pytest.mark.parametrize("cache_dtype", fast_are([None], [None, "int8"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_beams_do_not_depend_on_the_batch(tiny, cache_dtype):
     """Several groups and single rows in slots that are refilled, over pages that are just enough."""
     requests = mixed(15)

@@ -270,10 +270,10 @@ def test_rows_wait_for_pages_and_none_is_lost(tiny):
     """A pool with room for two of them at a time."""
     config = dataclasses.replace(SMALL, slots=4, cache_tokens=64 * 6)
     requests = [Request(p, max_new_tokens=60) for p in texts(7, seed=3)]
-    engine = tiny.engine(config)
+    engine, alone_in = tiny.engine(config), tiny.engine(SMALL)
     answers = dict(engine.run(requests))
     for place, request in enumerate(requests):
-        (alone,) = tiny.generate([request.prompt], max_new_tokens=60)
+        ((_, alone),) = alone_in.run([request])
         assert answers[place].tokens == alone.tokens
     (_, refused), (_, served) = sorted(engine.run([Request("a b", max_new_tokens=1000), Request("a b c")]))
     assert refused.finish_reason == "error"

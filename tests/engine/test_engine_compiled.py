@@ -101,8 +101,10 @@ def moved(text: str) -> list[tuple[float, str]]:
     return found
 
 
-@pytest.mark.parametrize("context", [1, 2])
-@pytest.mark.parametrize("program", fast_are(["decode", "prefill"], ["decode", "prefill", "extend"]))
+@pytest.mark.parametrize(
+    ("program", "context"),
+    fast_are([("decode", 1), ("prefill", 2)], [(p, n) for p in ("decode", "prefill", "extend") for n in (1, 2)]),
+)
 def test_programs_gather_no_cache(program, context):
     """A row of the longest has 16 MB of keys in a layer, and the smallest weight of a layer is 6 MB.
 
@@ -130,7 +132,8 @@ def test_decoding_holds_one_cache_and_moves_none_of_it(program):
     assert copies(text, layer) == []
 
 
-@pytest.mark.parametrize("weights", fast_are(["int8"], ["int8", "int4"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_decoding_reads_quantised_weights_as_integers(weights):
     """No float copy of any weight is made in memory; the smallest of a layer, on one of eight chips, has 393,216."""
     step, _ = compiled("decode", weights)

@@ -33,6 +33,12 @@ def mixed_rows():
 
 
 @pytest.fixture(scope="module")
+def tiny(scanned):
+    """Layers in stacks: a third of the operations to compile."""
+    return scanned
+
+
+@pytest.fixture(scope="module")
 def rows():
     return mixed_rows()
 
@@ -65,6 +71,7 @@ def test_tokens_are_those_of_logits_without_a_cache(tiny, rows):
         np.testing.assert_allclose(completion.log_probabilities, log_softmax(of_row, -1).max(-1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_is_never_read(tiny, rows):
     """Whatever stands in the padding of the stacks changes nothing."""
     prompts, images, audios = map(list, zip(*rows, strict=True))
@@ -84,6 +91,7 @@ def test_padding_is_never_read(tiny, rows):
         np.testing.assert_array_equal(clean[i, :length], soiled[i, :length])
 
 
+@pytest.mark.slow
 def test_a_diverged_adapter_reaches_its_own_rows_only(tiny, rows, monkeypatch):
     batch = tiny.process(*map(list, zip(*rows, strict=True)))
     speech = jax.tree.map(lambda x: x * np.nan, tiny.variables["lora_speech"])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.environment import ONE_DEVICE
 
 pytestmark = pytest.mark.subprocess
 
@@ -20,7 +21,7 @@ ROWS = [
 @pytest.mark.slow
 def test_vs_transformers_prints_every_row():
     command = [sys.executable, "-m", "benchmarks.vs_transformers", "--small", "--rounds", "1"]
-    environment = os.environ | {"XLA_FLAGS": ""}  # one device, as its users have it
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}  # as its users have it
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("| ")][1:]

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.environment import ONE_DEVICE
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -32,6 +33,7 @@ def test_outputs_are_stripped(path):
 def test_a_notebook_runs(path, monkeypatch):
     """Its cells assert what they show."""
     nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)  # as a reader has it
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()

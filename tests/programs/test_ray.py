@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.environment import ONE_DEVICE
 from helpers.paths import FIXTURES, TINY
 
 from phi4mm_jax import InputError
@@ -368,7 +369,8 @@ def start(source: str, output: Path, *more: str) -> subprocess.Popen:
         sys.executable, "-m", "infer.ray", "--model", str(TINY), "--input", source, "--output", str(output),
         "--cluster", "local", "--engines", "2", "--dtype", "float32", "--cache-tokens", "4096", "--slots", "3", *more,
     ]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(what, run: subprocess.Popen, seconds: float = 300):

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from helpers.environment import ONE_DEVICE
 from helpers.paths import TINY
 
 from phi4mm_jax.utils import compilation
@@ -24,7 +25,7 @@ print(len(found))
 def test_a_second_process_compiles_nothing(tmp_path):
     """`load` keeps programs in the user's cache, where nothing else is said."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ONE_DEVICE}
     misses = []
     for _ in range(2):
         command = [sys.executable, "-c", CODE.format(folder=str(TINY))]
