@@ -1,13 +1,14 @@
 """Full-size programs compiled for TPU slices by the TPU's compiler, without a TPU: python -m benchmarks.tpu_aot.
 
-For each, what a chip holds, what it computes and sends, and the time that the compiler's own estimates come to; see
-`phi4mm_jax.testing.compiled` for how they are counted. Every row is full and every position a target, so that the work
-counted is the work done. Needs libtpu (`pip install '.[tpu]'`).
+For each, what a chip holds, what it computes and sends, and the time that the compiler's own estimates come to, and
+what stands between a training step and its bound; see `phi4mm_jax.testing.compiled` for how they are counted. Every row
+is full and every position a target, so that the work counted is the work done. Needs libtpu (`pip install '.[tpu]'`).
 """
 
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def main() -> int:
             "| collectives | products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
         )
         print("|" + "---|" * 15)
+    bounds = []
     for name in training:
         start = time.perf_counter()
         compiled = compile_step(CASES[name], config)
@@ -47,6 +49,9 @@ def main() -> int:
         print(row(name, compiled, config, found, seconds), flush=True)
         for place, cycles in found.dear.most_common(arguments.dear):
             print(f"    {cycles / chip_of(CASES[name]).clock * 1e3:8.1f} ms  {place}")
+        bounds.append(beyond_the_bound(name, config, found))
+    if bounds:
+        print("", *bounds, "", sep="\n")
     if engine:
         print(
             "| program | chips | rows | of HBM, GiB | temporaries | collectives, MB | floor, ms | estimated | ratio |"
@@ -85,6 +90,25 @@ def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, found: C
         f"| {held(compiled):.1f} of {chip.hbm:.1f} | {moved} | {ms(found.products)} | {ms(kernels)} "
         f"| {ms(found.cycles - found.products)} | {found.seconds * 1e3:.0f} | {100 * mfu:.0f} % "
         f"| {case.rows * case.length / found.seconds:.0f} | {seconds:.0f} |"
+    )
+
+
+def beyond_the_bound(name: str, config: Phi4MMConfig, found: Cost) -> str:
+    """Tell what a step takes beyond its work at the chip's peak, and which operations it is."""
+    case, chip = CASES[name], chip_of(CASES[name])
+    bound = work(case, config) / len(chips_of(case)) / chip.peak
+    products, at_peak = found.products / chip.clock, found.macs / (chip.macs * chip.cores) / chip.clock
+
+    def dearest(of: Mapping[str, float], a_second: float) -> str:
+        largest = sorted(of.items(), key=lambda item: -item[1])[:3]
+        return ", ".join(f"{place} {1e3 * amount / a_second:.0f}" for place, amount in largest)
+
+    return (
+        f"- {name}, ms: {1e3 * found.seconds:.0f}, and {1e3 * bound:.0f} at peak without what is computed again; "
+        f"products {1e3 * products:.0f}, which peak would do in {1e3 * at_peak:.0f}; "
+        f"kernels {1e3 * sum(found.kernels.values()) / chip.clock:.0f}; "
+        f"waits for transfers {1e3 * found.exposed / chip.link:.0f} ({dearest(found.waits, chip.link)}); "
+        f"all else {1e3 * (found.cycles - found.products) / chip.clock:.0f} ({dearest(found.others, chip.clock)})"
     )
 
 

@@ -4,9 +4,10 @@ Cycles are the compiler's estimates. Kernels have none: they are counted by thei
 docs/kernels.md. Of a conditional the dearer branch counts, or else the cheaper.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -79,15 +80,18 @@ class Cost:
 
     Attributes:
         cycles: of everything but kernels and collectives; `products` of these, of fusions with a matrix product.
+        macs: multiply-adds of the products.
         kernels: cycles of each kernel.
         counts, bytes: of collectives by kind; results for gathers, operands for sums.
         overlapped: bytes moved while products are computed; `exposed`: while nothing else is done.
         seconds: estimated: in each loop what is longer, work or overlapped transfers, and all that is exposed.
-        dear: cycles by place in the model.
+        dear: cycles by place in the model; `others` of these, of neither products nor kernels.
+        waits: bytes of `exposed`, by what is sent and the place in the model.
     """
 
     cycles: float = 0.0
     products: float = 0.0
+    macs: float = 0.0
     kernels: Any = field(default_factory=Counter)
     counts: Any = field(default_factory=Counter)
     bytes: Any = field(default_factory=Counter)
@@ -95,11 +99,13 @@ class Cost:
     exposed: float = 0.0
     seconds: float = 0.0
     dear: Any = field(default_factory=Counter)
+    others: Any = field(default_factory=Counter)
+    waits: Any = field(default_factory=Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:
-        for name in ("cycles", "products", "overlapped", "exposed", "seconds"):
+        for name in ("cycles", "products", "macs", "overlapped", "exposed", "seconds"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name in ("kernels", "counts", "bytes", "dear"):
+        for name in ("kernels", "counts", "bytes", "dear", "others", "waits"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
@@ -173,8 +179,12 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Co
 def _add_one(total: Cost, x: Instruction, computations: Mapping[str, list[Instruction]], chip: Chip) -> None:
     total.cycles += x.cycles
     inside = computations.get(_called(x, "calls"), []) if x.op == "fusion" else []
-    if any(i.op in ("convolution", "dot") for i in inside):
+    macs = _macs_within(inside, computations)
+    if macs:
         total.products += x.cycles
+        total.macs += macs
+    elif x.cycles:
+        total.others[_place(x)] += x.cycles
     if x.cycles:
         total.dear[_place(x)] += x.cycles
     if x.op == "custom-call" and "phi4mm" in x.name:
@@ -184,20 +194,20 @@ def _add_one(total: Cost, x: Instruction, computations: Mapping[str, list[Instru
         total.dear[name] += cycles
     base = x.op.removesuffix("-start")
     if base in COLLECTIVES:
-        _add_collective(total, base, x, overlapped=x.op.endswith("-start"))
+        _add_collective(total, base, x, x.op.endswith("-start"), _place(x))
     elif inside:
         root = inside[-1]
         if "AsyncCollectiveStart" in root.text:
             for i in inside:
                 if i.op in COLLECTIVES:
-                    _add_collective(total, i.op, i, overlapped=True)
+                    _add_collective(total, i.op, i, True, _place(x))
         elif _called(x, "calls").startswith("all-reduce-scatter"):
             for i in inside:
                 if i.op == "all-reduce":
-                    _add_collective(total, "reduce-scatter", i, overlapped=False)
+                    _add_collective(total, "reduce-scatter", i, False, _place(x))
 
 
-def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool) -> None:
+def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool, place: str) -> None:
     moved = size(x.type) / (2 if x.op.endswith("-start") else 1)  # a start has its operand beside its result
     total.counts[kind] += 1
     total.bytes[kind] += moved
@@ -206,6 +216,60 @@ def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool) ->
         total.overlapped += crossing
     else:
         total.exposed += crossing
+        total.waits[f"{kind} of {place}"] += crossing
+
+
+def _macs_within(body: Sequence[Instruction], computations: Mapping[str, list[Instruction]]) -> int:
+    """Count the multiply-adds of a fusion's products, those of the fusions within it included."""
+    products = sum(_macs(x, body) for x in body if x.op in ("convolution", "dot"))
+    inner = (computations.get(_called(x, "calls"), []) for x in body if x.op == "fusion")
+    return products + sum(_macs_within(other, computations) for other in inner)
+
+
+def _macs(x: Instruction, beside: Sequence[Instruction]) -> int:
+    """Count the multiply-adds of a product, of which padding and the gaps of dilated operands have none.
+
+    A batched or an outer product is to the TPU's compiler a convolution over the axis.
+    """
+    types = {i.name: i.type for i in beside}
+    left, right = (_shape(types.get(n, "")) for n in re.findall(r"%?([\w.\-]+)", x.text.split(f" {x.op}(")[1])[:2])
+    out = _shape(x.type)
+    if x.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", x.text)
+        return math.prod(out) * math.prod(left[int(n)] for n in contracted[1].split(",")) if contracted else 0
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.text)
+    if labels is None:
+        return 0
+    of_left, of_right, of_out = (dict(zip(names, sizes, strict=True)) for names, sizes in zip(
+        labels.groups(), (left, right, out), strict=True
+    ))  # fmt: skip
+    count = of_out["b"] * of_out["f"] * of_right["i"]
+    window = _window(x.text)
+    for axis in sorted(of_out.keys() - {"b", "f"}):
+        n = int(axis)
+        (low, _), stride = window["pad"][n], window["stride"][n][0]
+        spread, gap = window["lhs_dilate"][n][0], window["rhs_dilate"][n][0]
+        places = np.arange(of_out[axis])[:, None] * stride + np.arange(of_right[axis]) * gap - low
+        count *= int(((places >= 0) & (places <= (of_left[axis] - 1) * spread) & (places % spread == 0)).sum())
+    return count
+
+
+def _window(text: str) -> Mapping[str, Sequence[tuple[int, ...]]]:
+    """Read what a convolution's window says of each axis; nothing said is no padding, and steps of one."""
+    found = re.search(r"window=\{([^}]*)\}", text)
+    given = dict(part.split("=") for part in found[1].split()) if found else {}
+
+    def of(name: str, default: tuple[int, ...]) -> Sequence[tuple[int, ...]]:
+        if name not in given:
+            return [default] * 8
+        return [tuple(int(n) for n in axis.split("_")) for axis in given[name].split("x")]
+
+    return {"pad": of("pad", (0, 0))} | {name: of(name, (1,)) for name in ("stride", "lhs_dilate", "rhs_dilate")}
+
+
+def _shape(type_: str) -> list[int]:
+    found = re.search(r"\[([\d,]*)\]", type_)
+    return [int(n) for n in found[1].split(",") if n] if found else []
 
 
 def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
