@@ -39,7 +39,7 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Tokens
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, with_program_names
 from phi4mm_jax.utils.files import write_remedy
 
 
@@ -166,7 +166,7 @@ def command(
             save(conversation, os.path.expanduser(argument))
             return conversation, f"saved as {argument}"
         case "/help":
-            return conversation, (__doc__ or "").partition("\n\n")[2].rstrip()
+            return conversation, with_program_names((__doc__ or "").partition("\n\n")[2].rstrip())
         case "/quit":
             raise EOFError
     raise InputError(f"there is no command {name:.80}; /help lists them (a space before it makes it text)")

@@ -179,6 +179,9 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="list"):
         Phi4MMConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"^{tmp_path}: config.json: model_type is None; supported are"):
+        Phi4MMConfig.from_folder(tmp_path)
 
 
 def lora_fields() -> dict[str, Any]:

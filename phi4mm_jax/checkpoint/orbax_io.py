@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.utils.absl_log import absl_log_level
 
 FOLDER = "parameters"  # within a converted checkpoint
+_WRITER = "np_type_handler"  # Orbax's name of its thread
 CHUNK_BYTES = 8 << 20  # small enough that a share of a layer is many chunks, large enough for fast files
 
 
@@ -135,7 +137,13 @@ def write(
             type_handler_registry=registry,
         )
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder.absolute(), args=arguments)
+            try:
+                checkpointer.save(folder.absolute(), args=arguments)
+            except KeyboardInterrupt:
+                for thread in threading.enumerate():
+                    if thread.name == _WRITER:  # it writes to a folder that will be removed
+                        thread.join()
+                raise
 
 
 @contextlib.contextmanager

@@ -53,7 +53,9 @@ def staged(destination: Path) -> Iterator[Path]:
                     _sync(parent)
                 (destination / _MARKER).unlink()
                 _sync(destination)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    _log.warning("Interrupted; removing the unfinished files of %s", destination)
                 with contextlib.suppress(OSError):
                     if renamed:
                         (destination / _MARKER).touch()

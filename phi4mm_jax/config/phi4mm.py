@@ -45,7 +45,7 @@ class Phi4MMConfig:
         reader = READERS.get(model_type) if isinstance(model_type, str) else None
         if reader is None:
             raise ConfigError(
-                f"config.json: model_type is {model_type!r}; supported are {sorted(READERS)}. "
+                f"config.json: model_type is {model_type!r:.80}; supported are {sorted(READERS)}. "
                 "Is this a Phi-4-multimodal checkpoint?"
             )
         keys = Keys(config, "config.json")
@@ -88,7 +88,10 @@ class Phi4MMConfig:
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
-        return cls.from_dict(config_with_stops, adapters=adapters)
+        try:
+            return cls.from_dict(config_with_stops, adapters=adapters)
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from error
 
     def with_loras(self, loras: Mapping[str, LoraConfig]) -> "Phi4MMConfig":
         """Return the configuration with these adapters added, or in place of its own of the same names."""

@@ -130,13 +130,15 @@ class _Lines(logging.Handler):
 def _log_lines() -> Iterator[None]:
     """Show what the library logs, as a program's own lines."""
     logger, handler = logging.getLogger("phi4mm_jax"), _Lines()
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # other libraries give the root logger a handler, which would say each line again
     try:
         yield
     finally:
         logger.setLevel(level)
+        logger.propagate = propagate
         logger.removeHandler(handler)
 
 
@@ -197,6 +199,11 @@ def make_parser(
 def command_of(module: str) -> str:
     """Return the words that start a program here; `module` is what `python -m` starts in a clone."""
     return _as_called(f"python -m {module}", _CALL)
+
+
+def with_program_names(text: str) -> str:
+    """Return a text that names programs as modules, such as infer.batch, with the words that start them here."""
+    return _as_called(text, _MODULE)
 
 
 def version_line() -> str:

@@ -49,6 +49,14 @@ def test_leftovers_are_removed_and_logged(tmp_path, caplog):
     assert caplog.messages == []
 
 
+def test_an_interruption_says_what_it_waits_for(tmp_path, caplog):
+    with contextlib.suppress(KeyboardInterrupt), staged(tmp_path / "destination") as folder:
+        (folder / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert caplog.messages == [f"Interrupted; removing the unfinished files of {tmp_path / 'destination'}"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
     """And its name is, before the marker goes that says that it may be removed."""
     done = []

@@ -14,7 +14,7 @@ from helpers.paths import TINY
 from phi4mm_jax import InputError, __version__
 from phi4mm_jax.commands.main import find_command, usage
 from phi4mm_jax.training.recipe import load_recipe
-from phi4mm_jax.utils.cli import COMMANDS, command_of
+from phi4mm_jax.utils.cli import COMMANDS, command_of, with_program_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,6 +87,9 @@ def test_a_program_is_named_as_it_is_started(monkeypatch):
     assert command_of("train.export") == "python -m train.export"  # in a clone
     monkeypatch.setattr("sys.argv", ["phi4mm train sft", "small"])
     assert command_of("train.export") == "phi4mm export"
+    assert (
+        with_program_names("a line for infer.batch, and convert.verify") == "a line for phi4mm batch, and phi4mm verify"
+    )
 
 
 def phi4mm(site: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """The programs, as a user starts them."""
 
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from helpers.paths import TINY
 
 from infer import generate
 from phi4mm_jax.training import arguments as training_arguments
+from phi4mm_jax.utils import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,6 +195,23 @@ def test_demo_answers_what_is_expected():
 
 
 # ---------------------------------------------------------------------------------------------- starts and ends
+
+
+def test_a_log_line_is_said_once(capsys):
+    """Though another library has given the root logger a handler."""
+
+    @cli.cli_entrypoint
+    def program() -> int:
+        logging.getLogger("phi4mm_jax.part").warning("said")
+        return 0
+
+    other = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(other)
+    try:
+        assert program() == 0
+    finally:
+        logging.getLogger().removeHandler(other)
+    assert capsys.readouterr().err == "said\n"
 
 
 @pytest.mark.subprocess
