@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from phi4mm_jax.errors import CheckpointError
-from phi4mm_jax.utils.files import incomplete_path, try_lock
+from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.utils.files import check_parent, incomplete_path, try_lock
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,6 +30,10 @@ def staged(destination: Path) -> Iterator[Path]:
         CheckpointError: the destination exists, is being written by another process, or cannot be written.
     """
     destination = destination.absolute()
+    try:
+        check_parent(destination)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
     new_parents: list[Path] = []
     renamed = False
     try:

@@ -16,7 +16,7 @@ from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import Line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
-from phi4mm_jax.utils.files import INCOMPLETE, write_atomically, write_remedy
+from phi4mm_jax.utils.files import INCOMPLETE, make_folder, write_atomically, write_remedy
 from phi4mm_jax.utils.fingerprint import weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json
 
@@ -140,7 +140,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     """
     path, now = folder / SETTINGS, asdict(settings)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         before = path.read_text() if path.exists() else None
         is_empty = all(p.name.endswith(INCOMPLETE) for p in folder.iterdir())
         if is_empty:

@@ -24,7 +24,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.answer import with_columns
 from phi4mm_jax.ray.inputs import is_parquet, key_of
 from phi4mm_jax.ray.storage import open_storage, write_whole
-from phi4mm_jax.utils.files import try_lock
+from phi4mm_jax.utils.files import check_parent, try_lock
 from phi4mm_jax.utils.strict_json import strict_json
 
 _PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
@@ -67,6 +67,8 @@ class Parts:
         self._seconds = seconds
         self._since = 0.0
         try:
+            if isinstance(self.storage, fs.LocalFileSystem):
+                check_parent(Path(self._folder))
             self.storage.create_dir(self._folder, recursive=True)
             self._lock()  # before it is read
             infos = self.storage.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.limits import Limits
-from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.files import make_folder, write_atomically, write_remedy
 from phi4mm_jax.utils.strict_json import strict_json
 
 _ID = re.compile(r"(file|batch|req)-[0-9a-f]{32}")
@@ -27,11 +28,17 @@ class Store:
 
     Args:
         folder: made if it is not there.
+
+    Raises:
+        InputError: it cannot be made.
     """
 
     def __init__(self, folder: Path, limits: Limits):
         self.folder, self._limits = folder, limits
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            make_folder(folder, 0o700)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made ({error.strerror}); {write_remedy(error)}") from error
 
     def content(self, name: str) -> Path:
         """Return the path of an object's content."""

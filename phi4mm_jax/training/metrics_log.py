@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.summary import scalar
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.files import make_folder, write_atomically
 from phi4mm_jax.utils.strict_json import strict_json
 
 LINES = "metrics.jsonl"
@@ -31,7 +31,7 @@ class MetricsLog:
         if not writes:
             return
         self._path = folder / LINES
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         kept = [line for line in read_log(folder) if line["step"] <= step]
         write_atomically(self._path, "".join(strict_json(line) + "\n" for line in kept))
         self._file = self._path.open("a")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import gather, is_primary_process
-from phi4mm_jax.utils.files import try_lock
+from phi4mm_jax.utils.files import check_parent, make_folder, try_lock
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
 
@@ -17,6 +17,7 @@ def check_folder(folder: Path) -> None:
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise InputError(f"output is {folder}, and {there} is a file; give a folder")
+    check_parent(folder)
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"output is {folder}, and {there} may not be written to; give another one")
 
@@ -28,7 +29,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     Raises:
         InputError: on all hosts, another process holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("a") if is_primary_process() else nullcontext() as file:
         locked, *_ = gather(file is not None and try_lock(file))
         if not locked:

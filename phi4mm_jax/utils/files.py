@@ -3,10 +3,13 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from phi4mm_jax.errors import InputError
 
 INCOMPLETE = ".incomplete"  # ends the name of a file or folder that is being written
 
@@ -37,6 +40,33 @@ def open_atomically(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def check_parent(path: Path) -> None:
+    """Check that an output's folder is there or may be made.
+
+    It is made where the folder above it is there, and is not the root: anything else is likely a slip, or a disk that
+    is not mounted.
+
+    Raises:
+        InputError: it is neither.
+    """
+    parent = path.absolute().parent
+    missing = list(itertools.takewhile(lambda p: not os.path.lexists(p), (parent, *parent.parents)))
+    above = missing[-1].parent if missing else parent
+    if missing and above.is_dir() and (len(missing) > 1 or above == Path(parent.anchor)):
+        raise InputError(f"{path}: there is no folder {missing[-1]}; make it first, or give another path")
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make an output's folder, and where `check_parent` allows it the one above, unless they are there.
+
+    Raises:
+        InputError: as `check_parent`.
+        OSError: it cannot be made.
+    """
+    check_parent(path)
+    path.mkdir(mode, parents=True, exist_ok=True)
 
 
 _REMEDIES = {

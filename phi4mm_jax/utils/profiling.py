@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.files import make_folder
 from phi4mm_jax.utils.paths import path_argument
 
 
@@ -37,7 +38,7 @@ class Profile:
     def __enter__(self) -> "Profile":
         if self._folder is not None:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._folder)
                 (self._folder / ".writable").touch()
                 (self._folder / ".writable").unlink()
             except OSError as error:

@@ -286,10 +286,10 @@ def test_destinations_that_cannot_be(tmp_path, destination, named):
 
 def test_parents_are_made_and_unmade(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
-        to_orbax(tmp_path / "nowhere", tmp_path / "a" / "b" / "c")
+        to_orbax(tmp_path / "nowhere", tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
-    write(tmp_path / "a" / "b" / "c")
-    assert (tmp_path / "a" / "b" / "c" / "file").exists()
+    write(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "file").exists()
 
 
 @pytest.mark.parametrize("other", ["finishes", "fails", "goes on"])

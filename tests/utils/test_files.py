@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from phi4mm_jax.utils.files import open_atomically, try_lock, write_atomically
+from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.checkpoint.staging import staged
+from phi4mm_jax.evaluation.answers import claim_folder
+from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.training.run_folder import check_folder, exclusive_lock
+from phi4mm_jax.utils.files import check_parent, make_folder, open_atomically, try_lock, write_atomically
+from phi4mm_jax.utils.profiling import Profile
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path: Path):
@@ -18,6 +25,41 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path):
         assert path.read_text() == "former"
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def enter(context) -> None:
+    with context:
+        pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_folder,
+        check_folder,
+        lambda path: enter(exclusive_lock(path)),
+        lambda path: enter(staged(path)),
+        lambda path: enter(Profile(path)),
+        lambda path: claim_folder(path, Limits()),
+        lambda path: Store(path, Limits()),
+    ],
+    ids=["folder", "before a run", "run", "checkpoint", "profile", "evaluation", "files of a server"],
+)
+def test_an_output_makes_one_folder_above_it_at_most(tmp_path: Path, make):
+    for missing, path in (("a", tmp_path / "a" / "b" / "out"), ("nope", Path("/nope-phi4mm/out"))):
+        message = rf"^{path}: there is no folder .*/{missing}.*; make it first"
+        with pytest.raises((InputError, CheckpointError), match=message):
+            make(path)
+    assert not list(tmp_path.iterdir())
+    assert not Path("/nope-phi4mm").exists()
+
+
+def test_an_output_may_be_in_a_new_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("out"), Path("new/out"), tmp_path / "other" / "out"):
+        check_parent(path)
+        make_folder(path)
+        assert path.is_dir()
 
 
 def test_half_surrogates_are_escaped(tmp_path: Path):
