@@ -9,13 +9,14 @@ import sys
 import phi4mm_jax
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weights, load_model
-from phi4mm_jax.engine import Request, Sampling
+from phi4mm_jax.engine import Grammar, Request, Sampling
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.prompt import given_media
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import progress_bar
 
@@ -44,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     add_adapter_folder(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
+    parser.add_argument("--json-schema", metavar="FILE", type=path_argument, help="a JSON schema that the answer obeys")
+    parser.add_argument("--regex", metavar="PATTERN", help="a regular expression that the whole answer matches")
     add_profile(parser, "the answer, once more after what compiles has been compiled,")
     return parser.parse_args()
 
@@ -56,7 +59,10 @@ def check(arguments: argparse.Namespace) -> None:
             arguments.seed,
         )  # fmt: skip
         stop = arguments.stop if arguments.beams > 1 else ()
-        Request("", max_new_tokens=arguments.max_new_tokens, sampling=sampling, beams=arguments.beams, stop=stop)
+        Request(
+            "", max_new_tokens=arguments.max_new_tokens, sampling=sampling, beams=arguments.beams, stop=stop,
+            grammar=grammar_of(arguments),
+        )  # fmt: skip
         check_frames(arguments.frames)
     if arguments.raw and arguments.video:
         raise phi4mm_jax.InputError("--video does not go with --raw; give its frames as --image")
@@ -71,6 +77,28 @@ def check(arguments: argparse.Namespace) -> None:
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
     each("video", arguments.video, lambda source: video_frames(source, arguments.frames))
+
+
+def grammar_of(arguments: argparse.Namespace) -> Grammar | None:
+    """Return what --json-schema or --regex says that the answer obeys.
+
+    Raises:
+        InputError: both are given, the file cannot be read, or it is not valid.
+    """
+    path, pattern = arguments.json_schema, arguments.regex
+    if path is not None and pattern is not None:
+        raise phi4mm_jax.InputError("--json-schema and --regex are both given; leave one out")
+    try:
+        if path is not None:
+            return Grammar.json_schema(path.read_text(encoding="utf-8"))
+        return None if pattern is None else Grammar.regex(pattern)
+    except OSError as error:
+        raise phi4mm_jax.InputError(f"--json-schema: {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise phi4mm_jax.InputError(f"--json-schema: {path}: is not UTF-8 (at byte {error.start})") from error
+    except phi4mm_jax.InputError as error:
+        option = "--regex" if path is None else f"--json-schema: {path}"
+        raise phi4mm_jax.InputError(f"{option}: {error}") from error
 
 
 def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
@@ -99,6 +127,7 @@ def answer(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax
         adapter=arguments.adapter,
         seed=arguments.seed,
         stop=arguments.stop,
+        grammar=grammar_of(arguments),
     )
     return completion
 

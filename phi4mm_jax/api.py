@@ -22,7 +22,7 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.engine import Completion, Engine, EngineConfig, Hypothesis, Programs, Request, Sampling
+from phi4mm_jax.engine import Completion, Engine, EngineConfig, Grammar, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.engine.encoder_cache import media_inputs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import jit_on_mesh, shardings
@@ -210,6 +210,7 @@ class Model:
         logprobs: bool = True,
         max_crops: int | None = None,
         continue_final_message: bool = False,
+        grammar: Grammar | None = None,
     ) -> list[Completion]:
         """Answer the prompts, all in one batch, in their order.
 
@@ -236,6 +237,7 @@ class Model:
             logprobs: whether completions have the log-probabilities of their tokens.
             max_crops: maximum number of crops per image, see `Processor.__call__`.
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
+            grammar: what all answers obey; see `Request`.
 
         Raises:
             InputError: a prompt, medium or argument that cannot be used.
@@ -262,6 +264,7 @@ class Model:
                 beams=beams,
                 length_penalty=length_penalty,
                 adapter=adapter,
+                grammar=grammar,
             )
             for stream in (_streams(rows, self.config) if seed is not None else [None] * len(rows))
         ]

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -14,11 +15,14 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.strict_json import parse_json
 
+T = TypeVar("T")
 Kind = Literal["json_schema", "regex", "choice", "lark"]
 
 # Whitespace of JSON: one space, or a line's end and the indentation. Unbounded, a model may write nothing else.
 JSON_OPTIONS = {"whitespace_pattern": r"\r?\n[ \t]{0,20}|[ \t]"}
 _BITS = 32  # of a mask's words
+_MAX_LENGTH = 65536  # characters of a text: llguidance goes as deep as a chain of definitions, which a stack bounds
+_STACK = 256 << 20  # bytes, for ten times such a chain
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Grammar:
             JSON list of answers; or a grammar in llguidance's dialect of Lark, in which `<|name|>` is a special token.
 
     Raises:
-        InputError: the text is not valid, has a keyword that cannot be honoured, or llguidance is not installed.
+        InputError: the text is not valid or too long, has a keyword that cannot be honoured, or llguidance is not
+            installed.
     """
 
     kind: Kind
@@ -115,9 +120,12 @@ def is_installed() -> bool:
 def _problem(kind: Kind, text: str) -> str | None:
     """Say why a grammar cannot be used."""
     guidance = _guidance()
+    if len(text) > _MAX_LENGTH:
+        return f"it has {len(text)} characters; expected {_MAX_LENGTH} at most"
     try:
         text.encode()
-        failed, messages = guidance.LLMatcher.validate_grammar_with_warnings(_compiled(kind, text))
+        form = _compiled(kind, text)
+        failed, messages = _with_deep_stack(lambda: guidance.LLMatcher.validate_grammar_with_warnings(form))
     except UnicodeEncodeError:
         return "it has half a surrogate pair; expected text"
     except (ValueError, RecursionError) as error:
@@ -142,6 +150,21 @@ def _compiled(kind: Kind, text: str) -> str:
             raise ValueError("expected a list of answers, each a string")
         return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(a, ensure_ascii=False) for a in answers))
     return matcher.grammar_from_lark(text)
+
+
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """Run what may recurse deeply, and would end the process beyond its stack."""
+    found: list[T] = []
+    with _threads:
+        before = threading.stack_size(_STACK)
+        thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+        thread.start()
+        threading.stack_size(before)
+    thread.join()
+    return found[0]
+
+
+_threads = threading.Lock()
 
 
 def _one_line(message: str) -> str:
@@ -205,10 +228,9 @@ def start_matcher(
     """
     guidance = _guidance()
     tokens = _ll_tokenizer(tokenizer, vocab_size, tuple(stop_token_ids))
-    found = GrammarMatcher(
-        guidance.LLMatcher(tokens, _compiled(grammar.kind, grammar.text), log_level=0), num_words(vocab_size),
-        stop_tokens,
-    )  # fmt: skip
+    form = _compiled(grammar.kind, grammar.text)
+    matcher = _with_deep_stack(lambda: guidance.LLMatcher(tokens, form, log_level=0))
+    found = GrammarMatcher(matcher, num_words(vocab_size), stop_tokens)
     found.allowed()
     if found.error is not None:
         raise InputError(f"grammar is not a {grammar.kind} that an answer can obey: {found.error}")

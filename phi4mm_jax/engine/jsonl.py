@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from phi4mm_jax.engine.grammar import Grammar
 from phi4mm_jax.engine.openai_batch import from_openai
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sampling import Sampling
@@ -26,7 +27,7 @@ from phi4mm_jax.utils.strict_json import unique_keys
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
     "max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter",
-    "continue_final_message",
+    "continue_final_message", "grammar",
 }  # fmt: skip
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 
@@ -233,6 +234,8 @@ def request_of(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Reques
             raise InputError(f"{kind} is {media[kind]!r}; expected a list of paths or data URLs")
     prompt = values["prompt"] if "prompt" in values else values["messages"]
     rest = {key: values[key] for key in _REQUEST & values.keys()}
+    if "grammar" in rest:
+        rest["grammar"] = Grammar.of(rest["grammar"])
     sampling = Sampling(**{key: values[key] for key in _SAMPLING & values.keys()})
     return Request(prompt, **media, sampling=sampling, **{**settings, **rest})
 

@@ -35,14 +35,6 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
         ApiError: a key is not supported, out of range, or beyond a limit.
     """
     values = body.model_dump(exclude_unset=True, exclude_none=True)
-    tool_choice = values.pop("tool_choice", "auto")
-    if tool_choice == "none":
-        values.pop("tools", None)
-    elif tool_choice != "auto":
-        raise ApiError(
-            400, f'tool_choice is {tool_choice!r:.80}, which is not supported; expected "auto" or "none"',
-            param="tool_choice",
-        )  # fmt: skip
     count = check_drawing(service, body)
     if body.top_logprobs:
         check_top_logprobs(service, body.top_logprobs, bool(body.logprobs))

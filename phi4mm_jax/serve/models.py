@@ -115,6 +115,9 @@ class Drawing(Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapter: str | None = Field(None, description='"none" or the name of one; by default that of the media')
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="an object with one of json (a schema), regex, choice, grammar (Lark), json_object (true)"
+    )
     timeout: Number | None = Field(None, description="seconds that the request may take, at most the server's limit")
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -134,8 +137,12 @@ class ChatRequest(Drawing):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(None, description='only "auto" and "none"')
-    response_format: dict[str, Any] | None = Field(None, description='only {"type": "text"}')
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description='"auto", "none", "required" or {"type": "function", "function": {"name": ...}}'
+    )
+    response_format: dict[str, Any] | None = Field(
+        None, description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}'
+    )
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     modalities: list[str] | None = Field(None, description='only ["text"]')

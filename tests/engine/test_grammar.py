@@ -10,8 +10,12 @@ import pytest
 from helpers.reference import uncached_logits
 from scipy.special import log_softmax
 
+from infer import generate
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import Engine, EngineConfig, Grammar, Request, Sampling
+from phi4mm_jax.engine.grammar import start_matcher
+from phi4mm_jax.engine.jsonl import read_requests
+from phi4mm_jax.engine.openai_batch import keys_of_body
 
 CONFIG = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=64, steps=4)
 DIGITS = "<|user|>number five two four three<|end|><|assistant|>"
@@ -147,6 +151,85 @@ def test_grammars_that_no_answer_obeys(engine):
     assert empty.error == "grammar is not a regex that an answer can obey: no token obeys it"
     assert ended.finish_reason == "error"
     assert ended.error.startswith("grammar is at a dead end after 1 tokens") or "can obey" in ended.error
+
+
+def test_lines_ask_for_grammars_in_our_form_and_openais(tmp_path):
+    messages = [{"role": "user", "content": "Hello"}]
+    schema = Grammar.json_schema(SCHEMA)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}]
+    named = {"type": "function", "function": {"name": "f"}}
+    formats = [
+        ({"json_schema": SCHEMA}, schema), ({"choice": ["a", "b"]}, Grammar.choice(["a", "b"])),
+        ({"gbnf": "a"}, "grammar is {'gbnf': 'a'}; expected an object with one of json_schema, regex"),
+    ]  # fmt: skip
+    bodies = [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar.json_object()),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}, schema),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar.lark('start: "a"')),
+        ({"structured_outputs": {"json": SCHEMA}, "tools": tools, "tool_choice": "none"}, schema),
+        ({"tools": tools}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}},
+         "body.response_format.json_schema.schema is not usable: .*Unimplemented keys"),
+        ({"response_format": {"type": "yaml"}}, "body.response_format is {'type': 'yaml'}; expected"),
+        ({"tools": tools, "tool_choice": "sometimes"}, "body.tool_choice is 'sometimes'; expected"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "foo"}}}],
+          "tool_choice": named}, r"body.tools\[0\].function.parameters is .*; expected the JSON schema of an object"),
+    ]  # fmt: skip
+    lines = [{"messages": messages, "grammar": given} for given, _ in formats]
+    lines += [{"custom_id": str(i), "body": {"messages": messages, **body}} for i, (body, _) in enumerate(bodies)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for line, (_, expected) in zip(read_requests(path, max_new_tokens=3), [*formats, *bodies], strict=True):
+        found = line.error or line.request.grammar
+        assert re.search(expected, str(found)) if isinstance(expected, str) else found == expected
+
+
+def test_answers_with_a_schema_may_call_tools_instead(tiny):
+    keys = keys_of_body(
+        {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}},
+        },
+        "messages",
+    )
+    tokenizer, config = tiny.processor.tokenizer, tiny.config
+    started = (tokenizer, config.decoder.vocab_size, config.stop_token_ids)
+    call = '<|tool_call|>[{"name": "f", "arguments": {"name": "x", "age": 20, "tags": ["a"]}}]<|/tool_call|>'
+    for answer in ('{"name": "x", "age": 20, "tags": ["a", "b"]}', call):
+        matcher = start_matcher(Grammar.of(keys["grammar"]), *started)
+        for token in tokenizer.encode(answer, special=True):
+            assert matcher.allowed()[token // 32] >> (token % 32) & 1, (answer, tokenizer.decode([token]))
+            matcher.accept(token)
+        assert matcher.over
+
+
+def test_options_of_generate(tmp_path, monkeypatch):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+
+    def found(*options):
+        monkeypatch.setattr(sys, "argv", ["generate", "--model", "m", *options, "TEXT"])
+        return generate.grammar_of(generate.parse_arguments())
+
+    assert found() is None
+    assert found("--json-schema", str(path)) == Grammar("json_schema", json.dumps(SCHEMA))
+    assert found("--regex", "[0-9]+") == Grammar.regex("[0-9]+")
+    for options, message in [
+        (("--regex", "(a"), "--regex: grammar is not a valid regex"),
+        (("--regex", "a", "--json-schema", str(path)), "--json-schema and --regex are both given"),
+        (("--json-schema", str(tmp_path / "none")), "--json-schema: .*none: cannot be read"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            found(*options)
+
+
+def test_chains_of_definitions_do_not_end_the_process():
+    """llguidance recurses along them: beyond the stack of a thread by default."""
+    assert Grammar.lark("start: A0\n" + "\n".join(f"A{i}:A{i + 1}" for i in range(5000)) + '\nA5000: "a"')
+    with pytest.raises(InputError, match="not a valid lark: it has 70001 characters; expected 65536 at most"):
+        Grammar.lark("#" * 70001)
 
 
 def test_without_llguidance(monkeypatch):

@@ -13,7 +13,7 @@ from helpers.compilations import count_compilations
 from helpers.paths import TINY
 
 from phi4mm_jax import InputError
-from phi4mm_jax.engine import AsyncEngine, EngineConfig, Request
+from phi4mm_jax.engine import AsyncEngine, EngineConfig, Grammar, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows, restrict, sample
 
 PROMPT = "<|user|>How to explain Internet for a medieval knight?<|end|><|assistant|>"
@@ -276,6 +276,7 @@ def test_arguments_of_generate_are_those_of_a_request(tiny):
         ({"stop_tokens": [plain.tokens[2]]}, {"stop_tokens": [plain.tokens[2]]}),
         ({"beams": 2, "length_penalty": 0.5}, {"beams": 2, "length_penalty": 0.5}),
         ({"adapter": "vision"}, {"adapter": "vision"}),
+        ({"grammar": Grammar.regex("[a-z]+")}, {"grammar": Grammar.regex("[a-z]+")}),
     ):
         (found,) = tiny.generate([PROMPT], max_new_tokens=6, **arguments)
         ((_, expected),) = engine.run([Request(PROMPT, max_new_tokens=6, **request)])

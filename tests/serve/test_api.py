@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import jax
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -107,6 +108,56 @@ def test_top_logprobs_are_those_of_the_models_logits(client, model):
         np.testing.assert_allclose([top.logprob for top in token.top_logprobs], row[expected], atol=1e-4)
 
 
+def test_answers_obey_a_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"heard": {"type": "string", "pattern": "^[0-9]{2,5}$"}, "sure": {"enum": ["yes", "no"]}},
+        "required": ["heard", "sure"],
+        "additionalProperties": False,
+    }
+    options = {"response_format": schema_format(schema, strict=True), "max_tokens": 200, "temperature": 2.0, "seed": 3}
+    answers = chat(client, n=2, **options).choices
+    assert [answer.finish_reason for answer in answers] == ["stop", "stop"]
+    for answer in answers:
+        jsonschema.validate(json.loads(answer.message.content), schema)
+    pieces = [c.choices[0].delta.content or "" for c in chat(client, stream=True, **options)]
+    assert "".join(pieces) == answers[0].message.content
+    anything = chat(client, response_format={"type": "json_object"}, max_tokens=200).choices[0]
+    assert anything.finish_reason != "stop" or isinstance(json.loads(anything.message.content), dict)
+    prompt = "<|user|>number five two<|end|><|assistant|>"
+    chosen = client.completions.create(
+        model="tiny", prompt=prompt, extra_body={"structured_outputs": {"choice": ["none", "some"]}}
+    )
+    assert chosen.choices[0].text in ("none", "some")
+
+
+def test_calls_that_are_asked_for_obey_their_tools(client):
+    parameters = {
+        "type": "object",
+        "properties": {"digits": {"$ref": "#/$defs/digits"}, "base": {"enum": [2, 10]}},
+        "required": ["digits", "base"],
+        "additionalProperties": False,
+        "$defs": {"digits": {"type": "string", "pattern": "^[0-9]{1,4}$"}},
+    }
+    number = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    schemas = {"count": parameters, "add": number}
+    tools = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in schemas.items()]
+    named = chat(client, tools=tools, tool_choice=named_tool("count"), max_tokens=200).choices[0]
+    assert (named.finish_reason, named.message.content) == ("tool_calls", "")
+    (call,) = named.message.tool_calls
+    assert call.function.name == "count"
+    jsonschema.validate(json.loads(call.function.arguments), parameters)
+    options = {"tools": tools, "tool_choice": "required", "temperature": 2.0, "max_tokens": 400}
+    for seed in range(3):
+        answer = chat(client, seed=seed, parallel_tool_calls=False, **options).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        (call,) = answer.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+    streamed = chat(client, seed=0, parallel_tool_calls=False, stream=True, **options)
+    calls = [c for chunk in streamed for c in chunk.choices[0].delta.tool_calls or []]
+    assert [c.function.name for c in calls] in (["count"], ["add"])
+
+
 def test_an_image_with_a_spoken_question(client):
     audio = {"type": "input_audio", "input_audio": {"data": SPOKEN.partition(",")[2], "format": "ogg"}}
     for heard in (audio, {"type": "audio_url", "audio_url": {"url": SPOKEN}}):
@@ -184,6 +235,14 @@ def test_a_batch_is_answered_as_its_endpoint_answers(client):
         client.files.retrieve(file.id)
 
 
+def schema_format(schema, **rest):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **rest}}
+
+
+def named_tool(name):
+    return {"type": "function", "function": {"name": name}}
+
+
 def part(value):
     return {"messages": [{"role": "user", "content": [value]}]}
 
@@ -197,8 +256,15 @@ BAD = {
     "a model that is not there": ({"messages": DIGITS, "model": "gpt"}, 404, "model"),
     "an unknown key": ({"messages": DIGITS, "foo": 1}, 400, "foo"),
     "a key that is not honoured": ({"messages": DIGITS, "frequency_penalty": 0.5}, 400, "frequency_penalty"),
-    "a schema": ({"messages": DIGITS, "response_format": {"type": "json_schema"}}, 400, "response_format"),
-    "a forced tool": ({"messages": DIGITS, "tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice"),
+    "no schema": ({"messages": DIGITS, "response_format": {"type": "json_schema"}}, 400, "response_format"),
+    "a schema that is none": ({"messages": DIGITS, "response_format": schema_format({"type": "foo"})}, 400,
+                              "response_format.json_schema.schema"),
+    "a broken pattern": ({"messages": DIGITS, "structured_outputs": {"regex": "(a"}}, 400, "structured_outputs.regex"),
+    "an unknown special token": ({"messages": DIGITS, "structured_outputs": {"grammar": "start: <|nope|>"}}, 400,
+                                 "grammar"),
+    "a tool that is not there": ({"messages": DIGITS, "tools": TOOLS, "tool_choice": named_tool("sub")}, 400,
+                                 "tool_choice"),
+    "a choice without tools": ({"messages": DIGITS, "tool_choice": "required"}, 400, "tool_choice"),
     "a value out of range": ({"messages": DIGITS, "temperature": -1}, 400, "temperature"),
     "no tokens": ({"messages": DIGITS, "max_tokens": 0}, 400, "max_tokens"),
     "too many choices": ({"messages": DIGITS, "n": 17}, 400, "n"),
