@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from phi4mm_jax.kernels import gpu, pallas_gpu_decode
+from phi4mm_jax.kernels import gpu
 from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 
 
@@ -18,6 +18,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
         return "implementation 'pallas_gpu' needs an NVIDIA GPU, and this is none; use 'xla'"
     match operation, arguments:
         case "decode", (q, k, *_):
+            from phi4mm_jax.kernels import pallas_gpu_decode  # Pallas takes a while to import
+
             return pallas_gpu_decode.unsupported(q, k, target)
         case "append", _:
             return None
@@ -26,6 +28,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
 
 def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
     """Compute (o, m, l), heads split over the mesh."""
+    from phi4mm_jax.kernels import pallas_gpu_decode
+
     target = gpu.target()
     assert target is not None  # `supports` was asked
     kernel = partial(pallas_gpu_decode.decode_attention, scale=scale, target=target)

@@ -1,4 +1,7 @@
-"""Attention by Pallas kernels for TPUs, on the mesh in context."""
+"""Attention by Pallas kernels for TPUs, on the mesh in context.
+
+The kernels are imported when they are asked for: other devices need none of Pallas, which takes a while to import.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
-from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash, tpu
+from phi4mm_jax.kernels import tpu
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 from phi4mm_jax.mesh import Axes, over_mesh
@@ -16,6 +19,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
     """Return why an operation cannot run on these arguments, if so; see `registry.Implementation`."""
     if tpu.target() is None:
         return "implementation 'pallas_tpu' needs a TPU, and this is none; use 'xla'"
+    from phi4mm_jax.kernels import pallas_tpu_append, pallas_tpu_cached, pallas_tpu_decode, pallas_tpu_flash
+
     match operation, arguments:
         case "prefill", (_, _, _, limits, *_) if limits.q_offset.ndim == 2:
             return "implementation 'pallas_tpu' takes one q_offset a row"
@@ -32,6 +37,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
 
 def prefill(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -> tuple[Array, Array]:
     """Compute the output and the log-sum-exp (B, T, N), rows and heads split over the mesh."""
+    from phi4mm_jax.kernels import pallas_tpu_flash
+
     heads, per_row = Axes("rows", None, "heads", None), Axes("rows")
     ids = None if limits.segments is None else (Axes("rows", None),) * 2
     return over_mesh(
@@ -46,6 +53,8 @@ def prefill(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -
 
 def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
     """Compute (o, m, l), heads split over the mesh."""
+    from phi4mm_jax.kernels import pallas_tpu_decode
+
     kernel = partial(pallas_tpu_decode.decode_attention, scale=scale, target=_target())
     return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)
 
@@ -54,6 +63,8 @@ def cached(
     q, k, v, layer, starts, lengths, tables, scales, part, *, parts: int, scale: float, out_dtype: Any
 ) -> tuple[Array, Array]:  # fmt: skip
     """Compute the output and the log-sum-exp (B, T, N), on this device."""
+    from phi4mm_jax.kernels import pallas_tpu_cached
+
     return pallas_tpu_cached.cached_attention(
         q, k, v, layer, starts, lengths, tables, scales, part, parts=parts, scale=scale, out_dtype=out_dtype,
         target=_target(),
@@ -68,6 +79,8 @@ def append(
     slots: Int[Array, " B"],
 ) -> tuple[Array, ...]:
     """Write one token per row in place, on this device."""
+    from phi4mm_jax.kernels import pallas_tpu_append
+
     return pallas_tpu_append.append(caches, new, layer, pages, slots, target=_target())
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.experimental import pallas as pl
 
 LANES = 128  # of a vector register; the head size of the decoder, and the unit of lengths
 MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
@@ -108,6 +107,8 @@ def stream(i, steps: int, extent: Callable, free_slot, start: Callable, wait: Ca
 
     On return the slot that `free_slot` does not name is free.
     """
+    from jax.experimental import pallas as pl  # takes a while, and other devices need none of it
+
     place, first, stop = extent(i)
 
     def start_first_of(i, slot):

@@ -1,6 +1,10 @@
 """Attention: one class of tests for every implementation, against float64, forwards and backwards."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -361,6 +365,21 @@ def test_an_implementation_is_one_entry(monkeypatch):
     cache = jnp.ones((1, 1, 1, 128, 8))
     with pytest.raises(InputError, match="decode_attention: decode takes 8 queries only"):
         decode_attention(ones[:, 0], cache, cache, layer=0, lengths=jnp.ones(1, jnp.int32), implementation="zeros")
+
+
+@pytest.mark.subprocess
+def test_pallas_is_imported_where_a_kernel_is_asked_for():
+    """Elsewhere it would be a part of every program's start."""
+    code = (
+        "import sys, jax.numpy as jnp; from phi4mm_jax.kernels import flash_attention, tpu\n"
+        "x = jnp.ones((1, 8, 1, 8)); assert (flash_attention(x, x, x, causal=True) == 1).all()\n"
+        "loaded = 'jax.experimental.pallas' in sys.modules\n"
+        "with tpu.interpreted(): flash_attention(x, x, x, causal=True, implementation='pallas_tpu')\n"
+        "print(loaded, 'jax.experimental.pallas' in sys.modules)"
+    )
+    environment, root = os.environ | {"JAX_PLATFORMS": "cpu"}, Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert found.stdout == "False True\n", found.stderr
 
 
 def test_what_the_tpu_kernel_cannot_take_is_named():
