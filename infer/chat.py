@@ -36,7 +36,7 @@ from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.processing.prompt import Tokens
+from phi4mm_jax.processing.prompt import Tokens, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, with_program_names
@@ -288,6 +288,8 @@ def take_turn(
     text: str, conversation: Conversation, settings: Settings, processor: Processor, engine: Engine,
     out: TextIO, tell: Callable[[str], None],
 ) -> Conversation:  # fmt: skip
+    if (found := placeholder_in(text)) is not None:
+        raise InputError(f"{found} would be text: /image FILE, /audio FILE or /video FILE attach what comes before it")
     turn = Turn(text, conversation.attached, conversation.begun)
     asked = replace(conversation, turns=(*conversation.turns, turn), attached=(), begun="")
     return complete(asked, settings, processor, engine, out, tell)

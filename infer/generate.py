@@ -12,7 +12,7 @@ from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weight
 from phi4mm_jax.engine import Grammar, Request, Sampling
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
-from phi4mm_jax.processing.prompt import given_media
+from phi4mm_jax.processing.prompt import given_media, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
@@ -74,6 +74,12 @@ def check(arguments: argparse.Namespace) -> None:
     for name, text in texts:
         if any("\ud800" <= character <= "\udfff" for character in text):  # how Python holds other bytes
             raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
+    for name, text in texts[:2]:
+        if not arguments.raw and (found := placeholder_in(text)) is not None:
+            raise phi4mm_jax.InputError(
+                f"{name} has {found}, which would be text: the media of --image, --audio and --video are put before "
+                "TEXT; leave it out, or give --raw and a whole prompt"
+            )
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
     each("video", arguments.video, lambda source: video_frames(source, arguments.frames))

@@ -5,15 +5,18 @@ collected, not opened; only a video is, since its frames are as many images.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.processing.message_parts import NEXT, kind_of, looks_like_media, parse_part, string_at
-from phi4mm_jax.processing.prompt import KINDS, Kind, Media, Prompt, Tokens, given_media, parse_raw
+from phi4mm_jax.processing.prompt import KINDS, Kind, Media, Prompt, Tokens, given_media, parse_raw, placeholder_in
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.strict_json import parse_json
 
+_log = logging.getLogger(__name__)
+_warned = False  # of a placeholder in a text: once, as texts may be anybody's
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 _MESSAGE_KEYS = {"role", "content", "name", "tools", "tool_calls", "tool_call_id", "function_call"}
@@ -108,6 +111,8 @@ def render_chat(
         for piece in _content(where, message):
             if isinstance(piece, str | Tokens):
                 pieces.append(piece)
+                if role == "user" and isinstance(piece, str):
+                    _warn_of_placeholder(where, piece)
             else:
                 kind, payload = piece
                 pieces.append(Media(kind, len(media[kind])))
@@ -132,6 +137,17 @@ def render_chat(
         pieces.append(_id(tokenizer, "<|assistant|>" if add_generation_prompt else "<|endoftext|>"))
     taken = {kind: _fill(kind, media[kind], given[kind]) for kind in KINDS}
     return Prompt(tuple(pieces), taken["image"], taken["audio"])
+
+
+def _warn_of_placeholder(where: str, text: str) -> None:
+    """Log the first text that has a media placeholder, which is text in a chat: a prompt's author may mean a medium."""
+    global _warned
+    if not _warned and (found := placeholder_in(text)) is not None:
+        _warned = True
+        _log.warning(
+            '%s: %s is text in a chat, and stands for no medium; media are parts of the content, such as {"type": '
+            '"image", "image": ...}, and placeholders are for raw prompts (said once)', where, found,
+        )  # fmt: skip
 
 
 def _check_continued(messages: Any) -> None:

@@ -184,6 +184,7 @@ def test_undo_and_reset(tiny, engine):
         ("/save /", "error: / exists already; choose another name"),
         ("/save /nowhere/a.json", "error: /nowhere/a.json cannot be written (No such file or directory)"),
         ("/undo", "error: there is no turn to take back"),
+        ("What is <|image_1|>?", "error: <|image_1|> would be text: /image FILE"),
         ("/continue", "error: there is no answer to continue; /begin TEXT"),
     ],
 )

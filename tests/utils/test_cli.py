@@ -84,6 +84,9 @@ def test_errors_are_one_line_and_a_status(arguments, named):
     assert any(line.startswith("error: ") and named in line for line in result.stderr.splitlines()), result.stderr
 
 
+PICTURE = str(TINY / "inputs" / "image_0.png")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -100,6 +103,8 @@ def test_errors_are_one_line_and_a_status(arguments, named):
         (["--image", "https://a.b/c.png"], "'https://a.b/c.png': nothing is downloaded"),
         (["--audio", "https://a.b/c.wav"], "'https://a.b/c.wav': nothing is downloaded"),
         (["--raw", "--system", "Be brief."], "--system does not go with --raw"),
+        (["--image", PICTURE, "--", "And <|image_2|>?"], "TEXT has <|image_2|>, which would be text"),
+        (["--system", "<|audio|>"], "--system has <|audio|>, which would be text"),
         (["--stop", ""], "--stop is empty"),
         (["--stop", os.fsdecode(b"a\xff")], r"--stop is 'a\udcff', which is not UTF-8"),
         (["--system", os.fsdecode(b"a\xff")], r"--system is 'a\udcff', which is not UTF-8"),
