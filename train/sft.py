@@ -55,7 +55,7 @@ from phi4mm_jax.training.step import Metrics, Objective, TrainState, Variables, 
 from phi4mm_jax.training.step_batches import StepIterator, count_steps, saved_data_state, warn_of_few_steps
 from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
-from phi4mm_jax.utils.cli import cli_entrypoint, command_of
+from phi4mm_jax.utils.cli import cli_entrypoint, command_of, interruption_says
 from phi4mm_jax.utils.paths import local_path
 from phi4mm_jax.utils.profiling import Profile
 from phi4mm_jax.utils.progress import progress_bar, step_bar
@@ -159,6 +159,9 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         metrics: Metrics | None = None  # of the last step that this process has taken
 
         preemption = stack.enter_context(PreemptionSignal())
+        stack.enter_context(
+            interruption_says("Told to end: saving after this step, which may have to be compiled first.")
+        )
         metrics_log = stack.enter_context(closing(MetricsLog(folder, step, writes=is_primary_process())))
         step_progress = stack.enter_context(step_bar(total_steps, step))
         throughput = stack.enter_context(closing(Throughput(model.config, trainable, step)))

@@ -61,6 +61,7 @@ _MODULE = re.compile(rf"(?<![\w.])(?:python -m )?({'|'.join(map(re.escape, _COMM
 _NEGATIVE = re.compile(r"-\d+|-\d*\.\d+")  # a number, as argparse has it
 _ROOT = Path(__file__).parents[2]  # the clone, where this is one
 
+_notice: str | None = None  # see `interruption_says`
 _began = threading.Event()  # the program's `main` has: imports are over
 
 
@@ -86,6 +87,8 @@ def handle_errors() -> None:
 
     def watch() -> None:
         while number := os.read(reading, 1):
+            if _notice is not None and number[0] in (signal.SIGINT, signal.SIGTERM):
+                os.write(2, f"\n{_notice}\n".encode())  # from here, as the main thread may be compiling
             ours = signal.getsignal(signal.SIGINT) is interrupt  # a program may handle it itself for a while
             if number[0] == signal.SIGINT and ours and not noticed.wait(_PATIENCE):
                 os.write(2, b"interrupted\n")
@@ -94,6 +97,17 @@ def handle_errors() -> None:
     signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=watch, name="phi4mm-interrupt", daemon=True).start()
+
+
+@contextmanager
+def interruption_says(notice: str) -> Iterator[None]:
+    """Say at once what the program does when it is told to end within the body, which handles SIGINT and SIGTERM."""
+    global _notice
+    _notice = notice
+    try:
+        yield
+    finally:
+        _notice = None
 
 
 def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:

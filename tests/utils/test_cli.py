@@ -220,6 +220,25 @@ def test_a_log_line_is_said_once(capsys):
 
 
 @pytest.mark.subprocess
+def test_a_program_that_handles_ctrl_c_says_at_once_what_it_does():
+    """Afterwards it says nothing."""
+    code = """
+import os, signal, threading
+from phi4mm_jax.utils import cli
+cli.handle_errors()
+noted = []
+signal.signal(signal.SIGINT, lambda *_: noted.append(1))
+with cli.interruption_says("saving"):
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    os.waitpid(os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "0.6"), 0)
+    assert noted
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, "\nsaving\n")
+
+
+@pytest.mark.subprocess
 @pytest.mark.parametrize("platform", fast_are(["cuda"], ["cuda", "rocm"]))
 def test_a_missing_backend_is_one_line(platform):
     result = run("infer.generate", "--model", str(TINY), "hello", JAX_PLATFORMS=platform)
