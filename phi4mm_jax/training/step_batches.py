@@ -15,7 +15,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.recipe import Recipe
 from phi4mm_jax.utils.progress import progress_bar
 
-_FEW_STEPS = 50  # with the recipes' rates, of some 1e-5, a parameter moves by less than 1e-3 in them
+_FEW_STEPS = 20  # the recipe `small` takes 24 or more of a set of eight samples or more
 _log = logging.getLogger(__name__)
 
 

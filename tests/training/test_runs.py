@@ -393,7 +393,7 @@ def test_a_wrong_setting_of_the_file_is_not_an_overrides(recipe):
         load_recipe(recipe, ["seed=1"])
 
 
-@pytest.mark.parametrize(("epochs", "steps", "warned"), [(3, 6, True), (3, 49, True), (3, 50, False), (None, 6, False)])
+@pytest.mark.parametrize(("epochs", "steps", "warned"), [(3, 6, True), (3, 19, True), (3, 20, False), (None, 6, False)])
 def test_few_steps_are_told(recipe, caplog, epochs, steps, warned):
     asked = "null" if epochs else steps  # a recipe that asks for its steps has them
     settings = load_recipe(recipe, [f"data.epochs={epochs or 'null'}", f"data.steps={asked}"])
