@@ -5,6 +5,7 @@ soundfile decodes, PyAV what soundfile does not know; `wav_header` mends the len
 """
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,36 @@ def load_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[F
     return samples, rate
 
 
+def stream_audio(source: AudioSource) -> Iterator[tuple[Float[np.ndarray, " S"], int]]:
+    """Yield a clip's samples in blocks, each with the rate: what `load_audio` returns, however long, joined.
+
+    A file is read as the blocks are asked for, so that hours take no memory.
+
+    Raises:
+        InputError: as `load_audio`, but that clips may be short, and long.
+    """
+    match plain(source):
+        case tuple(clip):
+            yield _from_samples(clip, math.inf)
+        case (str() | bytes()) as file:
+            yield from _file_blocks(file, timed_by_block=True)
+        case _:
+            raise _unknown(source)
+
+
+def announced_seconds(source: AudioSource) -> float | None:
+    """Return a clip's length as its header states or estimates it; None where it does not, or cannot be read."""
+    try:
+        match plain(source):
+            case tuple(clip):
+                samples, rate = _clip(clip, math.inf)
+                return len(samples) / rate
+            case (str() | bytes()) as file:
+                return _announced(file)
+    except Exception:  # of many types, where a header is malformed; reading will say it
+        return None
+
+
 def measure_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tuple[int, int]:
     """Return the number of samples and the rate in Hz of what `load_audio` loads, mostly from its header alone.
 
@@ -108,7 +139,7 @@ def _check_channels(channels: int) -> None:
 def _check_duration(num_samples: int, rate: int, max_seconds: float) -> None:
     if num_samples > rate * max_seconds:
         raise InputError(f"the audio clip is longer than {max_seconds:g} seconds; cut it into several")
-    if num_samples > MAX_SAMPLES:
+    if num_samples > MAX_SAMPLES and max_seconds < math.inf:
         raise InputError(
             f"the audio clip has more than {MAX_SAMPLES} samples at {rate} Hz; resample it to 16 kHz, or cut it"
         )
@@ -165,24 +196,75 @@ def _mono(samples: Float[np.ndarray, "S C"] | Float[np.ndarray, " S"]) -> Float[
 
 
 def _from_file(source: str | bytes, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
+    pieces, count, rate = [], 0, 0
+    for piece, rate in _file_blocks(source):
+        pieces.append(piece)
+        count += len(piece)
+        _check_duration(count, rate, max_seconds)
+    return np.concatenate(pieces), rate
+
+
+def _file_blocks(source: str | bytes, timed_by_block: bool = False) -> Iterator[tuple[Float[np.ndarray, " S"], int]]:
+    """Yield a file's samples, as one channel, with the rate; one block at least, which may be empty.
+
+    Args:
+        timed_by_block: limit the time of each block, not of all, during which the caller may do other work.
+    """
     deadline = Deadline("audio clip")
+    for block in _decoded_blocks(source, deadline):
+        yield block
+        if timed_by_block:
+            deadline.restart()
+
+
+def _decoded_blocks(source: str | bytes, deadline: Deadline) -> Iterator[tuple[Float[np.ndarray, " S"], int]]:
     with open_file(source) as opened:
         length = wav_length(opened)
         try:
             file = _stream(opened, length)
         except Exception as error:  # of many types, where a header is malformed
-            return _from_container(source, max_seconds, error)
-        with file:
-            rate = check_rate(file.samplerate)
-            _check_channels(file.channels)
-            try:
-                samples = _join(_blocks(file, deadline), rate, max_seconds)
-            except soundfile.SoundFileError as error:
-                raise InputError("the audio clip is damaged or cut off; pass a whole audio file") from error
-            told = length is not None and length.patches  # then libsndfile's log is of the patches
-            if (length is not None and length.is_cut_off) or (not told and _is_cut_off(file, len(samples))):
-                raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
-    return samples, rate
+            cause = error
+        else:
+            with file:
+                yield from _stream_blocks(file, length, deadline)
+            return
+    yield from _container_blocks(source, deadline, cause)
+
+
+def _stream_blocks(
+    file: soundfile.SoundFile, length: WavLength | None, deadline: Deadline
+) -> Iterator[tuple[Float[np.ndarray, " S"], int]]:
+    rate = check_rate(file.samplerate)
+    _check_channels(file.channels)
+    count = 0
+    while True:
+        try:
+            block = file.read(_SAMPLES_PER_BLOCK, "float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise InputError("the audio clip is damaged or cut off; pass a whole audio file") from error
+        if not len(block) and count:
+            break
+        deadline.check()
+        count += len(block)
+        yield _mono(block), rate
+        if not len(block):
+            break
+    told = length is not None and length.patches  # then libsndfile's log is of the patches
+    if (length is not None and length.is_cut_off) or (not told and _is_cut_off(file, count)):
+        raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
+
+
+def _announced(source: str | bytes) -> float | None:
+    with open_file(source) as opened:
+        try:
+            header = _stream(opened, wav_length(opened))
+            header.close()
+        except Exception:  # of many types, where a header is malformed
+            header = None
+    if header is not None:
+        return None if header.frames > _UNKNOWN_LENGTH else header.frames / header.samplerate
+    with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3") as (container, _):
+        return container.duration / 1_000_000 if container.duration else None
 
 
 def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
@@ -217,22 +299,6 @@ class _Stream(soundfile.SoundFile):
         return False
 
 
-def _blocks(file: soundfile.SoundFile, deadline: Deadline) -> Iterator[Float[np.ndarray, "S C"]]:
-    while len(block := file.read(_SAMPLES_PER_BLOCK, "float32", always_2d=True)):
-        deadline.check()
-        yield block
-
-
-def _join(blocks: Iterable[np.ndarray], rate: int, max_seconds: float) -> Float[np.ndarray, " S"]:
-    """Join all blocks as one channel."""
-    pieces, count = [], 0
-    for block in blocks:
-        pieces.append(_mono(block))
-        count += len(block)
-        _check_duration(count, rate, max_seconds)
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-
-
 def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     """Return whether a file was cut off, as far as libsndfile's log of the headers tells.
 
@@ -255,12 +321,14 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     return present * 1.01 + 1024 < announced < unknown
 
 
-def _from_container(source: str | bytes, max_seconds: float, cause: Exception) -> tuple[Float[np.ndarray, " S"], int]:
+def _container_blocks(
+    source: str | bytes, deadline: Deadline, cause: Exception
+) -> Iterator[tuple[Float[np.ndarray, " S"], int]]:
     """Decode by PyAV what soundfile cannot open, for the `cause` given."""
     if (other := other_kind(source, "audio", "video")) is not None:
         raise InputError(f"the file has no audio: {other}") from cause
     try:
-        with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3") as (container, deadline):
+        with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3", deadline) as (container, _):
             stream = container.streams.best("audio")
             if stream is None:
                 raise InputError("the file has no audio; choose another")
@@ -268,12 +336,14 @@ def _from_container(source: str | bytes, max_seconds: float, cause: Exception) -
             first = next(frames, None)
             if first is None:
                 raise InputError("the file has no audio; check that it is whole")
-            rate = check_rate(first.sample_rate)
-            samples = _join(_frame_samples(first, frames), rate, max_seconds)
+            rate, count = check_rate(first.sample_rate), 0
+            for samples in _frame_samples(first, frames):
+                count += len(samples)
+                yield _mono(samples), rate
             announced = _announced_seconds(container, stream)
-            if announced is not None and announced > 1.01 * len(samples) / rate + 0.5:
+            if announced is not None and announced > 1.01 * count / rate + 0.5:
                 raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
-            return samples, rate
+            return
     except MissingPyAV as error:
         failure: Exception = error
     except (InputError, MemoryError):

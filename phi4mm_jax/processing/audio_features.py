@@ -7,6 +7,7 @@ they were 8 or 16 kHz, or refuses.)
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
     rate = check_rate(rate)
     check_samples(samples, rate)
     samples = resample(samples, rate)
-    own_rate = _feature_rate(rate)
+    own_rate = feature_rate(rate)
     window, hop = round(_WINDOW * own_rate), round(_HOP * own_rate)
     num_fft = _NUM_FFT * own_rate // _RATE
     num_bins = num_fft // 2 + (own_rate == _RATE)  # the original drops the highest bin at 8 kHz
@@ -94,7 +95,7 @@ def log_mel(samples: Float[np.ndarray, " S"], rate: int) -> Float[np.ndarray, "F
 
 def num_frames(num_samples: int, rate: int) -> int:
     """Return the number of frames of a clip, `len(log_mel(...))`; 0 if it is shorter than a frame."""
-    own_rate = _feature_rate(rate)
+    own_rate = feature_rate(rate)
     return _count_frames(_ceil_div(num_samples * own_rate, rate), own_rate)
 
 
@@ -115,6 +116,11 @@ def check_samples(samples: np.ndarray, rate: int) -> None:
             "expected floats (n,), as load_audio gives them"
         )
     check_length(len(samples), rate)
+    check_scale(samples)
+
+
+def check_scale(samples: Float[np.ndarray, " S"]) -> None:
+    """Refuse samples that are NaN, infinite or far out of scale, by an InputError."""
     peak = max(-float(samples.min()), float(samples.max()))  # NaN if any sample is
     if not peak <= _MAX_SAMPLE:
         cause = f"samples of magnitude {peak:g}" if math.isfinite(peak) else "samples that are NaN or infinite"
@@ -145,7 +151,7 @@ def check_rate(rate: Any) -> int:
     return int(value)
 
 
-def _feature_rate(rate: int) -> int:
+def feature_rate(rate: int) -> int:
     return _HALF_RATE if rate == _HALF_RATE else _RATE
 
 
@@ -182,24 +188,47 @@ def resample(samples: Float[np.ndarray, " S"], rate: int, block: int = _SAMPLES_
 
     It goes by blocks of about `block` samples, so that only the result takes memory.
     """
-    up, down = _reduced(_feature_rate(rate), rate)
+    up, down = _reduced(feature_rate(rate), rate)
     if up == down:
         return samples.astype(np.float32, copy=False)
+    resampled, done = np.empty(_ceil_div(len(samples) * up, down), np.float32), 0
+    step = down * _ceil_div(block, down)
+    pieces = (samples[start : start + step] for start in range(0, len(samples), step))
+    for piece in resample_blocks(pieces, rate, block):
+        resampled[done : done + len(piece)] = piece
+        done += len(piece)
+    return resampled
+
+
+def resample_blocks(
+    blocks: Iterable[Float[np.ndarray, " S"]], rate: int, block: int = _SAMPLES_PER_BLOCK
+) -> Iterator[Float[np.ndarray, " R"]]:
+    """Yield what `resample` makes of the blocks, joined, about `block` samples of them at a time."""
+    up, down = _reduced(feature_rate(rate), rate)
+    if up == down:
+        yield from (samples.astype(np.float32, copy=False) for samples in blocks)
+        return
     from scipy.signal import resample_poly
 
     taps = _low_pass(up, down)
-    # A block begins at a multiple of `down`, so that its outputs fall on those of the whole. It takes as many samples
+    # A step begins at a multiple of `down`, so that its outputs fall on those of the whole. It takes as many samples
     # more on both sides as the filter reaches.
     margin = down * _ceil_div(len(taps) // 2 + 1, up * down)
     step = down * _ceil_div(block, down)
-    resampled = np.empty(_ceil_div(len(samples) * up, down), np.float32)
-    for start in range(0, len(samples), step):
-        before = min(start, margin)
-        piece = samples[start - before : start + step + margin].astype(np.float64)
-        out = resampled[start // down * up : (start + step) // down * up]
+    kept, before = np.zeros(0), 0  # `before`: of the samples that are kept those whose outputs are out
+
+    def outputs(piece: np.ndarray, count: int) -> np.ndarray:
         skip = before // down * up
-        out[:] = resample_poly(piece, up, down, window=taps)[skip : skip + len(out)]
-    return resampled
+        return resample_poly(piece, up, down, window=taps)[skip : skip + count].astype(np.float32)
+
+    for samples in blocks:
+        kept = np.concatenate([kept, samples.astype(np.float64)])
+        while len(kept) >= before + step + margin:
+            yield outputs(kept[: before + step + margin], step // down * up)
+            now = min(before + step, margin)
+            kept, before = kept[before + step - now :], now
+    if len(kept) > before:
+        yield outputs(kept, _ceil_div((len(kept) - before) * up, down))
 
 
 def _ceil_div(n: int, divisor: int) -> int:

@@ -26,13 +26,16 @@ class MissingPyAV(InputError):
 
 
 @contextmanager
-def open_container(source: str | bytes, what: str, advice: str) -> Iterator[tuple[Any, Deadline]]:
+def open_container(
+    source: str | bytes, what: str, advice: str, deadline: Deadline | None = None
+) -> Iterator[tuple[Any, Deadline]]:
     """Open a file in one of `FORMATS`, as PyAV opens it, and the deadline of its decoding.
 
     Args:
         source: a path or the bytes of a file.
         what: "video" or "audio clip", for errors.
         advice: what to pass instead where PyAV is not installed.
+        deadline: of the decoding; by default `MAX_DECODE_SECONDS` from now on.
 
     Raises:
         MissingPyAV: PyAV is not installed.
@@ -42,7 +45,7 @@ def open_container(source: str | bytes, what: str, advice: str) -> Iterator[tupl
         import av
     except ImportError:
         raise MissingPyAV(f"the {what} needs PyAV: pip install 'phi4mm-jax[video]'; or {advice}") from None
-    deadline = Deadline(what)
+    deadline = Deadline(what) if deadline is None else deadline
     options = {
         "protocol_whitelist": "none",
         "format_whitelist": ",".join(FORMATS),

@@ -184,6 +184,10 @@ class Deadline:
     def __init__(self, what: str, seconds: float = MAX_DECODE_SECONDS):
         self._what, self._seconds, self._end = what, seconds, time.monotonic() + seconds
 
+    def restart(self) -> None:
+        """Give it the whole time from now on."""
+        self._end = time.monotonic() + self._seconds
+
     def check(self) -> None:
         """Raise an InputError when the time is over."""
         if time.monotonic() > self._end:

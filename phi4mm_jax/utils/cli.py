@@ -32,7 +32,8 @@ _EXTRAS = {  # an optional package, as it is imported: the extra that brings it
     "grain": "train", "matplotlib": "train", "pydantic": "train", "yaml": "train", "tensorboardX": "train",
     "rapidfuzz": "evaluate", "sacrebleu": "evaluate", "whisper_normalizer": "evaluate",
     "fastapi": "serve", "prometheus_client": "serve", "starlette": "serve", "uvicorn": "serve",
-    "llguidance": "grammar", "ray": "ray", "av": "video", "peft": "torch", "torch": "torch", "transformers": "torch",
+    "llguidance": "grammar", "ray": "ray", "av": "video", "webrtcvad": "transcribe", "peft": "torch", "torch": "torch",
+    "transformers": "torch",
 }  # fmt: skip
 _NEEDED = {  # what all programs need, likewise
     "PIL", "flax", "huggingface_hub", "jax", "jaxlib", "jaxtyping", "librosa", "ml_dtypes", "numpy", "optax", "orbax",
@@ -43,6 +44,7 @@ COMMANDS = {  # what follows `phi4mm`: the program's module, and what it does
     "generate": ("infer.generate", "answer one prompt"),
     "chat": ("infer.chat", "talk with the model in a terminal"),
     "batch": ("infer.batch", "answer a file of prompts"),
+    "transcribe": ("infer.transcribe", "write down what is said in recordings"),
     "serve": ("infer.serve", "serve a model by the OpenAI API, with a page to try it"),
     "ray": ("infer.ray", "answer files of prompts on many chips and hosts"),
     "evaluate": ("infer.evaluate", "measure a model on benchmarks"),

@@ -59,6 +59,37 @@ def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Ca
 
 
 @contextmanager
+def seconds_bar(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """Bar of seconds of recordings on standard error, with how much faster than they last they are worked on.
+
+    Args:
+        total: of all recordings; None, where it is not known, shows no bar.
+
+    Yields:
+        A function to call with the seconds that were done.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}")
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total, told="")
+        start, done = time.monotonic(), 0.0
+
+        def advance(seconds: float) -> None:
+            nonlocal done
+            done += seconds
+            told = clock(done) if total is None else f"{clock(done)}/{clock(total)}"
+            speed = done / max(time.monotonic() - start, 1e-9)
+            progress.update(task, advance=seconds, told=f"{told} {speed:.1f}x")
+
+        yield advance
+
+
+def clock(seconds: float) -> str:
+    """Return hours, minutes and seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+@contextmanager
 def step_bar(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """Bar of training steps on standard error, with the loss, the speed, and the time that is left.
 

@@ -43,6 +43,7 @@ RUN_ELSEWHERE = {
     'python -m infer.generate --model PATH [--image FILE]... [--audio FILE]... "TEXT"': "tests/utils/test_cli.py",
     "python -m infer.batch --model PATH --input prompts.jsonl --output answers.jsonl": "tests/programs/test_batch.py",
     "python -m infer.ray --model PATH --input 'prompts/*.jsonl' --output answers": "tests/programs/test_ray.py",
+    "python -m infer.transcribe --model PATH talk.mp3 --output FOLDER": "tests/programs/test_transcribe.py",
     "python -m infer.serve --model PATH": "tests/programs/test_serve.py",
     "python -m infer.chat --model PATH": "tests/programs/test_infer_chat.py",
     "python -m convert.verify CHECKPOINT --goldens DIR": "tests/programs/test_verify.py",

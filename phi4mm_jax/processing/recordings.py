@@ -1,0 +1,246 @@
+"""Recordings of any length, cut at silence into clips that the model takes well.
+
+Speech is told from silence by WebRTC's voice activity detector (webrtcvad). The clips tile the recording: each sample
+is in exactly one. Those without speech are not worth asking about, and tempt the model to make words up.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.audio import AudioSource, stream_audio
+from phi4mm_jax.processing.audio_features import check_scale, feature_rate, resample_blocks
+from phi4mm_jax.utils.checks import is_number
+
+MAX_CLIP_SECONDS = 40.0  # the speech encoder attends within 40 s
+MIN_CLIP_SECONDS = 1.0
+
+_FRAMES = 50  # a second; the detector takes frames of 20 ms
+_MODE = 1  # of 0 to 3; from 2 on it misses quiet speech
+_HANGOVER = 7  # frames after the end of speech that the detector still takes for it
+_WINDOW, _ONSET = 20, 8  # speech begins where so many frames of a window are: clicks are shorter
+_MIN_SILENCE = 10  # frames; shorter ones may be within a word
+_MAX_LEAD, _MAX_TAIL = 5, 25  # frames of silence that are kept before and after speech
+_QUIET = 10**-3.0  # power beside a clip's loudest frame that is not said to be speech where it begins and ends
+_SMOOTH = 5  # frames over which loudness is averaged to find the quietest place
+
+
+@dataclass(frozen=True)
+class CutSettings:
+    """How a recording is cut.
+
+    Attributes:
+        clip_seconds: the most seconds of a clip. Speech that lasts longer is cut in the middle of its longest silence,
+            and where it has none of 0.2 s, at the quietest place of the second half.
+        pause: seconds of silence that end a clip in any case.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    clip_seconds: float = MAX_CLIP_SECONDS
+    pause: float = 2.0
+
+    def __post_init__(self):
+        for name, low, high in (("clip_seconds", MIN_CLIP_SECONDS, MAX_CLIP_SECONDS), ("pause", 0.2, 3600.0)):
+            value = getattr(self, name)
+            if not is_number(value) or not low <= value <= high:
+                raise InputError(f"{name} is {value!r:.60}; expected seconds from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class RecordedClip:
+    """A clip of a recording.
+
+    Attributes:
+        samples: mono, of full scale 1.
+        rate: in Hz, 8000 or 16000.
+        first: the number of the first sample in the recording, at this rate.
+        speech: the seconds of the recording at which speech begins and ends in the clip; None where it has none.
+    """
+
+    samples: Float[np.ndarray, " S"]
+    rate: int
+    first: int
+    speech: tuple[float, float] | None
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.rate
+
+
+def cut_recording(source: AudioSource, settings: CutSettings | None = None) -> Iterator[RecordedClip]:
+    """Read a recording and yield its clips, in order; it is read as they are asked for.
+
+    Args:
+        source: as of `load_audio`; however long.
+
+    Raises:
+        InputError: the recording cannot be read, or the detector is not installed.
+    """
+    check_detector()
+    yield from cut_blocks(stream_audio(source), CutSettings() if settings is None else settings)
+
+
+def check_detector() -> None:
+    """Raise an InputError where the voice activity detector is not installed."""
+    try:
+        import webrtcvad  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "cutting a recording at silence needs webrtcvad, which the extra 'transcribe' brings; "
+            "pip install 'phi4mm-jax[transcribe]'"
+        ) from None
+
+
+def cut_blocks(blocks: Iterable[tuple[Float[np.ndarray, " S"], int]], settings: CutSettings) -> Iterator[RecordedClip]:
+    """Yield the clips of a recording that comes in blocks of samples, each with the rate.
+
+    At rates other than 8 and 16 kHz it is resampled to 16 kHz, as it would be for the model. Only what is not yet cut
+    is kept.
+
+    Raises:
+        InputError: samples are NaN, infinite or far out of scale.
+    """
+    iterator = iter(blocks)
+    first = next(iterator, None)
+    if first is None:
+        return
+    rate = first[1]
+
+    def checked() -> Iterator[np.ndarray]:
+        for block in _chain(first[0], iterator):
+            if len(block):
+                check_scale(block)
+                yield block
+
+    cutter = _Cutter(feature_rate(rate), settings)
+    for samples in resample_blocks(checked(), rate):
+        yield from cutter.add(samples)
+    yield from cutter.finish()
+
+
+def _chain(first: np.ndarray, rest: Iterator[tuple[np.ndarray, int]]) -> Iterator[np.ndarray]:
+    yield first
+    for block, _ in rest:
+        yield block
+
+
+class _Cutter:
+    """Cuts samples as they come.
+
+    The clip that is growing is looked at frame by frame. While it has no speech it waits for some; from then on for a
+    pause, or for its end. What is left behind a cut is looked at again as the beginning of the next clip.
+    """
+
+    def __init__(self, rate: int, settings: CutSettings):
+        import webrtcvad
+
+        self._detector = webrtcvad.Vad(_MODE)
+        self._rate, self._frame = rate, rate // _FRAMES
+        self._most = round(settings.clip_seconds * _FRAMES)
+        self._pause = round(settings.pause * _FRAMES)
+        self._lead, self._tail = (min(self._pause // 2, most) for most in (_MAX_LEAD, _MAX_TAIL))
+        self._first = 0  # sample of the recording with which the clip begins
+        self._samples = np.zeros(0, np.float32)  # of the clip and what follows it
+        self._voiced: list[bool] = []  # of their whole frames
+        self._power: list[float] = []  # likewise
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seen = 0  # frames that were looked at
+        self._begin: int | None = None  # frame at which speech begins
+        self._end = 0  # frame after the last speech so far
+        self._run = 0  # voiced frames in a row, up to here
+        self._silences: list[tuple[int, int]] = []  # between speech, by frames
+
+    def add(self, samples: Float[np.ndarray, " S"]) -> Iterator[RecordedClip]:
+        """Take more of the recording; yield the clips that have ended."""
+        for start in range(0, len(samples), self._frame * self._most):  # so that little is kept besides the clip
+            self._take(samples[start : start + self._frame * self._most])
+            yield from self._cut()
+
+    def finish(self) -> Iterator[RecordedClip]:
+        """Yield what is left: the last clip."""
+        if len(self._samples):
+            end = self._seen if self._run else self._end  # speech that goes on has no delay to take off
+            yield self._clip(len(self._samples), self._speech(end))
+
+    def _take(self, samples: Float[np.ndarray, " S"]) -> None:
+        self._samples = np.concatenate([self._samples, samples])
+        known = len(self._voiced) * self._frame
+        whole = (len(self._samples) - known) // self._frame * self._frame
+        frames = self._samples[known : known + whole].reshape(-1, self._frame)
+        self._power += np.square(frames).mean(1).tolist()
+        pcm = np.round(np.clip(frames, -1, 1) * 32767).astype("<i2")
+        self._voiced += [self._detector.is_speech(frame.tobytes(), self._rate) for frame in pcm]
+
+    def _cut(self) -> Iterator[RecordedClip]:
+        while self._seen < len(self._voiced):
+            self._look()
+            if self._begin is None:
+                if self._seen >= self._most:
+                    yield self._drop(self._seen - _WINDOW - self._lead, None)
+            elif (lead := self._begin - self._lead) >= max(self._lead, 1):  # silence before it is a clip of its own
+                yield self._drop(lead, None)
+            elif self._seen - self._end >= self._pause:
+                yield self._drop(self._end + self._tail, self._speech(self._end))
+            elif self._seen >= self._most:
+                end, at = self._best_cut(self._begin)
+                yield self._drop(at, self._speech(end))
+
+    def _look(self) -> None:
+        """Look at one more frame."""
+        voiced = self._voiced[self._seen]
+        if voiced and not self._run:
+            self._silences.append((self._end, self._seen))
+        self._seen += 1
+        self._run = self._run + 1 if voiced else 0
+        if voiced:
+            self._end = max(self._end, self._seen - min(_HANGOVER, self._run - 1))
+        if self._begin is None:
+            self._begin = self._onset()
+
+    def _onset(self) -> int | None:
+        """Return where speech begins, if enough of the last frames are voiced."""
+        start = max(self._seen - _WINDOW, 0)
+        recent = self._voiced[start : self._seen]
+        return start + recent.index(True) if sum(recent) >= _ONSET else None
+
+    def _best_cut(self, begin: int) -> tuple[int, int]:
+        """Return the frame at which speech ends before the best cut, and the frame to cut at."""
+        silences = [*self._silences, (self._end, self._seen)]
+        within = [(stop - start, start, stop) for start, stop in silences if start > begin]
+        length, start, stop = max(within, default=(0, 0, 0))  # of equal ones the last
+        if length >= _MIN_SILENCE:
+            return start, (start + stop) // 2
+        low = self._seen // 2
+        power = np.convolve(self._power[low : self._seen], np.ones(_SMOOTH) / _SMOOTH, "valid")
+        at = low + int(power.argmin()) + _SMOOTH // 2
+        return at, at
+
+    def _speech(self, end: int) -> tuple[float, float] | None:
+        """Return the seconds of the recording between which there is speech, which ends at a frame of the clip."""
+        if self._begin is None:
+            return None
+        power = np.array(self._power[self._begin : max(end, self._begin + 1)])
+        loud = np.flatnonzero(power >= _QUIET * power.max())  # where noise sets in with speech, the detector takes both
+        begin, end = self._begin + loud[0], self._begin + loud[-1] + 1
+        offset = self._first / self._rate
+        return offset + float(begin) / _FRAMES, offset + float(end) / _FRAMES
+
+    def _drop(self, frames: int, speech: tuple[float, float] | None) -> RecordedClip:
+        """Cut the clip behind so many frames."""
+        clip = self._clip(frames * self._frame, speech)
+        self._voiced, self._power = self._voiced[frames:], self._power[frames:]
+        self._restart()
+        return clip
+
+    def _clip(self, num_samples: int, speech: tuple[float, float] | None) -> RecordedClip:
+        clip = RecordedClip(self._samples[:num_samples].copy(), self._rate, self._first, speech)
+        self._first += num_samples
+        self._samples = self._samples[num_samples:].copy()
+        return clip
