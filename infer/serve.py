@@ -38,6 +38,8 @@ _LIMITS = {
     "max_images": "of a request, frames of videos included",
     "max_pixels": "of an image",
     "max_audio_seconds": "of all clips of a request",
+    "clip_seconds": "of a clip that is transcribed as one; longer ones are cut at silence",
+    "pause": "seconds of silence that end a clip of a longer recording in any case",
     "top_logprobs": "alternatives of a token that a request may ask for",
 }
 

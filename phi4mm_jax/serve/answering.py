@@ -75,12 +75,14 @@ class Job:
         deadline: by the event loop's clock.
         logprobs: answers have their tokens' log-probabilities.
         include_usage: a stream ends with the count of tokens.
+        parallel: how many of the requests wait for the engine, or are there, at a time.
     """
 
     requests: list[Request]
     deadline: float
     logprobs: bool
     include_usage: bool = False
+    parallel: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -99,9 +101,15 @@ async def answering(service: Service, client: str, job: Job, *, unlimited: bool 
     """
     requests, deadline = job.requests, job.deadline
     if not unlimited:
-        service.queue.check_room(len(requests))
+        service.queue.check_room(len(requests) if job.parallel is None else min(len(requests), job.parallel))
+    room = asyncio.Semaphore(len(requests) + 1 if job.parallel is None else job.parallel)
     news: asyncio.Queue[tuple[int, Update] | Exception] = asyncio.Queue()
-    tasks = [asyncio.create_task(_answer(service, client, i, r, deadline, news)) for i, r in enumerate(requests)]
+
+    async def answer(place: int, request: Request) -> None:
+        async with room:
+            await _answer(service, client, place, request, deadline, news)
+
+    tasks = [asyncio.create_task(answer(i, request)) for i, request in enumerate(requests)]
 
     async def updates() -> Updates:
         left = len(requests)

@@ -1,54 +1,49 @@
 """/v1/audio/transcriptions and /v1/audio/translations."""
 
-import zlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from phi4mm_jax.engine import Completion, Request, Sampling, Update
+from phi4mm_jax.processing.recordings import RecordedClip, cut_recording
 from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.chat import token_logprobs
 from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.transcription.recognition import clip_request
+from phi4mm_jax.transcription.transcripts import (
+    LANGUAGES,
+    TASKS,
+    Segment,
+    Task,
+    joined,
+    plain_text,
+    separator,
+    srt,
+    verbose,
+    vtt,
+)
 
-TASKS = {"transcribe": "Transcribe the audio clip into text.", "translate": "Translate the audio to English."}
+__all__ = ["TASKS", "Task"]
+
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
-LANGUAGES = {
-    "en": "english", "zh": "chinese", "de": "german", "fr": "french", "it": "italian", "ja": "japanese",
-    "es": "spanish", "pt": "portuguese",
-}  # fmt: skip
-
-Task = Literal["transcribe", "translate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioJob(Job):
-    """A clip to be written down, parsed: one request.
+    """A recording to be written down, parsed: a request for each of its clips with speech.
 
     Attributes:
-        seconds: of the clip.
+        seconds: of the recording.
+        spans: where speech begins and ends in each clip, in seconds.
         language: as `verbose_json` names it; the model finds out itself.
     """
 
     task: Task
     seconds: float
+    spans: list[tuple[float, float]]
     form: str
     language: str | None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of speech and what is said in it; the keys are those of `verbose_json`."""
-
-    id: int
-    seek: int
-    start: float
-    end: float
-    text: str
-    tokens: list[int]
     temperature: float
-    avg_logprob: float | None
-    compression_ratio: float
-    no_speech_prob: float | None = None
 
 
 async def parse_audio(
@@ -72,18 +67,28 @@ async def parse_audio(
         )
     deadline = service.deadline(timeout)
 
-    def parse() -> tuple[Request, float]:
+    def parse() -> tuple[list[Request], list[tuple[float, float]], float]:
         seconds = service.read_media.audio("file", content)
-        parts = [{"type": "audio", "audio": content}, {"type": "text", "text": instruction}]
-        chat = [{"role": "user", "content": parts}]
+        clips = _clips(service, content, seconds)
         sampling = Sampling(temperature=temperature)
-        return Request(chat, max_new_tokens=service.limits.max_new_tokens, sampling=sampling), seconds
+        limit = service.limits.max_new_tokens
+        requests = [clip_request(clip, instruction, max_new_tokens=limit, sampling=sampling) for clip, _ in clips]
+        return requests, [span for _, span in clips], seconds
 
-    request, seconds = await in_thread(service, parse, deadline)
+    requests, spans, seconds = await in_thread(service, parse, deadline)
     spoken = "english" if task == "translate" else None if language is None else LANGUAGES[language]
     return AudioJob(
-        requests=[request], deadline=deadline, logprobs=logprobs, task=task, seconds=seconds, form=form, language=spoken
-    )
+        requests=requests, deadline=deadline, logprobs=logprobs, parallel=service.queue.size, task=task,
+        seconds=seconds, spans=spans, form=form, language=spoken, temperature=temperature,
+    )  # fmt: skip
+
+
+def _clips(service: Service, content: bytes, seconds: float) -> list[tuple[RecordedClip | bytes, tuple[float, float]]]:
+    """Return the clips of a recording with the times of speech in them: itself where it is one, else cut at silence."""
+    settings = service.limits.cut
+    if seconds <= settings.clip_seconds:
+        return [(content, (0.0, seconds))]
+    return [(clip, clip.speech) for clip in cut_recording(content, settings) if clip.speech is not None]
 
 
 async def audio_answer(service: Service, client: str, job: AudioJob) -> dict[str, Any] | str:
@@ -92,83 +97,63 @@ async def audio_answer(service: Service, client: str, job: AudioJob) -> dict[str
     Raises:
         ApiError: as `answering`.
     """
-    (completion,) = await completions_of(service, client, job)
-    segments = segments_of(job, completion)
-    text = completion.text.strip()
+    completions = await completions_of(service, client, job)
+    segments = segments_of(job, completions)
     match job.form:
         case "text":
-            return text + "\n"
+            return plain_text(segments)
         case "srt":
             return srt(segments)
         case "vtt":
             return vtt(segments)
         case "verbose_json":
-            return {
-                "task": job.task, "language": job.language, "duration": job.seconds, "text": text,
-                "segments": [asdict(segment) for segment in segments], "usage": _usage(job, completion),
-            }  # fmt: skip
-    answer = {"text": text, "usage": _usage(job, completion)}
+            told = verbose(
+                segments, task=job.task, language=job.language, seconds=job.seconds, temperature=job.temperature
+            )
+            return told | {"usage": _usage(completions)}
+    answer: dict[str, Any] = {"text": joined(segments), "usage": _usage(completions)}
     if job.logprobs:
-        answer["logprobs"] = _logprobs(service, completion)
+        answer["logprobs"] = _logprobs(service, completions)
     return answer
 
 
-def segments_of(job: AudioJob, completion: Completion) -> list[Segment]:
-    """Return the segments of a clip: one, as the model tells no times within."""
-    text, values = completion.text.strip(), completion.log_probabilities
-    return [
-        Segment(
-            id=0, seek=0, start=0.0, end=job.seconds, text=text, tokens=completion.tokens,
-            temperature=float(job.requests[0].sampling.temperature),
-            avg_logprob=sum(values) / len(values) if values else None,
-            compression_ratio=len(text.encode()) / len(zlib.compress(text.encode())),
-        )
-    ]  # fmt: skip
-
-
-def srt(segments: Sequence[Segment]) -> str:
-    """Return segments as SubRip has them."""
-    blocks = [
-        f"{i}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{segment.text}\n"
-        for i, segment in enumerate(segments, 1)
-    ]
-    return "\n".join(blocks)
-
-
-def vtt(segments: Sequence[Segment]) -> str:
-    """Return segments as WebVTT has them."""
-    blocks = [f"{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{s.text}\n" for s in segments]
-    return "\n".join(["WEBVTT\n", *blocks])
-
-
-def _clock(seconds: float, point: str) -> str:
-    total = round(1000 * seconds)
-    return f"{total // 3_600_000:02}:{total // 60_000 % 60:02}:{total // 1000 % 60:02}{point}{total % 1000:03}"
+def segments_of(job: AudioJob, completions: Sequence[Completion]) -> list[Segment]:
+    """Return the segments of a recording: one for each clip, as the model tells no times within."""
+    return [Segment.of(*span, completion) for span, completion in zip(job.spans, completions, strict=True)]
 
 
 async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
-    """Yield the objects of a streamed transcript."""
-    async for _, update in updates:
-        if update.text:
-            event: dict[str, Any] = {"type": "transcript.text.delta", "delta": update.text}
-            if job.logprobs:
-                event["logprobs"] = _logprobs(service, update)
-            yield event
-        if (completion := update.completion) is not None:
-            event = {"type": "transcript.text.done", "text": completion.text, "usage": _usage(job, completion)}
-            if job.logprobs:
-                event["logprobs"] = _logprobs(service, completion)
-            yield event
+    """Yield the objects of a streamed transcript: of one clip token by token, of several each as it is answered."""
+
+    def delta(text: str, found: Completion | Update) -> dict[str, Any]:
+        event: dict[str, Any] = {"type": "transcript.text.delta", "delta": text}
+        return event | {"logprobs": _logprobs(service, [found])} if job.logprobs else event
+
+    ended: dict[int, Completion] = {}
+    sent, text = 0, ""
+    async for place, update in updates:
+        if len(job.requests) == 1 and update.text:
+            yield delta(update.text, update)
+        if update.completion is not None:
+            ended[place] = update.completion
+        while sent in ended:  # in the order of the recording
+            said = ended[sent].text.strip() if len(job.requests) > 1 else ended[sent].text
+            piece = separator(text, said) + said
+            text += piece
+            if piece and len(job.requests) > 1:
+                yield delta(piece, ended[sent])
+            sent += 1
+    completions = [ended[place] for place in sorted(ended)]
+    event: dict[str, Any] = {"type": "transcript.text.done", "text": text, "usage": _usage(completions)}
+    yield event | {"logprobs": _logprobs(service, completions)} if job.logprobs else event
 
 
-def _logprobs(service: Service, found: Completion | Update) -> list[dict[str, Any]]:
-    named = token_logprobs(service.tokenizer, found)
+def _logprobs(service: Service, found: Sequence[Completion | Update]) -> list[dict[str, Any]]:
+    named = [token for one in found for token in token_logprobs(service.tokenizer, one)]
     return [{key: value for key, value in token.items() if key != "top_logprobs"} for token in named]
 
 
-def _usage(job: AudioJob, completion: Completion) -> dict[str, Any]:
-    count = len(completion.tokens)
-    return {
-        "type": "tokens", "input_tokens": completion.prompt_tokens, "output_tokens": count,
-        "total_tokens": completion.prompt_tokens + count,
-    }  # fmt: skip
+def _usage(completions: Sequence[Completion]) -> dict[str, Any]:
+    prompt = sum(completion.prompt_tokens for completion in completions)
+    count = sum(len(completion.tokens) for completion in completions)
+    return {"type": "tokens", "input_tokens": prompt, "output_tokens": count, "total_tokens": prompt + count}

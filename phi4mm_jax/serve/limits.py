@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.images import MAX_PIXELS
+from phi4mm_jax.processing.recordings import CutSettings
 from phi4mm_jax.processing.video import MAX_FRAMES
 from phi4mm_jax.utils.checks import check_whole, is_number
 
@@ -26,6 +27,8 @@ class Limits:
         choices: the most answers to one prompt (`n`).
         prompts: the most prompts of one request for completions.
         top_logprobs: the most alternatives of each token.
+        clip_seconds: the most seconds of a clip that is transcribed as one; longer ones are cut at silence.
+        pause: seconds of silence that end a clip of a longer recording in any case.
         max_new_tokens: of answers whose request does not say.
         remote_bytes: of a medium that is fetched.
         remote_seconds: that fetching all media of a request may take.
@@ -44,6 +47,8 @@ class Limits:
     max_pixels: int = MAX_PIXELS
     audios: int = 16
     max_audio_seconds: int = 1800
+    clip_seconds: float = CutSettings.clip_seconds
+    pause: float = CutSettings.pause
     choices: int = 16
     prompts: int = 64
     top_logprobs: int = 20
@@ -55,7 +60,13 @@ class Limits:
 
     def __post_init__(self):
         for name in vars(self):
-            if name != "timeout":
+            if name not in ("timeout", "clip_seconds", "pause"):
                 check_whole(name, getattr(self, name), 0 if name == "top_logprobs" else 1)
         if not is_number(self.timeout) or not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout!r:.60}; expected a positive number")
+        CutSettings(self.clip_seconds, self.pause)
+
+    @property
+    def cut(self) -> CutSettings:
+        """How recordings are cut that are longer than a clip."""
+        return CutSettings(self.clip_seconds, self.pause)

@@ -14,28 +14,29 @@ class FairQueue:
     Of one event loop.
 
     Attributes:
+        size: how many requests it lets in at once.
         running: requests that the engine has.
         waiting: requests that wait.
     """
 
     def __init__(self, size: int, max_waiting: int):
-        self._size, self._max_waiting = size, max_waiting
+        self.size, self._max_waiting = size, max_waiting
         self._clients: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the next one first
         self.running = self.waiting = 0
 
     def check_room(self, count: int) -> None:
         """Raise ApiError where so many more requests would be too many."""
-        room = max(self._size - self.running, 0) + self._max_waiting - self.waiting
+        room = max(self.size - self.running, 0) + self._max_waiting - self.waiting
         if count > room:
             raise ApiError(
                 429, f"{self.waiting} requests are waiting, and {self._max_waiting} may; send it again later",
-                kind="rate_limit_error", code="server_busy", retry_after=max(1, self.waiting // self._size),
+                kind="rate_limit_error", code="server_busy", retry_after=max(1, self.waiting // self.size),
             )  # fmt: skip
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
         """Wait for this client's turn; the engine has the request within."""
-        if self.running < self._size:
+        if self.running < self.size:
             self.running += 1
         else:
             await self._wait(client)

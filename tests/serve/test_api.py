@@ -1,6 +1,7 @@
 """The OpenAI API over a real socket, asked by the official client, of the small model."""
 
 import base64
+import io
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ import jsonschema
 import numpy as np
 import openai
 import pytest
+import soundfile
+from helpers.recordings import RATE, held_clips, recording
 from helpers.serving import serving, wait_for
 
 import phi4mm_jax
@@ -45,7 +48,8 @@ def model():
 @pytest.fixture(scope="module")
 def app(model, tmp_path_factory):
     settings = ServerSettings(
-        "tiny", tmp_path_factory.mktemp("files"), Limits(max_body_bytes=2**20, max_audio_seconds=60, top_logprobs=3),
+        "tiny", tmp_path_factory.mktemp("files"),
+        Limits(max_body_bytes=2**20, max_audio_seconds=60, top_logprobs=3, clip_seconds=8, pause=1),
         instructions={"transcribe": "hear"}, warm_up=False,
     )  # fmt: skip
     return create_app(lambda: model.engine(CONFIG), model.processor.tokenizer, CONFIG.slots, settings)
@@ -202,6 +206,34 @@ def test_transcription_in_all_formats(client):
     assert "".join(event.delta for event in events[:-1]) == events[-1].text == SAID
     values = [token.logprob for token in events[-1].logprobs]
     assert math.isclose(segment.avg_logprob, sum(values) / len(values), abs_tol=1e-5)
+
+
+def test_a_long_recording_is_cut_at_silence(client):
+    """Longer than a clip: its clips are answered side by side, and told in their order; silence alone is not asked."""
+    samples, said = recording(held_clips(4))
+    file, silent = io.BytesIO(), io.BytesIO()
+    soundfile.write(file, samples, RATE, format="FLAC")
+    soundfile.write(silent, np.zeros(9 * RATE), RATE, format="FLAC")
+
+    def heard(content=file, **options):
+        named = ("talk.flac", content.getvalue())
+        return client.audio.transcriptions.create(model="tiny", file=named, **options)
+
+    found = heard(response_format="verbose_json")
+    assert found.duration == len(samples) / RATE
+    times = [(segment.start, segment.end) for segment in found.segments]
+    np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
+    texts = [segment.text for segment in found.segments]
+    assert [text for text, clip in zip(texts, said, strict=True) if text != clip.text] in ([], [texts[2]])  # "orange"
+    assert found.text == heard().text == " ".join(texts)
+    *deltas, done = heard(stream=True, include=["logprobs"])
+    assert [event.delta.strip() for event in deltas] == texts
+    assert "".join(event.delta for event in deltas) == done.text == found.text
+    assert sum(len(event.logprobs) for event in deltas) == len(done.logprobs) == done.usage.output_tokens
+    assert len(done.logprobs) == sum(len(segment.tokens) for segment in found.segments)
+    nothing = heard(silent, response_format="verbose_json")
+    assert (nothing.text, nothing.segments, nothing.duration) == ("", [], 9)
+    assert [event.type for event in heard(silent, stream=True)] == ["transcript.text.done"]
 
 
 def test_a_batch_is_answered_as_its_endpoint_answers(client):
