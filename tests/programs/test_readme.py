@@ -4,7 +4,6 @@ import ast
 import asyncio
 import importlib
 import inspect
-import json
 import os
 import re
 import shlex
@@ -16,9 +15,11 @@ import pytest
 from helpers.paths import TINY
 
 import phi4mm_jax
+from phi4mm_jax.engine.jsonl import read_requests
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+JSON = [block for language, block in BLOCKS if language == "json"]  # lines of a batch, a line to train on
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 LINES = [
     line.partition("  #")[0].strip() for language, block in BLOCKS if language == "" for line in block.splitlines()
@@ -58,9 +59,8 @@ def work(tmp_path_factory) -> Path:
     inputs = TINY / "inputs"
     shutil.copy(inputs / "image_0.png", folder / "chart.png")
     shutil.copy(inputs / "audio_0.flac", folder / "clip.wav")
-    content = [{"type": "audio", "audio": "clip.wav"}, {"type": "text", "text": "What is said?"}]
-    sample = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a word"}]}
-    (folder / "train.jsonl").write_text(2 * (json.dumps(sample) + "\n"))
+    (folder / "prompts.jsonl").write_text(JSON[0])
+    (folder / "train.jsonl").write_text(2 * JSON[1])
     return folder
 
 
@@ -85,6 +85,13 @@ def test_the_layout_is_current():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
     packages = {f"phi4mm_jax/{path.parent.name}" for path in (ROOT / "phi4mm_jax").glob("*/__init__.py")}
     assert packages - named == {"phi4mm_jax/generation"}, "packages that README.md does not name"
+
+
+def test_lines_of_a_batch(work, tiny):
+    lines = list(read_requests(work / "prompts.jsonl", max_new_tokens=256))
+    assert [(line.id, line.error) for line in lines] == [("a1", None), ("a2", None)]
+    rows = [tiny.processor.row(line.request.prompt, line.request.images) for line in lines]
+    assert [len(row.images) for row in rows] == [1, 0]
 
 
 @pytest.mark.slow
