@@ -79,10 +79,14 @@ def cut_recording(source: AudioSource, settings: CutSettings | None = None) -> I
         source: as of `load_audio`; however long.
 
     Raises:
-        InputError: the recording cannot be read, or the detector is not installed.
+        InputError: the recording has no samples or cannot be read, or the detector is not installed.
     """
     check_detector()
-    yield from cut_blocks(stream_audio(source), CutSettings() if settings is None else settings)
+    clip = None
+    for clip in cut_blocks(stream_audio(source), CutSettings() if settings is None else settings):
+        yield clip
+    if clip is None:
+        raise InputError("the recording has no samples; check that it is whole, or leave it out")
 
 
 def check_detector() -> None:

@@ -165,6 +165,12 @@ def test_a_file_that_is_cut_off_is_an_error_where_it_ends(tmp_path):
         list(clips)
 
 
+def test_a_recording_without_samples_is_an_error(tmp_path):
+    soundfile.write(tmp_path / "a.wav", silence(0), RATE)
+    with pytest.raises(InputError, match="the recording has no samples; check that it is whole"):
+        list(cut_recording(tmp_path / "a.wav"))
+
+
 def test_samples_that_are_no_numbers_are_an_error():
     with pytest.raises(InputError, match="samples that are NaN or infinite"):
         list(cut_recording((np.full(RATE, np.nan, np.float32), RATE)))

@@ -1,14 +1,17 @@
 """Turns, deadlines, keys, cancelled requests and streams of tool calls: a server whose engine is played by a script."""
 
 import asyncio
+import io
 import json
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import soundfile
 from helpers.paths import TINY
 from helpers.serving import serving, wait_for
 
@@ -118,6 +121,31 @@ def test_too_many_wait(tokenizer, tmp_path):
         for thread in threads:
             thread.join()
     assert found == [200, 200, 200]
+
+
+def test_a_recording_takes_no_more_room_than_the_engine_has(tokenizer, tmp_path):
+    """However many clips it has; those that are answered before an earlier one are told after it."""
+    second = np.concatenate([np.sin(np.arange(16000) / 5) / 5, np.zeros(24000)])
+    file, loads = io.BytesIO(), []
+    soundfile.write(file, np.tile(second, 8), 16000, format="WAV")
+
+    async def play(script: Script) -> AsyncIterator[Update]:
+        number = len(script.asked)
+        for _ in range(1 + 4 * (number % 2)):  # every other one takes longer
+            loads.append((service.queue.running + service.queue.waiting, service.queue.size))
+            await asyncio.sleep(0.02)
+        yield Update(0, "", Completion(f"clip {number}", [5], "stop", 3))
+
+    app = make_app(play, tokenizer, tmp_path, Limits(clip_seconds=3, pause=1, max_waiting=1))
+    service = app.state.service
+    with serving(app) as url:
+        options = {"data": {"stream": "true"}, "files": {"file": ("a.wav", file.getvalue())}}
+        lines = httpx.post(f"{url}/v1/audio/transcriptions", **options).text.splitlines()
+    *deltas, done = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert len(service.host.asked) == 8
+    assert all(load <= size < 8 for load, size in loads)
+    assert [event["delta"].strip() for event in deltas] == [f"clip {i}" for i in range(1, 9)]
+    assert done["text"] == " ".join(f"clip {i}" for i in range(1, 9))
 
 
 def test_bodies_are_bounded_together(tokenizer, tmp_path):
