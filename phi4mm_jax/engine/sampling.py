@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.checks import is_number, is_whole
@@ -177,13 +177,13 @@ def restrict(
     return jnp.where(kept & (weights >= min_p[:, None]), logits, -jnp.inf)
 
 
-def _order_keys(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+def _order_keys(x: Float[Array, "B V"]) -> UInt[Array, "B V"]:
     """Return unsigned numbers that compare as these float32 do."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
 
 
-def _cut(keys: Int[Array, "B V"], weights: Float[Array, "B V"], limits: Float[Array, " B"]) -> Int[Array, "B 1"]:
+def _cut(keys: UInt[Array, "B V"], weights: Float[Array, "B V"], limits: Float[Array, " B"]) -> UInt[Array, "B 1"]:
     """Find the least key such that all greater ones weigh less than the limit, 2 of its bits at a time."""
 
     def digit(i, cut):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.marks import fast_are
 from helpers.paths import TINY
 from helpers.quantized import dequantized
 
@@ -25,7 +26,7 @@ NOT_QUANTIZED = {  # of the parameters with two axes or more, without that of la
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=WEIGHTS)
+@pytest.fixture(scope="module", params=fast_are(["int8"], WEIGHTS))
 def quantized(request) -> phi4mm_jax.Model:
     return phi4mm_jax.load(TINY, "float32", weights=request.param, scan=True)
 
@@ -122,7 +123,7 @@ def test_answers_are_those_of_the_weights_as_floats(quantized):
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-3)
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("sizes", fast_are([{"tensor": 2}], [{"tensor": 2}, {"fsdp": 4, "tensor": 2}]))
 def test_on_a_mesh_they_are_split_and_compute_the_same(quantized, sizes):
     mesh = make_mesh(**sizes)
     spread = phi4mm_jax.load(TINY, "float32", mesh, weights=kind_of(quantized))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
+from helpers.marks import fast_are
 from helpers.paths import TINY
 
 import phi4mm_jax
@@ -19,7 +20,10 @@ GRADIENT_CASES = {c["name"]: c for c in golden_gradient_cases()}
 LOGITS = 3e-4  # their scale is 6
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ["text_cross", "vision", "speech", "vision_speech"]
+
+
+@pytest.mark.parametrize("name", fast_are(FAST, CASES))
 def test_logits_are_golden(tiny, goldens, name):
     case = CASES[name]
     batch = tiny.process([case["prompt"]], **media_of(case))
@@ -33,7 +37,7 @@ def test_logits_are_golden(tiny, goldens, name):
     assert error <= LOGITS
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast_are(FAST, CASES))
 def test_greedy_tokens_are_golden(tiny, goldens, name):
     case, expected = CASES[name], goldens[f"{name}.generated"].tolist()
     (completion,) = tiny.generate([case["prompt"]], **media_of(case), max_new_tokens=len(expected))

@@ -19,6 +19,7 @@ def batch(tiny):
     return tiny.process([CASE["prompt"]], **media_of(CASE))
 
 
+@pytest.mark.slow
 def test_scan_equals_loop(tiny, scanned, batch):
     assert "layers" in scanned.variables["lora_vision"]["decoder"]
     assert "layers_2" in tiny.variables["lora_vision"]["decoder"]
@@ -32,6 +33,7 @@ def test_layers_are_unstacked(tiny, scanned):
     jax.tree.map(np.testing.assert_array_equal, unstacked, tiny.variables["params"]["decoder"])
 
 
+@pytest.mark.slow
 def test_unrolled_encoders_equal_scanned_ones(scanned, batch):
     module = scanned.module.clone(scan=False, scan_encoders=False)
     variables = unstack_layers(jax.tree.map(lambda x: x, scanned.variables))
