@@ -21,6 +21,7 @@ from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.layers import tpu_format
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
 from phi4mm_jax.testing.compiled import CHIPS, cost
@@ -67,7 +68,7 @@ class Estimate(NamedTuple):
 
 def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     """The program with a cache that holds all rows, its heads over all chips, without adapters."""
-    module = Phi4MM(config, jnp.bfloat16)
+    module = Phi4MM(config, jnp.bfloat16, scan=case.devices != 1)  # as `load` has it
     abstract = abstract_variables(module)
     if case.weights is not None:
         abstract = quantized_abstract(abstract, case.weights)
@@ -83,11 +84,12 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
     variables = {
         path: on_chips(
-            x.shape, x.dtype if scales_of(path) in flat or weight_of(path) != path else jnp.bfloat16, places[path]
+            x.shape, x.dtype if scales_of(path) in flat or weight_of(path) != path else jnp.bfloat16,
+            tpu_format(path[-1], x.ndim, places[path]),
         )
         for path, x in flat.items()
         if path[0] == "params"
-    }
+    }  # fmt: skip
     variables = unflatten_dict(variables)
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
@@ -120,7 +122,8 @@ def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
     if case.program == "decode":
         found = cost(text, chip, branch=max if case.sampled else min)
         keys = 4 * d.num_layers * case.rows * case.length * d.num_kv_heads * d.head_size / chips
-        seconds = found.seconds + keys / bandwidth + d.num_layers * APPEND
+        reading = 2 * weights / chips / bandwidth  # while others are computed with
+        seconds = max(found.seconds, reading) + keys / bandwidth + d.num_layers * APPEND
         return Estimate(seconds, (2 * weights / chips + keys) / bandwidth, sum(found.bytes.values()))
     found = cost(text, chip, branch=min)  # of one chunk, without its attention
     count = case.length // case.chunk

@@ -9,7 +9,6 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -82,8 +81,8 @@ def load(
         merge: merge this adapter ("vision", "speech") into the weights, and drop all: prompts of its modality are
             answered as before, without the adapter's cost; others are errors.
         scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...). The loop
-            compiles faster, but XLA for CPUs and GPUs copies each layer's parameters out of the stack for every token.
-            By default a loop, except on one CPU or GPU.
+            compiles faster, but XLA cuts each layer's parameters out of the stack for every token. By default a loop on
+            a mesh, and unrolled on one device.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -130,7 +129,7 @@ def load(
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     if scan is None:
-        scan = mesh is not None or jax.default_backend() not in ("cpu", "gpu")
+        scan = mesh is not None  # unrolled programs of a mesh compile for many minutes
     if not scan:
         for collection in variables.values():
             collection["decoder"] = unstack_layers(collection["decoder"])

@@ -5,12 +5,15 @@ sharding is a table from logical to mesh axes. A parameter is declared once, by 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array, Float
 
 from phi4mm_jax.adapters import adapter_indices
@@ -175,14 +178,27 @@ def _unstacked(stacked: dict[str, Any]) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     while stacked:
         name, value = stacked.popitem()
-        each = _unstacked(value) if isinstance(value, dict) else _slices(value)
+        each = _unstacked(value) if isinstance(value, dict) else _slices(name, value)
         for layer, part in each.items():
             layers.setdefault(layer, {})[name] = part
     return layers
 
 
-def _slices(stack: Array) -> dict[str, Array]:
-    """Return each layer's part of a stack; on one CPU by the host, which compiles nothing."""
-    if isinstance(stack, jax.Array) and [d.platform for d in stack.devices()] == ["cpu"]:
-        return {f"layers_{i}": jax.device_put(x, stack.sharding) for i, x in enumerate(np.asarray(stack))}
-    return {f"layers_{i}": x for i, x in enumerate(stack)}
+def _slices(name: str, stack: Array) -> dict[str, Array]:
+    """Return each layer's part of a stack, sharded likewise; on CPUs by the host, which compiles nothing."""
+    place, platform = stack.sharding, next(iter(stack.devices())).platform
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, jax.P(*place.spec[1:]))
+    if platform == "cpu":
+        return {f"layers_{i}": jax.device_put(x, place) for i, x in enumerate(np.asarray(stack))}
+    place = tpu_format(name, stack.ndim - 1, place) if platform == "tpu" else place
+    layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=place)
+    return {f"layers_{i}": layer(stack, i) for i in range(len(stack))}
+
+
+def tpu_format(name: str, ndim: int, sharding: Sharding) -> Sharding | Format:
+    """Return where an unrolled layer's parameter lies on TPUs, and in which layout.
+
+    q, k, v (D, N, H) lie with their heads first, as XLA multiplies them: or else each call would copy them first.
+    """
+    return Format(Layout((1, 0, 2)), sharding) if name in ("q", "k", "v") and ndim == 3 else sharding

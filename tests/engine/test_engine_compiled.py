@@ -29,6 +29,7 @@ from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
 from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
+from phi4mm_jax.model.layers import tpu_format
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
 from phi4mm_jax.testing.compiled import copies, float_copies
@@ -41,16 +42,20 @@ BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @cache
-def compiled(program: str, weights: Weights | None = None, context: int = 1) -> tuple[Any, int]:
-    """A program on eight chips, which share the heads and the tokens of pages, and the bytes of cache that each has."""
+def compiled(program: str, weights: Weights | None = None, context: int = 1, chips: int = 8) -> tuple[Any, int]:
+    """A program on chips that share the heads and the tokens of pages, and the bytes of cache that each has.
+
+    On one chip it has four layers, unrolled as `load` does there.
+    """
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
-    config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY))
-    module = Phi4MM(config, jnp.bfloat16)
+    layers = config.decoder.num_layers if chips > 1 else 4
+    config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY, num_layers=layers))
+    module = Phi4MM(config, jnp.bfloat16, scan=chips > 1)
     abstract = abstract_variables(module)
     if weights is not None:
         abstract = quantized_abstract(abstract, weights)
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = Mesh(np.array(chips).reshape(context, -1), ("context", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[:chips]
+    mesh = Mesh(np.array(devices).reshape(context, -1), ("context", "tensor"), axis_types=(AxisType.Auto,) * 2)
     places = shardings(abstract, mesh)
 
     def on_chips(shape, dtype, place):
@@ -59,7 +64,8 @@ def compiled(program: str, weights: Weights | None = None, context: int = 1) -> 
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
     floats = {path for path in flat if scales_of(path) not in flat and weight_of(path) == path}
     variables = {
-        path: on_chips(x.shape, jnp.bfloat16 if path in floats else x.dtype, places[path]) for path, x in flat.items()
+        path: on_chips(x.shape, jnp.bfloat16 if path in floats else x.dtype, tpu_format(path[-1], x.ndim, places[path]))
+        for path, x in flat.items()
     }
     variables = unflatten_dict(variables)
     programs = Programs(module, variables)
@@ -67,7 +73,7 @@ def compiled(program: str, weights: Weights | None = None, context: int = 1) -> 
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)
     pages = jax.eval_shape(lambda: KVCache.allocate(config.decoder, PAGES // context, PAGE * context, jnp.bfloat16))
     pages = jax.tree.map(lambda x: on_chips(x.shape, x.dtype, programs.sharding_of(x)), pages)
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // 8
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages)) // chips
     rows = 1 if program == "prefill" else SLOTS
     tables = numbers((rows, PAGES_OF_A_ROW // context))
     settings = SamplingRows.of([Sampling()] * rows)
@@ -145,3 +151,11 @@ def test_decoding_reads_quantised_weights_as_integers(weights):
     found = float_copies(text, 393_216, VOCABULARY)
     assert [copy for copy in found if ",320]" not in copy] == []  # the speech adapter's rank, whose A is a float
     assert [place for size, place in moved(text) if size > 2**18] == []
+
+
+def test_decoding_on_one_chip_reads_weights_where_they_lie():
+    """Neither cut out of a stack nor in another layout; the smallest of a layer, that of the keys, has 3,145,728."""
+    text = compiled("decode", chips=1)[0].as_text()
+    assert "phi4mm_decode" in text
+    found = float_copies(text, 3072 * 1024, VOCABULARY)
+    assert [copy for copy in found if ",320]" not in copy] == []  # the speech adapter's rank
