@@ -9,10 +9,12 @@ exported like the release's two:
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 Media = Literal["images", "clips"]
 NO_ADAPTER, NONE = 0, "none"  # index of a row without adapter, and its name in requests
+USERS = "lora_users"  # collection of the adapters that users bring: stacks of places, each of which holds one
+_PLACE_BITS = 8  # a row's index has the built-in adapter below these bits, and above them 1 + the user's place, or 0
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 T = TypeVar("T")
 
@@ -77,6 +79,17 @@ def index_of(name: str) -> int:
     return NO_ADAPTER if name == NONE else ADAPTERS[name].index
 
 
+def row_index(builtin: int, place: int | None) -> int:
+    """Return the index of a row with a built-in adapter, or `NO_ADAPTER`, and a user's in a place, or None."""
+    return builtin if place is None else builtin | (place + 1) << _PLACE_BITS
+
+
+def split_index(index: T) -> tuple[T, T]:
+    """Return the built-in adapter's index and 1 + the user's place, 0 for none; of one row's index, or of an array."""
+    numbers: Any = index
+    return numbers & ((1 << _PLACE_BITS) - 1), numbers >> _PLACE_BITS
+
+
 def default_adapter(has_images: bool, has_clips: bool) -> Adapter | None:
     """Return the adapter of a row by its media: images decide, then clips."""
     media = "images" if has_images else "clips" if has_clips else None
@@ -85,5 +98,7 @@ def default_adapter(has_images: bool, has_clips: bool) -> Adapter | None:
 
 def used_collections(variables: Mapping[str, T], indices: set[int]) -> dict[str, T]:
     """Return the variables without the adapters of other indices, which then cost nothing."""
+    builtin, places = zip(*map(split_index, indices), strict=True) if indices else ((), ())
     index = adapter_indices()
-    return {name: value for name, value in variables.items() if name not in index or index[name] in indices}
+    used = {name for name in variables if name not in index or index[name] in builtin}
+    return {name: value for name, value in variables.items() if name in used and (name != USERS or any(places))}

@@ -20,7 +20,6 @@ from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.commands.options import adapter_folders_of
 from phi4mm_jax.data.examples import Size
 from phi4mm_jax.data.sizing import check_reached, propose_trainable
-from phi4mm_jax.engine import Request
 from phi4mm_jax.training.export import export
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import load_recipe
@@ -130,7 +129,7 @@ def test_an_adapter_that_the_checkpoint_lacks_is_refused_by_name(tiny):
     with pytest.raises(InputError, match="adapter is 'legal', which this checkpoint lacks"):
         tiny.generate([PROMPT], max_new_tokens=1, adapter="legal")
     with pytest.raises(InputError, match="expected one of none, vision, speech, legal"):
-        Request(PROMPT, adapter="medical")
+        tiny.generate([PROMPT], max_new_tokens=1, adapter="medical")
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])

@@ -76,6 +76,32 @@ def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path
     return found
 
 
+def user_adapter_folder(given: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """Return the folder of an adapter that a user brings, and the built-in adapter whose place it takes.
+
+    A folder that is named as an adapter's of a checkpoint (`speech-lora`), or that holds one such, is what was trained
+    from that adapter (`train.export --adapters-only`), and takes its place. Any other is an adapter of PEFT's on top
+    of whatever there is: None.
+
+    Raises:
+        CheckpointError: there is no such folder, or no adapter in it, or several.
+    """
+    folder = Path(os.path.abspath(_folder_of("user's", given)))
+    if (folder / SETTINGS_FILE).is_file():
+        return folder, next((a.name for a in ADAPTERS.values() if a.folder == folder.name), None)
+    places = [(folder / name, a.name) for a in ADAPTERS.values() for name in (a.folder, a.name)]
+    found = [(place, name) for place, name in places if (place / SETTINGS_FILE).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " or ".join(str(place) for place, _ in found)
+        raise CheckpointError(f"{folder}: holds {len(found)} adapters; give the one that is meant: {names}")
+    raise CheckpointError(
+        f"{folder}: holds no adapter: there is no {SETTINGS_FILE}; give a folder that PEFT or train.export "
+        "--adapters-only has written"
+    )
+
+
 def _folder_of(kind: str, given: str | os.PathLike[str]) -> Path:
     """Return an adapter's folder here, or the one that is downloaded.
 

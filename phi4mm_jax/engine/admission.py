@@ -10,6 +10,7 @@ from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import EncoderCache, MediaInputs
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sequence import Sequence
+from phi4mm_jax.engine.user_adapters import AdapterChoice
 from phi4mm_jax.errors import ContextLengthError, InputError
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor
@@ -26,7 +27,9 @@ class Admission:
         self._collections = frozenset(collections)
         self._stops = frozenset(stop_token_ids)
 
-    def sequence(self, request_id: int, request: Request, row: Row, media: MediaInputs, slot: int) -> Sequence:
+    def sequence(
+        self, request_id: int, request: Request, row: Row, media: MediaInputs, slot: int, adapters: AdapterChoice
+    ) -> Sequence:
         """Return the sequence of a request, to be prefilled, and without pages.
 
         Raises:
@@ -38,7 +41,7 @@ class Admission:
             raise ContextLengthError(
                 f"the prompt has {length} tokens, which leaves no room in the context of {context}; shorten it"
             )
-        self.check_adapter(request.adapter)
+        self.check_adapter(adapters.builtin)
         if request.top_logprobs > self._config.top_logprobs:
             raise InputError(
                 f"top_logprobs is {request.top_logprobs}, but the engine gives {self._config.top_logprobs}; ask for "
@@ -57,12 +60,14 @@ class Admission:
             )
         detokenizer = IncrementalDetokenizer(self._processor.tokenizer, request.stop)
         beams = self._beams(request, limit)
-        sequence = Sequence(request_id, request, row, media, slot, limit, max_pages, detokenizer, beams)
+        sequence = Sequence(
+            request_id, request, row, media, slot, limit, max_pages, detokenizer, beams, adapters=adapters
+        )
         sequence.reset(size, self._processor.config.decoder.rope.original_length)
         return sequence
 
     def check_adapter(self, adapter: str | None) -> None:
-        """Raise InputError for an adapter that the checkpoint lacks, or has merged."""
+        """Raise InputError for a built-in adapter that the checkpoint lacks, or has merged."""
         if adapter is not None and self._processor.merged is not None:
             raise InputError(
                 f"adapter is {adapter!r}, but the {self._processor.merged} adapter is merged into the weights; load "

@@ -7,12 +7,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from phi4mm_jax.engine.engine import Engine
 from phi4mm_jax.engine.output_processor import Update
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
+
+T = TypeVar("T")
 
 
 class Answer:
@@ -63,6 +65,27 @@ class AsyncEngine:
             InputError: the engine is closed, or was stopped by an error.
         """
         return self._submit(request, None)
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Call a function of the engine in its thread, between two rounds; from any thread.
+
+        Raises:
+            InputError: the engine is closed, or was stopped by an error.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(self._engine))
+                except Exception as error:  # the caller's, as of a folder that cannot be loaded
+                    future.set_exception(error)
+
+        with self._lock:
+            if self._closed is not None:
+                raise InputError(f"this engine {self._closed}")
+            self._calls.put(run)
+        return future
 
     async def generate(self, request: Request) -> Completion:
         """Return the whole answer. Cancelling the coroutine cancels the request."""

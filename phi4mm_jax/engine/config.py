@@ -33,6 +33,9 @@ class EngineConfig:
         beams: maximum number of beams of a request. They take no memory but pages; the answer of a request with n
             beams needs as many as n other answers.
         top_logprobs: maximum number of likeliest tokens per generated token that a request may ask for.
+        max_adapters: places for adapters that users bring (`Engine.load_adapter`), allocated at the start; 0, the
+            default, is none, and costs nothing (vLLM: max_loras).
+        max_adapter_rank: the largest rank of theirs, to which the others are padded (vLLM: max_lora_rank).
         cli: messages name the sizes as the options of a program (`--beams`).
         workers: threads that process prompts and their media: up to so many slow ones delay no other.
         media_seconds: limit for the processing of one request's media; past it the request ends with an error.
@@ -47,6 +50,8 @@ class EngineConfig:
     feature_blocks: int = 512
     beams: int = 1
     top_logprobs: int = 0
+    max_adapters: int = 0
+    max_adapter_rank: int = 64
     cli: bool = False
     workers: int = 4
     media_seconds: int = 300
@@ -57,6 +62,8 @@ class EngineConfig:
             if name != "cache_tokens" or self.cache_tokens is not None:
                 check_positive(name, getattr(self, name))
         check_whole("top_logprobs", self.top_logprobs, 0)
+        check_whole("max_adapters", self.max_adapters, 0)
+        check_positive("max_adapter_rank", self.max_adapter_rank)
         if self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:

@@ -8,6 +8,7 @@ numpy; the device computes, with a handful of programs whose shapes never change
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from phi4mm_jax.engine.request_queue import RequestQueue, WaitingRequest
 from phi4mm_jax.engine.scheduler import Scheduler
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import Programs, TopLogprobs
+from phi4mm_jax.engine.user_adapters import UserAdapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor
@@ -85,7 +87,12 @@ class Engine:
             earlier: one counter for a group of requests, of which equal ones then sample independently.
         """
         request_id, self._next_id = self._next_id, self._next_id + 1
-        self.queue.add(request_id, request, row, earlier)
+        try:
+            adapters = self.runner.user_adapters.choose(request.adapter)
+        except InputError as error:
+            self._outputs.reject(request_id, "error", error)
+        else:
+            self.queue.add(request_id, request, row, earlier, adapters)
         return request_id
 
     def cancel(self, request_id: int) -> None:
@@ -98,7 +105,42 @@ class Engine:
 
     def check_adapter(self, adapter: str | None) -> None:
         """Raise InputError for an adapter that no request may ask for."""
-        self._admission.check_adapter(adapter)
+        self._admission.check_adapter(self.runner.user_adapters.choose(adapter).builtin)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the users' adapters that are loaded."""
+        return tuple(self.runner.user_adapters.loaded)
+
+    def read_adapter(self, name: str, folder: str | Path) -> UserAdapter:
+        """Read a user's adapter for `load_adapter`, in any thread, while the engine runs.
+
+        Raises:
+            InputError, CheckpointError, ConfigError: see `read_user_adapter`.
+        """
+        return self.runner.user_adapters.read(name, folder)
+
+    def load_adapter(self, name: str, folder: str | Path | UserAdapter) -> None:
+        """Load a user's adapter, which requests then ask for by its name. Nothing is compiled.
+
+        Args:
+            folder: as PEFT or `train.export --adapters-only` has written it, or what `read_adapter` has read.
+
+        Raises:
+            InputError: the name cannot be used or is loaded, the rank is too large, or no place is free.
+            CheckpointError, ConfigError: the folder cannot be used.
+        """
+        adapter = folder if isinstance(folder, UserAdapter) else self.read_adapter(name, folder)
+        waiting, running = self.queue.adapters, [sequence.adapters for sequence in self.scheduler.resident]
+        self.runner.user_adapters.add(adapter, {c.user for c in (*waiting, *running) if c.user is not None})
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload a user's adapter. Requests that have it already are answered with it; its place is free after them.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        self.runner.user_adapters.remove(name)
 
     @property
     def idle(self) -> bool:
@@ -216,7 +258,7 @@ class Engine:
         """Return False for a request that has to wait for pages."""
         try:
             row, media = waiting.result(self.config.media_seconds)
-            sequence = self._admission.sequence(waiting.id, waiting.request, row, media, slot)
+            sequence = self._admission.sequence(waiting.id, waiting.request, row, media, slot, waiting.adapters)
         except Exception as error:  # whatever a library raises for a bad file, other requests are answered
             self.queue.remove(waiting)
             self._outputs.reject(waiting.id, "error", error)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phi4mm_jax.adapters import adapter_indices, used_collections
+from phi4mm_jax.adapters import USERS, adapter_indices, row_index, used_collections
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
@@ -21,6 +21,7 @@ from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
+from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import KVCache
 
@@ -35,6 +36,7 @@ class ModelRunner:
         kv_cache: on the device, as the following.
         token_seen: (slots, V); tokens of each slot's sequence, where it has a repetition penalty.
         encoder_cache: encoded media.
+        user_adapters: those that users have brought.
         num_prefilled_tokens: since the start.
         table_size: pages of the longest page table.
     """
@@ -49,6 +51,7 @@ class ModelRunner:
                 f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
                 f"{dtype.name!r} or 'int8'"
             )
+        self.user_adapters = UserAdapters(programs, config)
         self.table_size = min(config.pages, math.ceil(context / config.page_size))
         self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
@@ -230,7 +233,9 @@ class ModelRunner:
         self.token_seen = self._programs.set_penalty_mask(self.token_seen, np.int32(slot), seen)
 
     def _variables_of(self, adapters: set[int]) -> dict[str, Any]:
-        return used_collections(self._variables, adapters)
+        stacks = self.user_adapters.stacks
+        variables = self._variables if stacks is None else {**self._variables, USERS: stacks}
+        return used_collections(variables, adapters)
 
     # ------------------------------------------------------------------------------------------ warm-up
 
@@ -246,7 +251,12 @@ class ModelRunner:
         config = self._config
         index = adapter_indices()
         present = [index[name] for name in self._variables if name in index]
-        together = [{0, *some} for n in range(len(present) + 1) for some in combinations(present, n)]
+        places = (None,) if self.user_adapters.stacks is None else (None, 0)  # with users' adapters, and without
+        each = [row_index(adapter, place) for place in places for adapter in (0, *present)]
+        together = [
+            {row_index(0, place), *some}
+            for place in places for n in range(len(present) + 1) for some in combinations(present, n)
+        ]  # fmt: skip
 
         def prefill(adapter: int, count: int, width: int) -> None:
             self.run_prefill({adapter}, self.prefill_inputs(PrefillBatch([], [], width), [], count))
@@ -265,7 +275,7 @@ class ModelRunner:
         no_slot = config.slots  # out of range, so that nothing is set
         return [
             *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
-            *(partial(prefill, a, n, w) for a in [0, *present] for n in PREFILL_ROWS for w in config.prefill_widths),
+            *(partial(prefill, a, n, w) for a in each for n in PREFILL_ROWS for w in config.prefill_widths),
             *(partial(decode, adapters) for adapters in together),
             *(partial(decode_allowed, adapters) for adapters in together if self._with_grammars),
             *(partial(beam_step, adapters, size) for adapters in together for size in config.beam_batch_sizes),
@@ -285,7 +295,7 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
     free = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
     decoder, itemsize = programs.model.config.decoder, jnp.dtype(programs.model.dtype).itemsize
     features = config.feature_blocks * BLOCK_SIZE * decoder.embed_dim * itemsize
-    seen = config.slots * decoder.vocab_size
+    seen = config.slots * decoder.vocab_size + stack_bytes(programs, config)
     cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
     head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
     token = 2 * decoder.num_layers * decoder.num_kv_heads * head // programs.shares

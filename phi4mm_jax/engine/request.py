@@ -38,7 +38,8 @@ class Request:
         grammar: what the answer obeys, from its first token on. It may end only where the grammar may, or by a stop
             string, a limit, or an error if no token obeys. Not for beam search.
         adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default that of the media.
-            It does not change how media are encoded.
+            Or the name of a user's (`Engine.load_adapter`), which is on top of that of the media; "none+NAME" or
+            "speech+NAME" says what it is on top of. It does not change how media are encoded.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
 
     Raises:
@@ -84,8 +85,9 @@ class Request:
             check_max_crops("max_crops", self.max_crops)
         if not isinstance(self.continue_final_message, bool):
             raise InputError(f"continue_final_message is {self.continue_final_message!r:.60}; expected true or false")
-        if self.adapter is not None and self.adapter not in adapter_choices():
-            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {', '.join(adapter_choices())}")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            names = ", ".join(adapter_choices())
+            raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {names}, or the name of a user's")
 
     def _check_beams(self) -> None:
         plain = Sampling()

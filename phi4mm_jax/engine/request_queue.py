@@ -11,6 +11,7 @@ from phi4mm_jax.engine.encoder_cache import MediaInputs, media_inputs
 from phi4mm_jax.engine.grammar import Grammar, GrammarMatcher, is_installed, start_matcher
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sampling import Sampling, draws_by_identity
+from phi4mm_jax.engine.user_adapters import AdapterChoice
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.processor import Processor
@@ -22,6 +23,7 @@ class WaitingRequest:
 
     Attributes:
         duplicates: number of equal earlier requests by identity, one counter for a group of requests.
+        adapters: that it asks for.
         processed: its prompt and media.
         matcher: state of its grammar before the first token, once it is processed.
         started: when their processing began.
@@ -30,6 +32,7 @@ class WaitingRequest:
     id: int
     request: Request
     duplicates: Counter[bytes] | None = None
+    adapters: AdapterChoice = field(default_factory=AdapterChoice)
     processed: Future[tuple[Row, MediaInputs]] = field(init=False)
     matcher: GrammarMatcher | None = None
     started: float | None = None
@@ -85,16 +88,17 @@ class RequestQueue:
         return len(self._waiting)
 
     def add(
-        self, request_id: int, request: Request, row: Row | None = None, duplicates: Counter[bytes] | None = None
-    ) -> None:
+        self, request_id: int, request: Request, row: Row | None = None, duplicates: Counter[bytes] | None = None,
+        adapters: AdapterChoice | None = None,
+    ) -> None:  # fmt: skip
         """Put a request at the end, and have its prompt processed, unless its `row` is given."""
-        waiting = WaitingRequest(request_id, request, duplicates)
+        waiting = WaitingRequest(request_id, request, duplicates, adapters or AdapterChoice(request.adapter))
 
         def process() -> tuple[Row, MediaInputs]:
             waiting.started = time.monotonic()
             asked = (
                 request.prompt, request.images, request.audios, request.max_crops, request.continue_final_message,
-                request.adapter,
+                waiting.adapters.builtin,
             )  # fmt: skip
             if request.grammar is not None:
                 waiting.matcher = self._start_matcher(request.grammar, request.stop_tokens)
@@ -112,6 +116,11 @@ class RequestQueue:
         """Prepare the tokenizer for grammars, which takes seconds, where they can be used."""
         if is_installed():
             self._start_matcher(Grammar.json_object())
+
+    @property
+    def adapters(self) -> list[AdapterChoice]:
+        """Return what the waiting requests ask for."""
+        return [waiting.adapters for waiting in self._waiting]
 
     def cancel(self, request_id: int) -> bool:
         """Remove a request; returns whether it was there."""

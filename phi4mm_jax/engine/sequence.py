@@ -5,7 +5,7 @@ from enum import Enum
 
 import numpy as np
 
-from phi4mm_jax.adapters import index_of
+from phi4mm_jax.adapters import split_index
 from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.encoder_cache import MediaInputs
@@ -13,6 +13,7 @@ from phi4mm_jax.engine.grammar import GrammarMatcher
 from phi4mm_jax.engine.page_allocator import PageHash, page_hashes
 from phi4mm_jax.engine.request import Request, TokenLogprobs
 from phi4mm_jax.engine.sampling import Sampling
+from phi4mm_jax.engine.user_adapters import AdapterChoice
 from phi4mm_jax.processing.batching import Row
 
 
@@ -42,6 +43,7 @@ class Sequence:
         use_long_rope: its keys are rotated by the long set of LongRoPE's factors.
         beams: None unless beam search.
         sampling: the request's, with a seed.
+        adapters: that it is computed with.
         matcher: state of the request's grammar after the generated tokens.
     """
 
@@ -55,6 +57,7 @@ class Sequence:
     detokenizer: IncrementalDetokenizer
     beams: BeamGroup | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    adapters: AdapterChoice = field(default_factory=AdapterChoice)
     matcher: GrammarMatcher | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -71,9 +74,8 @@ class Sequence:
 
     @property
     def adapter(self) -> int:
-        """Index of its adapter: the request's, by default that of its media."""
-        asked = self.request.adapter
-        return self.row.adapter if asked is None else index_of(asked)
+        """Index of its adapters: the request's, by default that of its media."""
+        return self.adapters.index(self.row.adapter)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -94,7 +96,8 @@ class Sequence:
         self.num_computed_tokens, self.prefix_matched = 0, False
         self.num_tokens_to_prefill = self.num_prompt_tokens + len(self.output_token_ids)
         self.use_long_rope = self.num_prompt_tokens + self.num_output_tokens > long_rope_boundary
-        salt = bytes([self.adapter, self.use_long_rope])
+        builtin, _ = split_index(self.adapter)
+        salt = bytes([builtin, self.use_long_rope]) + self.adapters.salt
         self.page_hashes = list(
             page_hashes(self.token_ids(self.num_tokens_to_prefill), self.media.spans, page_size, salt)
         )

@@ -22,6 +22,7 @@ from phi4mm_jax.mesh import (
     jit_on_mesh,
     logits_sharding,
     replicate,
+    shardings,
     split_batch,
     vocabulary_parts,
 )
@@ -122,6 +123,12 @@ class Programs:
     def devices(self) -> list[Any]:
         """This host's devices that compute."""
         return sorted(self._sharding.addressable_devices, key=lambda device: device.id)
+
+    def param_shardings(self, boxed: Any) -> dict[tuple[str, ...], jax.sharding.Sharding]:
+        """Return the sharding of each of some parameters, beside the model's, by path; see `mesh.shardings`."""
+        if isinstance(self._sharding, NamedSharding):
+            return shardings(boxed, self._sharding.mesh)
+        return dict.fromkeys(shardings(boxed, None), self._sharding)
 
     @property
     def shares(self) -> int:

@@ -20,7 +20,7 @@ from phi4mm_jax.kernels.ring import ring_attention
 from phi4mm_jax.mesh import LENGTH, Axes, constrain, context_part, context_size, over_mesh
 from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes, fill, inputs_of_part, tokens_of_part
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
-from phi4mm_jax.model.lora import Projection, RowScales
+from phi4mm_jax.model.lora import DOWN, GATE_UP, OUT, QKV, Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import einsum, gated
 from phi4mm_jax.quantization import lookup
@@ -102,7 +102,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, layer, rows: AttentionInputs, cache: KVCache | None):
         sizes, loras = self.config.sizes, dict(self.config.loras)
-        q, k, v = Projection("D", {"q": "NH", "k": "KH", "v": "KH"}, sizes, loras, name="qkv")(x, rows.scales)
+        q, k, v = Projection(*QKV, sizes, loras, name="qkv")(x, rows.scales)
         half = self.config.decoder.rope.rotary_size // 2
         q, k = (rotate(x, rows.cos, rows.sin, half) for x in (q, k))
         if rows.segments is not None and context_size() > 1:
@@ -113,7 +113,7 @@ class Attention(nn.Module):
             )
         else:
             out, cache = attend(q, k, v, layer, rows.cached, cache)
-        (out,) = Projection("NH", {"out": "D"}, sizes, loras, name="out")(out, rows.scales)
+        (out,) = Projection(*OUT, sizes, loras, name="out")(out, rows.scales)
         return out, cache
 
 
@@ -167,8 +167,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, rows: AttentionInputs):
         sizes, loras = self.config.sizes, dict(self.config.loras)
-        parts = Projection("D", {"gate": "F", "up": "F"}, sizes, loras, name="gate_up")(x, rows.scales)
+        parts = Projection(*GATE_UP, sizes, loras, name="gate_up")(x, rows.scales)
         gate, up = (checkpoint_name(part, "mlp") for part in parts)
         # optimization_barrier keeps XLA for TPUs from fusing it, and its gradient, into the matmuls.
         hidden = jax.lax.optimization_barrier(gated(up, gate))
-        return Projection("F", {"down": "D"}, sizes, loras, name="down")(hidden, rows.scales)[0]
+        return Projection(*DOWN, sizes, loras, name="down")(hidden, rows.scales)[0]

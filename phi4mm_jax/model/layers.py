@@ -16,7 +16,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import Array, Float
 
-from phi4mm_jax.adapters import adapter_indices
+from phi4mm_jax.adapters import USERS, adapter_indices
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.precision import einsum, row_mean
 from phi4mm_jax.quantization import SCALES, QuantizedWeight
@@ -30,6 +30,7 @@ LOGICAL_AXES: Mapping[str, str | None] = {
     "F": "mlp",
     "V": "vocab",
     "R": "rank",
+    "U": None,  # places of users' adapters
     "C": "channels",
     "P": None,  # bands of a log-mel frame
     "S": None,  # rows of a table of positions
@@ -150,7 +151,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     in_axes: Any = (0, *(nn.broadcast for _ in shared))
     stacked = nn.scan(
         block,
-        variable_axes=dict.fromkeys(("params", *adapter_indices()), 0),  # adapters are stacked like their layers
+        variable_axes=dict.fromkeys(("params", *adapter_indices(), USERS), 0),  # adapters are stacked like their layers
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=config.num_layers,

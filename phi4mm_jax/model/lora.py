@@ -2,6 +2,9 @@
 
 y = x W + (alpha / rank) x A B, where A is shared by the parts of a fused matrix (q, k, v; gate, up). An adapter whose
 collection is absent from the variables costs nothing; where several are present, each row's scales choose among them.
+
+Users' adapters are another term of the same form, added beside it: their A and B lie in stacks of places, padded with
+zeros to one rank, with the scale in B. A row has that of its place, or none.
 """
 
 import math
@@ -17,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
-from phi4mm_jax.adapters import ADAPTERS, adapter_indices
+from phi4mm_jax.adapters import ADAPTERS, USERS, adapter_indices, split_index
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.kernels.ring import zigzag_order
 from phi4mm_jax.mesh import constrain_param
@@ -26,16 +29,33 @@ from phi4mm_jax.precision import einsum
 
 RowScales = Mapping[str, Float[Array, " B"]]
 
+ProjectionAxes = tuple[str, Mapping[str, str]]  # of the input, and of each part of the output
+QKV: ProjectionAxes = "D", {"q": "NH", "k": "KH", "v": "KH"}
+OUT: ProjectionAxes = "NH", {"out": "D"}
+GATE_UP: ProjectionAxes = "D", {"gate": "F", "up": "F"}
+DOWN: ProjectionAxes = "F", {"down": "D"}
+PROJECTIONS: Mapping[tuple[str, str], ProjectionAxes] = {
+    ("attention", "qkv"): QKV, ("attention", "out"): OUT, ("mlp", "gate_up"): GATE_UP, ("mlp", "down"): DOWN,
+}  # fmt: skip
+
 
 def lora_configs(config: Phi4MMConfig) -> dict[str, LoraConfig]:
     """Return the adapters that the model has, by collection."""
     return {ADAPTERS[name].collection: lora for name, lora in config.loras.items()}
 
 
-def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"]) -> RowScales:
-    """Return each adapter's scale per row: alpha / rank in the rows that use it, else 0."""
-    index = adapter_indices()
-    return {name: jnp.where(adapters == index[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
+def row_scales(config: Phi4MMConfig, adapters: Int[Array, " B"], users: bool = False) -> RowScales:
+    """Return each adapter's scale per row: alpha / rank in the rows that use it, else 0.
+
+    Args:
+        users: rows may have users' adapters; their collection then has 1 + the place of each row's, 0 for none.
+    """
+    index, places = adapter_indices(), {}
+    if users:
+        adapters, place = split_index(adapters)
+        places = {USERS: place}
+    scales = {name: jnp.where(adapters == index[name], lora.scale, 0.0) for name, lora in lora_configs(config).items()}
+    return scales | places
 
 
 def merged(variables: Mapping[str, Any], collection: str, scale: float) -> dict[str, Any]:
@@ -100,7 +120,23 @@ class Projection(nn.Module):
                 added = jax.lax.optimization_barrier(einsum(f"BTR,R{axes}->BT{axes}", hidden, b))
                 # Selected, for a diverged adapter may hold NaN, and rows of others are multiplied by 0 only.
                 parts[name] += jnp.where(chosen.reshape(-1, *[1] * (added.ndim - 1)), added, 0)
+        if self.has_variable(USERS, "a"):
+            self._add_users(x, scales[USERS], parts)
         return tuple(parts.values())
+
+    def _add_users(self, x: Float[Array, "B T ..."], places: Int[Array, " B"], parts: dict[str, Any]) -> None:
+        """Add the products of users' adapters: of all places, of which those that are not a row's are zeroed."""
+        a = self._of_users("a", self.inputs + "R")
+        hidden = einsum(f"BT{self.inputs},U{self.inputs}R->BTUR", x, a)
+        chosen = places[:, None] == 1 + jnp.arange(a.shape[0])  # (B, U)
+        hidden = jnp.where(chosen[:, None, :, None], hidden, 0)
+        for name, axes in self.outputs.items():
+            b = self._of_users(name, "R" + axes)
+            added = jax.lax.optimization_barrier(einsum(f"BTUR,UR{axes}->BT{axes}", hidden, b))
+            parts[name] += jnp.where((places > 0).reshape(-1, *[1] * (added.ndim - 1)), added, 0)
+
+    def _of_users(self, name: str, axes: str) -> Float[Array, "U ..."]:
+        return constrain_param(self.get_variable(USERS, name), (None, *(LOGICAL_AXES[axis] for axis in axes)))
 
     def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
         """Declare as `layers.declare` does, in any collection. B starts at zero: a fresh adapter changes nothing."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from phi4mm_jax.adapters import USERS
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
@@ -121,7 +122,8 @@ class Phi4MM(nn.Module):
         cached = None
         if cache is not None and starts is not None and tables is not None:
             cached = cached_inputs(cache, starts, lengths, tables, embedded.shape[1])
-        rows = AttentionInputs(lengths, cos, sin, lora.row_scales(self.config, adapters), cached, segments)
+        scales = lora.row_scales(self.config, adapters, USERS in self.variables)
+        rows = AttentionInputs(lengths, cos, sin, scales, cached, segments)
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

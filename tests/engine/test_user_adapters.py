@@ -1,0 +1,203 @@
+"""Users' adapters in an engine: rows of one batch with several, equal to merged weights and to PEFT."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.compilations import count_compilations
+from helpers.paths import TINY
+from safetensors.numpy import load_file, save_file
+
+import phi4mm_jax
+from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.engine import EngineConfig, Request
+
+CONFIG = EngineConfig(
+    slots=4, cache_tokens=1024, page_size=16, chunk=64, steps=4, max_adapters=3, max_adapter_rank=8,
+    feature_blocks=16,
+)  # fmt: skip
+PROMPT = "<|user|>hello there, this is a text of more than a page<|end|><|assistant|>"
+NEW = 5
+
+
+def write_adapter(folder: Path, rank: int, alpha: float, seed: int, **settings) -> dict[str, np.ndarray]:
+    """Write random matrices on all of the decoder's modules as PEFT does; return them."""
+    random = np.random.default_rng(seed)
+    speech = load_file(TINY / "speech-lora" / "adapter_model.safetensors")
+    matrices = {}
+    for name, like in speech.items():
+        shape = (rank, like.shape[1]) if "lora_A" in name else (like.shape[0], rank)
+        matrices[name] = random.normal(0, 0.1, shape).astype(np.float32)
+    folder.mkdir(parents=True)
+    save_file(matrices, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha} | settings
+    settings.setdefault("target_modules", r".*\.(self_attn|mlp)\..*_proj")
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return matrices
+
+
+SIZES = {"legal": (4, 6.0), "medical": (8, 3.0), "tax": (2, 9.0)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, (rank, alpha)) in enumerate(SIZES.items()):
+        write_adapter(root / name, rank, alpha, seed)
+    return {name: root / name for name in SIZES}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    """Compiled once for all tests, each of which leaves it without adapters."""
+    return tiny.engine(CONFIG)
+
+
+@pytest.fixture(autouse=True)
+def _unloaded(request):
+    yield
+    if "engine" in request.fixturenames:
+        engine = request.getfixturevalue("engine")
+        for name in engine.adapters:
+            engine.unload_adapter(name)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, folders):
+    """Checkpoints whose weights have an adapter's products added by numpy, by the adapter's name."""
+    found = {}
+    for name, (rank, alpha) in SIZES.items():
+        matrices = load_file(folders[name] / "adapter_model.safetensors")
+        folder = tmp_path_factory.mktemp(name) / "tiny"
+        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("goldens*", "inputs"))
+        for path in folder.glob("model-*.safetensors"):
+            tensors = load_file(path)
+            for key in tensors:
+                module = f"base_model.model.{key.removesuffix('.base_layer.weight')}"
+                if f"{module}.lora_A.weight" in matrices:
+                    product = matrices[f"{module}.lora_B.weight"] @ matrices[f"{module}.lora_A.weight"]
+                    tensors[key] = tensors[key].astype(np.float32) + alpha / rank * product
+            save_file(tensors, path)
+        found[name] = phi4mm_jax.load(folder, dtype="float32", scan=True)
+    return found
+
+
+def log_probabilities(model, tokens: np.ndarray, count: int, adapter: int = 0) -> np.ndarray:
+    """Of the last tokens of a row, by the logits of the whole row: no engine, and no adapter of users."""
+    batch = model.process([PROMPT])
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    batch = batch._replace(
+        tokens=padded, media=np.full_like(padded, -1), lengths=np.array([len(tokens)], np.int32),
+        adapters=np.array([adapter], np.int32),
+    )  # fmt: skip
+    values = np.asarray(jax.nn.log_softmax(model.logits(batch)[0], -1))
+    at = np.arange(len(tokens) - count, len(tokens))
+    return values[at - 1, tokens[at]]
+
+
+def answers(engine, asked) -> list:
+    requests = [Request(PROMPT, max_new_tokens=NEW, adapter=adapter) for adapter in asked]
+    return [answer for _, answer in sorted(engine.run(requests))]
+
+
+def check_equal_to_merged(tiny, merged, asked, found):
+    prompt = tiny.process([PROMPT])
+    prompt = np.asarray(prompt.tokens[0, : prompt.lengths[0]])
+    for adapter, answer in zip(asked, found, strict=True):
+        assert answer.error is None
+        builtin, _, name = (adapter or "").rpartition("+")
+        model = merged.get(name, tiny)
+        index = {"speech": 2, "vision": 1}.get(builtin, 0)
+        expected = log_probabilities(model, np.concatenate([prompt, answer.tokens]), len(answer.tokens), index)
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4, err_msg=str(adapter))
+
+
+def test_rows_equal_weights_merged_with_their_adapter(engine, tiny, merged, folders):
+    """Of three ranks, on top of speech, and without one, in one batch."""
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
+    asked = ["legal", "medical", "speech+legal", None, "tax"]
+    found = answers(engine, asked)
+    check_equal_to_merged(tiny, merged, asked, found)
+    alone = [answers(engine, [adapter])[0] for adapter in asked[:2]]
+    assert [answer.tokens for answer in alone] == [answer.tokens for answer in found[:2]]
+    assert len({tuple(answer.tokens) for answer in found}) == len(found)
+
+
+def test_nothing_compiles_when_adapters_come_and_go(engine, tiny, merged, folders):
+    """Loaded, unloaded and replaced under one name; no page of the prefix cache is taken for another adapter's."""
+    engine.load_adapter("mine", folders["legal"])
+    first = answers(engine, ["mine"])[0]
+    before = count_compilations()
+    engine.unload_adapter("mine")
+    engine.load_adapter("other", folders["tax"])
+    engine.load_adapter("mine", folders["medical"])
+    prefilled = engine.runner.num_prefilled_tokens
+    second = answers(engine, ["mine"])[0]
+    prompt = tiny.process([PROMPT])
+    assert engine.runner.num_prefilled_tokens - prefilled == prompt.lengths[0]
+    assert prompt.lengths[0] > CONFIG.page_size
+    assert count_compilations() == before
+    check_equal_to_merged(tiny, merged, ["medical"], [second])
+    assert first.tokens != second.tokens
+
+
+def test_requests_of_an_unloaded_adapter_end_with_it(engine, folders):
+    """Its place is free after them; a request that comes later is told."""
+    engine.load_adapter("legal", folders["legal"])
+    expected = answers(engine, ["legal"])[0]
+    number = engine.submit(Request(PROMPT, max_new_tokens=NEW, adapter="legal"))
+    engine.unload_adapter("legal")
+    for name in ("medical", "tax"):
+        engine.load_adapter(name, folders[name])
+    with pytest.raises(InputError, match="finds all 3 places taken"):
+        engine.load_adapter("legal", folders["legal"])
+    late = engine.submit(Request(PROMPT, adapter="legal"))
+    found = {}
+    while len(found) < 2:
+        found |= {u.id: u.completion for u in engine.updates_of({number, late}) if u.completion is not None}
+    assert found[number].tokens == expected.tokens
+    assert found[late].error == "adapter is 'legal'; expected one of none, vision, speech, medical, tax"
+    engine.load_adapter("legal", folders["legal"])
+
+
+def test_an_export_takes_the_place_of_the_built_in_adapter(engine, folders, tmp_path):
+    """As its folder's name says; nothing else goes beneath it."""
+    shutil.copytree(folders["legal"], tmp_path / "tuned" / "speech-lora")
+    engine.load_adapter("tuned", tmp_path / "tuned")
+    engine.load_adapter("plain", folders["legal"])
+    found = answers(engine, ["tuned", "speech+tuned", "none+plain", "speech+plain", "vision+tuned"])
+    assert found[0].tokens == found[1].tokens == found[2].tokens != found[3].tokens
+    assert "but tuned takes the place of speech" in found[4].error
+
+
+def test_what_cannot_be_loaded_is_refused_by_name(engine, tiny, folders, tmp_path):
+    write_adapter(tmp_path / "wide", 16, 1.0, 0)
+    write_adapter(tmp_path / "dora", 4, 1.0, 0, use_dora=True)
+    write_adapter(tmp_path / "whole", 4, 1.0, 0, modules_to_save=["lm_head"])
+    zero = write_adapter(tmp_path / "zero", 4, 1.0, 0)
+    file = tmp_path / "zero" / "adapter_model.safetensors"
+    save_file({n: x * 0 if "lora_B" in n else x for n, x in zero.items()}, file)
+    (tmp_path / "empty").mkdir()
+    refused = {
+        "wide": (InputError, r"rank 16, but the engine has room for 8"), "dora": (Exception, "use_dora is True"),
+        "whole": (Exception, "modules_to_save is"), "zero": (CheckpointError, "all its B matrices are zero"),
+        "empty": (CheckpointError, "holds no adapter"), "absent": (CheckpointError, "no such folder"),
+    }  # fmt: skip
+    for name, (kind, cause) in refused.items():
+        with pytest.raises(kind, match=cause):
+            engine.load_adapter("mine", tmp_path / name)
+    for name in ("speech", "none", "a b", "../a", "a+b", ""):
+        with pytest.raises(InputError, match="adapter name is"):
+            engine.load_adapter(name, folders["legal"])
+    engine.load_adapter("legal", folders["legal"])
+    with pytest.raises(InputError, match="'legal' is loaded already"):
+        engine.load_adapter("legal", folders["tax"])
+    with pytest.raises(InputError, match="'tax' is not loaded; loaded are: legal"):
+        engine.unload_adapter("tax")
+    with pytest.raises(InputError, match="has no place in this engine"):
+        tiny.engine(EngineConfig(slots=1, cache_tokens=64)).load_adapter("legal", folders["legal"])
