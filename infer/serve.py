@@ -19,8 +19,17 @@ from typing import Any
 import uvicorn
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weights, load_model
+from phi4mm_jax.commands.options import (
+    adapter_places,
+    add_adapter_folder,
+    add_mesh,
+    add_user_adapters,
+    add_weights,
+    load_model,
+    user_adapters_of,
+)
 from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.engine.user_adapters import read_user_adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.app import ServerSettings, create_app
 from phi4mm_jax.serve.audio import TASKS
@@ -62,6 +71,11 @@ def parse_arguments() -> argparse.Namespace:
         "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights; others are gone then"
     )
     add_adapter_folder(parser)
+    add_user_adapters(parser)
+    parser.add_argument(
+        "--adapter-root", metavar="DIR", type=path_argument,
+        help="let clients load and unload adapters (/v1/load_lora_adapter), of folders below this one",
+    )  # fmt: skip
     for name, what in _LIMITS.items():
         default = getattr(limits, name)
         parser.add_argument(
@@ -94,20 +108,26 @@ def main() -> int:
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            top_logprobs=limits.top_logprobs, cli=True,
+            top_logprobs=limits.top_logprobs, cli=True, **adapter_places(arguments),
         )  # fmt: skip
     keep_compiled(arguments.compilation_cache)
     model = load_model(arguments, notice=True, merge=arguments.merge)
+    name = arguments.name or Path(os.path.abspath(arguments.model)).name
+    if name in user_adapters_of(arguments):
+        raise InputError(f"--adapter has {name}, which is the model itself; give it another name, or --name")
+    adapters = {
+        key: read_user_adapter(key, folder, model.config, config) for key, folder in user_adapters_of(arguments).items()
+    }
     prompts = {"transcribe": arguments.transcription_prompt, "translate": arguments.translation_prompt}
     with ExitStack() as stack:
         files = arguments.files
         if files is None:
             files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phi4mm-files-")))
         settings = ServerSettings(
-            name=arguments.name or Path(os.path.abspath(arguments.model)).name, files=files, limits=limits,
+            name=name, files=files, limits=limits,
             api_keys=keys, loopback=is_loopback(arguments.host), remote_media=arguments.allow_remote_media,
             instructions={task: text for task, text in prompts.items() if text is not None},
-            warm_up=not arguments.no_warmup,
+            adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
         app = create_app(lambda: model.engine(config), model.processor.tokenizer, config.slots, settings)
         return serve(app, arguments)

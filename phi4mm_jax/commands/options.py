@@ -20,6 +20,54 @@ def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
     add_adapters_from(parser)
 
 
+def add_user_adapters(parser: argparse.ArgumentParser) -> None:
+    """Give a program the options of users' adapters, which `user_adapters_of` and `adapter_places` read."""
+    parser.add_argument(
+        "--adapter", dest="user_adapter", metavar="NAME=FOLDER", action="append", default=[],
+        help="an adapter of PEFT or train.export beside the model's own, which is asked for by its name; may be given "
+        "several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-adapters", metavar="N", type=int, help="places for them, by default as many as are given"
+    )
+    parser.add_argument(
+        "--max-adapter-rank", metavar="N", type=int, default=64, help="the largest of theirs (default: %(default)s)"
+    )
+
+
+def user_adapters_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the folders that --adapter names, by name.
+
+    Raises:
+        InputError: one is not NAME=FOLDER, or a name is there twice, or cannot be used.
+    """
+    from phi4mm_jax.engine.user_adapters import check_name
+
+    folders: dict[str, str] = {}
+    for given in arguments.user_adapter:
+        name, equals, folder = given.partition("=")
+        if not equals or not folder:
+            raise InputError(f"--adapter is {given!r:.200}; expected NAME=FOLDER")
+        check_name(name)
+        if name in folders:
+            raise InputError(f"--adapter has {name} twice: {folders[name]} and {folder}; give it once")
+        folders[name] = folder
+    return folders
+
+
+def adapter_places(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the sizes of `EngineConfig` for users' adapters.
+
+    Raises:
+        InputError: more are given than there are places.
+    """
+    count = len(user_adapters_of(arguments))
+    places = count if arguments.max_adapters is None else arguments.max_adapters
+    if count > places:
+        raise InputError(f"--max-adapters is {places}, but {count} are given by --adapter; expected at least that")
+    return {"max_adapters": places, "max_adapter_rank": arguments.max_adapter_rank}
+
+
 def add_adapters_from(parser: argparse.ArgumentParser) -> None:
     """Give a program the option --adapters-from."""
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine import Completion, Request, Update
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -49,10 +50,25 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for a model that is not served."""
-        if name not in (None, self.name):
+        if name not in (None, self.name, *self.host.adapters):
+            names = ", ".join(repr(each) for each in (self.name, *self.host.adapters))
             raise ApiError(
-                404, f"model is {name!r:.200}; this server has {self.name!r}", param="model", code="model_not_found"
+                404, f"model is {name!r:.200}; this server has {names}", param="model", code="model_not_found"
             )
+
+    def adapter_of(self, model: str | None, beneath: str | None = None) -> str | None:
+        """Return the `Request.adapter` of a request for a model, on top of a built-in adapter.
+
+        Raises:
+            ApiError: the one beneath is not the model's own.
+        """
+        if beneath is not None and beneath not in adapter_choices():
+            raise ApiError(
+                400, f"adapter is {beneath!r:.60}; expected one of {', '.join(adapter_choices())}", param="adapter"
+            )
+        if model in (None, self.name):
+            return beneath
+        return model if beneath is None else f"{beneath}+{model}"
 
     def deadline(self, seconds: float | None) -> float:
         """Return when a request has to be answered, by the event loop's clock.
@@ -72,6 +88,7 @@ class Job:
 
     Attributes:
         requests: one for each answer.
+        model: that was asked for; None: the server's own.
         deadline: by the event loop's clock.
         logprobs: answers have their tokens' log-probabilities.
         include_usage: a stream ends with the count of tokens.
@@ -81,6 +98,7 @@ class Job:
     requests: list[Request]
     deadline: float
     logprobs: bool
+    model: str | None = None
     include_usage: bool = False
     parallel: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +22,10 @@ from starlette.exceptions import HTTPException
 
 from phi4mm_jax import __version__
 from phi4mm_jax.engine import Engine
+from phi4mm_jax.engine.user_adapters import UserAdapter
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve import audio
+from phi4mm_jax.serve.adapters import add_adapters
 from phi4mm_jax.serve.answering import EventStream, Service, events_of, response_of
 from phi4mm_jax.serve.batches import Batches
 from phi4mm_jax.serve.chat import chat_answer, chat_chunks, parse_chat
@@ -76,6 +78,8 @@ class ServerSettings:
         loopback: clients reach the server by the names of this host only, so that no page of another name can ask it.
         remote_media: URLs of media are fetched.
         instructions: what the model is told to do with a clip, by task ("transcribe", "translate").
+        adapters: of users, by name, that are loaded from the start.
+        adapter_root: folder below which clients may have adapters loaded; None: they may not.
         warm_up: compile everything before the first request.
     """
 
@@ -86,6 +90,8 @@ class ServerSettings:
     loopback: bool = True
     remote_media: bool = False
     instructions: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, UserAdapter] = field(default_factory=dict)
+    adapter_root: Path | None = None
     warm_up: bool = True
 
 
@@ -100,7 +106,8 @@ def create_app(
     limits = settings.limits
     fetch = Fetcher(limits.remote_bytes) if settings.remote_media else None
     service = Service(
-        name=settings.name, host=EngineHost(make_engine, warm_up=settings.warm_up), tokenizer=tokenizer,
+        name=settings.name, tokenizer=tokenizer,
+        host=EngineHost(make_engine, warm_up=settings.warm_up, adapters=settings.adapters),
         queue=FairQueue(2 * slots, limits.max_waiting),  # the media of as many as run are processed meanwhile
         limits=limits, read_media=MediaReader(limits, fetch), metrics=Metrics(), created=int(time.time()),
         workers=ThreadPoolExecutor(_WORKERS, "phi4mm-media"),
@@ -128,6 +135,8 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Exception, _on_failure)
     _add_generation(app, service, settings)
+    if settings.adapter_root is not None:
+        add_adapters(app, service, settings.adapter_root)
     _add_files(app, store, batches)
     _add_status(app, service)
     app.add_middleware(
@@ -195,12 +204,14 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         response_format: str, **fields: Any,
     ) -> Response:  # fmt: skip
         service.check_model(model)
+        adapter = service.adapter_of(model)
         if prompt:
             raise ApiError(400, "prompt is given, which the model does not take; leave it out", param="prompt")
         instruction = settings.instructions.get(task, audio.TASKS[task])
         job = await audio.parse_audio(
             service, task, await file.read(), instruction=instruction, form=response_format, **fields
         )
+        job = replace(job, requests=[replace(request, adapter=adapter) for request in job.requests])
         if stream and response_format not in ("json", "text"):
             raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
         if stream:
@@ -246,19 +257,20 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             timeout=timeout, logprobs=False,
         )  # fmt: skip
 
-    def described() -> dict[str, Any]:
-        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "phi4mm-jax"}
+    def described(name: str) -> dict[str, Any]:
+        parent = {"parent": service.name} if name != service.name else {}
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "phi4mm-jax", **parent}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """List the models: one."""
-        return {"object": "list", "data": [described()]}
+        """List the models: the server's own, and users' adapters of it, which have it as their `parent`."""
+        return {"object": "list", "data": [described(name) for name in (service.name, *service.host.adapters)]}
 
     @app.get("/v1/models/{model:path}", responses=_ERRORS)
     async def model(model: str) -> dict[str, Any]:
         """Describe a model."""
         service.check_model(model)
-        return described()
+        return described(model)
 
 
 def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:

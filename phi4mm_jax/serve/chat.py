@@ -42,14 +42,14 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
     def parse() -> Request:
         parsed = keys_of_body({key: value for key, value in values.items() if key not in _OURS}, "messages")
         parsed["messages"] = service.read_media(parsed["messages"])
-        request = request_of(parsed | adapter_of(body), {"max_new_tokens": service.limits.max_new_tokens})
+        request = request_of(parsed | adapter_of(service, body), {"max_new_tokens": service.limits.max_new_tokens})
         return replace(request, top_logprobs=body.top_logprobs or 0)
 
     deadline = service.deadline(body.timeout)
     request = await in_thread(service, parse, deadline)
     return ChatJob(
         requests=choices(request, count), deadline=deadline, logprobs=bool(body.logprobs),
-        include_usage=body.include_usage,
+        include_usage=body.include_usage, model=body.model,
     )  # fmt: skip
 
 
@@ -79,9 +79,10 @@ def check_top_logprobs(service: Service, count: int, logprobs: bool) -> None:
         raise ApiError(400, "top_logprobs is given without logprobs; set it as well", param="top_logprobs")
 
 
-def adapter_of(body: Drawing) -> dict[str, str]:
-    """Return the key of the adapter that a body asks for."""
-    return {} if body.adapter is None else {"adapter": body.adapter}
+def adapter_of(service: Service, body: Drawing) -> dict[str, str]:
+    """Return the key of the adapters that a body asks for, by its model and by `adapter`."""
+    adapter = service.adapter_of(body.model, body.adapter)
+    return {} if adapter is None else {"adapter": adapter}
 
 
 def choices(request: Request, count: int) -> list[Request]:
@@ -100,7 +101,7 @@ async def chat_answer(service: Service, client: str, job: ChatJob, *, unlimited:
     """
     found = await completions_of(service, client, job, unlimited=unlimited)
     return {
-        "id": job.id, "object": "chat.completion", "created": job.created, "model": service.name,
+        "id": job.id, "object": "chat.completion", "created": job.created, "model": job.model or service.name,
         "choices": [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)],
         "usage": usage_of(found[0].prompt_tokens, sum(len(completion.tokens) for completion in found)),
     }  # fmt: skip
@@ -132,7 +133,7 @@ def _named(tokenizer: Tokenizer, token: int, log_probability: float) -> dict[str
 
 async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
     """Yield the objects of a streamed chat."""
-    head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": service.name}
+    head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model or service.name}
     usage = {"usage": None} if job.include_usage else {}
 
     def chunk(place: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:

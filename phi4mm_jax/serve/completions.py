@@ -54,7 +54,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
     def parse() -> list[Request]:
         given = {key: value for key, value in values.items() if key not in _OURS}
         settings = {"max_new_tokens": service.limits.max_new_tokens}
-        parsed = [keys_of_body({**given, "prompt": prompt}, "prompt") | adapter_of(body) for prompt in prompts]
+        parsed = [keys_of_body({**given, "prompt": prompt}, "prompt") | adapter_of(service, body) for prompt in prompts]
         asked = [replace(request_of(keys, settings), top_logprobs=body.logprobs or 0) for keys in parsed]
         return [choice for request in asked for choice in choices(request, count)]
 
@@ -63,7 +63,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
     echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(count)]
     return TextJob(
         requests=requests, deadline=deadline, logprobs=body.logprobs is not None, include_usage=body.include_usage,
-        echoed=echoed, per_prompt=count,
+        model=body.model, echoed=echoed, per_prompt=count,
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ async def text_answer(service: Service, client: str, job: TextJob, *, unlimited:
 
 
 def _head(service: Service, job: TextJob) -> dict[str, Any]:
-    return {"id": job.id, "object": "text_completion", "created": job.created, "model": service.name}
+    return {"id": job.id, "object": "text_completion", "created": job.created, "model": job.model or service.name}
 
 
 def _usage(job: TextJob, prompt_tokens: list[int], count: int) -> dict[str, int]:

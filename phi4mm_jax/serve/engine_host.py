@@ -4,10 +4,12 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from pathlib import Path
 
 from phi4mm_jax.engine import AsyncEngine, Engine, Request, Update
+from phi4mm_jax.engine.user_adapters import UserAdapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.errors import ApiError
 
@@ -24,13 +26,17 @@ class EngineHost:
     Args:
         make_engine: makes an engine; called in a thread, and again after it has stopped by an error.
         warm_up: compile everything before it takes requests.
+        adapters: of users, by name.
 
     Attributes:
         restarts: how often it was made anew.
         engine: the one that runs; None until it is ready.
+        adapters: of users, by name; every engine that is made has them.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], *, warm_up: bool = True):
+    def __init__(self, make_engine: Callable[[], Engine], *, warm_up: bool = True,
+        adapters: Mapping[str, UserAdapter] | None = None,
+    ):  # fmt: skip
         self._make_engine, self._warm_up = make_engine, warm_up
         self._runner: AsyncEngine | None = None
         self._cause = "it is being compiled"
@@ -39,6 +45,8 @@ class EngineHost:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self.engine: Engine | None = None
+        self.adapters: dict[str, UserAdapter] = dict(adapters or {})
+        self._loading = asyncio.Lock()
         self.restarts = 0
 
     @property
@@ -64,6 +72,37 @@ class EngineHost:
             await asyncio.to_thread(self._runner.close)
         self._runner = self.engine = None
         self._cause, self._failed = "the server ends", True
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a user's adapter, which requests then ask for by its name.
+
+        Raises:
+            ApiError: there is no engine at the moment.
+            InputError, CheckpointError, ConfigError: see `Engine.load_adapter`.
+        """
+        async with self._loading:
+            engine = self.engine
+            if engine is None:
+                raise self.unavailable()
+            adapter = await asyncio.to_thread(engine.read_adapter, name, folder)
+            await self._call(lambda engine: engine.load_adapter(name, adapter))
+            self.adapters[name] = adapter
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload a user's adapter. Requests that have it already are answered with it.
+
+        Raises:
+            ApiError: there is no engine at the moment.
+        """
+        async with self._loading:
+            if self.adapters.pop(name, None) is not None:
+                await self._call(lambda engine: engine.unload_adapter(name))
+
+    async def _call(self, function: Callable[[Engine], None]) -> None:
+        runner = self._runner
+        if runner is None or not runner.running:
+            raise self.unavailable()
+        await asyncio.wrap_future(runner.call(function))
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         """Answer a request, as `AsyncEngine.updates` does; it waits for an engine that is being made.
@@ -113,6 +152,8 @@ class EngineHost:
 
     def _make(self) -> None:
         engine = self._make_engine()
+        for name, adapter in list(self.adapters.items()):
+            engine.load_adapter(name, adapter)
         if self._warm_up:
             engine.warm_up(self._progress)
         if not self._closed:

@@ -101,7 +101,7 @@ class StreamOptions(Model):
 class Drawing(Model):
     """Settings that chats and texts share."""
 
-    model: str | None = Field(None, description="by default the only one")
+    model: str | None = Field(None, description="by default the server's own; or a user's adapter")
     max_tokens: int | None = None
     temperature: Number | None = Field(None, description="by default 0, which is greedy")
     top_p: Number | None = None
@@ -157,6 +157,16 @@ class CompletionRequest(Drawing):
     prompt: str | list[str] = Field(description="raw: special tokens in it are such")
     logprobs: int | None = None
     echo: bool | None = None
+
+
+class LoadAdapterRequest(Model):
+    lora_name: str = Field(description="by which requests ask for it, as their model")
+    lora_path: str = Field(description="its folder, within the one that the server allows")
+
+
+class UnloadAdapterRequest(Model):
+    lora_name: str
+    lora_int_id: int | None = Field(None, description="has no effect, whatever this says")
 
 
 class BatchRequest(Model):

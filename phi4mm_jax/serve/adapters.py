@@ -1,0 +1,57 @@
+"""/v1/load_lora_adapter and /v1/unload_lora_adapter: users' adapters that come and go while the server runs."""
+
+import os
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+
+from phi4mm_jax.checkpoint.peft import SETTINGS_FILE, WEIGHTS_FILE
+from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+from phi4mm_jax.serve.answering import Service
+from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.models import ErrorBody, LoadAdapterRequest, UnloadAdapterRequest
+
+
+def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
+    """Add the endpoints; adapters are those in folders below `root`, and nothing outside of it is read."""
+    responses = {status: {"model": ErrorBody} for status in (400, 404, 503)}
+
+    @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=responses)  # type: ignore[arg-type]
+    async def load_lora_adapter(body: LoadAdapterRequest) -> str:
+        """Load an adapter, which requests then ask for as their model."""
+        if body.lora_name == service.name:
+            raise ApiError(400, f"lora_name is {body.lora_name!r}, the model itself; give another", param="lora_name")
+        folder = folder_below(root, body.lora_path)
+        try:
+            await service.host.load_adapter(body.lora_name, folder)
+        except (InputError, CheckpointError, ConfigError) as error:
+            raise ApiError(400, str(error)) from error
+        return f"Success: LoRA adapter {body.lora_name!r} added successfully."
+
+    @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=responses)  # type: ignore[arg-type]
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
+        """Unload an adapter. Requests that have it already are answered with it."""
+        if body.lora_name not in service.host.adapters:
+            raise ApiError(404, f"lora_name is {body.lora_name!r:.200}, which is not loaded", param="lora_name",
+                           code="model_not_found")  # fmt: skip
+        await service.host.unload_adapter(body.lora_name)
+        return f"Success: LoRA adapter {body.lora_name!r} removed successfully."
+
+
+def folder_below(root: Path, path: str) -> Path:
+    """Return the adapter's folder that a client names: absolute, or within `root`.
+
+    Raises:
+        ApiError: it is outside of `root`, be it by a link, or is not there; the two look alike to the client.
+    """
+    base = os.path.realpath(root)
+    given = os.path.join(base, path)
+    within = "\0" not in path and all(
+        os.path.commonpath([base, os.path.realpath(os.path.join(given, *inner))]) == base
+        for inner in ((), *((name,) for name in (SETTINGS_FILE, WEIGHTS_FILE)))
+    )
+    if not within or not os.path.isfile(os.path.join(given, SETTINGS_FILE)):
+        raise ApiError(404, f"lora_path is {path!r:.200}; expected the folder of an adapter, with its {SETTINGS_FILE}, "
+                       "in the folder that --adapter-root names", param="lora_path")  # fmt: skip
+    return Path(os.path.realpath(given))
