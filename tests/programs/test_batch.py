@@ -136,7 +136,7 @@ BAD = [
     ({"prompt": "a", "id": True}, "id is True"),
     (
         {"prompt": "a", "promt": "b"},
-        "'promt' is not known; expected some of adapter, audios, beams, continue_final_message, id",
+        "'promt' is not known; expected some of adapter, audios, beams, continue_final_message, grammar, id",
     ),
     ({}, "expected a prompt or messages"),
     ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
