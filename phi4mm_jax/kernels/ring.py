@@ -7,6 +7,7 @@ neither of which has a mask: the later queries with the earlier keys; and the ea
 the other device comes before it, or else the later ones with the later ones.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.api import flash_attention
 from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.mesh import HEADS, LENGTH, ROWS, automatic_axes, context_size
@@ -52,9 +54,22 @@ def ring_attention(
 
 
 def _on_devices(function: Any, *arrays: Array, heads: bool = False) -> Any:
-    """`function`, of each device's part of arrays (B, T), (B, T, D) or, with `heads`, (B, T, N, H)."""
-    sizes = automatic_axes()
+    """Call `function` on each device's part of arrays (B, T), (B, T, D) or, with `heads`, (B, T, N, H).
+
+    Rows that the devices cannot share are whole on each; their gradients are its own, not summed.
+
+    Raises:
+        InputError: rows that do not divide into two chunks for each device of `context`.
+    """
+    sizes, (batch, length) = automatic_axes(), arrays[0].shape[:2]
+    if length % (2 * sizes[_AXIS]):
+        raise InputError(
+            f"rows have {length} tokens, which context={sizes[_AXIS]} cannot share; pad them to a multiple of "
+            f"{2 * sizes[_AXIS]}, or give a mesh without context"
+        )
     rows = tuple(name for name in ROWS if name in sizes)
+    if batch % math.prod(sizes[name] for name in rows):
+        rows = ()
     split = tuple(name for name in HEADS if name in sizes) if heads else ()
     specs = tuple(jax.P(rows, _AXIS, *[split][: x.ndim - 2]) for x in arrays)
     spread = jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=set(sizes), check_vma=False)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.ring import from_zigzag, ring_attention, to_zigzag, zigzag_order
 from phi4mm_jax.mesh import make_mesh, split_batch
 
@@ -74,3 +75,12 @@ def test_each_device_has_an_early_and_a_late_chunk():
     np.testing.assert_array_equal(zigzag, np.tile(expected, (2, 1)))
     np.testing.assert_array_equal(order, expected)
     np.testing.assert_array_equal(back, np.tile(np.arange(64), (2, 1)))
+
+
+@pytest.mark.parametrize("length", [60, 62])
+def test_rows_that_do_not_divide_are_refused(length):
+    """Into two chunks for each of four devices; the first divides by the devices alone."""
+    mesh = make_mesh(fsdp=2, context=4)
+    refused = pytest.raises(InputError, match=f"rows have {length} tokens.*context=4.*multiple of 8")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), split_batch(), refused:
+        jax.eval_shape(to_zigzag, jax.ShapeDtypeStruct((2, length), np.int32))
