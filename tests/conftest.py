@@ -36,6 +36,7 @@ def pytest_configure() -> None:
 
 
 LONGEST = (
+    "training/test_meshes.py",
     "training/test_step.py", "training/test_runs.py", "engine/test_engine.py", "programs/test_small_model.py",
     "programs/test_notebooks.py", "programs/test_ray.py", "programs/test_batch.py", "engine/test_beam_search.py",
     "kernels/test_attention_compiled.py", "engine/test_requests.py", "engine/test_soak.py", "model/test_rows.py",
