@@ -124,11 +124,12 @@ class Programs:
         """This host's devices that compute."""
         return sorted(self._sharding.addressable_devices, key=lambda device: device.id)
 
-    def param_shardings(self, boxed: Any) -> dict[tuple[str, ...], jax.sharding.Sharding]:
+    def param_shardings(self, boxed: Any) -> Mapping[tuple[str, ...], Any]:
         """Return the sharding of each of some parameters, beside the model's, by path; see `mesh.shardings`."""
-        if isinstance(self._sharding, NamedSharding):
-            return shardings(boxed, self._sharding.mesh)
-        return dict.fromkeys(shardings(boxed, None), self._sharding)
+        sharding: Any = self._sharding
+        if isinstance(sharding, NamedSharding):
+            return shardings(boxed, sharding.mesh)  # pyright: ignore[reportArgumentType]
+        return dict.fromkeys(shardings(boxed, None), sharding)
 
     @property
     def shares(self) -> int:
