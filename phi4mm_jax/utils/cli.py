@@ -174,7 +174,10 @@ class _Parser(argparse.ArgumentParser):
     def _check_options(self, given: Sequence[str]) -> None:
         """End with an error if one is not an option of this parser; argparse would name the words behind it."""
         known = self._option_string_actions
+        commands = {name for x in self._actions if x.nargs == argparse.PARSER for name in x.choices or ()}
         for word in given:
+            if word in commands:
+                return  # what follows is the command's, whose own parser looks at it
             name = word.partition("=")[0]
             is_option = name.startswith("-") and name != "-" and " " not in word and not _NEGATIVE.fullmatch(word)
             if is_option and name not in known and (name.startswith("--") or name[:2] not in known):

@@ -30,7 +30,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 class Script:
     """Plays the engine's host: gives a request the updates of its script, and keeps what was asked and left."""
 
-    ready, cause, restarts, engine = True, "", 0, None
+    ready, cause, restarts, engine, adapters = True, "", 0, None, ()
 
     def __init__(self, play):
         self.play, self.asked, self.left = play, [], []
