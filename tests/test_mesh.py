@@ -19,7 +19,7 @@ import phi4mm_jax
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import Phi4MMConfig, read_json
-from phi4mm_jax.engine import EngineConfig, Programs, Request
+from phi4mm_jax.engine import EngineConfig, Grammar, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
@@ -50,7 +50,7 @@ def wide(tmp_path_factory):
 def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
     """Logits, and answers to ragged rows, fewer than the devices, of text and of image and speech, and of beams.
 
-    Of one row the prompt's first pages are in the cache already.
+    Of one row the prompt's first pages are in the cache already, and one has a grammar.
     """
     alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
     spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=tensor, context=context))
@@ -65,6 +65,7 @@ def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
         Request(case["prompt"], **media, max_new_tokens=3),  # in chunks, of which each attends to those before
         *(Request(text, max_new_tokens=6, adapter="vision") for text in texts),
         Request(texts[1] + "?", max_new_tokens=4, adapter="vision"),
+        Request(texts[0], max_new_tokens=4, adapter="vision", grammar=Grammar.regex("[a-m]{12}")),
         Request(texts[0], max_new_tokens=4, beams=beams),
     ]
     sizes: Any = {"slots": 2, "cache_tokens": 4096, "steps": 4, "beams": beams, "cache_dtype": cache_dtype}
