@@ -1,6 +1,6 @@
 """Recordings of any length, cut at silence into clips that the model takes well.
 
-Speech is told from silence by WebRTC's voice activity detector (webrtcvad). The clips tile the recording: each sample
+WebRTC's voice activity detector (webrtcvad) finds speech and silence. The clips tile the recording: each sample
 is in exactly one. Those without speech are not worth asking about, and tempt the model to make words up.
 """
 
