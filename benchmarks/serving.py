@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 
@@ -19,11 +18,9 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import DecodeInputs, PrefillInputs
-from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
-from phi4mm_jax.model.layers import tpu_format
-from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
+from phi4mm_jax.quantization import Weights
+from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import CHIPS, cost
 
 BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
@@ -69,28 +66,16 @@ class Estimate(NamedTuple):
 def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     """The program with a cache that holds all rows, its heads over all chips, without adapters."""
     module = Phi4MM(config, jnp.bfloat16, scan=case.devices != 1)  # as `load` has it
-    abstract = abstract_variables(module)
-    if case.weights is not None:
-        abstract = quantized_abstract(abstract, case.weights)
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
     sizes = case.context, len(chips) // case.context
     mesh = jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
     page = PAGE * case.context
-    places = shardings(abstract, mesh)
 
     def on_chips(shape, dtype, place):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    variables = {
-        path: on_chips(
-            x.shape, x.dtype if scales_of(path) in flat or weight_of(path) != path else jnp.bfloat16,
-            tpu_format(path[-1], x.ndim, places[path]),
-        )
-        for path, x in flat.items()
-        if path[0] == "params"
-    }  # fmt: skip
-    variables = unflatten_dict(variables)
+    given = variables_on(mesh, module, case.weights)
+    variables = unflatten_dict({path: x for path, x in given.items() if path[0] == "params"})
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)

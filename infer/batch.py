@@ -37,8 +37,9 @@ import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.commands.options import (
     add_adapter_folder,
+    add_compilation_cache,
     add_mesh,
-    add_weights,
+    add_precision,
     answer_settings,
     load_model,
     make_engine,
@@ -48,7 +49,7 @@ from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
-from phi4mm_jax.utils.compilation import default_folder, keep_compiled
+from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import count_bar, progress_bar
@@ -60,8 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", metavar="FILE", type=path_argument, required=True)
     parser.add_argument("--output", metavar="FILE", type=path_argument, required=True)
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say (default: %(default)s)"
     )
@@ -82,10 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--hosts", "--host", dest="hosts", help=argparse.SUPPRESS)  # of earlier versions
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
-    parser.add_argument(
-        "--compilation-cache", metavar="DIR", default=str(default_folder()),
-        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
-    )  # fmt: skip
+    add_compilation_cache(parser)
     add_profile(parser, "some lines in the middle")
     return parser.parse_args()
 

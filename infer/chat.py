@@ -30,7 +30,7 @@ from typing import Any, Literal, TextIO
 
 from phi4mm_jax import InputError
 from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weights, load_model, make_engine
+from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_precision, load_model, make_engine
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.batching import Row
@@ -344,8 +344,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
     add_adapter_folder(parser)
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="how long it may get; by default what fits")
     parser.add_argument("--frames", metavar="N", type=int, default=MAX_FRAMES, help="of a video, at most")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=1024, help="of an answer")

@@ -33,8 +33,9 @@ from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import (
     adapter_folders_of,
     add_adapter_folder,
+    add_compilation_cache,
     add_mesh,
-    add_weights,
+    add_precision,
     load_model,
     make_engine,
 )
@@ -63,7 +64,7 @@ from phi4mm_jax.training.hosts import (
     is_primary_process,
 )
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
-from phi4mm_jax.utils.compilation import default_folder, keep_compiled
+from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile
 from phi4mm_jax.utils.progress import count_bar
@@ -91,15 +92,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"show the published figures of a benchmark: {', '.join(PUBLISHED)}",
     )  # fmt: skip
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
-    parser.add_argument(
-        "--compilation-cache", metavar="DIR", default=str(default_folder()),
-        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
-    )  # fmt: skip
+    add_compilation_cache(parser)
     add_profile(parser, "some items in the middle")
     add_host_options(parser)
     return parser.parse_args()

@@ -8,7 +8,7 @@ import sys
 
 import phi4mm_jax
 from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_weights, load_model
+from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_precision, load_model
 from phi4mm_jax.engine import Grammar, Request, Sampling
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
@@ -32,8 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--raw", action="store_true", help="TEXT is a whole prompt with placeholders, no chat message")
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-k", metavar="N", type=int, default=0)

@@ -26,7 +26,7 @@ from typing import get_args
 
 import phi4mm_jax
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_weights, answer_settings
+from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_precision, answer_settings
 from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
@@ -51,8 +51,7 @@ def parse_arguments() -> argparse.Namespace:
         "--write-seconds", metavar="N", type=float, default=30.0,
         help="seconds that an answer waits for others to be written with (default: %(default)g)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="for lines that do not say (default: %(default)s)"
     )

@@ -22,9 +22,10 @@ from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.commands.options import (
     adapter_places,
     add_adapter_folder,
+    add_compilation_cache,
     add_mesh,
+    add_precision,
     add_user_adapters,
-    add_weights,
     load_model,
     user_adapters_of,
 )
@@ -32,10 +33,10 @@ from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.user_adapters import read_user_adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.app import ServerSettings, create_app
-from phi4mm_jax.serve.audio import TASKS
 from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.transcription.transcripts import TASKS
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
-from phi4mm_jax.utils.compilation import default_folder, keep_compiled
+from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 
 _KEYS = "PHI4MM_API_KEY"
@@ -62,8 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--port", metavar="N", type=int, default=8000, help="0 for any (default: %(default)s)")
     parser.add_argument("--api-key", metavar="KEY", action="append", default=[], help="may be given several times")
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="requests that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all requests together; by default what fits")
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
@@ -92,10 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--transcription-prompt", metavar="TEXT", help=f"by default {TASKS['transcribe']!r}")
     parser.add_argument("--translation-prompt", metavar="TEXT", help=f"by default {TASKS['translate']!r}")
     parser.add_argument("--no-warmup", action="store_true", help="compile programs when a request first needs them")
-    parser.add_argument(
-        "--compilation-cache", metavar="DIR", default=str(default_folder()),
-        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
-    )  # fmt: skip
+    add_compilation_cache(parser)
     return parser.parse_args()
 
 

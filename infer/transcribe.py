@@ -25,8 +25,9 @@ from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.commands.options import (
     adapter_folders_of,
     add_adapter_folder,
+    add_compilation_cache,
     add_mesh,
-    add_weights,
+    add_precision,
     load_model,
     make_engine,
 )
@@ -37,8 +38,8 @@ from phi4mm_jax.processing.recordings import CutSettings, RecordedClip, check_de
 from phi4mm_jax.transcription.recognition import Transcript, clip_request, transcribe
 from phi4mm_jax.transcription.transcripts import LANGUAGES, TASKS, Task, plain_text, srt, verbose, vtt
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
-from phi4mm_jax.utils.compilation import default_folder, keep_compiled
-from phi4mm_jax.utils.files import write_atomically, write_remedy
+from phi4mm_jax.utils.compilation import keep_compiled
+from phi4mm_jax.utils.files import make_folder, write_atomically, write_remedy
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import clock, seconds_bar
 from phi4mm_jax.utils.strict_json import strict_json
@@ -81,17 +82,13 @@ def parse_arguments() -> argparse.Namespace:
         "--max-new-tokens", metavar="N", type=int, default=512, help="of a clip's transcript (default: %(default)s)"
     )
     add_mesh(parser)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    add_weights(parser)
+    add_precision(parser)
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="clips that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all clips together; by default what fits")
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: speech is faster")
     add_adapter_folder(parser)
-    parser.add_argument(
-        "--compilation-cache", metavar="DIR", default=str(default_folder()),
-        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
-    )  # fmt: skip
+    add_compilation_cache(parser)
     return parser.parse_args()
 
 
@@ -154,7 +151,7 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job], instruction: str
     )  # fmt: skip
     has_answers = any(path.exists() for job in jobs for path in job.outputs.values())
     try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.output)
         check_settings(arguments.output / "transcripts", settings, has_answers=has_answers)
     except OSError as error:
         raise _unwritable(arguments.output, error) from error

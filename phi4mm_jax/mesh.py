@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from phi4mm_jax.config import DecoderConfig, Phi4MMConfig
@@ -224,6 +224,14 @@ def shardings(abstract: Any, mesh: Mesh | None) -> dict[tuple[str, ...], jax.sha
         return NamedSharding(mesh, _split(axes, nn.unbox(leaf).shape, mesh.shape))
 
     return {path: spec(leaf) for path, leaf in boxed.items()}
+
+
+def sharding_within(sharding: Sharding, axis: int) -> Sharding:
+    """Return the sharding of what one index of an axis has, an axis that is not split."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = [names for i, names in enumerate(sharding.spec) if i != axis]
+    return NamedSharding(sharding.mesh, jax.P(*spec))
 
 
 def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:

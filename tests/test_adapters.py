@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.merging import write_merged
 from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
@@ -78,15 +79,7 @@ def checkpoint(tmp_path_factory, peft_folder) -> Path:
 def merged(tmp_path_factory, matrices) -> phi4mm_jax.Model:
     """The tiny checkpoint whose weights have the adapter's products added by numpy."""
     folder = tmp_path_factory.mktemp("merged") / "tiny"
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("goldens*", "inputs"))
-    for path in folder.glob("model-*.safetensors"):
-        tensors = load_file(path)
-        for name in tensors:
-            module = f"base_model.model.{name.removesuffix('.base_layer.weight')}"
-            if f"{module}.lora_A.weight" in matrices:
-                product = matrices[f"{module}.lora_B.weight"] @ matrices[f"{module}.lora_A.weight"]
-                tensors[name] = tensors[name].astype(np.float32) + ALPHA / RANK * product
-        save_file(tensors, path)
+    write_merged(folder, matrices, ALPHA / RANK)
     return phi4mm_jax.load(folder, dtype="float32")
 
 

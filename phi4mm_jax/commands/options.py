@@ -8,6 +8,7 @@ from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.quantization import Weights
 from phi4mm_jax.utils.cli import named_options
+from phi4mm_jax.utils.compilation import default_folder
 
 
 def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +84,20 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
         "--mesh", metavar="tensor=N",
         help="devices that share the heads and the cache; by default as many of this host's TPUs or GPUs as can; "
         "context=M,tensor=N has M times as many, which share the tokens of each page and of a prompt",
+    )  # fmt: skip
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Give a program the options --dtype and --weights, which `load_model` reads."""
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    add_weights(parser)
+
+
+def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --compilation-cache, which `keep_compiled` takes."""
+    parser.add_argument(
+        "--compilation-cache", metavar="DIR", default=str(default_folder()),
+        help='where compiled programs are kept for the next run; "" for nowhere (default: %(default)s)',
     )  # fmt: skip
 
 

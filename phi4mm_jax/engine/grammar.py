@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -108,12 +109,8 @@ def _guidance() -> Any:
 
 
 def is_installed() -> bool:
-    """Whether grammars can be used."""
-    try:
-        _guidance()
-    except InputError:
-        return False
-    return True
+    """Whether grammars can be used; does not import the library, which takes a while."""
+    return find_spec("llguidance") is not None
 
 
 @lru_cache(256)

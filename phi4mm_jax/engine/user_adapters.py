@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from phi4mm_jax.adapters import ADAPTERS, NONE, adapter_choices, index_of, row_index
@@ -27,6 +26,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine.config import EngineConfig
 from phi4mm_jax.engine.steps import Programs
 from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.mesh import sharding_within
 from phi4mm_jax.model.decoder import BlockConfig
 from phi4mm_jax.model.layers import LOGICAL_AXES
 from phi4mm_jax.model.lora import PROJECTIONS
@@ -240,18 +240,15 @@ class UserAdapters:
     def _place(self, place: int, parameters: Parameters) -> None:
         """Set a place's parameters; those that are not given are zero."""
 
+        axis = 1 if self._scan else 0
+
         def values(path: tuple[str, ...], stack: Any) -> Any:
-            shape = [size for i, size in enumerate(stack.shape) if i != (1 if self._scan else 0)]
+            shape = [size for i, size in enumerate(stack.shape) if i != axis]
             given = parameters.get(path[-3:])  # type: ignore[arg-type]
             if given is not None and not self._scan:
                 given = given[int(path[1].removeprefix("layers_"))]
             found = np.zeros(shape, self._dtype) if given is None else given.astype(self._dtype)
-            sharding = self._shardings[path]
-            if isinstance(sharding, NamedSharding):
-                spec = [*sharding.spec, *[None] * (stack.ndim - len(sharding.spec))]
-                del spec[1 if self._scan else 0]
-                sharding = NamedSharding(sharding.mesh, jax.P(*spec))
-            return jax.device_put(found, sharding)
+            return jax.device_put(found, sharding_within(self._shardings[path], axis))
 
         assert self.stacks is not None
         flat: dict[Any, Any] = flatten_dict(self.stacks)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental.layout import Format, Layout
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from phi4mm_jax.adapters import USERS, adapter_indices
-from phi4mm_jax.mesh import constrain_param
+from phi4mm_jax.mesh import constrain_param, sharding_within
 from phi4mm_jax.precision import einsum, row_mean
 from phi4mm_jax.quantization import SCALES, QuantizedWeight
 
@@ -187,9 +187,7 @@ def _unstacked(stacked: dict[str, Any]) -> dict[str, Any]:
 
 def _slices(name: str, stack: Array) -> dict[str, Array]:
     """Return each layer's part of a stack, sharded likewise; on CPUs by the host, which compiles nothing."""
-    place, platform = stack.sharding, next(iter(stack.devices())).platform
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, jax.P(*place.spec[1:]))
+    place, platform = sharding_within(stack.sharding, 0), next(iter(stack.devices())).platform
     if platform == "cpu":
         return {f"layers_{i}": jax.device_put(x, place) for i, x in enumerate(np.asarray(stack))}
     place = tpu_format(name, stack.ndim - 1, place) if platform == "tpu" else place

@@ -48,15 +48,13 @@ class Prompt:
     audios: tuple[Any, ...]
 
 
-_SPELLED = re.compile(r"<\|(image|audio)(_[0-9]+)?\|>")
 # Both the spellings of the published prompts and the tokens that these become.
 _PLACEHOLDER = re.compile(r"<\|(?P<kind>image|audio)(?:_(?P<number>[0-9]+))?\|>|<\|endoftext1(?P<token>[01])\|>")
 
 
 def placeholder_in(text: str) -> str | None:
     """Return the first media placeholder that a text spells as the published prompts do; None without one."""
-    found = _SPELLED.search(text)
-    return None if found is None else found.group()
+    return next((found.group() for found in _PLACEHOLDER.finditer(text) if found["kind"]), None)
 
 
 def parse_raw(

@@ -48,8 +48,8 @@ def folder_below(root: Path, path: str) -> Path:
     base = os.path.realpath(root)
     given = os.path.join(base, path)
     within = "\0" not in path and all(
-        os.path.commonpath([base, os.path.realpath(os.path.join(given, *inner))]) == base
-        for inner in ((), *((name,) for name in (SETTINGS_FILE, WEIGHTS_FILE)))
+        os.path.commonpath([base, os.path.realpath(os.path.join(given, name))]) == base
+        for name in ("", SETTINGS_FILE, WEIGHTS_FILE)
     )
     if not within or not os.path.isfile(os.path.join(given, SETTINGS_FILE)):
         raise ApiError(404, f"lora_path is {path!r:.200}; expected the folder of an adapter, with its {SETTINGS_FILE}, "

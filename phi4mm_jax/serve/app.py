@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,7 @@ from phi4mm_jax.serve.metrics import Metrics
 from phi4mm_jax.serve.models import PART_MODELS, PART_TYPES, BatchRequest, ChatRequest, CompletionRequest, ErrorBody
 from phi4mm_jax.serve.queueing import FairQueue
 from phi4mm_jax.serve.remote_media import Fetcher
+from phi4mm_jax.transcription.transcripts import TASKS, Task
 
 PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
@@ -200,18 +201,17 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         return await response_of(http, text_answer(service, client_of(http), job))
 
     async def listen(
-        task: audio.Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool, prompt: str,
+        task: Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool, prompt: str,
         response_format: str, **fields: Any,
     ) -> Response:  # fmt: skip
         service.check_model(model)
-        adapter = service.adapter_of(model)
         if prompt:
             raise ApiError(400, "prompt is given, which the model does not take; leave it out", param="prompt")
-        instruction = settings.instructions.get(task, audio.TASKS[task])
+        instruction = settings.instructions.get(task, TASKS[task])
         job = await audio.parse_audio(
-            service, task, await file.read(), instruction=instruction, form=response_format, **fields
-        )
-        job = replace(job, requests=[replace(request, adapter=adapter) for request in job.requests])
+            service, task, await file.read(), instruction=instruction, adapter=service.adapter_of(model),
+            form=response_format, **fields,
+        )  # fmt: skip
         if stream and response_format not in ("json", "text"):
             raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
         if stream:

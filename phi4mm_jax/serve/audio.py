@@ -12,7 +12,6 @@ from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.transcription.recognition import clip_request
 from phi4mm_jax.transcription.transcripts import (
     LANGUAGES,
-    TASKS,
     Segment,
     Task,
     joined,
@@ -22,8 +21,6 @@ from phi4mm_jax.transcription.transcripts import (
     verbose,
     vtt,
 )
-
-__all__ = ["TASKS", "Task"]
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 
@@ -47,8 +44,8 @@ class AudioJob(Job):
 
 
 async def parse_audio(
-    service: Service, task: Task, content: bytes, *, instruction: str, form: str, language: str | None,
-    temperature: float, timeout: float | None, logprobs: bool,
+    service: Service, task: Task, content: bytes, *, instruction: str, adapter: str | None, form: str,
+    language: str | None, temperature: float, timeout: float | None, logprobs: bool,
 ) -> AudioJob:  # fmt: skip
     """Return what the fields of a form ask for.
 
@@ -72,7 +69,10 @@ async def parse_audio(
         clips = _clips(service, content, seconds)
         sampling = Sampling(temperature=temperature)
         limit = service.limits.max_new_tokens
-        requests = [clip_request(clip, instruction, max_new_tokens=limit, sampling=sampling) for clip, _ in clips]
+        requests = [
+            clip_request(clip, instruction, max_new_tokens=limit, sampling=sampling, adapter=adapter)
+            for clip, _ in clips
+        ]
         return requests, [span for _, span in clips], seconds
 
     requests, spans, seconds = await in_thread(service, parse, deadline)

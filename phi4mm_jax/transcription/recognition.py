@@ -24,12 +24,14 @@ class Transcript:
 
 
 def clip_request(
-    clip: RecordedClip | bytes, instruction: str, *, max_new_tokens: int, sampling: Sampling
+    clip: RecordedClip | bytes, instruction: str, *, max_new_tokens: int, sampling: Sampling,
+    adapter: str | None = None,
 ) -> Request:  # fmt: skip
     """Return the request that has a clip, of a recording or a file of its own, written down."""
     audio = clip if isinstance(clip, bytes) else (clip.samples, clip.rate)
     parts = [{"type": "audio", "audio": audio}, {"type": "text", "text": instruction}]
-    return Request([{"role": "user", "content": parts}], max_new_tokens=max_new_tokens, sampling=sampling)
+    messages = [{"role": "user", "content": parts}]
+    return Request(messages, max_new_tokens=max_new_tokens, sampling=sampling, adapter=adapter)
 
 
 @dataclass

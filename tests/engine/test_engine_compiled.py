@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 from jax.experimental import topologies
@@ -27,11 +26,9 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
-from phi4mm_jax.mesh import shardings
 from phi4mm_jax.model import KVCache, Phi4MM
-from phi4mm_jax.model.layers import tpu_format
-from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
+from phi4mm_jax.quantization import Weights
+from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import copies, float_copies
 
 pytestmark = pytest.mark.tpu_compile
@@ -51,23 +48,13 @@ def compiled(program: str, weights: Weights | None = None, context: int = 1, chi
     layers = config.decoder.num_layers if chips > 1 else 4
     config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY, num_layers=layers))
     module = Phi4MM(config, jnp.bfloat16, scan=chips > 1)
-    abstract = abstract_variables(module)
-    if weights is not None:
-        abstract = quantized_abstract(abstract, weights)
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[:chips]
     mesh = Mesh(np.array(devices).reshape(context, -1), ("context", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    places = shardings(abstract, mesh)
 
     def on_chips(shape, dtype, place):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    floats = {path for path in flat if scales_of(path) not in flat and weight_of(path) == path}
-    variables = {
-        path: on_chips(x.shape, jnp.bfloat16 if path in floats else x.dtype, tpu_format(path[-1], x.ndim, places[path]))
-        for path, x in flat.items()
-    }
-    variables = unflatten_dict(variables)
+    variables = unflatten_dict(variables_on(mesh, module, weights))
     programs = Programs(module, variables)
     everywhere = partial(on_chips, place=NamedSharding(mesh, jax.P()))
     numbers, flags = partial(everywhere, dtype=jnp.int32), partial(everywhere, dtype=jnp.bool_)

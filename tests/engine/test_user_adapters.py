@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.compilations import count_compilations
+from helpers.merging import write_merged
 from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
@@ -72,15 +73,7 @@ def merged(tmp_path_factory, folders):
     for name, (rank, alpha) in SIZES.items():
         matrices = load_file(folders[name] / "adapter_model.safetensors")
         folder = tmp_path_factory.mktemp(name) / "tiny"
-        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("goldens*", "inputs"))
-        for path in folder.glob("model-*.safetensors"):
-            tensors = load_file(path)
-            for key in tensors:
-                module = f"base_model.model.{key.removesuffix('.base_layer.weight')}"
-                if f"{module}.lora_A.weight" in matrices:
-                    product = matrices[f"{module}.lora_B.weight"] @ matrices[f"{module}.lora_A.weight"]
-                    tensors[key] = tensors[key].astype(np.float32) + alpha / rank * product
-            save_file(tensors, path)
+        write_merged(folder, matrices, alpha / rank)
         found[name] = phi4mm_jax.load(folder, dtype="float32", scan=True)
     return found
 

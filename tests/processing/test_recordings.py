@@ -4,6 +4,7 @@ import sys
 import tracemalloc
 from math import gcd
 
+import av
 import numpy as np
 import pytest
 import scipy.signal
@@ -133,7 +134,6 @@ def test_files_are_read_block_by_block(form, tmp_path):
     """A file of more than one block of 2**20 samples, by its path and its bytes; as soundfile, or PyAV, reads it."""
     path, samples = tmp_path / f"a.{form}", np.stack([tone(70), tone(70, 0.1)], 1)
     if form == "mkv":
-        av = pytest.importorskip("av", reason="av is not installed; it is in the extra video")
         with av.open(str(path), "w") as container:
             stream = container.add_stream("pcm_s16le", rate=RATE)
             stream.layout = "stereo"
