@@ -142,7 +142,7 @@ class Processor:
 
     def row_of(self, prompt: Prompt, max_crops: int | None = None, adapter: str | None = None) -> Row:
         """Process one prompt that is parsed already, as `row` does."""
-        self._check_media(bool(prompt.images), bool(prompt.audios), adapter)
+        _check_media(self.config, self.merged, bool(prompt.images), bool(prompt.audios), adapter)
         vision, limit = self.config.vision, self._dynamic_hd(max_crops)
         # Counted before they are scaled and cut: what does not fit costs no more than loading.
         loaded = each("image", prompt.images, lambda image: self._load_image(image, limit))
@@ -163,7 +163,7 @@ class Processor:
         Raises:
             InputError: as `row_of`, but for what only decoding shows.
         """
-        self._check_media(bool(prompt.images), bool(prompt.audios))
+        _check_media(self.config, self.merged, bool(prompt.images), bool(prompt.audios))
         vision, limit = self.config.vision, self._dynamic_hd(max_crops)
         sizes = each("image", prompt.images, lambda image: self._image_size(image, limit))
         counts = {
@@ -219,44 +219,6 @@ class Processor:
         self._tokens_of_size(*image.size, max_crops)
         return image, max_crops
 
-    def _check_context(self, length: int, counts: Mapping[str, Sequence[int]]) -> None:
-        if length > self.context:
-            text = length - sum(map(sum, counts.values()))
-            media = [f"{kind} {i}: {n}" for kind, each_of in counts.items() for i, n in enumerate(each_of, 1)]
-            raise ContextLengthError(
-                f"the prompt has {length} tokens ({', '.join([f'text: {text}', *media])}), more than the context of "
-                f"{self.context}; shorten the text, give fewer or shorter media, or cap the crops with max_crops"
-            )
-
-    def _check_media(self, has_images: bool, has_clips: bool, adapter: str | None = None) -> None:
-        """Refuse media that the checkpoint cannot take. `adapter` as in `row`."""
-        for has_media, has_tower, media, tower in (
-            (has_images, self.config.has_vision, "images", "vision tower"),
-            (has_clips, self.config.has_speech, "clips", "speech encoder"),
-        ):
-            if has_media and not has_tower:
-                raise InputError(
-                    f"the prompt has {media}, but this checkpoint has no {tower}; leave them out, or use a checkpoint "
-                    "with it"
-                )
-        default = default_adapter(has_images, has_clips)
-        if self.merged is not None:
-            needed = "no adapter" if default is None else f"the {default.name} adapter"
-            own = ADAPTERS[self.merged]
-            if default != (None if own.media is None else own):
-                raise InputError(
-                    f"the prompt needs {needed}, but the {self.merged} adapter is merged into the weights; load the "
-                    "checkpoint without merge"
-                )
-            return
-        present = list(self.config.loras)
-        # A checkpoint without any is one whose adapters were merged into its weights.
-        if default is not None and adapter is None and present and default.name not in present:
-            raise InputError(
-                f"the prompt needs the {default.name} adapter, which this checkpoint lacks (it has the {present[0]} "
-                "adapter); use a checkpoint with it, or ask for adapter 'none'"
-            )
-
     def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):
         """Return the token ids with placeholders repeated, and where each medium begins; refuse too many."""
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
@@ -282,13 +244,55 @@ class Processor:
                 tokens += [token] * counts[medium.kind][medium.index]
             else:
                 tokens.append(token)
-        self._check_context(len(tokens), counts)
+        _check_context(len(tokens), counts, self.context)
         return np.asarray(tokens, np.int32), tuple(media)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Put processed rows together, each padded to the longest; counts and lengths are rounded up to buckets."""
         sizes = bucketed_sizes(rows, self.config, self.context)
         return assemble([[row] for row in rows], sizes, self.config)._replace(segments=None)
+
+
+def _check_media(
+    config: Phi4MMConfig, merged: str | None, has_images: bool, has_clips: bool, adapter: str | None = None
+) -> None:
+    """Refuse media that the checkpoint cannot take. `merged` as in `Processor`, `adapter` as in its `row`."""
+    for has_media, has_tower, media, tower in (
+        (has_images, config.has_vision, "images", "vision tower"),
+        (has_clips, config.has_speech, "clips", "speech encoder"),
+    ):
+        if has_media and not has_tower:
+            raise InputError(
+                f"the prompt has {media}, but this checkpoint has no {tower}; leave them out, or use a checkpoint "
+                "with it"
+            )
+    default = default_adapter(has_images, has_clips)
+    if merged is not None:
+        needed = "no adapter" if default is None else f"the {default.name} adapter"
+        own = ADAPTERS[merged]
+        if default != (None if own.media is None else own):
+            raise InputError(
+                f"the prompt needs {needed}, but the {merged} adapter is merged into the weights; load the "
+                "checkpoint without merge"
+            )
+        return
+    present = list(config.loras)
+    # A checkpoint without any is one whose adapters were merged into its weights.
+    if default is not None and adapter is None and present and default.name not in present:
+        raise InputError(
+            f"the prompt needs the {default.name} adapter, which this checkpoint lacks (it has the {present[0]} "
+            "adapter); use a checkpoint with it, or ask for adapter 'none'"
+        )
+
+
+def _check_context(length: int, counts: Mapping[str, Sequence[int]], context: int) -> None:
+    if length > context:
+        text = length - sum(map(sum, counts.values()))
+        media = [f"{kind} {i}: {n}" for kind, each_of in counts.items() for i, n in enumerate(each_of, 1)]
+        raise ContextLengthError(
+            f"the prompt has {length} tokens ({', '.join([f'text: {text}', *media])}), more than the context of "
+            f"{context}; shorten the text, give fewer or shorter media, or cap the crops with max_crops"
+        )
 
 
 def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:
