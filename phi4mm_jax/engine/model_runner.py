@@ -1,4 +1,4 @@
-"""Model runner: an engine's state on the device, the arrays for the compiled steps, and their calls."""
+"""Model runner: an engine's state on the device, and the calls of the compiled steps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.adapters import USERS, adapter_indices, row_index, used_collections
-from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
-from phi4mm_jax.engine.grammar import is_installed, num_words
-from phi4mm_jax.engine.sampling import Sampling, SamplingRows
+from phi4mm_jax.engine.grammar import is_installed
+from phi4mm_jax.engine.inputs import allowed_tokens, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
@@ -78,22 +77,22 @@ class ModelRunner:
             [(s.media, s.num_computed_tokens, min(stop, s.num_prompt_tokens)) for s, stop in chunks]
         )
         self.num_prefilled_tokens += sum(stop - s.num_computed_tokens for s, stop in chunks)
-        inputs = self.prefill_inputs(batch, rows, len(chunks))
+        inputs = self._prefill_inputs(batch, rows, len(chunks))
         return self.run_prefill({s.adapter for s, _ in chunks}, inputs)
 
     def decode(self, batch: DecodeBatch) -> SampledTokens:
         """Decode up to `num_decode_steps` tokens of each slot."""
         adapters = {s.adapter for s in batch.sequences if s is not None}
-        inputs = self.decode_inputs(batch.sequences, batch.num_decode_steps)
+        inputs = self._decode_inputs(batch)
         if all(s is None or s.matcher is None for s in batch.sequences):
             return self.run_decode(adapters, inputs)
-        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(batch.sequences, len(batch.sequences)))
+        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(batch.sequences, self._config.slots))
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
         """Extend beams by a token; return the likeliest tokens after each."""
         count = sum(len(beams.search.beams) for _, beams in groups)
         size = next(size for size in self._config.beam_batch_sizes if size >= count)
-        return self.run_beam_step({s.adapter for s, _ in groups}, self.beam_inputs(groups, size))
+        return self.run_beam_step({s.adapter for s, _ in groups}, beam_inputs(groups, size, self.table_size))
 
     def set_penalty_mask(self, sequence: Sequence) -> None:
         """Set a sequence's penalty mask to its tokens so far, if it has a repetition penalty; decoding adds its own."""
@@ -102,91 +101,24 @@ class ModelRunner:
             seen[sequence.token_ids(sequence.num_tokens_to_prefill)] = True
             self.run_set_penalty_mask(sequence.slot, seen)
 
-    # ------------------------------------------------------------------------------------------ arrays
-
-    def prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
-        """Arrays of a batch, padded to `count` rows.
-
-        Args:
-            media: for each sequence the rows of the table of features, see `EncoderCache.lookup_or_encode`.
-        """
-        sequences, stops, width = batch
-        tokens = np.zeros((count, width), np.int32)
-        features = np.full((count, width), NO_MEDIA, np.int32)
-        for i, (sequence, stop) in enumerate(zip(sequences, stops, strict=True)):
-            tokens[i, : stop - sequence.num_computed_tokens] = sequence.token_ids(stop)[sequence.num_computed_tokens :]
-            features[i, : len(media[i])] = media[i]
-        return PrefillInputs(
-            tokens, features,
-            starts=_column(sequences, count, lambda s: s.num_computed_tokens),
-            lengths=_padded(stops, count),
-            tables=self._page_tables([s.pages for s in sequences], count),
-            adapters=_column(sequences, count, lambda s: s.adapter),
-            use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
-            slots=_column(sequences, count, lambda s: s.slot),
-            num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
-            sampling=_sampling_rows(sequences, count),
-            **self._restrictions(batch, count),
-        )  # fmt: skip
-
-    def _restrictions(self, batch: PrefillBatch, count: int) -> dict[str, Any]:
-        """Arguments of `PrefillInputs` for the grammars of sequences whose last chunk this is."""
+    def _prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
+        """Arrays of a batch, with the grammars of sequences whose last chunk this is."""
+        inputs = prefill_inputs(batch, media, count, self.table_size)
         if not self._with_grammars:
-            return {}
-        last = [
-            s if stop == s.num_tokens_to_prefill else None for s, stop in zip(batch.sequences, batch.stops, strict=True)
-        ]
+            return inputs
+        chunks = zip(batch.sequences, batch.stops, strict=True)
+        last = [s if stop == s.num_tokens_to_prefill else None for s, stop in chunks]
         restricted = any(s is not None and s.matcher is not None for s in last)
         if count not in self._unrestricted:
             self._unrestricted[count] = self._programs.place(self._allowed([], count))
         allowed = self._programs.place(self._allowed(last, count)) if restricted else self._unrestricted[count]
-        return {"allowed": allowed, "restricted": np.asarray(restricted)}
+        return inputs._replace(allowed=allowed, restricted=np.asarray(restricted))
+
+    def _decode_inputs(self, batch: DecodeBatch) -> DecodeInputs:
+        return decode_inputs(batch, self.table_size, with_top=self._config.top_logprobs > 0)
 
     def _allowed(self, sequences: Items[Sequence | None], count: int) -> np.ndarray:
-        """The tokens that may come next in each row, a bit each: all where there is no grammar."""
-        allowed = np.full((count, num_words(self.token_seen.shape[1])), -1, np.int32)
-        for row, sequence in zip(allowed, sequences, strict=False):
-            if sequence is not None and sequence.matcher is not None:
-                row[:] = sequence.matcher.allowed()
-        return allowed
-
-    def decode_inputs(self, sequences: Items[Sequence | None], num_decode_steps: np.ndarray) -> DecodeInputs:
-        """Arrays of all slots."""
-        count = len(sequences)
-        return DecodeInputs(
-            last=_column(sequences, count, lambda s: s.output_token_ids[-1]),
-            lengths=_column(sequences, count, lambda s: s.num_computed_tokens),
-            num_decode_steps=num_decode_steps,
-            tables=self._page_tables([() if s is None else s.pages for s in sequences], count),
-            adapters=_column(sequences, count, lambda s: s.adapter),
-            use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
-            num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
-            sampling=_sampling_rows(sequences, count),
-            with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool)
-            if self._config.top_logprobs
-            else None,
-        )
-
-    def beam_inputs(self, groups: Items[tuple[Sequence, BeamGroup]], size: int) -> BeamInputs:
-        """Arrays of all groups' beams, padded to `size` of them."""
-        rows = [(s, beam, pages) for s, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
-        copies = [copy for _, group in groups for copy in group.copies]
-        return BeamInputs(
-            last=_padded([beam.tokens[s.num_computed_tokens - s.num_prompt_tokens] for s, beam, _ in rows], size),
-            lengths=_padded([s.num_computed_tokens + 1 for s, _, _ in rows], size),
-            tables=self._page_tables([s.pages + pages for s, _, pages in rows], size),
-            adapters=_padded([s.adapter for s, _, _ in rows], size),
-            use_long_rope=_padded([s.use_long_rope for s, _, _ in rows], size).astype(bool),
-            sources=_padded([source for source, _ in copies], size),
-            targets=_padded([target for _, target in copies], size),
-            num_copies=np.int32(len(copies)),
-        )
-
-    def _page_tables(self, tables: Items[Items[int]], count: int) -> np.ndarray:
-        padded = np.zeros((count, self.table_size), np.int32)
-        for i, pages in enumerate(tables):
-            padded[i, : len(pages)] = pages
-        return padded
+        return allowed_tokens(sequences, count, self.token_seen.shape[1])
 
     # ------------------------------------------------------------------------------------------ calls
 
@@ -259,17 +191,17 @@ class ModelRunner:
         ]  # fmt: skip
 
         def prefill(adapter: int, count: int, width: int) -> None:
-            self.run_prefill({adapter}, self.prefill_inputs(PrefillBatch([], [], width), [], count))
+            self.run_prefill({adapter}, self._prefill_inputs(PrefillBatch([], [], width), [], count))
 
         def decode(adapters: set[int]) -> None:
-            self.run_decode(adapters, self.decode_inputs([None] * config.slots, np.zeros(config.slots, np.int32)))
+            self.run_decode(adapters, self._decode_inputs(DecodeBatch.idle(config.slots)))
 
         def decode_allowed(adapters: set[int]) -> None:
-            inputs = self.decode_inputs([None] * config.slots, np.zeros(config.slots, np.int32))
+            inputs = self._decode_inputs(DecodeBatch.idle(config.slots))
             self.run_decode_allowed(adapters, inputs, lambda: self._allowed([], config.slots))
 
         def beam_step(adapters: set[int], size: int) -> None:
-            self.run_beam_step(adapters, self.beam_inputs([], size))
+            self.run_beam_step(adapters, beam_inputs([], size, self.table_size))
 
         stacks = warm_up_stacks(self._programs.model.config, self.encoder_cache.group_sizes)
         no_slot = config.slots  # out of range, so that nothing is set
@@ -306,16 +238,3 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
             "(mesh), cache_dtype int8 or fewer feature_blocks, or say what to try with cache_tokens"
         )
     return config.page_size * min(pages, config.slots * config.beams * math.ceil(context / config.page_size))
-
-
-def _column(sequences: Items[Sequence | None], count: int, value: Callable[[Sequence], int]) -> np.ndarray:
-    return _padded([0 if s is None else value(s) for s in sequences], count)
-
-
-def _padded(values: Items[int], count: int) -> np.ndarray:
-    return np.asarray([*values, *[0] * (count - len(values))], np.int32)
-
-
-def _sampling_rows(sequences: Items[Sequence | None], count: int) -> SamplingRows:
-    settings = [Sampling() if s is None else s.sampling for s in sequences]
-    return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))

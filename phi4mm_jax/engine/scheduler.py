@@ -33,6 +33,10 @@ class DecodeBatch(NamedTuple):
     num_decode_steps: np.ndarray
     preempted: list[Sequence]
 
+    @classmethod
+    def idle(cls, slots: int) -> "DecodeBatch":
+        return cls([None] * slots, np.zeros(slots, np.int32), [])
+
 
 class Scheduler:
     """Keeps the slots filled, and the page tables of the sequences in them.
@@ -178,8 +182,8 @@ class Scheduler:
 
     def next_decode(self, max_steps: int) -> DecodeBatch:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
-        sequences: list[Sequence | None] = [None] * len(self.slots)
-        num_steps, preempted = np.zeros(len(self.slots), np.int32), []
+        batch = DecodeBatch.idle(len(self.slots))
+        sequences, num_steps, preempted = batch
         if any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident):
             max_steps = 1
         for i, sequence in enumerate(self.slots):
@@ -194,7 +198,7 @@ class Scheduler:
             else:
                 self._preempt(sequence)
                 preempted.append(sequence)
-        return DecodeBatch(sequences, num_steps, preempted)
+        return batch
 
     def _allocate_to(self, sequence: Sequence, num_tokens: int) -> None:
         """Allocate pages for its first tokens."""

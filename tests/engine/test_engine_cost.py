@@ -11,7 +11,8 @@ from helpers.marks import fast_are
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import Engine, EngineConfig
 from phi4mm_jax.engine.encoder_cache import warm_up_stacks
-from phi4mm_jax.engine.scheduler import PrefillBatch
+from phi4mm_jax.engine.inputs import decode_inputs, prefill_inputs
+from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 
 SMALL = EngineConfig(slots=4, cache_tokens=2048, chunk=256, feature_blocks=32)
 LARGE = dataclasses.replace(SMALL, cache_tokens=32768, feature_blocks=512)  # and tables of 256 pages a row, not 16
@@ -47,10 +48,11 @@ def compiled(tiny, config, program):
     engine = Engine(programs, tiny.variables, tiny.processor, config)
     runner = engine.runner
     stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config, [4, 1])))}
-    resting = [None] * config.slots
+    resting = decode_inputs(DecodeBatch.idle(config.slots), runner.table_size, with_top=False)
+    chunk = prefill_inputs(PrefillBatch([], [], 256), [], 1, runner.table_size)
     calls = {
-        "decode": lambda: runner.run_decode({0, 1, 2}, runner.decode_inputs(resting, np.zeros(config.slots, np.int32))),
-        "prefill": lambda: runner.run_prefill({1}, runner.prefill_inputs(PrefillBatch([], [], 256), [], 1)),
+        "decode": lambda: runner.run_decode({0, 1, 2}, resting),
+        "prefill": lambda: runner.run_prefill({1}, chunk),
         "image": lambda: runner.encoder_cache.warm_up(*stacks[True]),
         "audio": lambda: runner.encoder_cache.warm_up(*stacks[False]),
         "set_penalty_mask": lambda: runner.run_set_penalty_mask(0, np.zeros(runner.token_seen.shape[1], bool)),

@@ -1,0 +1,106 @@
+"""Inputs of the compiled steps: arrays of sequences on the host, padded to the sizes that are compiled."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+import numpy as np
+from jaxtyping import Int
+
+from phi4mm_jax.batch import NO_MEDIA
+from phi4mm_jax.engine.beam_search import BeamGroup
+from phi4mm_jax.engine.grammar import num_words
+from phi4mm_jax.engine.sampling import Sampling, SamplingRows
+from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
+from phi4mm_jax.engine.sequence import Sequence
+from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
+
+
+def prefill_inputs(batch: PrefillBatch, media: Items[np.ndarray], count: int, table_size: int) -> PrefillInputs:
+    """Arrays of a batch, padded to `count` rows; without grammars.
+
+    Args:
+        media: for each sequence the rows of the table of features, see `EncoderCache.lookup_or_encode`.
+        table_size: pages of a page table.
+    """
+    sequences, stops, width = batch
+    tokens = np.zeros((count, width), np.int32)
+    features = np.full((count, width), NO_MEDIA, np.int32)
+    for i, (sequence, stop) in enumerate(zip(sequences, stops, strict=True)):
+        tokens[i, : stop - sequence.num_computed_tokens] = sequence.token_ids(stop)[sequence.num_computed_tokens :]
+        features[i, : len(media[i])] = media[i]
+    return PrefillInputs(
+        tokens, features,
+        starts=_column(sequences, count, lambda s: s.num_computed_tokens),
+        lengths=_padded(stops, count),
+        tables=_page_tables([s.pages for s in sequences], count, table_size),
+        adapters=_column(sequences, count, lambda s: s.adapter),
+        use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
+        slots=_column(sequences, count, lambda s: s.slot),
+        num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
+        sampling=_sampling_rows(sequences, count),
+    )  # fmt: skip
+
+
+def decode_inputs(batch: DecodeBatch, table_size: int, with_top: bool) -> DecodeInputs:
+    """Arrays of all slots.
+
+    Args:
+        with_top: whether the engine gives likeliest tokens.
+    """
+    sequences, count = batch.sequences, len(batch.sequences)
+    return DecodeInputs(
+        last=_column(sequences, count, lambda s: s.output_token_ids[-1]),
+        lengths=_column(sequences, count, lambda s: s.num_computed_tokens),
+        num_decode_steps=batch.num_decode_steps,
+        tables=_page_tables([() if s is None else s.pages for s in sequences], count, table_size),
+        adapters=_column(sequences, count, lambda s: s.adapter),
+        use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
+        num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
+        sampling=_sampling_rows(sequences, count),
+        with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool) if with_top else None,
+    )
+
+
+def beam_inputs(groups: Items[tuple[Sequence, BeamGroup]], size: int, table_size: int) -> BeamInputs:
+    """Arrays of all groups' beams, padded to `size` of them."""
+    rows = [(s, beam, pages) for s, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
+    copies = [copy for _, group in groups for copy in group.copies]
+    return BeamInputs(
+        last=_padded([beam.tokens[s.num_computed_tokens - s.num_prompt_tokens] for s, beam, _ in rows], size),
+        lengths=_padded([s.num_computed_tokens + 1 for s, _, _ in rows], size),
+        tables=_page_tables([s.pages + pages for s, _, pages in rows], size, table_size),
+        adapters=_padded([s.adapter for s, _, _ in rows], size),
+        use_long_rope=_padded([s.use_long_rope for s, _, _ in rows], size).astype(bool),
+        sources=_padded([source for source, _ in copies], size),
+        targets=_padded([target for _, target in copies], size),
+        num_copies=np.int32(len(copies)),
+    )
+
+
+def allowed_tokens(sequences: Items[Sequence | None], count: int, vocab_size: int) -> Int[np.ndarray, "{count} W"]:
+    """The tokens that may come next in each row, a bit each: all where there is no grammar."""
+    allowed = np.full((count, num_words(vocab_size)), -1, np.int32)
+    for row, sequence in zip(allowed, sequences, strict=False):
+        if sequence is not None and sequence.matcher is not None:
+            row[:] = sequence.matcher.allowed()
+    return allowed
+
+
+def _page_tables(tables: Items[Items[int]], count: int, size: int) -> np.ndarray:
+    padded = np.zeros((count, size), np.int32)
+    for i, pages in enumerate(tables):
+        padded[i, : len(pages)] = pages
+    return padded
+
+
+def _column(sequences: Items[Sequence | None], count: int, value: Callable[[Sequence], int]) -> np.ndarray:
+    return _padded([0 if s is None else value(s) for s in sequences], count)
+
+
+def _padded(values: Items[int], count: int) -> np.ndarray:
+    return np.asarray([*values, *[0] * (count - len(values))], np.int32)
+
+
+def _sampling_rows(sequences: Items[Sequence | None], count: int) -> SamplingRows:
+    settings = [Sampling() if s is None else s.sampling for s in sequences]
+    return SamplingRows.of(settings + [Sampling()] * (count - len(settings)))
