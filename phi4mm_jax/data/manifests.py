@@ -3,7 +3,8 @@
 import functools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,9 +45,16 @@ class Manifest(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Close the file; a sample cannot be read afterwards."""
+        ...
+
 
 def open_manifest(path: Path) -> Manifest:
     """Open a file of JSON lines, a Parquet file (by its ending), or a folder that `Dataset.save_to_disk` has written.
+
+    Returns:
+        It, to be closed.
 
     Raises:
         InputError: it cannot be read, has no samples, or needs a package that is not installed.
@@ -61,8 +69,17 @@ def open_manifest(path: Path) -> Manifest:
         package = "datasets" if path.is_dir() else "pyarrow"
         raise InputError(f"{path}: needs {package}; pip install {package}, or write it as JSON lines") from error
     if not len(manifest):
+        manifest.close()
         raise InputError(f"{path}: has no samples; give a file with some, or leave it out")
     return manifest
+
+
+def open_manifests(paths: Sequence[Path]) -> list[Manifest]:
+    """Open all, or none: as `open_manifest`."""
+    with ExitStack() as opened:
+        manifests = [opened.enter_context(closing(open_manifest(path))) for path in paths]
+        opened.pop_all()
+    return manifests
 
 
 class _JsonLines:
@@ -71,6 +88,13 @@ class _JsonLines:
     def __init__(self, path: Path):
         self.path, self.folder = path, path.parent
         self._file = path.open("rb", buffering=0)
+        try:
+            self._find_lines()
+        except BaseException:
+            self.close()
+            raise
+
+    def _find_lines(self) -> None:
         self.size = os.fstat(self._file.fileno()).st_size
         starts = [np.zeros(1, np.int64)]
         at = 0
@@ -101,6 +125,9 @@ class _JsonLines:
             raise BadSample("line", f"the line is not UTF-8 (at byte {error.start}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise BadSample("line", f"the line is not JSON ({error}); expected one object per line") from None
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _Parquet:
@@ -137,6 +164,10 @@ class _Parquet:
             raise BadSample("line", f"the row cannot be read ({error})") from error
         return _from_table(table.slice(number - int(self._starts[group]), 1).to_pylist()[0])
 
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
 
 class _Dataset:
     """Hugging Face dataset, whose Arrow files are mapped into memory."""
@@ -162,6 +193,9 @@ class _Dataset:
     def read(self, number: int) -> Any:
         table: Any = self._rows[number : number + 1]
         return _from_table(table.to_pylist()[0])
+
+    def close(self) -> None:
+        """Leave the memory maps to the last table that refers to them."""
 
 
 def _from_table(value: Any) -> Any:

@@ -30,7 +30,7 @@ from phi4mm_jax.data.augment import (
     SpeechAugmentation,
 )
 from phi4mm_jax.data.examples import BadSample, Example, Kind, Sample, Size, load_examples, measure, parse_sample
-from phi4mm_jax.data.manifests import open_manifest
+from phi4mm_jax.data.manifests import open_manifests
 from phi4mm_jax.data.packing import PackingConfig, PendingSample, Plan, Planner, build_batch
 from phi4mm_jax.data.plans import BadSampleLimit, Plans, Tally, sample_order
 from phi4mm_jax.errors import InputError
@@ -185,9 +185,9 @@ class TrainingData:
                 f"{', '.join(processor.config.loras) or 'none'}); give a model with it"
             )
         self._config, self._processor, self._host, self._hosts = config, processor, host, hosts
-        self._manifests = [open_manifest(local_path(source.path)) for source in config.sources]
         self._augment = _augment(config)
         self._fitting = self._planner()  # raises at once if something cannot be divided
+        self._manifests = open_manifests([local_path(source.path) for source in config.sources])
         self._order = sample_order(
             [len(m) for m in self._manifests], [s.weight for s in config.sources if s.weight is not None],
             epochs=config.epochs, shuffle=config.shuffle, seed=config.seed,
@@ -297,9 +297,11 @@ class TrainingData:
         self._tally, self._unreadable = Tally(**state["tally"]), Tally(**state["unreadable"])
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and close the manifests."""
         self._batches.close()
         self._pool.shutdown(cancel_futures=True)
+        for manifest in self._manifests:
+            manifest.close()
 
     @functools.cached_property
     def _signature(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -185,23 +186,23 @@ class AnswerFile:
         path = Path(os.path.realpath(self.path))
         aside = incomplete_path(path)
         try:
-            new = aside.open("w+b", buffering=0)
-            try_lock(new)  # nobody else opens it under this name
-            os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
-            with path.open("rb") as source, path.open("rb") as answers:
-                writer = os.fdopen(os.dup(new.fileno()), "wb")
-                for number, line in enumerate(source, 1):
-                    record = parse_record(self.path, self._form, line, number, 0)
-                    place = self._index.places.get(record.key)
-                    if place is not None and last[place] >= 0:
-                        answers.seek(last[place])
-                        writer.write(answers.readline())
-                        last[place] = -1
-                    elif place is None and not self._is_stale(record):
-                        writer.write(line)
-                writer.close()
-            os.fsync(new.fileno())
-            os.replace(aside, path)
+            with ExitStack() as opened:
+                new = opened.enter_context(aside.open("w+b", buffering=0))
+                try_lock(new)  # nobody else opens it under this name
+                os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                with path.open("rb") as source, path.open("rb") as answers, open(os.dup(new.fileno()), "wb") as writer:
+                    for number, line in enumerate(source, 1):
+                        record = parse_record(self.path, self._form, line, number, 0)
+                        place = self._index.places.get(record.key)
+                        if place is not None and last[place] >= 0:
+                            answers.seek(last[place])
+                            writer.write(answers.readline())
+                            last[place] = -1
+                        elif place is None and not self._is_stale(record):
+                            writer.write(line)
+                os.fsync(new.fileno())
+                os.replace(aside, path)
+                opened.pop_all()
         except OSError as error:
             aside.unlink(missing_ok=True)
             raise self._unwritable(error) from error

@@ -1,6 +1,7 @@
 """Items of a manifest, prompts with their accepted answers, in the form that training reads."""
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,15 @@ def read_items(path: Path, max_items: int | None = None) -> list[Item]:
     Raises:
         InputError: the manifest cannot be read, or lines have no reference: none is left out silently.
     """
-    manifest = open_manifest(path)
     items, faults = [], []
-    count = len(manifest) if max_items is None else min(max_items, len(manifest))
-    for number in (i * len(manifest) // count for i in range(count)):
-        where = manifest.where(number)
-        try:
-            items.append(_item(where, manifest.read(number), manifest.folder))
-        except InputError as error:
-            faults.append(f"{where}: {error}")
+    with closing(open_manifest(path)) as manifest:
+        count = len(manifest) if max_items is None else min(max_items, len(manifest))
+        for number in (i * len(manifest) // count for i in range(count)):
+            where = manifest.where(number)
+            try:
+                items.append(_item(where, manifest.read(number), manifest.folder))
+            except InputError as error:
+                faults.append(f"{where}: {error}")
     if faults:
         more = f"; and {len(faults) - _MAX_SHOWN} more lines" if len(faults) > _MAX_SHOWN else ""
         raise InputError(f"{'; '.join(faults[:_MAX_SHOWN])}{more}. Repair what has no reference, or take it out")

@@ -42,6 +42,7 @@ class MetricsLog:
             self._board.write_event(Event(step=step + 1, session_log=start))
             self._board.flush()
         except OSError as error:
+            self._file.close()
             raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

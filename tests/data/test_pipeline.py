@@ -1,5 +1,6 @@
 """The stream: what it says of bad data, that it goes on exactly where it was, and that hosts share it."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -23,6 +24,15 @@ from phi4mm_jax.processing.processor import Processor
 INPUTS = TINY / "inputs"
 TEXTS = PackingConfig(2, (64,), window=4)
 MEDIA = PackingConfig(2, (1024,), crops=(4, 20), chunks=(2, 4), chunk_tokens=128, window=2)
+
+
+OPENED = contextlib.ExitStack()  # streams of the test
+
+
+@pytest.fixture(autouse=True)
+def _streams_are_closed():
+    with OPENED:
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,9 @@ def mixed(count: int):
 
 def stream(processor, *sources, packing=TEXTS, host=0, hosts=1, **options) -> TrainingData:
     options = {"threads": 2, **({} if "steps" in options else {"epochs": 1}), **options}
-    return TrainingData(DataConfig(tuple(sources), packing, **options), processor, host, hosts)
+    data = TrainingData(DataConfig(tuple(sources), packing, **options), processor, host, hosts)
+    OPENED.callback(data.close)
+    return data
 
 
 def answers(processor, batches) -> list[str]:

@@ -1,5 +1,6 @@
 """Tool calls are taken out of an answer; what is malformed, or spelled as plain text, stays text."""
 
+import io
 import json
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_calls_in_programs(tiny, monkeypatch, tmp_path):
     lines = iter(["go"])
     conversation = chat.converse(
         tiny.processor, engine, chat.Conversation(), chat.Settings(40), lambda: next(lines, None) or _end(),
-        (tmp_path / "said").open("w"), lambda _: None,
+        io.StringIO(), lambda _: None,
     )  # fmt: skip
     tokens = tiny.processor.row(chat.messages_of(conversation, chat.as_medium)).tokens.tolist()
     assert tokenizer.special_tokens["<|tool_call|>"] in tokens

@@ -43,7 +43,8 @@ def native_inputs(model, case):
     row = model.processor.row(case["prompt"], media["images"][0], media["audios"][0])
     images = []
     for path, features in zip(media["images"][0], row.images, strict=True):
-        columns, rows = choose_grid(*Image.open(path).size)
+        with Image.open(path) as image:
+            columns, rows = choose_grid(*image.size)
         assert rows * columns + 1 == len(features.crops)
         images.append(NativeImage(features.crops.transpose(0, 3, 1, 2), features.patch_mask, (rows, columns)))
     return row.tokens, images, list(row.clips), ADAPTER_OF_MODE[case["mode"]]

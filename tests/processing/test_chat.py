@@ -449,14 +449,17 @@ def test_base64_is_no_path(tokenizer: Tokenizer):
 
 
 def test_videos_by_other_names(tokenizer: Tokenizer):
-    frames = [TINY / "inputs" / f"image_{i}.png" for i in range(2)]
+    frames, sizes = [TINY / "inputs" / f"image_{i}.png" for i in range(2)], []
+    for frame in frames:
+        with Image.open(frame) as image:
+            sizes.append(image.size)
     for part in (
         {"type": "video", "path": frames},
         {"type": "video", "video": [{"bytes": f.read_bytes(), "path": None} for f in frames]},
         {"type": "video", "video": [base64.b64encode(f.read_bytes()).decode() for f in frames]},
     ):
         prompt = render_chat(user(part), tokenizer)
-        assert [frame.image.size for frame in prompt.images] == [Image.open(f).size for f in frames]
+        assert [frame.image.size for frame in prompt.images] == sizes
 
 
 @pytest.mark.parametrize(

@@ -567,9 +567,10 @@ def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data = encoded(noise(60, 40), "EPS")
     path = tmp_path / "picture.png"
     path.write_bytes(data)
-    for source in (data, path, io.BytesIO(data), Image.open(path)):
-        with pytest.raises(InputError, match=r"in the format EPS, which is not decoded here.*one of PNG, JPEG, WEBP"):
-            load_image(source)
+    with Image.open(path) as opened:
+        for source in (data, path, io.BytesIO(data), opened):
+            with pytest.raises(InputError, match=r"in the format EPS, which is not decoded here.*of PNG, JPEG, WEBP"):
+                load_image(source)
     assert not started.exists()
 
 

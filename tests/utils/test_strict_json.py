@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,18 @@ def tensors(path: Path) -> Path:
 
 
 CALL = {"function": {"name": "f", "arguments": TWICE}}
+
+
+def first_sample(path):
+    with closing(open_manifest(path)) as manifest:
+        return manifest.read(0)
+
+
 READERS = {
     "settings": lambda p: Phi4MMConfig.from_folder(copied(p, "config.json")),
     "tokenizer": lambda p: Processor.from_folder(copied(p, "tokenizer.json"), Phi4MMConfig.from_folder(TINY)),
     "tensors": lambda p: read_header(tensors(p / "x.safetensors")),
-    "manifest": lambda p: open_manifest(written(p / "m.jsonl", TWICE)).read(0),
+    "manifest": lambda p: first_sample(written(p / "m.jsonl", TWICE)),
     "filter": lambda p: list(read_lines(written(p / "m.jsonl", TWICE))),
     "messages": lambda p: read_conversation({"messages": f"[{TWICE}]"}),
     "arguments": lambda p: list(_calls("tool_calls", [CALL])),
@@ -80,7 +88,7 @@ def test_key_that_is_twice_in_a_request(tmp_path):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_numbers_that_json_lacks(tmp_path, number):
     with pytest.raises(BadSample, match=f"not JSON \\({number} is no number in JSON"):
-        open_manifest(written(tmp_path / "m.jsonl", f'{{"x": {number}}}')).read(0)
+        first_sample(written(tmp_path / "m.jsonl", f'{{"x": {number}}}'))
 
 
 def test_all_else_is_read_as_json_has_it():
