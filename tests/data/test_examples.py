@@ -178,7 +178,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("values", "raw", "images", "clips", "in_loss"), OTHERS.values(), ids=OTHERS)
-def test_lines_of_other_tools(processor, values, raw, images, clips, in_loss):
+def test_lines_of_other_tools_have_the_tokens_of_their_prompt(processor, values, raw, images, clips, in_loss):
     """ms-swift's, LLaMA-Factory's, TRL's and OpenAI's forms have the tokens of the raw prompt that they stand for."""
     (example,) = examples(processor, values)
     assert marked_text(processor, example) == in_loss + END
@@ -256,14 +256,14 @@ OTHER_PREFERENCES = {
 
 
 @pytest.mark.parametrize("values", OTHER_PREFERENCES.values(), ids=OTHER_PREFERENCES)
-def test_preferences_of_other_tools(processor, values):
+def test_preferences_of_other_tools_have_the_tokens_of_their_prompt(processor, values):
     pair = examples(processor, values, "preferences")
     for example, answer in zip(pair, "ab", strict=True):
         expected = processor.row(f"<|user|>q<|end|><|assistant|>{answer}{END}").tokens
         np.testing.assert_array_equal(example.row.tokens, expected)
 
 
-def test_an_answer_may_be_left_out(processor):
+def test_answers_with_loss_false_have_no_loss(processor):
     chat = [user("1"), says("one", loss=False), user("2"), says("two"), user("3"), says("three", loss=False)]
     (example,) = examples(processor, {"messages": chat})
     assert marked_text(processor, example) == "two<|end|>"
@@ -272,7 +272,7 @@ def test_an_answer_may_be_left_out(processor):
     assert marked_text(processor, example) == "two<|end|>"
 
 
-def test_preferences(processor):
+def test_preferences_are_two_conversations_that_share_media(processor):
     """Each is the conversation with that answer, and they share their media."""
     prompt = [user("1"), says("one"), user(IMAGE, text("2"))]
     values = {"messages": prompt, "chosen": "two", "rejected": "too long"}
@@ -308,13 +308,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("values", "cause", "message"), BAD.values(), ids=BAD)
-def test_bad_samples(processor, values, cause, message):
+def test_bad_samples_are_named_by_cause(processor, values, cause, message):
     with pytest.raises(BadSample, match=message) as caught:
         measure(parse(processor, values), processor)
     assert caught.value.cause == cause
 
 
-def test_longer_than_the_context(processor):
+def test_samples_longer_than_the_context_are_refused(processor):
     short = Processor(processor.config, processor.tokenizer, 36, context=600)
     sample = parse(processor, {"messages": [user(IMAGE, text("word " * 100)), says("x")]})
     with pytest.raises(BadSample, match=r"\d+ tokens .text: \d+, image 1: 545.*more than the context of 600") as caught:
@@ -330,7 +330,7 @@ def test_longer_than_the_context(processor):
         ({"messages": [user("1"), says("2")]}, "messages end with an answer"),
     ],
 )
-def test_bad_preferences(processor, change, message):
+def test_bad_preferences_are_named(processor, change, message):
     with pytest.raises(BadSample, match=message):
         parse(processor, {"messages": [user("1")], "chosen": "a", "rejected": "b", **change}, "preferences")
 
@@ -433,7 +433,7 @@ def test_augmented_speech_is_as_long_as_was_measured(processor):
         ({"frequency_width": 0}, "augment_speech.frequency_width is 0"),
     ],
 )
-def test_wrong_augmentation_of_speech(settings, message):
+def test_wrong_settings_of_speech_augmentation_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         SpeechAugmentation(**settings)
 

@@ -167,7 +167,7 @@ def test_outputs_are_not_overwritten(tmp_path):
         decontaminate(source, [evaluation], tmp_path / "nowhere" / "out.jsonl")
 
 
-def test_nothing_to_compare(tmp_path):
+def test_texts_too_short_to_compare_are_refused(tmp_path):
     source, evaluation = write(tmp_path / "m.jsonl", [sample("a")]), write(tmp_path / "e.jsonl", [{"text": "short"}])
     with pytest.raises(InputError, match=r"e.jsonl: no text has 13 words"):
         decontaminate(source, [evaluation], tmp_path / "out.jsonl")
@@ -187,7 +187,7 @@ def test_a_stop_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [evaluation, source]
 
 
-def test_the_program(tmp_path, monkeypatch, capsys):
+def test_the_program_filters_and_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(Path("m.jsonl"), [sample("a"), sample(SECRET)])
     write(Path("e.jsonl"), [{"text": SECRET}])

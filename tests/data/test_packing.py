@@ -257,7 +257,7 @@ def test_without_media_there_are_no_stacks(processor):
     assert batch.lengths.tolist() == [9, 0]
 
 
-def test_long_clips_fill_several_chunks(processor):
+def test_long_clips_fill_several_chunks_as_in_inference(processor):
     """The same as inference has them, at another place."""
     clip = np.random.default_rng(0).random((8 * 1100, 80), np.float32)
     count = 1100
@@ -293,7 +293,7 @@ def test_long_clips_fill_several_chunks(processor):
         (Size((9,), 0, 1, 65, 2), "a clip has 65 tokens, but chunk_tokens is 64"),
     ],
 )
-def test_what_no_batch_can_take(size, message):
+def test_samples_that_no_batch_can_take_are_refused(size, message):
     planner = Planner(PackingConfig(2, (LENGTH,), crops=(2, 8), chunks=(6,), chunk_tokens=64), hosts=2)
     with pytest.raises(BadSample, match=message) as caught:
         planner.check(size, Outline(np.zeros(size.tokens[0]), (15,), (5,), size.crops))
@@ -378,7 +378,7 @@ def test_what_is_trained_follows_the_data():
         (2, 0, 1, "lora_speech", "params/image_embedder"),
     ],
 )
-def test_data_without_the_media_of_what_is_trained(adapter, crops, chunks, reached, unreached):
+def test_data_without_the_media_of_what_is_trained_are_refused(adapter, crops, chunks, reached, unreached):
     """An error before the first step, unless something else is trained as well."""
     sizes = [Size((9,), crops, chunks, 5 * chunks, adapter)]
     check_reached(sizes, [reached, f"!{unreached}/bias"])

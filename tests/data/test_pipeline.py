@@ -204,7 +204,7 @@ def test_batches_are_counted_by_reading_each_sample_once(tmp_path, processor, mo
     data.close()
 
 
-def test_preferences(tmp_path, processor):
+def test_both_answers_of_a_preference_are_in_one_batch(tmp_path, processor):
     prompts = [{"messages": sample(i)["messages"][:1], "chosen": f"yes{i}", "rejected": f"no{i}"} for i in range(6)]
     source = manifest(tmp_path / "m.jsonl", prompts)
     for packing in (PackingConfig(4, (64,), pack=False), PackingConfig(2, (64,))):
@@ -440,7 +440,7 @@ def test_bad_samples_name_file_and_line(tmp_path, processor, bad, cause, message
     assert caught.value.cause == cause
 
 
-def test_media_that_only_decoding_shows_to_be_bad(tmp_path, processor):
+def test_media_that_only_decoding_shows_to_be_bad_are_named(tmp_path, processor):
     bad = sample("x", 1, {"type": "image", "image": str(damaged(tmp_path))})
     source = manifest(tmp_path / "m.jsonl", [*texts(30), bad, *texts(3)])
     with pytest.raises(BadSample, match=r"m.jsonl: line 31: image 1 .*cannot be decoded") as caught:
@@ -488,7 +488,7 @@ def test_few_samples_are_judged_at_the_end_of_an_epoch(tmp_path, processor):
         list(stream(processor, source, bad_samples=0.04, shuffle=False, steps=1000))
 
 
-def test_nothing_but_bad_samples_ends(tmp_path, processor):
+def test_nothing_but_bad_samples_ends_the_run(tmp_path, processor):
     source = manifest(tmp_path / "m.jsonl", [b"oops"] * 3)
     with pytest.raises(InputError, match="3 of 3 samples are unusable"):
         next(stream(processor, source, bad_samples=0.9, steps=10))
@@ -497,7 +497,7 @@ def test_nothing_but_bad_samples_ends(tmp_path, processor):
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def test_lines_of_any_shape(tmp_path, processor):
+def test_lines_are_read_with_any_ends(tmp_path, processor):
     """A byte order mark, empty lines, Windows line ends, no end of the last line; paths relative to the file."""
     shutil.copy(INPUTS / "image_0.png", tmp_path / "here.png")
     lines = [json.dumps(s).encode() for s in (*texts(3), sample("i", 1, {"type": "image", "image": "here.png"}))]
@@ -535,7 +535,7 @@ def test_tables_are_the_same_stream(tmp_path, processor):
             assert_same(ours, theirs)
 
 
-def test_sources_that_cannot_be_opened(tmp_path, processor, monkeypatch):
+def test_sources_that_cannot_be_opened_are_named(tmp_path, processor, monkeypatch):
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
     (tmp_path / "broken.parquet").write_bytes(b"no")
     (tmp_path / "folder").mkdir()

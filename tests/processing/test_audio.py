@@ -125,7 +125,7 @@ def test_features_are_those_of_the_definition(rate: int, scale: float) -> None:
         assert (expected == 0).any() == (scale < 1 or rate == 8000)
 
 
-def test_mel_filters() -> None:
+def test_mel_filters_are_those_of_the_definition() -> None:
     filters = mel_filters()
     np.testing.assert_allclose(filters.T, filters_by_definition(), rtol=0, atol=6e-8)
     # Neighbouring triangles add up to one, from the first band's centre (22 Hz) to the last band's (7428 Hz).
@@ -138,7 +138,7 @@ def test_mel_filters() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("num_samples", [400, 559, 560, 16000, 16123, 100_000])
-def test_transformers(num_samples: int) -> None:
+def test_features_are_those_of_transformers_below_its_highest_band(num_samples: int) -> None:
     """One clip at a time (its batches keep frames that no clip fills)."""
     from transformers import Phi4MultimodalFeatureExtractor
 
@@ -156,7 +156,7 @@ def test_transformers(num_samples: int) -> None:
 
 
 @pytest.mark.torch
-def test_transformers_highest_band() -> None:
+def test_the_highest_band_is_the_originals_and_not_transformers() -> None:
     """A tone where its extractor has a bin more moves its highest band, and no other; ours is the original's."""
     from transformers import Phi4MultimodalFeatureExtractor
 
@@ -229,7 +229,7 @@ def test_any_rate_gives_the_features_of_16_khz(rate: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("rate", [11025, 12000, 22050, 24000, 44100])
-def test_the_rate_matters(rate: int) -> None:
+def test_a_wrong_rate_gives_other_features(rate: int) -> None:
     """As the bounds above would show: taken for 16 kHz, as by the original, features are far off."""
     expected, features = log_mel(sound(16000), 16000), log_mel(sound(rate), 16000)
     both = min(len(features), len(expected))
@@ -258,7 +258,7 @@ def test_resampling_by_blocks_is_that_of_the_whole(rate: int) -> None:
         np.testing.assert_array_equal(resample(samples, rate, block=20_000), whole.astype(np.float32))
 
 
-def test_memory_of_resampling() -> None:
+def test_resampling_holds_one_block_beside_its_result() -> None:
     samples = noise(44100 * 300)
     tracemalloc.start()
     features = log_mel(samples, 44100)
@@ -268,7 +268,7 @@ def test_memory_of_resampling() -> None:
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 48000, 44100, 11025, 7999])
-def test_num_frames(rate: int) -> None:
+def test_num_frames_counts_the_features(rate: int) -> None:
     rng = np.random.default_rng(rate)
     least = math.ceil(0.0251 * rate)
     for num_samples in [least, *rng.integers(least, rate // 2, 40).tolist()]:
@@ -286,7 +286,7 @@ def test_num_frames_of_long_clips_is_exact() -> None:
     assert num_frames(3 * (400 + 160 * (frames - 1)) - 3, 48000) == frames - 1
 
 
-def test_num_audio_tokens() -> None:
+def test_eight_frames_give_a_token() -> None:
     assert [num_audio_tokens(n) for n in (1, 7, 8, 9, 16, 17, 4298)] == [1, 1, 1, 2, 2, 3, 538]
 
 
@@ -320,7 +320,7 @@ def test_int16_equals_its_float_version() -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_narrow_floats_and_tensors(dtype: str) -> None:
+def test_narrow_floats_and_tensors_are_read_as_float32(dtype: str) -> None:
     import torch
 
     tensor = torch.tensor(noise(8000)).to(getattr(torch, dtype))
@@ -334,7 +334,7 @@ def test_narrow_floats_and_tensors(dtype: str) -> None:
     assert load_audio((shorts, 16000))[0][:3].tolist() == [0, 0.5, -1]
 
 
-def test_channels() -> None:
+def test_channels_are_averaged_whichever_axis_they_are() -> None:
     """The shorter axis is the channels, in either order; of equal axes the second."""
     x = np.random.default_rng(0).uniform(-1, 1, (3, 2000)).astype(np.float32)
     mean = x.mean(axis=0)
@@ -397,7 +397,7 @@ LOSSY = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None), ("WAV", "ULAW")]
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(("file_format", "subtype"), LOSSLESS)
-def test_lossless_files(file_format: str, subtype: str, channels: int, tmp_path: Path) -> None:
+def test_lossless_files_keep_every_sample(file_format: str, subtype: str, channels: int, tmp_path: Path) -> None:
     x = np.round(sound(16000) * 32768) / 32768  # 16 bits hold it
     x = np.stack([x, x[::-1]], 1) if channels == 2 else x
     data = encoded(x, 24000, file_format, subtype)
@@ -413,7 +413,7 @@ def test_lossless_files(file_format: str, subtype: str, channels: int, tmp_path:
 
 
 @pytest.mark.parametrize(("file_format", "subtype"), LOSSY)
-def test_lossy_files(file_format: str, subtype: str | None, tmp_path: Path) -> None:
+def test_lossy_files_sound_alike(file_format: str, subtype: str | None, tmp_path: Path) -> None:
     x = sound(16000)
     data = encoded(x, 16000, file_format, subtype)
     path = tmp_path / "clip.bin"
@@ -431,7 +431,7 @@ def test_long_files_are_read_by_blocks() -> None:
     np.testing.assert_array_equal(load_audio(data)[0], x.astype(np.float32))
 
 
-def test_flac_of_unknown_length() -> None:
+def test_flac_of_unknown_length_is_read_to_its_end() -> None:
     """An encoder that writes to a pipe leaves the 36 bits of the length 0."""
     data = bytearray(encoded(noise(50_000), 16000, "FLAC"))
     expected, _ = load_audio(bytes(data))
@@ -469,7 +469,7 @@ UNKNOWN_SIZES = [
 
 
 @pytest.mark.parametrize("size", UNKNOWN_SIZES)
-def test_wav_of_unknown_length(size: int, tmp_path: Path) -> None:
+def test_wav_of_unknown_length_is_read_to_its_end(size: int, tmp_path: Path) -> None:
     """Read to its end, whatever comes before the samples."""
     values = np.round(noise(5000) * 32768).astype(np.int16)
     path = tmp_path / "clip"
@@ -483,7 +483,7 @@ def test_wav_of_unknown_length(size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 2**30, 2**62, 2**63 - 1])
-def test_rf64_of_unknown_length(size: int) -> None:
+def test_rf64_of_unknown_length_is_read_to_its_end(size: int) -> None:
     values = np.round(noise(5000) * 32768).astype(np.int16)
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, min(size + 72, 2**63 - 1), size, size // 2, 0)
     data = wav(values, 0xFFFFFFFF, sizes, magic="RF64")
@@ -492,20 +492,20 @@ def test_rf64_of_unknown_length(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [12_000, 40_000, 123_456_789, 2**30 + 5000, 1_234_567_890])
-def test_wav_that_is_cut_off(size: int) -> None:
+def test_wav_that_is_cut_off_is_refused(size: int) -> None:
     """It announces the exact size that it had."""
     with pytest.raises(InputError, match="cut off: it holds less than it announces"):
         load_audio(wav(noise(5000) * 32768, size))
 
 
-def test_wav_of_no_samples() -> None:
+def test_wav_of_no_samples_is_refused() -> None:
     """A length of 0 is true where chunks follow to the file's end: they are no sound."""
     with pytest.raises(InputError, match="has 0 samples"):
         load_audio(wav(noise(0), after=LIST * 400))
 
 
 @pytest.mark.parametrize(("file_format", "at"), [("W64", 16), ("RF64", 20)])
-def test_files_beyond_4_gib(file_format: str, at: int) -> None:
+def test_sizes_beyond_4_gib_are_read_from_64_bits(file_format: str, at: int) -> None:
     """The whole file's size is in 64 bits: a cut file may announce more than 32 hold, an unknown size is near 2**63."""
     data = bytearray(encoded(noise(5000), 16000, file_format, "PCM_16"))
     expected, _ = load_audio(bytes(data))
@@ -516,13 +516,13 @@ def test_files_beyond_4_gib(file_format: str, at: int) -> None:
         load_audio(bytes(data))
 
 
-def test_wav_whose_header_counts_itself_in() -> None:
+def test_wav_whose_header_counts_itself_in_is_read() -> None:
     data = bytearray(encoded(noise(5000), 16000, "WAV"))
     data[40:44] = len(data).to_bytes(4, "little")
     assert len(load_audio(bytes(data))[0]) == 5000
 
 
-def test_mp3_without_a_length() -> None:
+def test_mp3_without_a_length_is_read_to_its_end() -> None:
     """Cut out of a stream, without the first frame, which tells the length: libsndfile estimates it, too long."""
     x = np.concatenate([np.zeros(80_000), sound(16000)]).astype(np.float32)
     data = encoded(x, 16000, "MP3")
@@ -549,7 +549,7 @@ def in_container(samples: np.ndarray, rate: int, container: str, codec: str) -> 
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("as_bytes", [False, True])
-def test_what_soundfile_cannot_open(channels: int, as_bytes: bool, tmp_path: Path) -> None:
+def test_pyav_opens_what_soundfile_cannot(channels: int, as_bytes: bool, tmp_path: Path) -> None:
     """ALAC in MP4 is lossless."""
     x = np.round(noise(20_000 * channels).reshape(-1, channels) * 32768).astype(np.int16)
     path = tmp_path / "http:clip|1.bin"  # known by its content; a name is not a URL
@@ -566,7 +566,7 @@ def test_what_soundfile_cannot_open(channels: int, as_bytes: bool, tmp_path: Pat
 @pytest.mark.parametrize(
     ("container", "codec"), [("ipod", "aac"), ("adts", "aac"), ("webm", "libopus"), ("mp4", "aac")]
 )
-def test_lossy_containers(container: str, codec: str) -> None:
+def test_lossy_containers_sound_alike(container: str, codec: str) -> None:
     x = np.round(sound(48000) * 32768).astype(np.int16)[:, None]
     samples, rate = load_audio(in_container(x, 48000, container, codec))
     assert rate == 48000
@@ -580,7 +580,7 @@ def test_lossy_containers(container: str, codec: str) -> None:
     ("container", "codec", "message"),
     [("ipod", "aac", "cannot be read"), ("webm", "libopus", "is cut off: it holds less than it announces")],
 )
-def test_a_container_that_is_cut_off(container: str, codec: str, message: str) -> None:
+def test_a_container_that_is_cut_off_is_refused(container: str, codec: str, message: str) -> None:
     x = np.round(sound(48000, 8.0) * 32768).astype(np.int16)[:, None]
     data = in_container(x, 48000, container, codec)
     assert abs(len(load_audio(data)[0]) - len(x)) < 2048
@@ -613,7 +613,7 @@ def test_nothing_else_is_opened_or_started(
     assert not started.exists()
 
 
-def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyav_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     data = in_container(np.zeros((8000, 1), np.int16), 16000, "ipod", "alac")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"needs PyAV: pip install 'phi4mm-jax\[video\]'; or pass WAV, FLAC"):
@@ -680,27 +680,27 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
         (TINY / "config.json", "the audio clip cannot be read"),
     ],
 )
-def test_unusable_sources(source: Any, message: str) -> None:
+def test_unusable_sources_are_named(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_audio(source)
 
 
 @pytest.mark.torch
-def test_tensors_without_values() -> None:
+def test_tensors_without_values_are_refused() -> None:
     import torch
 
     with pytest.raises(InputError, match="the values make no array"):
         load_audio((torch.zeros(16000, device="meta"), 16000))
 
 
-def test_one_frame() -> None:
+def test_the_shortest_clip_gives_one_frame() -> None:
     for num_samples, rate in [(400, 16000), (200, 8000), (1198, 48000), (1102, 44100)]:
         assert log_mel(*load_audio((noise(num_samples), rate))).shape == (1, 80)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize(("file_format", "subtype"), [*LOSSLESS, ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)])
-def test_truncated_files(file_format: str, subtype: str | None, part: float, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(file_format: str, subtype: str | None, part: float, tmp_path: Path) -> None:
     data = encoded(sound(16000, 4.0), 16000, file_format, subtype)
     data = data[: int(part * len(data))]
     path = tmp_path / "cut"
@@ -711,7 +711,7 @@ def test_truncated_files(file_format: str, subtype: str | None, part: float, tmp
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # soundfile's, on seeking before 0
-def test_corrupt_files() -> None:
+def test_corrupt_files_give_a_clip_or_an_input_error() -> None:
     """Changed bytes give some clip or an InputError, never anything else."""
     rng = np.random.default_rng(0)
     for file_format, subtype in [*LOSSLESS, *LOSSY]:
@@ -727,7 +727,7 @@ def test_corrupt_files() -> None:
             assert np.isfinite(log_mel(samples, rate)).all()
 
 
-def test_nan_in_a_file(tmp_path: Path) -> None:
+def test_nan_in_a_file_is_refused(tmp_path: Path) -> None:
     x = noise(16000)
     x[500] = np.nan
     path = tmp_path / "nan.wav"
@@ -736,7 +736,7 @@ def test_nan_in_a_file(tmp_path: Path) -> None:
         load_audio(path)
 
 
-def test_short_and_empty_files(tmp_path: Path) -> None:
+def test_files_shorter_than_a_frame_are_refused(tmp_path: Path) -> None:
     for num_samples in (0, 399):
         path = tmp_path / "short.wav"
         soundfile.write(path, noise(num_samples), 16000)
@@ -752,7 +752,7 @@ def test_long_clips_are_refused() -> None:
             load_audio(source, max_seconds=1.9)
 
 
-def test_decompression_bomb() -> None:
+def test_a_decompression_bomb_is_refused_while_it_is_read() -> None:
     """10 hours of silence in a megabyte: refused as soon as 3 hours are read."""
     part = encoded(np.zeros(4096 * 9000, np.float32), 16000, "FLAC")
     assert len(part) < 300_000
@@ -785,7 +785,7 @@ def test_log_mel_checks_its_input(samples: np.ndarray, rate: int, message: str) 
         log_mel(samples, rate)
 
 
-def test_no_warnings() -> None:
+def test_odd_samples_cause_no_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for x in (np.zeros(800, np.float32), noise(5000), noise(5000).astype(np.float16), np.full(5000, 2.0**31)):

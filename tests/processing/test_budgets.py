@@ -72,7 +72,7 @@ def test_batches_have_the_length_of_a_bucket(tiny, tokens, length):
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=lambda p: p.stem)
-def test_images_of_the_fixtures(tiny, path: Path):
+def test_image_tokens_are_counted_from_any_source(tiny, path: Path):
     for max_crops in (None, 3):
         expected = image_tokens(tiny.processor, path, max_crops)
         data = path.read_bytes()
@@ -83,13 +83,13 @@ def test_images_of_the_fixtures(tiny, path: Path):
 
 
 @pytest.mark.parametrize("path", CLIPS, ids=lambda p: p.stem)
-def test_clips_of_the_fixtures(tiny, path: Path):
+def test_audio_tokens_are_counted_from_any_source(tiny, path: Path):
     expected = audio_tokens(tiny.processor, path)
     for source in (path, str(path), path.read_bytes(), path.absolute().as_uri(), soundfile.read(path)):
         assert tiny.processor.count_audio_tokens(source) == expected
 
 
-def test_images_of_random_sizes(tiny):
+def test_image_tokens_are_counted_at_any_size(tiny):
     rng = np.random.default_rng(5)
     for _ in range(12):
         width, height = map(int, np.exp(rng.uniform(np.log(30), np.log(1500), 2)))
@@ -104,7 +104,7 @@ def test_images_of_random_sizes(tiny):
     [("JPEG", {}), ("GIF", {}), ("WEBP", {}), ("TIFF", {}), ("ICO", {"sizes": [(120, 60)]}), ("BMP", {}), ("PPM", {}),
      ("JPEG", {"exif": "turned"}), ("TIFF", {"exif": "turned"}), ("PNG", {"exif": "turned"})],
 )  # fmt: skip
-def test_formats(tiny, file_format: str, options: dict[str, Any]):
+def test_orientation_counts_in_every_format(tiny, file_format: str, options: dict[str, Any]):
     """An orientation in the header turns the pixels of some formats as they are decoded."""
     image = Image.new("RGB", (120, 60))
     if "exif" in options:
@@ -114,7 +114,7 @@ def test_formats(tiny, file_format: str, options: dict[str, Any]):
     assert tiny.processor.count_image_tokens(data) == image_tokens(tiny.processor, data)
 
 
-def test_clips_of_random_lengths_and_rates(tiny):
+def test_audio_tokens_are_counted_at_any_length_and_rate(tiny):
     rng = np.random.default_rng(6)
     for rate in (8000, 11025, 16000, 22050, 44100, 48000):
         for file_format, subtype in (("WAV", "PCM_16"), ("FLAC", None), ("OGG", "VORBIS"), ("MP3", None)):
@@ -124,7 +124,7 @@ def test_clips_of_random_lengths_and_rates(tiny):
         assert tiny.processor.count_audio_tokens(stereo) == audio_tokens(tiny.processor, stereo)
 
 
-def test_clips_whose_headers_do_not_tell(tiny):
+def test_clips_whose_headers_lack_the_length_are_decoded(tiny):
     flac = bytearray(sound(50_000, 16000, "FLAC"))
     flac[21] &= 0xF0
     flac[22:26] = bytes(4)
@@ -134,7 +134,7 @@ def test_clips_whose_headers_do_not_tell(tiny):
         assert tiny.processor.count_audio_tokens(data) == audio_tokens(tiny.processor, data)
 
 
-def test_nothing_is_decoded(tiny):
+def test_counting_decodes_nothing(tiny):
     """What only decoding shows, such as damage behind the header, does not matter."""
     png = encoded(Image.new("RGB", (5000, 4000)), "PNG")
     expected = tiny.processor.count_image_tokens(png)
@@ -166,18 +166,18 @@ def test_nothing_is_decoded(tiny):
         (lambda p: p.count_audio_tokens(7), "of type int"),
     ],
 )
-def test_what_cannot_be_counted(tiny, count, message: str):
+def test_what_cannot_be_counted_is_named(tiny, count, message: str):
     with pytest.raises(InputError, match=message):
         count(tiny.processor)
 
 
 @pytest.mark.parametrize("media", [([["nowhere.png"]], None), (None, [[b"no audio"]])])
-def test_media_have_an_error_of_their_own(tiny, media):
+def test_media_errors_name_prompt_and_medium(tiny, media):
     with pytest.raises(MediaError, match=r"^prompt 0: (image|audio) 1 \("):
         tiny.process([SEE if media[0] else HEAR], *media)
 
 
-def test_a_text_has_no_media_error(tiny):
+def test_a_wrong_number_of_media_is_no_media_error(tiny):
     with pytest.raises(InputError, match=r"^prompt 0: prompt has 0 image placeholder") as error:
         tiny.process(["x"], [["nowhere.png"]])
     assert type(error.value) is InputError
@@ -186,7 +186,7 @@ def test_a_text_has_no_media_error(tiny):
 # The cap on crops
 
 
-def test_max_crops_is_dynamic_hd(tiny):
+def test_max_crops_cuts_as_dynamic_hd(tiny):
     p = tiny.processor
     for size in ((1000, 700), (900, 1400)):
         pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -204,7 +204,7 @@ def test_max_crops_is_dynamic_hd(tiny):
 
 
 @pytest.mark.slow
-def test_max_crops_everywhere(tiny):
+def test_max_crops_reaches_process_generate_and_requests(tiny):
     image = Image.new("RGB", (1000, 700), "red")
     expected = len(tiny.processor.row(SEE, [image], max_crops=1).tokens)
     assert expected < len(tiny.processor.row(SEE, [image]).tokens)
@@ -217,7 +217,7 @@ def test_max_crops_everywhere(tiny):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
-def test_bad_max_crops(tiny, value: Any):
+def test_bad_max_crops_are_named(tiny, value: Any):
     for call in (lambda: tiny.process([SEE], [[IMAGES[0]]], max_crops=value), lambda: Request(SEE, max_crops=value)):
         with pytest.raises(InputError, match=f"max_crops is {value!r}; expected the largest number of crops"):
             call()
@@ -226,7 +226,7 @@ def test_bad_max_crops(tiny, value: Any):
 # The context
 
 
-def test_what_exceeds_the_context(tiny, monkeypatch: pytest.MonkeyPatch):
+def test_what_exceeds_the_context_is_counted_and_not_decoded(tiny, monkeypatch: pytest.MonkeyPatch):
     """The error has the counts; nothing was scaled, cut or transformed for it."""
     p = tiny.processor
     prompt = "<|user|><|image_1|><|image_2|><|audio_1|>What?<|end|><|assistant|>"

@@ -60,7 +60,7 @@ def user(*parts: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_raw_prompts_of_the_goldens(tokenizer: Tokenizer, library: tokenizers.Tokenizer, case: dict[str, Any]):
+def test_raw_prompts_have_the_golden_tokens(tokenizer: Tokenizer, library: tokenizers.Tokenizer, case: dict[str, Any]):
     prompt = parse_raw(case["prompt"], tokenizer, case["images"], case["audios"])
     assert (prompt.images, prompt.audios) == (tuple(case["images"]), tuple(case["audios"]))
     text = re.sub(r"<\|image_\d+\|>", "<|endoftext10|>", case["prompt"])
@@ -68,7 +68,7 @@ def test_raw_prompts_of_the_goldens(tokenizer: Tokenizer, library: tokenizers.To
     assert ids_of(prompt, tokenizer) == library.encode(text).ids
 
 
-def test_raw_pieces(tokenizer: Tokenizer):
+def test_raw_prompts_are_split_at_placeholders_and_special_tokens(tokenizer: Tokenizer):
     prompt = parse_raw("<|user|>a<|image_1|>b<|audio_1|><|image_2|><|end|>", tokenizer, ["x", "y"], ["z"])
     assert spelled(prompt, tokenizer) == ["<|user|>", "a", IMAGE, "b", AUDIO, Media("image", 1), "<|end|>"]
     assert (prompt.images, prompt.audios) == (("x", "y"), ("z",))
@@ -84,7 +84,7 @@ def test_raw_pieces(tokenizer: Tokenizer):
         ("".join(f"<|image_{i}|>" for i in range(1, 13)), 12, 0),
     ],
 )
-def test_placeholder_spellings(tokenizer: Tokenizer, text: str, images: int, audios: int):
+def test_every_spelling_of_a_placeholder_is_read(tokenizer: Tokenizer, text: str, images: int, audios: int):
     prompt = parse_raw(text, tokenizer, list(range(images)), list(range(audios)))
     media = [piece for piece in prompt.pieces if isinstance(piece, Media)]
     assert media == list(prompt.pieces)
@@ -101,13 +101,15 @@ def test_placeholder_spellings(tokenizer: Tokenizer, text: str, images: int, aud
         "<|endofprompt|> <|image|><|user|> the",
     ],
 )
-def test_white_space_around_placeholders(tokenizer: Tokenizer, library: tokenizers.Tokenizer, text: str):
+def test_white_space_around_placeholders_is_that_of_tokenizers(
+    tokenizer: Tokenizer, library: tokenizers.Tokenizer, text: str
+):
     """The flags of the neighbouring special tokens hold; a placeholder has none."""
     expected = library.encode(text.replace("<|image|>", "<|endoftext10|>")).ids
     assert ids_of(parse_raw(text, tokenizer, ["x"]), tokenizer) == expected
 
 
-def test_white_space_kept_and_swallowed(tokenizer: Tokenizer):
+def test_white_space_is_swallowed_after_role_tokens_alone(tokenizer: Tokenizer):
     space = tokenizer.encode(" ")
     image, user_token = (tokenizer.special_tokens[name] for name in ("<|endoftext10|>", "<|user|>"))
     assert ids_of(parse_raw(" <|image|> ", tokenizer, ["x"]), tokenizer) == [*space, image, *space]
@@ -124,7 +126,7 @@ def test_what_is_no_placeholder_is_text(tokenizer: Tokenizer, text: str):
 @pytest.mark.parametrize(
     "text", ["<|image_2|>", "<|image_2|><|image_1|>", "<|image_1|><|image_1|>", "<|image_1|><|image_3|>", "<|image_0|>"]
 )
-def test_numbers_out_of_order(tokenizer: Tokenizer, text: str):
+def test_numbers_out_of_order_are_refused(tokenizer: Tokenizer, text: str):
     images = ["x"] * text.count("image")
     with pytest.raises(InputError, match=rf"{re.escape(text[:11])}.*number them 1 to {len(images)}.*list it twice"):
         parse_raw(text, tokenizer, images)
@@ -133,13 +135,13 @@ def test_numbers_out_of_order(tokenizer: Tokenizer, text: str):
 
 
 @pytest.mark.parametrize("text", ["<|image_01|>", "<|image_" + "1" * 5000 + "|>"])
-def test_odd_numbers(tokenizer: Tokenizer, text: str):
+def test_odd_numbers_are_refused(tokenizer: Tokenizer, text: str):
     with pytest.raises(InputError, match="number them 1 to 1"):
         parse_raw(text, tokenizer, ["x"])
 
 
 @pytest.mark.parametrize("text", ["<|image_1|><|image|>", "<|endoftext10|><|image_2|>", "<|image_1|><|endoftext10|>"])
-def test_mixed_numbering(tokenizer: Tokenizer, text: str):
+def test_mixed_numbering_is_refused(tokenizer: Tokenizer, text: str):
     with pytest.raises(InputError, match=r"mixes numbered and unnumbered image placeholders .*number all or none"):
         parse_raw(text, tokenizer, ["x", "y"])
 
@@ -154,26 +156,28 @@ def test_mixed_numbering(tokenizer: Tokenizer, text: str):
         ("<|audio_1|>", 0, 2, r"1 audio placeholder\(s\), and 2 audio\(s\).*<\|audio_1\|>"),
     ],
 )
-def test_raw_counts(tokenizer: Tokenizer, text: str, images: int, audios: int, message: str):
+def test_numbers_of_media_and_placeholders_must_agree(
+    tokenizer: Tokenizer, text: str, images: int, audios: int, message: str
+):
     with pytest.raises(InputError, match=message):
         parse_raw(text, tokenizer, ["x"] * images, ["x"] * audios)
 
 
 @pytest.mark.parametrize("prompt", ["", None, 5, b"a"])
-def test_raw_prompt_that_is_empty_or_no_string(tokenizer: Tokenizer, prompt: Any):
+def test_a_raw_prompt_that_is_empty_or_no_string_is_refused(tokenizer: Tokenizer, prompt: Any):
     with pytest.raises(InputError, match=r"prompt is (empty|NoneType|int|bytes): pass a string"):
         parse_raw(prompt, tokenizer)
 
 
 @pytest.mark.parametrize("images", ["a.png", b"a", 5, {"a": 1}, Image.new("RGB", (2, 2))])
-def test_media_that_are_no_list(tokenizer: Tokenizer, images: Any):
+def test_media_that_are_no_list_are_refused(tokenizer: Tokenizer, images: Any):
     with pytest.raises(InputError, match=r"images is .*pass a list"):
         parse_raw("<|image_1|>", tokenizer, images)
     with pytest.raises(InputError, match=r"audios is .*pass a list"):
         render_chat(user({"type": "audio"}), tokenizer, (), images)
 
 
-def test_no_media_may_be_none(tokenizer: Tokenizer):
+def test_none_stands_for_no_media(tokenizer: Tokenizer):
     assert parse_raw("a", tokenizer, None, None) == parse_raw("a", tokenizer)
     assert render_chat(user(), tokenizer, None, None).images == ()
 
@@ -198,7 +202,7 @@ CHATS = [
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
-def test_published_template(
+def test_chats_render_as_the_published_template(
     tokenizer: Tokenizer,
     library: tokenizers.Tokenizer,
     template: jinja2.Template,
@@ -266,7 +270,7 @@ def test_special_tokens_in_tools_and_calls_are_text(tokenizer: Tokenizer):
 # Tools.
 
 
-def test_tools_beside_the_messages(tokenizer: Tokenizer):
+def test_tools_beside_the_messages_go_to_the_first_system_message(tokenizer: Tokenizer):
     tools = [{"name": "f", "description": "é"}]
     text = '[{"name": "f", "description": "é"}]'
     start = ["<|system|>", "<|tool|>", text, "<|/tool|>", "<|end|>", "<|user|>"]
@@ -282,7 +286,7 @@ def test_tools_beside_the_messages(tokenizer: Tokenizer):
     assert spelled(render_chat(messages, tokenizer), tokenizer) == names
 
 
-def test_tools_of_a_later_system_message(tokenizer: Tokenizer):
+def test_tools_of_a_later_system_message_stay_there(tokenizer: Tokenizer):
     messages = [*user(), {"role": "system", "content": "t", "tools": "[]"}]
     names = spelled(render_chat(messages, tokenizer), tokenizer)
     assert names == [
@@ -313,7 +317,7 @@ def test_tools_of_a_later_system_message(tokenizer: Tokenizer):
         ({"role": "user", "content": "a"}, [object()], r"^tools cannot be written as JSON"),
     ],
 )
-def test_bad_tools(tokenizer: Tokenizer, message: dict[str, Any], tools: Any, error: str):
+def test_bad_tools_are_named(tokenizer: Tokenizer, message: dict[str, Any], tools: Any, error: str):
     with pytest.raises(InputError, match=error):
         render_chat([message], tokenizer, tools=tools)
 
@@ -323,7 +327,7 @@ def call(arguments: Any, name: Any = "f") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("content", [{"content": "Let me see."}, {"content": None}, {}, {"content": ""}])
-def test_tool_calls(tokenizer: Tokenizer, content: dict[str, Any]):
+def test_tool_calls_follow_what_is_said(tokenizer: Tokenizer, content: dict[str, Any]):
     calls = [call('{"city": "Zürich", "days": 2}'), call({}, "g")]
     messages = [{"role": "assistant", "tool_calls": calls, **content}, {"role": "tool", "content": "sunny"}]
     text = '[{"name": "f", "arguments": {"city": "Zürich", "days": 2}}, {"name": "g", "arguments": {}}]'
@@ -336,7 +340,7 @@ def test_tool_calls(tokenizer: Tokenizer, content: dict[str, Any]):
 
 
 @pytest.mark.parametrize("calls", [None, [], ()])
-def test_no_tool_calls(tokenizer: Tokenizer, calls: Any):
+def test_empty_tool_calls_are_none(tokenizer: Tokenizer, calls: Any):
     plain = [{"role": "assistant", "content": "a"}]
     assert render_chat([plain[0] | {"tool_calls": calls}], tokenizer) == render_chat(plain, tokenizer)
 
@@ -355,12 +359,12 @@ def test_no_tool_calls(tokenizer: Tokenizer, calls: Any):
         ([{"function": {"arguments": "{}"}}], r"function\.name is missing"),
     ],
 )
-def test_bad_tool_calls(tokenizer: Tokenizer, calls: Any, error: str):
+def test_bad_tool_calls_are_named(tokenizer: Tokenizer, calls: Any, error: str):
     with pytest.raises(InputError, match=error):
         render_chat([{"role": "assistant", "content": "a", "tool_calls": calls}], tokenizer)
 
 
-def test_tool_calls_of_another_role(tokenizer: Tokenizer):
+def test_tool_calls_of_another_role_are_refused(tokenizer: Tokenizer):
     with pytest.raises(InputError, match=r"messages\[0\]\.tool_calls: only an assistant"):
         render_chat([{"role": "user", "content": "a", "tool_calls": [call("{}")]}], tokenizer)
 
@@ -414,7 +418,7 @@ BARE = base64.b64encode(LONG).decode()
         ({"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{DATA}", "format": None}}, PNG),
     ],
 )
-def test_media_parts(tokenizer: Tokenizer, part: dict[str, Any], expected: Any):
+def test_media_parts_of_every_form_are_read(tokenizer: Tokenizer, part: dict[str, Any], expected: Any):
     prompt = render_chat(user(part), tokenizer)
     image = "audio" not in part.get("type", "image")
     assert spelled(prompt, tokenizer)[1] == (IMAGE if image else AUDIO)
@@ -448,7 +452,7 @@ def test_base64_is_no_path(tokenizer: Tokenizer):
         assert isinstance(render_chat(user({"type": "image", "image": text}), tokenizer).images[0], bytes)
 
 
-def test_videos_by_other_names(tokenizer: Tokenizer):
+def test_videos_are_read_in_every_form(tokenizer: Tokenizer):
     frames, sizes = [TINY / "inputs" / f"image_{i}.png" for i in range(2)], []
     for frame in frames:
         with Image.open(frame) as image:
@@ -487,13 +491,13 @@ def test_videos_by_other_names(tokenizer: Tokenizer):
         ),
     ],
 )
-def test_other_spellings_of_messages(tokenizer: Tokenizer, messages: Any, same: Any):
+def test_other_spellings_of_messages_have_the_same_tokens(tokenizer: Tokenizer, messages: Any, same: Any):
     ours, expected = render_chat(messages, tokenizer), render_chat(same, tokenizer)
     assert ids_of(ours, tokenizer) == ids_of(expected, tokenizer)
 
 
 @pytest.mark.parametrize("arguments", [{"arguments": ""}, {"arguments": " "}, {"arguments": None}, {}])
-def test_empty_arguments_of_a_call(tokenizer: Tokenizer, arguments: dict[str, Any]):
+def test_empty_arguments_of_a_call_are_an_object(tokenizer: Tokenizer, arguments: dict[str, Any]):
     """As clients write calls without arguments."""
     message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", **arguments}}]}
     assert spelled(render_chat([message], tokenizer), tokenizer)[2] == '[{"name": "f", "arguments": {}}]'
@@ -539,7 +543,7 @@ def test_a_final_message_is_continued_as_in_transformers(
         ([], "messages is empty"),
     ],
 )
-def test_what_cannot_be_continued(tokenizer: Tokenizer, prompt: Any, error: str):
+def test_what_cannot_be_continued_is_refused(tokenizer: Tokenizer, prompt: Any, error: str):
     with pytest.raises(InputError, match=error):
         parse_prompt(prompt, tokenizer, continue_final_message=True)
     with pytest.raises(InputError, match="continue_final_message is 'yes'"):
@@ -564,7 +568,7 @@ def test_media_beside_the_prompt_may_be_urls(tokenizer: Tokenizer):
             parse_prompt(prompt, tokenizer, ["a", "https://a.b", "c"])
 
 
-def test_media_in_order_of_appearance(tokenizer: Tokenizer):
+def test_media_are_numbered_in_order_of_appearance(tokenizer: Tokenizer):
     """Those given beside the messages fill the gaps, whatever comes between."""
     messages = [
         *user({"type": "image"}, {"type": "image", "image": "p"}, {"type": "audio", "audio": "r"}),
@@ -588,7 +592,9 @@ def test_media_in_order_of_appearance(tokenizer: Tokenizer):
         ([{"type": "audio"}], 0, 3, r'1 part\(s\) \{"type": "audio"\}.* and 3 audio\(s\)'),
     ],
 )
-def test_chat_counts(tokenizer: Tokenizer, parts: list[Any], images: int, audios: int, error: str):
+def test_numbers_of_media_and_parts_must_agree(
+    tokenizer: Tokenizer, parts: list[Any], images: int, audios: int, error: str
+):
     with pytest.raises(InputError, match=error):
         render_chat(user(*parts), tokenizer, ["x"] * images, ["x"] * audios)
 
@@ -658,7 +664,7 @@ def url(value: Any) -> dict[str, Any]:
         ({"type": "audio", "data": DATA}, r"\.data: a part of type audio"),
     ],
 )
-def test_bad_parts(tokenizer: Tokenizer, part: Any, error: str):
+def test_bad_parts_are_named_by_message_and_place(tokenizer: Tokenizer, part: Any, error: str):
     messages = [{"role": "system", "content": "a"}, *user({"type": "text", "text": "b"}, part)]
     with pytest.raises(InputError, match=r"^messages\[1\]\.content\[1\]" + error):
         render_chat(messages, tokenizer)
@@ -707,7 +713,7 @@ def test_errors_do_not_repeat_the_data(tokenizer: Tokenizer):
         ([{"role": "user", "content": {"type": "text", "text": "a"}}], r"^messages\[0\]\.content is dict"),
     ],
 )
-def test_bad_messages(tokenizer: Tokenizer, messages: Any, error: str):
+def test_bad_messages_are_named(tokenizer: Tokenizer, messages: Any, error: str):
     with pytest.raises(InputError, match=error):
         render_chat(messages, tokenizer)
 
@@ -732,7 +738,7 @@ def test_roles_are_those_of_the_tokenizer(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize("name", ["<|end|>", "<|tool|>"])
-def test_tokenizer_without_the_tokens_of_chats(tokenizer: Tokenizer, name: str):
+def test_a_tokenizer_without_the_tokens_of_chats_is_refused(tokenizer: Tokenizer, name: str):
     with pytest.raises(CheckpointError, match=re.escape(f"{name} is not one of its added tokens")):
         render_chat(user(), Other(tokenizer, [name]), tools="[]")
 
@@ -740,7 +746,7 @@ def test_tokenizer_without_the_tokens_of_chats(tokenizer: Tokenizer, name: str):
 # Either.
 
 
-def test_parse_prompt(tokenizer: Tokenizer):
+def test_raw_strings_and_chats_parse_alike(tokenizer: Tokenizer):
     raw = "<|user|><|image_1|><|audio_1|>hi<|end|><|assistant|>"
     messages = user({"type": "image"}, {"type": "audio"}, {"type": "text", "text": "hi"})
     expected = parse_raw(raw, tokenizer, ["a"], ["b"])
@@ -750,6 +756,6 @@ def test_parse_prompt(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"a", {"role": "user", "content": "a"}, object()])
-def test_prompt_that_is_neither(tokenizer: Tokenizer, prompt: Any):
+def test_a_prompt_that_is_neither_string_nor_chat_is_refused(tokenizer: Tokenizer, prompt: Any):
     with pytest.raises(InputError, match=r"pass a raw string, or a list of chat messages"):
         parse_prompt(prompt, tokenizer)

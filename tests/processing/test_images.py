@@ -80,7 +80,7 @@ def check_golden(features: ImageFeatures, golden: Callable[[str], np.ndarray], t
 
 
 @pytest.mark.parametrize("index", range(len(PREP_CASES)))
-def test_preprocessing_goldens(index: int) -> None:
+def test_preprocessing_is_golden(index: int) -> None:
     goldens, case = goldens_of(PREP), PREP_CASES[index]
     path = PREP / "inputs" / f"prep_{index}.png"
     features = features_of(path)
@@ -96,7 +96,7 @@ def test_preprocessing_goldens(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_tiny_goldens(index: int) -> None:
+def test_images_of_the_tiny_checkpoint_are_golden(index: int) -> None:
     goldens, path = goldens_of(TINY), TINY / "inputs" / f"image_{index}.png"
     features = features_of(path)
     check_golden(features, lambda name: goldens[f"image_{index}.{name}"], (slice(0, None, 7), slice(0, None, 7)))
@@ -161,7 +161,7 @@ def test_scaled_sides_are_truncated() -> None:
     assert (features.crops[1, :, :447] == -1).all()
 
 
-def test_pixel_values() -> None:
+def test_pixel_values_are_scaled_to_minus_one_to_one() -> None:
     for value, expected in [(0, -1.0), (255, 1.0), (51, -0.6)]:
         features = preprocess_image(Image.new("RGB", (448, 448), (value, value, value)))
         np.testing.assert_allclose(features.crops, expected, rtol=0, atol=6e-8)
@@ -187,7 +187,7 @@ def layout_by_loops(features: ImageFeatures, columns: int, rows: int) -> list[in
 
 
 @pytest.mark.parametrize("size", [(448, 448), (640, 480), (300, 900), (1500, 700), (460, 450), (100, 80), (3000, 180)])
-def test_layout(size: tuple[int, int]) -> None:
+def test_layout_takes_each_unmasked_feature_once(size: tuple[int, int]) -> None:
     features = preprocess_image(noise(*size))
     assert features.layout.tolist() == layout_by_loops(features, *choose_grid(*size))
     ids = features.layout[features.layout >= 0]
@@ -198,7 +198,7 @@ def test_layout(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(kept.reshape(-1, 16, 16), features.patch_mask[:, ::2, ::2])
 
 
-def test_layout_of_one_crop() -> None:
+def test_layout_of_one_crop_has_its_global_view_first() -> None:
     layout = preprocess_image(noise(448, 448)).layout
     assert len(layout) == 545
     assert layout[:17].tolist() == [*range(256, 272), SUB_SEPARATOR]
@@ -232,7 +232,7 @@ def test_grid_is_the_originals(dynamic_hd: int) -> None:
         assert choose_grid(width, height, dynamic_hd) == grid_by_definition(width, height, dynamic_hd)
 
 
-def test_grid_of_equally_close_ratios() -> None:
+def test_of_equally_close_grids_the_largest_is_taken() -> None:
     """1x1, 2x2, ..., 6x6 are equally close to a square: of those allowed it is the largest."""
     assert choose_grid(2689, 2689) == (6, 6)
     assert choose_grid(1000, 1000, dynamic_hd=8) == (2, 2)
@@ -247,7 +247,7 @@ def tokens_or_refusal(count: Callable[[], int]) -> int | str:
 
 
 @pytest.mark.parametrize("dynamic_hd", [1, 4, 36])
-def test_count_equals_the_tokens(dynamic_hd: int) -> None:
+def test_the_count_is_that_of_the_tokens(dynamic_hd: int) -> None:
     """Random sizes, up to ratios of 1:2000; an image that is refused is refused by both, with the same words."""
     sizes = random_sizes(50, dynamic_hd, 11)
     counts = [tokens_or_refusal(lambda s=s: count_image_tokens(*s, dynamic_hd)) for s in sizes]
@@ -258,7 +258,7 @@ def test_count_equals_the_tokens(dynamic_hd: int) -> None:
     assert 0 < sum(isinstance(n, str) for n in tokens) < 25
 
 
-def test_count_against_the_mask_formula() -> None:
+def test_the_count_is_that_of_the_masks() -> None:
     for width, height in random_sizes(12, 7, 11):
         try:
             features = preprocess_image(Image.new("RGB", (width, height)))
@@ -289,7 +289,7 @@ def test_dynamic_hd_caps_the_crops(dynamic_hd: int) -> None:
     assert len(preprocess_image(noise(2600, 2600), 1).crops) == 2
 
 
-def test_most_tokens() -> None:
+def test_no_image_has_more_than_10065_tokens() -> None:
     counts = {count_image_tokens(448 * i, 448 * j) for i in range(1, 60) for j in range(1, 60)}
     assert max(counts) == 10065  # 36 crops one above the other: 36 * 256, and a separator after each of 576 rows
 
@@ -310,7 +310,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_formats(file_format: str, tmp_path: Path) -> None:
+def test_formats_are_known_by_their_content(file_format: str, tmp_path: Path) -> None:
     image = picture(70, 50)
     options = FORMATS[file_format]
     data = encoded(image, file_format, **(options or {}))
@@ -329,7 +329,7 @@ def test_formats(file_format: str, tmp_path: Path) -> None:
         assert difference.max() == 0
 
 
-def test_arrays() -> None:
+def test_arrays_are_read_as_pixels() -> None:
     pixels = np.asarray(picture(30, 20))
     np.testing.assert_array_equal(np.asarray(load_image(pixels)), pixels)
     np.testing.assert_array_equal(np.asarray(load_image(pixels[::2, ::-1])), pixels[::2, ::-1])
@@ -350,7 +350,7 @@ def test_modes_convert_as_pillow_does(mode: str) -> None:
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
 
 
-def test_premultiplied_transparency() -> None:
+def test_premultiplied_transparency_is_undone() -> None:
     grey = picture(40, 30).convert("L")
     image = Image.merge("LA", [grey, Image.new("L", grey.size, 255)]).convert("La")
     np.testing.assert_array_equal(np.asarray(load_image(image)), np.asarray(grey.convert("RGB")))
@@ -391,7 +391,7 @@ def test_transparency_is_flattened_on_white(mode: str) -> None:
         (Image.fromarray(np.repeat(np.array([[7, 8, 9]], np.uint8)[..., None], 3, 2)).quantize(3), "palette"),
     ],
 )
-def test_a_transparent_colour(image: Image.Image, transparent: Any) -> None:
+def test_a_transparent_colour_is_white(image: Image.Image, transparent: Any) -> None:
     """PNG and GIF may name one colour, or an opacity for each of the palette."""
     if transparent == "palette":
         transparent = bytes(0 if image.getpalette()[3 * i] == 8 else 255 for i in range(3))
@@ -451,7 +451,7 @@ def test_damaged_exif_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF", "PNG"])
-def test_first_frame(file_format: str) -> None:
+def test_the_first_frame_is_taken(file_format: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue", "lime")]
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
     with Image.open(io.BytesIO(data)) as image:
@@ -508,13 +508,13 @@ def closed(opened: Any) -> Any:
         (Image.new("RGB", (0, 5)), "0x5 pixels"),
     ],
 )
-def test_unusable_sources(source: Any, message: str) -> None:
+def test_unusable_sources_are_named(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_image(source)
 
 
 @pytest.mark.torch
-def test_tensors() -> None:
+def test_tensors_are_read_as_pixels() -> None:
     import torch
 
     rgb = np.asarray(picture(30, 20))
@@ -530,7 +530,7 @@ def test_tensors() -> None:
 
 @pytest.mark.parametrize("file_format", [*FORMATS, "AVIF"])
 @pytest.mark.parametrize("part", [0.25, 0.75])
-def test_truncated_files(file_format: str, part: float, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(file_format: str, part: float, tmp_path: Path) -> None:
     data = encoded(noise(60, 40), file_format)
     data = data[: int(part * len(data))]
     path = tmp_path / "cut.png"
@@ -540,7 +540,7 @@ def test_truncated_files(file_format: str, part: float, tmp_path: Path) -> None:
             load_image(source)
 
 
-def test_truncated_image_opened_by_the_caller() -> None:
+def test_a_truncated_image_opened_by_the_caller_is_refused() -> None:
     data = encoded(noise(60, 40), "PNG")
     with (
         Image.open(io.BytesIO(data[: len(data) // 2])) as image,
@@ -549,7 +549,7 @@ def test_truncated_image_opened_by_the_caller() -> None:
         load_image(image)  # decoded only here
 
 
-def test_image_closed_before_it_was_decoded(tmp_path: Path) -> None:
+def test_an_image_closed_before_it_was_decoded_is_refused(tmp_path: Path) -> None:
     noise(60, 40).save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         pass
@@ -586,7 +586,7 @@ def test_other_formats_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_corrupt_files(file_format: str) -> None:
+def test_corrupt_files_give_an_image_or_an_input_error(file_format: str) -> None:
     """Changed bytes give some image or an InputError, never anything else."""
     data, rng = encoded(noise(30, 20), file_format), random.Random(0)
     for _ in range(200):
@@ -622,7 +622,7 @@ def test_bombs_are_refused_by_their_header(side: int) -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_max_pixels() -> None:
+def test_images_beyond_max_pixels_are_refused() -> None:
     assert load_image(noise(50, 40), max_pixels=2000).size == (50, 40)
     for source in (noise(50, 41), encoded(noise(50, 41), "PNG"), np.asarray(noise(50, 41))):
         with pytest.raises(InputError, match=r"50x41 pixels, more than 2000; shrink it$"):
@@ -630,20 +630,20 @@ def test_max_pixels() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(5000, 50), (3, 1000), (1, 448), (16128, 200)])
-def test_thin_images(width: int, height: int) -> None:
+def test_images_too_thin_are_refused(width: int, height: int) -> None:
     with pytest.raises(InputError, match=rf"has {width}x{height} pixels and would be scaled to \d+x\d+.* too thin"):
         preprocess_image(Image.new("RGB", (width, height)), dynamic_hd=1)
     with pytest.raises(InputError, match=r"too thin\. Crop it, or pad its shorter side"):
         count_image_tokens(width, height, dynamic_hd=1)
 
 
-def test_thinnest_image_that_is_taken() -> None:
+def test_an_image_that_scales_to_10_pixels_is_taken() -> None:
     assert preprocess_image(Image.new("RGB", (448, 10))).num_tokens == count_image_tokens(448, 10) == 273 + 1 * 16 + 1
     with pytest.raises(InputError, match="scaled to 448x9"):
         preprocess_image(Image.new("RGB", (448, 9)))
 
 
-def test_unusable_arguments() -> None:
+def test_unusable_arguments_are_named() -> None:
     with pytest.raises(InputError, match=r"mode L, not RGB; pass it through load_image"):
         preprocess_image(Image.new("L", (448, 448)))
     with pytest.raises(InputError, match="dynamic_hd is 0"):

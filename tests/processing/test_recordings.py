@@ -119,7 +119,7 @@ def test_no_sample_is_lost_or_twice(rate):
             assert start <= begin < end <= start + clip.seconds
 
 
-def test_memory_of_long_recordings():
+def test_memory_does_not_grow_with_a_recording():
     block = np.concatenate([tone(20), silence(10)])
     tracemalloc.start()
     count = sum(len(clip.samples) for clip in cut_blocks(((block, RATE) for _ in range(20)), CutSettings()))
@@ -177,7 +177,7 @@ def test_samples_that_are_no_numbers_are_an_error():
 
 
 @pytest.mark.parametrize(("name", "value"), [("clip_seconds", 0.5), ("clip_seconds", 41), ("pause", 0), ("pause", "1")])
-def test_settings_out_of_range(name, value):
+def test_settings_out_of_range_are_named(name, value):
     with pytest.raises(InputError, match=f"{name} is {value!r}; expected seconds from "):
         CutSettings(**{name: value})
 

@@ -132,12 +132,12 @@ def random_texts(seed: int, count: int, special: tuple[str, ...] = ()) -> Iterat
 
 
 @pytest.mark.parametrize("case", TINY_CASES, ids=range(len(TINY_CASES)))
-def test_golden_ids(tiny: Tokenizer, case: dict[str, Any]):
+def test_ids_are_golden(tiny: Tokenizer, case: dict[str, Any]):
     assert tiny.encode(case["text"], special=True) == case["ids"]
 
 
 @pytest.mark.parametrize("case", O200K_CASES, ids=range(len(O200K_CASES)))
-def test_o200k_ids(o200k: Tokenizer, case: dict[str, Any]):
+def test_ids_of_o200k_are_golden(o200k: Tokenizer, case: dict[str, Any]):
     assert o200k.encode(case["text"]) == case["ids"]
     assert o200k.decode(case["ids"]) == case["text"]
 
@@ -285,7 +285,7 @@ def random_bpe(rng: random.Random) -> dict[str, Any]:
     return content
 
 
-def test_any_merges_as_in_tokenizers(tmp_path: Path):
+def test_accepted_merges_give_the_ids_of_tokenizers(tmp_path: Path):
     """The proof of the pudding for the check of the merges: what is accepted gives the ids of the merge list."""
     rng = random.Random(5)
     accepted = 0
@@ -341,7 +341,7 @@ def write_added_tokens_decoder(folder: Path, content: dict[str, Any]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
 
 
-def test_both_spellings_of_merges(tmp_path: Path, tiny: Tokenizer):
+def test_merges_are_read_in_both_spellings(tmp_path: Path, tiny: Tokenizer):
     content = tiny_json()
     assert isinstance(content["model"]["merges"][0], list)
     content["model"]["merges"] = spelled(content)
@@ -351,7 +351,7 @@ def test_both_spellings_of_merges(tmp_path: Path, tiny: Tokenizer):
 
 
 @pytest.mark.parametrize("load", [tiny_json, o200k_json])
-def test_vocab_and_merges(tmp_path: Path, load: Callable[[], dict[str, Any]]):
+def test_vocab_and_merges_are_read_as_tokenizer_json(tmp_path: Path, load: Callable[[], dict[str, Any]]):
     content = load()
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     expected = Tokenizer.from_folder(tmp_path)
@@ -370,7 +370,7 @@ def test_vocab_and_merges(tmp_path: Path, load: Callable[[], dict[str, Any]]):
         assert ours.encode(text) == expected.encode(text), ascii(text)
 
 
-def test_vocab_and_merges_with_older_files_for_special_tokens(tmp_path: Path, tiny: Tokenizer):
+def test_older_files_of_special_tokens_are_read(tmp_path: Path, tiny: Tokenizer):
     content = tiny_json()
     added = content["added_tokens"]
     content["model"]["vocab"]["<|endoftext|>"] = 633
@@ -387,7 +387,7 @@ def test_vocab_and_merges_with_older_files_for_special_tokens(tmp_path: Path, ti
         assert ours.encode(text, special=True) == tiny.encode(text, special=True)
 
 
-def test_windows_line_ends_in_merges(tmp_path: Path, tiny: Tokenizer):
+def test_merges_may_have_windows_line_ends(tmp_path: Path, tiny: Tokenizer):
     content = tiny_json()
     write_vocab_and_merges(tmp_path, content)
     (tmp_path / "merges.txt").write_bytes("\r\n".join(["#version: 0.2", *spelled(content), ""]).encode())
@@ -400,7 +400,7 @@ def test_windows_line_ends_in_merges(tmp_path: Path, tiny: Tokenizer):
 
 
 @pytest.mark.parametrize("name", ["tiny", "o200k"])
-def test_round_trip(name: str, request: pytest.FixtureRequest):
+def test_decoding_gives_the_text_back(name: str, request: pytest.FixtureRequest):
     tokenizer = request.getfixturevalue(name)
     assert tokenizer.encode("") == tokenizer.encode("", special=True) == []
     assert tokenizer.decode([]) == ""
@@ -419,7 +419,7 @@ def test_special_tokens_are_text_unless_asked_for(tiny: Tokenizer):
     assert tiny.encode("a<|end|> b", special=True) == [*tiny.encode("a"), end, *tiny.encode("b")]
 
 
-def test_pieces(tiny: Tokenizer):
+def test_pieces_are_encoded_as_one_text(tiny: Tokenizer):
     user, tool, end = (tiny.special_tokens[f"<|{name}|>"] for name in ("user", "tool", "end"))
     the, other = tiny.encode(" the"), tiny.encode(" ") + tiny.encode("the")
     assert the != other  # tokens form across the space
@@ -439,7 +439,7 @@ def test_pieces(tiny: Tokenizer):
     ]
 
 
-def test_split_special(tiny: Tokenizer):
+def test_split_special_loses_no_text(tiny: Tokenizer):
     user, end = tiny.special_tokens["<|user|>"], tiny.special_tokens["<|end|>"]
     assert tiny.split_special("") == []
     assert tiny.split_special("a <|user|> <|user|><|end|>") == ["a ", user, " ", user, end]
@@ -451,27 +451,27 @@ def test_split_special(tiny: Tokenizer):
 
 
 @pytest.mark.parametrize("piece", [0, 632, 648, -1, True, 1.5, None, b"a", ["a"]])
-def test_piece_that_is_no_special_token(tiny: Tokenizer, piece: Any):
+def test_a_piece_that_is_no_special_token_is_refused(tiny: Tokenizer, piece: Any):
     with pytest.raises(InputError, match=r"special"):
         tiny.encode_pieces(["a", piece])
 
 
 @pytest.mark.parametrize("text", [None, b"a", 5, ["a"]])
 @pytest.mark.parametrize("special", [True, False])
-def test_text_that_is_no_string(tiny: Tokenizer, text: Any, special: bool):
+def test_a_text_that_is_no_string_is_refused(tiny: Tokenizer, text: Any, special: bool):
     with pytest.raises(InputError, match=r"pass|special"):
         tiny.encode(text, special=special)
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_lone_surrogate(tiny: Tokenizer, special: bool):
+def test_a_lone_surrogate_is_named_by_its_place(tiny: Tokenizer, special: bool):
     with pytest.raises(InputError, match=r"lone surrogate U\+D83D at character 2.*utf-16"):
         tiny.encode("ab\ud83d", special=special)
     with pytest.raises(InputError, match=r"U\+DE00 at character 0"):
         tiny.encode("\ude00\ud83d", special=special)
 
 
-def test_decode(tiny: Tokenizer):
+def test_characters_cut_by_tokens_are_decoded_as_bytes(tiny: Tokenizer):
     face = tiny.encode("😀")
     assert len(face) > 1
     assert tiny.decode_bytes(face) == "😀".encode()
@@ -506,7 +506,7 @@ def test_padded_vocabulary_decodes_to_nothing(tiny: Tokenizer, o200k_folder: Pat
 
 
 @pytest.mark.parametrize("bad", [-1, 2**40, 1.0, "a", None])
-def test_decode_bad_id(tiny: Tokenizer, bad: Any):
+def test_an_unknown_id_is_refused(tiny: Tokenizer, bad: Any):
     with pytest.raises(InputError, match=str(bad)):
         tiny.decode([1, bad])
 
@@ -516,7 +516,7 @@ def test_decode_bad_id(tiny: Tokenizer, bad: Any):
 
 @pytest.mark.parametrize("name", ["tiny_pair", "o200k_pair"])
 @pytest.mark.parametrize("run", ["A", " ", "a", "\n", "1", "/", "é", "가", "\u0301", " \n", "<|", "aA"])
-def test_long_runs(name: str, run: str, request: pytest.FixtureRequest):
+def test_long_runs_are_encoded_in_linear_time(name: str, run: str, request: pytest.FixtureRequest):
     ours, library = request.getfixturevalue(name)
     for end in ("", "x"):
         text = run * (100_000 // len(run)) + end
@@ -526,13 +526,13 @@ def test_long_runs(name: str, run: str, request: pytest.FixtureRequest):
         assert ids == theirs(library, text)
 
 
-def test_run_of_white_space_beyond_the_regular_expression_engine(tiny: Tokenizer):
+def test_white_space_beyond_the_regular_expression_engine_is_encoded(tiny: Tokenizer):
     assert tiny.decode(tiny.encode(" " * 500_000)) == " " * 500_000
     with pytest.raises(InputError, match=r"2000000 characters.*white space.*shorten"):
         tiny.encode(" " * 2_000_000)
 
 
-def test_loads_and_encodes_quickly(o200k_folder: Path):
+def test_the_release_loads_and_encodes_quickly(o200k_folder: Path):
     """About 1.2 s and 0.15 s; the bounds leave room for a slow machine, not for another complexity."""
     start = time.process_time()
     tokenizer = Tokenizer.from_folder(o200k_folder)
@@ -542,7 +542,7 @@ def test_loads_and_encodes_quickly(o200k_folder: Path):
     assert time.process_time() - loaded < 2
 
 
-def test_pickles(tiny: Tokenizer):
+def test_a_tokenizer_pickles(tiny: Tokenizer):
     copy = pickle.loads(pickle.dumps(tiny))
     text = "<|user|> hello<|end|>"
     assert copy.encode(text, special=True) == tiny.encode(text, special=True)
@@ -552,7 +552,7 @@ def test_pickles(tiny: Tokenizer):
 # Bad folders.
 
 
-def test_no_files(tmp_path: Path):
+def test_missing_files_are_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json.*vocab\.json.*merges\.txt.*none of them"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "merges.txt").write_text("a b")
@@ -563,7 +563,7 @@ def test_no_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff{}", b"[" * 100_000, b"9" * 5000])
-def test_broken_json(tmp_path: Path, content: bytes):
+def test_broken_json_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json.*Copy"):
         Tokenizer.from_folder(tmp_path)
@@ -652,7 +652,9 @@ VOCAB, MERGES = ("model", "vocab"), ("model", "merges")
         (put(*ADDED, "single_word", "yes"), "neither true nor false"),
     ],
 )
-def test_bad_tokenizer_json(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str):
+def test_bad_tokenizer_json_is_named_with_its_remedy(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+):
     content = tiny_json()
     change(content)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
@@ -662,7 +664,7 @@ def test_bad_tokenizer_json(tmp_path: Path, change: Callable[[dict[str, Any]], N
     assert str(error.value).endswith(".")  # the remedy, a sentence of its own
 
 
-def test_unformed_tokens_and_ignore_merges(tmp_path: Path):
+def test_unformed_tokens_with_ignore_merges_are_refused(tmp_path: Path):
     content = tiny_json()
     content["model"]["ignore_merges"] = True
     ours, library = both(tmp_path, content)
@@ -712,7 +714,7 @@ def test_post_processors_that_add_nothing(tmp_path: Path, tiny: Tokenizer, proce
         ),
     ],
 )
-def test_bad_file_beside_vocab_and_merges(tmp_path: Path, name: str, content: str, message: str):
+def test_a_bad_file_beside_vocab_and_merges_is_named(tmp_path: Path, name: str, content: str, message: str):
     write_vocab_and_merges(tmp_path, tiny_json())
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=message):

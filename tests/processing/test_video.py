@@ -88,14 +88,14 @@ def test_a_clip_of_few_frames_gives_each_once():
     assert len(video_frames(made(300))) == 64
 
 
-def test_times_count_and_not_frames():
+def test_frames_are_spaced_by_time_and_not_by_number():
     """One frame for nine seconds, then ten within one: most of the time shows the first."""
     data = made(11, times=[0, *range(90, 100)])
     assert numbers(video_frames(data, 5)) == [0, 1]  # at 1, 3, 5 and 7 s number 0, at 9 s number 1
     assert numbers(video_frames(data, 10)) == [0, 6]  # at 0.5, ..., 8.5 s number 0, at 9.5 s number 6
 
 
-def test_paths_bytes_and_open_files(tmp_path: Path):
+def test_frames_are_read_from_paths_bytes_and_open_files(tmp_path: Path):
     data = made(30)
     path = tmp_path / "http:clip|1.bin"  # known by its content; a name is not a URL
     path.write_bytes(data)
@@ -104,13 +104,13 @@ def test_paths_bytes_and_open_files(tmp_path: Path):
             assert numbers(video_frames(source, 3)) == [5, 15, 25]
 
 
-def test_turned_as_a_player_turns_it():
+def test_frames_are_turned_as_a_player_turns_them():
     (upright,) = video_frames(made(10, turned=90), 1)
     assert upright.size == (HEIGHT, WIDTH)
     assert number_of(upright.rotate(-90, expand=True)) == 5
 
 
-def test_a_length_that_the_header_lacks():
+def test_a_video_whose_header_lacks_the_length_is_read_through():
     """As recorders write it to a pipe."""
 
     class Pipe(io.RawIOBase):
@@ -272,7 +272,7 @@ def test_decoding_takes_no_longer_than_the_limit(monkeypatch: pytest.MonkeyPatch
 # Folders and lists
 
 
-def test_a_folder_in_natural_order(tmp_path: Path):
+def test_a_folder_is_read_in_natural_order(tmp_path: Path):
     for n in range(12):
         Image.fromarray(picture(n)).save(tmp_path / f"frame_{n}.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -281,7 +281,7 @@ def test_a_folder_in_natural_order(tmp_path: Path):
     assert numbers(video_frames(str(tmp_path), 3)) == [2, 6, 10]
 
 
-def test_a_list_of_images(tmp_path: Path):
+def test_a_list_of_images_is_spaced_evenly(tmp_path: Path):
     path = tmp_path / "a.png"
     Image.fromarray(picture(2)).save(path)
     frames = [picture(0), Image.fromarray(picture(1)), path, path.read_bytes()]
@@ -290,7 +290,7 @@ def test_a_list_of_images(tmp_path: Path):
     assert numbers(video_frames([None, picture(7), None], 1)) == [7]  # what is not chosen is not opened
 
 
-def test_evenly_spaced():
+def test_chosen_frames_are_in_the_middle_of_equal_parts():
     assert evenly_spaced(5, 64) == [0, 1, 2, 3, 4]
     for total in (64, 65, 100, 1000):
         chosen = evenly_spaced(total, 64)
@@ -324,7 +324,7 @@ def sound() -> bytes:
         (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "the video cannot be read"),
     ],
 )
-def test_unusable_sources(source: Any, message: str):
+def test_unusable_sources_are_named(source: Any, message: str):
     with pytest.raises(InputError, match=message):
         video_frames(source)
 
@@ -361,29 +361,29 @@ def test_a_file_of_another_kind_is_named(load, content, message, is_installed, t
 
 
 @pytest.mark.parametrize("load", [load_audio, load_image, video_frames])
-def test_an_empty_file_is_empty(load, tmp_path):
+def test_an_empty_file_is_named_empty(load, tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(InputError, match="the file is empty; pass a whole one"):
         load(tmp_path / "a.jpg")
 
 
-def test_a_folder_without_images(tmp_path: Path):
+def test_a_folder_without_images_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="has no images"):
         video_frames(tmp_path)
 
 
-def test_a_file_that_is_cut_off():
+def test_a_file_that_is_cut_off_is_refused():
     with pytest.raises(InputError, match="the video cannot be read"):
         video_frames(made(600)[:5000])
 
 
 @pytest.mark.parametrize("frames", [0, -1, 65, 1.5, True, None])
-def test_unusable_numbers_of_frames(frames: Any):
+def test_unusable_numbers_of_frames_are_refused(frames: Any):
     with pytest.raises(InputError, match=f"frames is {frames!r}; expected 1 to 64"):
         video_frames([picture(0)], frames)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch):
+def test_missing_pyav_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r"pip install 'phi4mm-jax\[video\]'"):
         video_frames(b"anything")
@@ -446,7 +446,7 @@ def test_a_clip_costs_no_more_than_its_crops(tiny):
             assert count * tiny.processor.count_image_tokens(frame, crops_per_frame(count)) <= 64 * 545
 
 
-def test_a_video_through_the_engine(tiny):
+def test_the_engine_answers_about_videos_as_generate(tiny):
     messages = chat({"video": made(30), "frames": 2})
     (expected,) = tiny.generate([messages], max_new_tokens=3)
     assert expected.prompt_tokens == len(tiny.processor.row(messages).tokens)
@@ -470,6 +470,6 @@ def test_a_video_through_the_engine(tiny):
         ({"video": [picture(0)], "fps": 2}, r"\.fps: a part of type video has only"),
     ],
 )
-def test_bad_parts(tiny, part: dict[str, Any], message: str):
+def test_bad_parts_are_named_by_message_and_place(tiny, part: dict[str, Any], message: str):
     with pytest.raises(InputError, match=r"messages\[0\]\.content\[0\]" + message):
         tiny.processor.row(chat(part))
