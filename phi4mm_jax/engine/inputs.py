@@ -49,13 +49,13 @@ def decode_inputs(batch: DecodeBatch, table_size: int, with_top: bool) -> Decode
     """
     sequences, count = batch.sequences, len(batch.sequences)
     return DecodeInputs(
-        last=_column(sequences, count, lambda s: s.output_token_ids[-1]),
+        last=_padded([-1 if s is None or s.num_pending_tokens else s.output_token_ids[-1] for s in sequences], count),
         lengths=_column(sequences, count, lambda s: s.num_computed_tokens),
         num_decode_steps=batch.num_decode_steps,
         tables=_page_tables([() if s is None else s.pages for s in sequences], count, table_size),
         adapters=_column(sequences, count, lambda s: s.adapter),
         use_long_rope=_column(sequences, count, lambda s: s.use_long_rope).astype(bool),
-        num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
+        num_output_tokens=_column(sequences, count, lambda s: s.num_sampled_tokens),
         sampling=_sampling_rows(sequences, count),
         with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool) if with_top else None,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import KVCache
 
+T = TypeVar("T")
+
 
 class ModelRunner:
     """Computes batches of sequences.
@@ -34,6 +36,7 @@ class ModelRunner:
     Attributes:
         kv_cache: on the device, as the following.
         token_seen: (slots, V); tokens of each slot's sequence, where it has a repetition penalty.
+        last_tokens: (slots,); see `DecodeInputs.carried`.
         encoder_cache: encoded media.
         user_adapters: those that users have brought.
         num_prefilled_tokens: since the start.
@@ -61,6 +64,7 @@ class ModelRunner:
 
         self.encoder_cache = EncoderCache(encode, features, group_sizes(len(programs.devices)))
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
+        self.last_tokens = programs.place(jnp.zeros(config.slots, jnp.int32))
         self.num_prefilled_tokens = 0
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
@@ -71,17 +75,22 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------ batches
 
     def prefill(self, batch: PrefillBatch) -> tuple[SampledTokens, TopLogprobs | None]:
-        """Encode a chunk's media and compute it, for each sequence; samples the next token of all."""
+        """Dispatch the encoding of a chunk's media and the chunk, for each sequence; samples the next token of all.
+
+        As of the following, the results are on the device, and may not be there yet.
+        """
         chunks = list(zip(batch.sequences, batch.stops, strict=True))
         rows = self.encoder_cache.lookup_or_encode(
             [(s.media, s.num_computed_tokens, min(stop, s.num_prompt_tokens)) for s, stop in chunks]
         )
         self.num_prefilled_tokens += sum(stop - s.num_computed_tokens for s, stop in chunks)
         inputs = self._prefill_inputs(batch, rows, len(chunks))
-        return self.run_prefill({s.adapter for s, _ in chunks}, inputs)
+        sampled, top = self.run_prefill({s.adapter for s, _ in chunks}, inputs)
+        self.run_carry_first([s.slot if stop == s.num_tokens_to_prefill else -1 for s, stop in chunks], sampled)
+        return sampled, top
 
     def decode(self, batch: DecodeBatch) -> SampledTokens:
-        """Decode up to `num_decode_steps` tokens of each slot."""
+        """Dispatch the decoding of up to `num_decode_steps` tokens of each slot."""
         adapters = {s.adapter for s in batch.sequences if s is not None}
         inputs = self._decode_inputs(batch)
         if all(s is None or s.matcher is None for s in batch.sequences):
@@ -123,24 +132,30 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------ calls
 
     def run_prefill(self, adapters: set[int], inputs: PrefillInputs) -> tuple[SampledTokens, TopLogprobs | None]:
-        """Call the step and fetch its results; only the variables of these adapters are handed over."""
-        self.kv_cache, *results = self._programs.prefill(
+        """Call the step; only the variables of these adapters are handed over."""
+        self.kv_cache, sampled, top = self._programs.prefill(
             self._variables_of(adapters), self.kv_cache, self.encoder_cache.table, self.token_seen, inputs,
             candidates=self._num_prefill_candidates,
         )  # fmt: skip
-        sampled, top = jax.device_get(results)
-        return sampled, top
+        return _fetching((sampled, top))
+
+    def run_carry_first(self, slots: Items[int], sampled: SampledTokens) -> None:
+        """Let these slots decode from the tokens that they have sampled by prefill; -1 for none."""
+        rows = np.asarray([self._config.slots if slot < 0 else slot for slot in slots], np.int32)
+        self.last_tokens = self._programs.carry_first(self.last_tokens, rows, sampled)
 
     def run_decode(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         self.kv_cache, self.token_seen, sampled = self._programs.decode(
             self._variables_of(adapters),
             self.kv_cache,
             self.token_seen,
-            inputs,
+            inputs._replace(carried=self.last_tokens),
             width=self._config.steps,
             candidates=self._config.top_logprobs,
         )
-        return jax.device_get(sampled)
+        assert sampled.last is not None
+        self.last_tokens = sampled.last
+        return _fetching(sampled)
 
     def run_decode_allowed(
         self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
@@ -150,16 +165,15 @@ class ModelRunner:
             self._variables_of(adapters), self.kv_cache, self.token_seen, inputs
         )
         mask = self._programs.place(allowed())
-        sampled = self._programs.sample_allowed(
+        return self._programs.sample_allowed(
             logits, self.token_seen, inputs, mask, candidates=self._config.top_logprobs
         )
-        return jax.device_get(sampled)
 
     def run_beam_step(self, adapters: set[int], inputs: BeamInputs) -> TopLogprobs:
         self.kv_cache, top = self._programs.beam_step(
             self._variables_of(adapters), self.kv_cache, inputs, candidates=self._num_candidates
         )
-        return jax.device_get(top)
+        return top
 
     def run_set_penalty_mask(self, slot: int, seen: np.ndarray) -> None:
         self.token_seen = self._programs.set_penalty_mask(self.token_seen, np.int32(slot), seen)
@@ -191,7 +205,8 @@ class ModelRunner:
         ]  # fmt: skip
 
         def prefill(adapter: int, count: int, width: int) -> None:
-            self.run_prefill({adapter}, self._prefill_inputs(PrefillBatch([], [], width), [], count))
+            sampled, _ = self.run_prefill({adapter}, self._prefill_inputs(PrefillBatch([], [], width), [], count))
+            self.run_carry_first([-1] * count, sampled)
 
         def decode(adapters: set[int]) -> None:
             self.run_decode(adapters, self._decode_inputs(DecodeBatch.idle(config.slots)))
@@ -238,3 +253,10 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
             "(mesh), cache_dtype int8 or fewer feature_blocks, or say what to try with cache_tokens"
         )
     return config.page_size * min(pages, config.slots * config.beams * math.ceil(context / config.page_size))
+
+
+def _fetching(results: T) -> T:
+    """Have results copied to the host as soon as they are there."""
+    for array in jax.tree.leaves(results):
+        array.copy_to_host_async()
+    return results

@@ -1,4 +1,10 @@
-"""Scheduling: admission by pages, chunked prefill, multi-step decode."""
+"""Scheduling: admission by pages, chunked prefill, multi-step decode.
+
+Steps are scheduled before the results of earlier ones are read. A sequence has then computed and generated as many
+tokens as it was scheduled for, or has ended: then what is scheduled for it is thrown away. Its pages may be freed while
+a dispatched step still writes to them, since steps are dispatched in order and hand the cache on to each other:
+whatever the pages' next sequence writes comes after.
+"""
 
 from typing import NamedTuple
 
@@ -50,6 +56,7 @@ class Scheduler:
         self._config, self._encoder_cache, self._long_rope_boundary = config, encoder_cache, long_rope_boundary
         self.allocator = PageAllocator(config.pages)
         self.slots: list[Sequence | None] = [None] * config.slots
+        self._computing: set[PageHash] = set()  # pages of dispatched chunks whose results are not read
 
     @property
     def resident(self) -> list[Sequence]:
@@ -83,10 +90,20 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence) -> None:
-        """Free its slot and its pages."""
-        self._release(sequence)
-        self.slots[sequence.slot] = None
+        """Free its slot and its pages, unless it is retired."""
+        self._retire(sequence)
         sequence.status = SequenceStatus.FINISHED
+
+    def retire_ending(self) -> None:
+        """Free slots and pages of sequences whose last tokens are dispatched."""
+        for sequence in self.resident:
+            if sequence.num_pending_tokens and sequence.num_sampled_tokens == sequence.max_new_tokens:
+                self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        if self.slots[sequence.slot] is sequence:
+            self.slots[sequence.slot] = None
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -118,25 +135,37 @@ class Scheduler:
             self._allocate_to(sequence, stop)
         return PrefillBatch(sequences, stops, self._next_width(sequences[0]))
 
-    def complete_chunk(self, sequence: Sequence, stop: int) -> bool:
+    def advance_prefill(self, batch: PrefillBatch) -> None:
+        """Count a batch that is dispatched as computed; sequences whose last chunk it is decode from now on."""
+        for sequence, stop in zip(batch.sequences, batch.stops, strict=True):
+            self._computing.update(sequence.page_hashes[self._full_pages(sequence.num_computed_tokens, stop)])
+            sequence.num_computed_tokens = stop
+            if stop == sequence.num_tokens_to_prefill:
+                sequence.status = SequenceStatus.DECODING
+                sequence.num_pending_tokens = 1 if sequence.beams is None else 0
+
+    def complete_chunk(self, sequence: Sequence, start: int, stop: int, finite: bool) -> bool:
         """Put a computed chunk's full pages into the prefix cache.
 
-        Not to be called where the logits are not finite: such pages may hold NaN, and must not be shared.
+        Args:
+            finite: whether the logits are; pages may hold NaN otherwise, and are not shared.
 
         Returns:
-            Whether the sequence decodes from now on.
+            Whether it is the last one.
         """
-        size = self._config.page_size
-        for page in range(sequence.num_computed_tokens // size, min(stop // size, len(sequence.page_hashes))):
-            self.allocator.cache_page(sequence.pages[page], sequence.page_hashes[page])
-        sequence.num_computed_tokens = stop
-        if stop == sequence.num_tokens_to_prefill:
-            sequence.status = SequenceStatus.DECODING
-        return sequence.status is SequenceStatus.DECODING
+        pages = self._full_pages(start, stop)
+        self._computing.difference_update(sequence.page_hashes[pages])
+        if finite:
+            for page, page_hash in zip(sequence.pages[pages], sequence.page_hashes[pages], strict=False):
+                self.allocator.cache_page(page, page_hash)
+        return stop == sequence.num_tokens_to_prefill
+
+    def _full_pages(self, start: int, stop: int) -> slice:
+        return slice(start // self._config.page_size, stop // self._config.page_size)
 
     def _select_prefill(self) -> list[Sequence]:
         """Return sequences with the same adapter and the same chunk width."""
-        computed: set[PageHash] = set()  # pages that an earlier sequence will put into the prefix cache
+        computed = set(self._computing)  # pages that an earlier sequence will put into the prefix cache
         chosen: list[Sequence] = []
         prefilling = (s for s in self.resident if s.status is SequenceStatus.PREFILLING)
         for sequence in sorted(prefilling, key=lambda s: s.id):
@@ -180,25 +209,36 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ decoding
 
+    @property
+    def decodes_by_grammar(self) -> bool:
+        """Whether a sequence that decodes has a grammar, whose next mask depends on the token before."""
+        return any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident)
+
     def next_decode(self, max_steps: int) -> DecodeBatch:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
         batch = DecodeBatch.idle(len(self.slots))
         sequences, num_steps, preempted = batch
-        if any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident):
+        if self.decodes_by_grammar:
             max_steps = 1
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue
-            room = sequence.max_new_tokens - len(sequence.output_token_ids)
-            if not sequence.use_long_rope:
-                room = min(room, self._long_rope_boundary - sequence.num_computed_tokens)
-            if room:
-                sequences[i], num_steps[i] = sequence, min(room, max_steps)
+            room = sequence.max_new_tokens - sequence.num_sampled_tokens
+            left = room if sequence.use_long_rope else self._long_rope_boundary - sequence.num_computed_tokens
+            if room and left:
+                sequences[i], num_steps[i] = sequence, min(room, left, max_steps)
                 self._allocate_to(sequence, sequence.num_computed_tokens + int(num_steps[i]))
-            else:
+            elif not sequence.num_pending_tokens:  # else its tokens are to be known first
                 self._preempt(sequence)
                 preempted.append(sequence)
         return batch
+
+    def advance_decode(self, batch: DecodeBatch) -> None:
+        """Count a batch that is dispatched as computed."""
+        for sequence, count in zip(batch.sequences, batch.num_decode_steps.tolist(), strict=True):
+            if sequence is not None:
+                sequence.num_computed_tokens += count
+                sequence.num_pending_tokens += count
 
     def _allocate_to(self, sequence: Sequence, num_tokens: int) -> None:
         """Allocate pages for its first tokens."""

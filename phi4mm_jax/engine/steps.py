@@ -50,7 +50,7 @@ class PrefillInputs(NamedTuple):
 class DecodeInputs(NamedTuple):
     """All N slots as a round of decoding begins. A slot's last token is not in the cache yet."""
 
-    last: Int[Any, " N"]
+    last: Int[Any, " N"]  # -1: it is in `carried`, or the slot is idle
     lengths: Int[Any, " N"]  # tokens in the cache
     num_decode_steps: Int[Any, " N"]  # maximum number of tokens to decode in this round; 0 for an idle slot
     tables: Int[Any, "N M"]
@@ -59,6 +59,7 @@ class DecodeInputs(NamedTuple):
     num_output_tokens: Int[Any, " N"]
     sampling: SamplingRows
     with_top: Bool[Any, " N"] | None = None  # slots whose likeliest tokens are asked for; None: of none
+    carried: Int[Any, " N"] | None = None  # last tokens by steps whose results the host has not read; -1: it has ended
 
 
 class SampledTokens(NamedTuple):
@@ -73,6 +74,7 @@ class SampledTokens(NamedTuple):
     finite: Bool[Array, " N"]  # whether all logits were
     top_tokens: Int[Array, "N W C"] | None = None  # the likeliest in place of each, likeliest first, where asked for
     top_log_probabilities: Float[Array, "N W C"] | None = None
+    last: Int[Array, " N"] | None = None  # of decoding: `DecodeInputs.carried` of the next round
 
 
 class BeamInputs(NamedTuple):
@@ -117,6 +119,7 @@ class Programs:
         self.decode_logits = jit_on_mesh(variables, self._decode_logits, donate_argnums=(1, 2))
         self.sample_allowed = jit_on_mesh(variables, self._sample_allowed, static_argnames="candidates")
         self.beam_step = jit_on_mesh(variables, self._beam_step, donate_argnums=1, static_argnames="candidates")
+        self.carry_first = jit_on_mesh(variables, self._carry_first)
         self.set_penalty_mask = jit_on_mesh(variables, self._set_penalty_mask, donate_argnums=0)
 
     @property
@@ -219,6 +222,10 @@ class Programs:
         With `candidates` also give the likeliest tokens in place of each, for the slots that ask for them.
         """
         sampled = _no_tokens(len(inputs.last), width, min(candidates, self.model.config.decoder.vocab_size))
+        last = jnp.asarray(inputs.last)
+        if inputs.carried is not None:
+            last = jnp.where(last < 0, inputs.carried, last)
+        left = jnp.where(last < 0, 0, jnp.minimum(inputs.num_decode_steps, width))
 
         def unfinished(carry):
             return (carry[-1] > 0).any()
@@ -229,14 +236,26 @@ class Programs:
             lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
             cache, token_seen, logits = self._next_logits(variables, cache, token_seen, inputs, last, lengths)
             tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
-            sampled, active = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
-            stopped = (tokens[:, None] == self._stops).any(-1)
-            left = jnp.where(active & ~stopped, left - 1, 0)
-            return cache, token_seen, jnp.where(active, tokens, last), sampled, left
+            sampled, added = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
+            ended = ~added | self._is_stop(tokens)
+            last = jnp.where(active, jnp.where(ended, -1, tokens), last)
+            return cache, token_seen, last, sampled, jnp.where(active & ~ended, left - 1, 0)
 
-        start = cache, token_seen, jnp.asarray(inputs.last), sampled, jnp.minimum(inputs.num_decode_steps, width)
-        cache, token_seen, _, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
+        start = cache, token_seen, last, sampled, left
+        cache, token_seen, last, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
+        sampled = sampled._replace(last=self._constrain_state(last))
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
+
+    def _carry_first(
+        self, carried: Int[Array, " N"], slots: Int[Array, " R"], sampled: SampledTokens
+    ) -> Int[Array, " N"]:
+        """Put the tokens of a prefill into `DecodeInputs.carried`, except for slots out of range."""
+        tokens = sampled.tokens[:, 0]
+        tokens = jnp.where(sampled.finite & ~self._is_stop(tokens), tokens, -1)
+        return self._constrain_state(carried.at[slots].set(tokens, mode="drop"))
+
+    def _is_stop(self, tokens: Int[Array, " N"]) -> Bool[Array, " N"]:
+        return (tokens[:, None] == self._stops).any(-1)
 
     def _decode_logits(
         self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs
@@ -268,7 +287,7 @@ class Programs:
         lengths: Int[Array, " N"],
     ) -> tuple[KVCache, Bool[Array, "N V"], Float[Array, "N V"]]:  # fmt: skip
         """Put a token of each slot into the cache, the last of `lengths`; 0 for an idle slot."""
-        count = len(last)
+        count, last = len(last), jnp.maximum(last, 0)
         token_seen = token_seen.at[jnp.arange(count), last].max(lengths > 0)
         rows = last[:, None], lengths, inputs.adapters, inputs.use_long_rope, inputs.tables
         ids, ends, adapters, use_long_rope, tables = map(_pad_single, rows)

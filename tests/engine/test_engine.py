@@ -291,7 +291,7 @@ def test_a_long_answer_is_recomputed_across_the_longrope_boundary(tiny):
 
 
 def tokens_seen(engine, sequence):
-    """Tokens that a sequence's repetition penalty counts; the last one comes once it is decoded from."""
+    """Tokens that a sequence's repetition penalty counts, those included that are decoded from and not read yet."""
     return set(np.flatnonzero(engine.runner.token_seen[sequence.slot]).tolist())
 
 
@@ -305,7 +305,8 @@ def test_repetition_penalty_survives_the_longrope_boundary(tiny):
     (sequence,) = engine.scheduler.resident
     assert sequence.num_prompt_tokens < 90
     assert sequence.use_long_rope
-    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids[:-1]}
+    assert sequence.num_pending_tokens == 1
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids}
 
 
 @pytest.mark.slow
@@ -328,7 +329,7 @@ def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
     for ours, theirs in zip(after, before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     (sequence,) = engine.scheduler.resident
-    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids[:-1]}
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids}
 
 
 def test_media_beyond_the_encoder_cache_are_an_error(tiny):

@@ -11,6 +11,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request, ToolCall
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import read_requests
+from phi4mm_jax.engine.steps import SampledTokens
 from phi4mm_jax.engine.tool_calls import parse_tool_calls
 
 
@@ -131,18 +132,15 @@ def test_completions_have_their_calls(tiny, monkeypatch, stop, stop_tokens, text
 def forced(tiny, monkeypatch, tokens: list[int]):
     """An engine whose rows draw these tokens, whatever the model says."""
     engine = tiny.engine(EngineConfig(slots=1, cache_tokens=512))
-    prefill, decode = engine.runner.prefill, engine.runner.decode
 
-    def replaced(sampled, sequences):
-        """The same numbers of tokens, with the ids of the answer."""
-        drawn = np.array(sampled.tokens)
-        for row, sequence in zip(drawn, sequences, strict=True):
-            if sequence is not None:
-                row[:] = (tokens + [0] * 99)[len(sequence.output_token_ids) :][: len(row)]
-        return sampled._replace(tokens=drawn)
+    def drawn(sequences, count):
+        """The next tokens of the only sequence, there being one slot."""
+        (sequence,) = sequences
+        row = np.asarray([(tokens + [0] * 99)[sequence.num_sampled_tokens :][:count]])
+        return SampledTokens(row, np.zeros(row.shape), np.asarray([count]), np.ones(1, bool))
 
-    monkeypatch.setattr(engine.runner, "prefill", lambda batch: (replaced(prefill(batch)[0], batch.sequences), None))
-    monkeypatch.setattr(engine.runner, "decode", lambda batch: replaced(decode(batch), batch.sequences))
+    monkeypatch.setattr(engine.runner, "prefill", lambda batch: (drawn(batch.sequences, 1), None))
+    monkeypatch.setattr(engine.runner, "decode", lambda batch: drawn(batch.sequences, batch.num_decode_steps[0]))
     return engine
 
 

@@ -1,0 +1,74 @@
+"""Steps are dispatched before the results of earlier ones are read; the answers are those of the model all the same."""
+
+import pytest
+from helpers.reference import uncached_logits
+
+from phi4mm_jax.engine import EngineConfig, Request
+
+CONFIG = EngineConfig(slots=4, cache_tokens=64 * 6, page_size=64, chunk=256, steps=4)
+
+
+def prompt_of(tokenizer, count, text):
+    """A prompt of exactly this many tokens."""
+    return text + "<|tag|>" * (count - len(tokenizer.encode(text, special=True)))
+
+
+def recorded(monkeypatch, runner, call, value):
+    """Values of the batches that a call is made with, at that time."""
+    found, dispatch = [], getattr(runner, call)
+
+    def record(batch):
+        found.append(value(batch))
+        return dispatch(batch)
+
+    monkeypatch.setattr(runner, call, record)
+    return found
+
+
+def test_a_round_is_dispatched_before_the_last_one_is_read(tiny, monkeypatch):
+    engine = tiny.engine(CONFIG)
+    known = recorded(monkeypatch, engine.runner, "decode", lambda batch: len(batch.sequences[0].output_token_ids))
+    ((_, answer),) = engine.run([Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=13)])
+    assert len(answer.tokens) == 13
+    assert known == [0, 1, 5]  # of 1, 5 and 9 that are generated
+
+
+@pytest.mark.parametrize("end", ["stop token", "stop string", "cancelled", "length"])
+def test_pages_are_reused_while_a_dispatched_round_writes_to_them(tiny, monkeypatch, end):
+    """Five of six pages are the first request's, and the second takes its slot and its last page once it has ended.
+
+    Each answer is the greedy one of logits without a cache.
+    """
+    tokenizer, engine = tiny.processor.tokenizer, tiny.engine(CONFIG)
+    prompts = [prompt_of(tokenizer, 250, "seven stones"), prompt_of(tokenizer, 140, "a small house")]
+    ((_, plain),) = engine.run([Request(prompts[0], max_new_tokens=12)])
+    settings = {
+        "stop token": {"stop_tokens": [plain.tokens[3]]}, "stop string": {"stop": [plain.text[2:5]]}, "cancelled": {},
+        "length": {"max_new_tokens": 8},
+    }[end]  # fmt: skip
+    first = engine.submit(Request(prompts[0], **({"max_new_tokens": 60} | settings)))
+    second = engine.submit(Request(prompts[1], max_new_tokens=12))
+    batches = recorded(
+        monkeypatch, engine.runner, "prefill", lambda b: (b.sequences[0], [*b.sequences[0].pages], ended.copy())
+    )
+    ended, answers = [], {}
+
+    def step():
+        answers.update({update.id: update.completion for update in engine.step() if update.completion})
+
+    step()
+    (sequence,) = engine.scheduler.resident
+    while not engine.idle:
+        if end == "cancelled" and sequence.output_token_ids:
+            engine.cancel(first)
+        ended[:] = [sequence.num_pending_tokens]
+        step()
+    (_, written, _), (other, pages, pending) = batches[:1] + batches[-1:]
+    assert other.slot == sequence.slot
+    assert written[3] in pages  # the last one, partly filled by the prompt
+    assert pending > [0]  # tokens of a dispatched round, never read but by the length
+    assert answers[first].tokens == plain.tokens[: len(answers[first].tokens)]
+    assert 0 < len(answers[first].tokens) < 12
+    logits = uncached_logits(tiny, tiny.process(prompts), [plain.tokens, answers[second].tokens])
+    assert [x.argmax(-1).tolist() for x in logits] == [plain.tokens, answers[second].tokens]
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
