@@ -24,6 +24,7 @@ _HANGOVER = 7  # frames after the end of speech that the detector still takes fo
 _WINDOW, _ONSET = 20, 8  # speech begins where so many frames of a window are: clicks are shorter
 _MIN_SILENCE = 10  # frames; shorter ones may be within a word
 _MAX_LEAD, _MAX_TAIL = 5, 25  # frames of silence that are kept before and after speech
+_DIGITAL = 2.0**-30  # power of one step of 16 bits: below it nothing was recorded, and none of it is kept
 _QUIET = 10**-3.0  # power beside a clip's loudest frame that is not said to be speech where it begins and ends
 _SMOOTH = 5  # frames over which loudness is averaged to find the quietest place
 
@@ -178,9 +179,11 @@ class _Cutter:
         known = len(self._voiced) * self._frame
         whole = (len(self._samples) - known) // self._frame * self._frame
         frames = self._samples[known : known + whole].reshape(-1, self._frame)
-        self._power += np.square(frames).mean(1).tolist()
+        power = np.square(frames).mean(1)
+        self._power += power.tolist()
         pcm = np.round(np.clip(frames, -1, 1) * 32767).astype("<i2")
-        self._voiced += [self._detector.is_speech(frame.tobytes(), self._rate) for frame in pcm]
+        voiced = np.array([self._detector.is_speech(frame.tobytes(), self._rate) for frame in pcm], bool)
+        self._voiced += (voiced & (power >= _DIGITAL)).tolist()  # the detector's delay reaches into digital silence
 
     def _cut(self) -> Iterator[RecordedClip]:
         while self._seen < len(self._voiced):
@@ -188,10 +191,10 @@ class _Cutter:
             if self._begin is None:
                 if self._seen >= self._most:
                     yield self._drop(self._seen - _WINDOW - self._lead, None)
-            elif (lead := self._begin - self._lead) >= max(self._lead, 1):  # silence before it is a clip of its own
-                yield self._drop(lead, None)
+            elif (start := self._start(self._begin)) > 0:  # silence before it is a clip of its own
+                yield self._drop(start, None)
             elif self._seen - self._end >= self._pause:
-                yield self._drop(self._end + self._tail, self._speech(self._end))
+                yield self._drop(self._stop(self._begin), self._speech(self._end))
             elif self._seen >= self._most:
                 end, at = self._best_cut(self._begin)
                 yield self._drop(at, self._speech(end))
@@ -201,6 +204,8 @@ class _Cutter:
         voiced = self._voiced[self._seen]
         if voiced and not self._run:
             self._silences.append((self._end, self._seen))
+        if not voiced and self._run and self._power[self._seen] < _DIGITAL:
+            self._end = self._seen  # where the detector has no delay to take off
         self._seen += 1
         self._run = self._run + 1 if voiced else 0
         if voiced:
@@ -213,6 +218,21 @@ class _Cutter:
         start = max(self._seen - _WINDOW, 0)
         recent = self._voiced[start : self._seen]
         return start + recent.index(True) if sum(recent) >= _ONSET else None
+
+    def _start(self, begin: int) -> int:
+        """Return the frame at which the clip of speech starts: as much silence as is kept before it."""
+        lead = begin - self._lead
+        start = lead if lead >= max(self._lead, 1) else 0
+        while start < begin and self._power[start] < _DIGITAL:
+            start += 1
+        return start
+
+    def _stop(self, begin: int) -> int:
+        """Return the frame at which the clip of speech stops: as much silence as is kept after it."""
+        stop = self._end + self._tail
+        while stop > begin + 1 and self._power[stop - 1] < _DIGITAL:
+            stop -= 1
+        return stop
 
     def _best_cut(self, begin: int) -> tuple[int, int]:
         """Return the frame at which speech ends before the best cut, and the frame to cut at."""

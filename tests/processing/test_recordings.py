@@ -22,7 +22,12 @@ def tone(seconds: float, loudness: float = 0.2, rate: int = RATE) -> np.ndarray:
 
 
 def silence(seconds: float, rate: int = RATE) -> np.ndarray:
-    return np.zeros(round(seconds * rate), np.float32)
+    """A quiet room: a few steps of 16 bits."""
+    return (1e-4 * np.random.default_rng(0).standard_normal(round(seconds * rate))).astype(np.float32)
+
+
+def digital_silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * RATE), np.float32)
 
 
 def cut(*parts: np.ndarray, rate: int = RATE, **settings) -> tuple[list[tuple[float, float]], list]:
@@ -61,6 +66,16 @@ def test_pauses_are_clips_without_speech():
     parts = [silence(5), tone(3), silence(5), tone(2), silence(5)]
     expected = [
         ((0, 4.9), None), ((4.9, 8.5), (5, 8)), ((8.5, 12.9), None), ((12.9, 15.5), (13, 15)), ((15.5, 20), None)
+    ]  # fmt: skip
+    check(cut(*parts), expected)
+
+
+def test_no_digital_silence_is_kept_around_speech():
+    """Of what was recorded beside speech, as much as of any silence."""
+    parts = [digital_silence(5), silence(0.06), tone(3), digital_silence(5), tone(2), silence(0.3), digital_silence(5)]
+    expected = [
+        ((0, 5), None), ((5, 8.06), (5.06, 8.06)), ((8.06, 13.06), None), ((13.06, 15.36), (13.06, 15.06)),
+        ((15.36, 20.36), None),
     ]  # fmt: skip
     check(cut(*parts), expected)
 

@@ -64,7 +64,7 @@ def test_a_minute_in_all_formats(monkeypatch, tmp_path, engine, capsys):
     times = [(segment["start"], segment["end"]) for segment in found["segments"]]
     np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
     texts = [segment["text"] for segment in found["segments"]]
-    assert jiwer.wer([clip.text for clip in said], texts) < 0.15
+    assert jiwer.wer([clip.text for clip in said], texts) < 0.1
     assert (out / "talk.txt").read_text() == " ".join(texts) + "\n"
     assert found["text"] == " ".join(texts)
     assert all(segment["avg_logprob"] < 0 for segment in found["segments"])
@@ -150,20 +150,26 @@ def test_what_the_model_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_ten_minutes_are_understood_as_their_clips_are(model):
-    """Word errors within a point and a half of those of the clips alone, in the same noise; times within 0.3 s."""
-    samples, said = recording(held_clips(100), pauses=(2, 4.5))
-    assert len(samples) > 560 * RATE
-    engine = model.engine(CONFIG)
+    """Word errors within a point of those of the clips alone, in the same noise of a room (of two draws) or in digital
+    silence; times within 0.3 s. There a clip's own noise is all that is heard, so that a few end where it does."""
+    engine, errors = model.engine(CONFIG), []
 
     def request(clip):
         return clip_request(clip, "hear", max_new_tokens=64, sampling=Sampling())
 
-    ((_, found),) = transcribe(engine, [(samples, RATE)], request, CutSettings(pause=1))
-    assert isinstance(found, Transcript), found
-    times = [(segment.start, segment.end) for segment in found.segments]
-    np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
-    asked = (RecordedClip(samples[clip.place], RATE, clip.place.start, None) for clip in said)
-    alone = dict(engine.run(map(request, asked)))
-    words = [clip.text for clip in said]
-    errors = jiwer.wer(words, [alone[i].text for i in range(len(said))])
-    assert jiwer.wer(words, [segment.text for segment in found.segments]) <= errors + 0.015
+    for noise, seed, late in ((0.004, 0, 0), (0.004, 1, 0), (0.0, 0, 2)):
+        samples, said = recording(held_clips(100), pauses=(2, 4.5), noise=noise, seed=seed)
+        assert len(samples) > 560 * RATE
+        ((_, found),) = transcribe(engine, [(samples, RATE)], request, CutSettings(pause=1))
+        assert isinstance(found, Transcript), found
+        starts, ends = np.array([(s.start, s.end) for s in found.segments]).T
+        np.testing.assert_allclose(starts, [clip.start for clip in said], atol=0.3)
+        assert (np.abs(ends - [clip.end for clip in said]) > 0.3).sum() <= late
+        asked = (RecordedClip(samples[clip.place], RATE, clip.place.start, None) for clip in said)
+        alone = dict(engine.run(map(request, asked)))
+        words = [clip.text for clip in said]
+        together = jiwer.wer(words, [segment.text for segment in found.segments])
+        errors.append((together, jiwer.wer(words, [alone[i].text for i in range(len(said))])))
+    (*rooms, silent) = errors
+    assert np.mean([together - alone for together, alone in rooms]) <= 0.01, errors
+    assert silent[0] - silent[1] <= 0.01, errors
