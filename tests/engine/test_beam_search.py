@@ -40,25 +40,6 @@ def request_of(case, tokens, beams, **settings):
     return Request(case["prompt"], **media, max_new_tokens=tokens, beams=beams, **settings)
 
 
-def transformers_search(oracle, tokens, *, beams, new_tokens, penalty, stops, adapter=None, **media):
-    """The n best continuations and their scores. Without a cache, so that the length alone selects the rotary set."""
-    import torch
-    from helpers import torch_native
-
-    torch_native._use_adapter(oracle.model, adapter)
-    prompt = torch.as_tensor(np.asarray(tokens), dtype=torch.int64)[None]
-    with torch.no_grad():
-        found = oracle.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), **media, num_beams=beams, num_return_sequences=beams,
-            do_sample=False, max_new_tokens=new_tokens, length_penalty=penalty, eos_token_id=sorted(stops),
-            pad_token_id=sorted(stops)[0], use_cache=False, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
-    answers = []
-    for row, places in zip(found.sequences[:, prompt.shape[1] :].tolist(), found.beam_indices.tolist(), strict=True):
-        answers.append(row[: sum(place >= 0 for place in places)])
-    return answers, found.sequences_scores.tolist()
-
-
 def assert_found(answer, expected, penalty=1.0):
     sequences, scores = expected
     assert [h.tokens for h in answer.alternatives] == sequences
@@ -86,8 +67,8 @@ def test_beams_of_text_are_those_of_transformers(tiny, goldens, oracle, beams, p
         )  # fmt: skip
         stops = {*tiny.config.stop_token_ids, *request.stop_tokens}
         ((_, answer),) = engine.run([request])
-        expected = transformers_search(
-            oracle, goldens["text.input_ids"], beams=beams, new_tokens=new_tokens, penalty=penalty, stops=stops
+        expected = oracle.beam_search(
+            goldens["text.input_ids"], beams=beams, new_tokens=new_tokens, penalty=penalty, stops=stops
         )
         assert_found(answer, expected, penalty)
         assert answer.finish_reason == ("stop" if answer.tokens[-1] in stops else "length")
@@ -105,9 +86,7 @@ def test_longrope_crossing_is_that_of_transformers(tiny, goldens, oracle, config
     engine = tiny.engine(config)
     case, stops = CASES["text_cross"], tiny.config.stop_token_ids
     ((_, answer),) = engine.run([request_of(case, 48, 3)])
-    expected = transformers_search(
-        oracle, goldens["text_cross.input_ids"], beams=3, new_tokens=48, penalty=1.0, stops=stops
-    )
+    expected = oracle.beam_search(goldens["text_cross.input_ids"], beams=3, new_tokens=48, penalty=1.0, stops=stops)
     assert max(len(h.tokens) for h in answer.alternatives) > 96 - 61 + 2
     assert_found(answer, expected)
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
@@ -134,8 +113,8 @@ def test_beams_of_media_are_those_of_transformers(tiny, goldens, oracle):
             (index,) = case["audios"]
             media["audio_input_features"] = torch.tensor(goldens[f"audio_{index}.features"])[None]
             media["audio_embed_sizes"] = torch.tensor([-(-media["audio_input_features"].shape[1] // 8)])
-        expected = transformers_search(
-            oracle, goldens[f"{name}.input_ids"], beams=4, new_tokens=10, penalty=1.0,
+        expected = oracle.beam_search(
+            goldens[f"{name}.input_ids"], beams=4, new_tokens=10, penalty=1.0,
             stops=tiny.config.stop_token_ids, adapter=ADAPTERS[case["mode"]], **media,
         )  # fmt: skip
         assert_found(answers[place], expected)

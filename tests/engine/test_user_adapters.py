@@ -1,15 +1,16 @@
 """Users' adapters in an engine: rows of one batch with several, equal to merged weights and to PEFT."""
 
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.cases import golden_cases, media_of
 from helpers.compilations import count_compilations
-from helpers.merging import write_merged
+from helpers.merging import write_adapter, write_merged
 from helpers.paths import TINY
+from helpers.reference import uncached_logits
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
@@ -18,26 +19,10 @@ from phi4mm_jax.engine import EngineConfig, Request
 
 CONFIG = EngineConfig(
     slots=4, cache_tokens=1024, page_size=16, chunk=64, steps=4, max_adapters=3, max_adapter_rank=8,
-    feature_blocks=16,
+    feature_blocks=16, beams=2,
 )  # fmt: skip
 PROMPT = "<|user|>hello there, this is a text of more than a page<|end|><|assistant|>"
 NEW = 5
-
-
-def write_adapter(folder: Path, rank: int, alpha: float, seed: int, **settings) -> dict[str, np.ndarray]:
-    """Write random matrices on all of the decoder's modules as PEFT does; return them."""
-    random = np.random.default_rng(seed)
-    speech = load_file(TINY / "speech-lora" / "adapter_model.safetensors")
-    matrices = {}
-    for name, like in speech.items():
-        shape = (rank, like.shape[1]) if "lora_A" in name else (like.shape[0], rank)
-        matrices[name] = random.normal(0, 0.1, shape).astype(np.float32)
-    folder.mkdir(parents=True)
-    save_file(matrices, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha} | settings
-    settings.setdefault("target_modules", r".*\.(self_attn|mlp)\..*_proj")
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return matrices
 
 
 SIZES = {"legal": (4, 6.0), "medical": (8, 3.0), "tax": (2, 9.0)}
@@ -119,6 +104,81 @@ def test_rows_equal_weights_merged_with_their_adapter(engine, tiny, merged, fold
     alone = [answers(engine, [adapter])[0] for adapter in asked[:2]]
     assert [answer.tokens for answer in alone] == [answer.tokens for answer in found[:2]]
     assert len({tuple(answer.tokens) for answer in found}) == len(found)
+
+
+CASES = {case["name"]: case for case in golden_cases()}
+BUILTIN = {"none": 0, "vision": 1, "speech": 2}
+MEDIA = {  # case, what is asked for, the built-in adapter beneath, and the user's; in one batch
+    "on speech": ("speech", "legal", "speech", "legal"), "another on speech": ("speech", "tax", "speech", "tax"),
+    "alone": ("speech", "none+legal", "none", "legal"), "in speech's place": ("speech", "tuned", "none", "legal"),
+    "on vision": ("vision", "legal", "vision", "legal"), "without": ("speech", None, "speech", None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_media(engine, folders, tmp_path_factory):
+    """Answers to clips and an image, and of beams about a clip, by what is asked, of one batch."""
+    tuned = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(folders["legal"], tuned / "speech-lora")
+    for name, folder in {"legal": folders["legal"], "tax": folders["tax"], "tuned": tuned}.items():
+        engine.load_adapter(name, folder)
+
+    def request(case, adapter, **options):
+        media = {kind: of_row[0] for kind, of_row in media_of(case).items()}
+        return Request(case["prompt"], **media, max_new_tokens=NEW, adapter=adapter, **options)
+
+    requests = [request(CASES[case], adapter) for case, adapter, *_ in MEDIA.values()]
+    found = dict(engine.run([*requests, request(CASES["speech"], "legal", beams=2)]))
+    assert all(answer.error is None for answer in found.values())
+    return {name: found[i] for i, name in enumerate((*MEDIA, "beams"))}
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_rows_with_media_equal_merged_weights(with_media, tiny, merged, name):
+    """On top of speech and vision, alone, and in speech's place."""
+    case, _, builtin, user = MEDIA[name]
+    answer, model = with_media[name], merged.get(user, tiny)
+    batch = model.process([CASES[case]["prompt"]], **media_of(CASES[case]))
+    batch = batch._replace(adapters=np.array([BUILTIN[builtin]], np.int32))
+    (logits,) = uncached_logits(model, batch, [answer.tokens])
+    expected = np.asarray(jax.nn.log_softmax(logits, -1))[np.arange(len(answer.tokens)), answer.tokens]
+    np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
+    assert answer.tokens == logits.argmax(-1).tolist()
+
+
+@pytest.fixture(scope="module")
+def peft_model(folders):
+    """Transformers' model with the checkpoint's adapters and the users', by PEFT."""
+    from helpers import torch_native
+
+    native = torch_native.load_native(TINY)
+    for name in ("legal", "tax"):
+        torch_native.add_user_adapter(native.model, name, folders[name])
+    return native
+
+
+@pytest.mark.torch
+def test_rows_with_media_equal_peft(with_media, tiny, peft_model):
+    """Both adapters active in PEFT, or the user's alone; and transformers' beam search with both."""
+    import torch
+    from helpers.native_cases import native_inputs
+
+    for name, (case, _, builtin, user) in MEDIA.items():
+        answer = with_media[name]
+        tokens, images, clips, _ = native_inputs(tiny, CASES[case])
+        active = [kind for kind in (builtin, user) if kind not in ("none", None)]
+        whole = np.concatenate([tokens, answer.tokens[:-1]])
+        logits = peft_model.logits(whole, images, clips, active)[-len(answer.tokens) :]
+        expected = np.asarray(jax.nn.log_softmax(logits, -1))[np.arange(len(answer.tokens)), answer.tokens]
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=3e-4, err_msg=name)
+    tokens, _, (clip,), _ = native_inputs(tiny, CASES["speech"])
+    media = {"audio_input_features": torch.tensor(clip)[None], "audio_embed_sizes": torch.tensor([-(-len(clip) // 8)])}
+    answers, scores = peft_model.beam_search(
+        tokens, beams=2, new_tokens=NEW, penalty=1.0, stops=tiny.config.stop_token_ids, adapter=["speech", "legal"],
+        **media,
+    )  # fmt: skip
+    assert [found.tokens for found in with_media["beams"].alternatives] == answers
+    np.testing.assert_allclose([found.score for found in with_media["beams"].alternatives], scores, atol=3e-4)
 
 
 def test_nothing_compiles_when_adapters_come_and_go(engine, tiny, merged, folders):

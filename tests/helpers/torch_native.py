@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -245,7 +245,7 @@ def _add_adapters(module: nn.Module, original: dict[str, Any], targets: str) -> 
             inject_adapter_in_model(lora, module, name)
 
 
-def _use_adapter(module: nn.Module, adapter: Adapter | None) -> None:
+def _use_adapter(module: nn.Module, adapter: Adapter | list[str] | None) -> None:
     """What `set_adapter` and `disable_adapters` of transformers do to each wrapped matrix, less what they do to
     `requires_grad`: who trains what is the caller's choice."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -256,6 +256,22 @@ def _use_adapter(module: nn.Module, adapter: Adapter | None) -> None:
                 layer.set_adapter(adapter)
     for parameter, value in before:
         parameter.requires_grad_(value)
+
+
+def add_user_adapter(module: nn.Module, name: str, folder: Path) -> None:
+    """Inject a PEFT folder of the decoder, whose names are those of the original layout."""
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    lora = LoraConfig(
+        r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=_DECODER_TARGETS, lora_dropout=0.0
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one more adapter is meant
+        inject_adapter_in_model(lora, module, name)
+    matrices = load_file(folder / "adapter_model.safetensors")
+    names = {n: n.removeprefix("base_model.model.").replace(".weight", f".{name}.weight") for n in matrices}
+    unknown = module.load_state_dict({names[n]: matrix for n, matrix in matrices.items()}, strict=False)
+    assert not unknown.unexpected_keys
+    module.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -314,7 +330,8 @@ class NativeModel:
     """The native model behind an interface of arrays; results are float32 whatever the model's dtype.
 
     `images` are `NativeImage`s and `audios` log-mel features (frames, 80), in the order of their placeholders, which
-    stand expanded in `input_ids` (T,). `adapter` is "vision", "speech" or None (the base model alone).
+    stand expanded in `input_ids` (T,). `adapter` is "vision", "speech", None (the base model alone) or names whose
+    products are all added.
     """
 
     model: Phi4MultimodalForCausalLM
@@ -391,7 +408,7 @@ class NativeModel:
         input_ids: np.ndarray,
         images: Sequence[NativeImage] = (),
         audios: Sequence[np.ndarray] = (),
-        adapter: Adapter | None = None,
+        adapter: Adapter | list[str] | None = None,
     ) -> np.ndarray:
         """Logits (T, V) of one example. Clips go through the vision projector if there are images."""
         with torch.no_grad():
@@ -418,6 +435,36 @@ class NativeModel:
                 generated.append(int(self._decode(embeds, adapter, last=1)[0, -1].argmax()))
                 embeds = torch.cat([embeds, self.model.model.embed_tokens(torch.tensor([generated[-1:]]))], dim=1)
         return np.array(generated, np.int32)
+
+    def beam_search(
+        self,
+        input_ids: np.ndarray,
+        *,
+        beams: int,
+        new_tokens: int,
+        penalty: float,
+        stops: Iterable[int],
+        adapter: Adapter | list[str] | None = None,
+        **media: torch.Tensor,
+    ) -> tuple[list[list[int]], list[float]]:
+        """The best continuations and their scores. Without a cache, so that the length alone selects the rotary set.
+
+        `media` are the arguments of the native model's forward.
+        """
+        _use_adapter(self.model, adapter)
+        prompt, stops, model = _tensor(input_ids, torch.int64)[None], sorted(stops), cast(Any, self.model)
+        with torch.no_grad():
+            found = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), **media, num_beams=beams, num_return_sequences=beams,
+                do_sample=False, max_new_tokens=new_tokens, length_penalty=penalty, eos_token_id=stops,
+                pad_token_id=stops[0], use_cache=False, return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+        answers = []
+        for row, places in zip(
+            found.sequences[:, prompt.shape[1] :].tolist(), found.beam_indices.tolist(), strict=True
+        ):
+            answers.append(row[: sum(place >= 0 for place in places)])
+        return answers, found.sequences_scores.tolist()
 
     def loss(
         self,
@@ -474,7 +521,7 @@ class NativeModel:
                 embeds = embeds.index_put((places,), torch.cat(media))
         return embeds
 
-    def _decode(self, embeds: torch.Tensor, adapter: Adapter | None, last: int = 0) -> torch.Tensor:
+    def _decode(self, embeds: torch.Tensor, adapter: Adapter | list[str] | None, last: int = 0) -> torch.Tensor:
         _use_adapter(self.model, adapter)
         return self.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=last).logits
 
