@@ -65,7 +65,7 @@ class Estimate(NamedTuple):
 
 def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     """The program with a cache that holds all rows, its heads over all chips, without adapters."""
-    module = Phi4MM(config, jnp.bfloat16, scan=case.devices != 1)  # as `load` has it
+    module = Phi4MM(config, jnp.bfloat16, scan=False)  # as `load` has it
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
     sizes = case.context, len(chips) // case.context
     mesh = jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)

@@ -57,7 +57,7 @@ def load(
     adapters_from: AdaptersFrom | None = None,
     fresh_adapters: bool = False,
     merge: str | None = None,
-    scan: bool | None = None,
+    scan: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> "Model":
     """Load a checkpoint folder.
@@ -81,8 +81,7 @@ def load(
         merge: merge this adapter ("vision", "speech") into the weights, and drop all: prompts of its modality are
             answered as before, without the adapter's cost; others are errors.
         scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...). The loop
-            compiles faster, but XLA cuts each layer's parameters out of the stack for every token. By default a loop on
-            a mesh, and unrolled on one device.
+            compiles faster, but XLA cuts each layer's parameters out of the stack for every token.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -128,8 +127,6 @@ def load(
             variables = quantize_variables(variables, weights)
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
-    if scan is None:
-        scan = mesh is not None  # unrolled programs of a mesh compile for many minutes
     if not scan:
         for collection in variables.values():
             collection["decoder"] = unstack_layers(collection["decoder"])

@@ -22,6 +22,7 @@ from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.engine import EngineConfig, Grammar, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.cached import of_part
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend
@@ -157,6 +158,19 @@ def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
             np.testing.assert_allclose(out[row, t], attended(q[row, t], *both[:, : start + t + 1]), atol=atol, rtol=0)
         both = np.concatenate([both, new[:, row, -1:]], 1)
         np.testing.assert_allclose(last[row, 0], attended(q[row, -1], *both), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_context_shares_the_pairs_of_a_long_prompt_evenly(parts):
+    """Each query attends to the keys before it, of which each device has those of its part of every page."""
+    size, length = 128, 131072
+    owner = np.arange(length) % (size * parts) // size
+    found = [np.asarray(of_part(jnp.arange(1, length + 1), size, part, parts)) for part in range(parts)]
+    for part, keys in enumerate(found):
+        np.testing.assert_array_equal(keys, np.cumsum(owner == part))
+    pairs = np.sum(found, axis=1, dtype=np.int64)
+    assert pairs.sum() == length * (length + 1) // 2
+    assert pairs.max() < 1.01 * pairs.mean()
 
 
 def test_pages_are_copied_where_they_lie():

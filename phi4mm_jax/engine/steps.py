@@ -228,10 +228,13 @@ class Programs:
         left = jnp.where(last < 0, 0, jnp.minimum(inputs.num_decode_steps, width))
 
         def unfinished(carry):
-            return (carry[-1] > 0).any()
+            # `step` ends nothing. It keeps XLA for TPUs from following `left`, alone in the condition, back through the
+            # whole model to count the trips, once for every instruction: many minutes.
+            *_, left, step = carry
+            return (left > 0).any() & (step < width)
 
         def advance(carry):
-            cache, token_seen, last, sampled, left = carry
+            cache, token_seen, last, sampled, left, step = carry
             active = left > 0
             lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
             cache, token_seen, logits = self._next_logits(variables, cache, token_seen, inputs, last, lengths)
@@ -239,10 +242,10 @@ class Programs:
             sampled, added = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
             ended = ~added | self._is_stop(tokens)
             last = jnp.where(active, jnp.where(ended, -1, tokens), last)
-            return cache, token_seen, last, sampled, jnp.where(active & ~ended, left - 1, 0)
+            return cache, token_seen, last, sampled, jnp.where(active & ~ended, left - 1, 0), step + 1
 
-        start = cache, token_seen, last, sampled, left
-        cache, token_seen, last, sampled, _ = jax.lax.while_loop(unfinished, advance, start)
+        start = cache, token_seen, last, sampled, left, jnp.int32(0)
+        cache, token_seen, last, sampled, _, _ = jax.lax.while_loop(unfinished, advance, start)
         sampled = sampled._replace(last=self._constrain_state(last))
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 

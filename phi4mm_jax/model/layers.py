@@ -186,9 +186,9 @@ def _unstacked(stacked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slices(name: str, stack: Array) -> dict[str, Array]:
-    """Return each layer's part of a stack, sharded likewise; on CPUs by the host, which compiles nothing."""
+    """Return each layer's part of a stack, sharded likewise; on one host's CPUs by the host, which compiles nothing."""
     place, platform = sharding_within(stack.sharding, 0), next(iter(stack.devices())).platform
-    if platform == "cpu":
+    if platform == "cpu" and stack.is_fully_addressable:
         return {f"layers_{i}": jax.device_put(x, place) for i, x in enumerate(np.asarray(stack))}
     place = tpu_format(name, stack.ndim - 1, place) if platform == "tpu" else place
     layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=place)

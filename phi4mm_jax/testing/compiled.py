@@ -304,8 +304,10 @@ def _called(x: Instruction, attribute: str) -> str:
 def _trips(computations: Mapping[str, list[Instruction]], condition: str, unknown: int) -> int:
     """Read the one constant that a loop's counter is compared with, there or in what is called there.
 
-    A loop that ends at 0, such as that of decoding, is one step.
+    A loop that ends at 0 is one step; one that may end sooner, such as that of decoding, has unknown trips.
     """
+    if computations[condition][-1].op == "and":
+        return unknown
     names = [condition, *(_called(x, "calls") for x in computations[condition])]
     for name in names:
         texts = [x.text for x in computations.get(name, ())]

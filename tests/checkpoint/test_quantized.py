@@ -127,7 +127,7 @@ def test_answers_are_those_of_the_weights_as_floats(quantized):
 def test_on_a_mesh_they_are_split_and_compute_the_same(quantized, sizes):
     mesh = make_mesh(**sizes)
     spread = phi4mm_jax.load(TINY, "float32", mesh, weights=kind_of(quantized))
-    down = spread.variables["params"]["decoder"]["layers"]["mlp"]["down"]
+    down = spread.variables["params"]["decoder"]["layers_0"]["mlp"]["down"]
     assert down["down"].addressable_shards[0].data.size * mesh.size == down["down"].size
     batch = batch_of(quantized)
     assert distance(batch, spread.logits(batch), quantized.logits(batch)) < 1e-4

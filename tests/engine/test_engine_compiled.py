@@ -1,4 +1,4 @@
-"""The engine's programs at full width and depth, compiled by the TPU's compiler for eight chips, without one.
+"""The engine's programs at full width, compiled by the TPU's compiler for eight chips, without one.
 
 Their vocabulary is small: the compiler takes half a minute for the sorting of 200,064 tokens.
 """
@@ -34,20 +34,16 @@ from phi4mm_jax.testing.compiled import copies, float_copies
 pytestmark = pytest.mark.tpu_compile
 
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
-CHUNK, VOCABULARY = 512, 1024
+CHUNK, VOCABULARY, LAYERS = 512, 1024, 4
 BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @cache
-def compiled(program: str, weights: Weights | None = None, context: int = 1, chips: int = 8) -> tuple[Any, int]:
-    """A program on chips that share the heads and the tokens of pages, and the bytes of cache that each has.
-
-    On one chip it has four layers, unrolled as `load` does there.
-    """
+def compiled(program: str, weights: Weights | None, context: int, chips: int) -> tuple[Any, int]:
+    """A program of four layers on chips that share the heads and the tokens of pages, and the cache's bytes on each."""
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
-    layers = config.decoder.num_layers if chips > 1 else 4
-    config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY, num_layers=layers))
-    module = Phi4MM(config, jnp.bfloat16, scan=chips > 1)
+    config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY, num_layers=LAYERS))
+    module = Phi4MM(config, jnp.bfloat16, scan=False)  # as `load` has it
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[:chips]
     mesh = Mesh(np.array(devices).reshape(context, -1), ("context", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -103,7 +99,7 @@ def test_programs_gather_no_cache(program, context):
 
     No weights are gathered but where a chunk's tokens are shared: then one layer's at a time.
     """
-    text = compiled(program, context=context)[0].as_text()
+    text = compiled(program, None, context, 8)[0].as_text()
     assert "phi4mm_cached" in text if program == "prefill" else "phi4mm_decode" in text
     assert "all-reduce" in text  # as the products of split weights need it
     gathered = [size for size, place in moved(text) if size > 2**18]
@@ -115,7 +111,7 @@ def test_programs_gather_no_cache(program, context):
 
 @pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "extend"]))
 def test_decoding_holds_one_cache_and_moves_none_of_it(program):
-    step, of_cache = compiled(program)
+    step, of_cache = compiled(program, None, 1, 8)
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes >= of_cache
     assert memory.temp_size_in_bytes < 0.05 * of_cache  # 0.16 of 4.3 GB in decoding, with the whole vocabulary
@@ -129,10 +125,10 @@ def test_decoding_holds_one_cache_and_moves_none_of_it(program):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_decoding_reads_quantised_weights_as_integers(weights):
     """No float copy of any weight is made in memory; the smallest of a layer, on one of eight chips, has 393,216."""
-    step, _ = compiled("decode", weights)
+    step, _ = compiled("decode", weights, 1, 8)
     text = step.as_text()
-    plain = compiled("decode")[0]
-    saved = {"int8": 0.45, "int4": 0.7}[weights] * 2 * 3.2e9 / 8  # of the layers' bytes on each chip
+    plain = compiled("decode", None, 1, 8)[0]
+    saved = {"int8": 0.45, "int4": 0.7}[weights] * 2 * 1e8 * LAYERS / 8  # of the layers' bytes on each chip
     after, before = (x.memory_analysis().argument_size_in_bytes for x in (step, plain))
     assert before - after > saved
     found = float_copies(text, 393_216, VOCABULARY)
@@ -142,7 +138,7 @@ def test_decoding_reads_quantised_weights_as_integers(weights):
 
 def test_decoding_on_one_chip_reads_weights_where_they_lie():
     """Neither cut out of a stack nor in another layout; the smallest of a layer, that of the keys, has 3,145,728."""
-    text = compiled("decode", chips=1)[0].as_text()
+    text = compiled("decode", None, 1, 1)[0].as_text()
     assert "phi4mm_decode" in text
     found = float_copies(text, 3072 * 1024, VOCABULARY)
     assert [copy for copy in found if ",320]" not in copy] == []  # the speech adapter's rank

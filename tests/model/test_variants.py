@@ -51,8 +51,7 @@ def test_scanned_layers_generate_the_same(scanned, goldens):
 @pytest.mark.parametrize(("fsdp", "tensor"), fast_are([(1, 2)], [(8, 1), (1, 2), (4, 2)]))
 def test_logits_and_tokens_on_a_mesh(scanned, goldens, batch, fsdp, tensor):
     model = phi4mm_jax.load(TINY, dtype="float32", mesh=make_mesh(fsdp, tensor))
-    layers = model.variables["params"]["decoder"]["layers"]
-    gate = layers["mlp"]["gate_up"]["gate"]
+    gate = model.variables["params"]["decoder"]["layers_0"]["mlp"]["gate_up"]["gate"]
     assert gate.addressable_shards[0].data.size * fsdp * tensor == gate.size
     np.testing.assert_allclose(model.logits(batch), scanned.logits(batch), atol=3e-4, rtol=0)
     expected = goldens["vision_speech.generated"].tolist()
