@@ -9,8 +9,8 @@ Each line of the input is an object:
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
 Without "id", a line's id is its number, from 0; without "seed", it draws by its id, whatever stands beside it; without
-"adapter" ("none", "vision" or "speech"), it has that of its media. The answer obeys its "grammar", which has one of
-"json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
+"adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys its
+"grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
 Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with
@@ -34,8 +34,10 @@ from functools import partial
 from typing import get_args
 
 import phi4mm_jax
-from phi4mm_jax.adapters import ADAPTERS, adapter_choices
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.commands.options import (
+    adapter_of,
+    add_adapter,
     add_adapter_folder,
     add_compilation_cache,
     add_mesh,
@@ -43,6 +45,8 @@ from phi4mm_jax.commands.options import (
     answer_settings,
     load_model,
     make_engine,
+    user_adapter_sizes,
+    user_adapters_of,
 )
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
@@ -71,9 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: for lines that all need it"
     )
-    parser.add_argument(
-        "--adapter", choices=adapter_choices(), help="for lines that do not say; by default that of a line's media"
-    )
+    add_adapter(parser, "NAME alone is for lines that do not say; by default that of a line's media")
     add_adapter_folder(parser)
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
@@ -98,13 +100,12 @@ def main() -> int:
         raise phi4mm_jax.InputError(
             f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
         )  # fmt: skip
-    lines = read_requests(
-        arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=arguments.adapter
-    )  # fmt: skip
+    adapter = adapter_of(arguments)
+    lines = read_requests(arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=adapter)
     with named_options(arguments):
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            beams=arguments.beams, cli=True,
+            beams=arguments.beams, cli=True, **user_adapter_sizes(arguments),
         )  # fmt: skip
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):
@@ -128,7 +129,8 @@ def main() -> int:
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:
-    engine = make_engine(load_model(arguments, merge=arguments.merge), config)
+    model = load_model(arguments, merge=arguments.merge)
+    engine = make_engine(model, config, user_adapters_of(arguments))
     if arguments.warmup:
         with progress_bar("Compiling") as advance:
             engine.warm_up(advance)

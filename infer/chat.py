@@ -29,8 +29,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TextIO
 
 from phi4mm_jax import InputError
-from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_precision, load_model, make_engine
+from phi4mm_jax.commands.options import (
+    adapter_of,
+    add_adapter,
+    add_adapter_folder,
+    add_mesh,
+    add_precision,
+    load_model,
+    make_engine,
+    user_adapter_sizes,
+    user_adapters_of,
+)
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.batching import Row
@@ -211,7 +220,8 @@ def prepare(
         InputError: it does not fit.
     """
     messages = messages_of(conversation, as_medium, drawn=True)
-    row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant", adapter=adapter)
+    builtin = engine.runner.user_adapters.choose(adapter).builtin
+    row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant", adapter=builtin)
     room = min(processor.context, engine.config.pages * engine.config.page_size)
     if len(row.tokens) >= room:
         limit = "the context is" if room == processor.context else "--cache-tokens are"
@@ -341,7 +351,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser("infer.chat", __doc__)
     parser.add_argument("--model", metavar="PATH", required=True, help="the checkpoint's folder")
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
-    parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
+    add_adapter(parser, "by default the one that is loaded, else that of the media")
     add_adapter_folder(parser)
     add_mesh(parser)
     add_precision(parser)
@@ -362,10 +372,12 @@ def main() -> int:
     with named_options(arguments):
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
         stop = tuple(arguments.stop)
-        settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, arguments.adapter)
-        config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True)
+        adapter = adapter_of(arguments, use_given=True)
+        settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, adapter)
+        sizes = user_adapter_sizes(arguments)
+        config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True, **sizes)
     model = load_model(arguments, notice=True)
-    engine = make_engine(model, config)
+    engine = make_engine(model, config, user_adapters_of(arguments))
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     prompt = "> " if sys.stdin.isatty() else ""

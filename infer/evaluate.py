@@ -32,12 +32,17 @@ import phi4mm_jax
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.commands.options import (
     adapter_folders_of,
+    adapter_of,
+    add_adapter,
     add_adapter_folder,
     add_compilation_cache,
     add_mesh,
     add_precision,
     load_model,
     make_engine,
+    user_adapter_digests,
+    user_adapter_sizes,
+    user_adapters_of,
 )
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.evaluation.answers import (
@@ -80,10 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="DIR", type=path_argument, help="a folder for the files; without, there is the table"
     )
-    parser.add_argument(
-        "--adapter", choices=(AUTO, *adapter_choices()), default=AUTO,
-        help="answer all items with this one; auto: each with that of its media (default)",
-    )  # fmt: skip
+    add_adapter(parser, "all items are answered with it; auto: each with that of its media; by default the one that is "
+                "loaded, else auto")  # fmt: skip
     add_adapter_folder(parser)
     parser.add_argument("--normalizer", choices=NORMALIZERS, help="default: english for asr, none for the others")
     parser.add_argument("--tokenize", metavar="NAME", help="sacreBLEU's tokeniser, for ast (default: 13a)")
@@ -118,7 +121,8 @@ def main() -> int:
 def measure_sets(arguments: argparse.Namespace) -> int:
     """Read and check all that is asked for, then evaluate."""
     with named_options(arguments):
-        config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cli=True)
+        sizes = user_adapter_sizes(arguments)
+        config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cli=True, **sizes)
         measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
     published = PUBLISHED[arguments.reference] if arguments.reference else None
     names = named(arguments.manifests)
@@ -147,14 +151,16 @@ def evaluate(
 ) -> int:
     """Ask what is not answered yet, then measure."""
     items = [item for of_set in sets.values() for item in of_set]
-    adapter = None if arguments.adapter == AUTO else arguments.adapter
-    adapters = adapter_folders_of(arguments)
-    check_adapter(arguments.model, adapter, adapters)
+    adapter = None if arguments.adapter == AUTO else adapter_of(arguments, use_given=True)
+    adapters, users = adapter_folders_of(arguments), user_adapters_of(arguments)
+    check_adapter(arguments.model, adapter if adapter in adapter_choices() else None, adapters)
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
     if arguments.adapters_from is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
     if arguments.weights is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.weights}")
+    for name, digest in (user_adapter_digests(arguments) or {}).items():
+        settings = dataclasses.replace(settings, weights=f"{settings.weights} {name}={digest}")
     check_same_on_all_hosts("the items and settings", dataclasses.asdict(settings))
     if arguments.output:
         check_shared_filesystem(folder)
@@ -169,7 +175,7 @@ def evaluate(
         if file.answered:
             print(f"{file.answered} of {len(share)} items are answered already; resuming", file=sys.stderr)
         if file.answered < len(share):
-            engine = make_engine(load_model(arguments), config)
+            engine = make_engine(load_model(arguments), config, users)
             with (
                 count_bar("Answering", "tokens", len(share), file.answered) as advance,
                 Profile(arguments.profile, len(share), file.answered, arguments.slots) as profile,

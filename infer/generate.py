@@ -7,9 +7,18 @@ import argparse
 import sys
 
 import phi4mm_jax
-from phi4mm_jax.adapters import adapter_choices
-from phi4mm_jax.commands.options import add_adapter_folder, add_mesh, add_precision, load_model
-from phi4mm_jax.engine import Grammar, Request, Sampling
+from phi4mm_jax.commands.options import (
+    adapter_of,
+    add_adapter,
+    add_adapter_folder,
+    add_mesh,
+    add_precision,
+    load_model,
+    make_engine,
+    user_adapter_sizes,
+    user_adapters_of,
+)
+from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.prompt import given_media, placeholder_in
@@ -40,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min-p", metavar="X", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", metavar="X", type=float, default=1.0)
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="answers to search for")
-    parser.add_argument("--adapter", choices=adapter_choices(), help="by default that of the media")
+    add_adapter(parser, "by default the one that is loaded, else that of the media")
     add_adapter_folder(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
@@ -53,16 +62,14 @@ def parse_arguments() -> argparse.Namespace:
 def check(arguments: argparse.Namespace) -> None:
     """Raise an InputError for what is wrong whatever the checkpoint: reading that takes minutes."""
     with named_options(arguments):
-        sampling = Sampling(
-            arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
-            arguments.seed,
-        )  # fmt: skip
         stop = arguments.stop if arguments.beams > 1 else ()
         Request(
-            "", max_new_tokens=arguments.max_new_tokens, sampling=sampling, beams=arguments.beams, stop=stop,
-            grammar=grammar_of(arguments),
+            "", max_new_tokens=arguments.max_new_tokens, sampling=sampling_of(arguments), beams=arguments.beams,
+            stop=stop, grammar=grammar_of(arguments),
         )  # fmt: skip
         check_frames(arguments.frames)
+    adapter_of(arguments, use_given=True)
+    user_adapter_sizes(arguments)
     if arguments.raw and arguments.video:
         raise phi4mm_jax.InputError("--video does not go with --raw; give its frames as --image")
     if arguments.raw and arguments.system is not None:
@@ -82,6 +89,13 @@ def check(arguments: argparse.Namespace) -> None:
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
     each("video", arguments.video, lambda source: video_frames(source, arguments.frames))
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(
+        arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.repetition_penalty,
+        arguments.seed,
+    )  # fmt: skip
 
 
 def grammar_of(arguments: argparse.Namespace) -> Grammar | None:
@@ -118,6 +132,8 @@ def prompt_of(arguments: argparse.Namespace) -> str | list[dict]:
 
 
 def answer(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax.Completion:
+    if arguments.user_adapter:
+        return answer_with_user_adapter(arguments, model)
     (completion,) = model.generate(
         [prompt_of(arguments)],
         images=[arguments.image] if arguments.raw else None,
@@ -134,6 +150,21 @@ def answer(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax
         stop=arguments.stop,
         grammar=grammar_of(arguments),
     )
+    return completion
+
+
+def answer_with_user_adapter(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax.Completion:
+    """Answer by an engine that has loaded users' adapters, of which `Model.generate` knows none."""
+    config = EngineConfig(slots=1, beams=arguments.beams, cli=True, **user_adapter_sizes(arguments))
+    request = Request(
+        prompt_of(arguments), images=arguments.image if arguments.raw else (),
+        audios=arguments.audio if arguments.raw else (), max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling_of(arguments), stop=arguments.stop, beams=arguments.beams,
+        adapter=adapter_of(arguments, use_given=True), grammar=grammar_of(arguments),
+    )  # fmt: skip
+    ((_, completion),) = make_engine(model, config, user_adapters_of(arguments)).run([request])
+    if completion.error is not None:
+        raise phi4mm_jax.InputError(completion.error)
     return completion
 
 

@@ -25,8 +25,17 @@ import sys
 from typing import get_args
 
 import phi4mm_jax
-from phi4mm_jax.adapters import ADAPTERS, adapter_choices
-from phi4mm_jax.commands.options import adapter_folders_of, add_adapter_folder, add_precision, answer_settings
+from phi4mm_jax.adapters import ADAPTERS
+from phi4mm_jax.commands.options import (
+    adapter_folders_of,
+    adapter_of,
+    add_adapter,
+    add_adapter_folder,
+    add_precision,
+    answer_settings,
+    user_adapter_sizes,
+    user_adapters_of,
+)
 from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
@@ -62,9 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: for lines that all need it"
     )
-    parser.add_argument(
-        "--adapter", choices=adapter_choices(), help="for lines that do not say; by default that of a line's media"
-    )
+    add_adapter(parser, "NAME alone is for lines that do not say; by default that of a line's media")
     add_adapter_folder(parser)
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
     parser.add_argument(
@@ -93,16 +100,18 @@ def main() -> int:
                 f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected a positive whole number"
             )
     sizes = {name: getattr(arguments, name) for name in ("slots", "cache_tokens", "cache_dtype", "beams")}
+    adapter = adapter_of(arguments)
+    sizes |= user_adapter_sizes(arguments)
     with named_options(arguments):
         EngineConfig(**sizes)
     each = chips_of(arguments.mesh)
     lines = {"max_new_tokens": arguments.max_new_tokens}
-    lines |= {} if arguments.adapter is None else {"adapter": arguments.adapter}
+    lines |= {} if adapter is None else {"adapter": adapter}
     options = {
         "model": arguments.model, "mesh": arguments.mesh, "engine": sizes | {"cli": True}, "dtype": arguments.dtype,
         "weights": arguments.weights, "merge": arguments.merge, "adapters": adapter_folders_of(arguments),
-        "adapters_from": arguments.adapters_from, "warm_up": arguments.warmup,
-        "compilation_cache": arguments.compilation_cache,
+        "adapters_from": arguments.adapters_from, "user_adapters": user_adapters_of(arguments),
+        "warm_up": arguments.warmup, "compilation_cache": arguments.compilation_cache,
     }  # fmt: skip
     parts = Parts(arguments.output, arguments.format, parquet, arguments.write_seconds)
     parts.check_settings(answer_settings(arguments))

@@ -24,12 +24,17 @@ from phi4mm_jax import InputError
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.commands.options import (
     adapter_folders_of,
+    adapter_of,
+    add_adapter,
     add_adapter_folder,
     add_compilation_cache,
     add_mesh,
     add_precision,
     load_model,
     make_engine,
+    user_adapter_digests,
+    user_adapter_sizes,
+    user_adapters_of,
 )
 from phi4mm_jax.engine import Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.engine.provenance import check_settings, settings_of
@@ -87,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all clips together; by default what fits")
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights: speech is faster")
+    add_adapter(parser, "by default the one that is loaded, else speech")
     add_adapter_folder(parser)
     add_compilation_cache(parser)
     return parser.parse_args()
@@ -147,6 +153,7 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job], instruction: str
     names = "dtype", "merge", "cache_dtype", "max_new_tokens", "adapters_from", "language", "clip_seconds", "pause"
     settings = settings_of(
         arguments.model, adapter_folders_of(arguments), quantized=arguments.weights, prompt=instruction,
+        adapter=adapter_of(arguments, use_given=True), user_adapters=user_adapter_digests(arguments),
         **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
     has_answers = any(path.exists() for job in jobs for path in job.outputs.values())
@@ -206,8 +213,10 @@ def main() -> int:
         cut = CutSettings(arguments.clip_seconds, arguments.pause)
         Request("", max_new_tokens=arguments.max_new_tokens)
         config = EngineConfig(
-            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype, cli=True
-        )
+            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype, cli=True,
+            **user_adapter_sizes(arguments),
+        )  # fmt: skip
+        adapter = adapter_of(arguments, use_given=True)
     check_detector()
     if arguments.output is not None:
         prepare(arguments, jobs, instruction)
@@ -215,8 +224,9 @@ def main() -> int:
     errors = 0
     if left:
         keep_compiled(arguments.compilation_cache)
-        engine = make_engine(load_model(arguments, notice=True, merge=arguments.merge), config)
-        errors = run(arguments, engine, left, formats, cut, (task, instruction))
+        model = load_model(arguments, notice=True, merge=arguments.merge)
+        engine = make_engine(model, config, user_adapters_of(arguments))
+        errors = run(arguments, engine, left, formats, cut, (task, instruction), adapter)
     if arguments.output is not None:
         print(f"{arguments.output}: {len(jobs) - errors} of {len(jobs)} recordings are transcribed", file=sys.stderr)
     return 1 if errors else 0
@@ -224,13 +234,14 @@ def main() -> int:
 
 def run(
     arguments: argparse.Namespace, engine: Engine, jobs: Sequence[Job], formats: Sequence[str], cut: CutSettings,
-    asked: tuple[Task, str],
+    asked: tuple[Task, str], adapter: str | None = None,
 ) -> int:  # fmt: skip
     """Transcribe recordings and write each as it comes to its end; return how many failed."""
     task, instruction = asked
 
     def request(clip: RecordedClip) -> Request:
-        return clip_request(clip, instruction, max_new_tokens=arguments.max_new_tokens, sampling=Sampling())
+        limit = arguments.max_new_tokens
+        return clip_request(clip, instruction, max_new_tokens=limit, sampling=Sampling(), adapter=adapter)
 
     lengths = [announced_seconds(job.source) for job in jobs]
     total = sum(known) if len(known := [x for x in lengths if x is not None]) == len(lengths) else None

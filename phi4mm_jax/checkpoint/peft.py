@@ -21,7 +21,7 @@ from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors
 from phi4mm_jax.checkpoint.table import Tensor
-from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_adapter, read_json
+from phi4mm_jax.config import DecoderConfig, LoraConfig, Phi4MMConfig, read_adapter, read_json
 from phi4mm_jax.config.peft_settings import MODULES, common_lora, module_loras
 from phi4mm_jax.errors import CheckpointError, InputError
 
@@ -100,6 +100,17 @@ def user_adapter_folder(given: str | os.PathLike[str]) -> tuple[Path, str | None
         f"{folder}: holds no adapter: there is no {SETTINGS_FILE}; give a folder that PEFT or train.export "
         "--adapters-only has written"
     )
+
+
+def user_adapter_rank(given: str | os.PathLike[str], decoder: DecoderConfig) -> int:
+    """Return the rank of an adapter that a user brings, by its settings alone.
+
+    Raises:
+        CheckpointError: there is no such folder, or no adapter in it, or several.
+        ConfigError: a setting is missing, malformed or not supported; it names the key.
+    """
+    file = user_adapter_folder(given)[0] / SETTINGS_FILE
+    return read_adapter(str(file), read_json(file), decoder).rank
 
 
 def _folder_of(kind: str, given: str | os.PathLike[str]) -> Path:

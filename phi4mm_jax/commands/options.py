@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any, get_args
 
-from phi4mm_jax.adapters import ADAPTERS
+from phi4mm_jax.adapters import ADAPTERS, adapter_choices
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.quantization import Weights
 from phi4mm_jax.utils.cli import named_options
@@ -21,8 +22,32 @@ def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
     add_adapters_from(parser)
 
 
+class _AdapterAction(argparse.Action):
+    """Keep NAME=FOLDER among `user_adapter`, and a NAME alone as `adapter`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if "=" in values:
+            namespace.user_adapter = [*namespace.user_adapter, values]
+        else:
+            namespace.adapter = values
+
+
+def add_adapter(parser: argparse.ArgumentParser, default: str) -> None:
+    """Give a program the option --adapter, which `adapter_of` and `user_adapters_of` read.
+
+    Args:
+        default: says which adapter is asked for without it.
+    """
+    parser.set_defaults(user_adapter=[])
+    parser.add_argument(
+        "--adapter", metavar="NAME[=FOLDER]", action=_AdapterAction,
+        help=f"ask for an adapter: {', '.join(adapter_choices())}, or one of PEFT or train.export that is loaded from "
+        f"FOLDER; may be given several times; {default}",
+    )  # fmt: skip
+
+
 def add_user_adapters(parser: argparse.ArgumentParser) -> None:
-    """Give a program the options of users' adapters, which `user_adapters_of` and `adapter_places` read."""
+    """Give a server the options of users' adapters, which `user_adapters_of` and `adapter_places` read."""
     parser.add_argument(
         "--adapter", dest="user_adapter", metavar="NAME=FOLDER", action="append", default=[],
         help="an adapter of PEFT or train.export beside the model's own, which is asked for by its name; may be given "
@@ -56,8 +81,47 @@ def user_adapters_of(arguments: argparse.Namespace) -> dict[str, str]:
     return folders
 
 
+def adapter_of(arguments: argparse.Namespace, *, use_given: bool = False) -> str | None:
+    """Return the adapter that --adapter asks for; None: that of the media.
+
+    Args:
+        use_given: the only one that is loaded is asked for, where no other is named.
+
+    Raises:
+        InputError: there is no such adapter, or several are loaded and none is asked for.
+    """
+    users, asked = user_adapters_of(arguments), arguments.adapter
+    if asked is None:
+        if use_given and len(users) > 1:
+            first = next(iter(users))
+            raise InputError(f"--adapter loads {', '.join(users)}; say which one answers, such as --adapter {first}")
+        return next(iter(users), None) if use_given else None
+    builtin, beside, name = asked.rpartition("+")
+    if asked not in adapter_choices() and (name not in users or (beside and builtin not in adapter_choices())):
+        names = ", ".join((*adapter_choices(), *users))
+        raise InputError(f"--adapter is {asked!r:.60}; expected one of {names}, or NAME=FOLDER")
+    return asked
+
+
+def user_adapter_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sizes of `EngineConfig` for those that --adapter loads: a place for each, of the largest one's rank.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: there is no such adapter or model, or a setting is not supported.
+    """
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.checkpoint.peft import user_adapter_rank
+    from phi4mm_jax.config import Phi4MMConfig
+
+    if not (users := user_adapters_of(arguments)):
+        return {}
+    decoder = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
+    rank = max(user_adapter_rank(folder, decoder) for folder in users.values())
+    return {"max_adapters": len(users), "max_adapter_rank": rank}
+
+
 def adapter_places(arguments: argparse.Namespace) -> dict[str, int]:
-    """Return the sizes of `EngineConfig` for users' adapters.
+    """Return the sizes of `EngineConfig` for a server's users' adapters.
 
     Raises:
         InputError: more are given than there are places.
@@ -160,8 +224,24 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = "dtype", "merge", "adapter", "cache_dtype", "max_new_tokens", "adapters_from"
     return settings_of(
         arguments.model, adapter_folders_of(arguments), quantized=arguments.weights,
-        **{name: getattr(arguments, name) for name in names},
+        user_adapters=user_adapter_digests(arguments), **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
+
+
+def user_adapter_digests(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """Return the fingerprint of each adapter that --adapter loads, by name; None where it loads none.
+
+    Raises:
+        CheckpointError: there is no such folder, or no adapter in it.
+    """
+    from phi4mm_jax.checkpoint.peft import user_adapter_folder
+    from phi4mm_jax.utils.fingerprint import folder_fingerprint
+
+    found: dict[str, str] = {}
+    for name, folder in sorted(user_adapters_of(arguments).items()):
+        place, replaces = user_adapter_folder(folder)
+        found[name] = folder_fingerprint(place) + (f" in place of {replaces}" if replaces else "")
+    return found or None
 
 
 def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:
@@ -190,8 +270,17 @@ def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options
         )  # fmt: skip
 
 
-def make_engine(model: Any, config: Any) -> Any:
-    """Return an engine of the model, whose cache's size is said on standard error."""
+def make_engine(model: Any, config: Any, adapters: Mapping[str, str] | None = None) -> Any:
+    """Return an engine of the model, whose cache's size is said on standard error.
+
+    Args:
+        adapters: folders of users' adapters to load, by name.
+
+    Raises:
+        CheckpointError, ConfigError, InputError: an adapter cannot be loaded.
+    """
     engine = model.engine(config)
+    for name, folder in (adapters or {}).items():
+        engine.load_adapter(name, folder)
     print(f"a cache of {engine.config.cache_tokens} tokens", file=sys.stderr)
     return engine

@@ -53,6 +53,8 @@ class Answer:
         mesh: "tensor=N" to share the engine among so many chips; by default all that Ray gives it.
         engine: arguments of `EngineConfig`, which is made beside the chips.
         defaults: what rows without the column have: {"max_new_tokens": 64, "temperature": 0.7}.
+        user_adapters: folders of adapters to load, by the names that rows ask for them by ("adapter"); the engine has
+            `max_adapters` for them.
         warm_up: compile every program before the first row.
         compilation_cache: a folder that keeps compiled programs; by default the user's.
         options: further arguments of `phi4mm_jax.load`: dtype, adapters, merge, ...
@@ -68,6 +70,7 @@ class Answer:
         mesh: str | None = None,
         engine: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
+        user_adapters: Mapping[str, str | Path] | None = None,
         warm_up: bool = False,
         compilation_cache: str | None = None,
         **options: Any,
@@ -87,6 +90,8 @@ class Answer:
             keep_compiled(compilation_cache)
         on = inference_mesh(mesh, Phi4MMConfig.from_folder(local_folder(model)).decoder)
         made = phi4mm_jax.load(model, mesh=on, **options).engine(EngineConfig(**(engine or {})))
+        for name, folder in (user_adapters or {}).items():
+            made.load_adapter(name, folder)
         if warm_up:
             made.warm_up()
         self._engine = AsyncEngine(made)

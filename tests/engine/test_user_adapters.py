@@ -1,20 +1,32 @@
 """Users' adapters in an engine: rows of one batch with several, equal to merged weights and to PEFT."""
 
+import argparse
+import asyncio
+import json
+import re
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import soundfile
 from helpers.cases import golden_cases, media_of
 from helpers.compilations import count_compilations
 from helpers.merging import write_adapter, write_merged
 from helpers.paths import TINY
+from helpers.recordings import RATE, held_clips
 from helpers.reference import uncached_logits
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
+from infer import batch, chat, evaluate, generate, transcribe
 from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax.commands.options import adapter_of, add_adapter
 from phi4mm_jax.engine import EngineConfig, Request
 
 CONFIG = EngineConfig(
@@ -254,3 +266,127 @@ def test_what_cannot_be_loaded_is_refused_by_name(engine, tiny, folders, tmp_pat
         engine.unload_adapter("tax")
     with pytest.raises(InputError, match="has no place in this engine"):
         tiny.engine(EngineConfig(slots=1, cache_tokens=64)).load_adapter("legal", folders["legal"])
+
+
+@pytest.fixture
+def program(engine, tiny, monkeypatch):
+    """Runs a program with this module's engine, which has room for the adapters that the program loads."""
+
+    def run(module, *arguments) -> int:
+        for name in engine.adapters:
+            engine.unload_adapter(name)
+        configs = []
+        model = SimpleNamespace(processor=tiny.processor, engine=lambda config: configs.append(config) or engine)
+        monkeypatch.setattr(module, "load_model", lambda *_, **__: model)
+        monkeypatch.setattr(sys, "argv", ["x", "--model", str(TINY), "--dtype", "float32", *map(str, arguments)])
+        status = module.main()
+        assert [(c.max_adapters, c.max_adapter_rank) for c in configs] in ([], [(len(engine.adapters), 8)])
+        return status
+
+    return run
+
+
+@pytest.fixture
+def loads(folders) -> list[str]:
+    return [f"--adapter={name}={folders[name]}" for name in ("legal", "medical")]
+
+
+def own_answer(engine, folders, name, prompt, **options) -> Any:
+    """The engine's answer with an adapter, which equals that of merged weights."""
+    for loaded in engine.adapters:
+        engine.unload_adapter(loaded)
+    engine.load_adapter(name, folders[name])
+    ((_, answer),) = engine.run([Request(prompt, max_new_tokens=NEW, adapter=name, **options)])
+    assert answer.error is None
+    return answer
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+SHORT = ["--max-new-tokens", NEW]
+
+
+def test_the_adapter_that_is_loaded_answers(program, engine, folders, loads, capfd, monkeypatch, tmp_path):
+    """In infer.generate, infer.chat, infer.evaluate and infer.transcribe; of several, the one that is named."""
+    expected = own_answer(engine, folders, "medical", HELLO).text
+    assert program(generate, *loads[1:], *SHORT, "hello") == 0
+    assert program(generate, *loads, "--adapter", "medical", *SHORT, "hello") == 0
+    assert capfd.readouterr().out == f"{expected}\n" * 2
+    assert program(generate, *loads, *SHORT, "hello") == 2
+    assert "--adapter loads legal, medical; say which one answers, such as --adapter legal" in capfd.readouterr().err
+    typed = iter(["hello"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    assert program(chat, *loads[1:], *SHORT) == 0
+    assert capfd.readouterr().out == f"{expected}\n"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}))
+    run = ["--task", "exact", tmp_path / "m.jsonl", *SHORT, "--output", tmp_path / "out"]
+    assert program(evaluate, *run, *loads[1:]) == 0
+    assert json.loads((tmp_path / "out" / "answers.jsonl").read_text())["text"] == expected
+    assert program(evaluate, *run) == 2
+    assert "holds answers of other weights" in capfd.readouterr().err
+    samples, _ = held_clips(1)[0]
+    soundfile.write(tmp_path / "a.wav", samples, RATE, "FLOAT")
+    asked = [{"type": "audio", "audio": (samples, RATE)}, {"type": "text", "text": "hear"}]
+    heard = own_answer(engine, folders, "medical", [{"role": "user", "content": asked}]).text
+    assert program(transcribe, *loads[1:], *SHORT, "--prompt", "hear", tmp_path / "a.wav") == 0
+    assert capfd.readouterr().out == f"{heard.strip()}\n"
+
+
+def test_lines_of_a_batch_ask_for_adapters(program, engine, folders, loads, tmp_path, capfd):
+    """Those that do not say have that of their media, or the one that is named; other weights are other answers."""
+    legal, medical = (own_answer(engine, folders, name, PROMPT).tokens for name in ("legal", "medical"))
+    engine.unload_adapter("medical")
+    plain = answers(engine, [None])[0].tokens
+    lines = [{"prompt": PROMPT, "adapter": name} for name in ("legal", "medical", "none", "none+legal")]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, [*lines, {"prompt": PROMPT}])))
+    files = ["--input", tmp_path / "in", "--ordered", "--compilation-cache", "", *SHORT, "--output"]
+
+    def tokens(name: str) -> list[list[int]]:
+        return [json.loads(line)["tokens"] for line in (tmp_path / name).read_text().splitlines()]
+
+    assert program(batch, *files, tmp_path / "out", *loads) == 0
+    assert tokens("out") == [legal, medical, plain, legal, plain]
+    assert program(batch, *files, tmp_path / "other", *loads, "--adapter", "medical") == 0
+    assert tokens("other") == [legal, medical, plain, legal, medical]
+    assert program(batch, *files, tmp_path / "out", loads[0], f"--adapter=medical={folders['tax']}") == 2
+    assert "its answers are of another user_adapters (was {'legal': " in capfd.readouterr().err
+
+
+def test_rows_of_a_data_set_ask_for_adapters(engine, folders):
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("ray")
+    from phi4mm_jax.ray.answer import Answer
+
+    expected = own_answer(engine, folders, "legal", PROMPT).tokens
+    answerer = Answer(
+        TINY, dtype="float32", scan=True, engine=asdict(CONFIG), defaults={"max_new_tokens": NEW},
+        user_adapters={"legal": folders["legal"]},
+    )  # fmt: skip
+    found = asyncio.run(answerer(pa.table({"prompt": [PROMPT], "adapter": ["legal"]}))).to_pylist()
+    assert found[0]["tokens"] == expected
+
+
+def option_of(*options: str) -> str | None:
+    parser = argparse.ArgumentParser()
+    add_adapter(parser, "")
+    return adapter_of(parser.parse_args([word for option in options for word in ("--adapter", option)]))
+
+
+def test_what_the_option_asks_for():
+    asked = [(), ("speech",), ("a=A",), ("a=A", "b=B", "b"), ("a=A", "none+a")]
+    assert [option_of(*options) for options in asked] == [None, "speech", None, "b", "none+a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["a"], "--adapter is 'a'; expected one of none, vision, speech, or NAME=FOLDER"),
+        (["a=A", "b"], "expected one of none, vision, speech, a, or NAME=FOLDER"),
+        (["a=A", "nothing+a"], "--adapter is 'nothing+a'; expected one of"),
+        (["a=A", "a=B"], "--adapter has a twice: A and B"),
+        (["speech=A"], "adapter name is 'speech'"),
+        (["a="], "--adapter is 'a='; expected NAME=FOLDER"),
+    ],
+)
+def test_what_the_option_cannot_ask_for(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        option_of(*options)
