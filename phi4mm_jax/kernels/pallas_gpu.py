@@ -1,4 +1,4 @@
-"""Decoding on NVIDIA GPUs by a Pallas kernel, and writing new tokens, on the mesh in context."""
+"""Decoding on NVIDIA GPUs by one of two Pallas kernels, and writing new tokens, on the mesh in context."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,8 +18,10 @@ def supports(operation: str, *arguments: Any) -> str | None:
         return "implementation 'pallas_gpu' needs an NVIDIA GPU, and this is none; use 'xla'"
     match operation, arguments:
         case "decode", (q, k, *_):
-            from phi4mm_jax.kernels import pallas_gpu_decode  # Pallas takes a while to import
+            from phi4mm_jax.kernels import pallas_gpu_decode, pallas_gpu_hopper  # Pallas takes a while to import
 
+            if pallas_gpu_hopper.unsupported(q, k, target) is None:
+                return None
             return pallas_gpu_decode.unsupported(q, k, target)
         case "append", _:
             return None
@@ -27,12 +29,13 @@ def supports(operation: str, *arguments: Any) -> str | None:
 
 
 def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials:
-    """Compute (o, m, l), heads split over the mesh."""
-    from phi4mm_jax.kernels import pallas_gpu_decode
+    """Compute (o, m, l), heads split over the mesh: by the kernel for Hopper, or else by that for every GPU."""
+    from phi4mm_jax.kernels import pallas_gpu_decode, pallas_gpu_hopper
 
     target = gpu.target()
     assert target is not None  # `supports` was asked
-    kernel = partial(pallas_gpu_decode.decode_attention, scale=scale, target=target)
+    module = pallas_gpu_decode if pallas_gpu_hopper.unsupported(q, k, target) else pallas_gpu_hopper
+    kernel = partial(module.decode_attention, scale=scale, target=target)
     return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)
 
 

@@ -51,9 +51,13 @@ def unsupported(q, k, target: gpu.Target) -> str | None:
     return None
 
 
-def splits_of(batch: int, kv_heads: int, tiles: int, cores: int) -> int:
-    """Return how many parts the keys of each row and head are split into, `tiles` at most: a power of two."""
-    wanted = max(min(cores * _PROGRAMS // (batch * kv_heads), tiles), 1)
+def splits_of(batch: int, kv_heads: int, tiles: int, cores: int, programs: int = _PROGRAMS) -> int:
+    """Return how many parts the keys of each row and head are split into, `tiles` at most: a power of two.
+
+    Args:
+        programs: that a multiprocessor is to have.
+    """
+    wanted = max(min(cores * programs // (batch * kv_heads), tiles), 1)
     return 1 << (wanted.bit_length() - 1)
 
 

@@ -32,7 +32,11 @@ SMALL = tpu.Blocks(
 )  # several tiles even of short sequences
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
-DECODERS = CONTEXTS | {"pallas_gpu": lambda: gpu.assumed(gpu.Target(cores=3, interpret=True))}  # 2 parts of a row
+DECODERS = CONTEXTS | {
+    "pallas_gpu": lambda: gpu.assumed(gpu.Target(gpu.AMPERE, cores=3, interpret=True)),  # 2 parts of a row
+    "pallas_gpu, Hopper": lambda: gpu.assumed(gpu.Target(gpu.HOPPER, cores=9, interpret=True)),  # likewise
+}
+HALF = {"pallas_gpu, Hopper"}  # take bfloat16 alone
 
 
 def random_qkv(seed, batch, length, keys, heads, kv_heads, size, dtype=np.float32):
@@ -133,8 +137,10 @@ def implementation(request):
 
 @pytest.fixture(params=DECODERS)
 def decoder(request):
+    """The name of an implementation, the dtype of its queries, keys and values, and its tolerance."""
     with DECODERS[request.param]():
-        yield request.param
+        half = request.param in HALF
+        yield request.param.split(",")[0], *((jnp.bfloat16, 5e-3) if half else (jnp.float32, 3e-6))
 
 
 class TestEveryImplementation:
@@ -175,24 +181,26 @@ class TestEveryImplementation:
     @pytest.mark.parametrize("int8", [False, True])
     @pytest.mark.parametrize("layer", [0, 1])
     def test_decode_reads_pages(self, decoder, layer, int8):
+        name, dtype, atol = decoder
         lengths = np.array([1, 0, 300, 640], np.int32)
         k, v, tables = pages_of(4, lengths, kv_heads=2)
-        (q,) = random(5, (4, 6, 128))
+        q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (*random(5, (4, 6, 128)), k, v))
         extra = {}
         expected_k, expected_v = k, v
         if int8:
             (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
             expected_k, expected_v = k * k_scales[..., None], v * v_scales[..., None]
             extra = {"k_scales": jnp.asarray(k_scales), "v_scales": jnp.asarray(v_scales)}
+        pages = (jnp.asarray(x, jnp.int8 if int8 else dtype) for x in (k, v))
         out = decode_attention(
-            *map(jnp.asarray, (q, k, v)), layer=jnp.int32(layer), lengths=jnp.asarray(lengths),
-            tables=jnp.asarray(tables), implementation=decoder, **extra,
+            jnp.asarray(q, dtype), *pages, layer=jnp.int32(layer), lengths=jnp.asarray(lengths),
+            tables=jnp.asarray(tables), implementation=name, **extra,
         )  # fmt: skip
         expected, _ = reference(
             q[:, None], unpaged(expected_k[layer], tables), unpaged(expected_v[layer], tables), causal=False,
             kv_lengths=lengths,
         )  # fmt: skip
-        np.testing.assert_allclose(out, expected[:, 0], atol=3e-6)
+        np.testing.assert_allclose(np.asarray(out, np.float32), expected[:, 0], atol=atol, rtol=atol)
 
     @pytest.mark.parametrize("int8", [False, True])
     def test_prefill_reads_pages(self, implementation, int8):
@@ -220,14 +228,15 @@ class TestEveryImplementation:
 
     def test_partial_results_merge(self, decoder):
         """Each of two shards has some of a row's keys, and of one row none."""
+        name, dtype, atol = decoder
         lengths = np.array([200, 640], np.int32)
         k, v, tables = pages_of(6, lengths, kv_heads=1)
-        (q,) = random(7, (2, 3, 128))
+        q, k, v = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (*random(7, (2, 3, 128)), k, v))
         halves = ((tables[:, :2], np.minimum(lengths, 256)), (tables[:, 2:], np.maximum(lengths - 256, 0)))
         parts = [
             decode_attention(
-                *map(jnp.asarray, (q, k, v)), layer=0, lengths=jnp.asarray(part), tables=jnp.asarray(table),
-                return_partials=True, implementation=decoder,
+                *(jnp.asarray(x, dtype) for x in (q, k, v)), layer=0, lengths=jnp.asarray(part),
+                tables=jnp.asarray(table), return_partials=True, implementation=name,
             )
             for table, part in halves
         ]  # fmt: skip
@@ -235,7 +244,7 @@ class TestEveryImplementation:
         expected, _ = reference(
             q[:, None], unpaged(k[0], tables), unpaged(v[0], tables), causal=False, kv_lengths=lengths
         )
-        np.testing.assert_allclose(o / l[..., None], expected[:, 0], atol=3e-6)
+        np.testing.assert_allclose(o / l[..., None], expected[:, 0], atol=atol, rtol=atol)
 
     def test_at_128k(self, implementation):
         """The last tile of queries, and a decoding step, over the whole cache."""
@@ -285,7 +294,7 @@ class TestTransfers:
 
     def test_decode(self, cores):
         for int8 in (False, True):
-            TestEveryImplementation().test_decode_reads_pages("pallas_tpu", 1, int8)
+            TestEveryImplementation().test_decode_reads_pages(("pallas_tpu", jnp.float32, 3e-6), 1, int8)
 
     def test_prefill(self, cores):
         for int8 in (False, True):

@@ -268,7 +268,7 @@ def test_log_sum_exp_has_a_gradient(monkeypatch):
         (TURING, (1, 8, 128), (1, 4, 4, 64, 128), "8.0 or later"),
         (HOPPER, (1, 8, 128), (1, 4, 4, 24, 128), "pages of 16 n tokens"),
         (HOPPER, (1, 8, 72), (1, 4, 4, 64, 72), "head sizes 16, 32, 64"),
-        (HOPPER, (1, 68, 128), (1, 4, 4, 64, 128), "up to 16 heads"),
+        (AMPERE, (1, 68, 128), (1, 4, 4, 64, 128), "up to 16 heads"),
     ],
 )
 def test_what_the_decoding_kernel_cannot_take_is_named(target, q, pages, named):
@@ -286,6 +286,32 @@ def test_splits_keep_all_multiprocessors_busy():
     splits = [pallas_gpu_decode.splits_of(batch, 8, 2048, HOPPER.cores) for batch in (1, 8, 64)]
     assert splits == [128, 16, 2]
     assert pallas_gpu_decode.splits_of(1, 8, 3, HOPPER.cores) == 2  # tiles are not shared
+    assert [pallas_gpu_decode.splits_of(batch, 8, 2048, HOPPER.cores, 2) for batch in (1, 8, 64)] == [32, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("target", "page", "size", "dtype", "backend"),
+    [
+        (HOPPER, 64, 128, jnp.bfloat16, "mosaic_gpu"),
+        (HOPPER, 128, 128, jnp.int8, "mosaic_gpu"),
+        (HOPPER, 16, 128, jnp.bfloat16, "triton"),
+        (HOPPER, 64, 32, jnp.bfloat16, "triton"),
+        (AMPERE, 64, 128, jnp.bfloat16, "triton"),
+        (gpu.Target((10, 0)), 64, 128, jnp.bfloat16, "triton"),
+    ],
+)
+def test_hopper_decodes_by_a_kernel_of_its_own(target, page, size, dtype, backend):
+    def program(q, k, v, scales):
+        k_scales, v_scales = scales or (None, None)
+        options = {"k_scales": k_scales, "v_scales": v_scales, "tables": jnp.zeros((1, 4), jnp.int32)}
+        return decode_attention(q, k, v, layer=0, lengths=jnp.ones(1, jnp.int32), **options)
+
+    pages = shape(1, 4, 2, page, size, dtype=dtype)
+    scales = (shape(*pages.shape[:4], dtype=jnp.float32),) * 2 if dtype == jnp.int8 else None
+    with gpu.assumed(target):
+        traced = str(jax.make_jaxpr(program)(shape(1, 6, size), pages, pages, scales))
+    assert ("WGMMA" in traced) == (backend == "mosaic_gpu")
+    assert ("num_stages" in traced) == (backend == "triton")
 
 
 def test_cached_rows_on_gpus_attend_as_whole_ones():
@@ -312,23 +338,55 @@ def test_cached_rows_on_gpus_attend_as_whole_ones():
         np.testing.assert_array_equal(written[row, :length], k[row, :length])
 
 
-@pytest.fixture(scope="module")
-def h200():
-    """A mesh of one H200 that there is not, to compile for; it takes jax's CUDA plugin, not a GPU."""
+def mesh_of(config: str) -> Mesh:
+    """A mesh of one GPU that there is not, to compile for; it takes jax's CUDA plugin, not a GPU."""
     if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
         pytest.skip("jax-cuda13-plugin is not installed: nothing can be compiled for a GPU")
-    config = (FIXTURES / "h200_target_config.txtpb").read_text()
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h200", target_config=config, topology="1x1x1"
+        platform="cuda", topology_name="gpu", target_config=config, topology="1x1x1"
     )
     return Mesh(np.array(topology.devices), ("x",))
 
 
-def compiled(mesh, function, arguments, **options):
+@pytest.fixture(scope="module")
+def h200():
+    return mesh_of((FIXTURES / "h200_target_config.txtpb").read_text())
+
+
+@pytest.fixture(scope="module")
+def a100():
+    config = (FIXTURES / "h200_target_config.txtpb").read_text()
+    for ours, theirs in {
+        "major: 9 feature_extension: ACCELERATED_FEATURES": "major: 8",
+        "shared_memory_per_core: 233472": "shared_memory_per_core: 167936",
+        "shared_memory_per_block_optin: 232448": "shared_memory_per_block_optin: 166912",
+        "core_count: 132": "core_count: 108",
+        "Compute Capability 9.0a": "Compute Capability 8.0",
+    }.items():
+        assert ours in config
+        config = config.replace(ours, theirs)
+    return mesh_of(config)
+
+
+def compiled(mesh, target, function, arguments, **options):
     place = NamedSharding(mesh, jax.P())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    with gpu.assumed(HOPPER):
+    with gpu.assumed(target):
         return jax.jit(function).lower(*arguments).compile(options)
+
+
+def decoding_at_128k(page, int8, heads=8):
+    """A program and its arguments: the release's heads of 128 over all layers' cache."""
+
+    def program(q, k, v, lengths, tables, scales):
+        k_scales, v_scales = scales or (None, None)
+        return decode_attention(q, k, v, layer=1, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales)
+
+    count = 131_072 // page + 1
+    pages = shape(32, count, heads, page, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
+    scales = (shape(32, count, heads, page, dtype=jnp.float32),) * 2 if int8 else None
+    numbers, tables = shape(1, dtype=jnp.int32), shape(1, count - 1, dtype=jnp.int32)
+    return program, (shape(1, 3 * heads, 128), pages, pages, numbers, tables, scales)
 
 
 @pytest.fixture(scope="module")
@@ -339,29 +397,40 @@ def dumps(tmp_path_factory):
 
 @pytest.mark.parametrize("page", [64, 128])
 @pytest.mark.parametrize("int8", [False, True])
-def test_decoding_at_128k_compiles_without_spills(h200, dumps, int8, page):
-    """The release's 24 and 8 heads of 128, and both page sizes; within the shared memory of a block."""
-
-    def program(q, k, v, lengths, tables, scales):
-        k_scales, v_scales = scales or (None, None)
-        return decode_attention(q, k, v, layer=1, lengths=lengths, tables=tables, k_scales=k_scales, v_scales=v_scales)
-
-    count = 131_072 // page + 1
-    pages = shape(32, count, 8, page, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
-    scales = (shape(32, count, 8, page, dtype=jnp.float32),) * 2 if int8 else None
-    numbers, tables = shape(1, dtype=jnp.int32), shape(1, count - 1, dtype=jnp.int32)
+def test_decoding_at_128k_compiles_without_spills(a100, dumps, int8, page):
+    """By Triton, for an A100; within the shared memory of a block."""
+    program, arguments = decoding_at_128k(page, int8)
     text = compiled(
-        h200, program, (shape(1, 24, 128), pages, pages, numbers, tables, scales),
-        xla_gpu_fail_ptx_compilation_on_register_spilling=True, xla_dump_to=str(dumps),
+        a100, AMPERE, program, arguments, xla_gpu_fail_ptx_compilation_on_register_spilling=True,
+        xla_dump_to=str(dumps),
     ).as_text()  # fmt: skip
-    assert copies(text or "", pages.size) == []
+    assert copies(text or "", arguments[1].size) == []
     written = sorted(dumps.glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns)
     path = [x for x in written if ".entry phi4mm_decode(" in x.read_text()][-1]
     ptx = path.read_text()
+    assert ".target sm_80" in ptx
     assert "mma.sync" in ptx
     assert "cp.async" in ptx  # tiles on their way while others are worked on
     assert "ld.local" not in ptx
     assert "st.local" not in ptx
+
+
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_at_128k_compiles_for_hopper_without_spills(h200, monkeypatch, tmp_path, int8, page):
+    """By Mosaic GPU, with shared memory for two blocks on a multiprocessor, each with 1 KiB of the system's."""
+    for name, value in {"PTX": "1", "PTXAS": "1", "TO": str(tmp_path)}.items():
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", value)
+    program, arguments = decoding_at_128k(page, int8)
+    text = compiled(h200, HOPPER, program, arguments).as_text()
+    assert copies(text or "", arguments[1].size) == []
+    ptx, report, passes = (next(tmp_path.glob(f"phi4mm_decode*.{kind}")) for kind in ("ptx", "ptxas", "*passes.log"))
+    shared = max(int(n) for n in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes.read_text()))
+    assert 2 * (shared + 1024) <= 233_472
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report.read_text()
+    assert ".target sm_90a" in ptx.read_text()
+    assert "wgmma.mma_async" in ptx.read_text()
+    assert "cp.async.bulk.tensor" in ptx.read_text()  # tiles by TMA
 
 
 @pytest.mark.parametrize("rows", [1, 64])
