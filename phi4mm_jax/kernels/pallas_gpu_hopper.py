@@ -205,4 +205,5 @@ def _attend(
             mosaic.copy_smem_to_gmem(result.at[pl.ds(0, rows)], ref.at[split, b, h])
         mosaic.wait_smem_to_gmem(0)
 
-    pl.run_scoped(store, *(mosaic.SMEM(x.shape, jnp.float32) for x in (out, largest, total)))
+    of_row = mosaic.SMEM((_ROWS,), jnp.float32)
+    pl.run_scoped(store, memory(_ROWS, size, dtype=jnp.float32), of_row, of_row)
