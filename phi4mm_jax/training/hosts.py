@@ -28,9 +28,11 @@ import jax
 import numpy as np
 
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+from phi4mm_jax.training.rendezvous import Meeting, meet
 
 _HEARTBEAT = 20  # seconds without one, after which a host counts as dead
 _CONNECT = 300  # seconds for all hosts to start
+_REGISTER = 60  # seconds for jax to connect them then
 _POLL = 1.0  # seconds between looks for another host's failure
 _LINGER = 10.0  # seconds that a failed host stays for the others to read its error
 _VISIBLE = 10.0  # seconds for a new file to be seen by the other hosts
@@ -126,10 +128,15 @@ def connected_hosts(coordination: Coordination | None) -> Iterator[None]:
         yield
         return
     try:
-        jax.distributed.initialize(
-            *coordination, initialization_timeout=_CONNECT, heartbeat_timeout_seconds=_HEARTBEAT,
-            cluster_detection_method=None if coordination.coordinator is None else "deactivate",
-        )  # fmt: skip
+        if (meeting := _meeting_of(coordination)) is not None:
+            meet(meeting, _CONNECT)
+        with _own_timeout():
+            jax.distributed.initialize(
+                *coordination, initialization_timeout=2 * _REGISTER, heartbeat_timeout_seconds=_HEARTBEAT,
+                cluster_detection_method=None if coordination.coordinator is None else "deactivate",
+            )  # fmt: skip
+    except InputError:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
             f"the hosts of this run do not find each other ({str(error)[:300]}); start the same command on each of "
@@ -147,6 +154,42 @@ def connected_hosts(coordination: Coordination | None) -> Iterator[None]:
     if watch is not None:
         watch.done.set()
     jax.distributed.shutdown()
+
+
+def _meeting_of(coordination: Coordination) -> Meeting | None:
+    """Return where the hosts meet, which jax finds out where it is not given; None where it does not."""
+    address, num_processes, process_id = coordination
+    if address is None:
+        from jax._src.clusters import ClusterEnv  # no public way leads to what `initialize` finds out
+
+        found = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        address, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            found, None, None, None, None, _CONNECT
+        )
+    if address is None or num_processes is None or process_id is None:
+        return None  # as `initialize` will say
+    return Meeting(address, num_processes, process_id)
+
+
+@contextmanager
+def _own_timeout() -> Iterator[None]:
+    """End the process where jax does not connect the hosts in time, before jax itself aborts it."""
+
+    def end() -> None:
+        print(
+            f"error: the hosts were all here, but jax has not connected them within {_REGISTER} seconds; has one "
+            "ended meanwhile? Rerun the same command on all hosts",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        _end(2)
+
+    timer = threading.Timer(_REGISTER, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_primary_process() -> bool:
