@@ -332,8 +332,7 @@ def complete(
         print(turn.begun, end="", file=out, flush=True)
     completion = answer(engine, settings.request(len(before), room), row, out)
     print(file=out, flush=True)
-    if completion.error is not None:
-        raise InputError(completion.error)
+    completion.raise_for_error()
     tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
     drawn: tuple[int, ...] | None = tuple(completion.tokens)
     if completion.finish_reason == "stop":  # by a token, or by a text, which the tokens would have in them

@@ -29,7 +29,13 @@ class Answer:
         self.future: Future[Completion] = Future()
 
     def result(self, timeout: float | None = None) -> Completion:
-        """Wait for the whole answer, in a thread. Raises TimeoutError; the request then continues."""
+        """Wait for the whole answer, in a thread.
+
+        That of a request that cannot be served is a completion with an `error`: check it, or call `raise_for_error`.
+
+        Raises:
+            TimeoutError: it takes longer; the request continues.
+        """
         return self.future.result(timeout)
 
     def cancel(self) -> None:
@@ -42,7 +48,9 @@ class AsyncEngine:
 
         with AsyncEngine(model.engine(EngineConfig(slots=16))) as engine:
             answer = engine.submit(Request(chat))          # from any thread
-            print(answer.result().text)
+            completion = answer.result()
+            completion.raise_for_error()                   # as of a clip that cannot be read
+            print(completion.text)
             async for piece in engine.stream(Request(chat)):  # in a coroutine
                 print(piece, end="", flush=True)
 
@@ -59,7 +67,7 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(self, request: Request) -> Answer:
-        """Queue a request, from any thread.
+        """Queue a request, from any thread. One that cannot be served has an answer with an `error`.
 
         Raises:
             InputError: the engine is closed, or was stopped by an error.
@@ -88,7 +96,12 @@ class AsyncEngine:
         return future
 
     async def generate(self, request: Request) -> Completion:
-        """Return the whole answer. Cancelling the coroutine cancels the request."""
+        """Return the whole answer, as `Answer.result` does. Cancelling the coroutine cancels the request.
+
+        Raises:
+            InputError: the engine is closed, or was stopped by an error; not that of the request, which is the
+                completion's `error`.
+        """
         answer = self.submit(request)
         try:
             return await asyncio.wrap_future(_uncancelled(answer.future))
@@ -100,14 +113,14 @@ class AsyncEngine:
         """Yield the answer in pieces of whole characters. Leaving the loop cancels the request.
 
         Raises:
-            InputError: the request cannot be served.
+            InputError: the request cannot be served; see `Completion.raise_for_error`.
         """
         async with contextlib.aclosing(self.updates(request)) as updates:
             async for update in updates:
                 if update.text:
                     yield update.text
-                if update.completion is not None and update.completion.error:
-                    raise InputError(update.completion.error)
+                if update.completion is not None:
+                    update.completion.raise_for_error()
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         """The answer as it comes, with its tokens; the last update has the completion, also one with an error.

@@ -72,7 +72,8 @@ class Engine:
     def submit(self, request: Request, row: Row | None = None, *, earlier: Counter[bytes] | None = None) -> int:
         """Queue a request; returns the id that its updates carry. Its prompt is processed in the background.
 
-        Without a seed a request samples by its prompt and media: the same again whenever it is submitted.
+        Without a seed a request samples by its prompt and media: the same again whenever it is submitted. One that
+        cannot be served raises nothing: its completion has an `error`.
 
         Args:
             row: the prompt and its media, where they are processed already.
@@ -162,7 +163,8 @@ class Engine:
             ahead: how many more; by default as many as there are slots.
 
         Yields:
-            The request's index in `requests`, and its answer.
+            The request's index in `requests`, and its answer. That of a request that cannot be served has an `error`,
+            and nothing is raised: check it, or call `raise_for_error`.
         """
         ahead = self.config.slots if ahead is None else ahead
         incoming = enumerate(requests)
@@ -187,15 +189,15 @@ class Engine:
         """Yield the answer in pieces of whole characters. Closing the iterator cancels the request.
 
         Raises:
-            InputError: the request cannot be served.
+            InputError: the request cannot be served; see `Completion.raise_for_error`.
         """
         request_id, done = self.submit(request), False
         try:
             while not done:
                 for update in self.updates_of([request_id], watched=True):
                     done = update.completion is not None
-                    if update.completion is not None and update.completion.error:
-                        raise InputError(update.completion.error)
+                    if update.completion is not None:
+                        update.completion.raise_for_error()
                     if update.text:
                         yield update.text
         finally:

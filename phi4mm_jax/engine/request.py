@@ -8,7 +8,7 @@ from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine.grammar import Grammar
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
-from phi4mm_jax.errors import InputError
+from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -149,7 +149,8 @@ class Completion:
             digits depend on the engine's sizes, so they do not count when completions are compared.
         top_logprobs: for each token the likeliest ones in its place, where the request asks for them; like
             log_probabilities.
-        error: what was wrong.
+        error: what was wrong with a request that ended with an error, whose finish reason is "error"; else None. Such
+            a completion is returned, not raised: `raise_for_error` raises it.
         error_type: name of the class of that error: "InputError", "MediaError" or "ContextLengthError" for a request
             that cannot be served; "FloatingPointError" for logits that are not finite; that of a library otherwise.
         tool_calls: the functions that the answer calls, by its special tokens; text that spells a call is text.
@@ -178,3 +179,16 @@ class Completion:
         """A completion with the tool calls that its tokens have, as far as its text goes."""
         content, calls = parse_tool_calls(tokens, tokenizer, len(text))
         return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
+
+    def raise_for_error(self) -> None:
+        """Raise the error of this completion, if it has one.
+
+        Raises:
+            InputError: the request was not served, or not to its end; MediaError or ContextLengthError where
+                `error_type` says so.
+        """
+        if self.error is not None:
+            raise _ERRORS.get(self.error_type or "", InputError)(self.error)
+
+
+_ERRORS = {kind.__name__: kind for kind in (InputError, MediaError, ContextLengthError)}

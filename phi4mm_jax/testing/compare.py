@@ -240,8 +240,7 @@ def _verify_case(model: Model, engine: Engine, goldens: Goldens, case: Case, lon
             return [ids]
         request = Request(case.prompt, images=images, audios=audios, max_new_tokens=len(expected))
         ((_, completion),) = engine.run([request])
-        if completion.error is not None:
-            raise InputError(completion.error)
+        completion.raise_for_error()
     except InputError as error:
         raise InputError(f"case {case.name}: {error}") from error
     logits = _logits(model, batch, longest)

@@ -12,7 +12,7 @@ import pytest
 from helpers.compilations import count_compilations
 from helpers.paths import TINY
 
-from phi4mm_jax import InputError
+from phi4mm_jax import InputError, MediaError
 from phi4mm_jax.engine import AsyncEngine, EngineConfig, Grammar, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows, restrict, sample
 
@@ -358,3 +358,22 @@ def test_an_engine_that_stops_tells_who_waits(tiny, monkeypatch):
         assert "stopped by ZeroDivisionError" in (found.error or "")
         with pytest.raises(InputError, match="was stopped by ZeroDivisionError"):
             engine.submit(Request(PROMPT))
+
+
+def test_the_error_of_a_request_has_its_class_however_it_is_asked_for(tiny):
+    request = Request("<|user|><|audio_1|><|end|><|assistant|>", audios=["/nowhere.wav"])
+    engine = tiny.engine(EngineConfig(slots=1, cache_tokens=1024))
+    ((_, completion),) = engine.run([request])
+    with AsyncEngine(tiny.engine(EngineConfig(slots=1, cache_tokens=1024))) as served:
+
+        async def stream():
+            return [piece async for piece in served.stream(request)]
+
+        for ask in (
+            completion.raise_for_error,
+            lambda: list(engine.stream(request)),
+            lambda: served.submit(request).result(60).raise_for_error(),
+            lambda: asyncio.run(stream()),
+        ):
+            with pytest.raises(MediaError, match=r"nowhere\.wav.*does not exist"):
+                ask()
