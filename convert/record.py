@@ -14,7 +14,7 @@ HF_DIR is a folder in the native layout (or such a repository's name on the Hub)
                 "images": ["chart.png"], "audios": [], "max_new_tokens": 40}, ...]}
 
 with paths relative to it, or numbers of files in `inputs/` beside it: the goldens of one model are cases for another.
-By default they are those of `tests/fixtures/ms_tiny`.
+By default, in a clone, they are those of `tests/fixtures/ms_tiny`.
 
 `convert.reference` says when transformers is right; it is used only so.
 
@@ -74,15 +74,16 @@ class Request:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser("convert.record", "Record goldens with transformers.")
+    parser = make_parser("convert.record", __doc__)
     parser.add_argument("--model", metavar="HF_DIR", required=True, help="a native checkpoint, or its name on the Hub")
     parser.add_argument(
         "--out", metavar="DIR", type=path_argument, required=True, help="the goldens' folder; must not exist"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--cases", metavar="FILE", type=path_argument, default=DEFAULT_CASES, help="JSON; see the module's text"
-    )
+        "--cases", metavar="FILE", type=path_argument,
+        help="JSON, as above; by default, in a clone, those of tests/fixtures/ms_tiny",
+    )  # fmt: skip
     which.add_argument("--prompt", metavar="TEXT", help="one case: a raw prompt with its placeholders, <|image_1|> ...")
     parser.add_argument(
         "--image", metavar="FILE", type=path_argument, action="append", default=[], help="of --prompt, in order"
@@ -96,6 +97,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     if parsed.prompt is None and (parsed.image or parsed.audio):
         parser.error("--image and --audio belong to --prompt")
+    if parsed.prompt is None and parsed.cases is None:
+        parsed.cases = DEFAULT_CASES
+        if not DEFAULT_CASES.is_file():  # only a clone has it
+            parser.error("--cases FILE or --prompt TEXT is needed: the default cases are in a clone alone, and here is "
+                         "none; --help shows a FILE")  # fmt: skip
     if parsed.max_new_tokens < 1:
         parser.error("--max-new-tokens must be at least 1")
     return parsed

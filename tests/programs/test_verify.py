@@ -532,3 +532,13 @@ def test_bad_usage_of_the_recorder(native, tmp_path):
         with pytest.raises(SystemExit) as raised:
             record.main([*out, *arguments])
         assert raised.value.code == 2
+
+
+def test_cases_are_needed_outside_a_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "DEFAULT_CASES", tmp_path / "goldens.json")  # where an installed package looks
+    with pytest.raises(SystemExit, match="2"):
+        record.main(["--model", "m", "--out", str(tmp_path / "goldens")])
+    assert "--cases FILE or --prompt TEXT is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        record.main(["--help"])
+    assert '{"cases": [{"name": "chart"' in capsys.readouterr().out, "--help shows the form of --cases"
