@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.commands.options import add_adapters_from
+from phi4mm_jax.commands.options import add_adapters_from, add_layout, with_layout
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
 
@@ -13,14 +13,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser("convert.to_torch", "Write a checkpoint for PyTorch.")
     parser.add_argument("source", metavar="SRC", help="a checkpoint's folder, or its name on the Hub (org/name)")
     parser.add_argument("destination", metavar="DST", help="a folder that does not exist yet")
-    parser.add_argument(
-        "--layout", choices=("original", "native"), required=True,
-        help="as published (model_type phi4mm), or as transformers saves it (phi4_multimodal)",
-    )  # fmt: skip
-    parser.add_argument("--adapters-only", action="store_true", help="write only vision-lora and speech-lora, for PEFT")
+    add_layout(parser, "vision-lora and speech-lora alone, for PEFT")
     parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
     add_adapters_from(parser)
-    return parser.parse_args()
+    return with_layout(parser, parser.parse_args())
 
 
 @cli_entrypoint

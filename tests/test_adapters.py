@@ -174,10 +174,7 @@ def test_a_third_adapter_is_trained_by_name(checkpoint, merged, matrices, tmp_pa
     assert lines[1]["loss"] < lines[0]["loss"]
 
     export(tmp_path / "run", tmp_path / "tuned", "native", step="last", adapters_only=True)
-    for name in ("vision-lora", "speech-lora"):
-        theirs = load_file(TINY / name / "adapter_model.safetensors")
-        for key, matrix in load_file(tmp_path / "tuned" / name / "adapter_model.safetensors").items():
-            np.testing.assert_array_equal(matrix, theirs[key])
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {"legal-lora", "README.md"}, "what was trained"
     tuned = load_file(tmp_path / "tuned" / "legal-lora" / "adapter_model.safetensors")
     assert all(0 < np.abs(tuned[name] - matrix).max() < 0.01 for name, matrix in matrices.items())
 

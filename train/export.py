@@ -1,17 +1,18 @@
 """Write what a run has trained as a checkpoint that PyTorch's tools load.
 
-    python -m train.export RUN DESTINATION --layout original|native [--adapters-only] [--step N|best|last]
+    python -m train.export RUN DESTINATION --layout original|native [--step N|best|last]
+    python -m train.export RUN DESTINATION --adapters-only [--step N|best|last]
 
 RUN is a recipe's output. The whole checkpoint is the model that the run began with, with what was trained in place of
-its own; --adapters-only writes the folders vision-lora and speech-lora, for PEFT, and for the programs here
-beside the base: --adapter-folder speech=DESTINATION. README.md is the export's card: base, recipe, data, steps, scores.
+its own; --adapters-only writes the folders of the adapters that were trained (speech-lora), for PEFT, and for the
+programs here beside the base: --adapter-folder speech=DESTINATION. README.md is the export's card: base, recipe, data,
+steps, scores.
 """
 
 import argparse
 import sys
-from typing import get_args
 
-from phi4mm_jax.checkpoint.pytorch import Layout
+from phi4mm_jax.commands.options import add_layout, with_layout
 from phi4mm_jax.training.export import export
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
 from phi4mm_jax.utils.progress import progress_bar
@@ -21,10 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser("train.export", __doc__)
     parser.add_argument("run", metavar="RUN", help="the output of a recipe")
     parser.add_argument("destination", metavar="DESTINATION", help="a folder that does not exist")
-    parser.add_argument("--layout", choices=get_args(Layout), required=True)
-    parser.add_argument("--adapters-only", action="store_true")
-    parser.add_argument("--step", default="best", help="of the checkpoint (best)")
-    return parser.parse_args()
+    add_layout(parser, "the folders of the adapters that were trained alone, for PEFT and --adapter-folder")
+    parser.add_argument(
+        "--step", metavar="N|best|last", default="best", help="of the checkpoint (default: %(default)s)"
+    )
+    return with_layout(parser, parser.parse_args())
 
 
 @cli_entrypoint

@@ -1,6 +1,7 @@
 """Conversion between the three layouts: parameters are streamed, sidecar files are copied or translated."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -114,7 +115,8 @@ def to_torch(
     Args:
         layout: "original" (as published) or "native" (as transformers and PEFT save it).
         adapters_only: write the adapters' folders alone (vision-lora, speech-lora), for PEFT.
-        trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes.
+        trained: parameters, with layers stacked, to write in place of the source's; they are cast to its dtypes. With
+            `adapters_only`, adapters of which it has no parameter are not written.
         card: README.md, in place of the source's.
         shard_bytes: maximum size of a file, unless a single tensor is larger.
         source, destination, fresh_adapters, adapters_from, progress: as in `to_orbax`.
@@ -129,11 +131,17 @@ def to_torch(
         if not adapters_only:
             _refuse_quantized(source, checkpoint)
             Processor.from_folder(source, config)
-        tensors = adapter_table(config) if adapters_only else tensors_of(layout, config)
+        if adapters_only and trained is not None:
+            collections = {path[0] for path in trained}
+            loras = {name: lora for name, lora in config.loras.items() if ADAPTERS[name].collection in collections}
+            written = dataclasses.replace(config, loras=loras)
+        else:
+            written = config
+        tensors = adapter_table(written) if adapters_only else tensors_of(layout, written)
         if not tensors:
             raise CheckpointError(f"{source}: has no adapters to write")
         check_room(folder, sum(pytorch.nbytes(t, checkpoint.parameters) for t in tensors))
-        files = read_sidecar_files(source, layout, config=config, adapters_only=adapters_only)
+        files = read_sidecar_files(source, layout, config=written, adapters_only=adapters_only)
         if card is not None:
             files["README.md"] = card.encode()
         read = _finite(_Tuned(checkpoint, trained or {}), tensors_of(layout_of(source), config))

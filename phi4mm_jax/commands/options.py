@@ -142,6 +142,28 @@ def add_adapters_from(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_layout(parser: argparse.ArgumentParser, adapters: str) -> None:
+    """Give a program the options --layout and --adapters-only, for which `with_layout` looks after parsing.
+
+    Args:
+        adapters: what --adapters-only writes.
+    """
+    parser.add_argument(
+        "--layout", choices=("original", "native"),
+        help="as published (model_type phi4mm), which vLLM serves; or as transformers and PEFT save it "
+        "(phi4_multimodal). Must be given, but with --adapters-only, where native is the default",
+    )  # fmt: skip
+    parser.add_argument("--adapters-only", action="store_true", help=f"write {adapters}")
+
+
+def with_layout(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments with the layout of --adapters-only where none is given; an error without either."""
+    if arguments.layout is None and not arguments.adapters_only:
+        parser.error("--layout is needed: original or native; --help says what they are")
+    arguments.layout = arguments.layout or "native"
+    return arguments
+
+
 def add_mesh(parser: argparse.ArgumentParser) -> None:
     """Give a program the option --mesh, which `mesh_of` reads."""
     parser.add_argument(

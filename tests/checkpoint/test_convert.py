@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
@@ -24,8 +25,10 @@ from convert import to_torch as programs_to_torch
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.checkpoint import contents, staging
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
+from phi4mm_jax.checkpoint.peft import user_adapter_folder
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.mesh import make_mesh
+from train import export as train_export
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +120,28 @@ def test_adapters_only(original, converted, tmp_path):
     each = ("adapter_config.json", "adapter_model.safetensors")
     assert files == {f"{kind}-lora/{name}" for kind in ("vision", "speech") for name in each}
     assert_same_tensors(tensors(tmp_path / "adapters"), {k: v for k, v in tensors(original).items() if k[0] != "."})
+
+
+def test_adapters_only_of_what_was_trained(original, tmp_path, monkeypatch):
+    """Then the folder is one adapter's, which a server takes by any name."""
+    collection = phi4mm_jax.load(original, "float32", scan=True).variables["lora_speech"]
+    trained = {("lora_speech", *path): np.asarray(x) + 1 for path, x in flatten_dict(collection).items()}
+    to_torch(original, tmp_path / "tuned", "native", adapters_only=True, trained=trained)
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["speech-lora"]
+    assert user_adapter_folder(tmp_path / "tuned") == (tmp_path / "tuned" / "speech-lora", "speech")
+    before = load_file(original / "speech-lora" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "tuned" / "speech-lora" / "adapter_model.safetensors").items():
+        np.testing.assert_allclose(tensor.astype(np.float32), before[name].astype(np.float32) + 1, rtol=1e-2)
+
+
+def test_the_layout_is_asked_for_where_it_matters(monkeypatch, capsys):
+    for module in (programs_to_torch, train_export):
+        monkeypatch.setattr(sys, "argv", ["program", "from", "to", "--adapters-only"])
+        assert module.parse_arguments().layout == "native"
+        monkeypatch.setattr(sys, "argv", ["program", "from", "to"])
+        with pytest.raises(SystemExit, match="2"):
+            module.parse_arguments()
+        assert "--layout is needed: original or native" in capsys.readouterr().err
 
 
 @pytest.mark.slow
