@@ -1,5 +1,6 @@
 """A checkpoint's folder, downloaded from the Hub where its name is that of a repository."""
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ _OF_RUN = ("recipe.yaml", "checkpoints")  # what training leaves in a run's fold
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
-def local_folder(path: str | os.PathLike[str]) -> Path:
+def local_folder(path: str | os.PathLike[str], *, of_adapter: bool = False) -> Path:
     """The folder that a path or the name of a repository on the Hub stands for.
 
     Args:
@@ -23,6 +24,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
             this machine: its weights, settings and tokenizer are downloaded, with progress bars, to the Hub's cache.
             After an interruption, the files that were whole are not downloaded again. Any other path, and any `Path`,
             is never looked for on the Hub.
+        of_adapter: an adapter's folder is meant, not a checkpoint's; errors say so.
 
     Raises:
         CheckpointError: it is a URL or no path at all; or there is no such folder, and no such repository could be
@@ -34,24 +36,36 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     except InputError as error:
         raise CheckpointError(str(error)) from error
     if path.is_dir():
-        _refuse_run(path)
+        _refuse_run(path, of_adapter)
         return path
     name = _NAME.fullmatch(given) if isinstance(given, str) else None
     if os.path.exists(path):
         raise CheckpointError(f"{path}: is a file; give the folder that holds it")
     if name is None:
+        meant = "an adapter of PEFT or train.export" if of_adapter else "a Phi-4-multimodal checkpoint"
         raise CheckpointError(
-            f"{path}: no such folder. Give the folder of a Phi-4-multimodal checkpoint, or the name of a repository on "
-            "the Hub: org/name, or org/name@revision."
+            f"{path}: no such folder{_beside(path)}. Give the folder of {meant}, or the name of a repository on the "
+            "Hub: org/name, or org/name@revision."
         )
     return _download(str(given), name["repository"], name["revision"])
 
 
-def _refuse_run(folder: Path) -> None:
+def _beside(path: Path) -> str:
+    """Say which folders are where a missing one is looked for, if that is a folder which was named."""
+    parent = path.parent
+    if parent in (Path("."), Path("/")) or not parent.is_dir() or not os.access(parent, os.R_OK):
+        return ""
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    close = difflib.get_close_matches(path.name, names, 8) or names[:8]
+    return f"; in {parent} there are {', '.join(close) or 'no folders'}"
+
+
+def _refuse_run(folder: Path, of_adapter: bool) -> None:
     if all((folder / name).exists() for name in _OF_RUN) and not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder}: is the output of a training run, whose checkpoints only training reads; export what it has "
-            f"trained, and give that: python -m train.export {folder} FOLDER --layout original"
+            f"trained, and give that: python -m train.export {folder} FOLDER "
+            f"{'--adapters-only' if of_adapter else '--layout original'}"
         )
 
 
@@ -71,6 +85,11 @@ def _download(path: str, repository: str, revision: str | None) -> Path:
             remedy = f"the repository has no revision {revision!r}; check its spelling"
         elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             remedy = "unset HF_HUB_OFFLINE to download it"
+        if (beside := _beside(Path(path))) and not isinstance(error, errors.GatedRepoError):
+            raise CheckpointError(
+                f"{path}: no such folder{beside}. If a repository on the Hub was meant, it was not downloaded "
+                f"({type(error).__name__}); {remedy}."
+            ) from error
         raise CheckpointError(
             f"{path}: neither a folder here nor downloaded from the Hub. If a path was meant, check its "
             f"spelling; for the Hub, {remedy}. The cause: {type(error).__name__}: {str(error).strip()}"

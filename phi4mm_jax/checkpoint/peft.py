@@ -121,7 +121,7 @@ def _folder_of(kind: str, given: str | os.PathLike[str]) -> Path:
     """
     beside = Path(given).parent
     if os.path.exists(given) or beside == Path(".") or not beside.is_dir():
-        return local_folder(given)
+        return local_folder(given, of_adapter=True)
     names = ", ".join(sorted(path.name for path in beside.iterdir() if path.is_dir())[:8]) or "no folders"
     raise CheckpointError(f"{given}: no such folder for the {kind} adapter; in {beside} there are {names}")
 

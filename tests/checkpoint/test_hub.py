@@ -205,6 +205,18 @@ def test_no_such_repository(hub):
         local_folder("org/tyni")
 
 
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_a_mistyped_path_beside_others_is_taken_for_a_path(hub, tmp_path, monkeypatch, is_reached):
+    (tmp_path / "assets" / "tiny").mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not is_reached)
+    cause = "RepositoryNotFoundError" if is_reached else "LocalEntryNotFoundError"
+    with pytest.raises(CheckpointError) as raised:
+        local_folder("assets/tinny")
+    told = "assets/tinny: no such folder; in assets there are tiny. If a repository on the Hub was meant, it was not"
+    assert str(raised.value).startswith(f"{told} downloaded ({cause}); ")
+    assert "internet" not in str(raised.value)
+
+
 def test_gated_repository(hub):
     with pytest.raises(CheckpointError, match=r"(?s)org/gated: neither.*accept its terms.*HF_TOKEN.*403"):
         local_folder("org/gated")

@@ -324,3 +324,6 @@ def test_a_runs_folder_is_no_model(tmp_path):
     (tmp_path / CHECKPOINTS).mkdir()
     with pytest.raises(CheckpointError, match=f"{tmp_path}: is the output of a training run.*python -m train.export"):
         phi4mm_jax.load(tmp_path)
+    remedy = f"{tmp_path}: is the output of a training run.*python -m train.export {tmp_path} FOLDER --adapters-only"
+    with pytest.raises(CheckpointError, match=remedy):
+        adapter_folders({"speech": tmp_path})
