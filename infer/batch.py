@@ -5,12 +5,13 @@ Each line of the input is an object:
     {"id": "a1", "prompt": "<|user|><|image_1|>What is this?<|end|><|assistant|>", "images": ["a.png"], "audios": [],
      "max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
      "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0, "adapter": "vision",
-     "logprobs": false, "grammar": {"json_schema": {"type": "object"}}}
+     "logprobs": false, "grammar": {"json_schema": {"type": "object"}}, "draft": "lookup"}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
 Without "id", a line's id is its number, from 0; without "seed", it draws by its id, whatever stands beside it; without
 "adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys its
 "grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
+"draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer.
 Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with
@@ -40,9 +41,12 @@ from phi4mm_jax.commands.options import (
     add_adapter,
     add_adapter_folder,
     add_compilation_cache,
+    add_draft,
+    add_draft_tokens,
     add_mesh,
     add_precision,
     answer_settings,
+    draft_tokens_of,
     load_model,
     make_engine,
     user_adapter_sizes,
@@ -77,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_adapter(parser, "NAME alone is for lines that do not say; by default that of a line's media")
     add_adapter_folder(parser)
+    add_draft(parser)
+    add_draft_tokens(parser)
     parser.add_argument("--cache-dtype", choices=("int8",), help="by default the model's")
     parser.add_argument("--ordered", action="store_true", help="answers in the order of the input")
     parser.add_argument(
@@ -101,11 +107,13 @@ def main() -> int:
             f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
         )  # fmt: skip
     adapter = adapter_of(arguments)
-    lines = read_requests(arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=adapter)
+    lines = read_requests(
+        arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=adapter, draft=arguments.draft
+    )
     with named_options(arguments):
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            beams=arguments.beams, cli=True, **user_adapter_sizes(arguments),
+            beams=arguments.beams, draft_tokens=draft_tokens_of(arguments), cli=True, **user_adapter_sizes(arguments),
         )  # fmt: skip
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):

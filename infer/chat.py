@@ -33,14 +33,18 @@ from phi4mm_jax.commands.options import (
     adapter_of,
     add_adapter,
     add_adapter_folder,
+    add_draft,
+    add_draft_tokens,
     add_mesh,
     add_precision,
+    draft_tokens_of,
     load_model,
     make_engine,
     user_adapter_sizes,
     user_adapters_of,
 )
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling, ToolCall
+from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.images import load_image
@@ -93,6 +97,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     frames: int = MAX_FRAMES
     adapter: str | None = None
+    draft: Draft | None = None
 
     def __post_init__(self):
         check_frames(self.frames)
@@ -101,7 +106,9 @@ class Settings:
     def request(self, turn: int, room: int) -> Request:
         limit = min(self.max_new_tokens, room)
         sampling = replace(self.sampling, stream=turn)
-        return Request("", max_new_tokens=limit, sampling=sampling, stop=self.stop, adapter=self.adapter)
+        return Request(
+            "", max_new_tokens=limit, sampling=sampling, stop=self.stop, adapter=self.adapter, draft=self.draft
+        )
 
 
 def messages_of(
@@ -352,6 +359,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", default="", help="a system message")
     add_adapter(parser, "by default the one that is loaded, else that of the media")
     add_adapter_folder(parser)
+    add_draft(parser)
+    add_draft_tokens(parser)
     add_mesh(parser)
     add_precision(parser)
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="how long it may get; by default what fits")
@@ -372,8 +381,8 @@ def main() -> int:
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, seed=arguments.seed)
         stop = tuple(arguments.stop)
         adapter = adapter_of(arguments, use_given=True)
-        settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, adapter)
-        sizes = user_adapter_sizes(arguments)
+        settings = Settings(arguments.max_new_tokens, sampling, stop, arguments.frames, adapter, arguments.draft)
+        sizes: dict[str, Any] = user_adapter_sizes(arguments) | {"draft_tokens": draft_tokens_of(arguments)}
         config = EngineConfig(slots=1, cache_tokens=arguments.cache_tokens, cli=True, **sizes)
     model = load_model(arguments, notice=True)
     engine = make_engine(model, config, user_adapters_of(arguments))

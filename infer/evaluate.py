@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -36,8 +37,11 @@ from phi4mm_jax.commands.options import (
     add_adapter,
     add_adapter_folder,
     add_compilation_cache,
+    add_draft,
+    add_draft_tokens,
     add_mesh,
     add_precision,
+    draft_tokens_of,
     load_model,
     make_engine,
     user_adapter_digests,
@@ -99,6 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--slots", metavar="N", type=int, default=8, help="rows that are decoded at once")
     parser.add_argument("--cache-tokens", metavar="N", type=int, help="of all rows together; by default what fits")
+    add_draft(parser)
+    add_draft_tokens(parser)
     add_compilation_cache(parser)
     add_profile(parser, "some items in the middle")
     add_host_options(parser)
@@ -121,7 +127,7 @@ def main() -> int:
 def measure_sets(arguments: argparse.Namespace) -> int:
     """Read and check all that is asked for, then evaluate."""
     with named_options(arguments):
-        sizes = user_adapter_sizes(arguments)
+        sizes: dict[str, Any] = user_adapter_sizes(arguments) | {"draft_tokens": draft_tokens_of(arguments)}
         config = EngineConfig(slots=arguments.slots, cache_tokens=arguments.cache_tokens, cli=True, **sizes)
         measure = Measure(arguments.task, arguments.normalizer, arguments.tokenize or "13a")
     published = PUBLISHED[arguments.reference] if arguments.reference else None
@@ -171,7 +177,7 @@ def evaluate(
         if is_primary_process():
             claim_folder(folder, settings)
         check_same_on_all_hosts("the folders", "claimed")
-    with answer_file(own, own_settings, share) as file:
+    with answer_file(own, own_settings, share, arguments.draft) as file:
         if file.answered:
             print(f"{file.answered} of {len(share)} items are answered already; resuming", file=sys.stderr)
         if file.answered < len(share):

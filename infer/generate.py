@@ -11,8 +11,10 @@ from phi4mm_jax.commands.options import (
     adapter_of,
     add_adapter,
     add_adapter_folder,
+    add_draft,
     add_mesh,
     add_precision,
+    draft_tokens_of,
     load_model,
     make_engine,
     user_adapter_sizes,
@@ -51,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beams", metavar="N", type=int, default=1, help="answers to search for")
     add_adapter(parser, "by default the one that is loaded, else that of the media")
     add_adapter_folder(parser)
+    add_draft(parser)
     parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     parser.add_argument("--json-schema", metavar="FILE", type=path_argument, help="a JSON schema that the answer obeys")
@@ -149,18 +152,22 @@ def answer(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax
         seed=arguments.seed,
         stop=arguments.stop,
         grammar=grammar_of(arguments),
+        draft=arguments.draft,
     )
     return completion
 
 
 def answer_with_user_adapter(arguments: argparse.Namespace, model: phi4mm_jax.Model) -> phi4mm_jax.Completion:
     """Answer by an engine that has loaded users' adapters, of which `Model.generate` knows none."""
-    config = EngineConfig(slots=1, beams=arguments.beams, cli=True, **user_adapter_sizes(arguments))
+    config = EngineConfig(
+        slots=1, beams=arguments.beams, draft_tokens=draft_tokens_of(arguments), cli=True,
+        **user_adapter_sizes(arguments),
+    )  # fmt: skip
     request = Request(
         prompt_of(arguments), images=arguments.image if arguments.raw else (),
         audios=arguments.audio if arguments.raw else (), max_new_tokens=arguments.max_new_tokens,
         sampling=sampling_of(arguments), stop=arguments.stop, beams=arguments.beams,
-        adapter=adapter_of(arguments, use_given=True), grammar=grammar_of(arguments),
+        adapter=adapter_of(arguments, use_given=True), grammar=grammar_of(arguments), draft=arguments.draft,
     )  # fmt: skip
     ((_, completion),) = make_engine(model, config, user_adapters_of(arguments)).run([request])
     if completion.error is not None:

@@ -31,8 +31,11 @@ from phi4mm_jax.commands.options import (
     adapter_of,
     add_adapter,
     add_adapter_folder,
+    add_draft,
+    add_draft_tokens,
     add_precision,
     answer_settings,
+    draft_tokens_of,
     user_adapter_sizes,
     user_adapters_of,
 )
@@ -73,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_adapter(parser, "NAME alone is for lines that do not say; by default that of a line's media")
     add_adapter_folder(parser)
+    add_draft(parser)
+    add_draft_tokens(parser)
     parser.add_argument("--warmup", action="store_true", help="compile every program before answering")
     parser.add_argument(
         "--compilation-cache", metavar="DIR",
@@ -101,12 +106,13 @@ def main() -> int:
             )
     sizes = {name: getattr(arguments, name) for name in ("slots", "cache_tokens", "cache_dtype", "beams")}
     adapter = adapter_of(arguments)
-    sizes |= user_adapter_sizes(arguments)
+    sizes |= user_adapter_sizes(arguments) | {"draft_tokens": draft_tokens_of(arguments)}
     with named_options(arguments):
         EngineConfig(**sizes)
     each = chips_of(arguments.mesh)
     lines = {"max_new_tokens": arguments.max_new_tokens}
-    lines |= {} if adapter is None else {"adapter": adapter}
+    given = {"adapter": adapter, "draft": arguments.draft}
+    lines |= {name: value for name, value in given.items() if value is not None}
     options = {
         "model": arguments.model, "mesh": arguments.mesh, "engine": sizes | {"cli": True}, "dtype": arguments.dtype,
         "weights": arguments.weights, "merge": arguments.merge, "adapters": adapter_folders_of(arguments),

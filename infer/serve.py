@@ -71,6 +71,10 @@ def parse_arguments() -> argparse.Namespace:
         "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights; others are gone then"
     )
     add_adapter_folder(parser)
+    parser.add_argument(
+        "--draft-tokens", metavar="N", type=int, default=0,
+        help='the most that are guessed in a step, of requests with "draft" (default: none, and no such requests)',
+    )  # fmt: skip
     add_user_adapters(parser)
     parser.add_argument(
         "--adapter-root", metavar="DIR", type=path_argument,
@@ -105,7 +109,8 @@ def main() -> int:
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            top_logprobs=limits.top_logprobs, cli=True, **adapter_places(arguments),
+            top_logprobs=limits.top_logprobs, draft_tokens=arguments.draft_tokens, cli=True,
+            **adapter_places(arguments),
         )  # fmt: skip
     keep_compiled(arguments.compilation_cache)
     model = load_model(arguments, notice=True, merge=arguments.merge)

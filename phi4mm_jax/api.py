@@ -22,7 +22,9 @@ from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Grammar, Hypothesis, Programs, Request, Sampling
+from phi4mm_jax.engine.config import DRAFT_TOKENS
 from phi4mm_jax.engine.encoder_cache import media_inputs
+from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.mesh import jit_on_mesh, shardings
 from phi4mm_jax.model import Phi4MM
@@ -207,6 +209,7 @@ class Model:
         max_crops: int | None = None,
         continue_final_message: bool = False,
         grammar: Grammar | None = None,
+        draft: Draft | None = None,
     ) -> list[Completion]:
         """Answer the prompts, all in one batch, in their order.
 
@@ -234,6 +237,7 @@ class Model:
             max_crops: maximum number of crops per image, see `Processor.__call__`.
             continue_final_message: the last message of each chat, the assistant's, is the beginning of its answer.
             grammar: what all answers obey; see `Request`.
+            draft: "lookup" makes copies faster, and changes no answer; see `Request`.
 
         Raises:
             InputError: a prompt, medium or argument that cannot be used.
@@ -261,6 +265,7 @@ class Model:
                 length_penalty=length_penalty,
                 adapter=adapter,
                 grammar=grammar,
+                draft=draft,
             )
             for stream in (_streams(rows, self.config) if seed is not None else [None] * len(rows))
         ]
@@ -270,7 +275,8 @@ class Model:
                 f"prompt {full[0]} fills the context of {self.processor.context}, with no room for an answer; "
                 "shorten it"
             )
-        engine = self._engine_for(rows, requests[0].max_new_tokens, int(beams))
+        sizes = {"beams": int(beams), "draft_tokens": 0 if draft is None else DRAFT_TOKENS}
+        engine = self._engine_for(rows, requests[0].max_new_tokens, sizes)
         engine.check_adapter(adapter)
         self._last_engine = None  # an interrupted engine is not used again
         numbers = [engine.submit(request, row, earlier=earlier) for request, row in zip(requests, rows, strict=True)]
@@ -291,17 +297,19 @@ class Model:
         """Compiled steps, which all engines of the model share."""
         return Programs(self.module, self.variables)
 
-    def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, beams: int = 1) -> Engine:
-        """Return the engine of the last call if it has room for this one, else a new one."""
+    def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, sizes: Mapping[str, Any]) -> Engine:
+        """Return the engine of the last call if it has room for this one, and the same sizes, else a new one."""
         slots = min(1 << (len(rows) - 1).bit_length(), _MAX_SLOTS)
         page = EngineConfig().page_size
         lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
-        pages = beams * sum(-(-length // page) for length in lengths[-slots:])
+        pages = sizes["beams"] * sum(-(-length // page) for length in lengths[-slots:])
         last = self._last_engine
-        if last is None or (last.config.slots, last.config.beams) != (slots, beams) or last.config.pages < pages:
+        wanted: dict[str, Any] = {"slots": slots, **sizes}
+        same = last is not None and {name: getattr(last.config, name) for name in wanted} == wanted
+        if last is None or not same or last.config.pages < pages:
             self._last_engine = None  # its memory is free before the next takes its own
             tokens = page * (1 << (pages - 1).bit_length())
-            self._last_engine = last = self.engine(EngineConfig(slots=slots, cache_tokens=tokens, beams=beams))
+            self._last_engine = last = self.engine(EngineConfig(cache_tokens=tokens, **wanted))
         return last
 
     def _variables_for(self, batch: Batch) -> dict[str, Any]:

@@ -120,15 +120,18 @@ def attended(q, k, v):
 def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
     """A chunk, then a token, of three rows that have none, some and many tokens in the cache, in plain XLA.
 
+    Then that token again, with up to two more.
+
     With a context axis, queries and results are sent: all new tokens' are less than a layer's cached keys.
     """
     mesh = make_mesh(fsdp, tensor, context=context)
     draw = np.random.default_rng(0)
     tables = np.array([[5, 2, 0, 0], [1, 6, 3, 4], [0, 7, 8, 0]], np.int32)
     starts, lengths = np.array([0, 2 * PAGE, PAGE]), np.array([PAGE + 4, 4 * PAGE - 1, PAGE + 9])
+    few = np.array([3, 1, 2])  # the second row is full then
     pages = draw.standard_normal((2, LAYERS, PAGES + 1, HEADS, PAGE, SIZE)).astype(np.float32)
-    new = draw.standard_normal((2, 3, 2 * PAGE + 1, HEADS, SIZE)).astype(np.float32)
-    q = draw.standard_normal((3, 2 * PAGE + 1, 2 * HEADS, SIZE)).astype(np.float32)
+    new = draw.standard_normal((2, 3, 2 * PAGE + 3, HEADS, SIZE)).astype(np.float32)
+    q = draw.standard_normal((3, 2 * PAGE + 3, 2 * HEADS, SIZE)).astype(np.float32)
     (k, k_scales), (v, v_scales) = ((x, None) if dtype == "float32" else quantize(x) for x in map(jnp.asarray, pages))
     place = NamedSharding(mesh, jax.P(None, None, "tensor", "context"))
     cache = jax.device_put(KVCache(k, v, k_scales, v_scales), place)
@@ -136,9 +139,11 @@ def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
     def chunk_and_token(cache, q, k, v):
         chunk = cached_inputs(cache, starts, lengths, tables, 2 * PAGE)
         token = cached_inputs(cache, lengths, lengths + 1, tables, 1)
-        out, cache = attend(q[:, :-1], k[:, :-1], v[:, :-1], jnp.int32(1), chunk, cache)
-        last, cache = attend(q[:, -1:], k[:, -1:], v[:, -1:], jnp.int32(1), token, cache)
-        return out, last, cache
+        more = cached_inputs(cache, lengths, lengths + few, tables, 3)
+        out, cache = attend(q[:, :-3], k[:, :-3], v[:, :-3], jnp.int32(1), chunk, cache)
+        last, cache = attend(q[:, -3:-2], k[:, -3:-2], v[:, -3:-2], jnp.int32(1), token, cache)
+        several, cache = attend(q[:, -3:], k[:, -3:], v[:, -3:], jnp.int32(1), more, cache)
+        return out, last, several, cache
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         arguments = cache, *(jax.device_put(x, NamedSharding(mesh, jax.P(None, None, "tensor"))) for x in (q, *new))
@@ -147,8 +152,8 @@ def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
     assert found <= ({"all-gather", "all-reduce", "reduce-scatter"} if context > 1 else set())
     sent = re.findall(r"= \(?\w+\[([\d,]+)\].* all-gather\(", str(compiled.as_text()))
     of_layer = PAGES * HEADS * PAGE * SIZE // tensor
-    assert all(np.prod([int(n) for n in shape.split(",")]) < of_layer // 4 for shape in sent)
-    out, last, cache = compiled(*arguments)
+    assert all(np.prod([int(n) for n in shape.split(",")]) < of_layer for shape in sent)
+    out, last, several, cache = compiled(*arguments)
     assert cache.k.sharding.is_equivalent_to(place, 5)
     atol = 1e-4 if dtype == "float32" else 0.05
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -156,8 +161,10 @@ def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
         both = np.concatenate([earlier, new[:, row, : length - start]], 1)
         for t in range(length - start):
             np.testing.assert_allclose(out[row, t], attended(q[row, t], *both[:, : start + t + 1]), atol=atol, rtol=0)
-        both = np.concatenate([both, new[:, row, -1:]], 1)
-        np.testing.assert_allclose(last[row, 0], attended(q[row, -1], *both), atol=atol, rtol=0)
+        for t in range(few[row]):
+            both = np.concatenate([both, new[:, row, t - 3][:, None]], 1)
+            for found in (last, several)[t > 0 :]:
+                np.testing.assert_allclose(found[row, t], attended(q[row, t - 3], *both), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -179,6 +179,36 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
 
 
+def add_draft(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --draft: of `Request.draft`."""
+    from phi4mm_jax.engine.request import Draft
+
+    parser.add_argument(
+        "--draft", choices=get_args(Draft),
+        help="guess tokens by those that followed the last ones before, and compute several in a step: the answers are "
+        "the same",
+    )  # fmt: skip
+
+
+def add_draft_tokens(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --draft-tokens, which `draft_tokens_of` reads."""
+    from phi4mm_jax.engine.config import DRAFT_TOKENS
+
+    parser.add_argument(
+        "--draft-tokens", metavar="N", type=int,
+        help=f"the most that are guessed in a step (default: {DRAFT_TOKENS} with --draft, else none)",
+    )  # fmt: skip
+
+
+def draft_tokens_of(arguments: argparse.Namespace) -> int:
+    """Return the size of `EngineConfig` for drafts, by --draft-tokens, where a program has it, and --draft."""
+    from phi4mm_jax.engine.config import DRAFT_TOKENS
+
+    if (given := getattr(arguments, "draft_tokens", None)) is not None:
+        return given
+    return 0 if arguments.draft is None else DRAFT_TOKENS
+
+
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     """Give a program the option --compilation-cache, which `keep_compiled` takes."""
     parser.add_argument(

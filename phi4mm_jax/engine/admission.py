@@ -47,6 +47,11 @@ class Admission:
                 f"top_logprobs is {request.top_logprobs}, but the engine gives {self._config.top_logprobs}; ask for "
                 f"fewer, or allow more with {self._config.named('top_logprobs')}"
             )
+        if request.draft is not None and not self._config.draft_tokens:
+            raise InputError(
+                f"draft is {request.draft!r}, but the engine guesses no tokens; leave it out, or allow it with "
+                f"{self._config.named('draft_tokens')}"
+            )
         self._check_media(media, length)
         limit = min(int(request.max_new_tokens), context - length)
         shared = length // size if request.beams > 1 else 0  # by all its beams

@@ -10,6 +10,7 @@ from phi4mm_jax.utils.checks import check_positive, check_whole
 
 DEFAULT_CACHE_TOKENS = 32768  # where the device's memory is unknown
 PREFILL_ROWS = (4, 1)  # sequences that are prefilled at once
+DRAFT_TOKENS = 5  # that programs guess in a step, if they are asked for drafts
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -33,6 +34,8 @@ class EngineConfig:
         beams: maximum number of beams of a request. They take no memory but pages; the answer of a request with n
             beams needs as many as n other answers.
         top_logprobs: maximum number of likeliest tokens per generated token that a request may ask for.
+        draft_tokens: maximum number of tokens that are guessed in a step, for requests that ask for drafts; 0, the
+            default, is none, and costs nothing. Each step of a round with such a request computes as many more.
         max_adapters: places for adapters that users bring (`Engine.load_adapter`), allocated at the start; 0, the
             default, is none, and costs nothing (vLLM: max_loras).
         max_adapter_rank: the largest rank of theirs, to which the others are padded (vLLM: max_lora_rank).
@@ -50,6 +53,7 @@ class EngineConfig:
     feature_blocks: int = 512
     beams: int = 1
     top_logprobs: int = 0
+    draft_tokens: int = 0
     max_adapters: int = 0
     max_adapter_rank: int = 64
     cli: bool = False
@@ -62,6 +66,12 @@ class EngineConfig:
             if name != "cache_tokens" or self.cache_tokens is not None:
                 check_positive(name, getattr(self, name))
         check_whole("top_logprobs", self.top_logprobs, 0)
+        check_whole("draft_tokens", self.draft_tokens, 0)
+        if self.draft_tokens + 1 >= self.page_size:
+            raise InputError(
+                f"draft_tokens is {self.draft_tokens}; expected at most {self.page_size - 2}, with pages of "
+                f"{self.page_size} tokens"
+            )
         check_whole("max_adapters", self.max_adapters, 0)
         check_positive("max_adapter_rank", self.max_adapter_rank)
         if self.chunk % self.page_size:
@@ -81,6 +91,11 @@ class EngineConfig:
     @property
     def pages(self) -> int:
         return math.ceil((self.cache_tokens or DEFAULT_CACHE_TOKENS) / self.page_size)
+
+    @property
+    def decode_width(self) -> int:
+        """Maximum number of tokens of a sequence in a round with drafts."""
+        return self.steps * (self.draft_tokens + 1)
 
     def prefill_width(self, num_tokens: int) -> int:
         """Width that a chunk is padded to: a page times a power of two, at most `chunk`."""

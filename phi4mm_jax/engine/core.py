@@ -109,12 +109,12 @@ class EngineCore:
         alone = not self.queue and len(self._unfinished) == 1
         chunks = self._dispatch_prefill()
         before, self._decoding = self._decoding, None
-        if by_grammar := self.scheduler.decodes_by_grammar:
+        if in_turn := self.scheduler.decodes_in_turn:
             self._read(before, chunks)
             before, chunks = None, []
         self._decoding = self._dispatch_decode(1 if watched and alone else self._config.steps)
         self._read(before, chunks)
-        if by_grammar:
+        if in_turn:
             self._read(self._decoding, [])
             self._decoding = None
         self._extend_beams()
@@ -206,6 +206,8 @@ class EngineCore:
                 continue
             n = int(sampled.counts[i])
             sequence.num_pending_tokens -= int(batch.num_decode_steps[i])
+            if batch.with_drafts[i]:  # of which it may have taken fewer
+                sequence.num_computed_tokens -= int(batch.num_decode_steps[i]) - n
             top = None if top_tokens is None or top_values is None else (top_tokens[i], top_values[i])
             self.outputs.append(sequence, sampled.tokens[i, :n], sampled.log_probabilities[i, :n], top)
             if not sampled.finite[i]:

@@ -41,11 +41,14 @@ def prefill_inputs(batch: PrefillBatch, media: Items[np.ndarray], count: int, ta
     )  # fmt: skip
 
 
-def decode_inputs(batch: DecodeBatch, table_size: int, with_top: bool) -> DecodeInputs:
+def decode_inputs(
+    batch: DecodeBatch, table_size: int, with_top: bool, with_drafts: bool = False
+) -> DecodeInputs:  # fmt: skip
     """Arrays of all slots.
 
     Args:
         with_top: whether the engine gives likeliest tokens.
+        with_drafts: whether they are for the step that guesses tokens.
     """
     sequences, count = batch.sequences, len(batch.sequences)
     return DecodeInputs(
@@ -58,6 +61,7 @@ def decode_inputs(batch: DecodeBatch, table_size: int, with_top: bool) -> Decode
         num_output_tokens=_column(sequences, count, lambda s: s.num_sampled_tokens),
         sampling=_sampling_rows(sequences, count),
         with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool) if with_top else None,
+        **({"with_drafts": batch.with_drafts, "max_steps": np.int32(batch.max_steps)} if with_drafts else {}),
     )
 
 

@@ -27,7 +27,7 @@ from phi4mm_jax.utils.strict_json import unique_keys
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
     "max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter",
-    "continue_final_message", "grammar",
+    "continue_final_message", "grammar", "draft",
 }  # fmt: skip
 _KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 
@@ -133,17 +133,17 @@ class RequestFile:
         self._duplicates = duplicates
 
 
-def read_requests(path: Path, *, max_new_tokens: int, adapter: str | None = None) -> RequestFile:
+def read_requests(path: Path, *, max_new_tokens: int, **settings: Any) -> RequestFile:
     """Return the lines of a file.
 
     Args:
-        adapter: of the lines that do not name one.
+        settings: of the lines that do not say, "adapter" and "draft"; None is as good as absent.
 
     Raises:
         InputError: the file cannot be read.
     """
-    settings = {"max_new_tokens": max_new_tokens} | ({} if adapter is None else {"adapter": adapter})
-    return RequestFile(path, settings)
+    given = {key: value for key, value in settings.items() if value is not None}
+    return RequestFile(path, {"max_new_tokens": max_new_tokens} | given)
 
 
 def _duplicate(line: Line, first: int) -> Line:

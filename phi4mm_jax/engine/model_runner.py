@@ -20,6 +20,7 @@ from phi4mm_jax.engine.inputs import allowed_tokens, beam_inputs, decode_inputs,
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
+from phi4mm_jax.engine.token_history import TokenHistory
 from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import KVCache
@@ -40,6 +41,7 @@ class ModelRunner:
         encoder_cache: encoded media.
         user_adapters: those that users have brought.
         num_prefilled_tokens: since the start.
+        num_draft_steps, num_draft_step_tokens: steps of sequences with drafts, and the tokens that these gave.
         table_size: pages of the longest page table.
     """
 
@@ -69,6 +71,10 @@ class ModelRunner:
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
         self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
+        self._history: TokenHistory | None = None
+        if config.draft_tokens:
+            self._history = TokenHistory(programs, config.slots, self.table_size * config.page_size)
+        self.num_draft_steps = self.num_draft_step_tokens = 0
         self._with_grammars = is_installed()
         self._unrestricted: dict[int, Any] = {}  # on the device, by number of rows: masks that allow all
 
@@ -92,6 +98,15 @@ class ModelRunner:
     def decode(self, batch: DecodeBatch) -> SampledTokens:
         """Dispatch the decoding of up to `num_decode_steps` tokens of each slot."""
         adapters = {s.adapter for s in batch.sequences if s is not None}
+        if self._history is not None and batch.with_drafts.any():
+            self._history.write(batch.sequences)
+            sampled = self.run_decode_drafts(adapters, self._decode_inputs(batch, with_drafts=True))
+            assert sampled.num_steps is not None
+            self.num_draft_steps += int(sampled.num_steps[batch.with_drafts].sum())
+            self.num_draft_step_tokens += int(sampled.counts[batch.with_drafts].sum())
+            return sampled
+        if self._history is not None:
+            self._history.forget(batch.sequences)
         inputs = self._decode_inputs(batch)
         if all(s is None or s.matcher is None for s in batch.sequences):
             return self.run_decode(adapters, inputs)
@@ -123,8 +138,8 @@ class ModelRunner:
         allowed = self._programs.place(self._allowed(last, count)) if restricted else self._unrestricted[count]
         return inputs._replace(allowed=allowed, restricted=np.asarray(restricted))
 
-    def _decode_inputs(self, batch: DecodeBatch) -> DecodeInputs:
-        return decode_inputs(batch, self.table_size, with_top=self._config.top_logprobs > 0)
+    def _decode_inputs(self, batch: DecodeBatch, with_drafts: bool = False) -> DecodeInputs:
+        return decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
 
     def _allowed(self, sequences: Items[Sequence | None], count: int) -> np.ndarray:
         return allowed_tokens(sequences, count, self.token_seen.shape[1])
@@ -156,6 +171,14 @@ class ModelRunner:
         assert sampled.last is not None
         self.last_tokens = sampled.last
         return _fetching(sampled)
+
+    def run_decode_drafts(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
+        assert self._history is not None
+        self.kv_cache, self.token_seen, self._history.tokens, sampled = self._programs.decode_drafts(
+            self._variables_of(adapters), self.kv_cache, self.token_seen, self._history.tokens, inputs,
+            width=self._config.decode_width, max_draft=self._config.draft_tokens, candidates=self._config.top_logprobs,
+        )  # fmt: skip
+        return jax.device_get(sampled)
 
     def run_decode_allowed(
         self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
@@ -211,6 +234,9 @@ class ModelRunner:
         def decode(adapters: set[int]) -> None:
             self.run_decode(adapters, self._decode_inputs(DecodeBatch.idle(config.slots)))
 
+        def decode_drafts(adapters: set[int]) -> None:
+            self.run_decode_drafts(adapters, self._decode_inputs(DecodeBatch.idle(config.slots), with_drafts=True))
+
         def decode_allowed(adapters: set[int]) -> None:
             inputs = self._decode_inputs(DecodeBatch.idle(config.slots))
             self.run_decode_allowed(adapters, inputs, lambda: self._allowed([], config.slots))
@@ -224,6 +250,8 @@ class ModelRunner:
             *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
             *(partial(prefill, a, n, w) for a in each for n in PREFILL_ROWS for w in config.prefill_widths),
             *(partial(decode, adapters) for adapters in together),
+            *(partial(decode_drafts, adapters) for adapters in together if self._history is not None),
+            *([partial(self._history.set, no_slot, np.zeros(0, np.int32))] if self._history is not None else []),
             *(partial(decode_allowed, adapters) for adapters in together if self._with_grammars),
             *(partial(beam_step, adapters, size) for adapters in together for size in config.beam_batch_sizes),
             partial(self.run_set_penalty_mask, no_slot, np.zeros(self.token_seen.shape[1], bool)),
@@ -242,11 +270,12 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
     free = min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
     decoder, itemsize = programs.model.config.decoder, jnp.dtype(programs.model.dtype).itemsize
     features = config.feature_blocks * BLOCK_SIZE * decoder.embed_dim * itemsize
-    seen = config.slots * decoder.vocab_size + stack_bytes(programs, config)
+    of_slot = decoder.vocab_size + (4 * context if config.draft_tokens else 0)  # its tokens, seen and in order
+    rest = features + config.slots * of_slot + stack_bytes(programs, config)
     cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
     head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
     token = 2 * decoder.num_layers * decoder.num_kv_heads * head // programs.shares
-    pages = int(0.75 * (free - features - seen)) // (token * config.page_size) - 1  # the scratch page
+    pages = int(0.75 * (free - rest)) // (token * config.page_size) - 1  # the scratch page
     if pages < 1:
         raise InputError(
             f"of a device's memory {free / 2**30:.1f} GiB are free, which is no room for a cache; use more devices "

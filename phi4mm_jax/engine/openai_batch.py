@@ -11,7 +11,7 @@ from phi4mm_jax.processing.chat import with_tools
 _URL = "/v1/chat/completions"
 _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
 _SAME = ("temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
-         "continue_final_message")  # same keys as ours  # fmt: skip
+         "continue_final_message", "draft")  # same keys as ours  # fmt: skip
 _NOTHING = {  # keys that change no answer, whatever their value
     "model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
     "prompt_cache_key", "stream_options",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine.grammar import Grammar
@@ -13,6 +13,8 @@ from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.checks import check_positive, check_whole, is_number, is_whole
+
+Draft = Literal["lookup"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Request:
         adapter: "none" or an adapter's name ("vision", "speech"), whatever the media; by default that of the media.
             Or the name of a user's (`Engine.load_adapter`), which is on top of that of the media; "none+NAME" or
             "speech+NAME" says what it is on top of. It does not change how media are encoded.
+        draft: "lookup" guesses the next tokens to be those that followed the last ones before, in the prompt or in the
+            answer, and computes several in a step; the answer is the same. It makes copies faster: OCR, extraction,
+            corrections, tool calls. Not used with beams or a grammar, and only in an engine whose
+            `EngineConfig.draft_tokens` allows it.
         continue_final_message: the chat's last message, the assistant's, is the beginning of the answer.
 
     Raises:
@@ -58,6 +64,7 @@ class Request:
     max_crops: int | None = None
     adapter: str | None = None
     continue_final_message: bool = False
+    draft: Draft | None = None
     top_logprobs: int = 0
     grammar: Grammar | None = None
 
@@ -85,6 +92,8 @@ class Request:
             check_max_crops("max_crops", self.max_crops)
         if not isinstance(self.continue_final_message, bool):
             raise InputError(f"continue_final_message is {self.continue_final_message!r:.60}; expected true or false")
+        if self.draft is not None and self.draft not in get_args(Draft):
+            raise InputError(f"draft is {self.draft!r:.60}; expected None or {' or '.join(map(repr, get_args(Draft)))}")
         if self.adapter is not None and not isinstance(self.adapter, str):
             names = ", ".join(adapter_choices())
             raise InputError(f"adapter is {self.adapter!r:.60}; expected one of {names}, or the name of a user's")

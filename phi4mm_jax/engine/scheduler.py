@@ -33,15 +33,19 @@ class DecodeBatch(NamedTuple):
         num_decode_steps: maximum number of tokens to decode; 1 where a sequence has a grammar, whose next mask
             depends on the token.
         preempted: sequences to be prefilled again with the long rotary set.
+        with_drafts: slots whose tokens are guessed.
+        max_steps: of the round; with a draft a step gives several tokens.
     """
 
     sequences: list[Sequence | None]
     num_decode_steps: np.ndarray
     preempted: list[Sequence]
+    with_drafts: np.ndarray
+    max_steps: int = 1
 
     @classmethod
-    def idle(cls, slots: int) -> "DecodeBatch":
-        return cls([None] * slots, np.zeros(slots, np.int32), [])
+    def idle(cls, slots: int, max_steps: int = 1) -> "DecodeBatch":
+        return cls([None] * slots, np.zeros(slots, np.int32), [], np.zeros(slots, bool), max_steps)
 
 
 class Scheduler:
@@ -214,19 +218,27 @@ class Scheduler:
         """Whether a sequence that decodes has a grammar, whose next mask depends on the token before."""
         return any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident)
 
+    @property
+    def decodes_in_turn(self) -> bool:
+        """Whether a round's tokens are to be read before the next round: for a grammar, or for drafts, which give an
+        unknown number of tokens."""
+        drafted = any(s.is_drafted and s.status is SequenceStatus.DECODING for s in self.resident)
+        return drafted or self.decodes_by_grammar
+
     def next_decode(self, max_steps: int) -> DecodeBatch:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
-        batch = DecodeBatch.idle(len(self.slots))
-        sequences, num_steps, preempted = batch
-        if self.decodes_by_grammar:
-            max_steps = 1
+        by_grammar = self.decodes_by_grammar
+        batch = DecodeBatch.idle(len(self.slots), max_steps := 1 if by_grammar else max_steps)
+        sequences, num_steps, preempted, with_drafts, _ = batch
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue
             room = sequence.max_new_tokens - sequence.num_sampled_tokens
             left = room if sequence.use_long_rope else self._long_rope_boundary - sequence.num_computed_tokens
             if room and left:
-                sequences[i], num_steps[i] = sequence, min(room, left, max_steps)
+                with_drafts[i] = sequence.is_drafted and not by_grammar
+                per_step = 1 + self._config.draft_tokens * int(with_drafts[i])
+                sequences[i], num_steps[i] = sequence, min(room, left, max_steps * per_step)
                 self._allocate_to(sequence, sequence.num_computed_tokens + int(num_steps[i]))
             elif not sequence.num_pending_tokens:  # else its tokens are to be known first
                 self._preempt(sequence)

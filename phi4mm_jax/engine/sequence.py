@@ -8,6 +8,7 @@ import numpy as np
 from phi4mm_jax.adapters import split_index
 from phi4mm_jax.engine.beam_search import BeamGroup
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.drafts import NO_TOKEN
 from phi4mm_jax.engine.encoder_cache import MediaInputs
 from phi4mm_jax.engine.grammar import GrammarMatcher
 from phi4mm_jax.engine.page_allocator import PageHash, page_hashes
@@ -93,6 +94,19 @@ class Sequence:
     def num_sampled_tokens(self) -> int:
         """Number of generated tokens, those included that are not read yet."""
         return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def is_drafted(self) -> bool:
+        """Whether its tokens are guessed; with beams or a grammar they never are."""
+        return self.request.draft is not None and self.beams is None and self.matcher is None
+
+    @property
+    def known_tokens(self) -> np.ndarray:
+        """Its tokens so far, in which drafts are looked up: `NO_TOKEN` where a medium is."""
+        tokens = self.token_ids(self.num_prompt_tokens + len(self.output_token_ids)).copy()
+        for start, stop, _ in self.media.spans:
+            tokens[start:stop] = NO_TOKEN
+        return tokens
 
     def token_ids(self, stop: int) -> np.ndarray:
         """Its first `stop` tokens, generated ones included."""

@@ -1,9 +1,11 @@
 """Compiled steps of the engine.
 
-Encode media, prefill a chunk of some sequences, decode all slots for some steps, extend some beams by a token.
+Encode media, prefill a chunk of some sequences, decode all slots for some steps, with drafts or without, extend some
+beams by a token.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
+from phi4mm_jax.engine.drafts import decode_with_drafts
 from phi4mm_jax.engine.sampling import SamplingRows, restrict_to_allowed, sample
 from phi4mm_jax.kernels import gpu
 from phi4mm_jax.mesh import (
@@ -60,6 +63,8 @@ class DecodeInputs(NamedTuple):
     sampling: SamplingRows
     with_top: Bool[Any, " N"] | None = None  # slots whose likeliest tokens are asked for; None: of none
     carried: Int[Any, " N"] | None = None  # last tokens by steps whose results the host has not read; -1: it has ended
+    with_drafts: Bool[Any, " N"] | None = None  # slots whose tokens are guessed; None: of none
+    max_steps: Int[Any, ""] | None = None  # with drafts, which give several tokens a step
 
 
 class SampledTokens(NamedTuple):
@@ -75,6 +80,7 @@ class SampledTokens(NamedTuple):
     top_tokens: Int[Array, "N W C"] | None = None  # the likeliest in place of each, likeliest first, where asked for
     top_log_probabilities: Float[Array, "N W C"] | None = None
     last: Int[Array, " N"] | None = None  # of decoding: `DecodeInputs.carried` of the next round
+    num_steps: Int[Array, " N"] | None = None  # with drafts: steps that these tokens took
 
 
 class BeamInputs(NamedTuple):
@@ -116,11 +122,15 @@ class Programs:
         self.prefill = jit_on_mesh(variables, self._prefill, donate_argnums=1, static_argnames="candidates")
         sizes = ("width", "candidates")
         self.decode = jit_on_mesh(variables, self._decode, donate_argnums=(1, 2), static_argnames=sizes)
+        self.decode_drafts = jit_on_mesh(
+            variables, self._decode_drafts, donate_argnums=(1, 2, 3), static_argnames=(*sizes, "max_draft")
+        )
         self.decode_logits = jit_on_mesh(variables, self._decode_logits, donate_argnums=(1, 2))
         self.sample_allowed = jit_on_mesh(variables, self._sample_allowed, static_argnames="candidates")
         self.beam_step = jit_on_mesh(variables, self._beam_step, donate_argnums=1, static_argnames="candidates")
         self.carry_first = jit_on_mesh(variables, self._carry_first)
-        self.set_penalty_mask = jit_on_mesh(variables, self._set_penalty_mask, donate_argnums=0)
+        self.set_penalty_mask = jit_on_mesh(variables, self._set_row, donate_argnums=0)
+        self.set_history = jit_on_mesh(variables, self._set_row, donate_argnums=0)
 
     @property
     def devices(self) -> list[Any]:
@@ -180,10 +190,9 @@ class Programs:
         by_entry = NamedSharding(mesh, jax.P(tuple(name for name in AXES if name in mesh.shape)))
         return jax.tree.map(lambda x: jax.device_put(x, by_entry), stack)
 
-    def _set_penalty_mask(
-        self, token_seen: Bool[Array, "N V"], slot: Int[Array, ""], row: Bool[Array, " V"]
-    ) -> Bool[Array, "N V"]:
-        return self._constrain_state(token_seen.at[slot].set(row, mode="drop"))
+    def _set_row(self, state: Any, slot: Int[Array, ""], row: Any) -> Any:
+        """Set a slot's row of `token_seen` (N, V) or of the history (N, M)."""
+        return self._constrain_state(state.at[slot].set(row, mode="drop"))
 
     def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
@@ -238,27 +247,41 @@ class Programs:
             active = left > 0
             lengths = jnp.where(active, inputs.lengths + sampled.counts + 1, 0)
             cache, token_seen, logits = self._next_logits(variables, cache, token_seen, inputs, last, lengths)
-            tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
-            sampled, added = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
-            ended = ~added | self._is_stop(tokens)
-            last = jnp.where(active, jnp.where(ended, -1, tokens), last)
-            return cache, token_seen, last, sampled, jnp.where(active & ~ended, left - 1, 0), step + 1
+            state = _sample_next(inputs, self._stops, token_seen, logits, active, last, sampled, left)
+            return cache, token_seen, *state, step + 1
 
         start = cache, token_seen, last, sampled, left, jnp.int32(0)
         cache, token_seen, last, sampled, _, _ = jax.lax.while_loop(unfinished, advance, start)
         sampled = sampled._replace(last=self._constrain_state(last))
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 
+    def _decode_drafts(
+        self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], history: Int[Array, "N M"],
+        inputs: DecodeInputs, *, width: int, max_draft: int, candidates: int = 0,
+    ) -> tuple[KVCache, Bool[Array, "N V"], Int[Array, "N M"], SampledTokens]:  # fmt: skip
+        """Decode as `_decode` does, at most `inputs.max_steps` steps, and guess tokens of slots `with_drafts`."""
+        last = jnp.asarray(inputs.last)
+        sampled = _no_tokens(len(last), width, min(candidates, self.model.config.decoder.vocab_size))
+        left = jnp.where(last < 0, 0, jnp.minimum(inputs.num_decode_steps, width))
+
+        def compute(cache, ids, starts, lengths):
+            hidden, cache = self._hidden_after(variables, cache, inputs, ids, starts, lengths)
+            return cache, self._apply(variables, hidden, method="logits")[: len(ids)]
+
+        state = cache, token_seen, history, last, sampled, left
+        state, steps = decode_with_drafts(compute, partial(_sample_next, inputs, self._stops), state, inputs, max_draft)
+        cache, token_seen, history, last, sampled, _ = state
+        sampled = sampled._replace(last=self._constrain_state(last), num_steps=steps)
+        cache, token_seen, history = map(self._constrain_state, (cache, token_seen, history))
+        return cache, token_seen, history, sampled
+
     def _carry_first(
         self, carried: Int[Array, " N"], slots: Int[Array, " R"], sampled: SampledTokens
     ) -> Int[Array, " N"]:
         """Put the tokens of a prefill into `DecodeInputs.carried`, except for slots out of range."""
         tokens = sampled.tokens[:, 0]
-        tokens = jnp.where(sampled.finite & ~self._is_stop(tokens), tokens, -1)
+        tokens = jnp.where(sampled.finite & ~_is_stop(tokens, self._stops), tokens, -1)
         return self._constrain_state(carried.at[slots].set(tokens, mode="drop"))
-
-    def _is_stop(self, tokens: Int[Array, " N"]) -> Bool[Array, " N"]:
-        return (tokens[:, None] == self._stops).any(-1)
 
     def _decode_logits(
         self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs
@@ -290,16 +313,20 @@ class Programs:
         lengths: Int[Array, " N"],
     ) -> tuple[KVCache, Bool[Array, "N V"], Float[Array, "N V"]]:  # fmt: skip
         """Put a token of each slot into the cache, the last of `lengths`; 0 for an idle slot."""
-        count, last = len(last), jnp.maximum(last, 0)
-        token_seen = token_seen.at[jnp.arange(count), last].max(lengths > 0)
-        rows = last[:, None], lengths, inputs.adapters, inputs.use_long_rope, inputs.tables
-        ids, ends, adapters, use_long_rope, tables = map(_pad_single, rows)
+        last, starts = jnp.maximum(last, 0), jnp.maximum(lengths - 1, 0)
+        token_seen = token_seen.at[jnp.arange(len(last)), last].max(lengths > 0)
+        hidden, cache = self._hidden_after(variables, cache, inputs, last[:, None], starts, lengths)
+        return cache, token_seen, self._apply(variables, hidden[:, 0], method="logits")[: len(last)]
+
+    def _hidden_after(
+        self, variables, cache: KVCache, inputs: DecodeInputs, ids: Int[Array, "N T"], starts: Int[Array, " N"],
+        lengths: Int[Array, " N"],
+    ) -> tuple[Float[Array, "X T D"], KVCache]:  # fmt: skip
+        """Put some tokens of each slot into the cache, from `starts` up to `lengths`; gives the decoder's output."""
+        rows = ids, lengths, inputs.adapters, inputs.use_long_rope, starts, inputs.tables
+        ids, ends, adapters, use_long_rope, starts, tables = map(_pad_single, rows)
         embedded = self._apply(variables, ids, jnp.full(ids.shape, NO_MEDIA), None, method="embed")
-        hidden, cache = self._apply(
-            variables, embedded, ends, adapters, use_long_rope, cache, jnp.maximum(ends - 1, 0), tables,
-            method="decode",
-        )  # fmt: skip
-        return cache, token_seen, self._apply(variables, hidden[:, 0], method="logits")[:count]
+        return self._apply(variables, embedded, ends, adapters, use_long_rope, cache, starts, tables, method="decode")
 
     def _beam_step(
         self, variables, cache: KVCache, inputs: BeamInputs, *, candidates: int
@@ -322,6 +349,22 @@ def _pad_single(x: Array) -> Array:
     XLA for GPUs computes a matrix times one row as a sum over a product as large as the matrix, and writes that out.
     """
     return jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1))) if len(x) == 1 and gpu.target() else x
+
+
+def _sample_next(
+    inputs: DecodeInputs, stops: Int[Array, " E"], token_seen: Bool[Array, "N V"], logits: Float[Array, "N V"],
+    active: Bool[Array, " N"], last: Int[Array, " N"], sampled: SampledTokens, left: Int[Array, " N"],
+) -> tuple[Int[Array, " N"], SampledTokens, Int[Array, " N"]]:  # fmt: skip
+    """Sample the next token of each active slot: the last one then, -1 where it has ended, with none left to decode."""
+    tokens = sample(logits, inputs.num_output_tokens + sampled.counts, inputs.sampling, token_seen)
+    sampled, added = _add_tokens(sampled, tokens, logits, active, inputs.with_top)
+    ended = ~added | _is_stop(tokens, stops)
+    last = jnp.where(active, jnp.where(ended, -1, tokens), last)
+    return last, sampled, jnp.where(active, jnp.where(ended, 0, left - 1), left)
+
+
+def _is_stop(tokens: Int[Array, " N"], stops: Int[Array, " E"]) -> Bool[Array, " N"]:
+    return (tokens[:, None] == stops).any(-1)
 
 
 @jax.named_scope("log_probability")

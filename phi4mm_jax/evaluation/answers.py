@@ -14,6 +14,7 @@ from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.engine import Engine, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import Line
+from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
 from phi4mm_jax.utils.files import INCOMPLETE, make_folder, write_atomically, write_remedy
@@ -114,22 +115,27 @@ def ask(
 
 
 @contextmanager
-def answer_file(folder: Path, settings: Settings, items: Sequence[Item]) -> Iterator[AnswerFile]:
+def answer_file(
+    folder: Path, settings: Settings, items: Sequence[Item], draft: Draft | None = None
+) -> Iterator[AnswerFile]:
     """Open the answers of the items in a folder, which becomes this run's.
+
+    Args:
+        draft: see `Request`; no answer depends on it.
 
     Raises:
         InputError: the folder holds something else, such as another run's answers, or cannot be written to.
     """
     claim_folder(folder, settings)
     adapter = None if settings.adapter == AUTO else settings.adapter
-    requests = (_request(item, settings.max_new_tokens, adapter) for item in items)
+    requests = (_request(item, settings.max_new_tokens, adapter, draft) for item in items)
     lines = [Line(i, x.where, x.where, request) for i, (x, request) in enumerate(zip(items, requests, strict=True))]
     with AnswerFile(folder / ANSWERS, lines, retry=False) as answers:
         yield answers
 
 
-def _request(item: Item, max_new_tokens: int, adapter: str | None) -> Request:
-    return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter)
+def _request(item: Item, max_new_tokens: int, adapter: str | None, draft: Draft | None = None) -> Request:
+    return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter, draft=draft)
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:

@@ -109,12 +109,12 @@ def flash_attention(
 
 @jax.named_scope("decode_attention")
 def decode_attention(
-    q: Float[Array, "B N H"],
+    q: Float[Array, "B *T N H"],
     k: Array,
     v: Array,
     *,
     layer: Int[Array, ""] | int,
-    lengths: Int[Array, " B"],
+    lengths: Int[Array, "B *T"],
     tables: Int[Array, "B M"] | None = None,
     k_scales: Float[Array, "L P K S"] | None = None,
     v_scales: Float[Array, "L P K S"] | None = None,
@@ -123,6 +123,9 @@ def decode_attention(
     implementation: str | None = None,
 ) -> Any:
     """Attend with one query per row to the first `lengths[b]` keys of `layer` in the cache.
+
+    Or with a few, (B, T, N, H), the t-th to the first `lengths[b, t]` keys, which do not decrease with t: each key is
+    read once for all of them.
 
     The cache of all layers is passed whole, so that no layer's slice has to be copied. The number of pages read
     grows with the lengths, not with the capacity.
@@ -138,22 +141,22 @@ def decode_attention(
         return_partials: return (o, m, l) for `merge_partials`, where each shard holds a part of the keys.
 
     Returns:
-        (B, N, H) in q's dtype, zeros for an empty row. Or in float32: o (B, N, H), the sum of the values weighted by
-        exp(score - m), m (B, N), the maximum score (-inf if there are no keys), and l (B, N), the sum of the weights.
+        As q, zeros for a query without keys. Or in float32: o as q, the sum of the values weighted by exp(score - m),
+        m (B, N) or (B, T, N), the maximum score (-inf if there are no keys), and l as m, the sum of the weights.
 
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
     if k.shape != v.shape or k.ndim != 5:
         raise InputError(f"decode_attention: k {k.shape} and v {v.shape} must both be (L, P, K, S, H)")
-    if q.ndim != 3 or q.shape[2] != k.shape[4] or q.shape[1] % k.shape[2]:
+    if q.ndim not in (3, 4) or q.shape[-1] != k.shape[4] or q.shape[-2] % k.shape[2]:
         raise InputError(f"decode_attention: q {q.shape} does not fit k {k.shape}")
     if tables is None and k.shape[1] != q.shape[0]:
         raise InputError(f"decode_attention: without tables, k {k.shape} must have as many rows as q {q.shape}")
     if tables is not None and (tables.ndim != 2 or tables.shape[0] != q.shape[0]):
         raise InputError(f"decode_attention: tables has shape {tables.shape}; expected ({q.shape[0]}, pages per row)")
-    if lengths.shape != q.shape[:1]:
-        raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:1]}")
+    if lengths.shape != q.shape[:-2]:
+        raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:-2]}")
     quantized = k.dtype == jnp.int8
     if k.dtype != v.dtype or (not quantized and k.dtype != q.dtype):
         raise InputError(f"decode_attention: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, or int8")
@@ -165,13 +168,32 @@ def decode_attention(
                              f"{argument.shape}")  # fmt: skip
     scales = (k_scales, v_scales) if quantized else None
     layer, lengths = jnp.asarray(layer, jnp.int32), lengths.astype(jnp.int32)
-    factor = q.shape[2] ** -0.5 if scale is None else float(scale)
-    arguments = q, k, v, layer, lengths, tables, scales
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = _fold_queries(q, k.shape[2]), k, v, layer, lengths.reshape(len(q), -1), tables, scales
     partials = choose("decode_attention", implementation, "decode", *arguments).decode(*arguments, scale=factor)
+    partials = tuple(_unfold_queries(x, q.shape[:-1], k.shape[2]) for x in partials)
     if return_partials:
         return partials
     out, _, total = partials
     return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)  # an empty row's sums are zeros
+
+
+def _fold_queries(q: Float[Array, "B *T N H"], kv_heads: int) -> Float[Array, "B X H"]:
+    """Put the T queries of each key head's group together: to a kernel they are one larger group, (K, T, G)."""
+    if q.ndim == 3:
+        return q
+    batch, count, heads, size = q.shape
+    groups = q.reshape(batch, count, kv_heads, heads // kv_heads, size)
+    return groups.swapaxes(1, 2).reshape(batch, count * heads, size)
+
+
+def _unfold_queries(x: Float[Array, "B X ..."], shape: tuple[int, ...], kv_heads: int) -> Array:
+    """Undo `_fold_queries` in a result of queries of this shape, (B, N) or (B, T, N)."""
+    if len(shape) == 2:
+        return x
+    batch, count, heads = shape
+    groups = x.reshape(batch, kv_heads, count, heads // kv_heads, *x.shape[2:])
+    return groups.swapaxes(1, 2).reshape(batch, count, heads, *x.shape[2:])
 
 
 @jax.named_scope("append_tokens")

@@ -17,6 +17,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
     if target is None:
         return "implementation 'pallas_gpu' needs an NVIDIA GPU, and this is none; use 'xla'"
     match operation, arguments:
+        case "decode", (_, _, _, _, lengths, *_) if lengths.shape[1] > 1:
+            return f"lengths has shape {lengths.shape}; implementation 'pallas_gpu' takes one query a row"
         case "decode", (q, k, *_):
             from phi4mm_jax.kernels import pallas_gpu_decode, pallas_gpu_hopper  # Pallas takes a while to import
 
@@ -36,7 +38,7 @@ def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials
     assert target is not None  # `supports` was asked
     module = pallas_gpu_decode if pallas_gpu_hopper.unsupported(q, k, target) else pallas_gpu_hopper
     kernel = partial(module.decode_attention, scale=scale, target=target)
-    return decode_over_mesh(kernel, q, k, v, layer, lengths, tables, scales)
+    return decode_over_mesh(kernel, q, k, v, layer, lengths[:, 0], tables, scales)
 
 
 def append(

@@ -1,4 +1,4 @@
-"""Decode kernel for TPUs: one query per row against a paged cache.
+"""Decode kernel for TPUs: one query per row, or a few, against a paged cache.
 
 Bound by the transfer of keys and values: only valid pages are read, in large pieces, and the next piece, even the next
 row's, is prefetched while one is computed. A page holds all heads of its tokens contiguously: one transfer reads them.
@@ -45,7 +45,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     row_block = (None, None, kv_heads * rows)
     stats = pltpu.VMEM((kv_heads * rows, LANES), jnp.float32)
     out, largest, total = pl.pallas_call(
-        partial(_kernel, scale=scale, pages=pages, batch=batch, cores=cores),
+        partial(_kernel, scale=scale, pages=pages, batch=batch, queries=lengths.shape[1], cores=cores),
         name="phi4mm_decode",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -75,7 +75,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=target.blocks.vmem
         ),
         interpret=target.interpret,
-    )(layer.reshape(1), lengths, tables.reshape(-1).astype(jnp.int32), groups, k, v, scales)
+    )(layer.reshape(1), lengths.reshape(-1), tables.reshape(-1).astype(jnp.int32), groups, k, v, scales)
 
     def of_queries(x):
         return x.reshape(cores, batch, kv_heads, rows, -1)[:, :, :, :group].reshape(cores, batch, heads, -1)
@@ -86,8 +86,10 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
 
 def _kernel(
     layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, largest_ref, total_ref, k_ref, v_ref,
-    scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, cores: int,
+    scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, queries: int,
+    cores: int,
 ):  # fmt: skip
+    """Attend with each row's `queries`; `lengths_ref` holds the keys of each, the last of a row's having the most."""
     kv_heads, group, size = q_ref.shape
     rows = acc_ref.shape[0] // kv_heads
     page = k_ref.shape[3]
@@ -95,16 +97,27 @@ def _kernel(
     core, layer = pl.program_id(0), layer_ref[0]
     width = tables_ref.shape[0] // batch  # pages of a row
 
+    def length_of(b):
+        return lengths_ref[b * queries + queries - 1]
+
+    def lengths_of_rows(b, shape):
+        """Keys that each row of scores may attend to, as the rows of heads, queries and their groups lie."""
+        row = lax.rem(lax.broadcasted_iota(jnp.int32, shape, 0), rows)
+        lengths = jnp.full(shape, length_of(b))
+        for t in reversed(range(queries - 1)):
+            lengths = jnp.where(row < (t + 1) * (group // queries), lengths_ref[b * queries + t], lengths)
+        return lengths
+
     def extent(b):
         """Return the row, and the range of blocks of keys that this core visits."""
-        blocks = lax.div(lengths_ref[b] + keys - 1, keys)
+        blocks = lax.div(length_of(b) + keys - 1, keys)
         share = lax.div(blocks + cores - 1, cores)
         first = lax.min(core * share, blocks)
         return b, first, lax.min(first + share, blocks)
 
     def for_pages(b, block, act):
         """Call act(page in the block, page in the cache) for the valid pages."""
-        valid = lax.div(lengths_ref[b] + page - 1, page) - block * pages
+        valid = lax.div(length_of(b) + page - 1, page) - block * pages
         table = b * width + block * pages
         lax.fori_loop(0, lax.min(valid, pages), lambda n, _: act(n, tables_ref[table + n]), None)
 
@@ -127,7 +140,7 @@ def _kernel(
 
         for_pages(b, block, act)
 
-    def queries(h):
+    def queries_of(h):
         x = q_ref[h].astype(jnp.float32)
         return jnp.concatenate([x, jnp.zeros((rows - group, size))]).astype(q_ref.dtype) if rows > group else q_ref[h]
 
@@ -149,7 +162,7 @@ def _kernel(
         )  # fmt: skip
 
     def visit(b, block, slot):
-        length = lengths_ref[b]
+        length = length_of(b)
 
         @pl.when(length < (block + 1) * keys)
         def _():
@@ -165,11 +178,12 @@ def _kernel(
             lax.fori_loop(lax.div(length - block * keys, page), pages, clear_page, None)
 
         scores = jnp.concatenate([
-            scaled(product(queries(h), of_head(k_ref, slot, h), (((1,), (1,)), ((), ()))), 0, slot, h)
+            scaled(product(queries_of(h), of_head(k_ref, slot, h), (((1,), (1,)), ((), ()))), 0, slot, h)
             for h in range(kv_heads)
         ]) * (scale * LOG2_E)  # (kv_heads * rows, keys)  # fmt: skip
         key = block * keys + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(key < length, scores, MASKED)
+        of_rows = length if queries == 1 else lengths_of_rows(b, scores.shape)
+        scores = jnp.where(key < of_rows, scores, MASKED)
         old = max_ref[...]
         new = jnp.maximum(old, scores.max(-1, keepdims=True))
         weights = jnp.exp2(scores - jnp.tile(new, (1, keys // LANES)))

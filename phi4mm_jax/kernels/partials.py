@@ -8,18 +8,18 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.mesh import Axes, over_mesh
 
-Partials = tuple[Float[Array, "B N H"], Float[Array, "B N"], Float[Array, "B N"]]  # (o, m, l): sums, maxima, weights
+Partials = tuple[Float[Array, "*B N H"], Float[Array, "*B N"], Float[Array, "*B N"]]  # (o, m, l): sums, maxima, weights
 Output = tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]  # and its log-sum-exp, -inf without keys
 
 
 def decode_over_mesh(kernel: Callable[..., Partials], q, k, v, layer, lengths, tables, scales) -> Partials:
     """Compute (o, m, l) of decoding by a kernel, heads split over the mesh in context."""
     of_q, of_pages = Axes(None, "heads", None), Axes(None, None, "heads", None, None)
-    of_tables = None if tables is None else Axes(None, None)
+    of_tables, of_lengths = None if tables is None else Axes(None, None), Axes(*[None] * lengths.ndim)
     return over_mesh(
         kernel,
         (q, k, v, layer, lengths, tables, scales),
-        (of_q, of_pages, of_pages, Axes(), Axes(None), of_tables, scales and (Axes(*of_pages[:4]),) * 2),
+        (of_q, of_pages, of_pages, Axes(), of_lengths, of_tables, scales and (Axes(*of_pages[:4]),) * 2),
         (of_q, Axes(None, "heads"), Axes(None, "heads")),
         rows=1,
         heads=k.shape[2],
@@ -27,9 +27,9 @@ def decode_over_mesh(kernel: Callable[..., Partials], q, k, v, layer, lengths, t
 
 
 def merge_partials(
-    o: Float[Array, "X B N H"],
-    m: Float[Array, "X B N"],
-    l: Float[Array, "X B N"],  # noqa: E741
+    o: Float[Array, "X *B N H"],
+    m: Float[Array, "X *B N"],
+    l: Float[Array, "X *B N"],  # noqa: E741
 ) -> Partials:
     """Merge the partial results of X parts of the keys; the attention is then o / l[..., None].
 

@@ -29,6 +29,8 @@ class Implementation:
             platform, as a clause for an error.
         prefill: prefill(q, k, v, limits, *, causal, scale, out_dtype) returns the output and the log-sum-exp (B, T, N).
         decode: decode(q, k, v, layer, lengths, tables, scales, *, scale) returns (o, m, l); scales is a pair or None.
+            Lengths are (B, T): q is (B, N, H), of which the N / K queries of a key head are T groups, each with its
+            own number of keys, the last one's the largest.
         append: append(caches, new, layer, pages, slots) returns the caches.
         cached: cached(q, k, v, layer, starts, lengths, tables, scales, part, *, parts, scale, out_dtype) returns the
             output and the log-sum-exp (B, T, N).

@@ -192,6 +192,10 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
     batch, heads, size = q.shape
     kv_heads, page = k.shape[2], k.shape[3]
     groups = q.reshape(batch, kv_heads, heads // kv_heads, size)
+    of_queries = lengths  # (B, 1), or one of each query of a group
+    if lengths.shape[1] > 1:
+        of_queries = jnp.repeat(lengths, groups.shape[2] // lengths.shape[1], 1)
+    lengths = lengths[:, -1]
     pages = max(_KEY_TILE // page, 1)
     keys = pages * page if tables is not None else next(n for n in (_KEY_TILE, 256, DECODE_BLOCK) if page % n == 0)
     table = None if tables is None else _pad(tables, 1, pages)
@@ -213,12 +217,13 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
     def key_tile(j, carry):
         maximum, total, out = carry
         scores = _einsum("BKGH,BKSH->BKGS", groups, values(k, k_scales, j)) * scale
-        allowed = (j * keys + jnp.arange(keys) < lengths[:, None])[:, None, None]
+        key = j * keys + jnp.arange(keys)
+        allowed = (key < of_queries[..., None])[:, None]
         new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
         # Values behind a row's length may be anything, and 0 * NaN is not 0.
-        v_j = jnp.where(allowed[:, 0, :, :, None], values(v, v_scales, j), 0)
+        v_j = jnp.where((key < lengths[:, None])[:, None, :, None], values(v, v_scales, j), 0)
         out = out * decay[..., None] + _einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), v_j)
         return new_maximum, total * decay + row_sum(weights), out
 

@@ -127,24 +127,26 @@ def attend(
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Write the new keys and values, then attend causally to the cache; return output and updated cache.
 
-    One token (T = 1) goes anywhere; more must begin, and be padded, at a page's border. On a mesh each device has its
-    heads of all rows, and along `context` its part of every page; no key or value of the cache leaves it.
+    Less than a page of tokens goes anywhere; whole pages must begin, and be padded, at a page's border. On a mesh each
+    device has its heads of all rows, and along `context` its part of every page; no key or value of the cache leaves
+    it.
     """
     heads, pages = Axes(None, None, "heads", None), cache_axes(cache)
     tables = CachedInputs(Axes(None), Axes(None), *[Axes(None, None)] * 3)  # type: ignore
     inputs = heads, heads, heads, Axes(), tables, pages
-    out = heads if q.shape[1] == 1 else Axes(None, "length", "heads", None)
+    out = heads if rows.pages.shape[1] == q.shape[1] else Axes(None, "length", "heads", None)
     return over_mesh(_attend, (q, k, v, layer, rows, cache), inputs, (out, pages), rows=1, heads=k.shape[2])
 
 
 def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[Array, "B T N H"], KVCache]:
     part, parts = context_part()
-    size, one = cache.page_size, q.shape[1] == 1
-    here = inputs_of_part(rows, cache, q.shape[1], part, parts)
-    k, v = (tokens_of_part(x, size, part, parts) for x in (k, v))
-    cache = (append if one else fill)(cache, k, v, layer, here)  # before it is read, or else XLA would copy it
+    size, count = cache.page_size, q.shape[1]
+    few = rows.pages.shape[1] == count  # each token has its own place
+    here = inputs_of_part(rows, cache, count, part, parts)
+    k, v = (x if few else tokens_of_part(x, size, part, parts) for x in (k, v))
+    cache = (append if few else fill)(cache, k, v, layer, here)  # before it is read, or else XLA would copy it
     pages: Any = {"layer": layer, "tables": rows.tables, "k_scales": cache.k_scales, "v_scales": cache.v_scales}
-    if not one:
+    if not few:
         if parts == 1:
             return cached_attention(q, cache.k, cache.v, starts=rows.starts, lengths=rows.lengths, **pages), cache
         found: Any = cached_attention(
@@ -153,12 +155,17 @@ def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[A
         )  # fmt: skip
         out, lse = found
         return merge_devices(out, lse, LENGTH[0]).astype(q.dtype), cache
+    lengths, queries = rows.lengths, q
+    if count == 1:
+        queries = q[:, 0]
+    else:
+        lengths = jnp.minimum(rows.starts[:, None] + jnp.arange(1, count + 1), lengths[:, None])  # of each query
     if parts == 1:
-        return decode_attention(q[:, 0], cache.k, cache.v, lengths=rows.lengths, **pages)[:, None], cache
-    lengths = of_part(rows.lengths, size, part, parts)
-    found = decode_attention(q[:, 0], cache.k, cache.v, lengths=lengths, return_partials=True, **pages)
+        return decode_attention(queries, cache.k, cache.v, lengths=lengths, **pages).reshape(q.shape), cache
+    lengths = of_part(lengths, size, part, parts)
+    found = decode_attention(queries, cache.k, cache.v, lengths=lengths, return_partials=True, **pages)
     out, _, total = merge_partials(*(jax.lax.all_gather(x, LENGTH[0]) for x in found))
-    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)[:, None], cache
+    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape), cache
 
 
 class MLP(nn.Module):

@@ -61,24 +61,25 @@ class CachedInputs(NamedTuple):
     starts: Int[Array, " B"]  # tokens of each row in the cache before this call
     lengths: Int[Array, " B"]  # and after it
     tables: Int[Array, "B M"]  # page table: the i-th page of each row's tokens
-    pages: Int[Array, "B n"]  # that the new tokens are written to
+    pages: Int[Array, "B n"]  # that the new tokens are written to: whole ones, or one of each token
     slots: Int[Array, "B n"]  # from which one on, in each of them
 
 
 def cached_inputs(
     cache: KVCache, starts: Int[Array, " B"], lengths: Int[Array, " B"], tables: Int[Array, "B M"], new: int
 ) -> CachedInputs:
-    """Find where `new` tokens of each row go, once for all layers: one as its last, more into whole pages.
+    """Find where `new` tokens of each row go, once for all layers: whole pages, or less than one token by token.
 
-    Those that are not written, of rows that rest and of pages after a row's last token, go to the scratch page.
+    Those that are not written, of rows that rest and after a row's last token, go to the scratch page.
     """
     size = cache.page_size
+    step = 1 if new % size else size
     first = jnp.maximum(lengths - 1, 0) if new == 1 else starts
-    index = first[:, None] // size + jnp.arange(max(new // size, 1))  # (B, pages)
+    places = first[:, None] + step * jnp.arange(new // step)  # (B, n)
+    index = places // size
     pages = jnp.take_along_axis(tables, jnp.minimum(index, tables.shape[1] - 1), 1)
-    pages = jnp.where(index * size < lengths[:, None], pages, cache.num_pages)
-    slots = (first % size)[:, None] if new == 1 else jnp.zeros_like(pages)
-    return CachedInputs(starts, lengths, tables, pages, slots)
+    pages = jnp.where(places < lengths[:, None], pages, cache.num_pages)
+    return CachedInputs(starts, lengths, tables, pages, places % size if step == 1 else jnp.zeros_like(pages))
 
 
 def cache_axes(cache: KVCache) -> KVCache:
@@ -91,9 +92,9 @@ def inputs_of_part(
 ) -> CachedInputs:
     """Leave a device that has one of several parts of every page what it is to write, into its cache.
 
-    A single new token is in one of the parts, and of whole pages each has its own.
+    A new token by itself is in one of the parts, and of whole pages each has its own.
     """
-    if parts == 1 or new > 1:
+    if parts == 1 or rows.pages.shape[1] < new:
         return rows
     owner, slots = rows.slots // cache.page_size, rows.slots % cache.page_size
     return rows._replace(pages=jnp.where(owner == part, rows.pages, cache.num_pages), slots=slots)
@@ -102,8 +103,8 @@ def inputs_of_part(
 def tokens_of_part(
     x: Float[Array, "B T K H"], size: int, part: Int[Array, ""] | int, parts: int
 ) -> Float[Array, "B X K H"]:
-    """Take the tokens of whole pages that are in one of their parts, of `size` tokens each; a single token stays."""
-    if parts == 1 or x.shape[1] == 1:
+    """Take the tokens of whole pages that are in one of their parts, of `size` tokens each."""
+    if parts == 1:
         return x
     pieces = x.reshape(len(x), -1, parts, size, *x.shape[2:])
     return jax.lax.dynamic_index_in_dim(pieces, part, 2, keepdims=False).reshape(len(x), -1, *x.shape[2:])
@@ -111,12 +112,18 @@ def tokens_of_part(
 
 @jax.named_scope("cache_write")
 def append(
-    cache: KVCache, k: Float[Array, "B 1 K H"], v: Float[Array, "B 1 K H"], layer: Int[Array, ""], rows: CachedInputs
+    cache: KVCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], layer: Int[Array, ""], rows: CachedInputs
 ) -> KVCache:
-    """Write one token a row, as its last."""
-    new = _cache_values(cache, k[:, 0], v[:, 0])
-    written = append_tokens(cache.arrays, new, layer=layer, pages=rows.pages[:, 0], slots=rows.slots[:, 0])
-    return fill(cache, k, v, layer, rows) if written is None else KVCache(*written)
+    """Write a few tokens a row, each into its place: the first of all rows, then the second."""
+    if gpu.target() and k.shape[1] > 1:
+        return fill(cache, k, v, layer, rows)
+    written: Any = cache.arrays
+    for t in range(k.shape[1]):  # two tokens of a row may share a page
+        new = _cache_values(cache, k[:, t], v[:, t])
+        written = append_tokens(written, new, layer=layer, pages=rows.pages[:, t], slots=rows.slots[:, t])
+        if written is None:
+            return fill(cache, k, v, layer, rows)
+    return KVCache(*written)
 
 
 def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:

@@ -103,7 +103,7 @@ class Phi4MM(nn.Module):
             lengths: valid tokens of each row, those of this call and those in the cache included.
             long: which rows use the long rotary set; by default those whose length asks for it. It must be what the
                 row's cached keys were made with.
-            starts: tokens of each row in the cache; with T > 1, a multiple of the page size, as T is.
+            starts: tokens of each row in the cache; a multiple of the page size where T is one.
             tables: the pages of each row, in the order of its tokens.
             segments: of packed rows, which are taken whole: the sample that each token belongs to.
         """

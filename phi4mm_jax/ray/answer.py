@@ -95,7 +95,9 @@ class Answer:
         if warm_up:
             made.warm_up()
         self._engine = AsyncEngine(made)
-        self.settings = {key: self._defaults[key] for key in ("max_new_tokens", "adapter") if key in self._defaults}
+        self.settings = {
+            key: self._defaults[key] for key in ("max_new_tokens", "adapter", "draft") if key in self._defaults
+        }
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer a batch.

@@ -15,7 +15,7 @@ from phi4mm_jax.ray.storage import SCHEMES, read_file
 REQUEST = {  # columns that make a request, as the keys of a line of a request file; others are passed on
     "prompt", "messages", "images", "audios", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty", "seed", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter", "logprobs",
-    "continue_final_message",
+    "continue_final_message", "draft",
 }  # fmt: skip
 _REMOTE = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)
 _KINDS = {  # keys that hold a medium in a message's content, and its kind

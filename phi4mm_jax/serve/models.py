@@ -118,6 +118,7 @@ class Drawing(Model):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="an object with one of json (a schema), regex, choice, grammar (Lark), json_object (true)"
     )
+    draft: str | None = Field(None, description='"lookup", where the server allows it: copies are faster')
     timeout: Number | None = Field(None, description="seconds that the request may take, at most the server's limit")
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -67,6 +67,10 @@ def compiled(program: str, weights: Weights | None, context: int, chips: int) ->
     if program == "decode":
         slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
         lowered = programs.decode.lower(variables, pages, seen, slots, width=8)
+    elif program == "drafts":
+        slots = DecodeInputs(row, row, row, tables, row, long, row, settings, None, None, long, numbers(()))
+        history = numbers((SLOTS, PAGES_OF_A_ROW * PAGE))
+        lowered = programs.decode_drafts.lower(variables, pages, seen, history, slots, width=48, max_draft=5)
     elif program == "extend":
         beams = BeamInputs(row, row, tables, row, long, row, row, numbers(()))
         lowered = programs.beam_step.lower(variables, pages, beams, candidates=16)
@@ -92,7 +96,9 @@ def moved(text: str) -> list[tuple[float, str]]:
 
 @pytest.mark.parametrize(
     ("program", "context"),
-    fast_are([("decode", 1), ("prefill", 2)], [(p, n) for p in ("decode", "prefill", "extend") for n in (1, 2)]),
+    fast_are(
+        [("decode", 1), ("prefill", 2)], [(p, n) for p in ("decode", "drafts", "prefill", "extend") for n in (1, 2)]
+    ),
 )
 def test_programs_gather_no_cache(program, context):
     """A row of the longest has 16 MB of keys in a layer, and the smallest weight of a layer is 6 MB.
@@ -109,7 +115,7 @@ def test_programs_gather_no_cache(program, context):
     assert max(gathered, default=0) <= shared * largest
 
 
-@pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "extend"]))
+@pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "drafts", "extend"]))
 def test_decoding_holds_one_cache_and_moves_none_of_it(program):
     step, of_cache = compiled(program, None, 1, 8)
     memory = step.memory_analysis()
@@ -136,9 +142,10 @@ def test_decoding_reads_quantised_weights_as_integers(weights):
     assert [place for size, place in moved(text) if size > 2**18] == []
 
 
-def test_decoding_on_one_chip_reads_weights_where_they_lie():
+@pytest.mark.parametrize("program", fast_are(["decode"], ["decode", "drafts"]))
+def test_decoding_on_one_chip_reads_weights_where_they_lie(program):
     """Neither cut out of a stack nor in another layout; the smallest of a layer, that of the keys, has 3,145,728."""
-    text = compiled("decode", None, 1, 1)[0].as_text()
+    text = compiled(program, None, 1, 1)[0].as_text()
     assert "phi4mm_decode" in text
     found = float_copies(text, 3072 * 1024, VOCABULARY)
     assert [copy for copy in found if ",320]" not in copy] == []  # the speech adapter's rank

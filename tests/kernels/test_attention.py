@@ -203,6 +203,31 @@ class TestEveryImplementation:
         np.testing.assert_allclose(np.asarray(out, np.float32), expected[:, 0], atol=atol, rtol=atol)
 
     @pytest.mark.parametrize("int8", [False, True])
+    def test_decode_with_a_few_queries_a_row(self, implementation, int8):
+        """Each has keys of its own number: across a page's border, none new behind the second, none at all."""
+        lengths = np.array([[126, 127, 128, 129, 130], [299, 300, 300, 300, 300], [0] * 5, [1, 2, 3, 4, 5]], np.int32)
+        k, v, tables = pages_of(24, lengths[:, -1], kv_heads=2)
+        (q,) = random(25, (4, 5, 6, 128))
+        extra = {}
+        expected_k, expected_v = k, v
+        if int8:
+            (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+            expected_k, expected_v = k * k_scales[..., None], v * v_scales[..., None]
+            extra = {"k_scales": jnp.asarray(k_scales), "v_scales": jnp.asarray(v_scales)}
+        out, largest, total = decode_attention(
+            *map(jnp.asarray, (q, k, v)), layer=jnp.int32(1), lengths=jnp.asarray(lengths), tables=jnp.asarray(tables),
+            return_partials=True, implementation=implementation, **extra,
+        )  # fmt: skip
+        for t in range(5):
+            expected, lse = reference(
+                q[:, t : t + 1], unpaged(expected_k[1], tables), unpaged(expected_v[1], tables), causal=False,
+                kv_lengths=lengths[:, t],
+            )  # fmt: skip
+            found = out[:, t] / jnp.maximum(total[:, t], 1e-30)[..., None]
+            np.testing.assert_allclose(found, expected[:, 0], atol=3e-6)
+            np.testing.assert_allclose(largest[:, t] + jnp.log(total[:, t]), lse[:, 0], atol=3e-6)
+
+    @pytest.mark.parametrize("int8", [False, True])
     def test_prefill_reads_pages(self, implementation, int8):
         """A chunk of 256 tokens of each row after none, some and many cached ones; one row has none at all."""
         starts, lengths = np.array([0, 384, 128, 0], np.int32), np.array([200, 640, 384, 0], np.int32)

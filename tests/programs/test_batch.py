@@ -136,7 +136,7 @@ BAD = [
     ({"prompt": "a", "id": True}, "id is True"),
     (
         {"prompt": "a", "promt": "b"},
-        "'promt' is not known; expected some of adapter, audios, beams, continue_final_message, grammar, id",
+        "'promt' is not known; expected some of adapter, audios, beams, continue_final_message, draft, grammar, id",
     ),
     ({}, "expected a prompt or messages"),
     ({"prompt": "a", "messages": []}, "expected either a prompt or messages, not both"),
@@ -162,6 +162,7 @@ BAD = [
     ({"prompt": "a", "top_k": 1.5}, "top_k is 1.5"),
     ({"prompt": "a", "seed": -1}, "seed is -1"),
     ({"prompt": "a", "adapter": "voice"}, "adapter is 'voice'; expected one of none, vision, speech"),
+    ({"prompt": "a", "draft": "guess"}, "draft is 'guess'; expected None or 'lookup'"),
     ({"prompt": "a", "stop": "end"}, "stop is 'end'"),
     ({"prompt": "a", "stop": [""]}, "stop is ['']"),
     ({"prompt": "a", "stop_tokens": ""}, "stop_tokens is ''"),
