@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--small] [--minutes 8] [--parts NAME ...]
 
-Unattended and bounded: each part is a process of its own with its share of the time, so that what fails, does not fit
-or takes too long is a row that says so, and not the end. Weights are random, of the release's sizes, in bfloat16; no
-token stops an answer. Both sides are warm, and their fastest round counts. Ceilings are measured beside: the bandwidth
-of a copy, and a product of large matrices. `--small` shows only that it runs, on any platform.
+Unattended and bounded: each part is a process of its own with its share of the time, near the end of which it starts no
+more rows, so that what fails, does not fit or takes too long is a row that says so, and not the end. Weights are
+random, of the release's sizes, in bfloat16; no token stops an answer. Both sides are warm, and their fastest round
+counts. Ceilings are measured beside: the bandwidth of a copy, and a product of large matrices. `--small` shows only
+that it runs, on any platform.
 
 PyTorch's columns need torch and transformers, built for CUDA.
 """
@@ -33,7 +34,9 @@ PARTS = {
     "ceilings": 0.08, "kernels": 0.17, "torch_kernels": 0.1, "model": 0.28, "torch_model": 0.17, "tuning": 0.1,
     "load": 0.1,
 }  # fmt: skip
-SIDES = ("ours", "XLA", "cuDNN bare", "SDPA flash", "SDPA cuDNN", "transformers")
+START_WITHIN = 0.8  # of a part's time, a row is started; at its end the part is ended
+SIDES = ("ours", "XLA", "Triton", "cuDNN bare", "SDPA flash", "SDPA cuDNN", "transformers")
+CEILINGS = {"TB/s": "ceiling: copy", "TFLOP/s": "ceiling: bfloat16 product"}  # by unit
 
 
 def main() -> int:
@@ -42,9 +45,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        run_part(arguments.part, arguments.small)
+        run_part(arguments.part, arguments.small, arguments.seconds)
         return 0
     rows = collect(arguments.parts, arguments.minutes * 60, arguments.small)
     print(f"\n{platform_line(rows)}\n\n{table(rows)}")
@@ -69,6 +73,7 @@ def collect(parts: Sequence[str], seconds: float, small: bool) -> list[dict[str,
 def in_process(name: str, limit: float, small: bool) -> list[dict[str, Any]]:
     """Return the rows that a part has printed before its end or its time's."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, *["--small"] * small]
+    command += ["--seconds", str(limit * START_WITHIN)]
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     timer = threading.Timer(limit, process.kill)
@@ -94,12 +99,13 @@ def in_process(name: str, limit: float, small: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def run_part(name: str, small: bool) -> None:
-    """Print one line of JSON for each result, as soon as it is there."""
+def run_part(name: str, small: bool, seconds: float) -> None:
+    """Print one line of JSON for each result, as soon as it is there; behind these seconds, that it was not started."""
     part: Callable[[bool], Iterator[Measurement]] = globals()[name]
+    end = time.monotonic() + seconds
     for row, side, unit, measure in part(small):
         try:
-            result = {"value": measure()}
+            result = {"value": measure()} if time.monotonic() < end else {"error": "not started: the time was over"}
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             result = {"error": f"{type(error).__name__}: {lines[0]:.120}"}
@@ -121,22 +127,28 @@ def platform_line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return Markdown: a line a row, a column a side that has a value, and the ratio of ours to the best other."""
+    """Return Markdown: a line a row, a column a side that has a value, and the ratios of ours to others.
+
+    They are that to the best other side, XLA only where there is no other, and that to the ceiling of the row's unit.
+    """
     cells: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["row"] != "platform":
             cells.setdefault(row["row"], {})[row["side"]] = row
     sides = [side for side in SIDES if any("value" in found.get(side, {}) for found in cells.values())]
-    lines = [f"| row | unit | {' | '.join(sides)} | ours over the best other | |", "|---" * (len(sides) + 4) + "|"]
+    head = f"| row | unit | {' | '.join(sides)} | ours over the best other | over the ceiling | |"
+    lines = [head, "|---" * (len(sides) + 5) + "|"]
     for name, found in cells.items():
         values = {side: x["value"] for side, x in found.items() if "value" in x}
         others = [value for side, value in values.items() if side not in ("ours", "XLA")]
         others = others or [value for side, value in values.items() if side == "XLA"]
         ratio = f"{values['ours'] / max(others):.2f}" if "ours" in values and others else ""
         unit = next((x["unit"] for x in found.values() if "unit" in x), "")
+        ceiling = cells.get(CEILINGS.get(unit, ""), {}).get("ours", {}).get("value")
+        share = f"{values['ours'] / ceiling:.2f}" if ceiling and "ours" in values else ""
         notes = "; ".join(f"{side}: {x['error']}" for side, x in found.items() if "error" in x).replace("|", "/")
         shown = [f"{values[side]:.4g}" if side in values else "" for side in sides]
-        lines.append(f"| {name} | {unit} | {' | '.join(shown)} | {ratio} | {notes} |")
+        lines.append(f"| {name} | {unit} | {' | '.join(shown)} | {ratio} | {share} | {notes} |")
     return "\n".join(lines)
 
 
@@ -252,17 +264,23 @@ def kernels(small: bool) -> Iterator[Measurement]:
 
 def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurement]:
     """One step's attention of four layers, in bytes of keys, values and scales that it has to read."""
+    from contextlib import nullcontext
+
     import jax
     import jax.numpy as jnp
 
-    from phi4mm_jax.kernels import decode_attention
+    from phi4mm_jax.kernels import decode_attention, gpu
 
+    target = gpu.target()
+    sides: dict[str, Callable[[], Any]] = {"ours": nullcontext, "XLA": nullcontext}
+    if target is not None and target.capability >= gpu.HOPPER:  # beside the kernel for Hopper, that for every GPU
+        sides["Triton"] = lambda: gpu.assumed(gpu.Target(gpu.AMPERE, target.cores))
     layers, page = 4, 64
     for batch, length in ((1, 256), (2, 128)) if small else ((1, 131072), (8, 8192), (64, 2048)):
         for int8 in (False, True):
-            for side in ("ours", "XLA"):
+            for side, context in sides.items():
 
-                def measure(batch=batch, length=length, int8=int8, side=side) -> float:
+                def measure(batch=batch, length=length, int8=int8, side=side, context=context) -> float:
                     pages = batch * length // page
                     shape = layers, pages, KV_HEADS, page, SIZE
                     tables = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(batch, -1)
@@ -271,7 +289,7 @@ def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurem
                         scales = jax.random.uniform(jax.random.key(2), shape[:4]) * 0.02
                     else:
                         k, scales = draw(1, *shape), None
-                    name = None if side == "ours" else "xla"
+                    name = "xla" if side == "XLA" else None
 
                     @jax.jit
                     def step(q, k, v, k_scales, v_scales):
@@ -284,7 +302,8 @@ def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurem
 
                     q, v = draw(3, batch, HEADS, SIZE), k + k.dtype.type(0)  # pages of its own
                     bytes_read = layers * batch * length * KV_HEADS * 2 * (SIZE + 4 if int8 else 2 * SIZE)
-                    return bytes_read / of_jax(lambda: step(q, k, v, scales, scales)) / 1e12
+                    with context():
+                        return bytes_read / of_jax(lambda: step(q, k, v, scales, scales)) / 1e12
 
                 kind = "int8" if int8 else "bfloat16"
                 yield f"attention of a decoding step, {batch} x {length}, {kind}", side, "TB/s", measure
@@ -341,6 +360,7 @@ class Sizes:
 
 SMALL = Sizes((128,), (1, 2), 64, 4, 1, 1, 2, (1, 64))
 PREFILL, DECODE = "prefill, {} tokens", "decoding, batch {}, {} cached"
+READ = f"{DECODE}: bytes read"
 CROPS, CLIPS = "image encoder, {} crops", f"audio encoder, {{}} clips of {AUDIO_SECONDS} s"
 TRANSCRIPTS = f"transcription, batch {{}}, clips of {AUDIO_SECONDS} s"
 
@@ -389,6 +409,15 @@ def model(small: bool) -> Iterator[Measurement]:
     def row(length: int) -> Row:
         return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
 
+    rates: dict[tuple[int, int], float] = {}
+
+    def bytes_read(batch: int, cached: int) -> float:
+        """Of weights, keys and values that a step has to read, in TB/s at the rate that was measured."""
+        decoder = ours.config.decoder
+        weights = sum(x.nbytes for x in jax.tree.leaves(ours.variables["params"]["decoder"]))
+        token = decoder.num_layers * decoder.num_kv_heads * decoder.head_size * 2 * 2
+        return rates[batch, cached] / batch * (weights + batch * cached * token) / 1e12
+
     with engine_of(ours, EngineConfig(slots=1, cache_tokens=max(sizes.prompts) + 1024, steps=sizes.steps)) as engine:
         for length in sizes.prompts:
 
@@ -403,19 +432,24 @@ def model(small: bool) -> Iterator[Measurement]:
             yield PREFILL.format(length), "ours", "tokens/s", prefill
 
         def decode_long() -> float:
-            first = engine.submit(Request("", max_new_tokens=800), row(max(sizes.prompts)))
-            return decoding_rate(engine, [first], sizes.steps)
+            first = engine.submit(Request("", max_new_tokens=800), row(longest))
+            rates[1, longest] = decoding_rate(engine, [first], sizes.steps)
+            return rates[1, longest]
 
-        yield DECODE.format(1, max(sizes.prompts)), "ours", "tokens/s", decode_long
+        longest = max(sizes.prompts)
+        yield DECODE.format(1, longest), "ours", "tokens/s", decode_long
+        yield READ.format(1, longest), "ours", "TB/s", lambda: bytes_read(1, longest)
     for batch in sizes.batches:
 
         def decode(batch=batch) -> float:
             config = EngineConfig(slots=batch, cache_tokens=batch * (sizes.cached + 1024), steps=sizes.steps)
             with engine_of(ours, config) as engine:
                 ids = [engine.submit(Request("", max_new_tokens=900), row(sizes.cached)) for _ in range(batch)]
-                return decoding_rate(engine, ids, sizes.steps)
+                rates[batch, sizes.cached] = decoding_rate(engine, ids, sizes.steps)
+                return rates[batch, sizes.cached]
 
         yield DECODE.format(batch, sizes.cached), "ours", "tokens/s", decode
+        yield READ.format(batch, sizes.cached), "ours", "TB/s", lambda batch=batch: bytes_read(batch, sizes.cached)
 
     def crops() -> float:
         from phi4mm_jax.batch import ImageStack

@@ -1,5 +1,7 @@
 """The benchmarks run, and print every row; their times are not asserted."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -27,3 +29,47 @@ def test_vs_transformers_prints_every_row():
     lines = [line for line in run.stdout.splitlines() if line.startswith("| ")][1:]
     assert [next((row for row in ROWS if line.startswith(f"| {row}")), line) for line in lines] == ROWS
     assert all(float(line.split("|")[-2]) > 0 for line in lines)
+
+
+def gpu_rows(*arguments, **options) -> tuple[list[dict], str]:
+    """Results of `benchmarks.gpu`, printed as they come, and all that it printed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, **options)
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")], run.stdout
+
+
+def test_gpu_prints_a_table_with_ratios_to_ceilings():
+    rows, printed = gpu_rows("--small", "--parts", "ceilings", "--minutes", "2", timeout=120)
+    assert [row["row"] for row in rows] == ["platform", "ceiling: copy", "ceiling: bfloat16 product"]
+    assert all(row["value"] > 0 for row in rows[1:])
+    lines = [line for line in printed.splitlines() if line.startswith("| ceiling")]
+    assert [line.split(" | ")[-2] for line in lines] == ["1.00"] * 2  # themselves
+
+
+def test_gpu_starts_no_row_when_its_time_is_over():
+    rows, _ = gpu_rows("--part", "kernels", "--seconds", "0", timeout=120)
+    assert all(row["error"].startswith("not started") for row in rows)
+    sides = ["ours", "XLA"]
+    lengths = {4096: [*sides, "cuDNN bare"], 16384: [*sides, "cuDNN bare"], 65536: ["ours", "cuDNN bare"]}
+    expected = {f"attention forward and backward, {n} tokens": x for n, x in lengths.items()}
+    expected |= {f"attention forward, {n} tokens": x for n, x in (lengths | {131072: lengths[65536]}).items()}
+    for shape, dtype in itertools.product(("1 x 131072", "8 x 8192", "64 x 2048"), ("bfloat16", "int8")):
+        expected[f"attention of a decoding step, {shape}, {dtype}"] = sides
+    found = {name: [row["side"] for row in rows if row["row"] == name] for name in {row["row"] for row in rows}}
+    assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_gpu_runs_end_to_end_without_one():
+    """Whatever needs cuDNN says so in its row; every other row has a value."""
+    rows, printed = gpu_rows("--small", "--minutes", "20", timeout=1200)
+    assert {row["side"] for row in rows if "error" in row} == {"cuDNN bare", "SDPA cuDNN"}
+    names = {line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")}
+    for name in (
+        "prefill, 128 tokens", "decoding, batch 1, 64 cached", "decoding, batch 2, 64 cached: bytes read",
+        "transcription, batch 2, clips of 10 s", "image encoder, 1 crops", "audio encoder, 1 clips of 10 s",
+        "speech-adapter tuning, 1 x 64", "load, two layers, from a warm page cache",
+    ):  # fmt: skip
+        assert f"| {name}" in names
