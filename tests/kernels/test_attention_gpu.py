@@ -390,6 +390,13 @@ def decoding_at_128k(page, int8, heads=8):
     return program, (shape(1, 3 * heads, 128), pages, pages, numbers, tables, scales)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding_lowers_for_hopper_with_one_call_of_mosaic(int8):
+    """Everywhere: its lowering raises where layouts do not fit, or more shared memory is taken than a block has."""
+    program, arguments = decoding_at_128k(64, int8)
+    assert re.findall(r"custom_call @(mosaic_gpu\w*)", lowered(HOPPER, program, *arguments)) == ["mosaic_gpu_v2"]
+
+
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory):
     """One folder for what the compiler writes: it keeps to the first that a process names."""
