@@ -59,7 +59,7 @@ from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
-from phi4mm_jax.utils.profiling import Profile, add_profile
+from phi4mm_jax.utils.profiling import Profile, add_profile, check_profile
 from phi4mm_jax.utils.progress import count_bar, progress_bar
 
 
@@ -118,6 +118,7 @@ def main() -> int:
     with suppress(OSError):  # it is not there yet, or cannot be, as will be said where it is opened
         if arguments.output.samefile(arguments.input):
             raise phi4mm_jax.InputError(f"{arguments.output}: is the input; give the output another name")
+    check_profile(arguments.profile)
     keep_compiled(arguments.compilation_cache)
     with AnswerFile(
         arguments.output,

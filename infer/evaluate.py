@@ -75,7 +75,7 @@ from phi4mm_jax.training.hosts import (
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
-from phi4mm_jax.utils.profiling import Profile, add_profile
+from phi4mm_jax.utils.profiling import Profile, add_profile, check_profile
 from phi4mm_jax.utils.progress import count_bar
 
 _WIDTH = 120  # of the table, where the output is not a terminal
@@ -138,6 +138,7 @@ def measure_sets(arguments: argparse.Namespace) -> int:
     sets = {name: read_items(path) for name, path in names.items()}
     for name, path in names.items():
         measure.check(path, sets[name])
+    check_profile(arguments.profile)
     keep_compiled(arguments.compilation_cache)
     with tempfile.TemporaryDirectory() as nowhere:
         return evaluate(arguments, config, measure, sets, arguments.output or Path(nowhere, "run"))

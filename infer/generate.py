@@ -4,7 +4,10 @@ With --beams the likeliest answers come one after the other, the likeliest first
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import phi4mm_jax
 from phi4mm_jax.commands.options import (
@@ -23,12 +26,12 @@ from phi4mm_jax.commands.options import (
 from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.processing.audio import load_audio
 from phi4mm_jax.processing.images import load_image
-from phi4mm_jax.processing.prompt import given_media, placeholder_in
+from phi4mm_jax.processing.prompt import check_raw, given_media, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.paths import path_argument
-from phi4mm_jax.utils.profiling import Profile, add_profile
+from phi4mm_jax.utils.profiling import Profile, add_profile, check_profile
 from phi4mm_jax.utils.progress import progress_bar
 
 
@@ -89,9 +92,14 @@ def check(arguments: argparse.Namespace) -> None:
                 f"{name} has {found}, which would be text: the media of --image, --audio and --video are put before "
                 "TEXT; leave it out, or give --raw and a whole prompt"
             )
+    if not (arguments.raw or arguments.text.strip() or arguments.image or arguments.audio or arguments.video):
+        raise phi4mm_jax.InputError("TEXT is empty, and there is no medium; ask something, or give --image or --audio")
+    if arguments.raw:
+        check_raw(arguments.text, {"image": len(arguments.image), "audio": len(arguments.audio)})
     each("image", given_media("image", arguments.image), load_image)
     each("audio", given_media("audio", arguments.audio), load_audio)
     each("video", arguments.video, lambda source: video_frames(source, arguments.frames))
+    check_profile(arguments.profile)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -170,9 +178,18 @@ def answer_with_user_adapter(arguments: argparse.Namespace, model: phi4mm_jax.Mo
         adapter=adapter_of(arguments, use_given=True), grammar=grammar_of(arguments), draft=arguments.draft,
     )  # fmt: skip
     ((_, completion),) = make_engine(model, config, user_adapters_of(arguments)).run([request])
-    if completion.error is not None:
-        raise phi4mm_jax.InputError(completion.error)
+    completion.raise_for_error()
     return completion
+
+
+@contextmanager
+def only_prompt() -> Iterator[None]:
+    """Errors about the prompt have no number, as there is one."""
+    try:
+        yield
+    except phi4mm_jax.InputError as error:
+        told = re.sub("^prompt 0 ", "the prompt ", str(error)).removeprefix("prompt 0: ")
+        raise type(error)(told) from error
 
 
 @cli_entrypoint
@@ -180,7 +197,7 @@ def main() -> int:
     arguments = parse_arguments()
     check(arguments)
     model = load_model(arguments, notice=True)
-    with progress_bar("Compiling and generating"), named_options(arguments):
+    with progress_bar("Compiling and generating"), named_options(arguments), only_prompt():
         completion = answer(arguments, model)
         if arguments.profile is not None:
             with Profile(arguments.profile):

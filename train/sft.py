@@ -39,7 +39,7 @@ from phi4mm_jax.training.hosts import (
 from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.optimizer import make_lr_schedule, make_optimizer
 from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE, PreemptionSignal
-from phi4mm_jax.training.recipe import Recipe, recipe_settings, save_recipe
+from phi4mm_jax.training.recipe import Recipe, check_sources, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
 from phi4mm_jax.training.resume import check_finished, recipe_for_resume, restore
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
@@ -57,7 +57,7 @@ from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
 from phi4mm_jax.utils.cli import cli_entrypoint, command_of, interruption_says
 from phi4mm_jax.utils.paths import local_path
-from phi4mm_jax.utils.profiling import Profile
+from phi4mm_jax.utils.profiling import Profile, check_profile
 from phi4mm_jax.utils.progress import progress_bar, step_bar
 
 PROFILED_STEPS = 3
@@ -92,6 +92,8 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     check_shared_filesystem(folder)
     recipe = recipe_for_resume(recipe, folder)
     check_same_on_all_hosts("the recipes", recipe_settings(recipe))
+    check_sources(recipe)
+    check_profile(profile)
 
     # ---- model
     mesh = order_by_host(training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model))))

@@ -4,7 +4,8 @@ In a raw prompt special tokens and media placeholders are recognised. Media are 
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -68,23 +69,32 @@ def parse_raw(
     of appearance (the original ignores the numbers: in another order a prompt would show another image than it says),
     if numbered and unnumbered ones are mixed, if they are not as many as the media, or if the prompt is empty.
     """
-    if not isinstance(prompt, str) or not prompt:
-        cause = "empty" if prompt == "" else type(prompt).__name__
-        raise InputError(f"prompt is {cause}: pass a string with at least one character")
     given = {"image": given_media("image", images), "audio": given_media("audio", audios)}
-    found: dict[Kind, list[re.Match[str]]] = {kind: [] for kind in KINDS}
+    check_raw(prompt, {kind: len(media) for kind, media in given.items()})
+    found: Counter[Kind] = Counter()
     pieces: list[str | int | Media] = []
     end = 0
     for match in _PLACEHOLDER.finditer(prompt):
         pieces += tokenizer.split_special(prompt[end : match.start()])
-        kind: Kind = "image" if match["kind"] == "image" or match["token"] == "0" else "audio"
-        pieces.append(Media(kind, len(found[kind])))
-        found[kind].append(match)
+        pieces.append(Media(kind := _kind_of(match), found[kind]))
+        found[kind] += 1
         end = match.end()
     pieces += tokenizer.split_special(prompt[end:])
-    for kind, matches in found.items():
-        _check_placeholders(kind, matches, len(given[kind]))
     return Prompt(tuple(pieces), given["image"], given["audio"])
+
+
+def check_raw(prompt: str, given: Mapping[Kind, int]) -> None:
+    """Raise InputError for a raw prompt that is empty, or whose placeholders do not fit as many media as are given."""
+    if not isinstance(prompt, str) or not prompt:
+        cause = "empty" if prompt == "" else type(prompt).__name__
+        raise InputError(f"prompt is {cause}: pass a string with at least one character")
+    matches = list(_PLACEHOLDER.finditer(prompt))
+    for kind in KINDS:
+        _check_placeholders(kind, [match for match in matches if _kind_of(match) == kind], given[kind])
+
+
+def _kind_of(placeholder: re.Match[str]) -> Kind:
+    return "image" if placeholder["kind"] == "image" or placeholder["token"] == "0" else "audio"
 
 
 def _check_placeholders(kind: Kind, matches: Sequence[re.Match[str]], given: int) -> None:

@@ -23,6 +23,7 @@ from phi4mm_jax.training.named_recipes import recipe_path
 from phi4mm_jax.training.optimizer import OptimizerConfig
 from phi4mm_jax.training.settings import meant, setting_names
 from phi4mm_jax.utils.files import write_atomically
+from phi4mm_jax.utils.paths import local_path
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
 Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
@@ -232,6 +233,26 @@ def _check_same_run(recipe: Recipe, before: Recipe, path: Path) -> None:
                 f"{path}: the run was begun with {name}={old!r:.80}, and cannot be resumed with {new!r:.80}; set it "
                 "back, or give another output"
             )
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Check that the manifests are there, before work that takes long.
+
+    Raises:
+        InputError: one cannot be read; it names the setting.
+    """
+    named = {"data.sources": recipe.data.sources}
+    named |= {"evaluation.sources": recipe.evaluation.sources} if recipe.evaluation is not None else {}
+    for setting, sources in named.items():
+        for source in sources:
+            path = local_path(source.path)
+            try:
+                path.stat() if path.is_dir() else path.open("rb").close()
+            except OSError as error:
+                raise InputError(
+                    f"{path}: cannot be read ({error.strerror}); the recipe has it in {setting}: give your own by "
+                    f"{setting}=[{{path: FILE}}]"
+                ) from error
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

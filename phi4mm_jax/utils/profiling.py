@@ -17,6 +17,23 @@ def add_profile(parser: argparse.ArgumentParser, traced: str) -> None:
     )  # fmt: skip
 
 
+def check_profile(folder: Path | None) -> None:
+    """Make the folder of --profile, if it is given, before work that takes long.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    if folder is None:
+        return
+    try:
+        make_folder(folder)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        cause = f"{folder}: a profile cannot be written there ({error.strerror})"
+        raise InputError(f"{cause}; choose another folder") from error
+
+
 class Profile:
     """Trace of some items in the middle of the work, after everything is compiled; a context manager.
 
@@ -37,13 +54,7 @@ class Profile:
 
     def __enter__(self) -> "Profile":
         if self._folder is not None:
-            try:
-                make_folder(self._folder)
-                (self._folder / ".writable").touch()
-                (self._folder / ".writable").unlink()
-            except OSError as error:
-                cause = f"{self._folder}: a profile cannot be written there ({error.strerror})"
-                raise InputError(f"{cause}; choose another folder") from error
+            check_profile(self._folder)
             self.advance(0)
         return self
 

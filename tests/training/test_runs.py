@@ -535,6 +535,23 @@ def test_preemption_skips_the_evaluation(recipe, tmp_path, monkeypatch, sent):
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == 1
 
 
+def test_what_can_be_checked_is_checked_before_the_weights_are_read(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "load", None)  # not called
+    evaluation = f"evaluation={{sources: [{{path: {tmp_path / 'none'}}}], every: 2}}"
+    for override, told in (
+        (
+            f"data.sources=[{{path: {tmp_path / 'none'}}}]",
+            "none: cannot be read .No such file .*has it in data.sources",
+        ),
+        (evaluation, r"none: cannot be read .*has it in evaluation\.sources: give your own by evaluation\.sources="),
+    ):
+        with pytest.raises(InputError, match=told):
+            run(recipe, override)
+    with pytest.raises(InputError, match="profile cannot be written there"):
+        sft.train(load_recipe(recipe), profile=tmp_path / "train.jsonl")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("beside", ["", "/below"])
 def test_an_output_that_is_a_file(recipe, tmp_path, beside):
     (tmp_path / "file").write_text("")
