@@ -62,6 +62,7 @@ def test_programs_say_what_the_card_says(program, monkeypatch, capsys):
         program.main()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "words" in line]
     assert "This model knows 124 words, in small letters, and digits; capitals and sentences are unknown" in line
+    assert line.endswith("It takes one question a conversation: in a chat, /reset before the next.")
 
 
 @pytest.mark.parametrize(
