@@ -14,11 +14,14 @@ import tempfile
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
+from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
 from typing import Any
 
 import uvicorn
 
 from phi4mm_jax.adapters import ADAPTERS
+from phi4mm_jax.checkpoint.contents import read_config
+from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.commands.options import (
     adapter_places,
     add_adapter_folder,
@@ -33,6 +36,7 @@ from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.user_adapters import read_user_adapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.transcription.transcripts import TASKS
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
@@ -112,14 +116,20 @@ def main() -> int:
             top_logprobs=limits.top_logprobs, draft_tokens=arguments.draft_tokens, cli=True,
             **adapter_places(arguments),
         )  # fmt: skip
-    keep_compiled(arguments.compilation_cache)
-    model = load_model(arguments, notice=True, merge=arguments.merge)
     name = arguments.name or Path(os.path.abspath(arguments.model)).name
     if name in user_adapters_of(arguments):
         raise InputError(f"--adapter has {name}, which is the model itself; give it another name, or --name")
-    adapters = {
-        key: read_user_adapter(key, folder, model.config, config) for key, folder in user_adapters_of(arguments).items()
-    }
+    if arguments.adapter_root is not None and not arguments.adapter_root.is_dir():
+        raise InputError(f"--adapter-root is {arguments.adapter_root}, and there is no such folder; make it first")
+    if arguments.files is not None:
+        Store(arguments.files, limits)  # makes the folder
+    adapters = {}
+    if users := user_adapters_of(arguments):  # before the weights, which take minutes
+        own = read_config(local_folder(arguments.model))
+        adapters = {key: read_user_adapter(key, folder, own, config) for key, folder in users.items()}
+    bound = listen(arguments)
+    keep_compiled(arguments.compilation_cache)
+    model = load_model(arguments, notice=True, merge=arguments.merge)
     prompts = {"transcribe": arguments.transcription_prompt, "translate": arguments.translation_prompt}
     with ExitStack() as stack:
         files = arguments.files
@@ -132,7 +142,7 @@ def main() -> int:
             adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
         app = create_app(lambda: model.engine(config), model.processor.tokenizer, config.slots, settings)
-        return serve(app, arguments)
+        return serve(app, bound, arguments)
 
 
 def check_address(arguments: argparse.Namespace, keys: list[str]) -> None:
@@ -153,25 +163,39 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def serve(app: Any, arguments: argparse.Namespace) -> int:
+def listen(arguments: argparse.Namespace) -> socket:
+    """Return a socket that is bound to the address, where nothing answers before it is served.
+
+    Raises:
+        InputError: the address is taken, or is none of this host.
+    """
+    found = socket(AF_INET6 if ":" in arguments.host else AF_INET)
+    found.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    try:
+        found.bind((arguments.host, arguments.port))
+    except OSError as error:
+        found.close()
+        raise InputError(
+            f"--port is {arguments.port}, which cannot be listened at on {arguments.host} ({error.strerror}); give "
+            "another --port or --host"
+        ) from None
+    return found
+
+
+def serve(app: Any, bound: socket, arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, and until what was asked before is answered."""
     config = uvicorn.Config(
-        app, arguments.host, arguments.port, log_config=None, access_log=False, ws="none", server_header=False,
-        timeout_keep_alive=30,
-    )  # fmt: skip
+        app, log_config=None, access_log=False, ws="none", server_header=False, timeout_keep_alive=30
+    )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    try:
-        socket = config.bind_socket()
-    except SystemExit:  # uvicorn's way to say that the address is taken
-        raise InputError(f"--port is {arguments.port}, which cannot be listened at on {arguments.host}; give another "
-                         "--port or --host") from None  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn handles it while it serves, and raises it again after
-    host, port = socket.getsockname()[:2]
+    # uvicorn handles it while it serves, and raises it again after
+    signal.signal(signal.SIGTERM, lambda *_: print("ended by SIGTERM, with all requests answered", file=sys.stderr))
+    host, port = bound.getsockname()[:2]
     told = "requests wait until every program is compiled, which /ready tells (--no-warmup compiles what is needed)"
     told = "programs are compiled as requests need them" if arguments.no_warmup else told
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{at} has the page, and /v1 below it the API; {told}", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run([socket])
+    uvicorn.Server(config).run([bound])
     return 0
 
 

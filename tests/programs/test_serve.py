@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers.paths import TINY
 
 from infer import serve
 from phi4mm_jax import InputError
@@ -34,6 +36,31 @@ def test_another_address_needs_a_key(monkeypatch):
         serve.check_address(parsed(monkeypatch, "--port", "70000"), [])
 
 
+def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("phi4mm_jax.load", None)  # not called
+    (tmp_path / "speech").mkdir()
+    for name in ("vision-lora", "speech-lora"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        (tmp_path / "both" / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for arguments, told in (
+            (["--adapter", f"mine={tmp_path / 'speech'}"], "speech: holds no adapter"),
+            (["--adapter", f"mine={tmp_path / 'both'}"], "both: holds 2 adapters; give the one that is meant"),
+            (["--adapter-root", str(tmp_path / "none")], "--adapter-root is "),
+            (["--files", str(tmp_path / "file")], "file: cannot be made (File exists)"),
+            (["--port", str(port)], f"--port is {port}, which cannot be listened at on 127.0.0.1 (Address already"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["serve", "--model", str(TINY), "--compilation-cache", "", *arguments])
+            assert serve.main() == 2
+            error = capsys.readouterr().err
+            assert told in error, error
+            assert error.startswith("error: ")
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_it_answers_and_ends_by_sigterm(tmp_path):
@@ -55,5 +82,6 @@ def test_it_answers_and_ends_by_sigterm(tmp_path):
                 server.send_signal(signal.SIGTERM)
                 assert answer.read().endswith(b"data: [DONE]\n\n")
         assert server.wait(60) == 0
+        assert (tmp_path / "log").read_text().endswith("\nended by SIGTERM, with all requests answered\n")
     finally:
         server.kill()
