@@ -1,8 +1,9 @@
 """The server under load, beside the engine alone on the same requests: python -m benchmarks.serving_load.
 
 Clients of the OpenAI API send held-out questions about text, pictures and clips to `infer.serve`, a process of its own.
-A tenth of the requests is cancelled after the first token, a tenth is malformed. Every other one has to be answered
-as the engine alone answers it; what is not is counted, and the exit status is then 1.
+A third of them asks for one of two adapters beside the model's own: copies of its own two, on top of what the media
+ask for. A tenth of the requests is cancelled after the first token, a tenth is malformed. Every other one has to be
+answered as the engine alone answers it; what is not is counted, and the exit status is then 1.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from phi4mm_jax.evaluation.items import read_items
 
 ROOT = Path(__file__).parent.parent
 TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".ogg": "audio/ogg", ".wav": "audio/wav", ".flac": "audio/flac"}
+ADAPTERS, RANK = ("one", "two"), 16  # names of the adapters beside the model's own, and room for their ranks
+Asked = tuple[int, str | None]  # a chat and an adapter
 MALFORMED: list[tuple[dict[str, Any], int]] = [
     ({"messages": []}, 400),
     ({"messages": [{"role": "user", "content": "one"}], "temperature": -1}, 400),
@@ -71,11 +75,21 @@ def main() -> int:
     chats = chats[:: len(chats) // 8] if arguments.small else chats
     drawn = random.Random(0)
     plan = [drawn.choices(["answer", "cancel", "malformed"], [8, 1, 1])[0] for _ in range(arguments.requests)]
-    asked = [drawn.randrange(len(chats)) for _ in plan]
+    asked = [(drawn.randrange(len(chats)), drawn.choice([None, None, None, None, *ADAPTERS])) for _ in plan]
 
-    answered = [chats[i] for i, kind in zip(asked, plan, strict=True) if kind == "answer"]
-    own, tokens, alone = engine_alone(arguments, chats, answered)
-    with server(arguments) as (url, process):
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = copied_adapters(Path(arguments.model), Path(folder))
+        return measure(arguments, chats, plan, asked, adapters)
+
+
+def measure(
+    arguments: argparse.Namespace, chats: Sequence[Any], plan: Sequence[str], asked: Sequence[Asked],
+    adapters: dict[str, Path],
+) -> int:  # fmt: skip
+    """Answer by the engine alone, then by the server, and print the figures."""
+    answered = [each for each, kind in zip(asked, plan, strict=True) if kind == "answer"]
+    own, tokens, alone = engine_alone(arguments, chats, asked, answered, adapters)
+    with server(arguments, adapters) as (url, process):
         before = memory(process)
         counts, seconds = asyncio.run(load(url, [as_sent(chat) for chat in chats], own, plan, asked, arguments))
         figures = httpx.get(f"{url}/metrics").text
@@ -94,30 +108,44 @@ def main() -> int:
     return 1 if counts.other or counts.wrong_status or any(left.values()) else 0
 
 
-def engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    return EngineConfig(slots=arguments.slots, cache_tokens=16384, top_logprobs=20)
+def copied_adapters(model: Path, folder: Path) -> dict[str, Path]:
+    """Copy the model's two adapters, as users' that are on top of others, not in their place."""
+    sources = dict(zip(ADAPTERS, ("speech-lora", "vision-lora"), strict=True))
+    return {name: Path(shutil.copytree(model / source, folder / name)) for name, source in sources.items()}
 
 
-def engine_alone(arguments: argparse.Namespace, chats: Sequence[Any], answered: Sequence[Any]) -> Any:
-    """Return the answer to each chat, and the tokens and seconds of all that are to be answered."""
+def engine_alone(
+    arguments: argparse.Namespace, chats: Sequence[Any], asked: Sequence[Asked], answered: Sequence[Asked],
+    adapters: dict[str, Path],
+) -> Any:  # fmt: skip
+    """Return the answer to each that is asked, and the tokens and seconds of all that are to be answered."""
     model = phi4mm_jax.load(arguments.model, dtype="float32")
-    engine = model.engine(engine_config(arguments))
+    config = EngineConfig(
+        slots=arguments.slots, cache_tokens=16384, top_logprobs=20, max_adapters=len(adapters), max_adapter_rank=RANK
+    )
+    engine = model.engine(config)
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
     if not arguments.small:
         engine.warm_up()
-    requests = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in chats]
-    own = {place: completion.text for place, completion in engine.run(requests)}
-    again = [Request(chat, max_new_tokens=arguments.max_new_tokens) for chat in answered]
+
+    def requests(of: Sequence[Asked]) -> list[Request]:
+        return [Request(chats[i], max_new_tokens=arguments.max_new_tokens, adapter=adapter) for i, adapter in of]
+
+    kinds = sorted(set(asked), key=str)
+    own = {kinds[place]: completion.text for place, completion in engine.run(requests(kinds))}
     began = time.perf_counter()
-    tokens = sum(len(completion.tokens) for _, completion in engine.run(again))
+    tokens = sum(len(completion.tokens) for _, completion in engine.run(requests(answered)))
     return own, tokens, time.perf_counter() - began
 
 
 @contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+def server(arguments: argparse.Namespace, adapters: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """Start the server; gives its URL and process once it is ready."""
     command = [
         sys.executable, "-m", "infer.serve", "--model", arguments.model, "--dtype", "float32", "--slots",
         str(arguments.slots), "--cache-tokens", "16384", "--port", "0", "--max-waiting", str(2 * arguments.clients),
+        "--max-adapter-rank", str(RANK), *(f"--adapter={name}={folder}" for name, folder in adapters.items()),
         *(["--no-warmup"] if arguments.small else []),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log:
@@ -158,15 +186,16 @@ def as_sent(chat: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 async def load(
-    url: str, chats: Sequence[Any], own: dict[int, str], plan: Sequence[str], asked: Sequence[int], arguments: Any
-) -> tuple[Counts, float]:
+    url: str, chats: Sequence[Any], own: dict[Asked, str], plan: Sequence[str], asked: Sequence[Asked],
+    arguments: argparse.Namespace,
+) -> tuple[Counts, float]:  # fmt: skip
     """Send all requests; so many clients, each one after the other."""
     counts, left = Counts(), iter(enumerate(zip(plan, asked, strict=True)))
     limits = httpx.Limits(max_connections=arguments.clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
 
         async def client() -> None:
-            for number, (kind, place) in left:
+            for number, (kind, (place, adapter)) in left:
                 if kind == "malformed":
                     body, expected = MALFORMED[number % len(MALFORMED)]
                     status = (await http.post("/v1/chat/completions", json=body)).status_code
@@ -176,6 +205,7 @@ async def load(
                         counts.wrong_status.append(f"{body} got {status}"[:200])
                     continue
                 body = {"messages": chats[place], "max_tokens": arguments.max_new_tokens, "stream": True}
+                body |= {} if adapter is None else {"model": adapter}
                 began, text = time.perf_counter(), ""
                 async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
                     if answer.status_code != 200:
@@ -190,7 +220,7 @@ async def load(
                         text += piece
                 if kind == "cancel":
                     counts.cancelled += 1
-                elif text == own[place]:
+                elif text == own[place, adapter]:
                     counts.equal += 1
                 else:
                     counts.other += 1
