@@ -9,15 +9,14 @@ from fastapi.responses import PlainTextResponse
 from phi4mm_jax.checkpoint.peft import SETTINGS_FILE, WEIGHTS_FILE
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.serve.answering import Service
-from phi4mm_jax.serve.errors import ApiError
-from phi4mm_jax.serve.models import ErrorBody, LoadAdapterRequest, UnloadAdapterRequest
+from phi4mm_jax.serve.errors import ERRORS, ApiError
+from phi4mm_jax.serve.models import LoadAdapterRequest, UnloadAdapterRequest
 
 
 def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
     """Add the endpoints; adapters are those in folders below `root`, and nothing outside of it is read."""
-    responses = {status: {"model": ErrorBody} for status in (400, 404, 503)}
 
-    @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=responses)  # type: ignore[arg-type]
+    @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=ERRORS)
     async def load_lora_adapter(body: LoadAdapterRequest) -> str:
         """Load an adapter, which requests then ask for as their model."""
         if body.lora_name == service.name:
@@ -29,7 +28,7 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
             raise ApiError(400, str(error)) from error
         return f"Success: LoRA adapter {body.lora_name!r} added successfully."
 
-    @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=responses)  # type: ignore[arg-type]
+    @app.post("/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=ERRORS)
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
         """Unload an adapter. Requests that have it already are answered with it."""
         if body.lora_name not in service.host.adapters:

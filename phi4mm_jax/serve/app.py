@@ -31,7 +31,7 @@ from phi4mm_jax.serve.batches import Batches
 from phi4mm_jax.serve.chat import chat_answer, chat_chunks, parse_chat
 from phi4mm_jax.serve.completions import parse_completion, text_answer, text_chunks
 from phi4mm_jax.serve.engine_host import EngineHost
-from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.errors import ERRORS, ApiError
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.gate import Gate, StrictRoute, client_of, owner_of
 from phi4mm_jax.serve.limits import Limits
@@ -51,16 +51,6 @@ _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows t
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": what}
-    for status, what in {
-        400: "A key of the request is not supported, out of range or beyond a limit",
-        401: "No key, or an unknown one", 404: "No such model or object", 413: "The body is too large",
-        415: "Content-Type is not application/json",
-        429: "Too many requests wait", 500: "The answer failed", 503: "The model is not ready",
-        504: "Not answered in time",
-    }.items()
-}  # fmt: skip
 
 
 def _content(*types: str) -> dict[int | str, dict[str, Any]]:
@@ -128,7 +118,10 @@ def create_app(
             await service.host.close()
             service.workers.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="phi4mm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="phi4mm-jax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={status: ERRORS[status] for status in (401, 403)},
+    )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.service = service
     app.openapi = lambda: _described(app)
@@ -155,6 +148,8 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
+        error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= error.pop("$defs") | {"ErrorBody": error}
         app.openapi_schema = schema
     return app.openapi_schema
 
@@ -184,7 +179,7 @@ def _validated(kind: type[BaseModel], body: dict[str, Any]) -> Any:
 
 
 def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) -> None:
-    @app.post("/v1/chat/completions", responses=_ERRORS | _content("text/event-stream"))
+    @app.post("/v1/chat/completions", responses=ERRORS | _content("text/event-stream"))
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a chat, at once or as server-sent events."""
         job = await parse_chat(service, body)
@@ -192,7 +187,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             return EventStream(events_of(service, client_of(http), job, chat_chunks))
         return await response_of(http, chat_answer(service, client_of(http), job))
 
-    @app.post("/v1/completions", responses=_ERRORS | _content("text/event-stream"))
+    @app.post("/v1/completions", responses=ERRORS | _content("text/event-stream"))
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue raw prompts, at once or as server-sent events."""
         job = await parse_completion(service, body)
@@ -218,7 +213,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             return EventStream(events_of(service, client_of(http), job, audio.audio_chunks), last=None)
         return await response_of(http, audio.audio_answer(service, client_of(http), job))
 
-    @app.post("/v1/audio/transcriptions", responses=_ERRORS | _content("text/event-stream", "text/plain"))
+    @app.post("/v1/audio/transcriptions", responses=ERRORS | _content("text/event-stream", "text/plain"))
     async def transcriptions(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
         model: Annotated[str | None, Form()] = None,
@@ -243,7 +238,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             temperature=temperature, timeout=timeout, logprobs=bool(include),
         )  # fmt: skip
 
-    @app.post("/v1/audio/translations", responses=_ERRORS | _content("text/event-stream", "text/plain"))
+    @app.post("/v1/audio/translations", responses=ERRORS | _content("text/event-stream", "text/plain"))
     async def translations(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
         model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(description="only empty")] = "",
@@ -266,7 +261,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         """List the models: the server's own, and users' adapters of it, which have it as their `parent`."""
         return {"object": "list", "data": [described(name) for name in (service.name, *service.host.adapters)]}
 
-    @app.get("/v1/models/{model:path}", responses=_ERRORS)
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str) -> dict[str, Any]:
         """Describe a model."""
         service.check_model(model)
@@ -274,7 +269,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
 
 
 def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
-    @app.post("/v1/files", responses=_ERRORS)
+    @app.post("/v1/files", responses=ERRORS)
     async def add_file(
         http: HttpRequest, file: Annotated[UploadFile, File(description="requests, one JSON object a line")],
         purpose: Annotated[str, Form(description='only "batch"')],
@@ -290,24 +285,24 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         """List files, the newest first."""
         return _listed(await asyncio.to_thread(store.list, "file", owner_of(http)))
 
-    @app.get("/v1/files/{file_id}", responses=_ERRORS)
+    @app.get("/v1/files/{file_id}", responses=ERRORS)
     async def read_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
         """Describe a file."""
         return store.read(file_id, owner_of(http))
 
-    @app.delete("/v1/files/{file_id}", responses=_ERRORS)
+    @app.delete("/v1/files/{file_id}", responses=ERRORS)
     async def delete_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
         """Delete a file."""
         store.delete_file(file_id, owner_of(http))
         return {"id": file_id, "object": "file", "deleted": True}
 
-    @app.get("/v1/files/{file_id}/content", responses=_ERRORS | _content("application/octet-stream"))
+    @app.get("/v1/files/{file_id}/content", responses=ERRORS | _content("application/octet-stream"))
     async def file_content(file_id: str, http: HttpRequest) -> Response:
         """Return what is in a file."""
         store.read(file_id, owner_of(http))
         return FileResponse(store.content(file_id), media_type="application/octet-stream")
 
-    @app.post("/v1/batches", responses=_ERRORS)
+    @app.post("/v1/batches", responses=ERRORS)
     async def create_batch(body: BatchRequest, http: HttpRequest) -> dict[str, Any]:
         """Begin to answer the requests of a file."""
         return batches.create(body, owner_of(http))
@@ -317,12 +312,12 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         """List batches, the newest first."""
         return _listed(batches.list(owner_of(http)))
 
-    @app.get("/v1/batches/{batch_id}", responses=_ERRORS)
+    @app.get("/v1/batches/{batch_id}", responses=ERRORS)
     async def read_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
         """Describe a batch."""
         return batches.read(batch_id, owner_of(http))
 
-    @app.post("/v1/batches/{batch_id}/cancel", responses=_ERRORS)
+    @app.post("/v1/batches/{batch_id}/cancel", responses=ERRORS)
     async def cancel_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
         """End a batch; its answers so far stay."""
         return batches.cancel(batch_id, owner_of(http))
@@ -339,7 +334,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
         """Tell that the server runs, be its model ready or not."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: _ERRORS[503]})
+    @app.get("/ready", responses={503: ERRORS[503]})
     async def ready() -> dict[str, str]:
         """Tell that requests are answered now: everything is compiled."""
         if not service.host.ready:

@@ -13,6 +13,17 @@ from phi4mm_jax.utils.strict_json import strict_json
 _CODES = {ContextLengthError.__name__: "context_length_exceeded", MediaError.__name__: "invalid_media"}
 _INPUT = {InputError.__name__, *_CODES}
 _NAMES = {"max_new_tokens": "max_tokens", "stop_tokens": "stop_token_ids"}  # ours, and the API's
+# As JSON, which a model would not be where an answer without fault is of another type.
+_ERROR_BODY = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+ERRORS: dict[int | str, dict[str, Any]] = {  # by status, as the OpenAPI document has them
+    status: {"content": _ERROR_BODY, "description": what}
+    for status, what in {
+        400: "A key of the request is not supported, out of range or beyond a limit",
+        401: "No key, or an unknown one", 403: "Asked by another name than this host's", 404: "No such model or object",
+        413: "The body is too large", 415: "Content-Type is not application/json", 429: "Too many requests wait",
+        500: "The answer failed", 503: "The model is not ready", 504: "Not answered in time",
+    }.items()
+}  # fmt: skip
 _PARAM = re.compile(r"(?:body\.)?([A-Za-z_]\w*(?:\[\d+\]|\.\w+)*)(?: is |: | has )")
 
 

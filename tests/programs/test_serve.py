@@ -1,12 +1,16 @@
 """The program infer.serve, as users start and end it."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -59,6 +63,82 @@ def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, mo
             error = capsys.readouterr().err
             assert told in error, error
             assert error.startswith("error: ")
+
+
+BODY = {"messages": [{"role": "user", "content": "number five two"}], "max_tokens": 8}
+
+
+@contextmanager
+def started(folder, *options):
+    """Start the program; gives its process and a client that waits until it is ready."""
+    command = [sys.executable, "-m", "infer.serve", "--model", "assets/tiny", "--dtype", "float32", "--slots", "2",
+               "--cache-tokens", "1024", "--port", "0", "--no-warmup", *map(str, options)]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        while not (found := re.search(r"http://127.0.0.1:\d+", (folder / "log").read_text())):
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        with httpx.Client(base_url=found[0], timeout=120) as client:
+            while client.get("/ready").status_code != 200:
+                time.sleep(0.1)
+            yield server, client
+    finally:
+        server.kill()
+        server.wait()
+
+
+def outcome(client, begun: threading.Semaphore, **options) -> str:
+    """Ask; the answer's text, or "error" where the client is told that there is none."""
+    try:
+        with client.stream("POST", "/v1/chat/completions", json=BODY | {"stream": True} | options) as answer:
+            lines = []
+            for line in answer.iter_lines():
+                begun.release()
+                lines.append(line)
+    except httpx.TransportError:
+        return "error"
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    assert events[-1]["choices"][0]["finish_reason"] is not None
+    return "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_no_request_is_lost_silently_when_it_is_killed(tmp_path):
+    """Clients of one that is killed are told; its batch is answered by the next one, each line once. SIGTERM lets all
+    that run be answered."""
+    lines = [{"custom_id": f"a{i}", "method": "POST", "url": "/v1/chat/completions", "body": BODY} for i in range(40)]
+    files = "--files", tmp_path / "files"
+    with started(tmp_path, *files) as (server, client), ThreadPoolExecutor(6) as clients:
+        content = "\n".join(map(json.dumps, lines))
+        file = client.post("/v1/files", files={"file": ("a.jsonl", content)}, data={"purpose": "batch"}).json()["id"]
+        body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=body).json()["id"]
+        begun = threading.Semaphore(0)
+        endless = {"max_tokens": 900, "structured_outputs": {"regex": "[a-z ]{800}"}}  # it is killed before
+        asked = [clients.submit(outcome, client, begun, **endless) for _ in range(6)]
+        begun.acquire()
+        while client.get(f"/v1/batches/{batch}").json()["request_counts"]["completed"] < 2:
+            time.sleep(0.05)
+        server.kill()
+        assert [found.result(60) for found in asked] == ["error"] * 6
+    with started(tmp_path, *files) as (server, client), ThreadPoolExecutor(6) as clients:
+        while (found := client.get(f"/v1/batches/{batch}").json())["status"] != "completed":
+            time.sleep(0.1)
+        answers = map(json.loads, client.get(f"/v1/files/{found['output_file_id']}/content").text.splitlines())
+        told = [(x["custom_id"], x["response"]["body"]["choices"][0]["message"]["content"]) for x in answers]
+        assert sorted(told) == sorted((line["custom_id"], "52") for line in lines)
+        begun = threading.Semaphore(0)
+        asked = [clients.submit(outcome, client, begun) for _ in range(4)]
+        for _ in range(4):
+            begun.acquire()
+        server.send_signal(signal.SIGTERM)
+        assert [found.result(60) for found in asked] == ["52"] * 4
+        assert server.wait(60) == 0
 
 
 @pytest.mark.slow

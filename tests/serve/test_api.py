@@ -36,6 +36,11 @@ def data_url(kind: str, name: str) -> str:
     return f"data:{kind};base64,{base64.b64encode((EXAMPLES / name).read_bytes()).decode()}"
 
 
+def data_of(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+PLAYLIST = f"#EXTM3U\n#EXTINF:1,\nfile://{CLIP}\n#EXT-X-ENDLIST\n".encode()
 IMAGE = {"type": "image_url", "image_url": {"url": data_url("image/jpeg", "images/asked_111.jpg")}}
 SPOKEN = data_url("audio/ogg", "clips/asked_111.ogg")
 
@@ -308,6 +313,13 @@ BAD = {
     "a part of ours": (part({"type": "image", "image": str(PICTURE)}), 400, "messages[0].content[0]"),
     "a remote URL": (url_part("audio_url", "http://example.org/a.wav"), 400, "messages[0].content[0].audio_url"),
     "no image": (url_part("image_url", "data:image/png;base64,QUJD"), 400, "messages[0].content[0].image_url"),
+    "a bomb": (url_part("image_url", data_of("image/png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\0\xea\x60" * 2
+               + b"\x08\2\0\0\0\x8d\x34\x81\xc6")), 400, "messages[0].content[0].image_url"),
+    "a sound of no rate": (url_part("audio_url", data_of("audio/wav", b"RIFF\x28\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0"
+                           + b"\0" * 8 + b"\2\0\x10\0data\4\0\0\0\0\0\0\0")), 400,
+                           "messages[0].content[0].audio_url"),
+    "a list of files as a sound": (url_part("audio_url", data_of("audio/wav", PLAYLIST)), 400,
+                                   "messages[0].content[0].audio_url"),
     "half a surrogate pair": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "text"),
 }  # fmt: skip
 
@@ -320,6 +332,15 @@ def test_bad_input_is_an_error_of_the_api(url, body, status, param, stream):
     error = found.json()["error"]
     assert (found.status_code, error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert error["message"]
+
+
+@pytest.mark.parametrize("value", [
+    {"type": "image_url", "image_url": {"url": data_of("image/jpeg", PICTURE.read_bytes()[:2000])}},
+    {"type": "video_url", "video_url": {"url": data_of("video/mp4", PLAYLIST)}},
+], ids=["half an image", "a list of files as a video"])  # fmt: skip
+def test_media_that_decoding_shows_to_be_bad_are_told(url, value):
+    found = httpx.post(f"{url}/v1/chat/completions", json=part(value), timeout=60)
+    assert (found.status_code, found.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_limits(url, client):

@@ -24,6 +24,7 @@ from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.models import BatchRequest
 from phi4mm_jax.serve.queueing import FairQueue
 
+KEY, JSON = {"Authorization": "Bearer key"}, {"Content-Type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -274,6 +275,23 @@ def test_the_document_describes_what_is_answered(tokenizer, tmp_path):
     described = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
     assert described.keys() == {"application/json", "text/event-stream"}
     assert {"400", "413", "429", "503", "504"} <= paths["/v1/chat/completions"]["post"]["responses"].keys()
+
+
+def test_errors_are_those_of_the_document(tokenizer, tmp_path):
+    """Of every operation, asked without a body, with one of another type and with an empty one."""
+    app = make_app(answer, tokenizer, tmp_path, adapter_root=tmp_path, api_keys=["key"])
+    asked = [({}, None), (KEY, None), (KEY | JSON, "{}"), (KEY | {"Content-Type": "a"}, "{}")]
+    found = set()
+    with serving(app) as url:
+        for path, operations in httpx.get(f"{url}/openapi.json", headers=KEY).json()["paths"].items():
+            for method, operation in operations.items():
+                for headers, content in asked:
+                    told = httpx.request(method, url + path, headers=headers, content=content)
+                    described = operation["responses"].get(str(told.status_code))
+                    assert described is not None, (method, path, told.status_code)
+                    assert told.headers["content-type"].partition(";")[0] in described["content"], (path, told)
+                    found.add(told.status_code)
+    assert found == {200, 400, 401, 404, 415}
 
 
 @pytest.mark.parametrize("stream", [False, True])
