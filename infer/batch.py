@@ -32,6 +32,7 @@ import argparse
 import sys
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import phi4mm_jax
@@ -107,6 +108,7 @@ def main() -> int:
             f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
         )  # fmt: skip
     adapter = adapter_of(arguments)
+    check_is_one_file(arguments.input)
     lines = read_requests(
         arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=adapter, draft=arguments.draft
     )
@@ -135,6 +137,17 @@ def main() -> int:
     if answers.cut:
         print(cut_line(answers.cut, arguments.max_new_tokens), file=sys.stderr)
     return 1 if answers.errors else 0
+
+
+def check_is_one_file(path: Path) -> None:
+    """Raise an InputError for a folder or a glob, which another program takes."""
+    is_folder = path.is_dir()
+    if is_folder or (set(path.name) & set("*?[") and not path.exists()):
+        cause = "Is a directory" if is_folder else "No such file or directory"
+        raise phi4mm_jax.InputError(
+            f"{path}: cannot be read ({cause}); give one file, or use python -m infer.ray, which "
+            "takes folders and globs"
+        )
 
 
 def answer(arguments: argparse.Namespace, config: EngineConfig, answers: AnswerFile, lines: int) -> None:

@@ -579,7 +579,8 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
     ("change", "named"),
     [
         ({"--input": "nowhere"}, "nowhere: cannot be read (No such file or directory); check the path"),
-        ({"--input": "."}, ".: cannot be read (Is a directory)"),
+        ({"--input": "."}, ".: cannot be read (Is a directory); give one file, or use python -m infer.ray"),
+        ({"--input": "p*.jsonl"}, "p*.jsonl: cannot be read (No such file or directory); give one file, or use"),
         ({"--output": "."}, ".: cannot be written (Is a directory); it is a folder; give a file's path"),
         ({"--output": "nowhere/out"}, "nowhere/out: cannot be written (No such file or directory); make its"),
         ({"--output": "/dev/full"}, "/dev/full: is not a file"),
