@@ -1,8 +1,10 @@
 """Progress bars for programs."""
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+_LOG_EVERY = 30.0  # seconds between lines in a log file
 
 
 @contextmanager
@@ -42,11 +46,23 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
 def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
     """Bar of items on standard error, with the speed in units, and the time that is left.
 
+    Where that is no terminal, a line every 30 seconds stands for the bar.
+
     Yields:
         A function to call with how many items, and units, came to an end.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    console, first = Console(stderr=True), done
+
+    def line() -> str:
+        if progress.tasks[0].completed == first:
+            return f"{description}: programs are being compiled"
+        return f"{description}: {progress.tasks[0].completed:g} of {total}, {progress.tasks[0].fields['speed']}"
+
+    with (
+        Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+        nullcontext() if console.is_terminal else _repeated(line),
+    ):
         task = progress.add_task(description, total=total, completed=done, speed="")
         start, units = time.monotonic(), 0
 
@@ -56,6 +72,24 @@ def count_bar(description: str, unit: str, total: int, done: int) -> Iterator[Ca
             progress.update(task, advance=items, speed=f"{units / (time.monotonic() - start):.1f} {unit}/s")
 
         yield advance
+
+
+@contextmanager
+def _repeated(line: Callable[[], str]) -> Iterator[None]:
+    """Print a line every 30 seconds on standard error, while the body runs."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(_LOG_EVERY):
+            print(line(), file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=repeat, name="phi4mm-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager
@@ -102,7 +136,7 @@ def step_bar(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, floa
 
         def advance(step: int, values: Mapping[str, float]) -> None:
             told = [f"loss {values['loss']:.4f}"]
-            told += [f"{values['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in values else []
+            told += [f"{values['tokens_per_second']:,.0f} tokens/s"] if values.get("tokens_per_second") else []
             told += [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
             progress.update(task, completed=step, told=", ".join(told))
 
