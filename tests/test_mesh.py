@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
 from helpers.marks import fast_are
+from helpers.merging import write_adapter, write_merged
 from helpers.paths import FIXTURES, TINY
+from helpers.reference import uncached_logits
 from jax.sharding import NamedSharding
 
 import phi4mm_jax
@@ -76,6 +78,28 @@ def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
     for i in range(len(requests)):
         assert found[i].tokens == expected[i].tokens
         np.testing.assert_allclose(found[i].log_probabilities, expected[i].log_probabilities, atol=1e-4)
+
+
+def test_users_adapters_over_eight_devices(wide, tmp_path):
+    """Rows of two and without one, in one batch: log-probabilities are those of weights merged by numpy."""
+    spread, models = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=4, context=2)), {}
+    config = EngineConfig(
+        slots=2, cache_tokens=4096, page_size=32, chunk=64, steps=4, max_adapters=2, max_adapter_rank=4
+    )
+    engine = spread.engine(config)
+    for seed, (name, rank) in enumerate((("legal", 2), ("tax", 4))):
+        matrices = write_adapter(tmp_path / name, rank, 6.0, seed, checkpoint=wide)
+        engine.load_adapter(name, tmp_path / name)
+        write_merged(tmp_path / f"{name}-merged", matrices, 6.0 / rank, checkpoint=wide)
+        models[name] = phi4mm_jax.load(tmp_path / f"{name}-merged", dtype="float32", scan=True)
+    models[None] = phi4mm_jax.load(wide, dtype="float32", scan=True)
+    prompt = "<|user|>Hello<|end|><|assistant|>"
+    found = dict(engine.run(Request(prompt, max_new_tokens=5, adapter=name) for name in models))
+    for answer, model in zip([found[i] for i in range(len(models))], models.values(), strict=True):
+        (logits,) = uncached_logits(model, model.process([prompt]), [answer.tokens])
+        expected = np.asarray(jax.nn.log_softmax(logits, -1))[np.arange(5), answer.tokens]
+        np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
+    assert len({tuple(answer.tokens) for answer in found.values()}) == 3
 
 
 def test_each_device_encodes_its_crops(wide):

@@ -17,7 +17,7 @@ def write_adapter(
 ) -> dict[str, np.ndarray]:
     """Write random matrices on all of the decoder's modules as PEFT does; return them."""
     random, mark, matrices = np.random.default_rng(seed), ".base_layer.weight", {}
-    shards = [load_file(path) for path in sorted(checkpoint.glob("model-*.safetensors"))]
+    shards = [load_file(path) for path in sorted(checkpoint.glob("model*.safetensors"))]
     weights = {n.removesuffix(mark): w for shard in shards for n, w in shard.items() if n.endswith(mark)}
     for name, weight in weights.items():
         for part, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
@@ -33,7 +33,7 @@ def write_adapter(
 def write_merged(folder: Path, matrices: Mapping[str, np.ndarray], scale: float, *, checkpoint: Path = TINY) -> None:
     """Copy a checkpoint, and add scale * B A to the weights for which there are matrices of PEFT."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("goldens*", "inputs"))
-    for path in folder.glob("model-*.safetensors"):
+    for path in folder.glob("model*.safetensors"):
         tensors = load_file(path)
         for name in tensors:
             module = f"base_model.model.{name.removesuffix('.base_layer.weight')}"
