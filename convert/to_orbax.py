@@ -9,7 +9,7 @@ import sys
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.commands.options import add_adapters_from, add_weights
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser
-from phi4mm_jax.utils.progress import progress_bar
+from phi4mm_jax.utils.progress import weights_bar
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 @cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
-    with progress_bar("Converting", size=True) as advance:
+    with weights_bar("Converting", "", arguments.weights) as advance:
         to_orbax(
             arguments.source,
             arguments.destination,

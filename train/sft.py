@@ -58,7 +58,7 @@ from phi4mm_jax.training.throughput import Throughput
 from phi4mm_jax.utils.cli import cli_entrypoint, command_of, interruption_says
 from phi4mm_jax.utils.paths import local_path
 from phi4mm_jax.utils.profiling import Profile, check_profile
-from phi4mm_jax.utils.progress import progress_bar, step_bar
+from phi4mm_jax.utils.progress import progress_bar, step_bar, weights_bar
 
 PROFILED_STEPS = 3
 
@@ -98,7 +98,7 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     # ---- model
     mesh = order_by_host(training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model))))
     check_divisible(recipe.data.packing, mesh)
-    with progress_bar("Reading the weights", size=True) as progress:
+    with weights_bar("Reading", "the weights", recipe.weights) as progress:
         model = load(
             recipe.model, recipe.dtype, mesh, scan=True, weights=recipe.weights,
             fresh_adapters=recipe.fresh_adapters, progress=progress,

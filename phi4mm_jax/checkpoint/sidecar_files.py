@@ -92,7 +92,8 @@ def skipped_files(source: Path, weights: Set[Path]) -> list[str]:
     Raises:
         CheckpointError: a folder cannot be read.
     """
-    others = [path for path in _entries(source) if path not in weights and not _travels(path)]
+    read = {path.absolute() for path in weights}  # Orbax has its folder so
+    others = [path for path in _entries(source) if path.absolute() not in read and not _travels(path)]
     return [f"{path.relative_to(source)}{'/' if path.is_dir() else ''}" for path in others]
 
 

@@ -310,12 +310,12 @@ def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options
     import phi4mm_jax
     from phi4mm_jax.checkpoint.hub import local_folder
     from phi4mm_jax.checkpoint.model_card import notice_of
-    from phi4mm_jax.utils.progress import progress_bar
+    from phi4mm_jax.utils.progress import weights_bar
 
     adapters, mesh = adapter_folders_of(arguments), mesh_of(arguments)
     if notice and (line := notice_of(local_folder(arguments.model))) is not None:
         print(line, file=sys.stderr)
-    with progress_bar("Reading the weights", size=True) as advance, named_options(arguments):
+    with weights_bar("Reading", "the weights", arguments.weights) as advance, named_options(arguments):
         return phi4mm_jax.load(
             arguments.model, dtype=arguments.dtype, weights=arguments.weights, mesh=mesh, adapters=adapters,
             adapters_from=arguments.adapters_from, progress=advance, **options,

@@ -149,7 +149,7 @@ def read_requests(path: Path, *, max_new_tokens: int, **settings: Any) -> Reques
 def _duplicate(line: Line, first: int) -> Line:
     error = (
         f"line {line.number + 1}: lines {first + 1} and {line.number + 1} have the same id {line.id!r:.80}; give each "
-        "its own (a line without one has its number, from 0)"
+        f"its own (a line without one has the number of those before it: line {line.number + 1} has {line.number})"
     )
     return replace(line, request=None, error=error, duplicate=True)
 

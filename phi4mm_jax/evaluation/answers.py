@@ -161,7 +161,14 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{folder}: holds something else; give another folder") from None
     if key is not None:
-        raise InputError(f"{folder}: holds answers of other {key} ({found[key]}, now {now[key]}); give another folder")
+        told = f"{found[key]}, now {now[key]}"
+        if key == "weights":  # "HASH ADAPTER=HASH ...", which say nothing to a reader
+            before, after = (set(settings[key].split()[1:]) for settings in (found, now))
+            adapters = sorted({part.partition("=")[0] for part in before ^ after})
+            told = (
+                f"of {found['model']}, now {now['model']}" if not adapters else f"they differ in {', '.join(adapters)}"
+            )
+        raise InputError(f"{folder}: holds answers of other {key} ({told}); give another folder")
 
 
 def read_answers(folder: Path, items: Sequence[Item]) -> list[Answer]:

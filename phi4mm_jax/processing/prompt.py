@@ -70,7 +70,7 @@ def parse_raw(
     if numbered and unnumbered ones are mixed, if they are not as many as the media, or if the prompt is empty.
     """
     given = {"image": given_media("image", images), "audio": given_media("audio", audios)}
-    check_raw(prompt, {kind: len(media) for kind, media in given.items()})
+    check_raw(prompt, {"image": len(given["image"]), "audio": len(given["audio"])})
     found: Counter[Kind] = Counter()
     pieces: list[str | int | Media] = []
     end = 0

@@ -53,6 +53,7 @@ _BEGINNINGS = (
     (b"<!DOCTYPE html", (_NONE, "an HTML page")),
     (b"<html", (_NONE, "an HTML page")),
     (b"<svg", (_NONE, "an SVG drawing")),
+    (b'{"', (_NONE, "a file of JSON")),
     (b"version https://git-lfs", (_NONE, "a pointer of Git LFS, in place of the file")),
 )
 

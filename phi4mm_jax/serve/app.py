@@ -1,6 +1,7 @@
 """The application: its endpoints, and who may ask them."""
 
 import asyncio
+import difflib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -44,6 +45,7 @@ from phi4mm_jax.transcription.transcripts import TASKS, Task
 
 PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
+_KEYS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
 _NO_KEYS = {"body", "query", "path", "str", *PART_MODELS}  # what pydantic puts between the keys
 _WORKERS = 32  # threads that read media: a slow one holds up few others
 _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows this one
@@ -404,4 +406,6 @@ def invalid(errors: Any) -> ApiError:
     cause = {"extra_forbidden": "is not known, and not ignored; leave it out", "missing": "is missing"}.get(
         first["type"]
     )
+    if first["type"] == "extra_forbidden" and (close := difflib.get_close_matches(name, _KEYS, 1)):
+        cause = f"is not known, and not ignored; did you mean {close[0]}? Else leave it out"
     return ApiError(400, f"{name or 'the body'}: {cause or first['msg']}", param=name or None)

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import (
@@ -37,9 +37,19 @@ def progress_bar(description: str, size: bool = False) -> Iterator[Callable[[int
         try:
             yield lambda done, total: progress.update(task, completed=done, total=total)
         except BaseException:
-            progress.update(task, visible=progress.tasks[0].total is not None)  # nothing was begun
+            if progress.tasks[0].total is None:  # nothing was begun
+                progress.update(task, visible=False)
+                progress.live.transient = True
+                progress.live.stop()
+                progress.disable = True  # its own end is an empty line
             raise
         progress.update(task, completed=1, total=1) if not progress.tasks[0].total else None
+
+
+def weights_bar(doing: str, what: str, quantized: str | None) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Bar of work on weights: of bytes; or, where they are quantised, which takes longer than to read, of a share."""
+    words = (doing, what) if quantized is None else (doing, "and quantising", what)
+    return progress_bar(" ".join(filter(None, words)), size=quantized is None)
 
 
 @contextmanager

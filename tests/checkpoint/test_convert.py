@@ -465,7 +465,8 @@ def test_what_stays_behind_is_logged(original, tmp_path, caplog, capsys, monkeyp
     to_orbax(source, tmp_path / "orbax")
     assert caplog.messages == [left]
     assert (tmp_path / "orbax" / "notes.md").exists()
-    to_torch(tmp_path / "orbax", tmp_path / "torch", "original")
+    monkeypatch.chdir(tmp_path)
+    to_torch("orbax", "torch", "original")
     assert caplog.messages == [left]  # what was read is not left behind
     monkeypatch.setattr(sys, "argv", ["to_orbax", str(source), str(tmp_path / "program")])
     assert programs_to_orbax.main() == 0

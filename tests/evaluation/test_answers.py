@@ -88,5 +88,5 @@ def test_a_run_is_resumed_with_the_same_weights_alone(tmp_path):
     with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:
         file.seek(2 << 20)
         file.write(b"\x01")
-    with pytest.raises(InputError, match=r"run: holds answers of other weights \("):
+    with pytest.raises(InputError, match=r"run: holds answers of other weights \(of \S+model, now \S+copy\)"):
         claim("copy")

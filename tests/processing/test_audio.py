@@ -792,3 +792,9 @@ def test_odd_samples_cause_no_warnings() -> None:
             assert np.isfinite(log_mel(*load_audio((x, 22050)))).all()
         with pytest.raises(InputError):
             load_audio((np.full(5000, 1e300), 16000))
+
+
+def test_lines_of_json_are_named_before_what_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match="the file has no audio: it is a file of JSON; give a medium itself"):
+        load_audio(b'{"messages": []}\n')

@@ -18,7 +18,7 @@ from helpers.serving import serving, wait_for
 
 import phi4mm_jax
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.app import ServerSettings, create_app, invalid
 from phi4mm_jax.serve.limits import Limits
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
@@ -370,3 +370,10 @@ def test_an_engine_that_crashes_is_said_and_made_anew(app, client, url):
     figures = httpx.get(f"{url}/metrics").text
     assert "phi4mm_engine_restarts 1.0" in figures
     assert 'phi4mm_requests_total{path="/v1/chat/completions",status="503"} 1.0' in figures
+
+
+def test_a_mistyped_key_is_told_with_the_nearest():
+    error = invalid([{"loc": ("body", "max_token"), "type": "extra_forbidden", "msg": ""}])
+    assert "max_token: is not known, and not ignored; did you mean max_tokens?" in error.detail
+    other = invalid([{"loc": ("body", "zzz"), "type": "extra_forbidden", "msg": ""}])
+    assert other.detail == "zzz: is not known, and not ignored; leave it out"

@@ -23,7 +23,7 @@ from phi4mm_jax.data.manifests import open_manifest
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.processing.chat import _calls
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.utils.progress import progress_bar
+from phi4mm_jax.utils.progress import progress_bar, weights_bar
 from phi4mm_jax.utils.strict_json import parse_json
 
 TWICE = '{"a": 1, "b": {"key": 1, "key": 2}}'
@@ -117,4 +117,17 @@ def test_bar_of_work_that_was_not_begun(capsys, begun, shown):
 
     with pytest.raises(InputError):
         fail()
-    assert ("Writing" in capsys.readouterr().err) == shown
+    err = capsys.readouterr().err
+    assert ("Writing" in err) == shown
+    assert err.strip() or not err, "no empty line before an error"
+
+
+@pytest.mark.parametrize(
+    ("quantized", "words"), [(None, "Reading the weights"), ("int4", "Reading and quantising the")]
+)
+def test_bar_of_weights(capsys, quantized, words):
+    with weights_bar("Reading", "the weights", quantized) as advance:
+        advance(1000, 2000)
+    err = capsys.readouterr().err
+    assert words in err
+    assert ("1.0/2.0 kB" in err) == (quantized is None), "a rate of bytes is not that of quantising"
