@@ -35,40 +35,39 @@ def test_a_round_is_dispatched_before_the_last_one_is_read(tiny, monkeypatch):
 
 @pytest.mark.parametrize("end", ["stop token", "stop string", "cancelled", "length"])
 def test_pages_are_reused_while_a_dispatched_round_writes_to_them(tiny, monkeypatch, end):
-    """Five of six pages are the first request's, and the second takes its slot and its last page once it has ended.
+    """Five of six pages are the first request's, and the last one takes its slot and a page once it has ended.
 
-    Each answer is the greedy one of logits without a cache.
+    Each answer is the greedy one of logits without a cache, also that of another that is decoded all the time.
     """
     tokenizer, engine = tiny.processor.tokenizer, tiny.engine(CONFIG)
-    prompts = [prompt_of(tokenizer, 250, "seven stones"), prompt_of(tokenizer, 140, "a small house")]
+    prompts = [prompt_of(tokenizer, n, text) for n, text in ((250, "seven stones"), (9, "the"), (140, "a small house"))]
     ((_, plain),) = engine.run([Request(prompts[0], max_new_tokens=12)])
     settings = {
         "stop token": {"stop_tokens": [plain.tokens[3]]}, "stop string": {"stop": [plain.text[2:5]]}, "cancelled": {},
         "length": {"max_new_tokens": 8},
     }[end]  # fmt: skip
     first = engine.submit(Request(prompts[0], **({"max_new_tokens": 60} | settings)))
-    second = engine.submit(Request(prompts[1], max_new_tokens=12))
+    others = [engine.submit(Request(prompt, max_new_tokens=n)) for prompt, n in zip(prompts[1:], (50, 12), strict=True)]
+    pending = [0]
     batches = recorded(
-        monkeypatch, engine.runner, "prefill", lambda b: (b.sequences[0], [*b.sequences[0].pages], ended.copy())
+        monkeypatch, engine.runner, "prefill", lambda b: (b.sequences[0], [*b.sequences[0].pages], pending.copy())
     )
-    ended, answers = [], {}
-
-    def step():
-        answers.update({update.id: update.completion for update in engine.step() if update.completion})
-
-    step()
-    (sequence,) = engine.scheduler.resident
+    updates = engine.step()
+    sequence = engine.scheduler.slots[0]
     while not engine.idle:
         if end == "cancelled" and sequence.output_token_ids:
             engine.cancel(first)
-        ended[:] = [sequence.num_pending_tokens]
-        step()
-    (_, written, _), (other, pages, pending) = batches[:1] + batches[-1:]
-    assert other.slot == sequence.slot
-    assert written[3] in pages  # the last one, partly filled by the prompt
-    assert pending > [0]  # tokens of a dispatched round, never read but by the length
-    assert answers[first].tokens == plain.tokens[: len(answers[first].tokens)]
-    assert 0 < len(answers[first].tokens) < 12
-    logits = uncached_logits(tiny, tiny.process(prompts), [plain.tokens, answers[second].tokens])
-    assert [x.argmax(-1).tolist() for x in logits] == [plain.tokens, answers[second].tokens]
+        pending[:] = [sequence.num_pending_tokens]
+        updates += engine.step()
+    (_, written, _), (last, pages, unread) = batches[:1] + batches[-1:]
+    assert last.slot == sequence.slot
+    assert written[3] in pages  # partly filled by the prompt
+    assert unread[0] > 0
+    answers = {update.id: update.completion.tokens for update in updates if update.completion}
+    assert 0 < len(answers[first]) < 12
+    assert answers[first] == plain.tokens[: len(answers[first])]
+    assert [token for update in updates if update.id == first for token in update.tokens] == answers[first]
+    greedy = [plain.tokens, *(answers[other] for other in others)]
+    logits = uncached_logits(tiny, tiny.process(prompts), greedy)
+    assert [x.argmax(-1).tolist() for x in logits] == greedy
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
