@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -13,6 +15,8 @@ from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
+
+T = TypeVar("T")
 
 
 def prefill_inputs(batch: PrefillBatch, media: Items[np.ndarray], count: int, table_size: int) -> PrefillInputs:
@@ -88,6 +92,28 @@ def allowed_tokens(sequences: Items[Sequence | None], count: int, vocab_size: in
         if sequence is not None and sequence.matcher is not None:
             row[:] = sequence.matcher.allowed()
     return allowed
+
+
+class DeviceCopies:
+    """Copies of arrays on the device; an array is uploaded only where it differs from that of the last time.
+
+    Args:
+        place: puts arrays on the device.
+    """
+
+    def __init__(self, place: Callable[[Any], Any]):
+        self._place = place
+        self._copies: dict[Any, tuple[np.ndarray, Any]] = {}  # by the place in a tree: the array, and its copy
+
+    def of(self, tree: T) -> T:
+        """Return a tree of copies. Its arrays must not be changed afterwards."""
+        return jax.tree.map_with_path(self._copy, tree)
+
+    def _copy(self, path: Any, array: np.ndarray) -> Any:
+        held = self._copies.get(path)
+        if held is None or not np.array_equal(held[0], array):
+            held = self._copies[path] = array, self._place(array)
+        return held[1]
 
 
 def _page_tables(tables: Items[Items[int]], count: int, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
 from phi4mm_jax.engine.grammar import is_installed
-from phi4mm_jax.engine.inputs import allowed_tokens, beam_inputs, decode_inputs, prefill_inputs
+from phi4mm_jax.engine.inputs import DeviceCopies, allowed_tokens, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
@@ -26,6 +26,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.model import KVCache
 
 T = TypeVar("T")
+_OF_SLOTS = ("tables", "adapters", "use_long_rope", "sampling", "with_top")  # of `DecodeInputs`
 
 
 class ModelRunner:
@@ -67,6 +68,7 @@ class ModelRunner:
         self.encoder_cache = EncoderCache(encode, features, group_sizes(len(programs.devices)))
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self.last_tokens = programs.place(jnp.zeros(config.slots, jnp.int32))
+        self._slots = DeviceCopies(programs.place)
         self.num_prefilled_tokens = 0
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
@@ -139,7 +141,9 @@ class ModelRunner:
         return inputs._replace(allowed=allowed, restricted=np.asarray(restricted))
 
     def _decode_inputs(self, batch: DecodeBatch, with_drafts: bool = False) -> DecodeInputs:
-        return decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
+        """Arrays of all slots; those that change only with the sequences are on the device already."""
+        inputs = decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
+        return inputs._replace(**self._slots.of({name: getattr(inputs, name) for name in _OF_SLOTS}))
 
     def _allowed(self, sequences: Items[Sequence | None], count: int) -> np.ndarray:
         return allowed_tokens(sequences, count, self.token_seen.shape[1])

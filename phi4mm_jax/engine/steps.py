@@ -175,7 +175,7 @@ class Programs:
         if not isinstance(self._sharding, NamedSharding):
             return self._sharding
         mesh = self._sharding.mesh
-        if x.dtype == jnp.bool_:  # the tokens that sequences have, (N, V)
+        if x.dtype == jnp.bool_ and x.ndim == 2:  # the tokens that sequences have, (N, V)
             return logits_sharding(mesh, x.shape)
         if x.ndim < 4:
             return NamedSharding(mesh, jax.P())

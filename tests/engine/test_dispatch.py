@@ -1,9 +1,11 @@
 """Steps are dispatched before the results of earlier ones are read; the answers are those of the model all the same."""
 
+import numpy as np
 import pytest
 from helpers.reference import uncached_logits
 
 from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.engine.inputs import DeviceCopies
 
 CONFIG = EngineConfig(slots=4, cache_tokens=64 * 6, page_size=64, chunk=256, steps=4)
 
@@ -71,3 +73,17 @@ def test_pages_are_reused_while_a_dispatched_round_writes_to_them(tiny, monkeypa
     logits = uncached_logits(tiny, tiny.process(prompts), greedy)
     assert [x.argmax(-1).tolist() for x in logits] == greedy
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
+
+
+def test_only_changed_arrays_are_uploaded():
+    uploaded = []
+
+    def place(array):
+        uploaded.append(array.tolist())
+        return array.tolist()
+
+    copies = DeviceCopies(place)
+    for tables, settings in (([1, 2], [0.0]), ([1, 2], [0.0]), ([1, 3], [0.0]), ([1, 3], [0.5]), ([1, 2], [0.5])):
+        found = copies.of({"tables": np.asarray(tables), "sampling": (np.asarray(settings), None)})
+        assert found == {"tables": tables, "sampling": (settings, None)}
+    assert uploaded == [[0.0], [1, 2], [1, 3], [0.5], [1, 2]]
