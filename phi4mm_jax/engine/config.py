@@ -1,6 +1,7 @@
 """Sizes of an engine."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import jax
@@ -41,6 +42,8 @@ class EngineConfig:
         max_adapter_rank: the largest rank of theirs, to which the others are padded (vLLM: max_lora_rank).
         cli: messages name the sizes as the options of a program (`--beams`).
         workers: threads that process prompts and their media: up to so many slow ones delay no other.
+        compile_workers: programs that `Engine.warm_up` compiles at once. By default as many as there are cores, at most
+            16; one after the other where there are one or two.
         media_seconds: limit for the processing of one request's media; past it the request ends with an error.
     """
 
@@ -58,6 +61,7 @@ class EngineConfig:
     max_adapter_rank: int = 64
     cli: bool = False
     workers: int = 4
+    compile_workers: int | None = None
     media_seconds: int = 300
 
     def __post_init__(self):
@@ -65,6 +69,8 @@ class EngineConfig:
         for name in (*sizes, "workers", "media_seconds"):
             if name != "cache_tokens" or self.cache_tokens is not None:
                 check_positive(name, getattr(self, name))
+        if self.compile_workers is not None:
+            check_positive("compile_workers", self.compile_workers)
         check_whole("top_logprobs", self.top_logprobs, 0)
         check_whole("draft_tokens", self.draft_tokens, 0)
         if self.draft_tokens + 1 >= self.page_size:
@@ -87,6 +93,11 @@ class EngineConfig:
     def named(self, size: str) -> str:
         """Name of a size in messages."""
         return f"--{size.replace('_', '-')}" if self.cli else f"EngineConfig({size}=...)"
+
+    @property
+    def num_compile_workers(self) -> int:
+        cores = os.cpu_count() or 1
+        return self.compile_workers or (min(cores, 16) if cores > 2 else 1)
 
     @property
     def pages(self) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import combinations
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from phi4mm_jax.adapters import USERS, adapter_indices, row_index, used_collections
+from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
@@ -60,10 +62,9 @@ class ModelRunner:
         self.table_size = min(config.pages, math.ceil(context / config.page_size))
         self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
-        base = {"params": variables["params"]}
 
-        def encode(table: Any, stack: Any, rows: np.ndarray) -> Any:
-            return programs.encode(base, table, programs.place_media(stack), rows)
+        def encode(table: Any, stack: ImageStack | AudioStack, rows: np.ndarray) -> Any:
+            return self._encode_step(table, stack, rows)()
 
         self.encoder_cache = EncoderCache(encode, features, group_sizes(len(programs.devices)))
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
@@ -151,11 +152,7 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------ calls
 
     def run_prefill(self, adapters: set[int], inputs: PrefillInputs) -> tuple[SampledTokens, TopLogprobs | None]:
-        """Call the step; only the variables of these adapters are handed over."""
-        self.kv_cache, sampled, top = self._programs.prefill(
-            self._variables_of(adapters), self.kv_cache, self.encoder_cache.table, self.token_seen, inputs,
-            candidates=self._num_prefill_candidates,
-        )  # fmt: skip
+        self.kv_cache, sampled, top = self._prefill_step(adapters, inputs)()
         return _fetching((sampled, top))
 
     def run_carry_first(self, slots: Items[int], sampled: SampledTokens) -> None:
@@ -164,46 +161,63 @@ class ModelRunner:
         self.last_tokens = self._programs.carry_first(self.last_tokens, rows, sampled)
 
     def run_decode(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
-        self.kv_cache, self.token_seen, sampled = self._programs.decode(
-            self._variables_of(adapters),
-            self.kv_cache,
-            self.token_seen,
-            inputs._replace(carried=self.last_tokens),
-            width=self._config.steps,
-            candidates=self._config.top_logprobs,
-        )
+        self.kv_cache, self.token_seen, sampled = self._decode_step(adapters, inputs)()
         assert sampled.last is not None
         self.last_tokens = sampled.last
         return _fetching(sampled)
 
     def run_decode_drafts(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         assert self._history is not None
-        self.kv_cache, self.token_seen, self._history.tokens, sampled = self._programs.decode_drafts(
-            self._variables_of(adapters), self.kv_cache, self.token_seen, self._history.tokens, inputs,
-            width=self._config.decode_width, max_draft=self._config.draft_tokens, candidates=self._config.top_logprobs,
-        )  # fmt: skip
+        step = self._drafts_step(adapters, inputs)
+        self.kv_cache, self.token_seen, self._history.tokens, sampled = step()
         return jax.device_get(sampled)
 
     def run_decode_allowed(
         self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
     ) -> SampledTokens:
         """Decode a token of each slot; the masks of the grammars are computed while the device works."""
-        self.kv_cache, self.token_seen, logits = self._programs.decode_logits(
-            self._variables_of(adapters), self.kv_cache, self.token_seen, inputs
-        )
+        self.kv_cache, self.token_seen, logits = self._logits_step(adapters, inputs)()
         mask = self._programs.place(allowed())
         return self._programs.sample_allowed(
             logits, self.token_seen, inputs, mask, candidates=self._config.top_logprobs
         )
 
     def run_beam_step(self, adapters: set[int], inputs: BeamInputs) -> TopLogprobs:
-        self.kv_cache, top = self._programs.beam_step(
-            self._variables_of(adapters), self.kv_cache, inputs, candidates=self._num_candidates
-        )
+        self.kv_cache, top = self._beam_step(adapters, inputs)()
         return top
 
     def run_set_penalty_mask(self, slot: int, seen: np.ndarray) -> None:
         self.token_seen = self._programs.set_penalty_mask(self.token_seen, np.int32(slot), seen)
+
+    # Calls of the compiled steps with the state as it is; only the variables of these adapters are handed over.
+
+    def _encode_step(self, table: Any, stack: ImageStack | AudioStack, rows: np.ndarray) -> partial:
+        base = {"params": self._variables["params"]}
+        return partial(self._programs.encode, base, table, self._programs.place_media(stack), rows)
+
+    def _prefill_step(self, adapters: set[int], inputs: PrefillInputs) -> partial:
+        state = self.kv_cache, self.encoder_cache.table, self.token_seen
+        candidates = self._num_prefill_candidates
+        return partial(self._programs.prefill, self._variables_of(adapters), *state, inputs, candidates=candidates)
+
+    def _decode_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
+        state = self.kv_cache, self.token_seen, inputs._replace(carried=self.last_tokens)
+        sizes = {"width": self._config.steps, "candidates": self._config.top_logprobs}
+        return partial(self._programs.decode, self._variables_of(adapters), *state, **sizes)
+
+    def _drafts_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
+        assert self._history is not None
+        config, state = self._config, (self.kv_cache, self.token_seen, self._history.tokens)
+        sizes = {"width": config.decode_width, "max_draft": config.draft_tokens, "candidates": config.top_logprobs}
+        return partial(self._programs.decode_drafts, self._variables_of(adapters), *state, inputs, **sizes)
+
+    def _logits_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
+        state = self.kv_cache, self.token_seen
+        return partial(self._programs.decode_logits, self._variables_of(adapters), *state, inputs)
+
+    def _beam_step(self, adapters: set[int], inputs: BeamInputs) -> partial:
+        state, candidates = (self._variables_of(adapters), self.kv_cache), self._num_candidates
+        return partial(self._programs.beam_step, *state, inputs, candidates=candidates)
 
     def _variables_of(self, adapters: set[int]) -> dict[str, Any]:
         stacks = self.user_adapters.stacks
@@ -215,51 +229,111 @@ class ModelRunner:
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every step for every shape; the state stays as it is. See `Engine.warm_up`."""
         calls = self._warm_up_calls()
-        for done, call in enumerate(calls, 1):
+        advance = _counter(progress, len(calls))
+        if (workers := self._config.num_compile_workers) > 1:
+            compile_in_threads([step for _, step in calls if step is not None], workers, advance)
+        for count, (call, _) in enumerate(calls, 1):  # is compiled, or compiles
             call()
-            if progress is not None:
-                progress(done, len(calls))
+            advance(count)
 
-    def _warm_up_calls(self) -> list[Callable[[], Any]]:
-        config = self._config
-        index = adapter_indices()
-        present = [index[name] for name in self._variables if name in index]
-        places = (None,) if self.user_adapters.stacks is None else (None, 0)  # with users' adapters, and without
-        each = [row_index(adapter, place) for place in places for adapter in (0, *present)]
-        together = [
-            {row_index(0, place), *some}
-            for place in places for n in range(len(present) + 1) for some in combinations(present, n)
-        ]  # fmt: skip
+    def _warm_up_calls(self) -> list[tuple[Callable[[], Any], Callable[[], partial] | None]]:
+        """A call for each shape of each step, and if it takes long to compile the step."""
+        config, slots = self._config, self._config.slots
+        each, together = _adapter_sets(self._variables, self.user_adapters.stacks is not None)
 
-        def prefill(adapter: int, count: int, width: int) -> None:
-            sampled, _ = self.run_prefill({adapter}, self._prefill_inputs(PrefillBatch([], [], width), [], count))
-            self.run_carry_first([-1] * count, sampled)
+        def encode(stack: ImageStack | AudioStack, features: int) -> tuple[Callable, Callable]:
+            cache, rows = self.encoder_cache, np.zeros(features, np.int32)
+            return partial(cache.warm_up, stack, features), lambda: self._encode_step(cache.table, stack, rows)
 
-        def decode(adapters: set[int]) -> None:
-            self.run_decode(adapters, self._decode_inputs(DecodeBatch.idle(config.slots)))
+        def prefill(adapter: int, count: int, width: int) -> tuple[Callable, Callable]:
+            inputs = self._prefill_inputs(PrefillBatch([], [], width), [], count)
 
-        def decode_drafts(adapters: set[int]) -> None:
-            self.run_decode_drafts(adapters, self._decode_inputs(DecodeBatch.idle(config.slots), with_drafts=True))
+            def call() -> None:
+                sampled, _ = self.run_prefill({adapter}, inputs)
+                self.run_carry_first([-1] * count, sampled)
 
-        def decode_allowed(adapters: set[int]) -> None:
-            inputs = self._decode_inputs(DecodeBatch.idle(config.slots))
-            self.run_decode_allowed(adapters, inputs, lambda: self._allowed([], config.slots))
+            return call, partial(self._prefill_step, {adapter}, inputs)
 
-        def beam_step(adapters: set[int], size: int) -> None:
-            self.run_beam_step(adapters, beam_inputs([], size, self.table_size))
+        def decode(adapters: set[int]) -> tuple[Callable, Callable]:
+            return partial(self.run_decode, adapters, idle), partial(self._decode_step, adapters, idle)
 
+        def decode_drafts(adapters: set[int]) -> tuple[Callable, Callable]:
+            inputs = self._decode_inputs(DecodeBatch.idle(slots), with_drafts=True)
+            return partial(self.run_decode_drafts, adapters, inputs), partial(self._drafts_step, adapters, inputs)
+
+        def decode_allowed(adapters: set[int]) -> tuple[Callable, Callable]:
+            call = partial(self.run_decode_allowed, adapters, idle, lambda: self._allowed([], slots))
+            return call, partial(self._logits_step, adapters, idle)
+
+        def beam_step(adapters: set[int], size: int) -> tuple[Callable, Callable]:
+            inputs = beam_inputs([], size, self.table_size)
+            return partial(self.run_beam_step, adapters, inputs), partial(self._beam_step, adapters, inputs)
+
+        idle = self._decode_inputs(DecodeBatch.idle(slots))
         stacks = warm_up_stacks(self._programs.model.config, self.encoder_cache.group_sizes)
-        no_slot = config.slots  # out of range, so that nothing is set
+        sets = [partial(self.run_set_penalty_mask, slots, np.zeros(self.token_seen.shape[1], bool))]  # out of range
+        if self._history is not None:
+            sets.append(partial(self._history.set, slots, np.zeros(0, np.int32)))
         return [
-            *(partial(self.encoder_cache.warm_up, stack, features) for stack, features in stacks),
-            *(partial(prefill, a, n, w) for a in each for n in PREFILL_ROWS for w in config.prefill_widths),
-            *(partial(decode, adapters) for adapters in together),
-            *(partial(decode_drafts, adapters) for adapters in together if self._history is not None),
-            *([partial(self._history.set, no_slot, np.zeros(0, np.int32))] if self._history is not None else []),
-            *(partial(decode_allowed, adapters) for adapters in together if self._with_grammars),
-            *(partial(beam_step, adapters, size) for adapters in together for size in config.beam_batch_sizes),
-            partial(self.run_set_penalty_mask, no_slot, np.zeros(self.token_seen.shape[1], bool)),
+            *(encode(stack, features) for stack, features in stacks),
+            *(prefill(a, n, w) for a in each for n in PREFILL_ROWS for w in config.prefill_widths),
+            *(decode(adapters) for adapters in together),
+            *(decode_drafts(adapters) for adapters in together if self._history is not None),
+            *(decode_allowed(adapters) for adapters in together if self._with_grammars),
+            *(beam_step(adapters, size) for adapters in together for size in config.beam_batch_sizes),
+            *((call, None) for call in sets),
         ]  # fmt: skip
+
+
+def _adapter_sets(variables: Mapping[str, Any], with_users: bool) -> tuple[list[int], list[set[int]]]:
+    """Indices of single adapters, and the sets of them, for which steps are compiled."""
+    index = adapter_indices()
+    present = [index[name] for name in variables if name in index]
+    places = (None, 0) if with_users else (None,)  # without users' adapters, and with them
+    each = [row_index(adapter, place) for place in places for adapter in (0, *present)]
+    together = [
+        {row_index(0, place), *some}
+        for place in places for n in range(len(present) + 1) for some in combinations(present, n)
+    ]  # fmt: skip
+    return each, together
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Return a function that is told a count and passes on each number up to it, once."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        while done < count:
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+    return advance
+
+
+def compile_in_threads(steps: Items[Callable[[], partial]], workers: int, advance: Callable[[int], None]) -> None:
+    """Compile calls of jitted functions, several at once; when they are called they are found compiled.
+
+    They are traced and lowered in this thread, whose contexts count, and then compiled without Python's lock.
+
+    Args:
+        steps: return a call; one is asked for when it is lowered.
+        advance: told how many are compiled.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="phi4mm-compile")
+    try:
+        futures: list[Future] = []
+        for step in steps:
+            call = step()
+            jitted: Any = call.func
+            futures.append(pool.submit(jitted.lower(*call.args, **call.keywords).compile))
+            advance(sum(future.done() for future in futures))
+        for count, future in enumerate(futures, 1):
+            future.result()
+            advance(count)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def default_cache_tokens(config: EngineConfig, programs: Programs, context: int) -> int:

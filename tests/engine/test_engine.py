@@ -2,13 +2,14 @@
 
 import dataclasses
 import random
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cases import golden_cases, media_of
-from helpers.compilations import count_compilations
+from helpers.compilations import compilations_since, count_compilations
 from helpers.marks import fast_are
 from helpers.paths import TINY
 from helpers.reference import uncached_logits
@@ -27,7 +28,7 @@ from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill, quantize
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
 WARMED = dataclasses.replace(SMALL, slots=4, chunk=192)  # widths of 1, 2 and 3 pages
-NARROW = dataclasses.replace(SMALL, slots=2, chunk=64)  # a width of one page
+NARROW = dataclasses.replace(SMALL, slots=2, chunk=64, compile_workers=3)  # a width of one page
 
 
 def request_of(case, tokens, **settings):
@@ -136,10 +137,17 @@ def gumbel(seed, stream):
 
 @pytest.mark.parametrize("config", fast_are([NARROW], [NARROW, WARMED]), ids=["one width", "three widths"])
 def test_nothing_compiles_after_warm_up(tiny, config):
-    """Whatever comes: the shapes are those of the first requests."""
-    engine = tiny.engine(config)
+    """Whatever comes: the shapes are those of the first requests. Each program is compiled once, also in threads."""
+    engine, start = tiny.engine(dataclasses.replace(config, cache_tokens=64 * 131)), count_compilations()  # no other's
     engine.warm_up()
     before = count_compilations()
+    found = [(c.function, c.thread.rpartition("_")[0]) for c in compilations_since(start)]
+    widths, thread = {NARROW: (1, "phi4mm-compile"), WARMED: (3, "")}[config]
+    assert Counter(x for x in found if x[0] in ("jit(_prefill)", "jit(_decode)", "jit(_decode_logits)")) == {
+        ("jit(_prefill)", thread): 3 * 2 * widths,  # adapters, numbers of rows
+        ("jit(_decode)", thread): 4,  # sets of adapters
+        ("jit(_decode_logits)", thread): 4,
+    }
     requests = [Request(p, max_new_tokens=9, sampling=Sampling(t / 10, t)) for t, p in enumerate(texts(12, seed=5))]
     requests += [request_of(c, 5, grammar=Grammar.regex("[a-z]*") if i % 3 == 0 else None) for i, c in enumerate(CASES)]
     answers = dict(engine.run(requests))

@@ -1,13 +1,32 @@
-"""Count of the programs that this process compiled."""
+"""The programs that this process compiled."""
+
+import threading
+from typing import NamedTuple
 
 import jax
 
-_compilations: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _seconds, **_: _compilations.append(event) if event.endswith("backend_compile_duration") else None
-)
+
+class Compilation(NamedTuple):
+    function: str
+    thread: str
+
+
+_compilations: list[Compilation] = []
+
+
+def _listen(event: str, _seconds: float, fun_name: str = "", **_) -> None:
+    if event.endswith("backend_compile_duration"):
+        _compilations.append(Compilation(fun_name, threading.current_thread().name))
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def count_compilations() -> int:
     """How many programs were compiled so far."""
     return len(_compilations)
+
+
+def compilations_since(count: int) -> list[Compilation]:
+    """Those after so many."""
+    return _compilations[count:]
