@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from phi4mm_jax.config import DecoderConfig, Phi4MMConfig
 from phi4mm_jax.errors import InputError
@@ -234,7 +234,7 @@ def sharding_within(sharding: Sharding, axis: int) -> Sharding:
     return NamedSharding(sharding.mesh, jax.P(*spec))
 
 
-def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float[Array, "..."]:
+def constrain_param(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:
     """Constrain a parameter on use: sharded as by `shardings`, then gathered over the axes that split the batch.
 
     With both constraints XLA all-gathers one layer's weights (FSDP) instead of all-reducing activations. The gradient
@@ -250,7 +250,7 @@ def constrain_param(x: Float[Array, "..."], axes: Sequence[str | None]) -> Float
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _constrain(x: Float[Array, "..."], split: jax.P, whole: jax.P) -> Float[Array, "..."]:
+def _constrain(x: Shaped[Array, "..."], split: jax.P, whole: jax.P) -> Shaped[Array, "..."]:
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
 
 

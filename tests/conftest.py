@@ -22,14 +22,25 @@ import json
 import shutil
 from importlib.util import find_spec
 
+import helpers.typed  # noqa: F401 - named below
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from helpers.paths import TINY
 from jax._src.lru_cache import LRUCache
 from safetensors.numpy import load_file
 
-import phi4mm_jax
+TYPED = (  # what computes with arrays, and leaves checks to its callers
+    "evaluation.intervals", "kernels.cached", "kernels.limits", "kernels.pallas_tpu", "kernels.pallas_tpu_append",
+    "kernels.pallas_tpu_backward", "kernels.pallas_tpu_cached", "kernels.pallas_tpu_decode",
+    "kernels.pallas_tpu_flash", "kernels.pallas_tpu_tiles", "kernels.partials", "kernels.ring", "kernels.xla",
+    "model", "training.dpo", "training.losses", "training.step",
+)  # fmt: skip
+jaxtyping.Array = jax.Array | np.ndarray  # where jax takes its own arrays it takes those of the host
+jaxtyping.install_import_hook([f"phi4mm_jax.{module}" for module in TYPED], "helpers.typed.check")
+
+import phi4mm_jax  # noqa: E402
 
 # Before it stores a program, jax reads what is known of all others. Those that tests start keep the folder in bounds.
 LRUCache._evict_if_needed = lambda self, *, additional_size=0: None

@@ -25,7 +25,7 @@ def interval(metric: Metric, counts: Float[np.ndarray, "N K"]) -> tuple[float, f
     return mean_interval(metric, [counts])
 
 
-def mean_interval(metric: Metric, sets: Sequence[Float[np.ndarray, "N K"]]) -> tuple[float, float] | None:
+def mean_interval(metric: Metric, sets: Sequence[Float[np.ndarray, "_ K"]]) -> tuple[float, float] | None:
     """Return the interval of the mean over sets, by a bootstrap over the items of each; None as `interval`."""
     if min(map(len, sets)) < MIN_ITEMS:
         return None

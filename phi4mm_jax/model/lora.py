@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Num, UInt32
 
 from phi4mm_jax.adapters import ADAPTERS, USERS, adapter_indices, split_index
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
@@ -26,8 +26,9 @@ from phi4mm_jax.kernels.ring import zigzag_order
 from phi4mm_jax.mesh import constrain_param
 from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
 from phi4mm_jax.precision import einsum
+from phi4mm_jax.quantization import QuantizedWeight
 
-RowScales = Mapping[str, Float[Array, " B"]]
+RowScales = Mapping[str, Num[Array, " B"]]
 
 ProjectionAxes = tuple[str, Mapping[str, str]]  # of the input, and of each part of the output
 QKV: ProjectionAxes = "D", {"q": "NH", "k": "KH", "v": "KH"}
@@ -138,7 +139,7 @@ class Projection(nn.Module):
     def _of_users(self, name: str, axes: str) -> Float[Array, "U ..."]:
         return constrain_param(self.get_variable(USERS, name), (None, *(LOGICAL_AXES[axis] for axis in axes)))
 
-    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."]:
+    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."] | QuantizedWeight:
         """Declare as `layers.declare` does, in any collection. B starts at zero: a fresh adapter changes nothing."""
         sizes = {**self.sizes, "R": rank}
         if collection == "params":

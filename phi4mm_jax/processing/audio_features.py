@@ -183,7 +183,7 @@ def mel_filters() -> Float[np.ndarray, "257 80"]:
     return weights
 
 
-def resample(samples: Float[np.ndarray, " S"], rate: int, block: int = _SAMPLES_PER_BLOCK) -> Float[np.ndarray, " S"]:
+def resample(samples: Float[np.ndarray, " S"], rate: int, block: int = _SAMPLES_PER_BLOCK) -> Float[np.ndarray, " R"]:
     """Resample to the rate of the features by scipy's polyphase filter, in float64.
 
     It goes by blocks of about `block` samples, so that only the result takes memory.
