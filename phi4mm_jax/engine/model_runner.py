@@ -52,12 +52,7 @@ class ModelRunner:
         self._programs, self._variables, self._config = programs, variables, config
         model = programs.model.config
         dtype = jnp.dtype(programs.model.dtype)
-        cache_dtype = jnp.dtype(config.cache_dtype or dtype)
-        if cache_dtype not in (dtype, jnp.int8):
-            raise InputError(
-                f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
-                f"{dtype.name!r} or 'int8'"
-            )
+        cache_dtype = _cache_dtype(config, dtype)
         self.user_adapters = UserAdapters(programs, config)
         self.table_size = min(config.pages, math.ceil(context / config.page_size))
         self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
@@ -283,6 +278,16 @@ class ModelRunner:
             *(beam_step(adapters, size) for adapters in together for size in config.beam_batch_sizes),
             *((call, None) for call in sets),
         ]  # fmt: skip
+
+
+def _cache_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
+    cache_dtype = jnp.dtype(config.cache_dtype or dtype)
+    if cache_dtype not in (dtype, jnp.int8):
+        raise InputError(
+            f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
+            f"{dtype.name!r} or 'int8'"
+        )
+    return cache_dtype
 
 
 def _adapter_sets(variables: Mapping[str, Any], with_users: bool) -> tuple[list[int], list[set[int]]]:
