@@ -57,11 +57,8 @@ class ModelRunner:
         self.table_size = min(config.pages, math.ceil(context / config.page_size))
         self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
-
-        def encode(table: Any, stack: ImageStack | AudioStack, rows: np.ndarray) -> Any:
-            return self._encode_step(table, stack, rows)()
-
-        self.encoder_cache = EncoderCache(encode, features, group_sizes(len(programs.devices)))
+        sizes = group_sizes(len(programs.devices))
+        self.encoder_cache = EncoderCache(lambda *given: self._encode_step(*given)(), features, sizes)
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
         self.last_tokens = programs.place(jnp.zeros(config.slots, jnp.int32))
         self._slots = DeviceCopies(programs.place)
