@@ -1,0 +1,85 @@
+"""Decoding with drafts beside decoding without: python -m benchmarks.drafts.
+
+The small model reads the pictures of its held-out set, copies words, and continues lines that repeat. For each set:
+tokens a step with drafts (without, one), tokens a second with and without in rounds that alternate, and how many
+answers are the same.
+"""
+
+import argparse
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import phi4mm_jax
+from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request
+from phi4mm_jax.evaluation.items import read_items
+
+ROOT = Path(__file__).parent.parent
+HELD = ROOT / "tests" / "fixtures" / "held"
+WORDS = ["apple", "bank", "bell", "bird", "boat", "book", "bread", "brick", "cake", "candle", "cat", "chair", "clock"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drafts", description="Decoding with drafts.")
+    parser.add_argument("--model", metavar="PATH", default=str(ROOT / "assets" / "tiny"))
+    parser.add_argument("--slots", metavar="N", type=int, nargs="+", default=[1, 8], help="a table's rows for each")
+    parser.add_argument("--draft-tokens", metavar="N", type=int, default=5)
+    parser.add_argument("--rounds", metavar="N", type=int, default=3, help="after a first one; the median counts")
+    arguments = parser.parse_args()
+    model = phi4mm_jax.load(arguments.model, dtype="float32")
+    table = Table("set", "slots", "tokens", "tokens a step", "tokens/s without", "with", "ratio", "same answers")
+    for name, requests in sets().items():
+        for slots in arguments.slots:
+            table.add_row(name, str(slots), *measured(model, requests, slots, arguments.draft_tokens, arguments.rounds))
+    console = Console(width=120)
+    console.print(f"{processor()}, up to {arguments.draft_tokens} tokens a draft")
+    console.print(table)
+    return 0
+
+
+def sets() -> dict[str, list[Request]]:
+    pictures = [Request(item.prompt, max_new_tokens=64) for item in read_items(HELD / "ocr.jsonl")]
+    draw = random.Random(0)
+    words = [" ".join(draw.choices(WORDS, k=4)) for _ in range(64)]
+    copies = [Request([{"role": "user", "content": f"copy {text}"}], max_new_tokens=64) for text in words]
+    lines = [Request(f"{text}\n" * 3, max_new_tokens=64) for text in words]
+    return {"read pictures": pictures, "copy words": copies, "repeated lines": lines}
+
+
+def measured(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int, rounds: int):
+    """The cells of a row, from the tokens on."""
+    plain = model.engine(EngineConfig(slots=slots))
+    drafted = model.engine(EngineConfig(slots=slots, draft_tokens=max_draft))
+    with_drafts = [replace(request, draft="lookup") for request in requests]
+    before, after = answers(plain, requests)[0], answers(drafted, with_drafts)[0]  # and all is compiled
+    seconds = [(answers(plain, requests)[1], answers(drafted, with_drafts)[1]) for _ in range(rounds)]
+    tokens = sum(len(answer.tokens) for answer in before)
+    rates = [tokens / statistics.median(times) for times in zip(*seconds, strict=True)]
+    per_step = drafted.runner.num_draft_step_tokens / drafted.runner.num_draft_steps
+    same = sum(one.tokens == other.tokens for one, other in zip(before, after, strict=True))
+    cells = str(tokens), f"{per_step:.2f}", *(f"{rate:.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}"
+    return *cells, f"{same} of {len(before)}"
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[Completion], float]:
+    """The answers in order, and the seconds that they took."""
+    start = time.perf_counter()
+    found = dict(engine.run(requests))
+    return [found[i] for i in range(len(found))], time.perf_counter() - start
+
+
+def processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else "unknown processor"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
