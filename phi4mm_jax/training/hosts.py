@@ -38,6 +38,7 @@ _LINGER = 10.0  # seconds that a failed host stays for the others to read its er
 _VISIBLE = 10.0  # seconds for a new file to be seen by the other hosts
 _SILENT = 5.0  # seconds without a sign of life, after which a host is the cause of an error that there is
 _STUCK = 2.0  # seconds of a look, after which jax may be ending the process
+_RERUN = "Rerun the same command on all hosts: it resumes from what was saved last, or begins where nothing was"
 _FAILURE, _SEEN, _ALIVE = "phi4mm/failure", "phi4mm/seen", "phi4mm/alive"
 
 
@@ -388,10 +389,11 @@ class _Watch:
         """Say which hosts had given no sign of life for a while at the last look; None if all had."""
         before = self._looked - _SILENT - self._pause()
         silent = [f"{host}" for host, heard in self._heard.items() if heard < before and host != self._me]
-        return f"host {', '.join(silent)} has gone: was it killed, or is it cut off?" if silent else None
+        return f"host {', '.join(silent)} has gone: was it killed, or is it cut off? {_RERUN}" if silent else None
 
     def _cause_unseen(self) -> str:
-        return "another host has gone" if is_primary_process() else "host 0, which coordinates the run, has gone"
+        who = "another host" if is_primary_process() else "host 0, which coordinates the run,"
+        return f"{who} has gone. {_RERUN}"
 
     def _end(self, line: str) -> NoReturn:
         with self._ending:

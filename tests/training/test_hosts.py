@@ -137,7 +137,9 @@ def test_other_files_on_a_host_are_refused(tmp_path):
 def test_a_host_that_is_killed_ends_the_others(tmp_path):
     (status, out, error), (other_status, *_) = meet(tmp_path, "kill", (tmp_path / "run",) * 2)
     assert (status, other_status) == (2, -signal.SIGKILL)
-    assert error.splitlines()[-1] == "error: host 1 has gone: was it killed, or is it cut off?"
+    told, _, remedy = error.splitlines()[-1].partition("? ")
+    assert told == "error: host 1 has gone: was it killed, or is it cut off"
+    assert remedy.startswith("Rerun the same command on all hosts: it resumes")
     assert out == "both are here\n"
 
 
