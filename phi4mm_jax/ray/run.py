@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray._private import state  # the public way to actors' restarts needs Ray's dashboard
 from ray.exceptions import RayError, RayTaskError
 
 from phi4mm_jax.engine.answer_lines import Format, answer_of, encode_answer, error_answer
@@ -23,8 +26,10 @@ from phi4mm_jax.ray.storage import find_files
 
 _IN_FLIGHT = 4  # batches of an engine at once
 _SMALLEST_BATCH = 16
+_LOOK = 2.0  # seconds between looks for engines that have died
 _RETRIES = 10  # of a batch whose engine dies; then its lines are left out, so that one that kills engines stops no run
 
+_log = logging.getLogger(__name__)
 _ANSWERED = pa.schema([("answer", pa.large_binary()), ("tokens", pa.int64()), ("failed", pa.bool_())])
 
 
@@ -223,6 +228,8 @@ def answer(
         at += chunk.lines
         if wanted.any():
             pieces.append(asdict(chunk) | {"wanted": np.packbits(wanted).tobytes()})
+    # No other way bounds retries; the extra `ray` ends before the release that is without this one.
+    warnings.filterwarnings("ignore", ".*ray_remote_args_fn", DeprecationWarning)
     answers = (
         ray.data.from_items(pieces, override_num_blocks=len(pieces))
         .map_batches(_read, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
@@ -240,15 +247,48 @@ def answer(
     )  # fmt: skip
     try:
         batches: Iterable[Any] = answers.iter_batches(batch_size=None, batch_format="pyarrow")
-        for batch in batches:
-            failed = batch.column("failed").to_pylist()
-            tokens = batch.column("tokens").to_pylist()
-            parts.add(batch.column("answer").to_pylist(), sum(failed))
-            advance(batch.num_rows, sum(tokens))
+        with _told_of_deaths():
+            for batch in batches:
+                failed = batch.column("failed").to_pylist()
+                tokens = batch.column("tokens").to_pylist()
+                parts.add(batch.column("answer").to_pylist(), sum(failed))
+                advance(batch.num_rows, sum(tokens))
     except RayError as error:
         raise _cause(error) from error
     finally:
         parts.flush()
+
+
+@contextmanager
+def _told_of_deaths() -> Iterator[None]:
+    """Log engines that die and are started again, while the body runs."""
+    done = threading.Event()
+
+    def look() -> None:
+        known = 0
+        while not done.wait(_LOOK):
+            with suppress(RayError, OSError):
+                restarts = _restarts()
+                if restarts > known:
+                    _log.info(
+                        "an engine has died and is started again, %d so far; its lines are asked again (at most %d "
+                        "times)", restarts, _RETRIES,
+                    )  # fmt: skip
+                known = restarts
+
+    thread = threading.Thread(target=look, name="phi4mm-engines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _restarts() -> int:
+    """Return how often engines of this run were started again."""
+    found = state.actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
+    return sum(int(x["NumRestarts"]) for x in found.values() if AnswerLines.__name__ in x["ActorClassName"])
 
 
 def _read(pieces: pa.Table) -> Iterator[pa.Table]:

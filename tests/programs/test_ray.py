@@ -394,6 +394,7 @@ def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
     wait_for(lambda: len(answers_in(output)) > 10, run)
     run.kill()
     run.wait()
+    run.stderr.close()
     answered = len(answers_in(output))
     assert 10 < answered < 82
     run = start(source, output, "--write-seconds", "0")
@@ -402,6 +403,8 @@ def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
     _, told = run.communicate(timeout=600)
     assert run.returncode == 1, told  # two lines have failed
     assert f"{answered} of 82 lines are answered already" in told
+    assert "an engine has died and is started again, 1 so far" in told
+    assert "Deprecat" not in told
     found = answers_in(output)
     assert sorted(p.name for p in output.iterdir() if not p.name.startswith("part-")) == ["settings.json"]
     lines = read_requests(folder / "all.txt", max_new_tokens=256)
