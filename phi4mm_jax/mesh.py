@@ -393,7 +393,7 @@ def automatic_axes() -> dict[str, int]:
 
 
 class Axes(tuple[str | None, ...]):
-    """Kinds of one array's axes, for `over_mesh`: "rows", "heads" or None."""
+    """Kinds of one array's axes, for `over_mesh`: "rows", "length", "heads" or None."""
 
     def __new__(cls, *names: str | None):
         return super().__new__(cls, names)

@@ -30,7 +30,7 @@ from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.sidecar_files import read_sidecar_files, skipped_files
 from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
-from phi4mm_jax.checkpoint.table import ParamPath, Tensor, parameter_bytes
+from phi4mm_jax.checkpoint.tensor_types import ParamPath, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.processing.processor import Processor

@@ -17,7 +17,7 @@ from phi4mm_jax.checkpoint.orbax_io import OrbaxCheckpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import PyTorchCheckpoint, layout_of, tensors_of
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
-from phi4mm_jax.checkpoint.table import UNUSED, ParamPath, Tensor, parameter_bytes, parameter_shapes
+from phi4mm_jax.checkpoint.tensor_types import UNUSED, ParamPath, Tensor, parameter_bytes, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.quantization import SCALES, Weights, quantize, quantized_parameters, scales_of, stored_weights

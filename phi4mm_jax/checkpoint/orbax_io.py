@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from phi4mm_jax.checkpoint.table import ParamPath, parameter_bytes
+from phi4mm_jax.checkpoint.tensor_types import ParamPath, parameter_bytes
 from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.utils.absl_log import absl_log_level

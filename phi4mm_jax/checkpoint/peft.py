@@ -20,7 +20,7 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors
-from phi4mm_jax.checkpoint.table import Tensor
+from phi4mm_jax.checkpoint.tensor_types import Tensor
 from phi4mm_jax.config import DecoderConfig, LoraConfig, Phi4MMConfig, read_adapter, read_json
 from phi4mm_jax.config.peft_settings import MODULES, common_lora, module_loras
 from phi4mm_jax.errors import CheckpointError, InputError

@@ -20,7 +20,7 @@ from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.stacked import StackedTensors
-from phi4mm_jax.checkpoint.table import ParamPath, Part, Tensor
+from phi4mm_jax.checkpoint.tensor_types import ParamPath, Part, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
 

@@ -12,7 +12,7 @@ import numpy as np
 from phi4mm_jax.checkpoint import pytorch
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.staging import check_room, staged
-from phi4mm_jax.checkpoint.table import ParamPath, parameter_shapes
+from phi4mm_jax.checkpoint.tensor_types import ParamPath, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig, read_json
 
 DEVIATION = 0.02  # the release's initializer_range

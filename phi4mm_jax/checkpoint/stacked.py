@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
-from phi4mm_jax.checkpoint.table import ParamPath, Part, Tensor, parameter_shapes
+from phi4mm_jax.checkpoint.tensor_types import ParamPath, Part, Tensor, parameter_shapes
 
 _ALIGNMENT = 64  # bytes
 Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows

@@ -25,7 +25,7 @@ from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.load import is_finite, open_checkpoint
 from phi4mm_jax.checkpoint.safetensors_io import read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors
-from phi4mm_jax.checkpoint.table import UNUSED, Part, Tensor, linear, parameter_shapes
+from phi4mm_jax.checkpoint.tensor_types import UNUSED, Part, Tensor, linear, parameter_shapes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model import Phi4MM

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from phi4mm_jax.checkpoint.table import UNUSED, Tensor
+from phi4mm_jax.checkpoint.tensor_types import UNUSED, Tensor
 
 
 def shards(folder: Path) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from helpers.paths import FIXTURES
 
 from phi4mm_jax.checkpoint.layouts.original import original_table
-from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.checkpoint.tensor_types import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import LOGICAL_AXES

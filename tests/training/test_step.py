@@ -26,7 +26,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.adapters import index_of
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack, TrainingBatch
 from phi4mm_jax.checkpoint.layouts.original import original_table
-from phi4mm_jax.checkpoint.table import UNUSED
+from phi4mm_jax.checkpoint.tensor_types import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM

@@ -17,7 +17,7 @@ from phi4mm_jax.checkpoint.config_json import original_config
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import tensors_of
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
-from phi4mm_jax.checkpoint.table import UNUSED, parameter_shapes
+from phi4mm_jax.checkpoint.tensor_types import UNUSED, parameter_shapes
 from phi4mm_jax.config import (
     DecoderConfig,
     LoraConfig,

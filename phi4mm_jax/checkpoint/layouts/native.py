@@ -8,7 +8,7 @@ import re
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.layouts.original import original_table
-from phi4mm_jax.checkpoint.table import Tensor
+from phi4mm_jax.checkpoint.tensor_types import Tensor
 from phi4mm_jax.config import Phi4MMConfig
 
 # What the two layouts call the same thing, by part of the model.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.checkpoint.table import Shape, Tensor, linear, part, tensor, unused
+from phi4mm_jax.checkpoint.tensor_types import Shape, Tensor, linear, part, tensor, unused
 from phi4mm_jax.config import Phi4MMConfig
 
 _IMAGE = "model.embed_tokens_extend.image_embed"

@@ -1,6 +1,6 @@
-"""Types of the weight tables: which tensor of a checkpoint is which parameter, as a bijection.
+"""Types of the tables that say which tensor of a checkpoint is which parameter, as a bijection.
 
-The tables themselves are in `layouts/original.py` and `layouts/native.py`.
+The tables are in `layouts/original.py` and `layouts/native.py`.
 
 A tensor's rows are split into parts (q, k, v of a fused matrix; mostly there is one); each part is viewed, transposed
 and reshaped into one parameter. All three steps have inverses, so a table converts in both directions.
