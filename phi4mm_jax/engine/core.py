@@ -138,6 +138,7 @@ class EngineCore:
         except Exception as error:  # whatever a library raises for a bad file, other requests are answered
             self.queue.remove(waiting)
             self.outputs.reject(waiting.id, "error", error)
+            error.__traceback__ = None  # it would keep the round's arrays until the garbage collector comes
             return True
         if not self.scheduler.admit(sequence):
             return False

@@ -171,6 +171,7 @@ def test_a_slow_medium_holds_up_no_other_request(tiny):
     good = Request("<|user|>Hello<|end|><|assistant|>", max_new_tokens=3)
     (expected,) = tiny.generate([good.prompt], max_new_tokens=3)
     engine = tiny.engine(EngineConfig(slots=1, cache_tokens=2048, workers=2, media_seconds=2))
+    list(engine.run([Request(IMAGE_PROMPT, images=[IMAGE], max_new_tokens=1), good]))  # so that all is compiled
     engine.queue.patience = 0.05
     slow, stuck = Slow(), Slow()
     ends = []

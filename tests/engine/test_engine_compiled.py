@@ -101,14 +101,14 @@ def moved(text: str) -> list[tuple[float, str]]:
     ),
 )
 def test_programs_gather_no_cache(program, context):
-    """A row of the longest has 16 MB of keys in a layer, and the smallest weight of a layer is 6 MB.
+    """A row of the longest has 16 MB of keys in a layer, the smallest weight of a layer is 6 MB: 1.5 on four chips.
 
     No weights are gathered but where a chunk's tokens are shared: then one layer's at a time.
     """
     text = compiled(program, None, context, 8)[0].as_text()
     assert "phi4mm_cached" in text if program == "prefill" else "phi4mm_decode" in text
     assert "all-reduce" in text  # as the products of split weights need it
-    gathered = [size for size, place in moved(text) if size > 2**18]
+    gathered = [size for size, place in moved(text) if size > 2**20]  # activations of drafts: 0.6 MB
     shared = program == "prefill" and context > 1
     assert bool(gathered) == shared
     largest = 2 * 3072 * 8192 // (8 // context)  # bytes of a chip's part of the gate's weight

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -105,16 +105,6 @@ def on_mesh(alone):
     return spread
 
 
-class WithLogits(NamedTuple):
-    """`LossStats`, and the logits that the loss comes from."""
-
-    loss: Any
-    weight: Any
-    log_probability: Any
-    correct: Any
-    logits: Any
-
-
 def compute(module, variables, samples):
     """Gradients, sums of the loss, and the logits at the tokens that there are."""
     trainable, frozen = split(variables, TRAINED, "trainable")
@@ -122,18 +112,16 @@ def compute(module, variables, samples):
     def objective(trainable, frozen, batch, key):
         seen = []
 
-        class Watched:
-            dtype = module.dtype
-
+        class Watched(Phi4MM):
             def apply(self, *arguments, **named):
                 seen.append(module.apply(*arguments, **named))
                 return seen[-1]
 
-        watched: Any = Watched()
+        watched = Watched(module.config, module.dtype, scan=module.scan)
         total, stats = supervised(watched)(trainable, frozen, batch, key)
         with split_batch():
             logits = module.apply(join(trainable, frozen), seen[0], method="logits")
-        return total, WithLogits(*stats, logits)
+        return total, stats._replace(correct=(stats.correct, logits))
 
     def program(trainable, frozen, batch):
         return gradients(objective, trainable, frozen, jax.tree.map(lambda x: x[None], batch), None)
@@ -142,7 +130,8 @@ def compute(module, variables, samples):
     alike = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, p.ndim), found, trainable)
     assert all(jax.tree.leaves(alike)), "a gradient does not lie as its parameter does"
     found, sums = jax.device_get((found, sums))
-    return found, sums[:4], sums.logits[samples.weights > 0]
+    correct, logits = sums.correct
+    return found, sums._replace(correct=correct), logits[samples.weights > 0]
 
 
 def assert_close(found, expected, tolerance):
