@@ -273,7 +273,7 @@ def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurem
 
     target = gpu.target()
     sides: dict[str, Callable[[], Any]] = {"ours": nullcontext, "XLA": nullcontext}
-    if target is not None and target.capability >= gpu.HOPPER:  # beside the kernel for Hopper, that for every GPU
+    if target is not None and target.capability[0] == gpu.HOPPER[0]:  # beside the kernel for Hopper, that for every GPU
         sides["Triton"] = lambda: gpu.assumed(gpu.Target(gpu.AMPERE, target.cores))
     layers, page = 4, 64
     for batch, length in ((1, 256), (2, 128)) if small else ((1, 131072), (8, 8192), (64, 2048)):
@@ -413,6 +413,8 @@ def model(small: bool) -> Iterator[Measurement]:
 
     def bytes_read(batch: int, cached: int) -> float:
         """Of weights, keys and values that a step has to read, in TB/s at the rate that was measured."""
+        if (batch, cached) not in rates:
+            raise RuntimeError("decoding was not measured, see the row before")
         decoder = ours.config.decoder
         weights = sum(x.nbytes for x in jax.tree.leaves(ours.variables["params"]["decoder"]))
         token = decoder.num_layers * decoder.num_kv_heads * decoder.head_size * 2 * 2

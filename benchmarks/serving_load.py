@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 
 import phi4mm_jax
-from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.evaluation.items import read_items
 
 ROOT = Path(__file__).parent.parent
@@ -87,20 +87,21 @@ def measure(
     adapters: dict[str, Path],
 ) -> int:  # fmt: skip
     """Answer by the engine alone, then by the server, and print the figures."""
-    answered = [each for each, kind in zip(asked, plan, strict=True) if kind == "answer"]
-    own, tokens, alone = engine_alone(arguments, chats, asked, answered, adapters)
+    own, tokens, alone = engine_alone(arguments, chats, plan, asked, adapters)
     with server(arguments, adapters) as (url, process):
-        before = memory(process)
+        before, used, own_used = memory(process), cpu_seconds(process), time.process_time()
         counts, seconds = asyncio.run(load(url, [as_sent(chat) for chat in chats], own, plan, asked, arguments))
+        used, own_used = cpu_seconds(process) - used, time.process_time() - own_used
         figures = httpx.get(f"{url}/metrics").text
         after = memory(process)
         left = {name: figure(figures, name) for name in ("running", "waiting", "cache_pages_in_use", "slots_in_use")}
-    rate, own_rate = tokens / seconds, tokens / alone
+    rate, own_rate, answered = tokens / seconds, tokens / alone, plan.count("answer")
     p50, p99 = np.percentile(counts.first, [50, 99])
     print(f"{len(plan)} requests of {arguments.clients} clients, {arguments.slots} slots, {processor()}")
     print("| | requests/s | tokens/s |\n|---|---|---|")
-    print(f"| engine alone | {len(answered) / alone:.1f} | {own_rate:.0f} |")
-    print(f"| server, with cancelled and malformed ones beside | {len(answered) / seconds:.1f} | {rate:.0f} |")
+    print(f"| engine alone, with one token of those that are cancelled | {answered / alone:.1f} | {own_rate:.0f} |")
+    print(f"| server, with cancelled and malformed ones beside | {answered / seconds:.1f} | {rate:.0f} |")
+    print(f"of {os.cpu_count()} cores the server took {used / seconds:.2f}, and its clients {own_used / seconds:.2f}")
     print(f"server / engine alone: {rate / own_rate:.2f}; first token p50 {p50:.2f} s, p99 {p99:.2f} s")
     print(f"answers equal to the engine's: {counts.equal}, others: {counts.other}; cancelled: {counts.cancelled}")
     print(f"refused as expected: {counts.refused}, otherwise: {len(counts.wrong_status)} {counts.wrong_status[:3]}")
@@ -115,27 +116,33 @@ def copied_adapters(model: Path, folder: Path) -> dict[str, Path]:
 
 
 def engine_alone(
-    arguments: argparse.Namespace, chats: Sequence[Any], asked: Sequence[Asked], answered: Sequence[Asked],
+    arguments: argparse.Namespace, chats: Sequence[Any], plan: Sequence[str], asked: Sequence[Asked],
     adapters: dict[str, Path],
 ) -> Any:  # fmt: skip
-    """Return the answer to each that is asked, and the tokens and seconds of all that are to be answered."""
+    """Return the answer to each that is asked, the tokens of those that are to be answered, and the seconds of all."""
     model = phi4mm_jax.load(arguments.model, dtype="float32")
     config = EngineConfig(
         slots=arguments.slots, cache_tokens=16384, top_logprobs=20, max_adapters=len(adapters), max_adapter_rank=RANK
     )
-    engine = model.engine(config)
-    for name, folder in adapters.items():
-        engine.load_adapter(name, folder)
-    if not arguments.small:
-        engine.warm_up()
 
-    def requests(of: Sequence[Asked]) -> list[Request]:
-        return [Request(chats[i], max_new_tokens=arguments.max_new_tokens, adapter=adapter) for i, adapter in of]
+    def fresh_engine() -> Engine:  # with empty caches, as the server has it
+        engine = model.engine(config)
+        for name, folder in adapters.items():
+            engine.load_adapter(name, folder)
+        if not arguments.small:
+            engine.warm_up()
+        return engine
+
+    def request(place: int, adapter: str | None, max_new_tokens: int = arguments.max_new_tokens) -> Request:
+        return Request(chats[place], max_new_tokens=max_new_tokens, adapter=adapter)
 
     kinds = sorted(set(asked), key=str)
-    own = {kinds[place]: completion.text for place, completion in engine.run(requests(kinds))}
+    own = {kinds[i]: completion.text for i, completion in fresh_engine().run(request(*kind) for kind in kinds)}
+    kept = [(kind, each) for kind, each in zip(plan, asked, strict=True) if kind != "malformed"]
+    engine = fresh_engine()
     began = time.perf_counter()
-    tokens = sum(len(completion.tokens) for _, completion in engine.run(requests(answered)))
+    answers = engine.run(request(*each, **({"max_new_tokens": 1} if kind == "cancel" else {})) for kind, each in kept)
+    tokens = sum(len(completion.tokens) for i, completion in answers if kept[i][0] == "answer")
     return own, tokens, time.perf_counter() - began
 
 
@@ -252,6 +259,12 @@ def memory(process: int) -> float:
     status = Path(f"/proc/{process}/status").read_text()
     found = re.search(r"VmRSS:\s+(\d+) kB", status)
     return int(found[1]) / 1024 if found else float("nan")
+
+
+def cpu_seconds(process: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def processor() -> str:

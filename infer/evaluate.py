@@ -167,7 +167,7 @@ def evaluate(
     if arguments.weights is not None:
         settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.weights}")
     for name, digest in (user_adapter_digests(arguments) or {}).items():
-        settings = dataclasses.replace(settings, weights=f"{settings.weights} {name}={digest}")
+        settings = dataclasses.replace(settings, weights=f"{settings.weights} {name}={digest.replace(' ', '-')}")
     check_same_on_all_hosts("the items and settings", dataclasses.asdict(settings))
     if arguments.output:
         check_shared_filesystem(folder)

@@ -6,6 +6,7 @@ host reaches it, unless --host names another address, which needs an API key: --
 """
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -44,6 +45,7 @@ from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 
 _KEYS = "PHI4MM_API_KEY"
+_SWITCH = 2e-4  # seconds that the engine's thread waits for the interpreter, after each call of jax, instead of 5e-3
 _LIMITS = {
     "max_new_tokens": "of answers whose request does not say",
     "max_waiting": "requests that may wait; more are told to come again",
@@ -175,11 +177,15 @@ def listen(arguments: argparse.Namespace) -> socket:
         found.bind((arguments.host, arguments.port))
     except OSError as error:
         found.close()
-        raise InputError(
-            f"--port is {arguments.port}, which cannot be listened at on {arguments.host} ({error.strerror}); give "
-            "another --port or --host"
-        ) from None
+        raise _cannot_listen(arguments, error) from None
     return found
+
+
+def _cannot_listen(arguments: argparse.Namespace, error: OSError) -> InputError:
+    return InputError(
+        f"--port is {arguments.port}, which cannot be listened at on {arguments.host} ({error.strerror}); give another "
+        "--port or --host"
+    )
 
 
 def serve(app: Any, bound: socket, arguments: argparse.Namespace) -> int:
@@ -195,7 +201,13 @@ def serve(app: Any, bound: socket, arguments: argparse.Namespace) -> int:
     told = "programs are compiled as requests need them" if arguments.no_warmup else told
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{at} has the page, and /v1 below it the API; {told}", file=sys.stderr, flush=True)
-    uvicorn.Server(config).run([bound])
+    sys.setswitchinterval(_SWITCH)
+    try:
+        uvicorn.Server(config).run([bound])
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise _cannot_listen(arguments, error) from None  # another program was bound to it as well, and was first
     return 0
 
 

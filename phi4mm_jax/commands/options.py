@@ -28,6 +28,8 @@ class _AdapterAction(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if "=" in values:
             namespace.user_adapter = [*namespace.user_adapter, values]
+        elif namespace.adapter is not None:
+            raise InputError(f"--adapter asks for {namespace.adapter} and for {values}; give one, or NAME=FOLDER")
         else:
             namespace.adapter = values
 

@@ -73,6 +73,8 @@ class EngineConfig:
             check_positive("compile_workers", self.compile_workers)
         check_whole("top_logprobs", self.top_logprobs, 0)
         check_whole("draft_tokens", self.draft_tokens, 0)
+        if self.page_size < 2:
+            raise InputError(f"page_size is {self.page_size}; expected at least 2")
         if self.draft_tokens + 1 >= self.page_size:
             raise InputError(
                 f"draft_tokens is {self.draft_tokens}; expected at most {self.page_size - 2}, with pages of "

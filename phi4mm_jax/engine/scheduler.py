@@ -175,9 +175,9 @@ class Scheduler:
         for sequence in sorted(prefilling, key=lambda s: s.id):
             if not sequence.prefix_matched:
                 # The last token is always computed, or else there would be no logits to sample from.
-                cached = self.allocator.match_prefix(sequence.page_hashes)
-                cached = min(cached, (sequence.num_tokens_to_prefill - 1) // self._config.page_size)
-                if any(page_hash in computed for page_hash in sequence.page_hashes[cached : cached + 1]):
+                most = (sequence.num_tokens_to_prefill - 1) // self._config.page_size
+                cached = min(self.allocator.match_prefix(sequence.page_hashes), most)
+                if cached < most and sequence.page_hashes[cached] in computed:
                     continue  # another sequence is about to compute the next page of this one
                 self._acquire_prefix(sequence, cached)
             computed.update(sequence.page_hashes[sequence.num_computed_tokens // self._config.page_size :])

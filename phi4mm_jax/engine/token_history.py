@@ -22,15 +22,15 @@ class TokenHistory:
 
     def __init__(self, programs: Programs, slots: int, max_tokens: int):
         self._programs = programs
-        self._written: list[Sequence | None] = [None] * slots
+        self._written: list[int | None] = [None] * slots  # ids of the sequences whose rows are there
         self.tokens = programs.place(jnp.full((slots, max_tokens), NO_TOKEN, jnp.int32))
 
     def write(self, sequences: Items[Sequence | None]) -> None:
         """Write the rows of the sequences that are to have drafts, where they are not there."""
         for slot, sequence in enumerate(sequences):
-            if sequence is not None and sequence.is_drafted and self._written[slot] is not sequence:
+            if sequence is not None and sequence.is_drafted and self._written[slot] != sequence.id:
                 self.set(slot, sequence.known_tokens)
-                self._written[slot] = sequence
+                self._written[slot] = sequence.id
 
     def forget(self, sequences: Items[Sequence | None]) -> None:
         """Take note that the sequences of these slots decode without drafts."""

@@ -163,11 +163,9 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     if key is not None:
         told = f"{found[key]}, now {now[key]}"
         if key == "weights":  # "HASH ADAPTER=HASH ...", which say nothing to a reader
-            before, after = (set(settings[key].split()[1:]) for settings in (found, now))
-            adapters = sorted({part.partition("=")[0] for part in before ^ after})
-            told = (
-                f"of {found['model']}, now {now['model']}" if not adapters else f"they differ in {', '.join(adapters)}"
-            )
+            (before, *parts), (after, *others) = (settings[key].split() for settings in (found, now))
+            adapters = sorted({part.partition("=")[0] for part in {*parts} ^ {*others}})
+            told = f"of {found['model']}, now {now['model']}" if before != after else f"by {', '.join(adapters)}"
         raise InputError(f"{folder}: holds answers of other {key} ({told}); give another folder")
 
 

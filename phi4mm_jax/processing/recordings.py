@@ -169,9 +169,15 @@ class _Cutter:
             yield from self._cut()
 
     def finish(self) -> Iterator[RecordedClip]:
-        """Yield what is left: the last clip."""
+        """Yield what is left: the last clip, and digital silence behind it as one of its own."""
+        end = self._seen if self._run else self._end  # speech that goes on has no delay to take off
+        rest = self._samples[len(self._power) * self._frame :]  # less than a frame
+        stop = len(self._power)
+        if self._begin is not None and not (np.square(rest) >= _DIGITAL).any():
+            stop = self._without_digital_silence(self._begin, stop)
+        if stop < len(self._power):
+            yield self._drop(stop, self._speech(end))
         if len(self._samples):
-            end = self._seen if self._run else self._end  # speech that goes on has no delay to take off
             yield self._clip(len(self._samples), self._speech(end))
 
     def _take(self, samples: Float[np.ndarray, " S"]) -> None:
@@ -229,7 +235,9 @@ class _Cutter:
 
     def _stop(self, begin: int) -> int:
         """Return the frame at which the clip of speech stops: as much silence as is kept after it."""
-        stop = self._end + self._tail
+        return self._without_digital_silence(begin, min(self._end + self._tail, self._seen))
+
+    def _without_digital_silence(self, begin: int, stop: int) -> int:
         while stop > begin + 1 and self._power[stop - 1] < _DIGITAL:
             stop -= 1
         return stop

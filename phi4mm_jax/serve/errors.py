@@ -20,7 +20,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {  # by status, as the OpenAPI documen
     for status, what in {
         400: "A key of the request is not supported, out of range or beyond a limit",
         401: "No key, or an unknown one", 403: "Asked by another name than this host's", 404: "No such model or object",
-        413: "The body is too large", 415: "Content-Type is not application/json", 429: "Too many requests wait",
+        408: "The body did not come in time", 413: "The body is too large",
+        415: "Content-Type is not application/json", 429: "Too many requests wait",
         500: "The answer failed", 503: "The model is not ready", 504: "Not answered in time",
     }.items()
 }  # fmt: skip

@@ -24,6 +24,8 @@ from phi4mm_jax.errors import InputError
 _NOTICE = 5.0  # seconds between lines on standard error
 _RETRY = 0.5  # seconds between attempts to connect, and between looks
 _RESOLVE = 5.0  # seconds for a name to be found
+_GRACE = 10.0  # seconds after its own limit in which a host waits for what the first one says
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a host without power is found in 25 s
 _MAX_LINE = 65536  # bytes
 _REMEDY = "start the same command on all of them, and check that each reaches this address"
 
@@ -70,6 +72,10 @@ class _Notice:
     def is_over(self) -> bool:
         return time.monotonic() >= self._end
 
+    @property
+    def is_long_over(self) -> bool:
+        return time.monotonic() >= self._end + _GRACE
+
     def is_due(self) -> bool:
         """Return whether to say a line now; the next one is due after some seconds."""
         if time.monotonic() < self._next:
@@ -78,8 +84,8 @@ class _Notice:
         return True
 
 
-def _resolved(address: str) -> tuple[Any, ...]:
-    """Return the socket address of HOST:PORT.
+def _resolved(address: str) -> tuple[str, int]:
+    """Return name and port of HOST:PORT. A name may have several addresses, of which not each has to be reached.
 
     Raises:
         InputError: there is no host of this name.
@@ -88,8 +94,8 @@ def _resolved(address: str) -> tuple[Any, ...]:
     end = time.monotonic() + _RESOLVE
     while True:
         try:
-            found = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)
-            return min(found, key=lambda x: x[0] != socket.AF_INET)[4]  # rather IPv4
+            socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            return name.strip("[]"), int(port)
         except (OSError, UnicodeError) as error:
             if time.monotonic() > end:
                 raise InputError(
@@ -102,6 +108,26 @@ def _resolved(address: str) -> tuple[Any, ...]:
 def _greeting(meeting: Meeting) -> dict[str, Any]:
     versions = {"phi4mm_jax": __version__, "jax": jax.__version__}
     return {"host": meeting.process_id, "hosts": meeting.num_processes, "versions": versions}
+
+
+def _read_greeting(line: bytes) -> tuple[int, int, dict[str, str]] | None:
+    """Return host, hosts and versions of a greeting; None where it is none."""
+    try:
+        greeting = json.loads(line)
+        host, hosts, versions = greeting["host"], greeting["hosts"], greeting["versions"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    numbers = all(type(number) is int and 0 <= number < 2**31 for number in (host, hosts))
+    return (host, hosts, versions) if numbers and isinstance(versions, dict) else None
+
+
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    """Have the system look whether the other end is still there."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
 
 
 def _line(value: dict[str, Any]) -> bytes:
@@ -120,7 +146,7 @@ class _Guest:
 class _Host:
     """The first host, which the others come to."""
 
-    def __init__(self, meeting: Meeting, place: tuple[Any, ...], notice: _Notice):
+    def __init__(self, meeting: Meeting, place: tuple[str, int], notice: _Notice):
         self._meeting, self._place, self._notice = meeting, place, notice
         self._guests: list[_Guest] = []
         self._told: list[int] = []  # the missing ones, as the others know them
@@ -134,7 +160,7 @@ class _Host:
                     self._say(missing)
                     for key, _ in selector.select(_RETRY):
                         if key.data is None:
-                            guest = _Guest(listener.accept()[0])
+                            guest = _Guest(_keep_alive(listener.accept()[0]))
                             guest.socket.settimeout(_RETRY)
                             self._guests.append(guest)
                             selector.register(guest.socket, selectors.EVENT_READ, guest)
@@ -178,7 +204,7 @@ class _Host:
     def _own_reach(self) -> str:
         """Return why this host does not reach itself at the address, which is another one's then; '' if it does."""
         try:
-            with socket.create_connection(self._place[:2], 2):
+            with socket.create_connection(self._place, 2):
                 return ""
         except OSError as error:
             return f", where this host does not reach itself ({error.strerror or error}): is it another's address?"
@@ -197,24 +223,24 @@ class _Host:
         if not found or len(guest.received) > _MAX_LINE:
             return False
         if b"\n" in guest.received and guest.host is None:
-            try:
-                greeting = json.loads(guest.received.partition(b"\n")[0])
-                host, hosts, versions = greeting["host"], greeting["hosts"], greeting["versions"]
-            except (ValueError, KeyError, TypeError):
+            greeting = _read_greeting(bytes(guest.received.partition(b"\n")[0]))
+            if greeting is None:
                 return False
-            self._check(host, hosts, versions)
-            guest.host = host
+            self._check(*greeting)
+            guest.host = greeting[0]
             with suppress(OSError):
                 guest.socket.sendall(_line({"missing": self._told}))
         return True
 
-    def _check(self, host: int, hosts: int, versions: Any) -> None:
+    def _check(self, host: int, hosts: int, versions: dict[str, str]) -> None:
         own = _greeting(self._meeting)
         if hosts != own["hosts"]:
             raise InputError(
                 f"host {host} was started as one of {hosts}, and host 0 as one of {own['hosts']}; give the same "
                 "--num-processes to all"
             )
+        if host >= hosts:
+            raise InputError(f"a host was started as number {host} of {hosts}, counted from 0; check --process-id")
         if host in {0, *(guest.host for guest in self._guests)}:
             raise InputError(f"two hosts were started as number {host}; give each its own --process-id")
         if versions != own["versions"]:
@@ -251,12 +277,12 @@ def _listen(address: str) -> socket.socket:
         ) from error
 
 
-def _join(meeting: Meeting, place: tuple[Any, ...], notice: _Notice) -> None:
+def _join(meeting: Meeting, place: tuple[str, int], notice: _Notice) -> None:
     """Come to the first host, and wait until all are here."""
     reason = ""
     while not notice.is_over:
         try:
-            with socket.create_connection(place[:2], max(_RETRY, 2)) as host:
+            with _keep_alive(socket.create_connection(place, max(_RETRY, 2))) as host:
                 host.settimeout(_RETRY)
                 host.sendall(_line(_greeting(meeting)))
                 if _is_complete(host, meeting, notice):
@@ -299,7 +325,7 @@ def _is_complete(host: socket.socket, meeting: Meeting, notice: _Notice) -> bool
         try:
             found = host.recv(_MAX_LINE)
         except TimeoutError:
-            if notice.is_over and not missing:  # something else listens there
+            if notice.is_long_over or (notice.is_over and not missing):  # it hangs, or something else listens there
                 return False
             continue
         received += found
@@ -312,8 +338,8 @@ def _names(hosts: Sequence[int]) -> str:
     return f"host{'s' if len(hosts) > 1 else ''} {', '.join(shown)}"
 
 
-def _versions(versions: Any) -> str:
-    return " and ".join(f"{name} {version}" for name, version in dict(versions).items())
+def _versions(versions: dict[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _print(line: str) -> None:

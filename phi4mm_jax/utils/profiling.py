@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 
 from phi4mm_jax.errors import InputError
@@ -27,8 +28,8 @@ def check_profile(folder: Path | None) -> None:
         return
     try:
         make_folder(folder)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        with TemporaryFile(dir=folder):  # of its own: several hosts may look at once
+            pass
     except OSError as error:
         cause = f"{folder}: a profile cannot be written there ({error.strerror})"
         raise InputError(f"{cause}; choose another folder") from error

@@ -205,6 +205,8 @@ def test_drafts_with_media_and_top_logprobs(tiny, goldens):
 def test_bad_drafts_are_named(tiny):
     with pytest.raises(InputError, match="draft is 'other'; expected None or 'lookup'"):
         Request("a", draft="other")
+    with pytest.raises(InputError, match="page_size is 1; expected at least 2"):
+        EngineConfig(page_size=1)
     with pytest.raises(InputError, match="draft_tokens is 63; expected at most 62, with pages of 64 tokens"):
         EngineConfig(page_size=64, draft_tokens=63)
     ((_, answer),) = tiny.engine(PLAIN).run([Request("a", draft="lookup")])

@@ -189,6 +189,20 @@ def test_a_cached_prompt_of_whole_pages_is_prefilled(tiny):
         check_greedy(tiny, prompt, answer)
 
 
+def test_equal_prompts_of_whole_pages_start_together(tiny):
+    """Each computes the last page itself, so that none has to wait for another's."""
+    prompt = prompt_of(tiny.processor.tokenizer, 64)
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
+    numbers = [engine.submit(Request(prompt, max_new_tokens=4)) for _ in range(4)]
+    updates = engine.step()
+    assert engine.runner.num_prefilled_tokens == 4 * 64
+    while not engine.idle:
+        updates += engine.step()
+    answers = {update.id: update.completion for update in updates if update.completion}
+    for number in numbers:
+        check_greedy(tiny, prompt, answers[number])
+
+
 def test_an_idle_slot_writes_no_page(tiny):
     """It ends early in a round that another goes on with; a longer prompt then shares all its pages."""
     prompt = prompt_of(tiny.processor.tokenizer, 128)

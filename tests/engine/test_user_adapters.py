@@ -384,6 +384,7 @@ def test_what_the_option_asks_for():
         (["a=A", "nothing+a"], "--adapter is 'nothing+a'; expected one of"),
         (["a=A", "a=B"], "--adapter has a twice: A and B"),
         (["speech=A"], "adapter name is 'speech'"),
+        (["speech", "vision"], "--adapter asks for speech and for vision; give one, or NAME=FOLDER"),
         (["a="], "--adapter is 'a='; expected NAME=FOLDER"),
     ],
 )

@@ -85,6 +85,13 @@ def test_a_run_is_resumed_with_the_same_weights_alone(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=rf"run: holds answers of other {named} \(.*, now .*\); give another"):
             claim("model", **changed)
+    with_adapter = settings_of(tmp_path / "model", "float32", None, 3, items)
+    with_adapter = dataclasses.replace(with_adapter, weights=f"{with_adapter.weights} legal=12-in-place-of-speech")
+    with (
+        pytest.raises(InputError, match=r"run: holds answers of other weights \(by legal\)"),
+        answer_file(tmp_path / "run", with_adapter, items),
+    ):
+        pass
     with (tmp_path / "copy" / "model.safetensors").open("r+b") as file:
         file.seek(2 << 20)
         file.write(b"\x01")

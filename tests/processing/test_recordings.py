@@ -80,6 +80,12 @@ def test_no_digital_silence_is_kept_around_speech():
     check(cut(*parts), expected)
 
 
+@pytest.mark.parametrize("behind", [0.5, 1.99, 3])
+def test_no_digital_silence_is_kept_at_the_end(behind):
+    """Also where it is shorter than a pause, which is what ends a clip elsewhere."""
+    check(cut(tone(2), digital_silence(behind)), [((0, 2), (0, 2)), ((2, 2 + behind), None)])
+
+
 def test_without_silence_the_quietest_place_is_cut():
     places, speech = cut(tone(6), tone(0.2, 0.02), tone(6), clip_seconds=10)
     assert len(places) == 2

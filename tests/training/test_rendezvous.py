@@ -1,6 +1,7 @@
 """Rendezvous of hosts: all meet, or each is told who is missing and what does not fit."""
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -65,10 +66,47 @@ def test_something_else_at_the_address(address):
     assert "cannot be listened at (Address already in use" in host
 
 
+def test_a_first_host_that_hangs_holds_no_other(address, monkeypatch):
+    """It says once who is missing, and then nothing."""
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.5)
+    with (
+        socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        guest = pool.submit(outcomes, Meeting(address, 3, 1), seconds=1)
+        connection = server.accept()[0]
+        with connection:
+            connection.sendall(b'{"missing": [2]}\n')
+            assert "was not at" in guest.result(10)[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"GET / HTTP/1.1\r\n", b"[]\n", b'{"host": "1", "hosts": 2, "versions": {}}\n', b"[" * 60_000 + b"\n",
+     b'{"host": 1, "hosts": 2, "versions": 3}\n', b'{"host": -1, "hosts": 2, "versions": {}}\n', b"\xff\n"],
+)  # fmt: skip
+def test_what_is_no_greeting_is_not_counted(address, line):
+    with ThreadPoolExecutor(1) as pool:
+        host = pool.submit(outcomes, Meeting(address, 2, 0), seconds=10)
+        place = "127.0.0.1", int(address.rpartition(":")[2])
+        for _ in range(100):
+            try:
+                connection = socket.create_connection(place, 5)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        with connection:
+            connection.sendall(line)
+            assert connection.recv(1) == b""
+        assert outcomes(Meeting(address, 2, 1)) == [""]
+        assert host.result(10) == [""]
+
+
 @pytest.mark.parametrize(
     ("count", "others", "message"),
     [
         (2, [(3, 1)], "host 1 was started as one of 3, and host 0 as one of 2; give the same --num-processes to all"),
+        (2, [(2, 2)], "a host was started as number 2 of 2, counted from 0; check --process-id"),
         (3, [(3, 1), (3, 1)], "two hosts were started as number 1; give each its own --process-id"),
     ],
 )
