@@ -3,6 +3,9 @@
 The small model reads the pictures of its held-out set, copies words, and continues lines that repeat. For each set:
 tokens a step with drafts (without, one), tokens a second with and without in rounds that alternate, and how many
 answers are the same.
+
+With --random N it answers N random requests instead, greedy and sampled, once without drafts and once with them, and
+prints how many answers differ; the exit status is 1 if any does.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
-from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request
+from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.evaluation.items import read_items
 
 ROOT = Path(__file__).parent.parent
@@ -33,8 +36,13 @@ def main() -> int:
     parser.add_argument("--slots", metavar="N", type=int, nargs="+", default=[1, 8], help="a table's rows for each")
     parser.add_argument("--draft-tokens", metavar="N", type=int, default=5)
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="after a first one; the median counts")
+    parser.add_argument("--random", metavar="N", type=int, help="compare the answers to so many random requests")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the random requests")
     arguments = parser.parse_args()
     model = phi4mm_jax.load(arguments.model, dtype="float32")
+    if arguments.random is not None:
+        asked = random_requests(arguments.random, arguments.seed)
+        return compare(model, asked, arguments.slots[-1], arguments.draft_tokens)
     table = Table("set", "slots", "tokens", "tokens a step", "tokens/s without", "with", "ratio", "same answers")
     for name, requests in sets().items():
         for slots in arguments.slots:
@@ -52,6 +60,50 @@ def sets() -> dict[str, list[Request]]:
     copies = [Request([{"role": "user", "content": f"copy {text}"}], max_new_tokens=64) for text in words]
     lines = [Request(f"{text}\n" * 3, max_new_tokens=64) for text in words]
     return {"read pictures": pictures, "copy words": copies, "repeated lines": lines}
+
+
+def random_requests(count: int, seed: int) -> list[Request]:
+    """Half greedy, half sampled, by random settings; four of five with drafts, and most of words that repeat."""
+    draw = random.Random(seed)
+
+    def request(place: int) -> Request:
+        words = draw.choices(WORDS, k=draw.randint(2, 6))
+        text = " ".join(words * draw.randint(2, 4) if draw.random() < 0.7 else draw.choices(WORDS, k=8))
+        penalty = draw.choice([1.0, 1.0, 1.1, 1.3])
+        sampling = Sampling(repetition_penalty=penalty)
+        if place % 2:
+            sampling = Sampling(
+                draw.uniform(0.2, 1.2), draw.choice([0, 3, 20]), draw.choice([1.0, 0.9, 0.6]), draw.choice([0.0, 0.05]),
+                penalty, seed=place,
+            )  # fmt: skip
+        return Request(
+            text if draw.random() < 0.5 else [{"role": "user", "content": f"copy {text}"}],
+            max_new_tokens=draw.randint(1, 24), sampling=sampling, draft="lookup" if draw.random() < 0.8 else None,
+        )  # fmt: skip
+
+    return [request(place) for place in range(count)]
+
+
+def compare(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int) -> int:
+    """Print how many answers differ with and without drafts; return the exit status."""
+    plain = model.engine(EngineConfig(slots=slots))
+    drafted = model.engine(EngineConfig(slots=slots, draft_tokens=max_draft))
+    before, seconds = answers(plain, [replace(request, draft=None) for request in requests])
+    after, drafted_seconds = answers(drafted, requests)
+    differ = [
+        place
+        for place, (one, other) in enumerate(zip(before, after, strict=True))
+        if (one.error, one.tokens, one.finish_reason) != (other.error, other.tokens, other.finish_reason)
+    ]
+    steps, tokens = drafted.runner.num_draft_steps, drafted.runner.num_draft_step_tokens
+    print(f"{processor()}, {slots} slots, up to {max_draft} tokens a draft")
+    print(
+        f"{len(requests)} requests, {sum(len(answer.tokens) for answer in before)} tokens: {len(differ)} answers differ"
+        f"{f', the first to request {differ[0]}' if differ else ''}; those with drafts took {steps} steps for {tokens} "
+        f"tokens, {tokens / max(steps, 1):.2f} a step"
+    )
+    print(f"{drafted_seconds:.0f} s with drafts, {seconds:.0f} s without, each with its compilation")
+    return 1 if differ else 0
 
 
 def measured(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int, rounds: int):

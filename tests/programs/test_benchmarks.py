@@ -31,6 +31,18 @@ def test_vs_transformers_prints_every_row():
     assert all(float(line.split("|")[-2]) > 0 for line in lines)
 
 
+@pytest.mark.slow
+def test_random_requests_are_answered_alike_with_drafts():
+    command = [sys.executable, "-m", "benchmarks.drafts", "--random", "40", "--slots", "4"]
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = run.stdout.splitlines()[1]
+    assert summary.startswith("40 requests, ")
+    assert ": 0 answers differ; " in summary
+    assert float(summary.split(", ")[-1].removesuffix(" a step")) > 1.5
+
+
 def gpu_rows(*arguments, **options) -> tuple[list[dict], str]:
     """Results of `benchmarks.gpu`, printed as they come, and all that it printed."""
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
