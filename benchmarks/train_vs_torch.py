@@ -6,7 +6,7 @@ The model has the release's widths and vocabulary but two decoder layers, in flo
 pass of the speech adapter over rows of text, clipping, and AdamW; half of the positions are in the loss mask. Each side
 runs in a process of its own, in turns; its fastest step counts, and the most memory that it held while stepping. Ratios
 are PyTorch's figure over ours: from 1.0 on, ours is as fast, or needs as little. PyTorch is given the faster of its two
-kinds of attention.
+kinds of attention. The first row has the step's products alone, forward and for the gradients of their inputs.
 
 Needs `pip install '.[tests]'`.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+PRODUCTS = ((3072, 5120), (3072, 3072), (3072, 16384), (8192, 3072)) * 2  # inputs and outputs, of two layers
 RATE, WARM = 1e-4, 2  # learning rate; steps before any counts
 SIDES = ("ours", "sdpa", "eager")
 
@@ -51,7 +52,8 @@ def main() -> int:
     for side in SIDES[1:]:
         np.testing.assert_allclose(losses["ours"], losses[side], rtol=1e-3)
     print("| | ours | PyTorch | its attention | ratio |\n|---|---|---|---|---|")
-    for name, key, unit in (("step", "seconds", "s"), ("peak memory", "bytes", "GiB")):
+    rows = (("bare products", "products", "s"), ("step", "seconds", "s"), ("peak memory", "bytes", "GiB"))
+    for name, key, unit in rows:
         best = {side: min(run[key] for run in runs) / (1 if unit == "s" else 2**30) for side, runs in found.items()}
         kind = min(SIDES[1:], key=lambda side: best[side])
         print(f"| {name}, {unit} | {best['ours']:.3f} | {best[kind]:.3f} | {kind} | {best[kind] / best['ours']:.2f} |")
@@ -80,7 +82,40 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return {"seconds": min(times), "bytes": int(peak[1]) * 1024 if peak else 0, "losses": losses}
+    held = int(peak[1]) * 1024 if peak else 0
+    return {"seconds": min(times), "bytes": held, "losses": losses, "products": products(side, rows * length)}
+
+
+def products(side: str, rows: int) -> float:
+    """Seconds of the products of a step's linear maps but the head, each with its transposed one."""
+    random = np.random.default_rng(0)
+    xs = {size: random.standard_normal((rows, size), np.float32) for size in {n for pair in PRODUCTS for n in pair}}
+    weights = [random.standard_normal(pair, np.float32) for pair in PRODUCTS]
+    if side == "ours":
+        import jax
+
+        given = jax.device_put((xs, weights))
+        program = jax.jit(lambda xs, weights: [(xs[w.shape[0]] @ w, xs[w.shape[1]] @ w.T) for w in weights])
+
+        def run() -> None:
+            jax.block_until_ready(program(*given))
+    else:
+        import torch
+
+        own = {size: torch.from_numpy(x) for size, x in xs.items()}
+        kept = [torch.from_numpy(w.T.copy()) for w in weights]
+
+        def run() -> None:
+            for w in kept:
+                torch.nn.functional.linear(own[w.shape[1]], w)
+                torch.matmul(own[w.shape[0]], w)
+
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def ours(checkpoint: Path, tokens: np.ndarray) -> Callable[[], float]:
