@@ -26,6 +26,7 @@ from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.auto_settings import has_auto_fields, resolve_auto_fields
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
+from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.dry_run import describe_run
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.hosts import (
@@ -166,7 +167,9 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         )
         metrics_log = stack.enter_context(closing(MetricsLog(folder, step, writes=is_primary_process())))
         step_progress = stack.enter_context(step_bar(total_steps, step))
-        throughput = stack.enter_context(closing(Throughput(model.config, trainable, step)))
+        throughput = stack.enter_context(
+            closing(Throughput(model.config, trainable, step, reference=REFERENCE in frozen))
+        )
         profiler = stack.enter_context(Profile(profile, total_steps, step, PROFILED_STEPS))
         zero_gradients = ZeroGradientCheck(recipe.trainable, step, total_steps)
         log = StepLog(metrics_log, throughput, lr_schedule, recipe.data.kind, zero_gradients, step_progress)

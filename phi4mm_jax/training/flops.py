@@ -25,12 +25,18 @@ def peak_flops() -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequence[TrainingBatch]) -> float:
+def step_flops(
+    config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequence[TrainingBatch], reference: bool = False
+) -> float:
     """Return the FLOP of micro-batches, forward and backward, without recomputation.
 
     A matmul costs 2 FLOP per weight and token forward, as many for the gradient of its input, and as many again for
     that of its weights if they are trainable. Causal attention counts as half of the square, the encoders' as the whole
     square; depthwise convolutions and padding do not count.
+
+    Args:
+        reference: whether a reference model goes forward, too (DPO); it takes the features of a frozen encoder and
+            projector from the model.
     """
     decoder = config.decoder
     flat: dict[Any, Any] = flatten_dict(dict(trainable))
@@ -39,34 +45,36 @@ def step_flops(config: Phi4MMConfig, trainable: Mapping[str, Any], batches: Sequ
     block = heads + 3 * decoder.embed_dim * decoder.mlp_dim
     of_lora = sum(x.size for path, x in flat.items() if path[0].startswith("lora_"))
     base = block * decoder.num_layers
-    passes = 3 if "params/decoder" in trained else 2  # forward, to the input, to the weights
+    again = 1 if reference else 0
+    passes = again + (3 if "params/decoder" in trained else 2)  # forward, to the input, to the weights
     total = 0.0
     for batch in batches:
         lengths = _sample_lengths(batch)
         tokens, squares = lengths.sum(), (lengths.astype(np.float64) ** 2).sum()
         attention = 2 * decoder.num_heads * decoder.head_size * decoder.num_layers * squares / 2
         targets = float(np.count_nonzero(batch.weights))
-        total += 2 * (base * passes + of_lora * 3) * tokens + 2 * attention * 3
+        total += 2 * (base * passes + of_lora * (3 + again)) * tokens + 2 * attention * (3 + again)
         total += 2 * decoder.vocab_size * decoder.embed_dim * targets * passes
         images, audio = batch.batch.images, batch.batch.audio
         if images is not None:
             crops = int(images.patch_mask.any((1, 2)).sum())
             encoder, projector = _vision_weights(config)
-            total += 2 * crops * _passes(encoder, projector, trained, "params/vision", {"params/image_embedder"})
+            total += 2 * crops * _passes(encoder, projector, trained, "params/vision", {"params/image_embedder"}, again)
         if audio is not None:
             attended = audio.attended.astype(np.float64)
             encoder, projector = _speech_weights(config, attended)
             projectors = {"params/audio_projector", "params/audio_projector_with_images"}
-            total += 2 * _passes(encoder, projector, trained, "params/speech", projectors)
+            total += 2 * _passes(encoder, projector, trained, "params/speech", projectors, again)
     return total
 
 
 def _passes(
-    encoder: float, projector: float, trained: AbstractSet[str], name: str, projectors: AbstractSet[str]
+    encoder: float, projector: float, trained: AbstractSet[str], name: str, projectors: AbstractSet[str], again: int
 ) -> float:
     """Return the multiplications of an encoder and its projector, forward and, as far as needed, backward."""
-    own = 3 if name in trained else 1
-    return encoder * own + projector * (3 if projectors & trained else 2 if own == 3 else 1)
+    own = 3 + again if name in trained else 1
+    backward = 2 if projectors & trained else 1 if name in trained else 0
+    return encoder * own + projector * (1 + backward + (again if backward else 0))
 
 
 def _vision_weights(config: Phi4MMConfig) -> tuple[float, float]:

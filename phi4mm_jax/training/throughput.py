@@ -22,6 +22,7 @@ class Throughput:
         step: the last one before.
         clock: seconds.
         peak: FLOP/s of one device; by default its maker's figure, where that is known.
+        reference: whether the step also runs a reference model forward (DPO).
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Throughput:
         step: int,
         clock: Callable[[], float] = time.monotonic,
         peak: float | None = None,
+        reference: bool = False,
     ):
         self._config, self._trainable, self._clock = config, trainable, clock
         self._last_step, self._last_end = step, clock()
@@ -38,6 +40,7 @@ class Throughput:
         self._ends: dict[int, float | Future[float]] = {}
         self._work: dict[int, tuple[int, float]] = {}  # by step: this host's tokens and FLOP
         self._peak = peak_flops() if peak is None else peak
+        self._reference = reference
         self._watcher = ThreadPoolExecutor(1, "phi4mm-throughput")
 
     def record_step(self, step: int, metrics: Metrics, batches: Sequence[TrainingBatch]) -> None:
@@ -46,7 +49,7 @@ class Throughput:
         ready = all(x.is_ready() for x in arrays)
         self._ends[step] = self._clock() if ready else self._watcher.submit(self._end_of, metrics)
         tokens = sum(int(batch.batch.lengths.sum()) for batch in batches)
-        flops = step_flops(self._config, self._trainable, batches) if self._peak else 0.0
+        flops = step_flops(self._config, self._trainable, batches, self._reference) if self._peak else 0.0
         self._work[step] = tokens, flops
 
     def reset_timer(self) -> None:

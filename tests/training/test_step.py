@@ -651,6 +651,8 @@ def test_operations_of_the_decoder_by_hand(tiny, name, products):
     expected = 2 * (3 * layer * of_weight + 70 * of_adapter) * 10 + 3 * forward + 2 * 768 * 96 * 5 * of_head
     assert step_flops(tiny.config, trained(name), [batch]) == expected
     assert step_flops(tiny.config, trained(name), [batch, batch]) == 2 * expected
+    reference = 2 * (3 * layer + 70 * (of_adapter > 0)) * 10 + forward + 2 * 768 * 96 * 5
+    assert step_flops(tiny.config, trained(name), [batch], reference=True) == expected + reference
 
 
 def matrix_products(function, *arguments) -> float:
@@ -709,18 +711,23 @@ def test_operations_of_the_encoders_are_those_traced(scanned):
 
 
 def test_operations_of_what_is_trained_before_the_decoder(scanned):
-    """An encoder that is trained costs three products each; its projector then two, or three where it is trained."""
+    """An encoder that is trained costs three products each; its projector then two, or three where it is trained.
+
+    A reference runs them again, unless nothing of them is trained.
+    """
     frames = np.zeros((1, 16, 80), np.float32)
     audio = AudioStack(frames, np.zeros(1, int), np.full(1, 16), np.ones(1, int), np.zeros(1, bool))
     nothing = text_batch([0], targets=0)
     batch = nothing._replace(batch=nothing.batch._replace(audio=audio))
     projector = 2 * (32 + 96) * 96
     encoder = step_flops(scanned.config, trained("lora_speech"), [batch]) - projector
-    for name, expected in (
-        ("params/speech", 3 * encoder + 2 * projector), ("params/audio_projector", encoder + 3 * projector),
-        ("params/vision", encoder + projector),
-    ):  # fmt: skip
+    for name, expected, reference in (
+        ("params/speech", 3 * encoder + 2 * projector, encoder + projector),
+        ("params/audio_projector", encoder + 3 * projector, projector),
+        ("params/vision", encoder + projector, 0),
+    ):
         assert step_flops(scanned.config, trained(name), [batch]) == expected, name
+        assert step_flops(scanned.config, trained(name), [batch], reference=True) == expected + reference, name
 
 
 # At full size.
