@@ -2,56 +2,71 @@
 
 For each, what a chip holds, what it computes and sends, and the time that the compiler's own estimates come to, and
 what stands between a training step and its bound; see `phi4mm_jax.testing.compiled` for how they are counted. Every row
-is full and every position a target, so that the work counted is the work done. Needs libtpu (`pip install '.[tpu]'`).
+is full and every position a target, so that the work counted is the work done. With --recipe, the steps of recipes as
+they stand, for the slices that their head comments name. Needs libtpu (`pip install '.[tpu]'`).
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import serving
 from phi4mm_jax.config import Phi4MMConfig, read_json
-from phi4mm_jax.testing.compiled import Cost, cost
-from phi4mm_jax.testing.training_steps import CASES, chip_of, chips_of, compile_step, held, work
+from phi4mm_jax.model.layers import Remat
+from phi4mm_jax.testing.compiled import CHIPS, Chip, Cost, cost
+from phi4mm_jax.testing.recipe_steps import ANY, compile_recipe, settled_recipes, shape_of, topology_of, work_of
+from phi4mm_jax.testing.training_steps import CASES, chips_of, compile_step, held, work
+from phi4mm_jax.training.named_recipes import recipe_path
+from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.utils.paths import path_argument
+from train.dpo import DPO
+from train.sft import SFT
 
 RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
 
 
+class Step(NamedTuple):
+    """Training step of the table: what it is, and the operations of one step on all chips."""
+
+    name: str
+    topology: str
+    shape: str
+    remat: Remat
+    tokens: int
+    work: float
+    devices: int
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.topology.split(":")[0]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__)
+    parser.add_argument("--case", nargs="+", choices=[*CASES, *serving.CASES], help="some alone")
     parser.add_argument(
-        "--case", nargs="+", choices=[*CASES, *serving.CASES], default=[*CASES, *serving.CASES], help="some alone"
+        "--recipe", nargs="+", default=[], help="recipes as they stand: files, or names of those in train/recipes"
     )
+    parser.add_argument("--topology", help="of the recipes; by default each names its own")
     parser.add_argument("--text", type=path_argument, help="a folder for the compiled modules' text")
     parser.add_argument("--dear", type=int, default=0, help="how many of the dearest operations to list")
     arguments = parser.parse_args()
-    training, engine = ([name for name in arguments.case if name in of] for of in (CASES, serving.CASES))
+    if arguments.topology and not arguments.recipe:
+        parser.error("--topology is that of recipes: give --recipe, too")
+    cases = arguments.case or ([] if arguments.recipe else [*CASES, *serving.CASES])
+    training, engine = ([name for name in cases if name in of] for of in (CASES, serving.CASES))
     config = Phi4MMConfig.from_dict(read_json(RELEASE))
-    if training:
-        print(
-            "| trained | chips | rows | recomputed | parameters and optimizer, GiB | temporaries | of HBM "
-            "| collectives | products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
-        )
-        print("|" + "---|" * 15)
-    bounds = []
-    for name in training:
-        start = time.perf_counter()
-        compiled = compile_step(CASES[name], config)
-        seconds, text = time.perf_counter() - start, str(compiled.as_text())
-        _keep(arguments.text, name, text)
-        found = cost(text, chip_of(CASES[name]))
-        print(row(name, compiled, config, found, seconds), flush=True)
-        for place, cycles in found.dear.most_common(arguments.dear):
-            print(f"    {cycles / chip_of(CASES[name]).clock * 1e3:8.1f} ms  {place}")
-        bounds.append(beyond_the_bound(name, config, found))
-    if bounds:
-        print("", *bounds, "", sep="\n")
+    steps = [
+        *(case_step(name, config) for name in training),
+        *(step for recipe in arguments.recipe for step in recipe_steps(recipe, arguments.topology, config)),
+    ]
+    failed = compile_steps(steps, arguments.text, arguments.dear) if steps else False
     if engine:
         print(
             "| program | chips | rows | of HBM, GiB | temporaries | collectives, MB | floor, ms | estimated | ratio |"
@@ -64,7 +79,67 @@ def main() -> int:
         seconds = time.perf_counter() - start
         _keep(arguments.text, name, str(compiled.as_text()))
         print(serving.row(name, compiled, config, held(compiled), seconds), flush=True)
-    return 0
+    return int(failed)
+
+
+def case_step(name: str, config: Phi4MMConfig) -> tuple[Step, Callable[[], jax.stages.Compiled]]:
+    """Return a case of the table, and what compiles it."""
+    case = CASES[name]
+    step = Step(
+        name, case.topology, f"{case.rows} x {case.length}", case.remat, case.rows * case.length, work(case, config),
+        len(chips_of(case.topology, case.slices)),
+    )  # fmt: skip
+    return step, partial(compile_step, case, config)
+
+
+def recipe_steps(
+    name: str, topology: str | None, config: Phi4MMConfig
+) -> Iterator[tuple[Step, Callable[[], jax.stages.Compiled]]]:
+    """Yield the steps of a recipe as it stands, and what compiles them; none where it is for any machine."""
+    path = recipe_path(name)
+    topology = topology or topology_of(path)
+    if topology == ANY:
+        print(f"{path}: for any machine; give --topology to compile it for one", file=sys.stderr)
+        return
+    recipe, chips = load_recipe(path), chips_of(topology)
+    method = DPO if recipe.data.kind == "preferences" else SFT
+    for kind, of_kind in settled_recipes(recipe, chips, config).items():
+        shape = shape_of(of_kind)
+        media = [f"{count} {what}" for what, count in (("crops", shape.crops), ("chunks", shape.chunks)) if count]
+        sizes = ", ".join([f"{shape.accumulate} x {shape.rows} x {shape.length}", *media])
+        tokens = shape.accumulate * shape.rows * shape.length
+        step = Step(path.stem + kind, topology, sizes, of_kind.remat, tokens, work_of(of_kind, config), len(chips))
+        yield step, partial(compile_recipe, of_kind, method.objective, method.add_reference_params, config, chips)
+
+
+def compile_steps(
+    steps: Sequence[tuple[Step, Callable[[], jax.stages.Compiled]]], texts: Path | None, dear: int
+) -> bool:
+    """Compile training steps, and print a row of each; return whether one could not be compiled."""
+    print(
+        "| trained | chips | rows | recomputed | parameters and optimizer, GiB | temporaries | of HBM "
+        "| collectives | products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
+    )
+    print("|" + "---|" * 15)
+    bounds, failed = [], False
+    for step, compile_ in steps:
+        start = time.perf_counter()
+        try:
+            compiled = compile_()
+        except jax.errors.JaxRuntimeError as error:  # such as too little HBM
+            failed = True
+            print(f"| {step.name} | {step.topology} | {step.shape} | {step.remat} | {error!s:.300} |", flush=True)
+            continue
+        seconds, text = time.perf_counter() - start, str(compiled.as_text())
+        _keep(texts, step.name, text)
+        found = cost(text, step.chip)
+        print(row(step, compiled, found, seconds), flush=True)
+        for place, cycles in found.dear.most_common(dear):
+            print(f"    {cycles / step.chip.clock * 1e3:8.1f} ms  {place}")
+        bounds.append(beyond_the_bound(step, found))
+    if bounds:
+        print("", *bounds, "", sep="\n", flush=True)
+    return failed
 
 
 def _keep(folder: Path | None, name: str, text: str) -> None:
@@ -72,31 +147,30 @@ def _keep(folder: Path | None, name: str, text: str) -> None:
         (folder / f"{name.replace(' ', '_')}.txt").write_text(text)
 
 
-def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, found: Cost, seconds: float) -> str:
+def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) -> str:
     """A line of the table."""
-    case, chip = CASES[name], chip_of(CASES[name])
+    chip = step.chip
     memory: Any = compiled.memory_analysis()
     kernels = sum(found.kernels.values())
     moved = ", ".join(f"{kind} {found.counts[kind]} x, {n / 1e9:.2f} GB" for kind, n in found.bytes.items())
-    devices = len(chips_of(case))
-    mfu = work(case, config) / devices / chip.peak / found.seconds
+    mfu = step.work / step.devices / chip.peak / found.seconds
 
     def ms(cycles: float) -> str:
         return f"{cycles / chip.clock * 1e3:.0f}"
 
     return (
-        f"| {name} | {case.topology} | {case.rows} x {case.length} | {case.remat} "
+        f"| {step.name} | {step.topology} | {step.shape} | {step.remat} "
         f"| {memory.argument_size_in_bytes / 2**30:.1f} | {memory.temp_size_in_bytes / 2**30:.1f} "
         f"| {held(compiled):.1f} of {chip.hbm:.1f} | {moved} | {ms(found.products)} | {ms(kernels)} "
         f"| {ms(found.cycles - found.products)} | {found.seconds * 1e3:.0f} | {100 * mfu:.0f} % "
-        f"| {case.rows * case.length / found.seconds:.0f} | {seconds:.0f} |"
+        f"| {step.tokens / found.seconds:.0f} | {seconds:.0f} |"
     )
 
 
-def beyond_the_bound(name: str, config: Phi4MMConfig, found: Cost) -> str:
+def beyond_the_bound(step: Step, found: Cost) -> str:
     """Tell what a step takes beyond its work at the chip's peak, and which operations it is."""
-    case, chip = CASES[name], chip_of(CASES[name])
-    bound = work(case, config) / len(chips_of(case)) / chip.peak
+    chip = step.chip
+    bound = step.work / step.devices / chip.peak
     products, at_peak = found.products / chip.clock, found.macs / (chip.macs * chip.cores) / chip.clock
 
     def dearest(of: Mapping[str, float], a_second: float) -> str:
@@ -104,7 +178,7 @@ def beyond_the_bound(name: str, config: Phi4MMConfig, found: Cost) -> str:
         return ", ".join(f"{place} {1e3 * amount / a_second:.0f}" for place, amount in largest)
 
     return (
-        f"- {name}, ms: {1e3 * found.seconds:.0f}, and {1e3 * bound:.0f} at peak without what is computed again; "
+        f"- {step.name}, ms: {1e3 * found.seconds:.0f}, and {1e3 * bound:.0f} at peak without what is computed again; "
         f"products {1e3 * products:.0f}, which peak would do in {1e3 * at_peak:.0f}; "
         f"kernels {1e3 * sum(found.kernels.values()) / chip.clock:.0f}; "
         f"waits for transfers {1e3 * found.exposed / chip.link:.0f} ({dearest(found.waits, chip.link)}); "

@@ -101,8 +101,11 @@ def parse_mesh(spec: str) -> dict[str, int]:
     return sizes
 
 
-def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
+def training_mesh(spec: str | None, config: Phi4MMConfig, chips: Sequence[Any] | None = None) -> Mesh | None:
     """Return the training mesh; fsdp takes the remaining devices, by default all.
+
+    Args:
+        chips: all devices, by default jax's; others are those of a slice that is compiled for.
 
     Returns:
         None for one device.
@@ -111,8 +114,9 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
         InputError: an invalid spec, too few devices, or sizes that do not divide the model.
     """
     sizes = {} if spec is None else parse_mesh(spec)
-    devices = jax.device_count()
-    sizes.setdefault("data", _num_slices(jax.devices()))
+    chips = jax.devices() if chips is None else chips
+    devices = len(chips)
+    sizes.setdefault("data", _num_slices(chips))
     within_host = sizes.get("tensor", 1) * sizes.get("context", 1)
     if jax.process_count() > 1 and jax.local_device_count() % within_host:
         raise InputError(
@@ -123,7 +127,7 @@ def training_mesh(spec: str | None, config: Phi4MMConfig) -> Mesh | None:
     if others > devices or ("fsdp" not in sizes and devices % others):
         raise InputError(f"mesh is {spec!r}, which {devices} devices cannot make; give sizes whose product divides it")
     sizes.setdefault("fsdp", devices // others)
-    mesh = mesh_of_sizes(sizes)
+    mesh = mesh_of_sizes(sizes, chips)
     check_sizes(config, mesh.shape)
     return None if mesh.size == 1 else mesh
 

@@ -13,6 +13,7 @@ os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import topologies
@@ -21,16 +22,16 @@ from jax.sharding import Mesh, NamedSharding
 from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
-from phi4mm_jax.mesh import activation_sharding, mesh_of_sizes, parse_mesh, shardings
+from phi4mm_jax.mesh import activation_sharding, mesh_of_sizes, parse_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
-from phi4mm_jax.testing.compiled import CHIPS, Chip
+from phi4mm_jax.testing.abstract_variables import variables_on
+from phi4mm_jax.training import sharding
 from phi4mm_jax.training.flops import step_flops
 from phi4mm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from phi4mm_jax.training.param_filter import split
-from phi4mm_jax.training.sharding import spread_batch
-from phi4mm_jax.training.step import compiler_options, dropout_key, initial_state, supervised, train_step
+from phi4mm_jax.training.param_filter import join, split
+from phi4mm_jax.training.step import Objective, Variables, dropout_key, initial_state, supervised
 
 CHUNK_TOKENS = 384  # of a clip of 30 s
 EVERYTHING = ["params", "!params/speech/mean", "!params/speech/inverse_deviation"]
@@ -72,47 +73,55 @@ CASES = {
 }
 
 
-def chip_of(case: Case) -> Chip:
-    return CHIPS[case.topology.split(":")[0]]
-
-
-def chips_of(case: Case) -> Sequence[Any]:
-    options = {} if case.slices == 1 else {"num_slices": case.slices}
-    return topologies.get_topology_desc(platform="tpu", topology_name=case.topology, **options).devices
+def chips_of(topology: str, slices: int = 1) -> Sequence[Any]:
+    """Return the chips of a topology, such as v5e:2x4, or of several slices of it."""
+    options = {} if slices == 1 else {"num_slices": slices}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
-    """Compile the step of a recipe for a slice."""
+    """Compile the step of a case for a slice."""
     module = Phi4MM(config, jnp.bfloat16, remat=case.remat)
-    abstract = abstract_variables(module)
-    chips = chips_of(case)
+    chips = chips_of(case.topology, case.slices)
     mesh = mesh_of_sizes(parse_mesh(case.mesh) if case.mesh else {"fsdp": len(chips)}, chips)
-    places = shardings(abstract, mesh)
-    flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    variables = unflatten_dict(
-        {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=places[path]) for path, x in flat.items()}
-    )
-    trainable, frozen = split(variables, case.trained, "trainable")
+    trainable, frozen = split(unflatten_dict(variables_on(mesh, module)), case.trained, "trainable")
     for adapter in adapter_indices().keys() - {path.split("/")[0] for path in case.trained}:
         del frozen[adapter]  # no row needs it
     optimizer = make_optimizer(OptimizerConfig(), 1000, trainable)
+    return compile_on(mesh, supervised(module), optimizer, trainable, frozen, shapes(config, case))
+
+
+def compile_on(
+    mesh: Mesh,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    trainable: Variables,
+    frozen: Variables,
+    batch: TrainingBatch,
+    accumulate: int = 1,
+    dropout: bool = True,
+) -> jax.stages.Compiled:
+    """Compile the step that `train.sft` would take with variables and a micro-batch of these shapes.
+
+    Args:
+        trainable, frozen: on the chips; what else is in `frozen`, such as a reference, lies as the parameters do.
+    """
+    flat: dict[Any, Any] = flatten_dict(join(trainable, frozen))
+    places = {path: x.sharding for path, x in flat.items() if x.sharding is not None}
     everywhere = NamedSharding(mesh, jax.P())
 
-    def placed(path, x):
-        """Moments lie as their parameters do."""
+    def placed(path: tuple[Any, ...], x: Any) -> Any:
+        """Moments, and copies, lie as their parameters do."""
         names = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.get(names, everywhere))
+        place = places.get(names, places.get(names[1:], everywhere))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     state = jax.tree.map_with_path(placed, jax.eval_shape(lambda t: initial_state(t, optimizer), trainable))
-
-    def step(state, frozen, batches, key):
-        return train_step(supervised(module), optimizer, state, frozen, batches, key)
-
-    kept = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(kept, None))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jitted.trace(state, frozen, _batches(config, case, mesh), jax.eval_shape(lambda: dropout_key(0)))
-        return traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=compiler_options(chips[0]))
+    frozen = jax.tree.map_with_path(placed, frozen)
+    key = jax.eval_shape(lambda: dropout_key(0)) if dropout else None
+    step: Any = sharding.compile_step(objective, optimizer, state)
+    traced = step.trace(state, frozen, _spread(batch, accumulate, mesh), key)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
 def held(compiled: jax.stages.Compiled) -> float:
@@ -125,34 +134,47 @@ def held(compiled: jax.stages.Compiled) -> float:
 def work(case: Case, config: Phi4MMConfig) -> float:
     """Operations of a step, without what is computed again."""
     trainable, _ = split(nn.unbox(abstract_variables(Phi4MM(config))), case.trained, "trainable")
-    batch = jax.tree.map(lambda x: np.ones(x.shape, bool if x.dtype == bool else np.int32), _shapes(config, case))
-    if batch.batch.audio is not None:
-        attended = np.full(case.chunks, CHUNK_TOKENS)
-        batch = batch._replace(batch=batch.batch._replace(audio=batch.batch.audio._replace(attended=attended)))
-    return step_flops(config, trainable, [batch])
+    return step_flops(config, trainable, [full(shapes(config, case))])
 
 
-def _batches(config: Phi4MMConfig, case: Case, mesh: Mesh) -> TrainingBatch:
-    """Return one micro-batch, split by rows."""
-    shapes = _shapes(config, case)
+def full(batch: TrainingBatch) -> TrainingBatch:
+    """Return a batch of these shapes whose every row is one sample, and every position a target."""
+    ones = jax.tree.map(lambda x: np.ones(x.shape, bool if x.dtype == bool else np.int32), batch)
+    inner, audio = ones.batch, ones.batch.audio
+    if audio is not None:
+        attended = np.full(len(audio.attended), audio.frames.shape[1] // 8 - 1)
+        inner = inner._replace(audio=audio._replace(attended=attended))
+    return ones._replace(batch=inner._replace(lengths=np.full_like(inner.lengths, inner.tokens.shape[1])))
+
+
+def _spread(batch: TrainingBatch, accumulate: int, mesh: Mesh) -> TrainingBatch:
+    """Return micro-batches, stacked and split by rows."""
 
     def spread(*axes: str):
         def on_mesh(x):
-            place = activation_sharding(mesh, (1, *x.shape), None, *axes)
-            return jax.ShapeDtypeStruct((1, *x.shape), x.dtype, sharding=place)
+            shape = accumulate, *x.shape
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=activation_sharding(mesh, shape, None, *axes))
 
         return partial(jax.tree.map, on_mesh)
 
-    return spread_batch(shapes, rows=spread("batch"), tokens=spread("batch", "length"), media=spread("media"))
+    return sharding.spread_batch(batch, rows=spread("batch"), tokens=spread("batch", "length"), media=spread("media"))
 
 
-def _shapes(config: Phi4MMConfig, case: Case) -> TrainingBatch:
-    batch = abstract_batch(config, case.rows, case.length, max(case.crops, 1), max(case.chunks, 1))
+def shapes(config: Phi4MMConfig, case: Case) -> TrainingBatch:
+    """Return the shapes of a micro-batch of a case."""
+    return batch_shapes(config, case.rows, case.length, case.crops, case.chunks, CHUNK_TOKENS)
+
+
+def batch_shapes(
+    config: Phi4MMConfig, rows: int, length: int, crops: int, chunks: int, chunk_tokens: int, packed: bool = True
+) -> TrainingBatch:
+    """Return the shapes of a micro-batch, as the data make it."""
+    batch = abstract_batch(config, rows, length, max(crops, 1), max(chunks, 1))
     assert batch.audio is not None
-    frames = jax.ShapeDtypeStruct((case.chunks, 8 * (CHUNK_TOKENS + 1), config.speech.num_bands), jnp.float32)
+    frames = jax.ShapeDtypeStruct((chunks, 8 * (chunk_tokens + 1), config.speech.num_bands), jnp.float32)
     batch = batch._replace(
-        images=batch.images if case.crops else None,
-        audio=batch.audio._replace(frames=frames) if case.chunks else None,
-        segments=batch.tokens,
+        images=batch.images if crops else None,
+        audio=batch.audio._replace(frames=frames) if chunks else None,
+        segments=batch.tokens if packed else None,
     )
-    return TrainingBatch(batch, batch.tokens, jax.ShapeDtypeStruct((case.rows, case.length), jnp.float32))
+    return TrainingBatch(batch, batch.tokens, jax.ShapeDtypeStruct((rows, length), jnp.float32))

@@ -189,7 +189,8 @@ def compile_step(
         return train_step(objective, optimizer, state, frozen, batches, key)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    options = compiler_options(jax.devices()[0])
+    (device, *_) = jax.tree.leaves(shardings)[0].device_set
+    options = compiler_options(device)
     return jit_on_mesh(
         state.trainable, step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
     )
