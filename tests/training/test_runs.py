@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,17 +25,21 @@ from flax.traverse_util import flatten_dict
 from helpers.cases import golden_cases, media_of
 from helpers.environment import ONE_DEVICE
 from helpers.marks import fast_are
-from helpers.paths import TINY
+from helpers.paths import FIXTURES, TINY
 from helpers.quantized import dequantized
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.engine import Engine
+from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.testing.host_runs import tensorboard_steps
+from phi4mm_jax.testing.recipe_steps import ANY, settled_recipes, topology_of
+from phi4mm_jax.testing.training_steps import CASES
 from phi4mm_jax.training import throughput
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import check_finite
@@ -46,6 +51,7 @@ from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE
 from phi4mm_jax.training.recipe import Recipe, load_recipe
 from phi4mm_jax.training.run_folder import CHECKPOINTS
 from phi4mm_jax.training.settings import ALIASES, setting_names
+from phi4mm_jax.training.sharding import check_divisible
 from phi4mm_jax.training.step import Metrics, TrainState
 from phi4mm_jax.training.step_batches import step_batches, warn_of_few_steps
 from phi4mm_jax.training.step_log import metric_values
@@ -56,6 +62,9 @@ ROOT = Path(__file__).parents[2]
 FITTED = ("small", "speech_adapter")  # which have a test of their own
 RECIPES = sorted(p for p in (ROOT / "train" / "recipes").rglob("*.yaml") if p.stem not in FITTED)
 QUICKEST = [p for p in RECIPES if f"{p.parent.name}/{p.stem}" == "tiny/speech"]
+SLICES = sorted((ROOT / "train" / "recipes").glob("*.yaml"))  # recipes for these
+SMALL = sorted((ROOT / "train" / "recipes" / "tiny").glob("*.yaml"))  # of the small model
+RELEASE = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -323,6 +332,48 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
     assert yaml.safe_load(shown.partition("data.packing=")[2].partition('"')[0]) == settled["data"]["packing"]
     assert run(path, *overrides) == 0
     assert "already finished" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize("path", SLICES, ids=[path.stem for path in SLICES])
+def test_a_recipe_names_a_slice_that_its_mesh_covers(path):
+    """The slice is one of those that `benchmarks.tpu_aot` compiles for, and the batches divide evenly over it."""
+    topology, recipe = topology_of(path), load_recipe(path)
+    assert topology in {case.topology for case in CASES.values()}
+    count = {"v5e:2x4": 8, "v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}[topology]
+    chips = [Chip(i) for i in range(count)]
+    mesh = training_mesh(recipe.mesh, RELEASE, chips)
+    assert mesh is not None
+    assert set(mesh.devices.flat) == set(chips)
+    check_divisible(recipe.data.packing, mesh)
+    for settled in settled_recipes(recipe, chips, RELEASE).values():
+        check_divisible(settled.data.sizes, mesh)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
+def test_recipes_of_the_small_model_are_for_any_machine(path):
+    assert topology_of(path) == ANY
+    assert load_recipe(path).mesh is None
+
+
+@pytest.mark.parametrize(
+    ("head", "error"),
+    [("", "names no topology"), ("# Topology: v5e", "v5e: expected a topology"), ("# Topology: v9:2x4", "v9:2x4: exp")],
+)
+def test_a_recipe_without_a_known_topology(tmp_path, head, error):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{head}\nmodel: microsoft/Phi-4-multimodal-instruct\n")
+    with pytest.raises(InputError, match=error):
+        topology_of(path)
 
 
 def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatch):
