@@ -115,7 +115,7 @@ def recipe_steps(
 def compile_steps(
     steps: Sequence[tuple[Step, Callable[[], jax.stages.Compiled]]], texts: Path | None, dear: int
 ) -> bool:
-    """Compile training steps, and print a row of each; return whether one could not be compiled."""
+    """Compile training steps, and print a row of each; return whether one could not be compiled, or not be held."""
     print(
         "| trained | chips | rows | recomputed | parameters and optimizer, GiB | temporaries | of HBM "
         "| collectives | products, ms | kernels | all else | step, ms | MFU | tokens/s | compiled in, s |"
@@ -134,6 +134,7 @@ def compile_steps(
         _keep(texts, step.name, text)
         found = cost(text, step.chip)
         print(row(step, compiled, found, seconds), flush=True)
+        failed |= held(compiled) > step.chip.hbm  # without chips the compiler itself does not say so
         for place, cycles in found.dear.most_common(dear):
             print(f"    {cycles / step.chip.clock * 1e3:8.1f} ms  {place}")
         bounds.append(beyond_the_bound(step, found))
@@ -151,6 +152,7 @@ def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) 
     """A line of the table."""
     chip = step.chip
     memory: Any = compiled.memory_analysis()
+    over = ", too much" if held(compiled) > chip.hbm else ""
     kernels = sum(found.kernels.values())
     moved = ", ".join(f"{kind} {found.counts[kind]} x, {n / 1e9:.2f} GB" for kind, n in found.bytes.items())
     mfu = step.work / step.devices / chip.peak / found.seconds
@@ -161,7 +163,7 @@ def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) 
     return (
         f"| {step.name} | {step.topology} | {step.shape} | {step.remat} "
         f"| {memory.argument_size_in_bytes / 2**30:.1f} | {memory.temp_size_in_bytes / 2**30:.1f} "
-        f"| {held(compiled):.1f} of {chip.hbm:.1f} | {moved} | {ms(found.products)} | {ms(kernels)} "
+        f"| {held(compiled):.1f} of {chip.hbm:.1f}{over} | {moved} | {ms(found.products)} | {ms(kernels)} "
         f"| {ms(found.cycles - found.products)} | {found.seconds * 1e3:.0f} | {100 * mfu:.0f} % "
         f"| {step.tokens / found.seconds:.0f} | {seconds:.0f} |"
     )
