@@ -156,7 +156,8 @@ def inference_mesh(spec: str | None, config: DecoderConfig) -> Mesh | None:
         if tensor * context > len(devices):
             fitting = [n for n in fitting if n * context <= len(devices)]
             raise InputError(
-                f"mesh is {spec!r}, but there are {len(devices)} devices; "
+                f"mesh is {spec!r}, but there {'is' if len(devices) == 1 else 'are'} {len(devices)} "
+                f"device{'s' * (len(devices) > 1)}; "
                 + (f"tensor can be {_any_of(fitting)}" if fitting else f"context can be at most {len(devices)}")
             )
         check_heads(config, tensor)

@@ -14,7 +14,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
+        shown = path.absolute() if path.parent == Path() else path  # a name alone would not say where
+        raise CheckpointError(f"{shown}: no such file. Give the folder of a Phi-4-multimodal checkpoint.") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). See who may read it.") from error
     except (ValueError, RecursionError) as error:

@@ -104,6 +104,11 @@ class RequestFile:
                     shutil.copyfileobj(file, self._copy)
                 self._copy.flush()
                 self._source = Path(self._copy.name)
+            with self._source.open("rb") as file:
+                if b"\0" in file.read(4096):
+                    raise InputError(
+                        f"{path}: is no text in UTF-8; expected a file of lines of JSON, one for each prompt"
+                    )
             self.index = LineIndex(self)
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -175,6 +180,8 @@ def parse_line(
         values = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         return bad(f" is not UTF-8 (at byte {error.start}); save the file as UTF-8")
+    except json.JSONDecodeError as error:  # which would count the line's own lines
+        return bad(f" is not JSON ({error.msg} at character {error.pos + 1}); expected one object per line")
     except (ValueError, RecursionError) as error:
         return bad(f" is not JSON ({error}); expected one object per line")
     if not isinstance(values, dict):

@@ -1,11 +1,13 @@
 """/v1/load_lora_adapter and /v1/unload_lora_adapter: users' adapters that come and go while the server runs."""
 
+import asyncio
 import os
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 
+from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.peft import SETTINGS_FILE, WEIGHTS_FILE
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.serve.answering import Service
@@ -23,7 +25,10 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
             raise ApiError(400, f"lora_name is {body.lora_name!r}, the model itself; give another", param="lora_name")
         folder = folder_below(root, body.lora_path)
         try:
-            await service.host.load_adapter(body.lora_name, folder)
+            async with asyncio.timeout(service.limits.timeout):
+                await service.host.load_adapter(body.lora_name, folder)
+        except TimeoutError:
+            raise service.host.unavailable() from None
         except (InputError, CheckpointError, ConfigError) as error:
             raise ApiError(400, str(error)) from error
         return f"Success: LoRA adapter {body.lora_name!r} added successfully."
@@ -39,18 +44,20 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
 
 
 def folder_below(root: Path, path: str) -> Path:
-    """Return the adapter's folder that a client names: absolute, or within `root`.
+    """Return the folder that a client names, absolute or within `root`: an adapter's, or an export that holds one.
 
     Raises:
         ApiError: it is outside of `root`, be it by a link, or is not there; the two look alike to the client.
     """
     base = os.path.realpath(root)
     given = os.path.join(base, path)
+    places = [given, *(os.path.join(given, name) for a in ADAPTERS.values() for name in (a.folder, a.name))]
     within = "\0" not in path and all(
-        os.path.commonpath([base, os.path.realpath(os.path.join(given, name))]) == base
+        os.path.commonpath([base, os.path.realpath(os.path.join(place, name))]) == base
+        for place in places
         for name in ("", SETTINGS_FILE, WEIGHTS_FILE)
     )
-    if not within or not os.path.isfile(os.path.join(given, SETTINGS_FILE)):
+    if not within or not any(os.path.isfile(os.path.join(place, SETTINGS_FILE)) for place in places):
         raise ApiError(404, f"lora_path is {path!r:.200}; expected the folder of an adapter, with its {SETTINGS_FILE}, "
                        "in the folder that --adapter-root names", param="lora_path")  # fmt: skip
     return Path(os.path.realpath(given))

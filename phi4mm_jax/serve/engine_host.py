@@ -74,15 +74,15 @@ class EngineHost:
         self._cause, self._failed = "the server ends", True
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        """Load a user's adapter, which requests then ask for by its name.
+        """Load a user's adapter, which requests then ask for by its name; it waits for an engine that is being made.
 
         Raises:
-            ApiError: there is no engine at the moment.
+            ApiError: there is no engine, and the last try to make one has failed.
             InputError, CheckpointError, ConfigError: see `Engine.load_adapter`.
         """
         async with self._loading:
-            engine = self.engine
-            if engine is None:
+            await self._running()
+            if (engine := self.engine) is None:
                 raise self.unavailable()
             adapter = await asyncio.to_thread(engine.read_adapter, name, folder)
             await self._call(lambda engine: engine.load_adapter(name, adapter))
@@ -110,16 +110,25 @@ class EngineHost:
         Raises:
             ApiError: there is no engine, and the last try to make one has failed.
         """
-        while (runner := self._runner) is None or not runner.running:
-            if self._failed:
-                raise self.unavailable()
-            await asyncio.sleep(_LOOK)
+        runner = await self._running()
         try:
             async with aclosing(runner.updates(request)) as updates:
                 async for update in updates:
                     yield update
         except InputError:  # it has stopped before it took the request
             raise self.unavailable() from None
+
+    async def _running(self) -> AsyncEngine:
+        """Wait for an engine that is being made.
+
+        Raises:
+            ApiError: the last try to make one has failed.
+        """
+        while (runner := self._runner) is None or not runner.running:
+            if self._failed:
+                raise self.unavailable()
+            await asyncio.sleep(_LOOK)
+        return runner
 
     def unavailable(self) -> ApiError:
         """Return what a client is told where there is no engine."""

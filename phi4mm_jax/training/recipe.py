@@ -175,7 +175,12 @@ def _origin(error: Mapping[str, Any], origins: Mapping[str, str]) -> str | None:
     place = _place(error)
     if given := [origin for key, origin in origins.items() if f"{place}.".startswith(f"{key}.")]:
         return given[-1]
-    named = [origin for key, origin in origins.items() if re.search(rf"(?<![\w.]){re.escape(key)}\b", error["msg"])]
+
+    def is_named(key: str) -> bool:  # a section may leave its own name out
+        short = re.escape(key.removeprefix(f"{place}."))
+        return re.search(rf"(?<![\w.])({re.escape(key)}|{short})\b", error["msg"]) is not None
+
+    named = [origin for key, origin in origins.items() if is_named(key)]
     return ", ".join(named) or None
 
 

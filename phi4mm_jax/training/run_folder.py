@@ -27,10 +27,16 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it is not there. The first host locks for all of its run.
 
     Raises:
-        InputError: on all hosts, another process holds the lock.
+        InputError: on all hosts, another process holds the lock; on one, the folder cannot be written to.
     """
-    make_folder(folder)
-    with (folder / ".lock").open("a") if is_primary_process() else nullcontext() as file:
+    try:
+        make_folder(folder)
+        lock = (folder / ".lock").open("a") if is_primary_process() else nullcontext()
+    except OSError as error:
+        raise InputError(
+            f"output is {folder}, which cannot be written to ({error.strerror}); give another one"
+        ) from error
+    with lock as file:
         locked, *_ = gather(file is not None and try_lock(file))
         if not locked:
             raise InputError(f"{folder}: another process is training here; wait for it, or give another output")

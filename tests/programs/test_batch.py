@@ -124,7 +124,7 @@ def test_ends_of_lines(tmp_path, ending, last, mark):
 
 GOOD = {"id": "good", "prompt": "a"}
 BAD = [
-    (b"oops", "is not JSON (Expecting value"),
+    (b"oops", "is not JSON (Expecting value at character 1)"),
     (b'{"prompt": "a"', "is not JSON"),
     (b"[" * 100_000, "is not JSON"),
     (b'{"prompt": "\xff"}', "is not UTF-8 (at byte 12)"),
@@ -579,6 +579,7 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
     ("change", "named"),
     [
         ({"--input": "nowhere"}, "nowhere: cannot be read (No such file or directory); check the path"),
+        ({"--input": "binary"}, "binary: is no text in UTF-8; expected a file of lines of JSON, one for each prompt"),
         ({"--input": "."}, ".: cannot be read (Is a directory); give one file, or use python -m infer.ray"),
         ({"--input": "p*.jsonl"}, "p*.jsonl: cannot be read (No such file or directory); give one file, or use"),
         ({"--output": "."}, ".: cannot be written (Is a directory); it is a folder; give a file's path"),
@@ -594,6 +595,7 @@ def test_an_order_that_is_lost_is_not_claimed(tmp_path, unhurried):
 def test_arguments_are_checked_before_the_checkpoint_is_read(tmp_path, change, named, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = write(Path("in"), [GOOD])
+    Path("binary").write_bytes(bytes(9))
     given = {"--model": "nowhere", "--input": "in", "--output": "out", "--compilation-cache": ""} | change
     monkeypatch.setattr(sys, "argv", ["batch", *(x for pair in given.items() for x in pair)])
     monkeypatch.setattr(batch.phi4mm_jax, "load", None)  # not called

@@ -1,6 +1,7 @@
 """Users' adapters over the API: loaded and unloaded while the server runs, asked for as models."""
 
 import json
+import shutil
 from pathlib import Path
 
 import httpx
@@ -31,6 +32,9 @@ def test_adapters_come_and_go_over_the_api(tmp_path):
         settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": r".*\.(self_attn|mlp)\..*_proj"}
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     (root / "link").symlink_to(outside)
+    (root / "hidden").mkdir()
+    (root / "hidden" / "speech-lora").symlink_to(outside)
+    shutil.copytree(root / "noise", root / "export" / "speech-lora")
     engine = model.engine(CONFIG)
     engine.load_adapter("noise", outside)
     ((_, expected),) = engine.run([Request(DIGITS, max_new_tokens=6, adapter="noise")])
@@ -44,7 +48,7 @@ def test_adapters_come_and_go_over_the_api(tmp_path):
         def load(path: str, name: str = "noise") -> httpx.Response:
             return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
 
-        for path in ("../outside", str(outside), "link", "absent", "noise/../../outside", "a\0b", ""):
+        for path in ("../outside", str(outside), "link", "absent", "hidden", "noise/../../outside", "a\0b", ""):
             refused = load(path)
             assert (refused.status_code, refused.json()["error"]["param"]) == (404, "lora_path"), path
         assert client.post("/v1/chat/completions", json=asked).status_code == 404
@@ -62,4 +66,6 @@ def test_adapters_come_and_go_over_the_api(tmp_path):
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "noise"}).status_code == 200
         gone = client.post("/v1/unload_lora_adapter", json={"lora_name": "noise"})
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+        exported = load("export", "speech-again")  # in place of the model's own
+        assert exported.status_code == 200, exported.text
         assert client.post("/v1/chat/completions", json=asked).status_code == 404
