@@ -1,6 +1,7 @@
 """Folder of a run: names of its files, checks before it is written, and its lock."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,8 +19,11 @@ def check_folder(folder: Path) -> None:
     if not there.is_dir():
         raise InputError(f"output is {folder}, and {there} is a file; give a folder")
     check_parent(folder)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"output is {folder}, and {there} may not be written to; give another one")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        cause = f"output is {folder}, and {there} cannot be written to ({error.strerror})"
+        raise InputError(f"{cause}; give another one") from error
 
 
 @contextmanager
@@ -27,16 +31,10 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it is not there. The first host locks for all of its run.
 
     Raises:
-        InputError: on all hosts, another process holds the lock; on one, the folder cannot be written to.
+        InputError: on all hosts, another process holds the lock.
     """
-    try:
-        make_folder(folder)
-        lock = (folder / ".lock").open("a") if is_primary_process() else nullcontext()
-    except OSError as error:
-        raise InputError(
-            f"output is {folder}, which cannot be written to ({error.strerror}); give another one"
-        ) from error
-    with lock as file:
+    make_folder(folder)
+    with (folder / ".lock").open("a") if is_primary_process() else nullcontext() as file:
         locked, *_ = gather(file is not None and try_lock(file))
         if not locked:
             raise InputError(f"{folder}: another process is training here; wait for it, or give another output")

@@ -403,7 +403,7 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
         ("data.steps=5", r"data: epochs is 2 and steps is 5; give one of them, and null for the other$"),
         ("dtype.kind=1", r"dtype is 'float32', which has no settings of its own; give dtype=\{...\} with all"),
         ("xyz=1", r"xyz: is not a setting of a recipe$"),
-        ("output=/proc/run", r"output is /proc/run, .*; give another one"),
+        ("output=/proc/run", r"output is /proc/run, and /proc cannot be written to \(.*\); give another one"),
         ("optimizer.learning_rate=-1", r"optimizer\.learning_rate is -1"),
         ("optimizer=5", r"optimizer"),
         ("seed=x", r"seed: .* \(it is 'x'\)"),
