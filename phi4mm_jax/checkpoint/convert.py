@@ -35,11 +35,13 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.quantization import (
+    InputMoments,
     QuantizedWeight,
     Weights,
     check_weights,
     is_quantized,
     quantize,
+    quantize_to_inputs,
     quantized_parameters,
     stored_weights,
     weight_of,
@@ -56,6 +58,7 @@ def to_orbax(
     *,
     dtype: str | None = None,
     weights: Weights | None = None,
+    calibrate: Callable[[Path], InputMoments] | None = None,
     fresh_adapters: bool = False,
     adapters_from: AdaptersFrom | None = None,
     progress: Progress | None = None,
@@ -67,6 +70,8 @@ def to_orbax(
         destination: a folder that does not exist.
         dtype: "float32" or "bfloat16"; by default the source's.
         weights: quantise linear maps, as `phi4mm_jax.load` does: what is loaded later is the same.
+        calibrate: measures the maps' inputs, with the source's folder: `calibration.input_moments` of a manifest.
+            Weights are then rounded to int4 with the least error of the maps' outputs on these.
         fresh_adapters: accept adapters whose B matrices are all zero.
         adapters_from: of the original layout's two copies of the adapters, as in `phi4mm_jax.load`.
         progress: called with the bytes written so far, and in all.
@@ -74,11 +79,13 @@ def to_orbax(
     Raises:
         CheckpointError: the source is not whole, or the destination cannot be written; nothing is left there.
         ConfigError: the source's config.json asks for something unsupported.
-        InputError: an unknown dtype.
+        InputError: an unknown dtype, or `calibrate` with other weights than int4.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise InputError(f"dtype is {dtype!r}; expected 'float32', 'bfloat16' or None, the source's")
     check_weights(weights)
+    if calibrate is not None and weights != "int4":
+        raise InputError(f"weights is {weights!r}, but only int4 is calibrated; ask for it, or leave calibrate out")
     with _staged(source, destination) as (source, folder):
         config, checkpoint = _opened(source, fresh_adapters, adapters_from)
         _refuse_quantized(source, checkpoint)
@@ -86,13 +93,14 @@ def to_orbax(
         parameters = checkpoint.parameters
         if dtype is not None:
             parameters = {path: jax.ShapeDtypeStruct(p.shape, np.dtype(dtype)) for path, p in parameters.items()}
+        written = parameters if weights is None else quantized_parameters(parameters, weights)
+        check_room(folder, sum(parameter_bytes(p) for p in written.values()))
+        files = read_sidecar_files(source, layout_of(source), config=config)
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         if weights is not None:
-            read = _quantized(read, parameters, weights)
-            parameters = quantized_parameters(parameters, weights)
-        check_room(folder, sum(parameter_bytes(p) for p in parameters.values()))
-        files = read_sidecar_files(source, layout_of(source), config=config)
-        orbax_io.write(folder / orbax_io.FOLDER, parameters, read, progress=progress)
+            moments = {} if calibrate is None else calibrate(source)
+            read = _quantized(read, parameters, weights, moments)
+        orbax_io.write(folder / orbax_io.FOLDER, written, read, progress=progress)
         _write_files(folder, files, dtype)
         _log_left(source, checkpoint)
 
@@ -229,7 +237,10 @@ def _refuse_quantized(source: Path, checkpoint: _Source) -> None:
 
 
 def _quantized(
-    read: Callable[[ParamPath], np.ndarray], parameters: Mapping[ParamPath, jax.ShapeDtypeStruct], weights: Weights
+    read: Callable[[ParamPath], np.ndarray],
+    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct],
+    weights: Weights,
+    moments: InputMoments,
 ) -> Callable[[ParamPath], np.ndarray]:
     """Reads parameters as they are quantised: a weight's integers, or the scales under a path of their own."""
     last: tuple[ParamPath, QuantizedWeight] | None = None  # scales are asked for beside their weight
@@ -241,7 +252,11 @@ def _quantized(
             return read(own)
         if last is None or last[0] != own:
             last = None
-            last = own, quantize(own, jnp.asarray(read(own)), weights)
+            weight, inputs = read(own), moments.get(own[1:-1])
+            if inputs is None:
+                last = own, quantize(own, jnp.asarray(weight), weights)
+            else:
+                last = own, quantize_to_inputs(own, weight, inputs)
         return np.asarray(last[1].values if path == own else last[1].scales)
 
     return read_quantized

@@ -1,0 +1,191 @@
+"""Calibration: what is measured of maps' inputs, the rounding by it, and what it makes of a model."""
+
+import json
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from flax.traverse_util import flatten_dict
+from helpers.manifests import assistant, user, write
+from helpers.marks import fast_are
+from helpers.paths import TINY
+from PIL import Image
+
+import phi4mm_jax
+from convert import to_orbax as program
+from phi4mm_jax import InputError
+from phi4mm_jax.calibration import input_moments
+from phi4mm_jax.checkpoint.convert import to_orbax
+from phi4mm_jax.data.manifests import open_manifest
+from phi4mm_jax.model.layers import unstack_layers
+from phi4mm_jax.quantization import quantize, quantize_to_inputs
+
+UP = ("params", "audio_projector", "up", "kernel")
+OUT = ("params", "decoder", "layers", "attention", "out", "out")
+
+
+def correlated(random: np.random.Generator, inputs: int, *counts: int) -> list[np.ndarray]:
+    """Sets of tokens whose inputs are alike, a few of them large, as activations are."""
+    mix = random.standard_normal((inputs, inputs)) * np.linspace(1, 0, inputs)[:, None] ** 3
+    sizes = np.exp(random.standard_normal(inputs))
+    return [(random.standard_normal((n, inputs)) @ mix * sizes).astype(np.float32) for n in counts]
+
+
+def moments_of(x: np.ndarray) -> np.ndarray:
+    return x.T @ x
+
+
+def as_floats(found) -> np.ndarray:
+    scales = np.asarray(found.scales).astype(np.float32)
+    return np.asarray(found.values).astype(np.float32) * np.repeat(scales, len(found.values) // len(scales), 0)
+
+
+def by_textbook(weight: np.ndarray, moments: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 1 of arXiv:2210.17323 with a scale per group, column by column, in float64."""
+    damped = moments.astype(np.float64) + 0.01 * np.diag(moments).mean() * np.eye(len(moments))
+    inverse = np.linalg.cholesky(np.linalg.inv(damped)).T  # upper triangular
+    rest, values, scales = weight.astype(np.float64), np.zeros(weight.shape), []
+    for row in range(len(weight)):
+        if row % size == 0:
+            group, best = rest[row : row + size], {}
+            for clip in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+                scale = np.asarray(jnp.bfloat16(np.abs(group).max(0) * clip / 7)).astype(np.float64)
+                error = np.square(np.clip(np.round(group / scale), -7, 7) * scale - group).sum(0)
+                best = {o: min(best.get(o, (np.inf,)), (error[o], -clip, scale[o])) for o in range(weight.shape[1])}
+            scales.append([best[o][2] for o in range(weight.shape[1])])
+        values[row] = np.clip(np.round(rest[row] / scales[-1]), -7, 7)
+        error = (rest[row] - values[row] * scales[-1]) / inverse[row, row]
+        rest[row:] -= np.outer(inverse[row, row:], error)
+    return values, np.array(scales)
+
+
+def test_rounding_is_that_of_the_textbook():
+    """Two layers, two heads of 128 inputs each, and so two groups."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((2, 2, 128, 5)).astype(np.float32)
+    moments = np.stack([moments_of(*correlated(random, 256, 400)) for _ in range(2)])
+    found = quantize_to_inputs(OUT, weight, moments)
+    assert (found.values.dtype, found.scales.dtype, found.scales.shape) == (jnp.int4, jnp.bfloat16, (2, 2, 1, 5))
+    for layer in range(2):
+        values, scales = by_textbook(weight[layer].reshape(256, 5), moments[layer], 128)
+        np.testing.assert_array_equal(np.asarray(found.values[layer]).astype(int).reshape(256, 5), values)
+        np.testing.assert_allclose(np.asarray(found.scales[layer]).astype(float).reshape(2, 5), scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_on_other_inputs_are_nearer_than_by_rounding_to_nearest(seed):
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal((384, 64)).astype(np.float32)
+    seen, unseen = correlated(random, 384, 1000, 1000)
+    errors = [
+        np.linalg.norm(unseen @ (as_floats(found) - weight))
+        for found in (quantize_to_inputs(UP, weight, moments_of(seen)), quantize(UP, jnp.asarray(weight), "int4"))
+    ]
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("scale", [0, 3])
+def test_uncorrelated_inputs_of_one_size_round_to_nearest(scale):
+    weight = np.random.default_rng(0).standard_normal((256, 7)).astype(np.float32)
+    found = quantize_to_inputs(UP, weight, scale * np.eye(256, dtype=np.float32))
+    expected = quantize(UP, jnp.asarray(weight), "int4")
+    np.testing.assert_array_equal(as_floats(found), as_floats(expected))
+
+
+@pytest.mark.parametrize("moments", [np.eye(128), np.eye(256) * np.nan])
+def test_moments_that_are_not_the_maps_are_refused(moments):
+    with pytest.raises(InputError, match="audio_projector/up/kernel: the moments of its inputs are"):
+        quantize_to_inputs(UP, np.ones((256, 3), np.float32), moments.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Texts of several lengths, an image, a short clip, a clip of two chunks, and both; one is a prompt alone."""
+    folder = tmp_path_factory.mktemp("examples")
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (60, 80, 3), np.uint8)).save(folder / "a.png")
+    Image.fromarray(random.integers(0, 256, (500, 700, 3), np.uint8)).save(folder / "b.png")
+    for name, seconds in (("a", 1.3), ("b", 2.1), ("long", 43)):
+        soundfile.write(folder / f"{name}.wav", random.standard_normal(int(16000 * seconds)) / 10, 16000)
+    image = [{"type": "image", "image": f"{name}.png"} for name in "ab"]
+    clip = {name: {"type": "audio", "audio": f"{name}.wav"} for name in ("a", "b", "long")}
+    chats = [
+        [user("one two three")],
+        [user("word " * 70), assistant("yes")],
+        [user(image[0], "How many?"), assistant("two of them")],
+        [user(clip["a"], "Who?"), assistant("me")],
+        [user(image[1], clip["b"]), assistant("no")],
+        [user(clip["long"], "What?"), assistant("noise")],
+    ]
+    return write(folder / "examples.jsonl", [{"messages": chat} for chat in chats])
+
+
+@pytest.fixture(scope="module")
+def measured(manifest):
+    return input_moments(TINY, manifest)
+
+
+@pytest.fixture(scope="module")
+def recorded(manifest) -> dict[str, Any]:
+    """All examples in one batch, and what modules give of it, by the unrolled model."""
+    model = phi4mm_jax.load(TINY)
+    params = dict(model.variables["params"])
+    params |= {name: unstack_layers(params[name]) for name in ("vision", "speech")}
+    prompts = [line["messages"] for line in map(json.loads, manifest.read_text().splitlines())]
+    rows = []
+    for chat in prompts:
+        for part in [part for message in chat for part in message["content"] if isinstance(part, dict)]:
+            part |= {kind: str(manifest.parent / part[kind]) for kind in ("image", "audio") if kind in part}
+        answered = len(chat) > 1
+        text = chat[-1]["content"] + "<|end|><|endoftext|>" if answered else ""
+        row = model.processor.row(chat[:1])
+        tokens = [*row.tokens, *model.processor.tokenizer.encode(text, special=True)]
+        rows.append(row._replace(tokens=np.asarray(tokens, np.int32)))
+    batch = model.processor.batch(rows)
+    module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
+    _, found = module.apply(model.variables | {"params": params}, batch, capture_intermediates=True, mutable=["intermediates"])
+    outputs: dict[Any, Any] = flatten_dict(found["intermediates"])
+    return {"batch": batch} | {"/".join(path[:-1]): np.asarray(x[0]) for path, x in outputs.items()}
+
+
+def test_moments_are_those_of_the_valid_tokens_of_all_examples(measured, recorded):
+    batch = recorded["batch"]
+    valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    assert batch.lengths.min() < 0.5 * batch.lengths.max()
+    for layer in range(len(measured["decoder", "layers", "mlp", "down"])):
+        for norm, own in (("attention_norm", ("attention", "qkv")), ("mlp_norm", ("mlp", "gate_up"))):
+            x = recorded[f"decoder/layers_{layer}/{norm}"][valid]
+            check(measured[("decoder", "layers", *own)][layer], x)
+
+
+def check(found: np.ndarray, x: np.ndarray) -> None:
+    expected = x.T.astype(np.float64) @ x
+    assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
+
+
+def test_moments_of_images_are_those_of_their_patches(measured, recorded):
+    images = recorded["batch"].images
+    mask = images.patch_mask.reshape(len(images.crops), -1)
+    assert not mask.all()
+    for layer in range(len(measured["vision", "layers", "up"])):
+        for name, norm in (("q", "attention_norm"), ("v", "attention_norm"), ("up", "mlp_norm")):
+            check(measured["vision", "layers", name][layer], recorded[f"vision/layers_{layer}/{norm}"][mask])
+
+
+def test_moments_of_clips_are_those_of_their_tokens(measured, recorded):
+    audio, media = recorded["batch"].audio, recorded["batch"].media
+    features = recorded["speech"]
+    start = media.max() + 1
+    used = np.zeros(features.shape[:2], bool)
+    total = features.shape[0] * features.shape[1]
+    first = recorded["image_embedder"].shape[0]
+    used.reshape(-1)[media[media >= first] - first] = True
+    assert used.any(1).sum() == 4
+    assert used[audio.attended == 500].sum(1).tolist() != []
+    assert start <= first + total
+    for name, chosen in (("audio_projector", ~audio.with_images), ("audio_projector_with_images", audio.with_images)):
+        check(measured[name, "up"], features[used & chosen[:, None]])
+    check(measured["speech", "layers", "conv", "gate"][1], recorded["speech/layers_1/conv/norm"][used])
