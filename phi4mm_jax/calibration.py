@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from phi4mm_jax.api import load
 from phi4mm_jax.batch import NO_MEDIA, Batch
@@ -25,18 +25,20 @@ from phi4mm_jax.checkpoint.contents import AdaptersFrom
 from phi4mm_jax.data.conversation import read_conversation
 from phi4mm_jax.data.manifests import Manifest, open_manifest
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.layers import Linear
+from phi4mm_jax.model import Phi4MM, decoder, speech, vision
+from phi4mm_jax.model.layers import Linear, unstack_layers
 from phi4mm_jax.model.lora import Projection
 from phi4mm_jax.processing.batching import Row
 from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.media_urls import with_paths
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.quantization import MOMENTS, InputMoments, ModulePath, is_quantized
+from phi4mm_jax.quantization import InputMoments, ModulePath, is_quantized
 from phi4mm_jax.utils.checks import check_whole
 
 MAX_EXAMPLES = 128
-Masks = dict[ModulePath, Bool[Array | np.ndarray, "..."]]  # which rows of their inputs modules are measured by
+_MAPS, _BLOCKS = (Linear, Projection), (decoder.Block, speech.Block, vision.Block)
+Moments = dict[ModulePath, Float[Array, "I I"]]  # of the unrolled model's linear maps
+Masks = Mapping[str, Bool[np.ndarray, "..."]]  # which rows of their inputs modules are measured by
 _log = logging.getLogger(__name__)
 
 
@@ -60,33 +62,51 @@ def input_moments(
         progress: called with the number of examples that are done, and of all.
 
     Returns:
-        Float32 arrays (inputs, inputs), with layers stacked. A map that no example reaches is left out, which is
-        logged.
+        Float32 arrays (inputs, inputs) for each layer. A map that no example reaches is left out, which is logged.
 
     Raises:
         CheckpointError, ConfigError: as `phi4mm_jax.load`.
         InputError: the manifest is empty or cannot be read, or an example, such as one of its media, cannot be used.
     """
     check_whole("max_examples", max_examples, 1)
-    moments: dict[ModulePath, jax.Array] = {}
+    moments: Moments = {}
     with closing(open_manifest(Path(manifest))) as lines:
         count = min(max_examples, len(lines))
         numbers = [i * len(lines) // count for i in range(count)]
-        model = load(source, adapters_from=adapters_from, fresh_adapters=fresh_adapters, scan=True)
-        module = model.module.clone(dtype=jnp.float32)
+        model = load(source, adapters_from=adapters_from, fresh_adapters=fresh_adapters)
         for _ in _rows(lines, numbers, model.processor):  # so that a bad one ends it before anything is computed
             pass
+        params = model.variables["params"]
+        for name in {"vision", "speech"} & params.keys():
+            params[name] = unstack_layers(params[name])
+        module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
+        flat: dict[Any, Any] = flatten_dict({"params": params})
+        maps = {_stacked(p[1:-1]) for p, x in flat.items() if is_quantized(p, x.ndim) and p[-1] != "embedding"}
         for done, row in enumerate(_rows(lines, numbers, model.processor), 1):
             _add(moments, module, model.variables, model.processor.batch([row]))
             if progress is not None:
                 progress(done, count)
-    found = {path: array for path, array in moments.items() if array.any()}
-    params: dict[Any, Any] = flatten_dict({"params": model.variables["params"]})
-    maps = {path[1:-1] for path, x in params.items() if is_quantized(path, x.ndim) and path[-1] != "embedding"}
+    found = {path: layers for path, layers in _by_layers(moments).items() if any(m.any() for m in layers)}
     if unseen := maps - found.keys():
         names = ", ".join(sorted({path[0] for path in unseen}))
         _log.warning("%s: no example reaches all maps of %s, which are rounded to nearest", manifest, names)
-    return {path: np.asarray(array) for path, array in found.items()}
+    return found
+
+
+def _by_layers(moments: Moments) -> dict[ModulePath, list[np.ndarray]]:
+    """Return the moments of each map, of all of its layers in their order, under its path where layers are stacked."""
+    found: dict[ModulePath, list[np.ndarray]] = {}
+    for path in sorted(moments, key=lambda path: [int(name.rpartition("_")[2]) for name in path if _is_layer(name)]):
+        found.setdefault(_stacked(path), []).append(np.asarray(moments[path]))
+    return found
+
+
+def _stacked(path: ModulePath) -> ModulePath:
+    return tuple("layers" if _is_layer(name) else name for name in path)
+
+
+def _is_layer(name: str) -> bool:
+    return name.startswith("layers_")
 
 
 def _rows(lines: Manifest, numbers: Sequence[int], processor: Processor) -> Iterator[Row]:
@@ -105,16 +125,20 @@ def _row(values: Any, folder: Path, processor: Processor) -> Row:
     return processor.row_of(render_chat(messages, processor.tokenizer, add_generation_prompt=not is_answered))
 
 
-def _add(moments: dict[ModulePath, jax.Array], module: Phi4MM, variables: Mapping[str, Any], batch: Batch) -> None:
+def _add(moments: Moments, module: Phi4MM, variables: Mapping[str, Any], batch: Batch) -> None:
     """Add the moments of a batch of one row."""
     config, valid = module.config, np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     taken, tables, start = batch.media[valid & (batch.media != NO_MEDIA)], [], 0
+
+    def compute(masks: Masks, method: Callable[..., Any], *inputs: Any) -> Any:
+        with nn.intercept_methods(partial(_measure, moments, masks)):
+            return module.apply(variables, *inputs, method=method)
+
     if batch.images is not None:
         crops, count = len(batch.images.crops), config.vision.features_per_crop
         used = np.isin(np.arange(start := crops * count + 2), taken)
         patches = batch.images.patch_mask.reshape(crops, -1) & used[:-2].reshape(crops, -1).any(1, keepdims=True)
-        masks: Masks = {("vision",): patches, ("image_embedder",): used}
-        tables.append(_measure(moments, module, "encode_images", variables, masks, batch.images))
+        tables.append(compute({"vision": patches, "image_embedder": used}, Phi4MM.encode_images, batch.images))
     if batch.audio is not None:
         chunks, frames = batch.audio.frames.shape[:2]
         tokens = frames // config.speech.time_reduction - 1
@@ -122,72 +146,63 @@ def _add(moments: dict[ModulePath, jax.Array], module: Phi4MM, variables: Mappin
             audio = jax.tree.map(lambda x, i=i: x[i : i + 1], batch.audio)
             used = np.isin(start + np.arange(tokens), taken)[None]
             masks = {
-                ("speech", "stem"): np.pad(used, ((0, 0), (1, 0))),  # a token before the chunk's own
-                ("speech",): used,
-                ("audio_projector",): used & ~audio.with_images[:, None],
-                ("audio_projector_with_images",): used & audio.with_images[:, None],
+                "stem": np.pad(used, ((0, 0), (1, 0))),  # there is a token before the chunk's own
+                "speech": used,
+                "audio_projector": used & ~audio.with_images[:, None],
+                "audio_projector_with_images": used & audio.with_images[:, None],
             }
-            tables.append(_measure(moments, module, "encode_audio", variables, masks, audio))
+            tables.append(compute(masks, Phi4MM.encode_audio, audio))
             start += tokens
-    features = jnp.concatenate(tables) if tables else None
-    _measure(moments, module, "hidden", variables, {("decoder",): valid}, batch, features)
+    embedded = module.apply(
+        variables, batch.tokens, batch.media, jnp.concatenate(tables) if tables else None, method=Phi4MM.embed
+    )
+    compute({"decoder": valid}, Phi4MM.decode, embedded, batch.lengths, batch.adapters)
 
 
-def _hidden(module: Phi4MM, batch: Batch, features: jax.Array | None) -> jax.Array:
-    embedded = module.embed(batch.tokens, batch.media, features)
-    return module.decode(embedded, batch.lengths, batch.adapters)[0]
-
-
-_METHODS = {"encode_images": Phi4MM.encode_images, "encode_audio": Phi4MM.encode_audio, "hidden": _hidden}
-
-
-def _measure(
-    moments: dict[ModulePath, jax.Array],
-    module: Phi4MM,
-    method: str,
-    variables: Mapping[str, Any],
-    masks: Masks,
-    *inputs: Any,
-) -> jax.Array:
-    """Add the moments of a method's maps, and return what it computes."""
-    if method == "hidden":
-        batch, features = inputs
-        inputs = batch._replace(images=None, audio=None), features
-    own = {path: x for path, x in moments.items() if (path[0],) in masks}
-    if not own:
-        shapes = jax.eval_shape(partial(_measured, module, method), variables, masks, inputs)[1]
-        own = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
-    out, added = _with_added(module, method, variables, own, masks, inputs)
-    moments |= added
+def _measure(moments: Moments, masks: Masks, call: Callable[..., Any], given: Any, keywords: Any, context: Any) -> Any:
+    """Compute a module's method; of a linear map, or a layer's maps, add the moments. Layers are compiled."""
+    module, path = context.module, context.module.path
+    named = [name for name in path if name in masks]  # none within a layer that is compiled, whose paths are its own
+    if context.method_name != "__call__" or not isinstance(module, (*_BLOCKS, *_MAPS)) or not named:
+        return call(*given, **keywords)
+    mask = masks[named[-1]]
+    if isinstance(module, _MAPS):
+        moments[path] = moments.get(path, 0) + _second_moments(module, given[0], mask)
+        return call(*given, **keywords)
+    before = {own[len(path) :]: moments.pop(own) for own in list(moments) if own[: len(path)] == path}
+    out, after = _block(module.clone(parent=None, name=None), module.variables, given, mask, before)
+    moments |= {(*path, *own): x for own, x in after.items()}
     return out
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _with_added(module: Phi4MM, method: str, variables: Any, moments: Any, masks: Any, inputs: Any) -> Any:
-    out, found = _measured(module, method, variables, masks, inputs)
-    return out, {path: moments[path] + x for path, x in found.items()}
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _block(
+    block: nn.Module, variables: Any, given: Any, mask: Bool[Array, "..."], before: Moments
+) -> tuple[Any, Moments]:
+    """Compute a layer, and its maps' moments with those of before added, which are donated."""
+    after = {}
 
-
-def _measured(module: Phi4MM, method: str, variables: Any, masks: Any, inputs: Any) -> tuple[Any, dict[Any, Any]]:
-    def measure(call: Callable[..., Any], given: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
-        linear = context.module
-        if context.method_name == "__call__" and isinstance(linear, Linear | Projection):
-            axes = given[0].ndim - len(linear.inputs)
-            x = given[0].reshape(*given[0].shape[:axes], math.prod(given[0].shape[axes:]))
-            mask = next(masks[linear.path[:n]] for n in (2, 1) if linear.path[:n] in masks)
-            x = jnp.where(_spread(mask, x.shape[:-1])[..., None], x, 0)
-            found = jnp.einsum("...I,...J->IJ", x, x, precision="highest")
-            linear.sow(MOMENTS, "inputs", found)
+    def measure(call: Callable[..., Any], given: Any, keywords: Any, context: Any) -> Any:
+        own = context.module.path
+        if context.method_name == "__call__" and isinstance(context.module, _MAPS):
+            after[own] = before.get(own, 0) + _second_moments(context.module, given[0], mask)
         return call(*given, **keywords)
 
     with nn.intercept_methods(measure):
-        out, state = module.apply(variables, *inputs, method=_METHODS[method], mutable=[MOMENTS])
-    found: dict[Any, Any] = flatten_dict(state[MOMENTS])
-    return out, {path[:-1]: x for path, (x,) in found.items()}  # each is called once
+        return block.apply(variables, *given), after
 
 
-def _spread(mask: Bool[Array | np.ndarray, "..."], rows: tuple[int, ...]) -> Bool[Array, "..."]:
-    """Give each row of a map's inputs the mask of its token, of which the stem has several frames with their bands."""
+def _second_moments(
+    linear: Linear | Projection, x: Float[Array, "..."], mask: Bool[Array | np.ndarray, "..."]
+) -> Float[Array, "I I"]:
+    """Return the second moments of a map's inputs, of the rows that the mask has.
+
+    Args:
+        mask: of tokens; in the stem of the speech encoder several frames, and each of their bands, are a token's.
+    """
+    axes = x.ndim - len(linear.inputs)
+    x = x.reshape(*x.shape[:axes], math.prod(x.shape[axes:])).astype(jnp.float32)
     if mask.ndim > 1:
-        mask = jnp.repeat(mask, rows[1] // mask.shape[1], 1)
-    return jnp.broadcast_to(mask.reshape(*mask.shape, *[1] * (len(rows) - mask.ndim)), rows)
+        mask = jnp.repeat(mask, x.shape[1] // mask.shape[1], 1)
+    x = jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x, 0)
+    return jnp.einsum("...I,...J->IJ", x, x, precision="highest")

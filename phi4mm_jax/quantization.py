@@ -2,13 +2,14 @@
 
 int8 has a scale for each output of the map; int4 for each output and each group of inputs, whose values are clipped
 where that makes their squared error least. The embedding, which is also the head, is int8 in either case, with a scale
-for each token. What is rounded is `scale * round(weight / scale)`: no zero points.
+for each token. A weight becomes `scale * round(weight / scale)`: no zero points. With `quantize_to_inputs` weights are
+rounded to int4 otherwise than to nearest, by the map's inputs: then its output is off by less.
 
 Scales lie beside their weight, under its name and "_scales"; a step multiplies the integers and scales what comes out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
@@ -25,16 +25,15 @@ from phi4mm_jax.errors import InputError
 Weights = Literal["int8", "int4"]
 ParamPath = tuple[str, ...]
 ModulePath = tuple[str, ...]
-InputMoments = Mapping[ModulePath, Float[np.ndarray, "..."]]  # of each linear map, layers stacked: the sum of x x^T
+InputMoments = Mapping[ModulePath, Sequence[Float[np.ndarray, "I I"]]]  # of each linear map's layers: the sum of x x^T
 
 SCALES = "_scales"
-MOMENTS = "moments"  # the collection of what `calibration` measures
 _GROUP = 128  # inputs that share a scale in int4
 _LARGEST = {"int8": 127, "int4": 7}
 _SCALES = {"int8": jnp.float32, "int4": jnp.bfloat16}  # dtypes
 _FEW_ROWS = 128  # whose products of each group are held at once
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a group's largest value that int4's range may end at
-_DAMPING = 0.01  # of the mean of squared inputs, added to each
+_DAMPING = 0.01  # of the mean of an input's square, added to each
 
 
 class QuantizedWeight(NamedTuple):
@@ -160,52 +159,48 @@ def _quantize(weight: Float[Array, "..."], path: ParamPath, weights: Weights) ->
 
 def _rounded(weight: Float[Array, "..."], scales_shape: tuple[int, ...], kind: Weights) -> QuantizedWeight:
     """Round to the nearest multiples of the scales, the largest of which is the largest value of the kind."""
+    largest = _LARGEST[kind]
     split, inner = _split_groups(weight.shape, scales_shape)
     wide = weight.astype(jnp.float32).reshape(split)
-    scales = _best_scales(wide, inner, kind)
-    values = _nearest(wide, scales, kind)
+    extreme = jnp.abs(wide).max(inner, keepdims=True)
+
+    def rounded(clip: float):
+        scales = jnp.where(extreme > 0, extreme * (clip / largest), 1.0)
+        scales = scales.astype(_SCALES[kind]).astype(jnp.float32)
+        return jnp.clip(jnp.round(wide / scales), -largest, largest), scales
+
+    values, scales = rounded(1.0)
+    if kind == "int4":
+        least = jnp.square(values * scales - wide).sum(inner, keepdims=True)
+        for clip in _CLIPS[1:]:
+            others, smaller = rounded(clip)
+            error = jnp.square(others * smaller - wide).sum(inner, keepdims=True)
+            values, scales, least = (
+                jnp.where(error < least, new, old) for new, old in ((others, values), (smaller, scales), (error, least))
+            )
     return QuantizedWeight(
         values.reshape(weight.shape).astype(jnp.dtype(kind)), scales.reshape(scales_shape).astype(_SCALES[kind])
     )
 
 
-def _nearest(wide: Float[Array, "..."], scales: Float[Array, "..."], kind: Weights) -> Float[Array, "..."]:
-    return jnp.clip(jnp.round(wide / scales), -_LARGEST[kind], _LARGEST[kind])
-
-
-def _best_scales(wide: Float[Array, "..."], inner: tuple[int, ...], kind: Weights) -> Float[Array, "..."]:
-    """Return the scale of each group, whose members are on the axes `inner`: in int4 by the least squared error."""
-    extreme = jnp.abs(wide).max(inner, keepdims=True)
-
-    def clipped(clip: float) -> Float[Array, "..."]:
-        scales = jnp.where(extreme > 0, extreme * (clip / _LARGEST[kind]), 1.0)
-        return scales.astype(_SCALES[kind]).astype(jnp.float32)
-
-    def error(scales: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jnp.square(_nearest(wide, scales, kind) * scales - wide).sum(inner, keepdims=True)
-
-    best = clipped(1.0)
-    if kind == "int4":
-        least = error(best)
-        for clip in _CLIPS[1:]:
-            scales = clipped(clip)
-            found = error(scales)
-            best, least = jnp.where(found < least, scales, best), jnp.minimum(found, least)
-    return best
+def _split_groups(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The weight's shape with each axis as groups and their members, and the axes of members."""
+    pairs = [(groups, size // groups) for size, groups in zip(shape, scales, strict=True)]
+    return tuple(n for pair in pairs for n in pair), tuple(2 * i + 1 for i in range(len(pairs)))
 
 
 def quantize_to_inputs(
-    path: ParamPath, weight: Float[np.ndarray, "..."], moments: Float[np.ndarray, "..."]
+    path: ParamPath, weight: Float[np.ndarray, "..."], moments: Sequence[Float[np.ndarray, "I I"]]
 ) -> QuantizedWeight:
-    """Quantise a parameter to int4 with the least error of its map's output, by GPTQ (arXiv:2210.17323).
+    """Quantise a parameter to int4 with little error of its map's outputs, by GPTQ (arXiv:2210.17323).
 
-    Inputs are taken in order; what rounding the weights of the earlier ones changes in the outputs, the later ones
-    make up for as far as their inputs are alike. A group's scales are chosen when its first input is reached. Where
-    inputs are uncorrelated and of one size, it is what `quantize` gives.
+    The scales are those of `quantize`. The weights of one input after another are rounded, those of the largest inputs
+    first; by what an output is off then, the weights of the later inputs make up for it, as far as inputs are alike.
+    Where they are uncorrelated, each is rounded to the nearest.
 
     Args:
-        moments: of the map's inputs (I, I): see `calibration.input_moments`. Layers are stacked, as of the weight, and
-            are quantised one by one.
+        moments: of the map's inputs, for each layer of the weight's stack; one, where it is none. See
+            `calibration.input_moments`.
 
     Returns:
         Arrays of numpy.
@@ -213,65 +208,63 @@ def quantize_to_inputs(
     Raises:
         InputError: the moments are not of this map, or not finite.
     """
-    first = 1 if "layers" in path else 0
-    shape, sums = scales_shape(path, weight.shape, "int4"), contracted_axes(path, weight.ndim) or ()
+    sums, layers = contracted_axes(path, weight.ndim) or (), len(weight) if "layers" in path else 1
     inputs = math.prod(weight.shape[axis] for axis in sums)
-    if moments.shape != (*weight.shape[:first], inputs, inputs) or not np.isfinite(moments).all():
+    if [m.shape for m in moments] != [(inputs, inputs)] * layers or not all(np.isfinite(m).all() for m in moments):
         raise InputError(
-            f"{'/'.join(path)}: the moments of its inputs are not finite, or of shape {moments.shape} and not "
-            f"{(*weight.shape[:first], inputs, inputs)}; measure them anew"
+            f"{'/'.join(path)}: the moments of its inputs are not finite, or not {layers} matrices of {inputs} inputs; "
+            "measure them anew"
         )
-    groups = math.prod(shape[axis] for axis in sums)
-    layers = zip(weight, moments, strict=True) if first else [(weight, moments)]
-    found = [_rounded_to_inputs(jnp.asarray(w).reshape(inputs, -1), _shares(m), groups) for w, m in layers]
-    values, scales = (np.stack([np.asarray(x) for x in arrays]) for arrays in zip(*found, strict=True))
-    return QuantizedWeight(values.reshape(weight.shape), scales.reshape(shape))
+    scales = np.asarray(quantize(path, jnp.asarray(weight), "int4").scales)
+    groups = math.prod(scales.shape[axis] for axis in sums)
+    matrices = zip(weight.reshape(layers, inputs, -1), scales.reshape(layers, groups, -1), moments, strict=True)
+    values = [np.asarray(_rounded_to_inputs(w, s, *_order_and_shares(m))) for w, s, m in matrices]
+    return QuantizedWeight(np.stack(values).reshape(weight.shape), scales)
 
 
-def _shares(moments: Float[np.ndarray, "I I"]) -> Float[np.ndarray, "I I"]:
-    """Return by how much of an earlier input's error (first axis) a later one's weights make up for it.
+def _order_and_shares(
+    moments: Float[np.ndarray, "I I"],
+) -> tuple[Int[np.ndarray, " I"], Float[np.ndarray, "I I"]]:
+    """Return the inputs from the largest on, and by how much of one's error (first axis) a later one makes up for it.
 
     With moments R R^T, R upper triangular, the squared error of the outputs is that of R^T (W - V), whose row k depends
-    on the weights of inputs up to k. Each input's weights make their own row's least.
+    on the weights of inputs up to k. Those of each make its own row's least.
     """
-    damped = moments.astype(np.float64)
-    mean = np.diagonal(damped).mean()
+    sizes = np.diagonal(moments)
+    order = np.argsort(-sizes, stable=True)
+    damped, mean = moments[np.ix_(order, order)].astype(np.float64), sizes.mean(dtype=np.float64)
     damped[np.diag_indices(len(damped))] += _DAMPING * mean if mean > 0 else 1
     root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    return (root / np.diagonal(root)).astype(np.float32)
+    return order, (root / np.diagonal(root)).astype(np.float32)
 
 
-@partial(jax.jit, static_argnums=2)
-def _rounded_to_inputs(weight: Float[Array, "I O"], shares: Float[Array, "I I"], groups: int) -> QuantizedWeight:
-    """Round a matrix to int4, with a scale per group of inputs and output; `shares` as of `_shares`."""
-    weight, size = weight.astype(jnp.float32), weight.shape[0] // groups
-    product = partial(jnp.matmul, precision="highest")
+@jax.jit
+def _rounded_to_inputs(
+    weight: Float[Array, "I O"], scales: Float[Array, "G O"], order: Int[Array, " I"], shares: Float[Array, "I I"]
+) -> Int[Array, "I O"]:
+    """Round a matrix to int4 in an order of its inputs; `shares` are those of `_order_and_shares`."""
+    size = len(weight) // len(scales)  # of a block as well, whose rows make up together for what came before
+    wide = weight.astype(jnp.float32)[order]
+    wide_scales = jnp.repeat(scales.astype(jnp.float32), size, 0)[order]
+    product, largest = partial(jnp.matmul, precision="highest"), _LARGEST["int4"]
 
-    def round_group(errors: Float[Array, "I O"], start: Array):
-        rows = jax.lax.dynamic_slice_in_dim(weight, start, size)
+    def round_block(errors: Float[Array, "I O"], start: Array):
+        rows, of_rows = (jax.lax.dynamic_slice_in_dim(x, start, size) for x in (wide, wide_scales))
         own = jax.lax.dynamic_slice_in_dim(shares, start, size, 1)
-        before = product(own.T, errors)  # what the group is to make up for
+        wanted = rows + product(own.T, errors)
         own = jax.lax.dynamic_slice_in_dim(own, start, size)
-        # If its weights could be any floats, the first ones would leave nothing to the others.
-        wanted = rows + solve_triangular(own, before, trans=1, unit_diagonal=True)
-        scales = _best_scales(wanted, (0,), "int4")[0]
 
-        def round_row(row: Array, state):
+        def round_row(row: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             values, errors = state
-            value = _nearest(rows[row] + before[row] + product(own[:, row], errors), scales, "int4")
-            return values.at[row].set(value), errors.at[row].set(rows[row] - value * scales)
+            value = jnp.round((wanted[row] + product(own[:, row], errors)) / of_rows[row])
+            value = jnp.clip(value, -largest, largest)
+            return values.at[row].set(value), errors.at[row].set(rows[row] - value * of_rows[row])
 
-        values, own_errors = jax.lax.fori_loop(0, size, round_row, (jnp.zeros_like(rows), jnp.zeros_like(rows)))
-        return jax.lax.dynamic_update_slice_in_dim(errors, own_errors, start, 0), (values, scales)
+        values, of_block = jax.lax.fori_loop(0, size, round_row, (jnp.zeros_like(rows), jnp.zeros_like(rows)))
+        return jax.lax.dynamic_update_slice_in_dim(errors, of_block, start, 0), values
 
-    _, (values, scales) = jax.lax.scan(round_group, jnp.zeros_like(weight), jnp.arange(groups) * size)
-    return QuantizedWeight(values.reshape(weight.shape).astype(jnp.int4), scales.astype(_SCALES["int4"]))
-
-
-def _split_groups(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The weight's shape with each axis as groups and their members, and the axes of members."""
-    pairs = [(groups, size // groups) for size, groups in zip(shape, scales, strict=True)]
-    return tuple(n for pair in pairs for n in pair), tuple(2 * i + 1 for i in range(len(pairs)))
+    values = jax.lax.scan(round_block, jnp.zeros_like(wide), jnp.arange(len(scales)) * size)[1]
+    return jnp.zeros(weight.shape, jnp.int4).at[order].set(values.reshape(weight.shape).astype(jnp.int4))
 
 
 def quantize_variables(variables: dict[str, Any], weights: Weights) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from phi4mm_jax.adapters import USERS, adapter_indices
 from phi4mm_jax.mesh import constrain_param, sharding_within
 from phi4mm_jax.precision import einsum, row_mean
-from phi4mm_jax.quantization import MOMENTS, SCALES, QuantizedWeight
+from phi4mm_jax.quantization import SCALES, QuantizedWeight
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "D": "embed",
@@ -151,8 +151,7 @@ def run_layers(block: type[nn.Module], config: Any, carry: Any, *shared: Any, sc
     in_axes: Any = (0, *(nn.broadcast for _ in shared))
     stacked = nn.scan(
         block,
-        # Adapters are stacked like their layers, and so is what is measured of them.
-        variable_axes=dict.fromkeys(("params", *adapter_indices(), USERS, MOMENTS), 0),
+        variable_axes=dict.fromkeys(("params", *adapter_indices(), USERS), 0),  # adapters are stacked like their layers
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=config.num_layers,

@@ -8,10 +8,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers.manifests import write
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 
 from infer import chat, evaluate, generate
+from phi4mm_jax.calibration import input_moments
+from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.checkpoint.model_card import notice_of
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.processing.processor import Processor
@@ -83,6 +86,34 @@ def test_notices_of_cards(card, notice, tmp_path):
 
 def test_held_out_speech_is_understood(tmp_path):
     assert measured(tmp_path / "run", HELD / "speech.jsonl", "asr") <= 5
+
+
+HALVES = {"ocr": "ocr", "speech": "asr", "asked": "vqa", "text": "exact"}  # held-out sets and their tasks
+
+
+def half(folder: Path, half: int, *names: str) -> Path:
+    """Every second line of held-out sets, as a manifest."""
+    lines = [line for name in names for line in (HELD / f"{name}.jsonl").read_text().splitlines()[half::2]]
+    text = "\n".join(lines).replace('"images/', f'"{HELD}/images/').replace('"clips/', f'"{HELD}/clips/')
+    return write(folder / f"{names[0]}.jsonl", text.splitlines())
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> Path:
+    """int4, calibrated by one half of the held-out sets."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    examples = half(folder, 0, *HALVES)
+    to_orbax(MODEL, folder / "int4", dtype="float32", weights="int4", calibrate=lambda f: input_moments(f, examples))
+    return folder / "int4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HALVES)
+def test_calibrated_int4_is_within_three_points_of_float32(name, calibrated, tmp_path):
+    """On the other half."""
+    manifest, task = half(tmp_path, 1, name), HALVES[name]
+    found, expected = (measured(tmp_path / m.name, manifest, task, model=m) for m in (calibrated, MODEL))
+    assert abs(found - expected) <= 3
 
 
 @pytest.mark.slow
