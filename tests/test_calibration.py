@@ -186,9 +186,9 @@ def test_moments_of_images_are_those_of_their_patches(measured, recorded):
 def test_moments_of_clips_are_those_of_their_tokens(measured, recorded):
     """The long clip has two chunks, which are measured one by one."""
     audio, features = recorded["batch"].audio, recorded["speech"]
-    seconds = [1.3, 2.1, 40, 3]
-    tokens = np.ceil(np.ceil((np.array(seconds) * 100 - 1.5) / 8)).astype(int)
-    used = np.arange(features.shape[1]) < np.array([*tokens, *[0] * (len(features) - 4)])[:, None]
+    tokens = np.zeros(len(features), int)
+    tokens[:4] = 16, 26, 500, 38  # of 128, 208 and 4298 frames
+    used = np.arange(features.shape[1]) < tokens[:, None]
     assert audio.with_images.tolist()[:4] == [False, True, False, False]
     for name, chosen in (("audio_projector", ~audio.with_images), ("audio_projector_with_images", audio.with_images)):
         check(measured[name, "up"][0], features[used & chosen[:, None]])
@@ -209,7 +209,6 @@ def test_calibrated_weights_are_stored_and_nearer_to_the_float_models(manifest, 
     valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     logits, *others = (np.asarray(m.logits(batch))[valid] for m in (plain, calibrated, nearest))
     errors = [np.linalg.norm(x - logits) for x in others]
-    print(errors, np.linalg.norm(logits))
     assert errors[0] < 0.8 * errors[1]
 
 
