@@ -231,7 +231,7 @@ def _order_and_shares(
     on the weights of inputs up to k. Those of each make its own row's least.
     """
     sizes = np.diagonal(moments)
-    order = np.argsort(-sizes, stable=True)
+    order = np.argsort(-sizes, kind="stable")
     damped, mean = moments[np.ix_(order, order)].astype(np.float64), sizes.mean(dtype=np.float64)
     damped[np.diag_indices(len(damped))] += _DAMPING * mean if mean > 0 else 1
     root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
@@ -264,7 +264,8 @@ def _rounded_to_inputs(
         return jax.lax.dynamic_update_slice_in_dim(errors, of_block, start, 0), values
 
     values = jax.lax.scan(round_block, jnp.zeros_like(wide), jnp.arange(len(scales)) * size)[1]
-    return jnp.zeros(weight.shape, jnp.int4).at[order].set(values.reshape(weight.shape).astype(jnp.int4))
+    values = jnp.zeros(weight.shape, jnp.int8).at[order].set(values.reshape(weight.shape).astype(jnp.int8))
+    return values.astype(jnp.int4)
 
 
 def quantize_variables(variables: dict[str, Any], weights: Weights) -> dict[str, Any]:
