@@ -200,7 +200,7 @@ def test_calibrated_weights_are_stored_and_nearer_to_the_float_models(manifest, 
     to_orbax(TINY, tmp_path / "tiny", dtype="float32", weights="int4", calibrate=lambda _: measured)
     plain, nearest = (phi4mm_jax.load(TINY, "float32", weights=weights, scan=True) for weights in (None, "int4"))
     calibrated = phi4mm_jax.load(tmp_path / "tiny", "float32", scan=True)
-    found, expected = (flatten_dict(m.variables) for m in (calibrated, nearest))
+    found, expected = (dict[Any, Any](flatten_dict(m.variables)) for m in (calibrated, nearest))
     changed = {path for path, x in expected.items() if (np.asarray(x) != np.asarray(found[path])).any()}
     assert changed == {path for path, x in expected.items() if x.dtype == jnp.int4}
     prompts = ["<|user|>four five six seven<|end|><|assistant|>", "<|user|><|image_1|>Where?<|end|><|assistant|>"]
