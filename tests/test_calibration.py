@@ -174,6 +174,7 @@ def check(found: np.ndarray, x: np.ndarray) -> None:
     assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_moments_of_images_are_those_of_their_patches(measured, recorded):
     images = recorded["batch"].images
     mask = images.patch_mask.reshape(len(images.crops), -1)
@@ -183,6 +184,7 @@ def test_moments_of_images_are_those_of_their_patches(measured, recorded):
             check(measured["vision", "layers", name][layer], recorded[f"vision/layers_{layer}/{norm}"][mask])
 
 
+@pytest.mark.slow
 def test_moments_of_clips_are_those_of_their_tokens(measured, recorded):
     """The long clip has two chunks, which are measured one by one."""
     audio, features = recorded["batch"].audio, recorded["speech"]
@@ -195,6 +197,7 @@ def test_moments_of_clips_are_those_of_their_tokens(measured, recorded):
     check(measured["speech", "layers", "conv", "gate"][1], recorded["speech/layers_1/conv/norm"][used])
 
 
+@pytest.mark.slow
 def test_calibrated_weights_are_stored_and_nearer_to_the_float_models(manifest, measured, tmp_path):
     """Logits of other examples; what is not rounded is as without calibration, and so are the scales."""
     to_orbax(TINY, tmp_path / "tiny", dtype="float32", weights="int4", calibrate=lambda _: measured)
@@ -212,6 +215,7 @@ def test_calibrated_weights_are_stored_and_nearer_to_the_float_models(manifest, 
     assert errors[0] < 0.8 * errors[1]
 
 
+@pytest.mark.slow
 def test_maps_that_no_example_reaches_are_rounded_to_nearest(tmp_path, caplog):
     manifest = write(tmp_path / "texts.jsonl", [{"messages": [user("one two"), assistant("three")]}])
     found = input_moments(TINY, manifest)
@@ -255,6 +259,7 @@ def test_the_program_refuses_other_weights(weights, message, manifest, tmp_path,
         to_orbax(TINY, tmp_path / "out", calibrate=lambda _: {})
 
 
+@pytest.mark.slow
 def test_the_program_calibrates(manifest, measured, tmp_path, monkeypatch):
     given = ["to_orbax", TINY, tmp_path / "out", "--weights", "int4", "--calibrate", manifest]
     monkeypatch.setattr(sys, "argv", list(map(str, given)))

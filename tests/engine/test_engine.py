@@ -193,11 +193,11 @@ def test_equal_prompts_of_whole_pages_start_together(tiny):
     """Each computes the last page itself, so that none has to wait for another's."""
     prompt = prompt_of(tiny.processor.tokenizer, 64)
     engine = tiny.engine(dataclasses.replace(SMALL, slots=4))
-    numbers = [engine.submit(Request(prompt, max_new_tokens=4)) for _ in range(4)]
-    updates = engine.step()
-    assert engine.runner.num_prefilled_tokens == 4 * 64
+    numbers, updates = [engine.submit(Request(prompt, max_new_tokens=4)) for _ in range(4)], []
     while not engine.idle:
         updates += engine.step()
+        assert all(sequence.num_computed_tokens > 0 for sequence in engine.scheduler.resident)
+    assert engine.runner.num_prefilled_tokens == 4 * 64
     answers = {update.id: update.completion for update in updates if update.completion}
     for number in numbers:
         check_greedy(tiny, prompt, answers[number])

@@ -851,7 +851,7 @@ def test_the_log_of_preferences_has_margins():
 def test_throughput_is_the_steps_own(quick, tmp_path, monkeypatch):
     """Each step takes two seconds, whatever an evaluation takes; a chip can do 10,000 operations a second."""
     tokens = slow_steps(monkeypatch, 2.0, peak=1e4)
-    monkeypatch.setattr(throughput, "step_flops", lambda *given: 100.0 * given[-1][0].batch.lengths.sum())
+    monkeypatch.setattr(throughput, "step_flops", lambda *given: 100.0 * given[2][0].batch.lengths.sum())
     held = texts(tmp_path / "held.jsonl", [5])
     texts(tmp_path / "train.jsonl", [20] * 12)
     assert run(quick, f"evaluation={{sources: [{{path: {held}}}], every: 3}}", "save_every=2") == 0
