@@ -146,7 +146,7 @@ def compile_steps(
 def _keep(folder: Path | None, name: str, text: str) -> None:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name.replace(' ', '_')}.txt").write_text(text)
+        (folder / f"{name.replace(' ', '_')}.txt").write_text(text)
 
 
 def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) -> str:

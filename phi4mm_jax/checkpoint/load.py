@@ -92,7 +92,7 @@ def load_variables(
     for path in shardings.keys() ^ results.keys():
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
-    variables: dict[ParamPath, jax.Array] = {}
+    variables: dict[ParamPath, Any] = {}  # arrays on their devices
     checked: Future[ParamPath | None] | None = None  # beside the reading of the next one
     with ThreadPoolExecutor(1) as pool:
         for path, abstract in used.items():

@@ -33,6 +33,17 @@ def outcomes(*hosts: Meeting, seconds: float = 30) -> list[str]:
         return list(pool.map(outcome, hosts))
 
 
+def connected(place: tuple[str, int]) -> socket.socket:
+    """Connect as soon as somebody listens there."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection(place, 5)
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
 def test_all_hosts_meet_and_leave_the_port_free(address):
     assert outcomes(*(Meeting(address, 3, host) for host in (2, 0, 1))) == ["", "", ""]
     with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
@@ -89,13 +100,7 @@ def test_what_is_no_greeting_is_not_counted(address, line):
     with ThreadPoolExecutor(1) as pool:
         host = pool.submit(outcomes, Meeting(address, 2, 0), seconds=10)
         place = "127.0.0.1", int(address.rpartition(":")[2])
-        for _ in range(100):
-            try:
-                connection = socket.create_connection(place, 5)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        with connection:
+        with connected(place) as connection:
             connection.sendall(line)
             assert connection.recv(1) == b""
         assert outcomes(Meeting(address, 2, 1)) == [""]
