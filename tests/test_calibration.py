@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from flax.traverse_util import flatten_dict
 from helpers.manifests import assistant, user, write
+from helpers.marks import fast_are
 from helpers.paths import TINY
 from PIL import Image
 
@@ -107,8 +108,11 @@ def test_moments_that_are_not_the_maps_are_refused(moments):
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
-    """Texts of several lengths, an image, a short clip, a clip of two chunks, and both; one is a prompt alone."""
+def manifest(tmp_path_factory, request):
+    """Texts of several lengths, an image, a short clip, both, and a clip of two chunks; one is a prompt alone.
+
+    As a parameter, how many of them.
+    """
     folder = tmp_path_factory.mktemp("examples")
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (60, 80, 3), np.uint8)).save(folder / "a.png")
@@ -125,7 +129,7 @@ def manifest(tmp_path_factory):
         [user(image[1], clip["b"]), assistant("no")],
         [user(clip["long"], "What?"), assistant("noise")],
     ]
-    return write(folder / "examples.jsonl", [{"messages": chat} for chat in chats])
+    return write(folder / "examples.jsonl", [{"messages": chat} for chat in chats[: getattr(request, "param", None)]])
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +163,7 @@ def recorded(manifest) -> dict[str, Any]:
     return {"batch": batch} | {"/".join(path[:-1]): np.asarray(x) for path, (x,) in outputs.items()}
 
 
+@pytest.mark.parametrize("manifest", fast_are([2], [2, 6]), indirect=True)
 def test_moments_are_those_of_the_valid_tokens_of_all_examples(measured, recorded):
     batch = recorded["batch"]
     valid = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
