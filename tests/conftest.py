@@ -73,13 +73,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-OPTIMIZED = "kernels"  # compiled as for users: the bounds are of that code
+OPTIMIZED = "kernels", "model/test_rows.py"  # compiled as for users: the bounds are of that code
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item):
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    optimized = folder == OPTIMIZED or item.get_closest_marker("tpu_compile") is not None
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    optimized = place.startswith(OPTIMIZED) or item.get_closest_marker("tpu_compile") is not None
     jax.config.update("jax_disable_most_optimizations", not optimized)
     return (yield from _skipped_without_pytorch())
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.subprocess
 
 ROOT = Path(__file__).parents[2]
 ROWS = [
+    "bare product, 64 x 128 x 256,",
     "image encoder, 1 crop,", "image encoder, 2 crops,", "audio encoder, 1 s,", "audio encoder, 2 s,",
     "prefill, 64 tokens,", "prefill, 128 tokens,", "decoding, batch 1,", "decoding, batch 8,", "mixed batch of 8,",
     "processing of images,", "processing of audio,", "tokenizer,",
