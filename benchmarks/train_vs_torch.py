@@ -75,15 +75,11 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
     step = ours(checkpoint, tokens) if side == "ours" else theirs(checkpoint, tokens, side)
     losses = [step() for _ in range(WARM)]
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        losses.append(step())
-        times.append(time.perf_counter() - start)
+    seconds = fastest(lambda: losses.append(step()), 3)
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     held = int(peak[1]) * 1024 if peak else 0
-    return {"seconds": min(times), "bytes": held, "losses": losses, "products": products(side, rows * length)}
+    return {"seconds": seconds, "bytes": held, "losses": losses, "products": products(side, rows * length)}
 
 
 def products(side: str, rows: int) -> float:
@@ -110,10 +106,15 @@ def products(side: str, rows: int) -> float:
                 torch.nn.functional.linear(own[w.shape[1]], w)
                 torch.matmul(own[w.shape[0]], w)
 
+    return fastest(run, 4)
+
+
+def fastest(call: Callable[[], Any], count: int) -> float:
+    """Seconds of the fastest of so many calls."""
     times = []
-    for _ in range(4):
+    for _ in range(count):
         start = time.perf_counter()
-        run()
+        call()
         times.append(time.perf_counter() - start)
     return min(times)
 

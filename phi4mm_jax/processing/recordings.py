@@ -170,7 +170,7 @@ class _Cutter:
 
     def finish(self) -> Iterator[RecordedClip]:
         """Yield what is left: the last clip, and digital silence behind it as one of its own."""
-        end = self._seen if self._run else self._end  # speech that goes on has no delay to take off
+        end = self._seen if self._run else self._end  # speech that has not ended has no delay to take off
         rest = self._samples[len(self._power) * self._frame :]  # less than a frame
         stop = len(self._power)
         if self._begin is not None and not (np.square(rest) >= _DIGITAL).any():

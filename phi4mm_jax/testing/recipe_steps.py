@@ -6,7 +6,6 @@ A recipe says "# Topology: v5e:2x4" in a line of its own, or "# Topology: any" w
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,21 +62,10 @@ def topology_of(recipe: Path) -> str:
     if found is None:
         raise InputError(f"{recipe}: names no topology; give its head a line such as '# Topology: v5e:2x4'")
     topology = found.group(1).rstrip(".")
-    if topology != ANY:
-        chips_in(topology)
-    return topology
-
-
-def chips_in(topology: str) -> int:
-    """Return the number of chips of a topology, such as v5e:2x4.
-
-    Raises:
-        InputError: it is none, or one of chips that are not known.
-    """
     chip, _, sizes = topology.partition(":")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", sizes):
+    if topology != ANY and not (chip in CHIPS and re.fullmatch(r"\d+(x\d+)+", sizes)):
         raise InputError(f"{topology}: expected a topology of {', '.join(CHIPS)}, such as v5e:2x4")
-    return prod(map(int, sizes.split("x")))
+    return topology
 
 
 def settled_recipes(recipe: Recipe, chips: Sequence[Any], config: Phi4MMConfig) -> dict[str, Recipe]:

@@ -20,6 +20,7 @@ import jax
 
 from phi4mm_jax import __version__
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.checks import is_whole
 
 _NOTICE = 5.0  # seconds between lines on standard error
 _RETRY = 0.5  # seconds between attempts to connect, and between looks
@@ -117,8 +118,8 @@ def _read_greeting(line: bytes) -> tuple[int, int, dict[str, str]] | None:
         host, hosts, versions = greeting["host"], greeting["hosts"], greeting["versions"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    numbers = all(type(number) is int and 0 <= number < 2**31 for number in (host, hosts))
-    return (host, hosts, versions) if numbers and isinstance(versions, dict) else None
+    is_greeting = all(is_whole(number, 0, 2**31 - 1) for number in (host, hosts)) and isinstance(versions, dict)
+    return (host, hosts, versions) if is_greeting else None
 
 
 def _keep_alive(connection: socket.socket) -> socket.socket:

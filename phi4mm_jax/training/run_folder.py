@@ -1,14 +1,12 @@
 """Folder of a run: names of its files, checks before it is written, and its lock."""
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import gather, is_primary_process
-from phi4mm_jax.utils.files import check_parent, make_folder, try_lock
+from phi4mm_jax.utils.files import check_parent, check_writable, make_folder, try_lock
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
 
@@ -20,7 +18,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"output is {folder}, and {there} is a file; give a folder")
     check_parent(folder)
     try:
-        os.rmdir(tempfile.mkdtemp(dir=there))
+        check_writable(there)
     except OSError as error:
         cause = f"output is {folder}, and {there} cannot be written to ({error.strerror})"
         raise InputError(f"{cause}; give another one") from error

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from phi4mm_jax.errors import InputError
@@ -56,6 +57,12 @@ def check_parent(path: Path) -> None:
     above = missing[-1].parent if missing else parent
     if missing and above.is_dir() and (len(missing) > 1 or above == Path(parent.anchor)):
         raise InputError(f"{path}: there is no folder {missing[-1]}; make it first, or give another path")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise the OSError of writing to a folder, which stays as it is; several processes may ask at once."""
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:

@@ -2,11 +2,10 @@
 
 import argparse
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import make_folder
+from phi4mm_jax.utils.files import check_writable, make_folder
 from phi4mm_jax.utils.paths import path_argument
 
 
@@ -28,8 +27,7 @@ def check_profile(folder: Path | None) -> None:
         return
     try:
         make_folder(folder)
-        with TemporaryFile(dir=folder):  # of its own: several hosts may look at once
-            pass
+        check_writable(folder)
     except OSError as error:
         cause = f"{folder}: a profile cannot be written there ({error.strerror})"
         raise InputError(f"{cause}; choose another folder") from error

@@ -336,7 +336,7 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
 
 @dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device."""
+    """Device, as far as a mesh looks at it."""
 
     id: int
     process_index: int = 0
