@@ -25,20 +25,21 @@ from phi4mm_jax.checkpoint.contents import AdaptersFrom
 from phi4mm_jax.data.conversation import read_conversation
 from phi4mm_jax.data.manifests import Manifest, open_manifest
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.model import Phi4MM, decoder, speech, vision
+from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import Linear, unstack_layers
 from phi4mm_jax.model.lora import Projection
-from phi4mm_jax.processing.batching import Row
+from phi4mm_jax.processing.audio_features import num_audio_tokens
+from phi4mm_jax.processing.batching import BatchSizes, Row, assemble, num_chunks
 from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.media_urls import with_paths
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.quantization import InputMoments, ModulePath, is_quantized
+from phi4mm_jax.quantization import InputMoments, ModulePath, ParamPath, contracted_axes, is_quantized
 from phi4mm_jax.utils.checks import check_whole
 
 MAX_EXAMPLES = 128
-_MAPS, _BLOCKS = (Linear, Projection), (decoder.Block, speech.Block, vision.Block)
+_MIN_LENGTH = 64  # shorter texts and clips are padded to this
 Moments = dict[ModulePath, Float[Array, "I I"]]  # of the unrolled model's linear maps
-Masks = Mapping[str, Bool[np.ndarray, "..."]]  # which rows of their inputs modules are measured by
+Masks = Mapping[str, Bool[Array | np.ndarray, "..."]]  # which rows of their inputs modules are measured by
 _log = logging.getLogger(__name__)
 
 
@@ -69,7 +70,6 @@ def input_moments(
         InputError: the manifest is empty or cannot be read, or an example, such as one of its media, cannot be used.
     """
     check_whole("max_examples", max_examples, 1)
-    moments: Moments = {}
     with closing(open_manifest(Path(manifest))) as lines:
         count = min(max_examples, len(lines))
         numbers = [i * len(lines) // count for i in range(count)]
@@ -81,16 +81,25 @@ def input_moments(
             params[name] = unstack_layers(params[name])
         module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
         flat: dict[Any, Any] = flatten_dict({"params": params})
-        maps = {_stacked(p[1:-1]) for p, x in flat.items() if is_quantized(p, x.ndim) and p[-1] != "embedding"}
+        moments = {
+            p[1:-1]: _zeros(p, x.shape) for p, x in flat.items() if is_quantized(p, x.ndim) and p[-1] != "embedding"
+        }
         for done, row in enumerate(_rows(lines, numbers, model.processor), 1):
-            _add(moments, module, model.variables, model.processor.batch([row]))
+            batch = assemble([[row]], _sizes(row, model.processor), model.config)
+            _add(moments, module, model.variables, batch._replace(segments=None))
             if progress is not None:
                 progress(done, count)
-    found = {path: layers for path, layers in _by_layers(moments).items() if any(m.any() for m in layers)}
-    if unseen := maps - found.keys():
+    maps = _by_layers(moments)
+    found = {path: layers for path, layers in maps.items() if any(m.any() for m in layers)}
+    if unseen := maps.keys() - found.keys():
         names = ", ".join(sorted({path[0] for path in unseen}))
         _log.warning("%s: no example reaches all maps of %s, which are rounded to nearest", manifest, names)
     return found
+
+
+def _zeros(path: ParamPath, shape: tuple[int, ...]) -> Float[Array, "I I"]:
+    inputs = math.prod(shape[axis] for axis in contracted_axes(path, len(shape)) or ())
+    return jnp.zeros((inputs, inputs))
 
 
 def _by_layers(moments: Moments) -> dict[ModulePath, list[np.ndarray]]:
@@ -125,71 +134,87 @@ def _row(values: Any, folder: Path, processor: Processor) -> Row:
     return processor.row_of(render_chat(messages, processor.tokenizer, add_generation_prompt=not is_answered))
 
 
+def _sizes(row: Row, processor: Processor) -> BatchSizes:
+    """Return the sizes of a row's batch; few differ: lengths are powers of two, crops and chunks go one by one."""
+    max_tokens = processor.config.speech.chunk_tokens
+    clips = [num_audio_tokens(len(frames)) for frames in row.clips]
+    return BatchSizes(
+        min(_padded(len(row.tokens)), processor.context),
+        sum(len(image.crops) for image in row.images),
+        sum(num_chunks(n, max_tokens) for n in clips),
+        _padded(min(max(clips, default=0), max_tokens)),
+    )
+
+
+def _padded(length: int) -> int:
+    return 1 << (max(length, _MIN_LENGTH) - 1).bit_length()
+
+
 def _add(moments: Moments, module: Phi4MM, variables: Mapping[str, Any], batch: Batch) -> None:
     """Add the moments of a batch of one row."""
-    config, valid = module.config, np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    taken, tables, start = batch.media[valid & (batch.media != NO_MEDIA)], [], 0
+    config, places = module.config, np.arange(batch.tokens.shape[1])
+    valid = places < batch.lengths[:, None]
+    is_media = valid & (batch.media != NO_MEDIA)
+    taken, tables, start = batch.media[is_media], [], 0
 
     def compute(masks: Masks, method: Callable[..., Any], *inputs: Any) -> Any:
-        with nn.intercept_methods(partial(_measure, moments, masks)):
-            return module.apply(variables, *inputs, method=method)
+        before = {path: moments[path] for path in moments if path[0] in masks}
+        found, after = _computed(module, method, variables, before, masks, inputs)
+        moments.update(after)
+        return found
 
     if batch.images is not None:
-        crops, count = len(batch.images.crops), config.vision.features_per_crop
-        used = np.isin(np.arange(start := crops * count + 2), taken)
-        patches = batch.images.patch_mask.reshape(crops, -1) & used[:-2].reshape(crops, -1).any(1, keepdims=True)
-        tables.append(compute({"vision": patches, "image_embedder": used}, Phi4MM.encode_images, batch.images))
+        count, separators = config.vision.features_per_crop, []
+        end = len(batch.images.crops) * count
+        for i in range(len(batch.images.crops)):
+            images = jax.tree.map(lambda x, i=i: x[i : i + 1], batch.images)
+            used = np.isin([*range(start, start + count), end, end + 1], taken)
+            used[count:] &= i == 0  # the separators come with each crop
+            masks = {"vision": images.patch_mask.reshape(1, -1) & used[:count].any(), "image_embedder": used}
+            *features, row, whole = np.asarray(compute(masks, Phi4MM.encode_images, images))
+            tables, separators, start = [*tables, features], [row, whole], start + count
+        tables, start = [*tables, separators], end + 2
     if batch.audio is not None:
         chunks, frames = batch.audio.frames.shape[:2]
         tokens = frames // config.speech.time_reduction - 1
-        for i in range(chunks):  # one by one: the stem is a loop over several
+        for i in range(chunks):  # the stem is a loop over several
             audio = jax.tree.map(lambda x, i=i: x[i : i + 1], batch.audio)
-            used = np.isin(start + np.arange(tokens), taken)[None]
+            used = np.isin(np.arange(start, start + tokens), taken)[None]
             masks = {
                 "stem": np.pad(used, ((0, 0), (1, 0))),  # there is a token before the chunk's own
                 "speech": used,
                 "audio_projector": used & ~audio.with_images[:, None],
                 "audio_projector_with_images": used & audio.with_images[:, None],
             }
-            tables.append(compute(masks, Phi4MM.encode_audio, audio))
+            tables.append(np.asarray(compute(masks, Phi4MM.encode_audio, audio)))
             start += tokens
-    embedded = module.apply(
-        variables, batch.tokens, batch.media, jnp.concatenate(tables) if tables else None, method=Phi4MM.embed
-    )
-    compute({"decoder": valid}, Phi4MM.decode, embedded, batch.lengths, batch.adapters)
+    features = np.zeros((len(places), config.decoder.embed_dim), np.float32)  # of each token, whatever the media
+    if tables:
+        features[is_media[0]] = np.concatenate(tables)[taken]
+    media = np.where(is_media, places, NO_MEDIA)
+    compute({"decoder": valid}, _decode, batch.tokens, media, features, batch.lengths, batch.adapters)
 
 
-def _measure(moments: Moments, masks: Masks, call: Callable[..., Any], given: Any, keywords: Any, context: Any) -> Any:
-    """Compute a module's method; of a linear map, or a layer's maps, add the moments. Layers are compiled."""
-    module, path = context.module, context.module.path
-    named = [name for name in path if name in masks]  # none within a layer that is compiled, whose paths are its own
-    if context.method_name != "__call__" or not isinstance(module, (*_BLOCKS, *_MAPS)) or not named:
-        return call(*given, **keywords)
-    mask = masks[named[-1]]
-    if isinstance(module, _MAPS):
-        moments[path] = moments.get(path, 0) + _second_moments(module, given[0], mask)
-        return call(*given, **keywords)
-    before = {own[len(path) :]: moments.pop(own) for own in list(moments) if own[: len(path)] == path}
-    out, after = _block(module.clone(parent=None, name=None), module.variables, given, mask, before)
-    moments |= {(*path, *own): x for own, x in after.items()}
-    return out
+def _decode(module: Phi4MM, tokens: Array, media: Array, features: Array, lengths: Array, adapters: Array) -> None:
+    module.decode(module.embed(tokens, media, features), lengths, adapters)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _block(
-    block: nn.Module, variables: Any, given: Any, mask: Bool[Array, "..."], before: Moments
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _computed(
+    module: Phi4MM, method: Callable[..., Any], variables: Any, moments: Moments, masks: Masks, inputs: Any
 ) -> tuple[Any, Moments]:
-    """Compute a layer, and its maps' moments with those of before added, which are donated."""
-    after = {}
+    """Return what a method of the model gives, and the moments, which are donated, with those of its maps added."""
+    moments = dict(moments)
 
     def measure(call: Callable[..., Any], given: Any, keywords: Any, context: Any) -> Any:
-        own = context.module.path
-        if context.method_name == "__call__" and isinstance(context.module, _MAPS):
-            after[own] = before.get(own, 0) + _second_moments(context.module, given[0], mask)
+        linear, path = context.module, context.module.path
+        if isinstance(linear, (Linear, Projection)) and context.method_name == "__call__":
+            mask = masks[[name for name in path if name in masks][-1]]
+            moments[path] = moments[path] + _second_moments(linear, given[0], mask)
         return call(*given, **keywords)
 
     with nn.intercept_methods(measure):
-        return block.apply(variables, *given), after
+        return module.apply(variables, *inputs, method=method), moments
 
 
 def _second_moments(

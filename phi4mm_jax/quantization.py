@@ -144,15 +144,14 @@ def _group_size(inputs: int) -> int:
 
 def quantize(path: ParamPath, weight: Float[Array, "..."], weights: Weights) -> QuantizedWeight:
     """Quantise a parameter, layer by layer if it is a stack of them; the integers have its sharding."""
-    found = _quantize(weight, path, weights)
+    shape, kind = scales_shape(path, weight.shape, weights), kind_of(path, weights)
+    found = _quantize(weight, shape, kind, "layers" in path)  # compiled once for all of a shape
     return found._replace(values=jax.device_put(found.values, weight.sharding))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _quantize(weight: Float[Array, "..."], path: ParamPath, weights: Weights) -> QuantizedWeight:
-    kind = kind_of(path, weights)
-    shape = scales_shape(path, weight.shape, weights)
-    if "layers" not in path:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(weight: Float[Array, "..."], shape: tuple[int, ...], kind: Weights, is_stack: bool) -> QuantizedWeight:
+    if not is_stack:
         return _rounded(weight, shape, kind)
     return jax.lax.map(lambda layer: _rounded(layer, shape[1:], kind), weight)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import phi4mm_jax
 from convert import to_orbax as program
-from phi4mm_jax import InputError
+from phi4mm_jax import InputError, calibration
 from phi4mm_jax.calibration import input_moments
 from phi4mm_jax.checkpoint.convert import to_orbax
 from phi4mm_jax.model.layers import LayerNorm, RMSNorm, unstack_layers
@@ -172,6 +172,25 @@ def test_moments_are_those_of_the_valid_tokens_of_all_examples(measured, recorde
         for norm, own in (("attention_norm", ("attention", "qkv")), ("mlp_norm", ("mlp", "gate_up"))):
             x = recorded[f"decoder/layers_{layer}/{norm}"][valid]
             check(measured[("decoder", "layers", *own)][layer], x)
+
+
+@pytest.mark.parametrize("manifest", fast_are([2], [2, 6]), indirect=True)
+def test_padding_adds_nothing_to_moments(measured, manifest, monkeypatch):
+    """Lengths of texts and clips are rounded up, so that few are compiled; here they are not."""
+    sizes = []
+
+    def exact(length: int) -> int:
+        sizes.append((length, padded(length)))
+        return length
+
+    padded = calibration._padded
+    monkeypatch.setattr(calibration, "_padded", exact)
+    expected = input_moments(TINY, manifest)
+    assert all(length < size for length, size in sizes if length)
+    assert measured.keys() == expected.keys()
+    for path, layers in expected.items():
+        for found, moments in zip(measured[path], layers, strict=True):
+            assert np.linalg.norm(found - moments) < 1e-5 * np.linalg.norm(moments), path
 
 
 def check(found: np.ndarray, x: np.ndarray) -> None:
