@@ -20,6 +20,7 @@ from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_c
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
+from phi4mm_jax.checkpoint.tensor_types import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Grammar, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.engine.config import DRAFT_TOKENS
@@ -40,6 +41,7 @@ from phi4mm_jax.quantization import (
     quantized_abstract,
     stored_weights,
 )
+from phi4mm_jax.training.param_filter import not_quantized
 from phi4mm_jax.utils.checks import is_whole
 from phi4mm_jax.utils.compilation import keep_compiled_by_default
 
@@ -55,6 +57,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     weights: Weights | None = None,
+    trainable: Sequence[str] = (),
     adapters: Mapping[str, str | Path] | None = None,
     adapters_from: AdaptersFrom | None = None,
     fresh_adapters: bool = False,
@@ -73,6 +76,8 @@ def load(
         dtype: of parameters and activations: "float32" or "bfloat16", or that of numpy or jax.
         weights: quantise the linear maps of all three stacks, to "int8" or "int4" (see `phi4mm_jax.quantization`); by
             default as they are stored.
+        trainable: patterns of parameters that `weights` leaves in `dtype`, since they will be trained, as a recipe has
+            them (see `phi4mm_jax.training.param_filter`).
         mesh: the devices to shard the parameters over (see `phi4mm_jax.mesh`); by default the first device.
         adapters: PEFT folders, or exports of `train.export --adapters-only`, whose adapters are added to the
             checkpoint's own, or take the place of those of the same names: {"speech": FOLDER}.
@@ -89,7 +94,7 @@ def load(
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
         ConfigError: config.json asks for something unsupported.
-        InputError: an unknown dtype, or no such adapter to replace or to merge.
+        InputError: an unknown dtype, no such adapter to replace or to merge, or nothing to quantise beside `trainable`.
     """
     dtype = _dtype_name(dtype)
     check_weights(weights)
@@ -116,17 +121,21 @@ def load(
         asked = f"merge={merge!r}" if merge is not None else f"weights={weights!r}"
         raise InputError(f"{path}: its weights are {stored}, so {asked} is not possible; use what it was made from")
     at_load = None if merge else weights  # an adapter is merged into floats
+    floats: set[tuple[str, ...]] = set()
+    if weights is not None and stored is None and trainable:
+        parameters = {p: x for p, x in opened().parameters.items() if p[0] != UNUSED}
+        floats = not_quantized(parameters | {p: x for a in given for p, x in a.parameters.items()}, trainable, weights)
     if abstract is not None and (kind := stored or at_load) is not None:
-        abstract = quantized_abstract(abstract, kind)
+        abstract = quantized_abstract(abstract, kind, floats)
     places = None if abstract is None else shardings(abstract, mesh)
     variables = load_variables(
-        path, opened(), own, dtype, places, weights=at_load, adapters=given,
+        path, opened(), own, dtype, places, weights=at_load, floats=floats, adapters=given,
         fresh_adapters=fresh_adapters, progress=progress,
     )  # fmt: skip
     if merge is not None:
         variables = merged(variables, ADAPTERS[merge].collection, config.loras[merge].scale)
         if weights is not None:
-            variables = quantize_variables(variables, weights)
+            variables = quantize_variables(variables, weights, floats)
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     if not scan:

@@ -9,7 +9,7 @@ Scales lie beside their weight, under its name and "_scales"; a step multiplies 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -66,12 +66,16 @@ def stored_weights(parameters: Mapping[ParamPath, jax.ShapeDtypeStruct]) -> Weig
 
 
 def quantized_parameters(
-    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct], weights: Weights
+    parameters: Mapping[ParamPath, jax.ShapeDtypeStruct], weights: Weights, floats: Collection[ParamPath] = ()
 ) -> dict[ParamPath, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of parameters after they are quantised, each weight's scales behind it."""
+    """Return the shapes and dtypes of parameters after they are quantised, each weight's scales behind it.
+
+    Args:
+        floats: those that are left as they are.
+    """
     found: dict[ParamPath, jax.ShapeDtypeStruct] = {}
     for path, parameter in parameters.items():
-        if not is_quantized(path, len(parameter.shape)):
+        if path in floats or not is_quantized(path, len(parameter.shape)):
             found[path] = parameter
             continue
         kind = kind_of(path, weights)
@@ -267,20 +271,24 @@ def _rounded_to_inputs(
     return values.astype(jnp.int4)
 
 
-def quantize_variables(variables: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """Return the variables with all linear maps quantised, whose float weights are given up one by one."""
+def quantize_variables(
+    variables: dict[str, Any], weights: Weights, floats: Collection[ParamPath] = ()
+) -> dict[str, Any]:
+    """Return the variables with all linear maps but `floats` quantised; their float weights are freed one by one."""
     flat: dict[Any, Any] = flatten_dict(variables)
     variables.clear()
     for path in list(flat):
-        if is_quantized(path, flat[path].ndim):
+        if path not in floats and is_quantized(path, flat[path].ndim):
             flat[path], flat[scales_of(path)] = quantize(path, flat.pop(path), weights)
     return unflatten_dict(flat)
 
 
-def quantized_abstract(abstract: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def quantized_abstract(
+    abstract: Mapping[str, Any], weights: Weights, floats: Collection[ParamPath] = ()
+) -> dict[str, Any]:
     """Return the shapes of all variables, boxed with their logical axes, as `quantize_variables` would leave them."""
     boxed: dict[Any, Any] = flatten_dict(abstract, is_leaf=lambda _, x: not isinstance(x, dict))
-    shapes = quantized_parameters({path: nn.unbox(leaf) for path, leaf in boxed.items()}, weights)
+    shapes = quantized_parameters({path: nn.unbox(leaf) for path, leaf in boxed.items()}, weights, floats)
     for path, shape in shapes.items():
         own = path if path in boxed else weight_of(path)
         boxed[path] = boxed[own].replace_boxed(shape) if isinstance(boxed[own], nn.Partitioned) else shape

@@ -40,7 +40,7 @@ from phi4mm_jax.training.hosts import (
 from phi4mm_jax.training.metrics_log import MetricsLog
 from phi4mm_jax.training.optimizer import make_lr_schedule, make_optimizer
 from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE, PreemptionSignal
-from phi4mm_jax.training.recipe import Recipe, check_sources, recipe_settings, save_recipe
+from phi4mm_jax.training.recipe import AUTO, Recipe, check_sources, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
 from phi4mm_jax.training.resume import check_finished, recipe_for_resume, restore
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
@@ -102,7 +102,8 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     with weights_bar("Reading", "the weights", recipe.weights) as progress:
         model = load(
             recipe.model, recipe.dtype, mesh, scan=True, weights=recipe.weights,
-            fresh_adapters=recipe.fresh_adapters, progress=progress,
+            trainable=() if recipe.trainable == AUTO else recipe.trainable, fresh_adapters=recipe.fresh_adapters,
+            progress=progress,
         )  # fmt: skip
     module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
     objective = method.objective(module, recipe)

@@ -1,6 +1,6 @@
 """Loading: a checkpoint folder of any layout becomes the model's variables, one parameter at a time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def load_variables(
     shardings: Mapping[ParamPath, jax.sharding.Sharding] | None = None,
     *,
     weights: Weights | None = None,
+    floats: Collection[ParamPath] = (),
     adapters: Sequence[PeftAdapter] = (),
     fresh_adapters: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -68,7 +69,7 @@ def load_variables(
         checkpoint, config: of the folder alone.
         dtype: that parameters are cast to.
         shardings: of the parameters; by default on the first device.
-        weights: quantise linear maps, each after it has been read.
+        weights: quantise linear maps, each after it has been read; but `floats`.
         adapters: that take the place of the folder's own.
         fresh_adapters: accept an adapter whose B matrices are all zero, which changes nothing until it is trained.
         progress: called with the number of bytes read so far, and of all.
@@ -86,7 +87,7 @@ def load_variables(
     table += [tensor for adapter in adapters for tensor in adapter.tensors]
     used = {path: source.parameters[path] for path, source in sources.items() if path[0] != UNUSED}
     stored = stored_weights(used)
-    results = used if weights in (None, stored) else quantized_parameters(used, weights)
+    results = used if weights in (None, stored) else quantized_parameters(used, weights, floats)
     if shardings is None:
         shardings = dict.fromkeys(results, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     for path in shardings.keys() ^ results.keys():

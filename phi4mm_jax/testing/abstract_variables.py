@@ -1,5 +1,6 @@
 """Variables of a model on chips that are not there, to compile programs for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,13 +14,18 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import tpu_format
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.quantization import Weights, quantized_abstract, scales_of, weight_of
+from phi4mm_jax.training.param_filter import not_quantized
 
 
-def variables_on(mesh: Mesh, module: Phi4MM, weights: Weights | None = None) -> dict[tuple[str, ...], Any]:
+def variables_on(
+    mesh: Mesh, module: Phi4MM, weights: Weights | None = None, trainable: Sequence[str] = ()
+) -> dict[tuple[str, ...], Any]:
     """Return shape, dtype and place of each variable, by path, as `load` leaves it on TPUs; floats are bfloat16."""
     abstract = abstract_variables(module)
     if weights is not None:
-        abstract = quantized_abstract(abstract, weights)
+        parameters: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
+        floats = not_quantized(parameters, trainable, weights) if trainable else ()
+        abstract = quantized_abstract(abstract, weights, floats)
     flat: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
     places = shardings(abstract, mesh)
     floats = {path for path in flat if scales_of(path) not in flat and weight_of(path) == path}

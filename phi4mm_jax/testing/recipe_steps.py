@@ -121,7 +121,7 @@ def compile_recipe(
         raise InputError("one chip makes no mesh; give a topology of several")
     check_divisible(recipe.data.packing, mesh)
     module = Phi4MM(config, jnp.dtype(recipe.dtype), remat=recipe.remat)
-    variables: Variables = unflatten_dict(variables_on(mesh, module, recipe.weights))
+    variables: Variables = unflatten_dict(variables_on(mesh, module, recipe.weights, recipe.trainable))
     trainable, frozen = split_trainable(variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
     frozen |= jax.eval_shape(lambda trainable: add_reference_params({}, trainable), trainable)
     optimizer = make_optimizer(recipe.optimizer, STEPS, trainable)

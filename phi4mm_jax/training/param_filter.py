@@ -6,14 +6,13 @@ begins with "!" excludes matches of the patterns before it.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
-
-ParamPath = tuple[str, ...]
+from phi4mm_jax.quantization import ParamPath, Weights, is_quantized
 
 
 def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -> set[ParamPath]:
@@ -39,6 +38,25 @@ def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -
             )
         found = found - of_pattern if takes else found | of_pattern
     return found
+
+
+def not_quantized(parameters: Mapping[ParamPath, Any], trainable: Sequence[str], weights: Weights) -> set[ParamPath]:
+    """Return the trainable parameters, which stay floats where `weights` quantises the others.
+
+    Args:
+        parameters: of a float checkpoint, of any type with a shape.
+        trainable: their patterns.
+
+    Raises:
+        InputError: as `matching`; or all linear maps are trained.
+    """
+    floats = matching(parameters.keys(), trainable, "trainable")
+    if not any(is_quantized(path, len(x.shape)) for path, x in parameters.items() if path not in floats):
+        raise InputError(
+            f"weights is {weights}, and trainable={list(trainable)} has all linear maps: none is frozen, to be "
+            "quantised; leave weights out, or train less"
+        )
+    return floats
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

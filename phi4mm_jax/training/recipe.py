@@ -85,7 +85,7 @@ class Recipe:
         dropout: whether to apply LoRA dropout, as the checkpoint's config says.
         dtype: compute dtype; trainable parameters have float32 master weights.
         weights: quantise the frozen linear maps to "int8" or "int4" (QLoRA, arXiv:2305.14314), see
-            `phi4mm_jax.quantization`; adapters alone can be trained then.
+            `phi4mm_jax.quantization`; what is trained stays as `dtype` says.
         remat: what the backward pass recomputes.
         mesh: axes and sizes, such as "fsdp=4,tensor=2", see `phi4mm_jax.mesh`; fsdp takes the remaining devices.
         seed: of dropout. That of the data is `data.seed`.

@@ -171,6 +171,26 @@ def test_unknown_weights_are_refused(tmp_path):
         to_orbax(TINY, tmp_path / "out", weights="int2")
 
 
+def test_what_will_be_trained_stays_as_it_is(scanned):
+    """On a mesh as well; patterns select it, and something is to be left to quantise."""
+    given = {"weights": "int8", "trainable": ["params/speech", "!params/speech/layers/q", "lora_speech"], "scan": True}
+    whole, spread = (phi4mm_jax.load(TINY, "float32", mesh, **given) for mesh in (None, make_mesh(tensor=2)))
+    found, expected = (dict[Any, Any](flatten_dict(m.variables)) for m in (whole, scanned))
+    kept = {path for path in expected if path[:2] == ("params", "speech") and path[2:4] != ("layers", "q")}
+    for path in kept:
+        np.testing.assert_array_equal(found[path], expected[path], str(path))
+    assert {p for p in found if p[:2] == ("params", "speech")} - kept == {
+        ("params", "speech", "layers", "q", name) for name in ("kernel", "kernel_scales", "bias")
+    }
+    assert found["params", "vision", "layers", "up", "kernel"].dtype == jnp.int8
+    jax.tree.map(np.testing.assert_array_equal, whole.variables, spread.variables)
+    for patterns in (["params"], ["params", "!**/bias", "!**/scale"]):
+        with pytest.raises(InputError, match=r"trainable=\['params'.*\] has all linear maps: none is frozen, to be"):
+            phi4mm_jax.load(TINY, weights="int8", trainable=patterns)
+    with pytest.raises(InputError, match="trainable: the pattern 'params/sight' matches no parameter"):
+        phi4mm_jax.load(TINY, weights="int8", trainable=["params/sight"])
+
+
 def test_an_adapter_is_merged_before_they_are_quantised(quantized):
     kind = kind_of(quantized)
     merged = phi4mm_jax.load(TINY, "float32", weights=kind, merge="speech", scan=True)

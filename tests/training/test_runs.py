@@ -31,7 +31,7 @@ from helpers.quantized import dequantized
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
 from phi4mm_jax.batch import TrainingBatch
-from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.data.augment import SpeechAugmentation
 from phi4mm_jax.engine import Engine
@@ -1051,5 +1051,31 @@ def test_adapters_are_trained_beside_quantised_weights(recipe, tmp_path):
     for path, value in flatten_dict(tuned.variables).items():
         if path[0] == "lora_speech":
             np.testing.assert_array_equal(value, weights[path])
-    with pytest.raises(InputError, match=r"trainable has params/speech/\S+, which is quantised; train adapters alone"):
-        run(recipe, "weights=int8", "trainable=[params/speech]", f"output={tmp_path / 'third'}")
+
+
+@pytest.mark.slow
+def test_an_encoder_is_trained_beside_quantised_weights(recipe, tmp_path, capsys):
+    """Resumed and evaluated; the export has the base's own weights, and what was trained in place of the encoder's."""
+    held = f"evaluation={{sources: [{{path: {tmp_path / 'train.jsonl'}}}], every: 3, metric: wer, samples: 2}}"
+    trained = "trainable=[params/speech, params/audio_projector]"
+    given = trained, held, "evaluation.max_new_tokens=4", "weights=int4", "data.epochs=null", "dropout=false"
+    assert run(recipe, *given, "data.steps=3") == 0
+    assert run(recipe, *given, "data.steps=6") == 0
+    assert "esum" in capsys.readouterr().out
+    lines = read_log(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert [line["step"] for line in lines if "evaluation_wer" in line] == [3, 6]
+    export(tmp_path / "run", tmp_path / "tuned", "original", step="last")
+    flat, old = (flatten_dict(phi4mm_jax.load(p, "float32", scan=True).variables) for p in (tmp_path / "tuned", TINY))
+    _, weights = final(tmp_path / "run")
+    assert {path[1] for path in weights} == {"speech", "audio_projector"}
+    for path, value in flat.items():
+        np.testing.assert_array_equal(value, weights.get(path, old[path]), err_msg="/".join(path))
+    assert not np.array_equal(*(x["params", "speech", "layers", "q", "kernel"] for x in (flat, old)))
+    to_orbax(TINY, tmp_path / "stored", weights="int8")
+    with pytest.raises(InputError, match=r"trainable has params/\S+, which is quantised; begin with a float"):
+        run(recipe, f"model={tmp_path / 'stored'}", "weights=int8", trained, f"output={tmp_path / 'third'}")
+    with pytest.raises(InputError, match=r"trainable=\['params'\] has all linear maps: none is frozen"):
+        run(recipe, "weights=int8", "trainable=[params]", f"output={tmp_path / 'third'}")

@@ -18,6 +18,7 @@ from helpers.cases import golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
+from helpers.quantized import dequantized
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -183,9 +184,12 @@ def with_short_queries(variables):
     Where random attention is as sharp as the checkpoint's, rounding alone moves the gradients by 1e-5, more on some
     processors.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x / 4 if "q" in [step.key for step in path] else x, variables
-    )
+
+    def shorter(path, x):
+        is_query = {"q", "q_scales"} & {step.key for step in path}
+        return x / 4 if is_query and jnp.issubdtype(x.dtype, jnp.floating) else x  # of integers their scales
+
+    return jax.tree_util.tree_map_with_path(shorter, variables)
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +226,33 @@ def test_gradients_are_golden(scanned, goldens, case_gradients, name):
         if (norm := goldens.get(f"{name}.gradnorm.{tensor.name}")) is not None:
             np.testing.assert_allclose(np.linalg.norm(gradient), norm[0], rtol=1e-3, atol=1e-6, err_msg=tensor.name)
     assert compared == len([k for k in goldens if k.startswith(f"{name}.grad.")])
+
+
+@pytest.mark.parametrize("weights", fast_are(["int4"], ["int8", "int4"]))
+def test_gradients_beside_quantised_weights_are_those_of_what_they_stand_for(scanned, weights):
+    """Of an encoder, its projector and an adapter; what is trained is the checkpoint's own, in float32."""
+    patterns = ["params/vision", "params/image_embedder", "lora_vision"]
+    model = phi4mm_jax.load(TINY, "float32", weights=weights, trainable=patterns, scan=True)
+    trainable, frozen = split(model.variables, patterns, "trainable")
+    jax.tree.map(np.testing.assert_array_equal, trainable, split(scanned.variables, patterns, "trainable")[0])
+    kinds = {x.dtype.name for x in jax.tree.leaves(frozen["params"]["decoder"])}
+    assert kinds == {"int8", weights, "float32"} | ({"bfloat16"} if weights == "int4" else set())
+    trainable, frozen = with_short_queries(trainable), with_short_queries(frozen)
+    compute = jax.jit(partial(gradients, supervised(model.module)))
+    batches = micro_batches(case_sample(model, "grad_vision"))
+    (found, sums), (expected, of_floats) = (
+        compute(trainable, of_base, batches, None) for of_base in (frozen, dequantized(frozen))
+    )
+    np.testing.assert_allclose(sums.loss, of_floats.loss, rtol=1e-5)
+    for name in ("vision", "image_embedder"):
+        assert distance(found["params"][name], expected["params"][name]) < 1e-5
+    assert distance(found["lora_vision"], expected["lora_vision"]) < 1e-5
+
+
+def distance(found, expected) -> float:
+    """Norm of the difference of all leaves, over that of what is expected."""
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, found, expected))
+    return float(difference / optax.tree.norm(expected))
 
 
 def pack(model, names: Sequence[str]) -> TrainingBatch:
