@@ -48,15 +48,20 @@ LRUCache._evict_if_needed = lambda self, *, additional_size=0: None
 
 def pytest_configure() -> None:
     assert jax.device_count() == 8, "the tests need 8 host devices; was jax imported before tests/conftest.py?"
+    # At its first program jax settles whether it stores them, which must not be that of a test with
+    # --compilation-cache "": it would store none from then on.
+    jax.jit(abs)(1.0)
 
 
 LONGEST = (
     "training/test_meshes.py",
     "training/test_step.py", "training/test_runs.py", "engine/test_engine.py", "programs/test_small_model.py",
-    "programs/test_notebooks.py", "programs/test_ray.py", "programs/test_batch.py", "engine/test_beam_search.py",
-    "kernels/test_attention_compiled.py", "engine/test_requests.py", "engine/test_soak.py", "model/test_rows.py",
-    "model/test_goldens.py", "programs/test_readme.py", "test_mesh.py", "utils/test_cli.py",
-    "checkpoint/test_convert.py", "programs/test_commands.py",
+    "programs/test_notebooks.py", "programs/test_ray.py", "programs/test_batch.py", "test_calibration.py",
+    "engine/test_beam_search.py", "engine/test_engine_compiled.py", "kernels/test_attention_compiled.py",
+    "training/test_hosts.py", "training/test_step_compiled.py", "engine/test_requests.py", "engine/test_soak.py",
+    "model/test_rows.py", "model/test_goldens.py", "programs/test_readme.py", "test_mesh.py", "utils/test_cli.py",
+    "checkpoint/test_convert.py", "programs/test_commands.py", "engine/test_user_adapters.py",
+    "kernels/test_attention.py",
 )  # fmt: skip
 
 
@@ -140,6 +145,21 @@ def native(tmp_path_factory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json"):
         shutil.copy(TINY / name, folder)
     return folder
+
+
+STORING = (
+    "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programs_are_stored_as_before():
+    """What --compilation-cache sets would hold for all later tests of the process."""
+    before = {name: jax.config.values[name] for name in STORING}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)
