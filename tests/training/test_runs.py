@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,12 +89,11 @@ def write(path: Path, samples) -> Path:
     return path
 
 
-@pytest.fixture
-def recipe(tmp_path) -> Path:
+def write_recipe(folder: Path) -> Path:
     """Sixteen clips, two epochs of packed rows: the speech adapter."""
-    manifest = write(tmp_path / "train.jsonl", speech_samples(16))
+    manifest = write(folder / "train.jsonl", speech_samples(16))
     settings = {
-        "model": str(TINY), "output": str(tmp_path / "run"), "trainable": ["lora_speech"], "dtype": "float32",
+        "model": str(TINY), "output": str(folder / "run"), "trainable": ["lora_speech"], "dtype": "float32",
         "mesh": "fsdp=1",
         "data": {
             "sources": [{"path": str(manifest)}], "epochs": 2,
@@ -101,13 +101,26 @@ def recipe(tmp_path) -> Path:
         },
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}, "save_every": 2, "keep": 2,
     }  # fmt: skip
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
 
 
 def run(path, *overrides):
     return sft.train(load_recipe(path, overrides))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory) -> Path:
+    """A folder whose `run` took four steps of its recipe, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert run(write_recipe(folder), "data.steps=4", "data.epochs=null") == 0
+    return folder
 
 
 def final(folder: Path):
@@ -203,12 +216,11 @@ def test_losses_on_a_mesh_are_those_of_one_device(recipe, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("layout", ["original", "native"])
-def test_an_export_has_the_trained_weights(recipe, tmp_path, layout):
+def test_an_export_has_the_trained_weights(trained_folder, tmp_path, layout):
     """What comes out is what was trained, in place of what it began with, and the rest is as it was."""
-    assert run(recipe, "data.steps=3", "data.epochs=null") == 0
-    export(tmp_path / "run", tmp_path / "out", layout)
+    export(trained_folder / "run", tmp_path / "out", layout)
     tuned, before = (phi4mm_jax.load(p, dtype="float32", scan=True) for p in (tmp_path / "out", TINY))
-    _, weights = final(tmp_path / "run")
+    _, weights = final(trained_folder / "run")
     flat, old = flatten_dict(tuned.variables), flatten_dict(before.variables)
     for path, value in flat.items():
         if path[0] == "lora_speech":
@@ -216,8 +228,8 @@ def test_an_export_has_the_trained_weights(recipe, tmp_path, layout):
             assert not np.array_equal(value, old[path])
         else:
             np.testing.assert_array_equal(value, old[path])
-    with pytest.raises(InputError, match=r"has no checkpoint '77'; those that it has: 2, 3"):
-        export(tmp_path / "run", tmp_path / "other", layout, step="77")
+    with pytest.raises(InputError, match=r"has no checkpoint '77'; those that it has: 2, 4"):
+        export(trained_folder / "run", tmp_path / "other", layout, step="77")
 
 
 @pytest.mark.parametrize(("folder", "cause"), [("nope", "there is no such folder"), (".", "is not a run's folder")])
@@ -228,7 +240,7 @@ def test_what_is_no_run_is_not_exported(tmp_path, folder, cause):
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_a_tuned_adapter_loads_in_peft(recipe, native, tmp_path, caplog):
+def test_a_tuned_adapter_loads_in_peft(trained_folder, native, tmp_path, caplog):
     """PEFT puts it into transformers' model: the logits are ours, and not those from before. The exports are silent,
     and their cards are of the run."""
     from helpers import torch_native
@@ -236,26 +248,24 @@ def test_a_tuned_adapter_loads_in_peft(recipe, native, tmp_path, caplog):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    assert run(recipe, "data.steps=4", "data.epochs=null") == 0
-    caplog.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export(tmp_path / "run", tmp_path / "whole", "original")
-        export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
+        export(trained_folder / "run", tmp_path / "whole", "original")
+        export(trained_folder / "run", tmp_path / "adapters", "native", adapters_only=True)
     noise = [r for r in caplog.records if r.levelname != "DEBUG" and not r.name.startswith("phi4mm_jax")]
     assert not noise
     for name in ("whole", "adapters"):
         card = (tmp_path / name / "README.md").read_text()
-        losses = [line["loss"] for line in read_log(tmp_path / "run")]
+        losses = [line["loss"] for line in read_log(trained_folder / "run")]
         for row in (
             f"| base model | {TINY} |",
-            f"| data | {tmp_path / 'train.jsonl'} |",
+            f"| data | {trained_folder / 'train.jsonl'} |",
             "| steps | 4 |",
             f"| training loss, first and last | {losses[0]:.4f}, {losses[-1]:.4f} |",
         ):
             assert row in card.splitlines()
         _, written, _ = re.split("```(?:yaml)?", card)
-        assert yaml.safe_load(written) == yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+        assert yaml.safe_load(written) == yaml.safe_load((trained_folder / "run" / "recipe.yaml").read_text())
     model: Any = AutoModelForCausalLM.from_pretrained(native, attn_implementation="eager")
     PeftModel.from_pretrained(model, str(tmp_path / "adapters" / "speech-lora"), adapter_name="speech")
     (case,) = (case for case in golden_cases() if case["name"] == "speech")
@@ -514,9 +524,9 @@ def test_what_is_logged_is_in_the_files_at_once(tmp_path):
     log.close()
 
 
-def test_a_second_run_in_a_folder_is_refused(recipe, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(recipe, trained_folder, tmp_path):
     """A second run is refused; an export reads beside a run, and touches nothing."""
-    assert run(recipe, "data.epochs=null", "data.steps=3") == 0
+    shutil.copytree(trained_folder / "run", tmp_path / "run")
     begun = tmp_path / "run" / CHECKPOINTS / "7.orbax-checkpoint-tmp"
     begun.mkdir()
     with (tmp_path / "run" / ".lock").open("w") as file:
