@@ -12,6 +12,7 @@ from helpers.manifests import write
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES
 
+import phi4mm_jax
 from infer import chat, evaluate, generate
 from phi4mm_jax.calibration import input_moments
 from phi4mm_jax.checkpoint.convert import to_orbax
@@ -28,6 +29,22 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "assets" / "tiny"
 HELD = FIXTURES / "held"  # the first hundred of each held-out set of train.tiny.data
 NEW_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "cmmi10.ttf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_loaded_once():
+    """Programs of the same weights share the model, and with it what is traced and compiled for it."""
+    models, load = {}, phi4mm_jax.load
+
+    def load_once(path, *, progress=None, **options):
+        key = str(path), repr(sorted(options.items()))
+        if key not in models:
+            models[key] = load(path, progress=progress, **options)
+        return models[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phi4mm_jax, "load", load_once)
+        yield
 
 
 def measured(folder: Path, manifest: Path, task: str, *arguments, model: Path = MODEL) -> float:
