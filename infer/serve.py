@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
@@ -33,10 +35,12 @@ from phi4mm_jax.commands.options import (
     load_model,
     user_adapters_of,
 )
-from phi4mm_jax.engine import EngineConfig
-from phi4mm_jax.engine.user_adapters import read_user_adapter
+from phi4mm_jax.engine import Engine, EngineConfig
+from phi4mm_jax.engine.user_adapters import UserAdapter, read_user_adapter
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.engine_process import EngineProcess
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.transcription.transcripts import TASKS
@@ -45,7 +49,6 @@ from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
 
 _KEYS = "PHI4MM_API_KEY"
-_SWITCH = 2e-4  # seconds that the engine's thread waits for the interpreter, after each call of jax, instead of 5e-3
 _LIMITS = {
     "max_new_tokens": "of answers whose request does not say",
     "max_waiting": "requests that may wait; more are told to come again",
@@ -113,11 +116,12 @@ def main() -> int:
     check_address(arguments, keys)
     with named_options(arguments):
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
-        config = EngineConfig(
-            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            top_logprobs=limits.top_logprobs, draft_tokens=arguments.draft_tokens, cli=True,
+        sizes = {
+            "slots": arguments.slots, "cache_tokens": arguments.cache_tokens, "cache_dtype": arguments.cache_dtype,
+            "top_logprobs": limits.top_logprobs, "draft_tokens": arguments.draft_tokens, "cli": True,
             **adapter_places(arguments),
-        )  # fmt: skip
+        }  # fmt: skip
+        config = EngineConfig(page_size=128, **sizes)  # the device's own would keep the device from the engine
     name = arguments.name or Path(os.path.abspath(arguments.model)).name
     if name in user_adapters_of(arguments):
         raise InputError(f"--adapter has {name}, which is the model itself; give it another name, or --name")
@@ -125,13 +129,13 @@ def main() -> int:
         raise InputError(f"--adapter-root is {arguments.adapter_root}, and there is no such folder; make it first")
     if arguments.files is not None:
         Store(arguments.files, limits)  # makes the folder
-    adapters = {}
-    if users := user_adapters_of(arguments):  # before the weights, which take minutes
-        own = read_config(local_folder(arguments.model))
-        adapters = {key: read_user_adapter(key, folder, own, config) for key, folder in users.items()}
+
+    def read_adapter(name: str, folder: Path) -> UserAdapter:
+        return read_user_adapter(name, folder, read_config(local_folder(arguments.model)), config)
+
+    # before the weights, which take minutes
+    adapters = {key: read_adapter(key, Path(folder)) for key, folder in user_adapters_of(arguments).items()}
     bound = listen(arguments)
-    keep_compiled(arguments.compilation_cache)
-    model = load_model(arguments, notice=True, merge=arguments.merge)
     prompts = {"transcribe": arguments.transcription_prompt, "translate": arguments.translation_prompt}
     with ExitStack() as stack:
         files = arguments.files
@@ -143,8 +147,21 @@ def main() -> int:
             instructions={task: text for task, text in prompts.items() if text is not None},
             adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
-        app = create_app(lambda: model.engine(config), model.processor.tokenizer, config.slots, settings)
+        place = EngineProcess(partial(load_engines, arguments, sizes))
+        stack.callback(place.close)
+        place.start()
+        tokenizer = Tokenizer.from_folder(local_folder(arguments.model))
+        app = create_app(place, tokenizer, config.slots, settings, read_adapter)
         return serve(app, bound, arguments)
+
+
+def load_engines(arguments: argparse.Namespace, sizes: Mapping[str, Any]) -> Callable[[], Engine]:
+    """Load the model; return what makes its engines. In the engines' process, which has the devices."""
+    keep_compiled(arguments.compilation_cache)
+    with named_options(arguments):
+        config = EngineConfig(**sizes)
+    model = load_model(arguments, notice=True, merge=arguments.merge)
+    return lambda: model.engine(config)
 
 
 def check_address(arguments: argparse.Namespace, keys: list[str]) -> None:
@@ -201,7 +218,6 @@ def serve(app: Any, bound: socket, arguments: argparse.Namespace) -> int:
     told = "programs are compiled as requests need them" if arguments.no_warmup else told
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{at} has the page, and /v1 below it the API; {told}", file=sys.stderr, flush=True)
-    sys.setswitchinterval(_SWITCH)
     try:
         uvicorn.Server(config).run([bound])
     except OSError as error:

@@ -22,7 +22,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from phi4mm_jax import __version__
-from phi4mm_jax.engine import Engine
 from phi4mm_jax.engine.user_adapters import UserAdapter
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve import audio
@@ -31,7 +30,9 @@ from phi4mm_jax.serve.answering import EventStream, Service, events_of, response
 from phi4mm_jax.serve.batches import Batches
 from phi4mm_jax.serve.chat import chat_answer, chat_chunks, parse_chat
 from phi4mm_jax.serve.completions import parse_completion, text_answer, text_chunks
-from phi4mm_jax.serve.engine_host import EngineHost
+from phi4mm_jax.serve.engine_host import EngineHost, ReadAdapter
+from phi4mm_jax.serve.engine_messages import Figures
+from phi4mm_jax.serve.engine_process import EnginePlace
 from phi4mm_jax.serve.errors import ERRORS, ApiError
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.gate import Gate, StrictRoute, client_of, owner_of
@@ -89,19 +90,22 @@ class ServerSettings:
 
 
 def create_app(
-    make_engine: Callable[[], Engine], tokenizer: Tokenizer, slots: int, settings: ServerSettings
-) -> FastAPI:
+    place: EnginePlace, tokenizer: Tokenizer, slots: int, settings: ServerSettings,
+    read_adapter: ReadAdapter | None = None,
+) -> FastAPI:  # fmt: skip
     """Return the application; its engine is made as it starts.
 
     Args:
-        make_engine: makes an engine with so many `slots`; called again after one has stopped by an error.
+        place: where engines with so many `slots` run.
+        read_adapter: reads users' adapters that clients have loaded; see `EngineHost`.
     """
     limits = settings.limits
     fetch = Fetcher(limits.remote_bytes) if settings.remote_media else None
     service = Service(
         name=settings.name, tokenizer=tokenizer,
-        host=EngineHost(make_engine, warm_up=settings.warm_up, adapters=settings.adapters),
-        queue=FairQueue(2 * slots, limits.max_waiting),  # the media of as many as run are processed meanwhile
+        host=EngineHost(place, warm_up=settings.warm_up, adapters=settings.adapters, read_adapter=read_adapter),
+        # as many as run, as have their last tokens decoded, and as have their media processed meanwhile
+        queue=FairQueue(3 * slots, limits.max_waiting),
         limits=limits, read_media=MediaReader(limits, fetch), metrics=Metrics(), created=int(time.time()),
         workers=ThreadPoolExecutor(_WORKERS, "phi4mm-media"),
     )  # fmt: skip
@@ -360,20 +364,20 @@ def _watch(service: Service) -> None:
     """Add the figures that are read when they are asked for."""
     host, queue, watch = service.host, service.queue, service.metrics.watch
 
-    def of_engine(value: Callable[[Engine], float]) -> Callable[[], float]:
-        return lambda: 0.0 if (engine := host.engine) is None else value(engine)
+    def of_engine(value: Callable[[Figures], int]) -> Callable[[], float]:
+        return lambda: value(host.figures)
 
     watch("waiting", "Requests that wait for their turn", lambda: queue.waiting)
     watch("running", "Requests that the engine has", lambda: queue.running)
     watch("ready", "Whether requests are answered", lambda: float(host.ready))
     watch("engine_restarts", "How often the engine was made anew after an error", lambda: host.restarts)
-    watch("slots", "Requests that are decoded at once", of_engine(lambda e: e.config.slots))
-    watch("slots_in_use", "Those of them that are taken", of_engine(lambda e: len(e.scheduler.resident)))
-    watch("cache_pages", "Pages of the KV cache", of_engine(lambda e: e.scheduler.allocator.num_pages))
-    watch("cache_pages_in_use", "Those of them that requests hold", of_engine(lambda e: e.scheduler.allocator.in_use))
+    watch("slots", "Requests that are decoded at once", of_engine(lambda f: f.slots))
+    watch("slots_in_use", "Those of them that are taken", of_engine(lambda f: f.slots_in_use))
+    watch("cache_pages", "Pages of the KV cache", of_engine(lambda f: f.cache_pages))
+    watch("cache_pages_in_use", "Those of them that requests hold", of_engine(lambda f: f.cache_pages_in_use))
     watch(
         "prefilled_tokens", "Tokens of prompts that were computed; the others were in the prefix cache",
-        of_engine(lambda e: e.runner.num_prefilled_tokens),
+        of_engine(lambda f: f.prefilled_tokens),
     )  # fmt: skip
 
 

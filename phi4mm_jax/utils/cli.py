@@ -119,7 +119,7 @@ def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     def program(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
         _began.set()
         try:
-            with _log_lines():
+            with log_lines():
                 return main(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
             found = _ending(error)
@@ -143,7 +143,7 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def _log_lines() -> Iterator[None]:
+def log_lines() -> Iterator[None]:
     """Show what the library logs, as a program's own lines."""
     logger, handler = logging.getLogger("phi4mm_jax"), _Lines()
     level, propagate = logger.level, logger.propagate

@@ -106,11 +106,21 @@ def outcome(client, begun: threading.Semaphore, **options) -> str:
     return "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
 
 
+def engines_of(server: int) -> list[int]:
+    """Return the processes of a server's engines."""
+    children = map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+    return [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def threads_of(process: int) -> list[str]:
+    return [(task / "comm").read_text() for task in Path(f"/proc/{process}/task").iterdir()]
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_no_request_is_lost_silently_when_it_is_killed(tmp_path):
-    """Clients of one that is killed are told; its batch is answered by the next one, each line once. SIGTERM lets all
-    that run be answered."""
+    """Clients of one that is killed are told; its batch is answered by the next one, each line once. Where the engine's
+    process alone is killed, clients are told, and another is started. SIGTERM lets all that run be answered."""
     lines = [{"custom_id": f"a{i}", "method": "POST", "url": "/v1/chat/completions", "body": BODY} for i in range(40)]
     files = "--files", tmp_path / "files"
     with started(tmp_path, *files) as (server, client), ThreadPoolExecutor(6) as clients:
@@ -132,6 +142,18 @@ def test_no_request_is_lost_silently_when_it_is_killed(tmp_path):
         answers = map(json.loads, client.get(f"/v1/files/{found['output_file_id']}/content").text.splitlines())
         told = [(x["custom_id"], x["response"]["body"]["choices"][0]["message"]["content"]) for x in answers]
         assert sorted(told) == sorted((line["custom_id"], "52") for line in lines)
+        (engine,) = engines_of(server.pid)
+        assert any(name.startswith("tf_") for name in threads_of(engine))
+        assert not any(name.startswith("tf_") for name in threads_of(server.pid))  # which never asks for a device
+        unanswered = clients.submit(client.post, "/v1/chat/completions", json=BODY | endless)
+        while "phi4mm_slots_in_use 1.0" not in client.get("/metrics").text:
+            time.sleep(0.05)
+        os.kill(engine, signal.SIGKILL)
+        found = unanswered.result(60)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "engine_stopped")
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.1)
+        assert "phi4mm_engine_restarts 1.0" in client.get("/metrics").text
         begun = threading.Semaphore(0)
         asked = [clients.submit(outcome, client, begun) for _ in range(4)]
         for _ in range(4):

@@ -19,6 +19,7 @@ from helpers.serving import serving, wait_for
 import phi4mm_jax
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.serve.app import ServerSettings, create_app, invalid
+from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.limits import Limits
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
@@ -51,13 +52,24 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def app(model, tmp_path_factory):
+def engines():
+    """Those that the server has made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def app(model, engines, tmp_path_factory):
     settings = ServerSettings(
         "tiny", tmp_path_factory.mktemp("files"),
         Limits(max_body_bytes=2**20, max_audio_seconds=60, top_logprobs=3, clip_seconds=8, pause=1),
         instructions={"transcribe": "hear"}, warm_up=False,
     )  # fmt: skip
-    return create_app(lambda: model.engine(CONFIG), model.processor.tokenizer, CONFIG.slots, settings)
+
+    def make_engine():
+        engines.append(model.engine(CONFIG))
+        return engines[-1]
+
+    return create_app(EngineThread(make_engine), model.processor.tokenizer, CONFIG.slots, settings)
 
 
 @pytest.fixture(scope="module")
@@ -355,13 +367,11 @@ def test_limits(url, client):
         client.audio.transcriptions.create(model="tiny", file=silence + b"\x80" * 8000 * 61)
 
 
-def test_an_engine_that_crashes_is_said_and_made_anew(app, client, url):
-    host = app.state.service.host
-
+def test_an_engine_that_crashes_is_said_and_made_anew(engines, client, url):
     def crash():
         raise MemoryError("the device is gone")
 
-    host.engine.step = crash
+    engines[-1].step = crash
     with pytest.raises(openai.InternalServerError, match="the device is gone") as caught:
         chat(client)
     assert (caught.value.status_code, caught.value.code) == (503, "engine_stopped")

@@ -10,6 +10,7 @@ from helpers.serving import serving
 import phi4mm_jax
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.engine_process import EngineThread
 
 EXAMPLES = Path(__file__).parents[2] / "assets" / "tiny" / "examples"
 CHROMIUM = shutil.which("chromium")
@@ -29,7 +30,7 @@ def url(tmp_path_factory):
     settings = ServerSettings(
         "tiny", tmp_path_factory.mktemp("files"), instructions={"transcribe": "hear"}, warm_up=False
     )
-    with serving(create_app(lambda: model.engine(config), model.processor.tokenizer, 2, settings)) as url:
+    with serving(create_app(EngineThread(lambda: model.engine(config)), model.processor.tokenizer, 2, settings)) as url:
         yield url
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import phi4mm_jax
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.engine_process import EngineThread
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
 CONFIG = EngineConfig(slots=2, cache_tokens=1024, page_size=64, chunk=64, steps=4, max_adapters=1, max_adapter_rank=4)
@@ -39,8 +40,8 @@ def test_adapters_come_and_go_over_the_api(tmp_path):
     engine.load_adapter("noise", outside)
     ((_, expected),) = engine.run([Request(DIGITS, max_new_tokens=6, adapter="noise")])
     app = create_app(
-        lambda: model.engine(CONFIG), model.processor.tokenizer, CONFIG.slots,
-        ServerSettings("tiny", tmp_path / "files", adapter_root=root, warm_up=False),
+        EngineThread(lambda: model.engine(CONFIG)), model.processor.tokenizer, CONFIG.slots,
+        ServerSettings("tiny", tmp_path / "files", adapter_root=root, warm_up=False), engine.read_adapter,
     )  # fmt: skip
     asked = {"model": "noise", "messages": DIGITS, "max_tokens": 6}
     with serving(app) as url, httpx.Client(base_url=url, timeout=120) as client:
