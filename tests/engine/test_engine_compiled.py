@@ -34,13 +34,13 @@ from phi4mm_jax.testing.compiled import copies, float_copies
 pytestmark = pytest.mark.tpu_compile
 
 SLOTS, PAGES, PAGE, PAGES_OF_A_ROW = 16, 2048, 128, 1024  # a cache of 256K tokens; rows of up to 128K
-CHUNK, VOCABULARY, LAYERS = 512, 1024, 4
+CHUNK, VOCABULARY, LAYERS = 512, 1024, 2
 BYTES = {"pred": 1, "s8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 @cache
 def compiled(program: str, weights: Weights | None, context: int, chips: int) -> tuple[Any, int]:
-    """A program of four layers on chips that share the heads and the tokens of pages, and the cache's bytes on each."""
+    """A program of two layers on chips that share the heads and the tokens of pages, and the cache's bytes on each."""
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text()))
     config = replace(config, decoder=replace(config.decoder, vocab_size=VOCABULARY, num_layers=LAYERS))
     module = Phi4MM(config, jnp.bfloat16, scan=False)  # as `load` has it
