@@ -19,8 +19,7 @@ from phi4mm_jax.utils.strict_json import parse_json
 T = TypeVar("T")
 Kind = Literal["json_schema", "regex", "choice", "lark"]
 
-# Whitespace of JSON: one space, or a line's end and the indentation. Unbounded, a model may write nothing else.
-JSON_OPTIONS = {"whitespace_pattern": r"\r?\n[ \t]{0,20}|[ \t]"}
+_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _BITS = 32  # of a mask's words
 _MAX_LENGTH = 65536  # characters of a text: llguidance goes as deep as a chain of definitions, which a stack bounds
 _STACK = 256 << 20  # bytes, for ten times such a chain
@@ -138,7 +137,7 @@ def _compiled(kind: Kind, text: str) -> str:
     """
     matcher = _guidance().LLMatcher
     if kind == "json_schema":
-        return matcher.grammar_from_json_schema(json.dumps(parse_json(text)), defaults=JSON_OPTIONS)
+        return matcher.grammar_from_json_schema(json.dumps(on_one_line(parse_json(text))))
     if kind == "regex":
         return matcher.grammar_from_regex(text)
     if kind == "choice":
@@ -147,6 +146,20 @@ def _compiled(kind: Kind, text: str) -> str:
             raise ValueError("expected a list of answers, each a string")
         return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(a, ensure_ascii=False) for a in answers))
     return matcher.grammar_from_lark(text)
+
+
+def on_one_line(schema: Any) -> Any:
+    """Return a schema of JSON on one line, with a space or none behind commas and colons, unless it says otherwise.
+
+    Where whitespace is free, a model may write little else.
+    """
+    if schema is True:
+        schema = {}  # the same
+    if not isinstance(schema, Mapping) or not isinstance(own := schema.get("x-guidance", {}), Mapping):
+        return schema
+    if "whitespace_flexible" in own or "whitespace_pattern" in own:
+        return schema
+    return {**schema, "x-guidance": {**_ONE_LINE, **own}}
 
 
 def _with_deep_stack(work: Callable[[], T]) -> T:

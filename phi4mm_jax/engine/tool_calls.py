@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from phi4mm_jax.engine.grammar import JSON_OPTIONS, Grammar
+from phi4mm_jax.engine.grammar import Grammar, on_one_line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
@@ -76,24 +76,21 @@ def tool_call_grammar(
         max_calls: 1, or as many as the model likes.
         answer: the JSON schema of answers without calls; by default it calls at least one.
     """
+
+    def json_of(schema: Any) -> str:
+        return json.dumps(on_one_line(schema), ensure_ascii=False)
+
     more = "" if max_calls == 1 else ' (", " call)*'
     calls = f'{BEGIN} "[" call{more} "]" {_END}'
     rules = [f"start: calls{'' if answer is None else ' | answer'}", f"calls: {calls}"]
     if answer is not None:
-        rules.append(f"answer: %json {_bounded(json.loads(answer.text))}")
+        rules.append(f"answer: %json {json_of(json.loads(answer.text))}")
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, (name, parameters) in enumerate(tools):
         begin = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
         rules.append(f'call_{i}: {json.dumps(begin, ensure_ascii=False)} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {_bounded(parameters)}")
+        rules.append(f"arguments_{i}: %json {json_of(parameters)}")
     return Grammar.lark("\n".join(rules))
-
-
-def _bounded(schema: Any) -> str:
-    """Return a schema as a grammar embeds it, with the whitespace of grammars."""
-    if isinstance(schema, Mapping) and isinstance(own := schema.get("x-guidance", {}), Mapping):
-        schema = {**schema, "x-guidance": {**JSON_OPTIONS, **own}}
-    return json.dumps(schema, ensure_ascii=False)
 
 
 def _marked(tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[str, list[int], list[int]]:

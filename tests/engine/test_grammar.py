@@ -16,6 +16,7 @@ from phi4mm_jax.engine import Engine, EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine.grammar import start_matcher
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.engine.openai_batch import keys_of_body
+from phi4mm_jax.engine.tool_calls import tool_call_grammar
 
 CONFIG = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=64, steps=4)
 DIGITS = "<|user|>number five two four three<|end|><|assistant|>"
@@ -75,6 +76,40 @@ def test_answers_obey_a_schema(engine, temperature):
     for found in answers_of(engine, requests):
         assert (found.finish_reason, found.error) == ("stop", None)
         jsonschema.validate(json.loads(found.text), SCHEMA)
+        assert not re.search(r"\s\s|[^:,]\s", re.sub(r'"(\\.|[^"\\])*"', '""', found.text)), found.text
+
+
+@pytest.mark.parametrize(
+    ("guidance", "written", "refused"),
+    [
+        ({}, ['{"a":1,"b":[1,2]}', '{"a": 1, "b": [1, 2]}'],
+         ['{\n  "a": 1, "b": []}', '{ "a": 1, "b": []}', '{"a" : 1, "b": []}', '{"a":  1, "b": []}',
+          '{"a":\n1, "b": []}', '{"a": 1, "b": [ ]}', '{"a": 1, "b": [] }', ' {"a": 1, "b": []}', '{"a": 1, "b": []} ']),
+        ({"whitespace_flexible": True}, ['{"a":1,"b":[]}', '{\n\n  "a" :   1,\t"b": [ ] }'], []),
+        ({"whitespace_pattern": "\\n {0,4}|[ ]"}, ['{"a": 1, "b": []}', '{\n  "a": 1,\n  "b": [\n    1\n  ]\n}'],
+         ['{\n\n"a": 1, "b": []}', '{"a":  1, "b": []}']),
+        ({"item_separator": ",", "key_separator": ":"}, ['{"a":1,"b":[1,2]}'], ['{"a": 1,"b":[]}', '{"a":1, "b":[]}']),
+    ],
+    ids=["default", "any", "pattern", "compact"],
+)  # fmt: skip
+def test_whitespace_of_json_is_what_the_schema_says(tiny, guidance, written, refused):
+    """By default on one line, with a space or none behind commas and colons; also in the arguments of a call."""
+    fields = {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "integer"}}}
+    schema = {"type": "object", "properties": fields, "required": ["a", "b"], "additionalProperties": False}
+    schema |= {"x-guidance": guidance} if guidance else {}
+    call = '<|tool_call|>[{"name": "f", "arguments": %s}]<|/tool_call|>'
+    for grammar, form in [(Grammar.json_schema(schema), "%s"), (tool_call_grammar([("f", schema)]), call)]:
+        for text, is_refused in [*((text, False) for text in written), *((text, True) for text in refused)]:
+            matcher = start_matcher(grammar, tiny.processor.tokenizer, tiny.config.decoder.vocab_size, (0,))
+            assert can_write(matcher, tiny.processor.tokenizer.encode(form % text, special=True)) != is_refused, text
+
+
+def can_write(matcher, tokens) -> bool:
+    for token in tokens:
+        if not matcher.allowed()[token // 32] >> (token % 32) & 1:
+            return False
+        matcher.accept(token)
+    return matcher.over
 
 
 def test_other_requests_are_answered_as_alone(tiny, engine):
@@ -199,10 +234,7 @@ def test_answers_with_a_schema_may_call_tools_instead(tiny):
     call = '<|tool_call|>[{"name": "f", "arguments": {"name": "x", "age": 20, "tags": ["a"]}}]<|/tool_call|>'
     for answer in ('{"name": "x", "age": 20, "tags": ["a", "b"]}', call):
         matcher = start_matcher(Grammar.of(keys["grammar"]), *started)
-        for token in tokenizer.encode(answer, special=True):
-            assert matcher.allowed()[token // 32] >> (token % 32) & 1, (answer, tokenizer.decode([token]))
-            matcher.accept(token)
-        assert matcher.over
+        assert can_write(matcher, tokenizer.encode(answer, special=True)), answer
 
 
 def test_options_of_generate(tmp_path, monkeypatch):
