@@ -1,7 +1,8 @@
 """Beam search on the host, by the rules of `transformers`' `generate(num_beams=n, early_stopping=False)`.
 
 At each step every beam is extended by its likeliest tokens, and the n likeliest of all these are the next beams.
-Finished ones are kept aside; the search is over once no beam can beat the worst of n finished ones.
+Finished ones are kept aside; the search is over once no beam can beat the worst of n finished ones. With a grammar
+(`prefix_allowed_tokens_fn`) a beam is extended by what its own state of it allows.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
+from phi4mm_jax.engine.grammar import GrammarMatcher
 from phi4mm_jax.engine.page_allocator import PageAllocator
 from phi4mm_jax.engine.request import Completion, FinishReason, Hypothesis
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -25,11 +27,27 @@ def max_stops(stop_token_ids: Collection[int]) -> int:
 
 @dataclass(frozen=True)
 class Beam:
-    """A partial answer."""
+    """A partial answer, or a whole one.
+
+    Attributes:
+        total: of the log-probabilities.
+        matcher: state of the grammar after the tokens, if there is one.
+        stopped: it has ended by a stop token, or with its grammar.
+    """
 
     tokens: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
-    total: float = 0.0  # of the log-probabilities
+    total: float = 0.0
+    matcher: GrammarMatcher | None = field(default=None, compare=False, repr=False)
+    stopped: bool = False
+
+    def then(self, token: int, log_probability: float, stop: bool) -> "Beam":
+        """Return the beam with one more token, which may be a stop token."""
+        matcher = None if stop or self.matcher is None else self.matcher.after(token)
+        return Beam(
+            (*self.tokens, token), (*self.log_probabilities, log_probability), self.total + log_probability, matcher,
+            stop or (matcher is not None and matcher.over),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,34 +93,31 @@ def advance(
 
     Args:
         tokens: the likeliest ones after each of the R beams, at least as many as its width and its stop tokens: then
-            none is missed that the whole vocabulary would have brought.
+            none is missed that the whole vocabulary would have brought. Those of -inf are not allowed.
 
     Returns:
         The search, and for each of its beams the index of its parent.
     """
     totals = np.asarray([beam.total for beam in search.beams])[:, None] + log_probabilities.astype(np.float64)
-    order = np.argsort(-totals, axis=None, kind="stable").tolist()
+    order = [i for i in np.argsort(-totals, axis=None, kind="stable").tolist() if totals.flat[i] > -np.inf]
     full = search.num_output_tokens + 1 == search.limit
-    ends = np.isin(tokens, list(search.stops)).ravel() | full
+    stops = np.isin(tokens, list(search.stops)).ravel()
+    ends = stops | full
 
     def grown(index: int) -> Beam:
         parent, place = divmod(index, tokens.shape[1])
-        beam = search.beams[parent]
         log_probability = float(log_probabilities[parent, place])
-        return Beam(
-            (*beam.tokens, int(tokens[parent, place])),
-            (*beam.log_probabilities, log_probability),
-            beam.total + log_probability,
-        )
+        return search.beams[parent].then(int(tokens[parent, place]), log_probability, bool(stops[index]))
 
-    # As in transformers, a finished beam counts only if it is among the `width` likeliest candidates.
-    ended = [*search.ended, *(grown(i) for i in order[: search.width] if ends[i])]
-    ended = tuple(sorted(ended, key=search.score, reverse=True)[: search.width])
-    going = [i for i in order if not ends[i]][: search.width]
-    beams = tuple(grown(i) for i in going)
+    extended = [(grown(i), i // tokens.shape[1]) for i in [i for i in order if not ends[i]][: search.width]]
+    # As in transformers, a finished beam counts only if it is among the `width` likeliest candidates; a grammar at its
+    # end, where all that could follow is a stop token, if it would have been a beam.
+    found = [grown(i) for i in order[: search.width] if ends[i]] + [beam for beam, _ in extended if beam.stopped]
+    ended = tuple(sorted([*search.ended, *found], key=search.score, reverse=True)[: search.width])
+    going = [(beam, parent) for beam, parent in extended if not beam.stopped]
+    beams = tuple(beam for beam, _ in going)
     hopeless = len(ended) == search.width and bool(beams) and search.score(beams[0]) <= search.score(ended[-1])
-    after = replace(search, beams=beams, ended=ended, over=not beams or hopeless)
-    return after, [i // tokens.shape[1] for i in going]
+    return replace(search, beams=beams, ended=ended, over=not beams or hopeless), [parent for _, parent in going]
 
 
 @dataclass
@@ -122,6 +137,10 @@ class BeamGroup:
     def num_pages(self) -> int:
         """Number of distinct pages."""
         return len({page for pages in self.pages for page in pages})
+
+    def start_grammar(self, matcher: GrammarMatcher | None) -> None:
+        """Begin the search with the state of a grammar before the first token."""
+        self.search = replace(self.search, beams=(Beam(matcher=matcher),))
 
     def fork(self, allocator: PageAllocator, parents: Sequence[int]) -> None:
         """Give each beam the pages of its parent, the beam that it continues."""
@@ -156,7 +175,7 @@ class BeamGroup:
         if not found:
             return Completion("", [], reason or "cancelled", prompt_tokens)
         first = found[0]
-        reason = reason or ("stop" if first.tokens[-1] in search.stops else "length")
+        reason = reason or ("stop" if search.best[0].stopped else "length")
         return Completion.of(
             tokenizer, first.text, first.tokens, reason, prompt_tokens, log_probabilities=first.log_probabilities,
             alternatives=found,

@@ -144,6 +144,8 @@ class EngineCore:
             return False
         self.queue.remove(waiting)
         sequence.sampling, sequence.matcher = waiting.seeded_sampling(row, media), waiting.matcher
+        if sequence.beams is not None:
+            sequence.beams.start_grammar(waiting.matcher)
         self.runner.set_penalty_mask(sequence)
         return True
 

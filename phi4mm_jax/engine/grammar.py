@@ -1,5 +1,6 @@
 """Grammars that answers obey (structured output), by llguidance: which tokens may come next."""
 
+import copy
 import json
 import re
 import threading
@@ -204,6 +205,7 @@ class GrammarMatcher:
             self._is_current = True
             if self._matcher.is_error():
                 self.error = _one_line(self._matcher.get_error())
+                self._mask[:] = 0  # it allows to end here
             elif self._stop_tokens and self._matcher.is_accepting():
                 bits = self._mask.view(np.uint32)
                 for token in self._stop_tokens:
@@ -211,6 +213,13 @@ class GrammarMatcher:
             if not self._mask.any():
                 self.error = self.error or "no token obeys it"
         return self._mask
+
+    def after(self, token: int) -> "GrammarMatcher":
+        """Return the state after a token that is allowed; this one stays as it is."""
+        forked = copy.copy(self)
+        forked._matcher, forked._mask = self._matcher.deep_copy(), self._mask.copy()
+        forked.accept(token)
+        return forked
 
     def accept(self, token: int) -> None:
         """Take the next token of the answer, one that is allowed."""

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from phi4mm_jax.batch import NO_MEDIA
 from phi4mm_jax.engine.beam_search import BeamGroup
-from phi4mm_jax.engine.grammar import num_words
+from phi4mm_jax.engine.grammar import GrammarMatcher, num_words
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
@@ -19,12 +19,15 @@ from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
 T = TypeVar("T")
 
 
-def prefill_inputs(batch: PrefillBatch, media: Items[np.ndarray], count: int, table_size: int) -> PrefillInputs:
+def prefill_inputs(
+    batch: PrefillBatch, media: Items[np.ndarray], count: int, table_size: int, with_beams: bool = False
+) -> PrefillInputs:
     """Arrays of a batch, padded to `count` rows; without grammars.
 
     Args:
         media: for each sequence the rows of the table of features, see `EncoderCache.lookup_or_encode`.
         table_size: pages of a page table.
+        with_beams: whether the engine has beams.
     """
     sequences, stops, width = batch
     tokens = np.zeros((count, width), np.int32)
@@ -42,6 +45,7 @@ def prefill_inputs(batch: PrefillBatch, media: Items[np.ndarray], count: int, ta
         slots=_column(sequences, count, lambda s: s.slot),
         num_output_tokens=_column(sequences, count, lambda s: len(s.output_token_ids)),
         sampling=_sampling_rows(sequences, count),
+        with_beams=_column(sequences, count, lambda s: s.beams is not None).astype(bool) if with_beams else None,
     )  # fmt: skip
 
 
@@ -70,7 +74,7 @@ def decode_inputs(
 
 
 def beam_inputs(groups: Items[tuple[Sequence, BeamGroup]], size: int, table_size: int) -> BeamInputs:
-    """Arrays of all groups' beams, padded to `size` of them."""
+    """Arrays of all groups' beams, padded to `size` of them; without grammars."""
     rows = [(s, beam, pages) for s, g in groups for beam, pages in zip(g.search.beams, g.pages, strict=True)]
     copies = [copy for _, group in groups for copy in group.copies]
     return BeamInputs(
@@ -85,12 +89,12 @@ def beam_inputs(groups: Items[tuple[Sequence, BeamGroup]], size: int, table_size
     )
 
 
-def allowed_tokens(sequences: Items[Sequence | None], count: int, vocab_size: int) -> Int[np.ndarray, "{count} W"]:
+def allowed_tokens(matchers: Items[GrammarMatcher | None], count: int, vocab_size: int) -> Int[np.ndarray, "{count} W"]:
     """The tokens that may come next in each row, a bit each: all where there is no grammar."""
     allowed = np.full((count, num_words(vocab_size)), -1, np.int32)
-    for row, sequence in zip(allowed, sequences, strict=False):
-        if sequence is not None and sequence.matcher is not None:
-            row[:] = sequence.matcher.allowed()
+    for row, matcher in zip(allowed, matchers, strict=False):
+        if matcher is not None:
+            row[:] = matcher.allowed()
     return allowed
 
 

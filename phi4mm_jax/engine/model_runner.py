@@ -17,7 +17,7 @@ from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
-from phi4mm_jax.engine.grammar import is_installed
+from phi4mm_jax.engine.grammar import GrammarMatcher, is_installed
 from phi4mm_jax.engine.inputs import DeviceCopies, allowed_tokens, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
@@ -103,15 +103,16 @@ class ModelRunner:
         if self._history is not None:
             self._history.forget(batch.sequences)
         inputs = self._decode_inputs(batch)
-        if all(s is None or s.matcher is None for s in batch.sequences):
+        matchers = [None if s is None else s.matcher for s in batch.sequences]
+        if all(matcher is None for matcher in matchers):
             return self.run_decode(adapters, inputs)
-        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(batch.sequences, self._config.slots))
+        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(matchers, self._config.slots))
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
         """Extend beams by a token; return the likeliest tokens after each."""
         count = sum(len(beams.search.beams) for _, beams in groups)
         size = next(size for size in self._config.beam_batch_sizes if size >= count)
-        return self.run_beam_step({s.adapter for s, _ in groups}, beam_inputs(groups, size, self.table_size))
+        return self.run_beam_step({s.adapter for s, _ in groups}, self._beam_inputs(groups, size))
 
     def set_penalty_mask(self, sequence: Sequence) -> None:
         """Set a sequence's penalty mask to its tokens so far, if it has a repetition penalty; decoding adds its own."""
@@ -122,24 +123,34 @@ class ModelRunner:
 
     def _prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
         """Arrays of a batch, with the grammars of sequences whose last chunk this is."""
-        inputs = prefill_inputs(batch, media, count, self.table_size)
-        if not self._with_grammars:
-            return inputs
+        inputs = prefill_inputs(batch, media, count, self.table_size, with_beams=self._config.beams > 1)
         chunks = zip(batch.sequences, batch.stops, strict=True)
-        last = [s if stop == s.num_tokens_to_prefill else None for s, stop in chunks]
-        restricted = any(s is not None and s.matcher is not None for s in last)
+        matchers = [s.matcher if stop == s.num_tokens_to_prefill else None for s, stop in chunks]
+        return inputs._replace(**self._grammars(matchers, count))
+
+    def _beam_inputs(self, groups: Items[tuple[Sequence, BeamGroup]], size: int) -> BeamInputs:
+        """Arrays of all groups' beams, with their grammars."""
+        inputs = beam_inputs(groups, size, self.table_size)
+        matchers = [beam.matcher for _, group in groups for beam in group.search.beams]
+        return inputs._replace(**self._grammars(matchers, size))
+
+    def _grammars(self, matchers: Items[GrammarMatcher | None], count: int) -> dict[str, Any]:
+        """What grammars allow in each row, for the inputs of a step; nothing where there can be no grammars."""
+        if not self._with_grammars:
+            return {}
+        restricted = any(matcher is not None for matcher in matchers)
         if count not in self._unrestricted:
             self._unrestricted[count] = self._programs.place(self._allowed([], count))
-        allowed = self._programs.place(self._allowed(last, count)) if restricted else self._unrestricted[count]
-        return inputs._replace(allowed=allowed, restricted=np.asarray(restricted))
+        allowed = self._programs.place(self._allowed(matchers, count)) if restricted else self._unrestricted[count]
+        return {"allowed": allowed, "restricted": np.asarray(restricted)}
 
     def _decode_inputs(self, batch: DecodeBatch, with_drafts: bool = False) -> DecodeInputs:
         """Arrays of all slots; those that change only with the sequences are on the device already."""
         inputs = decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
         return inputs._replace(**self._slots.of({name: getattr(inputs, name) for name in _OF_SLOTS}))
 
-    def _allowed(self, sequences: Items[Sequence | None], count: int) -> np.ndarray:
-        return allowed_tokens(sequences, count, self.token_seen.shape[1])
+    def _allowed(self, matchers: Items[GrammarMatcher | None], count: int) -> np.ndarray:
+        return allowed_tokens(matchers, count, self.token_seen.shape[1])
 
     # ------------------------------------------------------------------------------------------ calls
 
@@ -258,7 +269,7 @@ class ModelRunner:
             return call, partial(self._logits_step, adapters, idle)
 
         def beam_step(adapters: set[int], size: int) -> tuple[Callable, Callable]:
-            inputs = beam_inputs([], size, self.table_size)
+            inputs = self._beam_inputs([], size)
             return partial(self.run_beam_step, adapters, inputs), partial(self._beam_step, adapters, inputs)
 
         idle = self._decode_inputs(DecodeBatch.idle(slots))

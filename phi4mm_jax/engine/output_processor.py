@@ -89,8 +89,12 @@ class OutputProcessor:
 
     def extend_beams(self, sequence: Sequence, beams: BeamGroup, top: TopLogprobs) -> None:
         """Select the next beams from the likeliest tokens after each of the present ones."""
-        beams.search, parents = advance(beams.search, top.tokens, top.log_probabilities)
-        if beams.search.over:
+        search, parents = advance(beams.search, top.tokens, top.log_probabilities)
+        if not search.beams and not search.ended:
+            causes = [beam.matcher.error for beam in beams.search.beams if beam.matcher is not None]
+            return self.fail_grammar(sequence, next(filter(None, causes), "no token obeys it"))
+        beams.search = search
+        if search.over:
             self._finish_beams(sequence, beams)
         else:
             self._scheduler.fork(sequence, beams, parents)
@@ -117,7 +121,7 @@ class OutputProcessor:
     ) -> None:  # fmt: skip
         """End a sequence with the tokens that it has, and free its slot and pages."""
         if sequence.beams is not None:
-            return self._finish_beams(sequence, sequence.beams, reason, error)
+            return self._finish_beams(sequence, sequence.beams, reason, error, error_type)
         rest = sequence.detokenizer.finish()
         completion = Completion.of(
             self._tokenizer, sequence.detokenizer.text, sequence.output_token_ids, reason, sequence.num_prompt_tokens,
@@ -136,9 +140,10 @@ class OutputProcessor:
         self._updates.append(update)
 
     def _finish_beams(
-        self, sequence: Sequence, beams: BeamGroup, reason: FinishReason | None = None, error: str | None = None
-    ) -> None:
+        self, sequence: Sequence, beams: BeamGroup, reason: FinishReason | None = None, error: str | None = None,
+        error_type: str | None = None,
+    ) -> None:  # fmt: skip
         completion = beams.completion(self._tokenizer, sequence.num_prompt_tokens, reason)
-        completion = replace(completion, error=error, error_type=None if error is None else "FloatingPointError")
+        completion = replace(completion, error=error, error_type=None if error is None else error_type)
         self._updates.append(Update(sequence.id, completion.text, completion))
         self._scheduler.finish(sequence)

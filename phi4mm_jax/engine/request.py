@@ -111,8 +111,6 @@ class Request:
             raise InputError(
                 f"top_logprobs is {self.top_logprobs} with {self.beams} beams; ask for none, or for 1 beam"
             )
-        if self.grammar is not None:
-            raise InputError(f"grammar is given with {self.beams} beams; leave it out, or ask for 1 beam")
         if self.stop:
             raise InputError(
                 f"stop is {list(self.stop)!r} with {self.beams} beams, which end by tokens only; give stop_tokens, or "

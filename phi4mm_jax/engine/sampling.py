@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.mesh import vocabulary_parts
 from phi4mm_jax.utils.checks import is_number, is_whole
 
 _GREEDY = 1e-5  # below this temperature float32 sampling equals argmax
@@ -163,6 +164,15 @@ def restrict_to_allowed(logits: Float[Array, "B V"], allowed: Int[Array, "B W"])
     return jnp.where(bits == 1, logits, -jnp.inf)
 
 
+def restrict_if_asked(
+    logits: Float[Array, "B V"], allowed: Int[Array, "B W"] | None, asked: Bool[Array, ""] | None
+) -> Float[Array, "B V"]:
+    """Do the same where any row has a grammar; nothing is computed where none has, or `allowed` is None."""
+    if allowed is None:
+        return logits
+    return jax.lax.cond(asked, lambda x: restrict_to_allowed(x, allowed), lambda x: x, logits)
+
+
 def restrict(
     logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
@@ -194,3 +204,13 @@ def _cut(keys: UInt[Array, "B V"], weights: Float[Array, "B V"], limits: Float[A
         return cut | (heavy.sum(0).astype(jnp.uint32) << shift)
 
     return jax.lax.fori_loop(0, 16, digit, jnp.zeros(len(keys), jnp.uint32))[:, None]
+
+
+def top_k(logits: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
+    """Return the greatest logits and their tokens: of each device's part of the vocabulary first, and then of all."""
+    parts = vocabulary_parts(logits.shape[-1])
+    size = logits.shape[-1] // parts
+    values, tokens = jax.lax.top_k(logits.reshape(-1, parts, size), min(count, size))  # (R, parts, C)
+    tokens += size * jnp.arange(parts)[:, None]
+    values, order = jax.lax.top_k(values.reshape(len(logits), -1), count)
+    return values, jnp.take_along_axis(tokens.reshape(len(logits), -1), order, 1)

@@ -215,8 +215,12 @@ class Scheduler:
 
     @property
     def decodes_by_grammar(self) -> bool:
-        """Whether a sequence that decodes has a grammar, whose next mask depends on the token before."""
-        return any(s.matcher is not None and s.status is SequenceStatus.DECODING for s in self.resident)
+        """Whether a sequence that decodes has a grammar, whose next mask depends on the token before.
+
+        Beams are extended a token at a time in any case.
+        """
+        decoding = (s for s in self.resident if s.beams is None and s.status is SequenceStatus.DECODING)
+        return any(s.matcher is not None for s in decoding)
 
     @property
     def decodes_in_turn(self) -> bool:

@@ -47,7 +47,7 @@ class Sequence:
         beams: None unless beam search.
         sampling: the request's, with a seed.
         adapters: that it is computed with.
-        matcher: state of the request's grammar after the generated tokens.
+        matcher: state of the request's grammar after the generated tokens; for beam search before the first.
     """
 
     id: int

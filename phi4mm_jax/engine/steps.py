@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.engine.drafts import decode_with_drafts
-from phi4mm_jax.engine.sampling import SamplingRows, restrict_to_allowed, sample
+from phi4mm_jax.engine.sampling import SamplingRows, restrict_if_asked, restrict_to_allowed, sample, top_k
 from phi4mm_jax.kernels import gpu
 from phi4mm_jax.mesh import (
     AXES,
@@ -27,7 +27,6 @@ from phi4mm_jax.mesh import (
     replicate,
     shardings,
     split_batch,
-    vocabulary_parts,
 )
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.kv_cache import copy_pages
@@ -48,6 +47,7 @@ class PrefillInputs(NamedTuple):
     sampling: SamplingRows
     allowed: Int[Any, "R W"] | None = None  # tokens that grammars allow next, a bit each; None: no grammars
     restricted: Bool[Any, ""] | None = None  # whether any sequence has a grammar
+    with_beams: Bool[Any, " R"] | None = None  # sequences whose likeliest tokens are beams, among those allowed
 
 
 class DecodeInputs(NamedTuple):
@@ -94,10 +94,15 @@ class BeamInputs(NamedTuple):
     sources: Int[Any, " C"]
     targets: Int[Any, " C"]
     num_copies: Int[Any, ""]  # how many of these count; no target is a source
+    allowed: Int[Any, "R W"] | None = None  # as of `PrefillInputs`
+    restricted: Bool[Any, ""] | None = None
 
 
 class TopLogprobs(NamedTuple):
-    """The C likeliest tokens after each sequence or beam, likeliest first, with their log-probabilities."""
+    """The C likeliest tokens after each sequence or beam, likeliest first, with their log-probabilities.
+
+    After beams with a grammar, those that it allows; log-probabilities are the model's own, and -inf for the others.
+    """
 
     tokens: Int[Any, "R C"]
     log_probabilities: Float[Any, "R C"]
@@ -214,13 +219,14 @@ class Programs:
         last = jnp.maximum(inputs.lengths - inputs.starts - 1, 0)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]  # (R, D)
         logits = self._apply(variables, _pad_single(hidden), method="logits")[: len(hidden)]
-        choosable, allowed = logits, inputs.allowed
-        if allowed is not None:
-            choosable = jax.lax.cond(inputs.restricted, lambda x: restrict_to_allowed(x, allowed), lambda x: x, logits)
+        choosable = restrict_if_asked(logits, inputs.allowed, inputs.restricted)
         tokens = sample(choosable, inputs.num_output_tokens, inputs.sampling, token_seen[inputs.slots])
         log_probabilities = _log_probability(logits, tokens)
         sampled = SampledTokens(tokens[:, None], log_probabilities[:, None], jnp.ones_like(tokens), _finite(logits))
-        return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates) if candidates else None
+        if not candidates:
+            return self._constrain_state(cache), sampled, None
+        ranked = logits if inputs.with_beams is None else jnp.where(inputs.with_beams[:, None], choosable, logits)
+        return self._constrain_state(cache), sampled, _top_log_probabilities(logits, candidates, ranked)
 
     def _decode(
         self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs, *, width: int,
@@ -340,7 +346,8 @@ class Programs:
             jnp.maximum(inputs.lengths - 1, 0), inputs.tables, method="decode",
         )  # fmt: skip
         logits = self._apply(variables, hidden[:, 0], method="logits")
-        return self._constrain_state(cache), _top_log_probabilities(logits, candidates)
+        ranked = restrict_if_asked(logits, inputs.allowed, inputs.restricted)
+        return self._constrain_state(cache), _top_log_probabilities(logits, candidates, ranked)
 
 
 def _pad_single(x: Array) -> Array:
@@ -426,16 +433,9 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 
 
 @jax.named_scope("log_probability")
-def _top_log_probabilities(logits: Float[Array, "R V"], count: int) -> TopLogprobs:
-    values, tokens = _top_k(logits, min(count, logits.shape[-1]))
+def _top_log_probabilities(
+    logits: Float[Array, "R V"], count: int, ranked: Float[Array, "R V"] | None = None
+) -> TopLogprobs:
+    """The likeliest tokens, by `ranked`, which is -inf for those that may not be."""
+    values, tokens = top_k(logits if ranked is None else ranked, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))
-
-
-def _top_k(logits: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R C"], Int[Array, "R C"]]:
-    """Return the greatest logits and their tokens: of each device's part of the vocabulary first, and then of all."""
-    parts = vocabulary_parts(logits.shape[-1])
-    size = logits.shape[-1] // parts
-    values, tokens = jax.lax.top_k(logits.reshape(-1, parts, size), min(count, size))  # (R, parts, C)
-    tokens += size * jnp.arange(parts)[:, None]
-    values, order = jax.lax.top_k(values.reshape(len(logits), -1), count)
-    return values, jnp.take_along_axis(tokens.reshape(len(logits), -1), order, 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from scipy.special import log_softmax
 
 from phi4mm_jax import InputError
-from phi4mm_jax.engine import EngineConfig, Request, Sampling
+from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.beam_search import Search, advance
 from phi4mm_jax.engine.jsonl import read_requests
@@ -148,6 +149,119 @@ def test_alternatives_in_files_have_the_scores_of_logits_without_a_cache(tiny, t
             said = [t for t in alternative["tokens"] if t not in tiny.config.stop_token_ids]
             assert alternative["text"] == tiny.processor.tokenizer.decode(said)
     assert long["prompt_tokens"] < 96 < long["prompt_tokens"] + 24
+
+
+# ------------------------------------------------------------------------------------------------ with a grammar
+
+
+class Language:
+    """Tokens that a regular expression allows after others, by Python's own: those with which a prefix of it ends."""
+
+    def __init__(self, tiny, whole: str, prefix: str):
+        tokenizer = tiny.processor.tokenizer
+        special = set(tokenizer.special_tokens.values())
+        self.pieces = [tokenizer.decode([token]) for token in range(tiny.config.decoder.vocab_size)]
+        self._text = [(t, p) for t, p in enumerate(self.pieces) if p and t not in special]
+        self._whole, self._prefix, self._stops = whole, prefix, list(tiny.config.stop_token_ids)
+
+    def text(self, tokens) -> str:
+        return "".join(self.pieces[token] for token in tokens)
+
+    def after(self, tokens) -> list[int]:
+        text = self.text(tokens)
+        allowed = [t for t, piece in self._text if re.fullmatch(self._prefix, text + piece)]
+        return allowed + (self._stops if re.fullmatch(self._whole, text) else [])
+
+    def ends(self, tokens) -> bool:
+        """Whether nothing but a stop token may follow."""
+        return set(self.after(tokens)) == set(self._stops)
+
+
+def plain_search(tiny, prompt, language, beams, limit, penalty) -> list[tuple[list[int], float]]:
+    """Beam search over logits without a cache, among all tokens that the language allows."""
+    batch, stops = tiny.process([prompt] * beams), set(tiny.config.stop_token_ids)
+    growing, ended = [((), 0.0)], []
+
+    def score(answer):
+        return answer[1] / len(answer[0]) ** penalty
+
+    for length in range(1, limit + 1):
+        rows = [[*tokens, *[0] * (limit - length + 1)] for tokens, _ in growing]
+        logits = uncached_logits(tiny, batch, rows + rows[:1] * (beams - len(rows)))
+        found = []
+        for (tokens, total), row in zip(growing, logits, strict=False):
+            own = log_softmax(row[length - 1].astype(np.float64))
+            found += [((*tokens, token), total + own[token]) for token in language.after(tokens)]
+        found.sort(key=lambda answer: -answer[1])
+        ended += [answer for answer in found[:beams] if answer[0][-1] in stops or length == limit]
+        going = [] if length == limit else [answer for answer in found if answer[0][-1] not in stops][:beams]
+        ended += [answer for answer in going if language.ends(answer[0])]
+        growing = [answer for answer in going if not language.ends(answer[0])]
+        ended = sorted(ended, key=score, reverse=True)[:beams]
+        if not growing or (len(ended) == beams and score(growing[0]) <= score(ended[-1])):
+            break
+    return [(list(tokens), total) for tokens, total in ended]
+
+
+LANGUAGES = {  # a prefix of it, and the limit of tokens
+    "bounded": ("[a-z]{3}-[0-9]{2,3}", "[a-z]{0,3}|[a-z]{3}-[0-9]{0,3}", 12),
+    "unbounded": ("[a-z]{2,}", "[a-z]*", 9),
+    "few": ("[ab]", "[ab]?", 12),
+    "cut": ("[a-z]{3}-[0-9]{9}", "[a-z]{0,3}|[a-z]{3}-[0-9]{0,9}", 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("penalty", fast_are([1.0], [0.0, 1.0, 2.0]))
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_beams_obey_a_grammar(tiny, name, penalty):
+    """Each its own state of it; beside a group without one and a row. "few" has fewer answers than beams."""
+    whole, prefix, limit = LANGUAGES[name]
+    asked = Request(
+        PROMPT, beams=3, length_penalty=penalty, max_new_tokens=limit, grammar=Grammar.regex(whole)
+    )  # fmt: skip
+    engine = tiny.engine(CONFIG)
+    plain = [Request(PROMPT, beams=2, max_new_tokens=6), Request(PROMPT, max_new_tokens=6, grammar=Grammar.regex("a+"))]
+    found = dict(engine.run([plain[0], asked, plain[1]]))
+    language = Language(tiny, whole, prefix)
+    expected = plain_search(tiny, PROMPT, language, 3, limit, penalty)
+    assert [h.tokens for h in found[1].alternatives] == [tokens for tokens, _ in expected]
+    totals = [sum(h.log_probabilities) for h in found[1].alternatives]
+    np.testing.assert_allclose(totals, [total for _, total in expected], atol=1e-3)
+    best = expected[0][0]
+    stopped = best[-1] in tiny.config.stop_token_ids or language.ends(best)
+    assert found[1].finish_reason == ("stop" if stopped else "length")
+    assert [bool(re.fullmatch(whole, h.text)) for h in found[1].alternatives] == [name != "cut"] * len(expected)
+    assert found[0].tokens == dict(engine.run(plain))[0].tokens
+    assert re.fullmatch("a+", found[2].text)
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
+
+
+@pytest.mark.torch
+def test_beams_with_a_grammar_are_those_of_transformers(tiny, goldens, oracle):
+    """Of a language whose answers end by a stop token only; over the boundary, where all keys are made anew."""
+    whole = "[a-z ]+"
+    language = Language(tiny, whole, "[a-z ]*")
+    for name, limit in (("text", 14), ("text_cross", 40)):
+        asked = request_of(CASES[name], limit, 3, grammar=Grammar.regex(whole))
+        ((_, answer),) = tiny.engine(SMALL).run([asked])
+        expected = oracle.beam_search(
+            goldens[f"{name}.input_ids"], beams=3, new_tokens=limit, penalty=1.0, stops=tiny.config.stop_token_ids,
+            allowed=language.after,
+        )  # fmt: skip
+        assert_found(answer, expected)
+
+
+def test_beams_at_a_dead_end(tiny):
+    """After the first token nothing may follow: all beams end with an error, and pages are given back."""
+    grammar = Grammar.lark(r"""
+start: "a" X
+X: /[^\x00-\U0010FFFF]/
+""")
+    engine = tiny.engine(CONFIG)
+    ((_, answer),) = engine.run([Request(PROMPT, beams=2, max_new_tokens=8, grammar=grammar)])
+    assert (answer.finish_reason, answer.error_type) == ("error", "InputError")
+    assert answer.error.startswith("grammar is ")
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
 
 
 # ------------------------------------------------------------------------------------------------ in the engine

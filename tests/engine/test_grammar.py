@@ -84,7 +84,8 @@ def test_answers_obey_a_schema(engine, temperature):
     [
         ({}, ['{"a":1,"b":[1,2]}', '{"a": 1, "b": [1, 2]}'],
          ['{\n  "a": 1, "b": []}', '{ "a": 1, "b": []}', '{"a" : 1, "b": []}', '{"a":  1, "b": []}',
-          '{"a":\n1, "b": []}', '{"a": 1, "b": [ ]}', '{"a": 1, "b": [] }', ' {"a": 1, "b": []}', '{"a": 1, "b": []} ']),
+          '{"a":\n1, "b": []}', '{"a": 1, "b": [ ]}', '{"a": 1, "b": [] }', ' {"a": 1, "b": []}',
+          '{"a": 1, "b": []} ']),
         ({"whitespace_flexible": True}, ['{"a":1,"b":[]}', '{\n\n  "a" :   1,\t"b": [ ] }'], []),
         ({"whitespace_pattern": "\\n {0,4}|[ ]"}, ['{"a": 1, "b": []}', '{\n  "a": 1,\n  "b": [\n    1\n  ]\n}'],
          ['{\n\n"a": 1, "b": []}', '{"a":  1, "b": []}']),
@@ -162,7 +163,6 @@ BAD = {
     "choice": (lambda: Grammar.choice([]), "not a valid choice: expected a list of answers"),
     "lark": (lambda: Grammar.lark("start: foo"), 'not a valid lark: .*unknown name: "foo"'),
     "kind": (lambda: Grammar("gbnf", "a"), "grammar is of kind 'gbnf'; expected one of json_schema"),
-    "beams": (lambda: Request(DIGITS, beams=2, grammar=Grammar.regex("a")), "grammar is given with 2 beams"),
     "no grammar": (lambda: Request(DIGITS, grammar="[0-9]"), "grammar is a str; expected a Grammar"),
 }  # fmt: skip
 

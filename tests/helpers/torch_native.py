@@ -445,11 +445,13 @@ class NativeModel:
         penalty: float,
         stops: Iterable[int],
         adapter: Adapter | list[str] | None = None,
+        allowed: Callable[[list[int]], list[int]] | None = None,
         **media: torch.Tensor,
     ) -> tuple[list[list[int]], list[float]]:
         """The best continuations and their scores. Without a cache, so that the length alone selects the rotary set.
 
-        `media` are the arguments of the native model's forward.
+        `allowed` gives the tokens that may come after some generated ones; `media` are the arguments of
+        the native model's forward.
         """
         _use_adapter(self.model, adapter)
         prompt, stops, model = _tensor(input_ids, torch.int64)[None], sorted(stops), cast(Any, self.model)
@@ -458,6 +460,7 @@ class NativeModel:
                 prompt, attention_mask=torch.ones_like(prompt), **media, num_beams=beams, num_return_sequences=beams,
                 do_sample=False, max_new_tokens=new_tokens, length_penalty=penalty, eos_token_id=stops,
                 pad_token_id=stops[0], use_cache=False, return_dict_in_generate=True, output_scores=True,
+                prefix_allowed_tokens_fn=allowed and (lambda _, ids: allowed(ids[prompt.shape[1] :].tolist())),
             )  # fmt: skip
         answers = []
         for row, places in zip(
