@@ -25,7 +25,10 @@ _WINDOW, _ONSET = 20, 8  # speech begins where so many frames of a window are: c
 _MIN_SILENCE = 10  # frames; shorter ones may be within a word
 _MAX_LEAD, _MAX_TAIL = 5, 25  # frames of silence that are kept before and after speech
 _DIGITAL = 2.0**-30  # power of one step of 16 bits: below it nothing was recorded, and none of it is kept
-_QUIET = 10**-3.0  # power beside a clip's loudest frame that is not said to be speech where it begins and ends
+_DIGITAL_RUN = 1000  # of a second: a shorter run of samples below it, beside no others, is no silence
+# Power beside a clip's loudest frame that is not said to be speech where it begins and ends; more where there is noise,
+# which is the quietest tenth of its frames if that is so quiet.
+_QUIET, _NOISE = 10**-3.0, 10**-2.0
 _SMOOTH = 5  # frames over which loudness is averaged to find the quietest place
 
 
@@ -149,7 +152,8 @@ class _Cutter:
         self._most = round(settings.clip_seconds * _FRAMES)
         self._pause = round(settings.pause * _FRAMES)
         self._lead, self._tail = (min(self._pause // 2, most) for most in (_MAX_LEAD, _MAX_TAIL))
-        self._first = 0  # sample of the recording with which the clip begins
+        self._first = 0  # sample of the recording with which the frames begin
+        self._given = 0  # samples of the first frame that belong to the clip before
         self._samples = np.zeros(0, np.float32)  # of the clip and what follows it
         self._voiced: list[bool] = []  # of their whole frames
         self._power: list[float] = []  # likewise
@@ -171,14 +175,15 @@ class _Cutter:
     def finish(self) -> Iterator[RecordedClip]:
         """Yield what is left: the last clip, and digital silence behind it as one of its own."""
         end = self._seen if self._run else self._end  # speech that has not ended has no delay to take off
-        rest = self._samples[len(self._power) * self._frame :]  # less than a frame
-        stop = len(self._power)
-        if self._begin is not None and not (np.square(rest) >= _DIGITAL).any():
-            stop = self._without_digital_silence(self._begin, stop)
-        if stop < len(self._power):
-            yield self._drop(stop, self._speech(end))
-        if len(self._samples):
-            yield self._clip(len(self._samples), self._speech(end))
+        stop = len(self._samples)
+        if self._begin is not None:
+            rest = self._samples[len(self._power) * self._frame :]  # less than a frame
+            recorded = (np.square(rest) >= _DIGITAL).any()
+            stop = self._recorded_stop(self._begin, stop) if recorded else self._stop(self._begin, len(self._power))
+        if stop < len(self._samples):
+            yield self._drop(stop, end)
+        if len(self._samples) > self._given:
+            yield self._drop(len(self._samples), end)
 
     def _take(self, samples: Float[np.ndarray, " S"]) -> None:
         self._samples = np.concatenate([self._samples, samples])
@@ -196,14 +201,15 @@ class _Cutter:
             self._look()
             if self._begin is None:
                 if self._seen >= self._most:
-                    yield self._drop(self._seen - _WINDOW - self._lead, None)
-            elif (start := self._start(self._begin)) > 0:  # silence before it is a clip of its own
-                yield self._drop(start, None)
+                    yield self._drop((self._seen - _WINDOW - self._lead) * self._frame)
+            elif (start := self._start(self._begin)) > self._given:  # silence before it is a clip of its own
+                yield self._drop(start)
             elif self._seen - self._end >= self._pause:
-                yield self._drop(self._stop(self._begin), self._speech(self._end))
+                stop = min(self._end + self._tail, self._seen)
+                yield self._drop(self._stop(self._begin, stop), self._end)
             elif self._seen >= self._most:
                 end, at = self._best_cut(self._begin)
-                yield self._drop(at, self._speech(end))
+                yield self._drop(at * self._frame, end)
 
     def _look(self) -> None:
         """Look at one more frame."""
@@ -226,21 +232,31 @@ class _Cutter:
         return start + recent.index(True) if sum(recent) >= _ONSET else None
 
     def _start(self, begin: int) -> int:
-        """Return the frame at which the clip of speech starts: as much silence as is kept before it."""
+        """Return the sample at which the clip of speech starts: as much silence as is kept before it."""
         lead = begin - self._lead
         start = lead if lead >= max(self._lead, 1) else 0
         while start < begin and self._power[start] < _DIGITAL:
             start += 1
-        return start
+        least = 1 if start and self._power[start - 1] < _DIGITAL else self._rate // _DIGITAL_RUN
+        start, stop = max(start * self._frame, self._given), (start + 1) * self._frame
+        recorded = np.flatnonzero(np.square(self._samples[start:stop]) >= _DIGITAL)
+        silent = int(recorded[0]) if len(recorded) else 0
+        return start + silent if silent >= least else start
 
-    def _stop(self, begin: int) -> int:
-        """Return the frame at which the clip of speech stops: as much silence as is kept after it."""
-        return self._without_digital_silence(begin, min(self._end + self._tail, self._seen))
-
-    def _without_digital_silence(self, begin: int, stop: int) -> int:
+    def _stop(self, begin: int, stop: int) -> int:
+        """Return the sample at which the clip of speech stops: no later than a frame, and before digital silence."""
         while stop > begin + 1 and self._power[stop - 1] < _DIGITAL:
             stop -= 1
-        return stop
+        return self._recorded_stop(begin, stop * self._frame)
+
+    def _recorded_stop(self, begin: int, stop: int) -> int:
+        """Return the sample behind the last that was recorded, if it is in the frame before `stop`."""
+        start = max(begin * self._frame, self._given, stop - self._frame)
+        recorded = np.flatnonzero(np.square(self._samples[start:stop]) >= _DIGITAL)
+        silent = stop - start - 1 - int(recorded[-1]) if len(recorded) else 0
+        behind = self._samples[stop : stop + self._frame]
+        least = 1 if len(behind) and np.square(behind).mean() < _DIGITAL else self._rate // _DIGITAL_RUN
+        return stop - silent if silent >= least else stop
 
     def _best_cut(self, begin: int) -> tuple[int, int]:
         """Return the frame at which speech ends before the best cut, and the frame to cut at."""
@@ -254,25 +270,34 @@ class _Cutter:
         at = low + int(power.argmin()) + _SMOOTH // 2
         return at, at
 
-    def _speech(self, end: int) -> tuple[float, float] | None:
-        """Return the seconds of the recording between which there is speech, which ends at a frame of the clip."""
+    def _speech(self, end: int, stop: int) -> tuple[float, float] | None:
+        """Return the seconds of the recording between which there is speech, of a clip that stops at a sample.
+
+        Args:
+            end: frame at which it ends.
+        """
         if self._begin is None:
             return None
+        # Where noise sets in with speech, the detector takes both; what ends quietly may be within its delay.
+        end = min(end + _HANGOVER, stop // self._frame)
         power = np.array(self._power[self._begin : max(end, self._begin + 1)])
-        loud = np.flatnonzero(power >= _QUIET * power.max())  # where noise sets in with speech, the detector takes both
+        noise = 2 * np.quantile(power, 0.1)
+        loud = np.flatnonzero(power >= max(_QUIET * power.max(), noise if noise < _NOISE * power.max() else 0))
         begin, end = self._begin + loud[0], self._begin + loud[-1] + 1
-        offset = self._first / self._rate
-        return offset + float(begin) / _FRAMES, offset + float(end) / _FRAMES
+        samples = max(int(begin) * self._frame, self._given), min(int(end) * self._frame, stop)
+        return (self._first + samples[0]) / self._rate, (self._first + samples[1]) / self._rate
 
-    def _drop(self, frames: int, speech: tuple[float, float] | None) -> RecordedClip:
-        """Cut the clip behind so many frames."""
-        clip = self._clip(frames * self._frame, speech)
+    def _drop(self, stop: int, end: int | None = None) -> RecordedClip:
+        """Cut the clip of the samples before one.
+
+        Args:
+            end: frame at which speech ends; None for a clip without speech.
+        """
+        speech = None if end is None else self._speech(end, stop)
+        clip = RecordedClip(self._samples[self._given : stop].copy(), self._rate, self._first + self._given, speech)
+        frames, self._given = divmod(stop, self._frame)
+        self._first += frames * self._frame
+        self._samples = self._samples[frames * self._frame :].copy()
         self._voiced, self._power = self._voiced[frames:], self._power[frames:]
         self._restart()
-        return clip
-
-    def _clip(self, num_samples: int, speech: tuple[float, float] | None) -> RecordedClip:
-        clip = RecordedClip(self._samples[:num_samples].copy(), self._rate, self._first, speech)
-        self._first += num_samples
-        self._samples = self._samples[num_samples:].copy()
         return clip

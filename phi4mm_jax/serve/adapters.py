@@ -52,7 +52,7 @@ def folder_below(root: Path, path: str) -> Path:
     base = os.path.realpath(root)
     given = os.path.join(base, path)
     places = [given, *(os.path.join(given, name) for a in ADAPTERS.values() for name in (a.folder, a.name))]
-    within = "\0" not in path and all(
+    within = _is_path(path) and all(
         os.path.commonpath([base, os.path.realpath(os.path.join(place, name))]) == base
         for place in places
         for name in ("", SETTINGS_FILE, WEIGHTS_FILE)
@@ -61,3 +61,11 @@ def folder_below(root: Path, path: str) -> Path:
         raise ApiError(404, f"lora_path is {path!r:.200}; expected the folder of an adapter, with its {SETTINGS_FILE}, "
                        "in the folder that --adapter-root names", param="lora_path")  # fmt: skip
     return Path(os.path.realpath(given))
+
+
+def _is_path(text: str) -> bool:
+    """Return whether the system could have a path of that name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False

@@ -156,6 +156,21 @@ def test_features_are_those_of_transformers_below_its_highest_band(num_samples: 
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("silent", [480, 1600, 16000])
+def test_features_of_digital_silence_and_speech_are_those_of_transformers(silent: int) -> None:
+    """Before, within and behind sound: the floor of the logarithm, and frames that are silent in part."""
+    from transformers import Phi4MultimodalFeatureExtractor
+
+    extractor = Phi4MultimodalFeatureExtractor()
+    extractor.mel_filters[246] = 0  # as above
+    rest = np.zeros(silent, np.float32)
+    samples = np.concatenate([rest, noise(8000), rest, noise(7077) / 100, rest])
+    theirs = np.asarray(extractor(samples, sampling_rate=16000)["audio_input_features"])[0]
+    np.testing.assert_allclose(log_mel(samples, 16000), theirs, rtol=0, atol=LAST_BIT)
+    assert not theirs[: silent // 160 - 2].any()
+
+
+@pytest.mark.torch
 def test_the_highest_band_is_the_originals_and_not_transformers() -> None:
     """A tone where its extractor has a bin more moves its highest band, and no other; ours is the original's."""
     from transformers import Phi4MultimodalFeatureExtractor

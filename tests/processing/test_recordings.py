@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import soundfile
+from helpers.recordings import held_clips, recording
 
 from phi4mm_jax import InputError
 from phi4mm_jax.processing.audio import announced_seconds, stream_audio
@@ -80,6 +81,30 @@ def test_no_digital_silence_is_kept_around_speech():
     check(cut(*parts), expected)
 
 
+def test_digital_silence_is_cut_to_the_sample():
+    """A clip has nothing of it, wherever it begins and ends; a few samples that are zero are none."""
+    sound = silence(2.0123)
+    sound[RATE // 20 : -RATE // 4] += tone(3)[: len(sound) - RATE // 20 - RATE // 4]
+    sound[[0, -1]], sound[RATE : RATE + 10] = 1e-3, 0
+    rests = [round(seconds * RATE) for seconds in (1.2345, 3.0013, 1.4997, 0.0071)]
+    parts = [np.pad(sound, (rest, 0)) for rest in rests[:-1]]
+    clips = list(cut_recording((np.concatenate([*parts, np.zeros(rests[-1])]), RATE), CutSettings(pause=1)))
+    spoken = [clip for clip in clips if clip.speech is not None]
+    starts = np.cumsum([len(part) for part in parts]) - len(sound)
+    assert [clip.first for clip in spoken] == starts.tolist()
+    for clip in spoken:
+        np.testing.assert_array_equal(clip.samples, sound.astype(np.float32))
+    assert [len(clip.samples) for clip in clips if clip.speech is None] == rests
+
+
+def test_a_clips_own_noise_is_not_said_to_be_speech():
+    """Between digital silences, where the detector takes what is behind these words for speech as well."""
+    clips = [clip for clip in held_clips(100) if clip[1] in ("orange", "ten clock hand cow", "violin water farm eight")]
+    samples, said = recording(clips, noise=0)
+    spoken = [clip.speech for clip in cut_recording((samples, RATE), CutSettings(pause=1)) if clip.speech is not None]
+    np.testing.assert_allclose(spoken, [(clip.start, clip.end) for clip in said], atol=0.3)
+
+
 @pytest.mark.parametrize("behind", [0.5, 1.99, 3])
 def test_no_digital_silence_is_kept_at_the_end(behind):
     """Also where it is shorter than a pause, which is what ends a clip elsewhere."""
@@ -135,9 +160,9 @@ def test_no_sample_is_lost_or_twice(rate):
         assert [clip.first for clip in clips] == np.cumsum([0, *(len(clip.samples) for clip in clips[:-1])]).tolist()
         assert max(clip.seconds for clip in clips) < settings.clip_seconds + 0.04
         for clip in clips:
-            start = clip.first / clip.rate
-            begin, end = (start, start + clip.seconds) if clip.speech is None else clip.speech
-            assert start <= begin < end <= start + clip.seconds
+            start, stop = clip.first / clip.rate, (clip.first + len(clip.samples)) / clip.rate
+            begin, end = (start, stop) if clip.speech is None else clip.speech
+            assert start <= begin < end <= stop
 
 
 def test_memory_does_not_grow_with_a_recording():

@@ -150,26 +150,30 @@ def test_what_the_model_is_told(monkeypatch):
 
 @pytest.mark.slow
 def test_ten_minutes_are_understood_as_their_clips_are(model):
-    """Word errors within a point of those of the clips alone, in the same noise of a room (of two draws) or in digital
-    silence; times within 0.3 s. There a clip's own noise is all that is heard, so that a few end where it does."""
-    engine, errors = model.engine(CONFIG), []
+    """Word errors within a point of those of the clips alone, and times within 0.3 s.
+
+    Beside digital silence a clip of the recording is the clip to the sample, in whatever order they are. In the noise
+    of a room they are in the same noise alone; then the mean of two draws counts.
+    """
+    engine, more = model.engine(CONFIG), []
 
     def request(clip):
         return clip_request(clip, "hear", max_new_tokens=64, sampling=Sampling())
 
-    for noise, seed, late in ((0.004, 0, 0), (0.004, 1, 0), (0.0, 0, 2)):
-        samples, said = recording(held_clips(100), pauses=(2, 4.5), noise=noise, seed=seed)
+    for noise, seed, shuffled in ((0.004, 0, False), (0.004, 1, False), *((0.0, seed, True) for seed in range(4))):
+        clips = held_clips(100)
+        if shuffled:
+            clips = [clips[i] for i in np.random.default_rng(seed).permutation(len(clips))]
+        samples, said = recording(clips, pauses=(2, 4.5), noise=noise, seed=seed)
         assert len(samples) > 560 * RATE
         ((_, found),) = transcribe(engine, [(samples, RATE)], request, CutSettings(pause=1))
         assert isinstance(found, Transcript), found
-        starts, ends = np.array([(s.start, s.end) for s in found.segments]).T
-        np.testing.assert_allclose(starts, [clip.start for clip in said], atol=0.3)
-        assert (np.abs(ends - [clip.end for clip in said]) > 0.3).sum() <= late
+        times = [(segment.start, segment.end) for segment in found.segments]
+        np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
         asked = (RecordedClip(samples[clip.place], RATE, clip.place.start, None) for clip in said)
         alone = dict(engine.run(map(request, asked)))
-        words = [clip.text for clip in said]
-        together = jiwer.wer(words, [segment.text for segment in found.segments])
-        errors.append((together, jiwer.wer(words, [alone[i].text for i in range(len(said))])))
-    (*rooms, silent) = errors
-    assert np.mean([together - alone for together, alone in rooms]) <= 0.01, errors
-    assert silent[0] - silent[1] <= 0.01, errors
+        words, texts = [clip.text for clip in said], [segment.text for segment in found.segments]
+        more.append(jiwer.wer(words, texts) - jiwer.wer(words, [alone[i].text for i in range(len(said))]))
+    *rooms, _, _, _, _ = more
+    assert np.mean(rooms) <= 0.01, more
+    assert max(more[len(rooms) :]) <= 0.01, more

@@ -47,9 +47,20 @@ def test_adapters_come_and_go_over_the_api(tmp_path):
     with serving(app) as url, httpx.Client(base_url=url, timeout=120) as client:
 
         def load(path: str, name: str = "noise") -> httpx.Response:
-            return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+            body = json.dumps({"lora_name": name, "lora_path": path})  # half a surrogate pair as well
+            return client.post("/v1/load_lora_adapter", content=body, headers={"Content-Type": "application/json"})
 
-        for path in ("../outside", str(outside), "link", "absent", "hidden", "noise/../../outside", "a\0b", ""):
+        for path in (
+            "../outside",
+            str(outside),
+            "link",
+            "absent",
+            "hidden",
+            "noise/../../outside",
+            "a\0b",
+            "\ud800",
+            "",
+        ):
             refused = load(path)
             assert (refused.status_code, refused.json()["error"]["param"]) == (404, "lora_path"), path
         assert client.post("/v1/chat/completions", json=asked).status_code == 404
