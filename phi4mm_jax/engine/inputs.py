@@ -89,13 +89,32 @@ def beam_inputs(groups: Items[tuple[Sequence, BeamGroup]], size: int, table_size
     )
 
 
-def allowed_tokens(matchers: Items[GrammarMatcher | None], count: int, vocab_size: int) -> Int[np.ndarray, "{count} W"]:
-    """The tokens that may come next in each row, a bit each: all where there is no grammar."""
-    allowed = np.full((count, num_words(vocab_size)), -1, np.int32)
-    for row, matcher in zip(allowed, matchers, strict=False):
-        if matcher is not None:
-            row[:] = matcher.allowed()
-    return allowed
+class GrammarMasks:
+    """What the grammars of rows allow, for the inputs of steps.
+
+    Args:
+        place: puts arrays on the device.
+    """
+
+    def __init__(self, place: Callable[[Any], Any], vocab_size: int):
+        self._place, self._vocab_size = place, vocab_size
+        self._unrestricted: dict[int, Any] = {}  # on the device, by number of rows: masks that allow all
+
+    def allowed(self, matchers: Items[GrammarMatcher | None], count: int) -> Int[np.ndarray, "{count} W"]:
+        """The tokens that may come next in each row, a bit each: all where there is no grammar."""
+        allowed = np.full((count, num_words(self._vocab_size)), -1, np.int32)
+        for row, matcher in zip(allowed, matchers, strict=False):
+            if matcher is not None:
+                row[:] = matcher.allowed()
+        return allowed
+
+    def of(self, matchers: Items[GrammarMatcher | None], count: int) -> dict[str, Any]:
+        """`allowed` and `restricted` of a step's inputs."""
+        restricted = any(matcher is not None for matcher in matchers)
+        if count not in self._unrestricted:
+            self._unrestricted[count] = self._place(self.allowed([], count))
+        allowed = self._place(self.allowed(matchers, count)) if restricted else self._unrestricted[count]
+        return {"allowed": allowed, "restricted": np.asarray(restricted)}
 
 
 class DeviceCopies:

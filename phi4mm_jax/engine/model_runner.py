@@ -17,8 +17,8 @@ from phi4mm_jax.batch import AudioStack, ImageStack
 from phi4mm_jax.engine.beam_search import BeamGroup, max_stops
 from phi4mm_jax.engine.config import DEFAULT_CACHE_TOKENS, PREFILL_ROWS, EngineConfig
 from phi4mm_jax.engine.encoder_cache import BLOCK_SIZE, EncoderCache, group_sizes, warm_up_stacks
-from phi4mm_jax.engine.grammar import GrammarMatcher, is_installed
-from phi4mm_jax.engine.inputs import DeviceCopies, allowed_tokens, beam_inputs, decode_inputs, prefill_inputs
+from phi4mm_jax.engine.grammar import is_installed
+from phi4mm_jax.engine.inputs import DeviceCopies, GrammarMasks, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
 from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
@@ -71,7 +71,7 @@ class ModelRunner:
             self._history = TokenHistory(programs, config.slots, self.table_size * config.page_size)
         self.num_draft_steps = self.num_draft_step_tokens = 0
         self._with_grammars = is_installed()
-        self._unrestricted: dict[int, Any] = {}  # on the device, by number of rows: masks that allow all
+        self._masks = GrammarMasks(programs.place, model.decoder.vocab_size)
 
     # ------------------------------------------------------------------------------------------ batches
 
@@ -106,7 +106,7 @@ class ModelRunner:
         matchers = [None if s is None else s.matcher for s in batch.sequences]
         if all(matcher is None for matcher in matchers):
             return self.run_decode(adapters, inputs)
-        return self.run_decode_allowed(adapters, inputs, lambda: self._allowed(matchers, self._config.slots))
+        return self.run_decode_allowed(adapters, inputs, lambda: self._masks.allowed(matchers, self._config.slots))
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
         """Extend beams by a token; return the likeliest tokens after each."""
@@ -126,31 +126,18 @@ class ModelRunner:
         inputs = prefill_inputs(batch, media, count, self.table_size, with_beams=self._config.beams > 1)
         chunks = zip(batch.sequences, batch.stops, strict=True)
         matchers = [s.matcher if stop == s.num_tokens_to_prefill else None for s, stop in chunks]
-        return inputs._replace(**self._grammars(matchers, count))
+        return inputs._replace(**self._masks.of(matchers, count)) if self._with_grammars else inputs
 
     def _beam_inputs(self, groups: Items[tuple[Sequence, BeamGroup]], size: int) -> BeamInputs:
         """Arrays of all groups' beams, with their grammars."""
         inputs = beam_inputs(groups, size, self.table_size)
         matchers = [beam.matcher for _, group in groups for beam in group.search.beams]
-        return inputs._replace(**self._grammars(matchers, size))
-
-    def _grammars(self, matchers: Items[GrammarMatcher | None], count: int) -> dict[str, Any]:
-        """What grammars allow in each row, for the inputs of a step; nothing where there can be no grammars."""
-        if not self._with_grammars:
-            return {}
-        restricted = any(matcher is not None for matcher in matchers)
-        if count not in self._unrestricted:
-            self._unrestricted[count] = self._programs.place(self._allowed([], count))
-        allowed = self._programs.place(self._allowed(matchers, count)) if restricted else self._unrestricted[count]
-        return {"allowed": allowed, "restricted": np.asarray(restricted)}
+        return inputs._replace(**self._masks.of(matchers, size)) if self._with_grammars else inputs
 
     def _decode_inputs(self, batch: DecodeBatch, with_drafts: bool = False) -> DecodeInputs:
         """Arrays of all slots; those that change only with the sequences are on the device already."""
         inputs = decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
         return inputs._replace(**self._slots.of({name: getattr(inputs, name) for name in _OF_SLOTS}))
-
-    def _allowed(self, matchers: Items[GrammarMatcher | None], count: int) -> np.ndarray:
-        return allowed_tokens(matchers, count, self.token_seen.shape[1])
 
     # ------------------------------------------------------------------------------------------ calls
 
@@ -265,7 +252,7 @@ class ModelRunner:
             return partial(self.run_decode_drafts, adapters, inputs), partial(self._drafts_step, adapters, inputs)
 
         def decode_allowed(adapters: set[int]) -> tuple[Callable, Callable]:
-            call = partial(self.run_decode_allowed, adapters, idle, lambda: self._allowed([], slots))
+            call = partial(self.run_decode_allowed, adapters, idle, lambda: self._masks.allowed([], slots))
             return call, partial(self._logits_step, adapters, idle)
 
         def beam_step(adapters: set[int], size: int) -> tuple[Callable, Callable]:
