@@ -387,7 +387,9 @@ def _watch(service: Service) -> None:
 async def _on_http_error(_: HttpRequest, error: Any) -> Response:
     if not isinstance(error, ApiError):
         message = {404: "there is no such path", 405: "the path is not asked this way"}.get(error.status_code)
+        headers = error.headers or {}  # such as Allow
         error = ApiError(error.status_code, message or str(error.detail), code=None)
+        error.headers = {**(error.headers or {}), **headers}
     return error.response()
 
 

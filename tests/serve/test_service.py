@@ -291,6 +291,8 @@ def test_errors_are_those_of_the_document(tokenizer, tmp_path):
     asked = [({}, None), (KEY, None), (KEY | JSON, "{}"), (KEY | {"Content-Type": "a"}, "{}")]
     found = set()
     with serving(app) as url:
+        wrong = httpx.request("TRACE", f"{url}/health")
+        assert (wrong.status_code, wrong.headers.get("allow"), "error" in wrong.json()) == (405, "GET", True)
         for path, operations in httpx.get(f"{url}/openapi.json", headers=KEY).json()["paths"].items():
             for method, operation in operations.items():
                 assert method != "post" or "408" in operation["responses"]
