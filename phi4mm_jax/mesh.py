@@ -17,6 +17,22 @@ from phi4mm_jax.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")  # of a mesh, the innermost last: it has the most communication
 ROWS, LENGTH, HEADS = ("data", "fsdp"), ("context",), ("tensor",)
+LOGICAL_AXES: Mapping[str, str | None] = {  # by the letter of an axis in einsums
+    "D": "embed",
+    "E": "embed_out",  # another embedding, where one linear map has two
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head",
+    "F": "mlp",
+    "V": "vocab",
+    "R": "rank",
+    "U": None,  # places of users' adapters
+    "C": "channels",
+    "P": None,  # bands of a log-mel frame
+    "S": None,  # rows of a table of positions
+    "W": None,  # short axes: windows, colours
+    "X": None,
+}
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (  # logical axis of a parameter -> mesh axes
     ("vocab", ("fsdp", "context", "tensor")),  # so the LM head is never all-gathered
     ("heads", HEADS),
@@ -237,6 +253,12 @@ def sharding_within(sharding: Sharding, axis: int) -> Sharding:
         return sharding
     spec = [names for i, names in enumerate(sharding.spec) if i != axis]
     return NamedSharding(sharding.mesh, jax.P(*spec))
+
+
+def param_split(letters: str, shape: Sequence[int]) -> jax.P:
+    """Return the mesh axes that split each axis of a parameter where it is used, as `constrain_param` leaves it."""
+    axes = tuple(LOGICAL_AXES[letter] for letter in letters)
+    return _split(axes, shape, automatic_axes(), gathered=activation_axes())
 
 
 def constrain_param(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:

@@ -26,9 +26,8 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine.config import EngineConfig
 from phi4mm_jax.engine.steps import Programs
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.mesh import sharding_within
+from phi4mm_jax.mesh import LOGICAL_AXES, sharding_within
 from phi4mm_jax.model.decoder import BlockConfig
-from phi4mm_jax.model.layers import LOGICAL_AXES
 from phi4mm_jax.model.lora import PROJECTIONS
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,199}", re.ASCII)

@@ -1,4 +1,4 @@
-"""Registry of the implementations of attention: one entry and one file each.
+"""Registry of the implementations of attention and linear maps: one entry and one file each.
 
 docs/kernels.md, "Add a kernel", says what a new one needs.
 """
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import cudnn, pallas_gpu, pallas_tpu, xla
 
-Operation = Literal["prefill", "decode", "append", "cached"]
+Operation = Literal["prefill", "decode", "append", "cached", "product"]
 
 
 def _missing(*_: Any, **__: Any) -> Any:
@@ -34,6 +34,9 @@ class Implementation:
         append: append(caches, new, layer, pages, slots) returns the caches.
         cached: cached(q, k, v, layer, starts, lengths, tables, scales, part, *, parts, scale, out_dtype) returns the
             output and the log-sum-exp (B, T, N).
+        product: product(x, values, scales, letters, sums, *, result) returns the product of x (..., *inputs) with
+            quantised weights (*inputs, *outputs), in `result`; `letters` name their axes, of which the first `sums` are
+            summed over.
         masks_values: whether `prefill` takes any values behind `limits.kv_lengths`; otherwise they are zeroed before.
     """
 
@@ -42,10 +45,11 @@ class Implementation:
     decode: Callable[..., Any] = _missing
     append: Callable[..., Any] | None = None
     cached: Callable[..., Any] | None = None
+    product: Callable[..., Any] | None = None
     masks_values: bool = False
 
 
-# By name, in order of preference; the last one has everything but `append` and `cached`.
+# By name, in order of preference; the last one has everything but what may be None.
 IMPLEMENTATIONS = {
     "pallas_tpu": Implementation(
         pallas_tpu.supports,
@@ -53,6 +57,7 @@ IMPLEMENTATIONS = {
         pallas_tpu.decode,
         pallas_tpu.append,
         pallas_tpu.cached,
+        pallas_tpu.product,
         masks_values=True,
     ),
     "cudnn": Implementation(cudnn.supports, prefill=cudnn.prefill),

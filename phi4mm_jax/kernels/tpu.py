@@ -25,6 +25,8 @@ class Blocks:
         backward_rows, backward_keys, backward_chunk: the same in the backward kernels.
         decode_bytes: of keys that are transferred at a time in decoding, over all heads; of values as many.
         append_bytes: of tiles that are held at a time in writing new tokens.
+        int4_bytes: of packed weights that are transferred at a time.
+        converts_int4: whether the chip has an instruction from int4 to bfloat16.
         vmem: bytes of vector memory that a kernel may take.
     """
 
@@ -36,6 +38,8 @@ class Blocks:
     backward_chunk: int = 512
     decode_bytes: int = 1 << 20
     append_bytes: int = 8 << 20
+    int4_bytes: int = 512 << 10
+    converts_int4: bool = False
     vmem: int = 48 << 20
 
 
@@ -43,9 +47,9 @@ class Blocks:
 # docs/kernels.md. Chips that are not listed take those of v5e.
 BLOCKS = {
     "TPU v5 lite": Blocks(),
-    "TPU v5": Blocks(),
-    "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_bytes=2 << 20),
-    "TPU7x": Blocks(keys=4096, chunk=1024, decode_bytes=4 << 20),
+    "TPU v5": Blocks(int4_bytes=1 << 20),
+    "TPU v6 lite": Blocks(keys=4096, chunk=1024, decode_bytes=2 << 20, int4_bytes=1 << 20, converts_int4=True),
+    "TPU7x": Blocks(keys=4096, chunk=1024, decode_bytes=4 << 20, int4_bytes=1 << 20, converts_int4=True),
 }
 
 

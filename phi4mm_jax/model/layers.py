@@ -4,7 +4,7 @@ Axes are named by one letter each, as in the einsums; the letter also gives a pa
 sharding is a table from logical to mesh axes. A parameter is declared once, by `declare`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,26 +17,11 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from phi4mm_jax.adapters import USERS, adapter_indices
-from phi4mm_jax.mesh import constrain_param, sharding_within
-from phi4mm_jax.precision import einsum, row_mean
+from phi4mm_jax.kernels import linear
+from phi4mm_jax.mesh import LOGICAL_AXES, constrain_param, sharding_within
+from phi4mm_jax.precision import row_mean
 from phi4mm_jax.quantization import SCALES, QuantizedWeight
 
-LOGICAL_AXES: Mapping[str, str | None] = {
-    "D": "embed",
-    "E": "embed_out",  # another embedding, where one linear map has two
-    "N": "heads",
-    "K": "kv_heads",
-    "H": "head",
-    "F": "mlp",
-    "V": "vocab",
-    "R": "rank",
-    "U": None,  # places of users' adapters
-    "C": "channels",
-    "P": None,  # bands of a log-mel frame
-    "S": None,  # rows of a table of positions
-    "W": None,  # short axes: windows, colours
-    "X": None,
-}
 Sizes = Mapping[str, int]
 Remat = Literal["none", "full", "attention", "dots"]
 _SAVED = {  # what the backward pass finds, by the names that `checkpoint_name` gives; it computes the rest again
@@ -75,7 +60,7 @@ class Linear(nn.Module):
         kernel = declare(self, "kernel", self.inputs + self.outputs, self.sizes)
         bias = declare(self, "bias", self.outputs, self.sizes, nn.initializers.zeros)
         equation = f"...{self.inputs},{self.inputs}{self.outputs}->...{self.outputs}"
-        return (einsum(equation, x, kernel, result=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        return (linear(equation, x, kernel, result=jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Projector(nn.Module):
@@ -190,14 +175,16 @@ def _slices(name: str, stack: Array) -> dict[str, Array]:
     place, platform = sharding_within(stack.sharding, 0), next(iter(stack.devices())).platform
     if platform == "cpu" and stack.is_fully_addressable:
         return {f"layers_{i}": jax.device_put(x, place) for i, x in enumerate(np.asarray(stack))}
-    place = tpu_format(name, stack.ndim - 1, place) if platform == "tpu" else place
+    place = tpu_format(name, stack.shape[1:], place) if platform == "tpu" else place
     layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=place)
     return {f"layers_{i}": layer(stack, i) for i in range(len(stack))}
 
 
-def tpu_format(name: str, ndim: int, sharding: Sharding) -> Sharding | Format:
+def tpu_format(name: str, shape: Sequence[int], sharding: Sharding) -> Sharding | Format:
     """Return where an unrolled layer's parameter lies on TPUs, and in which layout.
 
-    q, k, v (D, N, H) lie with their heads first, as XLA multiplies them: or else each call would copy them first.
+    q, k, v (D, N, H) lie with their heads first, as they are multiplied: or else each call would copy them first. So do
+    the scales of their groups.
     """
-    return Format(Layout((1, 0, 2)), sharding) if name in ("q", "k", "v") and ndim == 3 else sharding
+    heads_first = name.removesuffix(SCALES) in ("q", "k", "v") and len(shape) == 3 and shape[0] > 1
+    return Format(Layout((1, 0, 2)), sharding) if heads_first else sharding

@@ -22,9 +22,10 @@ from jaxtyping import Array, Float, Int, Num, UInt32
 
 from phi4mm_jax.adapters import ADAPTERS, USERS, adapter_indices, split_index
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
+from phi4mm_jax.kernels import linear
 from phi4mm_jax.kernels.ring import zigzag_order
-from phi4mm_jax.mesh import constrain_param
-from phi4mm_jax.model.layers import LOGICAL_AXES, Sizes, declare
+from phi4mm_jax.mesh import LOGICAL_AXES, constrain_param
+from phi4mm_jax.model.layers import Sizes, declare
 from phi4mm_jax.precision import einsum
 from phi4mm_jax.quantization import QuantizedWeight
 
@@ -97,7 +98,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
         parts = {
-            name: einsum(
+            name: linear(
                 f"BT{self.inputs},{self.inputs}{axes}->BT{axes}",
                 x,
                 self._declare("params", name, self.inputs + axes, 0),

@@ -31,7 +31,7 @@ def variables_on(
     floats = {path for path in flat if scales_of(path) not in flat and weight_of(path) == path}
     return {
         path: jax.ShapeDtypeStruct(
-            x.shape, jnp.bfloat16 if path in floats else x.dtype, sharding=tpu_format(path[-1], x.ndim, places[path])
+            x.shape, jnp.bfloat16 if path in floats else x.dtype, sharding=tpu_format(path[-1], x.shape, places[path])
         )
         for path, x in flat.items()
     }

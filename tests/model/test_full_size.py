@@ -12,8 +12,8 @@ from helpers.paths import FIXTURES
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.tensor_types import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.mesh import LOGICAL_AXES
 from phi4mm_jax.model import Phi4MM
-from phi4mm_jax.model.layers import LOGICAL_AXES
 from phi4mm_jax.model.phi4mm import abstract_batch, abstract_variables
 
 RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())

@@ -1,0 +1,60 @@
+"""Linear maps with weights as they are stored: quantised ones by a kernel where one takes them, all others by XLA."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
+from phi4mm_jax.precision import einsum
+from phi4mm_jax.quantization import QuantizedWeight
+
+
+def linear(
+    equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight, *, result: Any = None
+) -> Float[Array, "..."]:
+    """Return the einsum of x with a weight, in x's dtype or in `result`; differentiable in x and in floats.
+
+    Args:
+        equation: of a linear map: the last axes of x are summed over, and are the first of the weight; those that are
+            left come behind the others of x.
+        weight: the letters of its axes are those of `mesh.LOGICAL_AXES`, by which a mesh splits it.
+    """
+    if isinstance(weight, QuantizedWeight):
+        inputs, outputs = equation.split("->")
+        letters = inputs.split(",")[1]
+        sums = sum(letter not in outputs for letter in letters)
+        for candidate in IMPLEMENTATIONS.values():
+            if candidate.product is not None and candidate.supports("product", x, *weight, letters, sums) is None:
+                plan = candidate, equation, letters, sums, jnp.dtype(x.dtype if result is None else result)
+                return _by_kernel(plan, x, *weight)
+    return einsum(equation, x, weight, result=result)
+
+
+Plan = tuple[Implementation, str, str, int, Any]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=0)
+def _by_kernel(
+    plan: Plan, x: Float[Array, "..."], values: Int[Array, "..."], scales: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    implementation, _, letters, sums, result = plan
+    assert implementation.product is not None
+    return implementation.product(x, values, scales, letters, sums, result=result)
+
+
+def _forward(plan: Plan, x, values, scales):
+    return _by_kernel(plan, x, values, scales), (x, values, scales)
+
+
+def _backward(plan: Plan, saved, gradient):
+    """Compute the gradients by XLA."""
+    x, values, scales = saved
+    _, equation, _, _, result = plan
+    found = jax.vjp(lambda x, s: einsum(equation, x, QuantizedWeight(values, s), result=result), x, scales)[1](gradient)
+    return found[0], None, found[1]
+
+
+_by_kernel.defvjp(_forward, _backward)
