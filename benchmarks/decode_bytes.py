@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from benchmarks.serving import APPEND, BANDWIDTH, PAGE, Serving, compile_serving
+from benchmarks.serving import APPEND, PAGE, Serving, compile_serving
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
@@ -59,7 +59,7 @@ def main() -> int:
 def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
     """A line of the table."""
     memory: Any = compiled.memory_analysis()
-    d, text, bandwidth = config.decoder, str(compiled.as_text()), BANDWIDTH[chip]
+    d, text, bandwidth = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth
     copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size, d.vocab_size)
     cache = jax.eval_shape(lambda: KVCache.allocate(d, 1, PAGE, jnp.dtype(case.cache)))
     per_token = sum(math.prod(x.shape[2:]) * x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(cache)) / PAGE

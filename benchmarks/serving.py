@@ -23,7 +23,6 @@ from phi4mm_jax.quantization import Weights
 from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import CHIPS, cost
 
-BANDWIDTH = {"v5e": 819e9, "v5p": 2765e9, "v6e": 1640e9}  # bytes a second of main memory, published
 CACHED = {"v5e": 0.95, "v5p": 0.95, "v6e": 0.46}  # of the peak: `phi4mm_cached` by the measure of docs/kernels.md
 PAGE = 128  # tokens
 APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and a few hundred cycles
@@ -99,7 +98,7 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
 
 def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
     kind = case.topology.split(":")[0]
-    chip, bandwidth, d = CHIPS[kind], BANDWIDTH[kind], config.decoder
+    chip, bandwidth, d = CHIPS[kind], CHIPS[kind].bandwidth, config.decoder
     chips = len(topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices)
     heads = d.num_heads + 2 * d.num_kv_heads
     layer = d.embed_dim * d.head_size * (heads + d.num_heads) + 3 * d.embed_dim * d.mlp_dim

@@ -255,10 +255,11 @@ def sharding_within(sharding: Sharding, axis: int) -> Sharding:
     return NamedSharding(sharding.mesh, jax.P(*spec))
 
 
-def param_split(letters: str, shape: Sequence[int]) -> jax.P:
+def param_split(letters: str, shape: Sequence[int]) -> list[tuple[str, ...]]:
     """Return the mesh axes that split each axis of a parameter where it is used, as `constrain_param` leaves it."""
-    axes = tuple(LOGICAL_AXES[letter] for letter in letters)
-    return _split(axes, shape, automatic_axes(), gathered=activation_axes())
+    sizes, gathered = automatic_axes(), activation_axes()
+    split = _split_axes([LOGICAL_AXES[letter] for letter in letters], shape, dict(RULES), sizes)
+    return [tuple(name for name in names if name not in gathered and sizes[name] > 1) for names in split]
 
 
 def constrain_param(x: Shaped[Array, "..."], axes: Sequence[str | None]) -> Shaped[Array, "..."]:

@@ -301,7 +301,8 @@ def product(
     """Return the einsum of x with a quantised weight, in `result`.
 
     With a scale per output, the product of x and the integers is scaled. With groups, the products of each are scaled
-    and summed where there are few rows, as in decoding; where there are many, the weights are scaled instead.
+    and summed where there are few rows, as in decoding; where there are many, the weights are scaled instead. Products
+    of int4 weights that a kernel takes are not made here, see `phi4mm_jax.kernels.linear`.
     """
     inputs, outputs = equation.split("->")
     letters = inputs.split(",")[1]

@@ -36,7 +36,7 @@ def linear(
 Plan = tuple[Implementation, str, str, int, Any]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_kernel(
     plan: Plan, x: Float[Array, "..."], values: Int[Array, "..."], scales: Float[Array, "..."]
 ) -> Float[Array, "..."]:

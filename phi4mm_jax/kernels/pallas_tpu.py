@@ -101,7 +101,7 @@ def product(
     from phi4mm_jax.kernels import pallas_tpu_int4
 
     split = param_split(letters, values.shape)
-    summed = tuple(name for names in split[:sums] for name in names or ())
+    summed = tuple(name for names in split[:sums] for name in names)
 
     def on_device(x, values, scales):
         rows = x.shape[: x.ndim - sums]
@@ -112,9 +112,9 @@ def product(
 
     if math.prod(automatic_axes().values()) == 1:
         return on_device(x, values, scales)
-    rows = (None,) * (x.ndim - sums)
+    rows, of_weight = [()] * (x.ndim - sums), jax.P(*split)
     return jax.shard_map(
-        on_device, in_specs=(jax.P(*rows, *split[:sums]), split, split), out_specs=jax.P(*rows, *split[sums:]),
+        on_device, in_specs=(jax.P(*rows, *split[:sums]), of_weight, of_weight), out_specs=jax.P(*rows, *split[sums:]),
         axis_names=set(automatic_axes()), check_vma=False,
     )(x, values, scales)  # fmt: skip
 
@@ -130,7 +130,7 @@ def _unsupported_product(x: Array, values: Array, scales: Array, letters: str, s
         return f"implementation 'pallas_tpu': the mesh splits a weight {values.shape} within groups of inputs"
 
     def on_device(w: Array) -> Any:
-        parts = (math.prod(sizes[name] for name in names or ()) for names in split)
+        parts = (math.prod(sizes[name] for name in names) for names in split)
         shape = tuple(size // part for size, part in zip(w.shape, parts, strict=True))
         return jax.eval_shape(partial(_as_matrices, sums=sums), jax.ShapeDtypeStruct(shape, w.dtype))
 

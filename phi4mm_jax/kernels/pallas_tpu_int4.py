@@ -22,6 +22,7 @@ from phi4mm_jax.kernels.tpu import LANES, Target
 GROUP = 128  # inputs that share a scale
 MAX_ROWS = 128
 _AT_ONCE = 32  # groups whose products are one piece of straight code
+_STEPS = 4  # blocks of a core, at least
 _ACCUMULATED, _WIDEST = 16384, 512  # outputs that are summed in registers, and of one row
 _WORDS = 32  # inputs of a register of int8
 # Of the two pairs of weights in a word: shifts to the left that bring them to bits 3 to 6 of its halves. There, with
@@ -84,9 +85,10 @@ def product(
 def _block(count: int, outputs: int, inputs: int, cores: int, size: int) -> tuple[int, int]:
     """Return how many matrices are a block of about `size` bytes, and how many columns of each.
 
-    A block is columns of one matrix, or narrow ones as a whole; there are as many for each core.
+    A block is columns of one matrix, or narrow ones as a whole; there are as many for each core. The first one is waited
+    for, so it is no more than a part of the whole.
     """
-    columns = max(2 * size // inputs, LANES)
+    columns = max(min(2 * size // inputs, count * outputs // (_STEPS * cores)), LANES)
     if outputs == LANES:
         return max(n for n in range(1, columns // LANES + 1) if count % (n * cores) == 0 or n == 1), LANES
     fitting = (n for n in range(LANES, columns + 1, LANES) if outputs % n == 0 and count * outputs % (n * cores) == 0)

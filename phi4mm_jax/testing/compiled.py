@@ -31,17 +31,23 @@ class Chip:
         macs: multiply-adds per cycle of one core.
         cores: that work as one device.
         hbm: GiB that a program may take.
+        bandwidth: bytes per second of main memory, published.
         link: bytes per second to both neighbours along one axis of the torus (jax-ml.github.io/scaling-book).
         kernels: multiply-adds of attention at the static measure of docs/kernels.md, over `macs`: forward, gradient of
             the queries, gradient of keys and values.
+        int4: weights per cycle of one core that `phi4mm_int4` multiplies up to 16 rows by, likewise.
+        int4_start: bytes of them that are brought before it begins.
     """
 
     clock: float
     macs: int
     cores: int
     hbm: float
+    bandwidth: float
     link: float
     kernels: tuple[float, float, float]
+    int4: float
+    int4_start: int
 
     @property
     def peak(self) -> float:
@@ -50,9 +56,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip(1.503e9, 65536, 1, 15.75, 9.0e10, (0.98, 0.96, 0.95)),
-    "v5p": Chip(1.75e9, 65536, 2, 95.0, 1.8e11, (0.97, 0.97, 0.94)),
-    "v6e": Chip(1.75e9, 262144, 1, 31.25, 1.8e11, (0.475, 0.465, 0.452)),
+    "v5e": Chip(1.503e9, 65536, 1, 15.75, 819e9, 9.0e10, (0.98, 0.96, 0.95), 1400, 512 << 10),
+    "v5p": Chip(1.75e9, 65536, 2, 95.0, 2765e9, 1.8e11, (0.97, 0.97, 0.94), 1450, 2 << 20),
+    "v6e": Chip(1.75e9, 262144, 1, 31.25, 1640e9, 1.8e11, (0.475, 0.465, 0.452), 1790, 1 << 20),
 }
 
 
@@ -273,7 +279,15 @@ def _shape(type_: str) -> list[int]:
 
 
 def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
-    """Count the matmuls of an attention kernel over the causal half of its pairs, or over all in the image encoder."""
+    """Count the matmuls of an attention kernel over the causal half of its pairs, or over all in the image encoder.
+
+    And of a linear map of int4 weights what takes longer, their transfer or the work on them.
+    """
+    if name == "phi4mm_int4":
+        found = re.search(r"\bs4\[([\d,]+)\]", x.text)
+        weights = math.prod(int(n) for n in found[1].split(",")) if found else 0
+        transfer = chip.clock / chip.bandwidth  # cycles of a byte
+        return max(weights / 2 * transfer, weights / (chip.int4 * chip.cores)) + chip.int4_start * transfer
     shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"\bbf16\[([\d,]+)\]", x.text.split("metadata=")[0])]
     keys = next((s for s in shapes if len(s) == 4), None)
     queries = next((s for s in shapes if len(s) == 5), None)

@@ -133,6 +133,7 @@ def test_decoding_reads_quantised_weights_as_integers(weights):
     """No float copy of any weight is made in memory; the smallest of a layer, on one of eight chips, has 393,216."""
     step, _ = compiled("decode", weights, 1, 8)
     text = step.as_text()
+    assert ("phi4mm_int4" in text) == (weights == "int4")
     plain = compiled("decode", None, 1, 8)[0]
     saved = {"int8": 0.45, "int4": 0.7}[weights] * 2 * 1e8 * LAYERS / 8  # of the layers' bytes on each chip
     after, before = (x.memory_analysis().argument_size_in_bytes for x in (step, plain))
