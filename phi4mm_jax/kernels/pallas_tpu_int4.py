@@ -85,8 +85,8 @@ def product(
 def _block(count: int, outputs: int, inputs: int, cores: int, size: int) -> tuple[int, int]:
     """Return how many matrices are a block of about `size` bytes, and how many columns of each.
 
-    A block is columns of one matrix, or narrow ones as a whole; there are as many for each core. The first one is waited
-    for, so it is no more than a part of the whole.
+    A block is columns of one matrix, or narrow ones as a whole; there are as many for each core. The first one is
+    waited for, so it is no more than a part of the whole.
     """
     columns = max(min(2 * size // inputs, count * outputs // (_STEPS * cores)), LANES)
     if outputs == LANES:
