@@ -21,7 +21,7 @@ from phi4mm_jax.kernels.tpu import LANES, Target
 
 GROUP = 128  # inputs that share a scale
 MAX_ROWS = 128
-_AT_ONCE = 32  # groups whose products are one piece of straight code
+MAX_GROUPS = 64  # whose products are one piece of straight code: those of the decoder's widest map
 _STEPS = 4  # blocks of a core, at least
 _ACCUMULATED, _WIDEST = 16384, 512  # outputs that are summed in registers, and of one row
 _WORDS = 32  # inputs of a register of int8
@@ -39,8 +39,11 @@ def unsupported(rows: int, dtype: Any, values: Any, scales: Any) -> str | None:
             f"implementation 'pallas_tpu' takes groups of {GROUP} inputs, and outputs that are a multiple of {LANES}, "
             f"not a weight {values.shape} with scales {scales.shape}"
         )
-    if rows > MAX_ROWS:
-        return f"implementation 'pallas_tpu' takes at most {MAX_ROWS} rows, not {rows}"
+    if rows > MAX_ROWS or scales.shape[1] > MAX_GROUPS:
+        return (
+            f"implementation 'pallas_tpu' takes at most {MAX_ROWS} rows and {MAX_GROUPS} groups of inputs, not {rows} "
+            f"and {scales.shape[1]}"
+        )
     return None
 
 
@@ -106,7 +109,6 @@ def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, ordered_refs, *,
     """Compute a block of outputs; `ordered_refs` hold ordered rows and their groups' sums, where those are needed."""
     matrices, inputs, columns = w_ref.shape
     groups = inputs // GROUP
-    some = max(n for n in range(1, _AT_ONCE + 1) if groups % n == 0)
 
     if ordered_refs:
 
@@ -130,7 +132,7 @@ def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, ordered_refs, *,
             return jnp.concatenate([widen(ref[matrix + m, at, pl.ds(column, size)]) for m in range(at_once)], 1)
 
         def one_group(g, total):
-            at = pl.ds(g * GROUP if isinstance(g, int) else pl.multiple_of(g * GROUP, GROUP), GROUP)
+            at = pl.ds(g * GROUP, GROUP)
             if ordered_refs:
                 rows, sums = (ref[g] for ref in ordered_refs)
                 part = jnp.dot(rows, beside(w_ref, at, _with_offset), preferred_element_type=jnp.float32)
@@ -140,13 +142,9 @@ def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, ordered_refs, *,
                 part = jnp.dot(x_ref[:, at], weights, preferred_element_type=jnp.float32)
             return total + part * beside(wide_scales_ref, pl.ds(g, 1))
 
-        def some_groups(i, total):
-            for g in range(some):
-                total = one_group(i * some + g, total)
-            return total
-
         total = jnp.zeros((x_ref.shape[0], width), jnp.float32)
-        total = some_groups(0, total) if some == groups else lax.fori_loop(0, groups // some, some_groups, total)
+        for g in range(groups):
+            total = one_group(g, total)
         out_ref[:, pl.ds(pl.multiple_of(n * width, LANES), width)] = total.astype(out_ref.dtype)
 
     lax.fori_loop(0, matrices * columns // width, one_width, None)

@@ -30,7 +30,7 @@ RELEASE = {  # equation, shape of the weight, of the scales
     "down": (UP, (8192, 3072), (64, 3072)),
 }  # fmt: skip
 SMALL = {
-    "heads": (Q, (256, 4, 128), (2, 4, 128)), "of heads": (OUT, (4, 128, 384), (4, 1, 384)),
+    "heads": (Q, (256, 4, 128), (2, 4, 128)), "of heads": (OUT, (4, 128, 512), (4, 1, 512)),
     "several blocks": (UP, (1024, 1536), (8, 1536)), "one group, as the small model's gate": (UP, (128, 384), (1, 384)),
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_on_a_mesh_each_device_multiplies_by_its_part(name, sizes):
 def test_gradients_are_those_of_the_weights_as_floats():
     equation, shape, scales = SMALL["of heads"]
     weight, x = weight_of(0, shape, scales), rows_of(1, equation, shape, 6)
-    towards = rows_of(2, UP, (384,), 6)
+    towards = rows_of(2, UP, (512,), 6)
     with interpreted():
         out, gradient = jax.vjp(lambda x: linear(equation, x, weight), x)
         (found,) = gradient(towards)
