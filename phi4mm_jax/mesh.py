@@ -420,6 +420,16 @@ def automatic_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
 
 
+def target_device() -> Any:
+    """Return the device that a program is traced for: the mesh's in context, which is abstract, or the default one."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def on_one_cpu() -> bool:
+    """Whether a program is traced for one CPU, so that nothing is sharded."""
+    return math.prod(automatic_axes().values()) == 1 and getattr(target_device(), "platform", None) == "cpu"
+
+
 class Axes(tuple[str | None, ...]):
     """Kinds of one array's axes, for `over_mesh`: "rows", "length", "heads" or None."""
 

@@ -1,5 +1,7 @@
 """Matrix products at the precision that the dtype promises."""
 
+import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.quantization import QuantizedWeight, product
 
 
@@ -24,8 +27,28 @@ def einsum(equation: str, *operands: Float[Array, "..."] | QuantizedWeight, resu
     if isinstance(operands[-1], QuantizedWeight):
         x, weight = operands
         return product(equation, x, weight, precision=precision_of(dtype), result=result or dtype)  # type: ignore
-    cast = (x.astype(dtype) for x in operands)  # type: ignore
-    return jnp.einsum(equation, *cast, precision=precision_of(dtype), preferred_element_type=result or dtype)
+    cast = [x.astype(dtype) for x in operands]  # type: ignore
+    options: Any = {"precision": precision_of(dtype), "preferred_element_type": result or dtype}
+    if (inputs := _inputs_of_linear(equation)) and on_one_cpu():
+        flat = partial(_linear, inputs=inputs, **options)
+        return jax.checkpoint(flat, prevent_cse=False)(*cast)  # saves the kernel, not its other shape
+    return jnp.einsum(equation, *cast, **options)
+
+
+def _inputs_of_linear(equation: str) -> int:
+    """Return how many axes a linear map sums over, x's last and the kernel's first ones; 0 where it is none."""
+    operands, out = equation.split("->")
+    x, _, kernel = operands.partition(",")
+    count = sum(letter not in out for letter in kernel)
+    is_linear = count and x.endswith(kernel[:count]) and out == x[:-count] + kernel[count:]
+    return count if is_linear and not set(x[:-count]) & set(kernel) else 0
+
+
+def _linear(x: Float[Array, "..."], kernel: Float[Array, "..."], inputs: int, **options: Any) -> Float[Array, "..."]:
+    """Multiply as matrices: with more axes, XLA's CPU backend transposes the operands of the gradients' products."""
+    width = math.prod(kernel.shape[:inputs])
+    product = jnp.einsum("MI,IO->MO", x.reshape(-1, width), kernel.reshape(width, -1), **options)
+    return product.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])
 
 
 def row_sum(x: Float[Array, "... D"]) -> Float[Array, "..."]:

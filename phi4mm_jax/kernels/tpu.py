@@ -6,8 +6,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax import lax
+
+from phi4mm_jax.mesh import target_device
 
 LANES = 128  # of a vector register; the head size of the decoder, and the unit of lengths
 MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
@@ -79,7 +80,7 @@ def target() -> Target | None:
     """Return the TPU that kernels are traced for, of the mesh in context or the default device; None elsewhere."""
     if (chosen := _INTERPRETED.get()) is not None:
         return chosen
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = target_device()
     if getattr(device, "platform", None) != "tpu":
         return None
     return Target(BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import automatic_axes, constrain_param
+from phi4mm_jax.mesh import automatic_axes, constrain_param, on_one_cpu
 from phi4mm_jax.precision import einsum
 from phi4mm_jax.quantization import QuantizedWeight
 
 _CHUNK_LOGITS = 1 << 26  # held at once by one device: 256 MiB in float32
+_CPU_POSITIONS = 128  # at once on CPUs, or an eighth of `_CHUNK_LOGITS`
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def token_losses(
     positions' own losses are taken, which the backward pass only scales; where the embedding is trained too, it
     computes the logits again.
     """
+    shape, held = targets.shape, _CHUNK_LOGITS
+    if on_one_cpu():  # rows need not stay apart, and fewer positions at a time are less padding
+        hidden, targets, weights = (x.reshape(1, math.prod(shape), *x.shape[2:]) for x in (hidden, targets, weights))
+        held = min(held, max(_CPU_POSITIONS * embedding.shape[0], held // 8))
     batch, length, _ = hidden.shape
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     hidden, targets, counted = (
@@ -69,7 +74,7 @@ def token_losses(
         for x in (hidden, targets, weights != 0)
     )
     # A mesh holds more, but not ever more: a chunk in which a single position counts costs as much as a full one.
-    held = _CHUNK_LOGITS * min(math.prod(automatic_axes().values()), 8)
+    held *= min(math.prod(automatic_axes().values()), 8)
     size = max(min(length, held // (batch * embedding.shape[0])), 1)
     missing = -length % size
 
@@ -79,7 +84,8 @@ def token_losses(
 
     found = _of_chunks(config)(chunks(hidden), embedding, chunks(targets), chunks(counted))
     back = jnp.argsort(order, axis=1)
-    return TokenLosses(*(jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found))
+    found = (jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found)
+    return TokenLosses(*(x.reshape(shape) for x in found))
 
 
 def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
@@ -92,7 +98,7 @@ def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
             hidden, targets, counted = chunk
             return jax.lax.cond(
                 counted.any(),
-                lambda: _losses(_logits(hidden, head), targets, counted, config),
+                lambda: _losses(_logits(hidden, head), targets, counted, config, _axis(head)),
                 lambda: TokenLosses(zeros, zeros, zeros),
             )
 
@@ -109,9 +115,9 @@ def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
             hidden, targets, counted = chunk
 
             def with_gradient():
-                logits, pull = jax.vjp(lambda h: _logits(h, head), hidden)
-                found, of_logits = _with_gradient(logits, targets, counted, 1.0, config)
-                return found, pull(of_logits)[0]  # no loss depends on another position
+                logits = _logits(hidden, head)
+                found, of_logits = _with_gradient(logits, targets, counted, 1.0, config, _axis(head))
+                return found, _of_hidden(of_logits, hidden, head)  # no loss depends on another position
 
             nothing = TokenLosses(zeros, zeros, zeros), jnp.zeros_like(hidden)
             return jax.lax.cond(counted.any(), with_gradient, lambda: nothing)
@@ -131,10 +137,11 @@ def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
             hidden, targets, counted, scale = chunk
 
             def added():  # to the sum where it lies: another one would be as large as the embedding
-                logits, pull = jax.vjp(lambda h: _logits(h, head), hidden)
-                _, of_logits = _with_gradient(logits, targets, counted, scale, config)
-                product = einsum("BTV,BTD->VD", of_logits.astype(hidden.dtype), hidden, result=jnp.float32)
-                return total + product, pull(of_logits)[0]
+                logits = _logits(hidden, head)
+                _, of_logits = _with_gradient(logits, targets, counted, scale, config, _axis(head))
+                equation = "VBT,BTD->VD" if _axis(head) == 0 else "BTV,BTD->VD"
+                product = einsum(equation, of_logits.astype(hidden.dtype), hidden, result=jnp.float32)
+                return total + product, _of_hidden(of_logits, hidden, head)
 
             return jax.lax.cond(counted.any(), added, lambda: (total, jnp.zeros_like(hidden)))
 
@@ -152,30 +159,45 @@ def _cast(embedding: Float[Array, "V D"] | QuantizedWeight, dtype) -> Float[Arra
     return embedding if isinstance(embedding, QuantizedWeight) else embedding.astype(dtype)
 
 
-def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight) -> Float[Array, "B T V"]:
+def _axis(head: Float[Array, "V D"] | QuantizedWeight) -> int:
+    """Return the logits' axis of the vocabulary: on one CPU the first, or else each product copies the head."""
+    return 0 if on_one_cpu() and not isinstance(head, QuantizedWeight) else -1
+
+
+def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight) -> Float[Array, "..."]:
     """In float32."""
+    if _axis(head) == 0:
+        flat = einsum("VD,MD->VM", head, hidden.reshape(-1, hidden.shape[-1]), result=jnp.float32)
+        return flat.reshape(-1, *hidden.shape[:2])
     return einsum("BTD,VD->BTV", hidden, head, result=jnp.float32)
 
 
-def _with_gradient(logits, targets, counted, scale, config: LossConfig) -> tuple[TokenLosses, Float[Array, "B T V"]]:
+def _of_hidden(of_logits, hidden, head) -> Float[Array, "B T D"]:
+    """Return the gradient in the hidden states."""
+    if _axis(head) == 0:
+        return einsum("VM,VD->MD", of_logits.reshape(len(head), -1).astype(hidden.dtype), head).reshape(hidden.shape)
+    return jax.linear_transpose(lambda h: _logits(h, head), hidden)(of_logits)[0]
+
+
+def _with_gradient(logits, targets, counted, scale, config: LossConfig, axis: int) -> tuple[TokenLosses, Array]:
     """Return the losses, and the gradient of their sum, each times its scale, in the logits."""
 
     def own(logits):
-        found = _losses(logits, targets, counted, config)
+        found = _losses(logits, targets, counted, config, axis)
         return found.loss, found
 
     loss, pull, found = jax.vjp(own, logits, has_aux=True)
     return found, pull(jnp.broadcast_to(jnp.float32(scale), loss.shape))[0]
 
 
-def _losses(logits: Float[Array, "B T V"], targets, counted, config: LossConfig) -> TokenLosses:
-    log_sum = jax.nn.logsumexp(logits, -1)
-    target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+def _losses(logits: Float[Array, "..."], targets, counted, config: LossConfig, axis: int) -> TokenLosses:
+    log_sum = jax.nn.logsumexp(logits, axis)
+    target = jnp.take_along_axis(logits, jnp.expand_dims(targets, axis), axis).squeeze(axis)
     loss = log_sum - target
     if config.label_smoothing:
         share = config.label_smoothing
-        loss = (1.0 - share) * loss + share * (log_sum - logits.mean(-1))
+        loss = (1.0 - share) * loss + share * (log_sum - logits.mean(axis))
     if config.z_loss:
         loss = loss + config.z_loss * jnp.square(log_sum)
-    correct = (target >= logits.max(-1)).astype(jnp.float32)
+    correct = (target >= logits.max(axis)).astype(jnp.float32)
     return TokenLosses(*(jnp.where(counted, x, 0.0) for x in (loss, target - log_sum, correct)))

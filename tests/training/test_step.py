@@ -169,6 +169,24 @@ def test_the_logits_of_all_positions_are_never_held(scanned):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * length * vocabulary / 4
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_one_cpu_takes_positions_of_all_rows_with_the_vocabulary_first(trained):
+    """Logits are (V, positions), 128 at a time of a large vocabulary, and neither they nor the head are transposed."""
+    vocabulary, size = 8192, 64
+    hidden, embedding = jnp.zeros((2, 256, size)), jnp.zeros((vocabulary, size))
+    targets, weights = jnp.zeros((2, 256), jnp.int32), jnp.ones((2, 256))
+
+    def loss(hidden, embedding):
+        return token_losses(hidden, embedding, targets, weights).loss.sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("phi4mm_jax.training.losses._CHUNK_LOGITS", 256 * vocabulary)
+        compiled = jax.jit(jax.grad(loss, (0, 1) if trained else 0)).lower(hidden, embedding).compile()
+    text: Any = compiled.as_text()
+    assert re.search(rf"f32\[{vocabulary},128\]\S* (dot|fusion)\(", text)
+    assert not re.search(rf"f32\[({vocabulary},\d+|\d+,{vocabulary})\]\S* (transpose|copy)\(", text)
+
+
 @pytest.mark.parametrize(("name", "value"), [("label_smoothing", 1.0), ("label_smoothing", -0.1), ("z_loss", -1.0)])
 def test_wrong_loss_settings(name, value):
     with pytest.raises(InputError, match=name):
