@@ -79,7 +79,8 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-OPTIMIZED = "kernels", "model/test_rows.py"  # compiled as for users: the bounds are of that code
+# compiled as for users: the bounds are of that code
+OPTIMIZED = "kernels", "model/test_rows.py", "model/test_parity.py"
 
 
 @pytest.hookimpl(wrapper=True)
