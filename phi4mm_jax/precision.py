@@ -40,7 +40,7 @@ def _inputs_of_linear(equation: str) -> int:
     operands, out = equation.split("->")
     x, _, kernel = operands.partition(",")
     count = sum(letter not in out for letter in kernel)
-    is_linear = count and x.endswith(kernel[:count]) and out == x[:-count] + kernel[count:]
+    is_linear = 0 < count < len(kernel) and x.endswith(kernel[:count]) and out == x[:-count] + kernel[count:]
     return count if is_linear and not set(x[:-count]) & set(kernel) else 0
 
 
