@@ -80,7 +80,7 @@ def pytest_collection_finish() -> None:
 
 
 # compiled as for users: the bounds are of that code
-OPTIMIZED = "kernels", "model/test_rows.py", "model/test_parity.py"
+OPTIMIZED = "kernels", "model/test_rows.py", "model/test_parity.py", "checkpoint/test_sidecar_files.py"
 
 
 @pytest.hookimpl(wrapper=True)
