@@ -29,7 +29,6 @@ import httpx
 import numpy as np
 
 import phi4mm_jax
-from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.evaluation.items import read_items
 
@@ -68,7 +67,6 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--wide", action="store_true", help="random weights, with a decoder of 60 million parameters")
     parser.add_argument("--small", action="store_true", help="a few requests, without warm-up; its times mean nothing")
     arguments = parser.parse_args()
     if arguments.small:
@@ -80,8 +78,6 @@ def main() -> int:
     asked = [(drawn.randrange(len(chats)), drawn.choice([None, None, None, None, *ADAPTERS])) for _ in plan]
 
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.wide:
-            arguments.model = wide_checkpoint(Path(arguments.model), Path(folder, "wide"))
         adapters = copied_adapters(Path(arguments.model), Path(folder))
         return measure(arguments, chats, plan, asked, adapters)
 
@@ -111,20 +107,6 @@ def measure(
     print(f"refused as expected: {counts.refused}, otherwise: {len(counts.wrong_status)} {counts.wrong_status[:3]}")
     print(f"left over: {left}; resident memory {before:.0f} MiB before, {after:.0f} MiB after")
     return 1 if counts.other or counts.wrong_status or any(left.values()) else 0
-
-
-def wide_checkpoint(model: Path, folder: Path) -> str:
-    """Write a checkpoint of random weights, of a model's sizes but for a larger decoder; return its folder."""
-    config = json.loads((model / "config.json").read_text()) | {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    }  # fmt: skip
-    sizes = folder.with_suffix(".json")
-    sizes.write_text(json.dumps(config))
-    write_random_checkpoint(sizes, folder, model)
-    for adapter in ("speech-lora", "vision-lora"):
-        shutil.copy(model / adapter / "adapter_config.json", folder / adapter)
-    return str(folder)
 
 
 def copied_adapters(model: Path, folder: Path) -> dict[str, Path]:

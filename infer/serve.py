@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import AF_INET, AF_INET6, SO_REUSEADDR, SOL_SOCKET, socket
@@ -130,8 +130,10 @@ def main() -> int:
     if arguments.files is not None:
         Store(arguments.files, limits)  # makes the folder
 
+    own = cache(lambda: read_config(local_folder(arguments.model)))
+
     def read_adapter(name: str, folder: Path) -> UserAdapter:
-        return read_user_adapter(name, folder, read_config(local_folder(arguments.model)), config)
+        return read_user_adapter(name, folder, own(), config)
 
     # before the weights, which take minutes
     adapters = {key: read_adapter(key, Path(folder)) for key, folder in user_adapters_of(arguments).items()}

@@ -426,7 +426,7 @@ def target_device() -> Any:
 
 
 def on_one_cpu() -> bool:
-    """Whether a program is traced for one CPU, so that nothing is sharded."""
+    """Return whether a program is traced for one CPU: nothing is sharded then."""
     return math.prod(automatic_axes().values()) == 1 and getattr(target_device(), "platform", None) == "cpu"
 
 

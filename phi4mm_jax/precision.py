@@ -29,13 +29,13 @@ def einsum(equation: str, *operands: Float[Array, "..."] | QuantizedWeight, resu
         return product(equation, x, weight, precision=precision_of(dtype), result=result or dtype)  # type: ignore
     cast = [x.astype(dtype) for x in operands]  # type: ignore
     options: Any = {"precision": precision_of(dtype), "preferred_element_type": result or dtype}
-    if (inputs := _inputs_of_linear(equation)) and on_one_cpu():
+    if (inputs := inputs_of_linear(equation)) and on_one_cpu():
         flat = partial(_linear, inputs=inputs, **options)
         return jax.checkpoint(flat, prevent_cse=False)(*cast)  # saves the kernel, not its other shape
     return jnp.einsum(equation, *cast, **options)
 
 
-def _inputs_of_linear(equation: str) -> int:
+def inputs_of_linear(equation: str) -> int:
     """Return how many axes a linear map sums over, x's last and the kernel's first ones; 0 where it is none."""
     operands, out = equation.split("->")
     x, _, kernel = operands.partition(",")

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from phi4mm_jax.engine.engine import Engine
 from phi4mm_jax.engine.output_processor import Update
 from phi4mm_jax.engine.request import Completion, Request
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.queues import take_all
 
 T = TypeVar("T")
 
@@ -202,15 +202,7 @@ class AsyncEngine:
 
     def _take_calls(self) -> bool:
         """Run the queued calls; wait for one if the engine is idle. Return False at the end."""
-        calls: deque[Callable[[], None] | None] = deque()
-        if self._engine.idle:
-            calls.append(self._calls.get())
-        while True:
-            try:
-                calls.append(self._calls.get_nowait())
-            except queue.Empty:
-                break
-        for call in calls:
+        for call in take_all(self._calls, wait=self._engine.idle):
             if call is None:
                 return False
             call()
@@ -239,12 +231,9 @@ class AsyncEngine:
                     self._tell(update, self._answers[update.id])
         else:
             cause = f"the engine was stopped by {type(error).__name__}: {error}"
-            while True:
-                try:
-                    if (call := self._calls.get_nowait()) is not None:
-                        call()
-                except queue.Empty:
-                    break
+            for call in take_all(self._calls, wait=False):
+                if call is not None:
+                    call()
             for number, answer in list(self._answers.items()):
                 completion = Completion("", [], "error", 0, error=cause, error_type="EngineStopped")
                 self._tell(Update(number, "", completion), answer)

@@ -90,7 +90,7 @@ def beam_inputs(groups: Items[tuple[Sequence, BeamGroup]], size: int, table_size
 
 
 class GrammarMasks:
-    """What the grammars of rows allow, for the inputs of steps.
+    """Masks of the tokens that the grammars of rows allow, for the inputs of steps.
 
     Args:
         place: puts arrays on the device.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
-from phi4mm_jax.precision import einsum
+from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
 
 
@@ -22,10 +22,8 @@ def linear(
             left come behind the others of x.
         weight: the letters of its axes are those of `mesh.LOGICAL_AXES`, by which a mesh splits it.
     """
-    if isinstance(weight, QuantizedWeight):
-        inputs, outputs = equation.split("->")
-        letters = inputs.split(",")[1]
-        sums = sum(letter not in outputs for letter in letters)
+    if isinstance(weight, QuantizedWeight) and (sums := inputs_of_linear(equation)):
+        letters = equation.partition("->")[0].partition(",")[2]
         for candidate in IMPLEMENTATIONS.values():
             if candidate.product is not None and candidate.supports("product", x, *weight, letters, sums) is None:
                 plan = candidate, equation, letters, sums, jnp.dtype(x.dtype if result is None else result)

@@ -138,7 +138,7 @@ class EngineClient:
                 message = _GONE
             try:
                 self._loop.call_soon_threadsafe(self._take, message)
-            except RuntimeError:  # the loop is closed, so that nobody waits
+            except RuntimeError:  # the loop is closed: nobody waits
                 break
         self._connection.close()
 

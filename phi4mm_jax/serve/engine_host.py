@@ -32,6 +32,7 @@ class EngineHost:
         read_adapter: reads a user's adapter, by its name and folder, in a thread; raises as `read_user_adapter`.
 
     Attributes:
+        cause: why it is not ready.
         restarts: how often it was made anew.
         adapters: of users, by name; every engine that is made has them.
     """
@@ -42,7 +43,7 @@ class EngineHost:
     ):  # fmt: skip
         self._place, self._warm_up, self._read_adapter = place, warm_up, read_adapter
         self._client: EngineClient | None = None
-        self._cause = "it is being compiled"
+        self.cause = "it is being compiled"
         self._failed = False  # the last try to make an engine
         self._said = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -59,11 +60,6 @@ class EngineHost:
         """Figures of the engine; zeros where there is none."""
         return self._client.figures if self._client is not None and self._client.running else Figures()
 
-    @property
-    def cause(self) -> str:
-        """Reason why it is not ready."""
-        return self._cause
-
     def start(self) -> None:
         """Make the engine in the background."""
         self._task = asyncio.create_task(self._supervise())
@@ -77,7 +73,7 @@ class EngineHost:
             self._client.close()
         await asyncio.to_thread(self._place.close)
         self._client = None
-        self._cause, self._failed = "the server ends", True
+        self.cause, self._failed = "the server ends", True
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Load a user's adapter, which requests then ask for by its name; it waits for an engine that is being made.
@@ -153,12 +149,12 @@ class EngineHost:
                 _log.info("ready after %.0f s: requests are answered", time.monotonic() - began)
             except Exception as error:
                 self._failed = True
-                self._cause = f"it could not be started ({error})"
+                self.cause = f"it could not be started ({error})"
                 _log.error("the engine could not be started: %s", error)
             while self.ready:
                 await asyncio.sleep(_LOOK)
             if not self._failed:
-                self._cause = "it is being restarted"
+                self.cause = "it is being restarted"
                 _log.error("the engine has stopped by an error; it is made anew")
             steady = time.monotonic() - began > _STEADY
             pause = 0.0 if steady else min(max(2 * pause, 0.5), _LONGEST_PAUSE)
@@ -171,7 +167,7 @@ class EngineHost:
         await self._client.make(warm_up=self._warm_up, adapters=self.adapters, progress=self._progress)
 
     def _progress(self, done: int, total: int) -> None:
-        self._cause = f"program {done} of {total} is compiled"
+        self.cause = f"program {done} of {total} is compiled"
         if done == total or time.monotonic() - self._said > _SAID:
             self._said = time.monotonic()
             _log.info("warming up: program %d of %d is compiled; requests wait", done, total)

@@ -22,6 +22,7 @@ from phi4mm_jax.serve.engine_messages import (
     UnloadAdapter,
     WarmingUp,
 )
+from phi4mm_jax.utils.queues import take_all
 
 
 class EngineLoop:
@@ -92,13 +93,7 @@ class EngineLoop:
 
     def _take_messages(self, engine: Engine, numbers: dict[int, int]) -> bool:
         """Do what the messages so far ask for; wait for one if the engine is idle. Return False at the end."""
-        wait = engine.idle
-        while True:
-            try:
-                message = self._messages.get(block=wait)
-            except queue.Empty:
-                return True
-            wait = False
+        for message in take_all(self._messages, wait=engine.idle):
             match message:
                 case Submit(number, request):
                     numbers[engine.submit(request)] = number
@@ -113,6 +108,7 @@ class EngineLoop:
                     self._do(number, lambda: engine.unload_adapter(name))
                 case None:
                     return False
+        return True
 
     def _do(self, number: int, work: Callable[[], None]) -> None:
         error = None

@@ -18,7 +18,7 @@ from phi4mm_jax.serve.engine_loop import EngineLoop
 from phi4mm_jax.serve.engine_messages import ModelLoaded
 from phi4mm_jax.utils.cli import log_lines
 
-_PATIENCE = 10  # seconds for the process to end by itself, once it was told to
+_PATIENCE = 10  # seconds for the process to end when it is asked to
 
 
 class EnginePlace(Protocol):

@@ -323,6 +323,7 @@ def test_an_engine_for_threads_and_coroutines(tiny):
     prompts = [f"<|user|>Tell me {i}<|end|><|assistant|>" for i in range(8)]
     alone = [c.text for c in tiny.generate(prompts, max_new_tokens=6)]
     with AsyncEngine(tiny.engine(EngineConfig(slots=3, cache_tokens=2048))) as engine:
+        assert engine.call(lambda inner: inner.config.slots).result(60) == 3
         requests = [Request(p, max_new_tokens=6) for p in prompts]
 
         async def ask():
