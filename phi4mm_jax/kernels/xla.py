@@ -2,9 +2,12 @@
 
 The scores are computed tile by tile with a running maximum and sum, and recomputed in the backward pass (Dao et
 al., FlashAttention, arXiv:2205.14135). Tiles that no query of theirs may attend to are not visited. Inside, arrays
-have their heads in front, so that a tile is one contiguous piece per head.
+have their heads in front, so that a tile is one contiguous piece per head. On a CPU a tile is of few heads of one row,
+so that its scores stay in the cores' caches.
 """
 
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,10 +20,12 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.partials import Partials
+from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import precision_of, row_sum
 
 _MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
+_TILE_ELEMENTS_PER_CORE = 1 << 18  # likewise on a CPU: a megabyte, about what a core's own cache holds
 _KEY_TILE = 512
 _WHOLE_KEYS = 1024  # this many keys are taken at once, without a mask of causality: the patches of a crop
 DECODE_BLOCK = 128  # a cache's capacity is a multiple of this
@@ -34,6 +39,7 @@ class _Tiling(NamedTuple):
     queries: int  # of a tile
     keys: int
     out_dtype: Any
+    heads: int | None  # of keys, in one row; None takes all heads of all rows
 
 
 def supports(operation: str, *arguments: Any) -> str | None:
@@ -63,7 +69,9 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_
         _pad(k.transpose(0, 2, 1, 3), 2, keys),  # (B, K, S, H)
         _pad(v.transpose(0, 2, 1, 3), 2, keys),
         limits,
-        _Tiling(causal, scale, queries, keys, out_dtype),
+        _Tiling(
+            causal, scale, queries, keys, out_dtype, _heads_at_once(batch, kv_heads, heads // kv_heads * queries * keys)
+        ),
     )
     out, log_sum = (jnp.moveaxis(x[:, :, :, :q_len], 3, 1) for x in result)
     return out.reshape(batch, q_len, heads, size), log_sum.reshape(batch, q_len, heads)
@@ -75,11 +83,35 @@ def _attend(q, k, v, limits: Limits, tiling: _Tiling):
 
 
 def _attended(q, k, v, limits: Limits, tiling: _Tiling):
-    out, log_sum = _forward(q, k, v, limits, tiling)
+    out, log_sum = _by_heads(partial(_forward, tiling=tiling), tiling.heads, limits, q, k, v)
     return out, jnp.where(log_sum > _MASKED / 2, log_sum, -jnp.inf)
 
 
-def _forward(q, k, v, limits: Limits, tiling: _Tiling):
+def _heads_at_once(batch: int, kv_heads: int, scores: int) -> int | None:
+    """Return `_Tiling.heads`, by the number of scores of one of the keys' heads."""
+    most = _TILE_ELEMENTS_PER_CORE * (os.cpu_count() or 1) // scores
+    if not on_one_cpu() or most >= batch * kv_heads:
+        return None
+    return next(n for n in range(min(max(most, 1), kv_heads), 0, -1) if kv_heads % n == 0)
+
+
+def _by_heads(function: Callable[..., Any], heads: int | None, limits: Limits, *arrays: Array) -> Any:
+    """Compute `function(limits, *arrays)` of arrays (B, K, ...), `heads` heads of a row at a time."""
+    if heads is None:
+        return function(limits, *arrays)
+    batch, kv_heads = arrays[0].shape[:2]
+    rows = jnp.repeat(jnp.arange(batch), kv_heads // heads)
+
+    def some(row, *parts):
+        of_row = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(jnp.asarray(x), row, 1), limits)
+        return jax.tree.map(lambda x: x[0], function(of_row, *(x[None] for x in parts)))
+
+    parts = (x.reshape(-1, heads, *x.shape[2:]) for x in arrays)
+    found = lax.map(lambda xs: some(*xs), (rows, *parts))
+    return jax.tree.map(lambda x: x.reshape(batch, kv_heads, *x.shape[2:]), found)
+
+
+def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
     """Return the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
 
     def query_tile(i):
@@ -128,7 +160,14 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
     q, k, v, limits, out, log_sum = residuals
     d_out, d_log_sum = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum  # (B, K, G, T)
-    d_out = d_out.astype(q.dtype)
+    backward = partial(_backward, tiling=tiling)
+    dq, dk, dv = _by_heads(backward, tiling.heads, limits, q, k, v, d_out.astype(q.dtype), log_sum, delta)
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
+    return dq, dk, dv, nothing
+
+
+def _backward(limits: Limits, q, k, v, d_out, log_sum, delta, *, tiling: _Tiling):
+    """Return the gradients of queries, keys and values; `delta` (B, K, G, T) is the products of rows with theirs."""
 
     def query_tile(carry, i):
         """Compute the gradients of one tile of queries; those of keys and values are summed in the carry."""
@@ -154,8 +193,7 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     num_tiles = q.shape[3] // tiling.queries
     (dk, dv), dq = lax.scan(query_tile, start, jnp.arange(num_tiles))
-    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
-    return _join(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype), nothing
+    return _join(dq, 3), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,14 @@ SMALL = tpu.Blocks(
     rows=384, keys=256, chunk=128, backward_rows=384, backward_keys=256, backward_chunk=128, decode_bytes=1 << 18
 )  # several tiles even of short sequences
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
-CONTEXTS = {"xla": nullcontext, "pallas_tpu": lambda: tpu.interpreted(True, SMALL)}
-DECODERS = CONTEXTS | {
+CONTEXTS = {
+    "xla": nullcontext,
+    "xla, a head at a time": lambda: patch.object(xla, "_TILE_ELEMENTS_PER_CORE", 0),
+    "pallas_tpu": lambda: tpu.interpreted(True, SMALL),
+}
+DECODERS = {
+    "xla": nullcontext,
+    "pallas_tpu": CONTEXTS["pallas_tpu"],
     "pallas_gpu": lambda: gpu.assumed(gpu.Target(gpu.AMPERE, cores=3, interpret=True)),  # 2 parts of a row
     "pallas_gpu, Hopper": lambda: gpu.assumed(gpu.Target(gpu.HOPPER, cores=9, interpret=True)),  # likewise
 }
@@ -132,7 +139,7 @@ def quantized(pages):
 @pytest.fixture(params=CONTEXTS)
 def implementation(request):
     with CONTEXTS[request.param]():
-        yield request.param
+        yield request.param.split(",")[0]
 
 
 @pytest.fixture(params=DECODERS)
