@@ -5,7 +5,8 @@ tokens a step with drafts (without, one), tokens a second with and without in ro
 answers are the same.
 
 With --random N it answers N random requests instead, greedy and sampled, once without drafts and once with them, and
-prints how many answers differ; the exit status is 1 if any does.
+prints how many answers differ; the exit status is 1 if any does. Those with drafts come in groups of random sizes, so
+that rounds are dispatched ahead, and in turn where requests wait for a slot.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> int:
     model = phi4mm_jax.load(arguments.model, dtype="float32")
     if arguments.random is not None:
         asked = random_requests(arguments.random, arguments.seed)
-        return compare(model, asked, arguments.slots[-1], arguments.draft_tokens)
+        return compare(model, asked, arguments.slots[-1], arguments.draft_tokens, arguments.seed)
     table = Table("set", "slots", "tokens", "tokens a step", "tokens/s without", "with", "ratio", "same answers")
     for name, requests in sets().items():
         for slots in arguments.slots:
@@ -84,12 +85,15 @@ def random_requests(count: int, seed: int) -> list[Request]:
     return [request(place) for place in range(count)]
 
 
-def compare(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int) -> int:
+def compare(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int, seed: int) -> int:
     """Print how many answers differ with and without drafts; return the exit status."""
     plain = model.engine(EngineConfig(slots=slots))
     drafted = model.engine(EngineConfig(slots=slots, draft_tokens=max_draft))
     before, seconds = answers(plain, [replace(request, draft=None) for request in requests])
-    after, drafted_seconds = answers(drafted, requests)
+    draw, after, drafted_seconds = random.Random(seed), [], 0.0
+    while len(after) < len(requests):
+        found, taken = answers(drafted, requests[len(after) : len(after) + draw.randint(1, 3 * slots)])
+        after, drafted_seconds = [*after, *found], drafted_seconds + taken
     differ = [
         place
         for place, (one, other) in enumerate(zip(before, after, strict=True))

@@ -3,7 +3,9 @@
 All slots are filled at once by short prompts, with answers of one length. A program is queued from its call until its
 results are there; the idle share is that of the time from the first step of decoding to the last in which none is.
 Tokens a second stand beside those of the compiled step alone, called in a loop for as many tokens of which none is read
-before the end. Another checkout of this project has a process of its own; the two take turns.
+before the end. With --draft-tokens the requests have drafts; how many tokens a step gives then depends on the answers,
+and there is no such step to compare with. Another checkout of this project has a process of its own; the two take
+turns.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from phi4mm_jax.engine import Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.engine.steps import DecodeInputs
 
-place, tokens, slots, cache = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), 512
+place, (tokens, slots, draft_tokens), cache = sys.argv[1], map(int, sys.argv[2:]), 512
 model = random_model(int(place)) if place.isdigit() else phi4mm_jax.load(place, dtype="float32", scan=True)
 config = dataclasses.replace(model.config, stop_token_ids=(model.config.decoder.vocab_size - 1,))  # never likely
 model = phi4mm_jax.Model(model.module.clone(config=config), model.variables, model.processor)
@@ -47,10 +49,12 @@ def timed(program):
 
 threading.Thread(target=watch, daemon=True).start()
 programs = copy.copy(model.programs)
-programs.decode = timed(programs.decode)
+programs.decode, programs.decode_drafts = timed(programs.decode), timed(programs.decode_drafts)
+draft = "lookup" if draft_tokens else None
 
 def answered(engine, count):
-    requests = [Request(f"<|user|>{i}<|end|><|assistant|>", max_new_tokens=count + 1) for i in range(slots)]
+    texts = [f"<|user|>{i}<|end|><|assistant|>" for i in range(slots)]
+    requests = [Request(text, max_new_tokens=count + 1, draft=draft) for text in texts]
     answers = dict(engine.run(requests))
     assert all(len(a.tokens) == count + 1 for a in answers.values()), answers
 
@@ -71,14 +75,19 @@ def bare(engine, steps):
     runner.kv_cache, runner.token_seen = state
     return tokens * slots / (time.perf_counter() - begin)
 
+def alone(engine, steps):
+    return float("nan") if draft else bare(engine, steps)
+
 engines = {}
 for line in sys.stdin:
     steps = int(line)
     if steps not in engines:
-        sizes = EngineConfig(slots=slots, cache_tokens=slots * cache, steps=steps, feature_blocks=16)
+        sizes = EngineConfig(
+            slots=slots, cache_tokens=slots * cache, steps=steps, feature_blocks=16, draft_tokens=draft_tokens
+        )
         engines[steps] = Engine(programs, model.variables, model.processor, sizes)
         answered(engines[steps], 3 * steps)  # compiles
-        bare(engines[steps], steps)
+        alone(engines[steps], steps)
     time.sleep(0.2)
     spans.clear()
     answered(engines[steps], tokens)
@@ -88,7 +97,7 @@ for line in sys.stdin:
         busy += max(0.0, ready - max(start, until))
         until = max(until, ready)
     rate = tokens * slots / (end - begin)
-    print(json.dumps([1 - busy / (end - begin), rate, bare(engines[steps], steps)]), flush=True)
+    print(json.dumps([1 - busy / (end - begin), rate, alone(engines[steps], steps)]), flush=True)
 """
 
 
@@ -100,16 +109,18 @@ def main() -> int:
     parser.add_argument("--slots", metavar="N", type=int, default=8)
     parser.add_argument("--tokens", metavar="N", type=int, default=256, help="of each answer")
     parser.add_argument("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8], help="of a round")
+    parser.add_argument("--draft-tokens", metavar="N", type=int, default=0)
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="the median counts")
     parsed = parser.parse_args()
     place = str(parsed.layers or parsed.model.resolve())
-    command = [sys.executable, "-c", CODE, place, str(parsed.tokens), str(parsed.slots)]
+    command = [sys.executable, "-c", CODE, place, *map(str, (parsed.tokens, parsed.slots, parsed.draft_tokens))]
     folders = {"theirs": parsed.folder, "ours": ROOT} if parsed.folder else {"ours": ROOT}
     processes = {
         name: subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name, folder in folders.items()
     }
-    print(f"{parsed.slots} slots, answers of {parsed.tokens} tokens, {processor()}")
+    drafts = f", up to {parsed.draft_tokens} tokens a draft" if parsed.draft_tokens else ""
+    print(f"{parsed.slots} slots, answers of {parsed.tokens} tokens{drafts}, {processor()}")
     print("| steps a round | checkout | idle share | tokens/s | of the bare step's |")
     print("|---|---|---|---|---|")
     for steps in parsed.steps:
@@ -119,7 +130,8 @@ def main() -> int:
                 statistics.median(values)
                 for values in zip(*((i, r, r / bare) for i, r, bare in (x[name] for x in found)), strict=True)
             )
-            print(f"| {steps} | {name} | {idle:.2f} | {rate:.0f} | {ratio:.2f} |", flush=True)
+            beside = "" if parsed.draft_tokens else f"{ratio:.2f}"
+            print(f"| {steps} | {name} | {idle:.2f} | {rate:.0f} | {beside} |", flush=True)
     for process in processes.values():
         process.communicate()
     return 0

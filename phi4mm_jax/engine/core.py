@@ -109,17 +109,27 @@ class EngineCore:
         alone = not self.queue and len(self._unfinished) == 1
         chunks = self._dispatch_prefill()
         before, self._decoding = self._decoding, None
-        if in_turn := self.scheduler.decodes_in_turn:
+        if in_turn := self._decodes_in_turn:
             self._read(before, chunks)
             before, chunks = None, []
         self._decoding = self._dispatch_decode(1 if watched and alone else self._config.steps)
         self._read(before, chunks)
         if in_turn:
-            self._read(self._decoding, [])
-            self._decoding = None
+            decoding, self._decoding = self._decoding, None
+            self._read(decoding, [])
         self._extend_beams()
         self._drop_finished()
         self._broken = False
+
+    @property
+    def _decodes_in_turn(self) -> bool:
+        """Whether a round's tokens are read before the next round is dispatched.
+
+        For a grammar; and with drafts, of which answers take few rounds, as long as requests wait for a slot: an end
+        would be seen a round late, and the slot would idle beside others. One that decodes alone ends the round.
+        """
+        waited_for = bool(self.queue) and len(self._unfinished) > 1
+        return self.scheduler.decodes_by_grammar or (waited_for and self.scheduler.decodes_with_drafts)
 
     def _admit(self) -> None:
         """Fill free slots, FCFS, so that large requests do not starve."""
@@ -164,10 +174,10 @@ class EngineCore:
         batch = self.scheduler.next_decode(max_steps)
         for sequence in batch.preempted:
             self.runner.set_penalty_mask(sequence)
-        if not batch.num_decode_steps.any():
+        if not any(batch.sequences):
             return None
         dispatched = DispatchedDecode(batch, self.runner.decode(batch))
-        self.scheduler.advance_decode(batch)
+        batch.advance()
         return dispatched
 
     def _read(self, decoding: DispatchedDecode | None, chunks: list[DispatchedChunks]) -> None:
@@ -201,6 +211,8 @@ class EngineCore:
 
     def _read_decode(self, batch: DecodeBatch, sampled: SampledTokens) -> None:
         top_tokens, top_values = sampled.top_tokens, sampled.top_log_probabilities
+        self.runner.count_drafts(batch, sampled)
+        later = None if self._decoding is None else self._decoding.batch
         for i, sequence in enumerate(batch.sequences):
             if sequence is None or sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -208,9 +220,7 @@ class EngineCore:
                 self.outputs.fail_grammar(sequence, cause)
                 continue
             n = int(sampled.counts[i])
-            sequence.num_pending_tokens -= int(batch.num_decode_steps[i])
-            if batch.with_drafts[i]:  # of which it may have taken fewer
-                sequence.num_computed_tokens -= int(batch.num_decode_steps[i]) - n
+            batch.complete(i, n, later)
             top = None if top_tokens is None or top_values is None else (top_tokens[i], top_values[i])
             self.outputs.append(sequence, sampled.tokens[i, :n], sampled.log_probabilities[i, :n], top)
             if not sampled.finite[i]:

@@ -70,6 +70,20 @@ def verify(
     return jax.lax.while_loop(lambda state: state[1].any(), one, (jnp.int32(0), active, carry))[2]
 
 
+def begin_round(inputs: Any) -> tuple[Any, Int[Array, " N"], Int[Array, " N"]]:
+    """Let a round begin where the last one has ended, which the host had not read as it made the inputs.
+
+    Returns:
+        The inputs, without the tokens that the last round has not given; for each row the last token, and how many are
+        to be decoded.
+    """
+    last, limits = jnp.asarray(inputs.last), jnp.asarray(inputs.limits)
+    untaken = jnp.where((last < 0) & (limits > 0), inputs.carried.untaken, 0)  # an idle slot keeps a former sequence's
+    last = jnp.where(last < 0, inputs.carried.last, last)
+    inputs = inputs._replace(lengths=inputs.lengths - untaken, num_output_tokens=inputs.num_output_tokens - untaken)
+    return inputs, last, jnp.minimum(limits - inputs.lengths, inputs.widths)
+
+
 def decode_with_drafts(
     compute: Callable[..., Any], sample_next: Callable[..., Any], state: tuple[Any, ...], inputs: Any, max_draft: int
 ) -> tuple[tuple[Any, ...], Int[Array, " N"]]:

@@ -21,7 +21,15 @@ from phi4mm_jax.engine.grammar import is_installed
 from phi4mm_jax.engine.inputs import DeviceCopies, GrammarMasks, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
-from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs, Programs, SampledTokens, TopLogprobs
+from phi4mm_jax.engine.steps import (
+    BeamInputs,
+    Carried,
+    DecodeInputs,
+    PrefillInputs,
+    Programs,
+    SampledTokens,
+    TopLogprobs,
+)
 from phi4mm_jax.engine.token_history import TokenHistory
 from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError
@@ -40,7 +48,7 @@ class ModelRunner:
     Attributes:
         kv_cache: on the device, as the following.
         token_seen: (slots, V); tokens of each slot's sequence, where it has a repetition penalty.
-        last_tokens: (slots,); see `DecodeInputs.carried`.
+        carried: see `DecodeInputs.carried`.
         encoder_cache: encoded media.
         user_adapters: those that users have brought.
         num_prefilled_tokens: since the start.
@@ -60,7 +68,7 @@ class ModelRunner:
         sizes = group_sizes(len(programs.devices))
         self.encoder_cache = EncoderCache(lambda *given: self._encode_step(*given)(), features, sizes)
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
-        self.last_tokens = programs.place(jnp.zeros(config.slots, jnp.int32))
+        self.carried: Carried = programs.place(Carried(*[jnp.zeros(config.slots, jnp.int32)] * 2))
         self._slots = DeviceCopies(programs.place)
         self.num_prefilled_tokens = 0
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
@@ -95,11 +103,7 @@ class ModelRunner:
         adapters = {s.adapter for s in batch.sequences if s is not None}
         if self._history is not None and batch.with_drafts.any():
             self._history.write(batch.sequences)
-            sampled = self.run_decode_drafts(adapters, self._decode_inputs(batch, with_drafts=True))
-            assert sampled.num_steps is not None
-            self.num_draft_steps += int(sampled.num_steps[batch.with_drafts].sum())
-            self.num_draft_step_tokens += int(sampled.counts[batch.with_drafts].sum())
-            return sampled
+            return self.run_decode_drafts(adapters, self._decode_inputs(batch, with_drafts=True))
         if self._history is not None:
             self._history.forget(batch.sequences)
         inputs = self._decode_inputs(batch)
@@ -107,6 +111,12 @@ class ModelRunner:
         if all(matcher is None for matcher in matchers):
             return self.run_decode(adapters, inputs)
         return self.run_decode_allowed(adapters, inputs, lambda: self._masks.allowed(matchers, self._config.slots))
+
+    def count_drafts(self, batch: DecodeBatch, sampled: SampledTokens) -> None:
+        """Count the steps of a round, whose results are read, in the sequences with drafts."""
+        if sampled.num_steps is not None:
+            self.num_draft_steps += int(sampled.num_steps[batch.with_drafts].sum())
+            self.num_draft_step_tokens += int(sampled.counts[batch.with_drafts].sum())
 
     def beam_step(self, groups: Items[tuple[Sequence, BeamGroup]]) -> TopLogprobs:
         """Extend beams by a token; return the likeliest tokens after each."""
@@ -148,19 +158,23 @@ class ModelRunner:
     def run_carry_first(self, slots: Items[int], sampled: SampledTokens) -> None:
         """Let these slots decode from the tokens that they have sampled by prefill; -1 for none."""
         rows = np.asarray([self._config.slots if slot < 0 else slot for slot in slots], np.int32)
-        self.last_tokens = self._programs.carry_first(self.last_tokens, rows, sampled)
+        self.carried = self._programs.carry_first(self.carried, rows, sampled)
 
     def run_decode(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         self.kv_cache, self.token_seen, sampled = self._decode_step(adapters, inputs)()
-        assert sampled.last is not None
-        self.last_tokens = sampled.last
-        return _fetching(sampled)
+        return self._carrying(sampled)
 
     def run_decode_drafts(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         assert self._history is not None
         step = self._drafts_step(adapters, inputs)
         self.kv_cache, self.token_seen, self._history.tokens, sampled = step()
-        return jax.device_get(sampled)
+        return self._carrying(sampled)
+
+    def _carrying(self, sampled: SampledTokens) -> SampledTokens:
+        """Keep what a round carries to the next; the rest is for the host."""
+        assert sampled.carried is not None
+        self.carried = sampled.carried
+        return _fetching(sampled._replace(carried=None))
 
     def run_decode_allowed(
         self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
@@ -191,13 +205,14 @@ class ModelRunner:
         return partial(self._programs.prefill, self._variables_of(adapters), *state, inputs, candidates=candidates)
 
     def _decode_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
-        state = self.kv_cache, self.token_seen, inputs._replace(carried=self.last_tokens)
+        state = self.kv_cache, self.token_seen, inputs._replace(carried=self.carried)
         sizes = {"width": self._config.steps, "candidates": self._config.top_logprobs}
         return partial(self._programs.decode, self._variables_of(adapters), *state, **sizes)
 
     def _drafts_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
         assert self._history is not None
-        config, state = self._config, (self.kv_cache, self.token_seen, self._history.tokens)
+        config, inputs = self._config, inputs._replace(carried=self.carried)
+        state = self.kv_cache, self.token_seen, self._history.tokens
         sizes = {"width": config.decode_width, "max_draft": config.draft_tokens, "candidates": config.top_logprobs}
         return partial(self._programs.decode_drafts, self._variables_of(adapters), *state, inputs, **sizes)
 

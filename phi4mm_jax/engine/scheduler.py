@@ -1,7 +1,8 @@
 """Scheduling: admission by pages, chunked prefill, multi-step decode.
 
 Steps are scheduled before the results of earlier ones are read. A sequence has then computed and generated as many
-tokens as it was scheduled for, or has ended: then what is scheduled for it is thrown away. Its pages may be freed while
+tokens as it was scheduled for, or has ended: then what is scheduled for it is thrown away. With drafts it may have
+fewer: it is counted as having all until the results are read, and the device knows better. Its pages may be freed while
 a dispatched step still writes to them, since steps are dispatched in order and hand the cache on to each other:
 whatever the pages' next sequence writes comes after.
 """
@@ -34,6 +35,8 @@ class DecodeBatch(NamedTuple):
             depends on the token.
         preempted: sequences to be prefilled again with the long rotary set.
         with_drafts: slots whose tokens are guessed.
+        limits: maximum number of tokens in the cache when the round ends, whatever an earlier one gives.
+        widths: maximum number of tokens to decode where there is room for them.
         max_steps: of the round; with a draft a step gives several tokens.
     """
 
@@ -41,11 +44,47 @@ class DecodeBatch(NamedTuple):
     num_decode_steps: np.ndarray
     preempted: list[Sequence]
     with_drafts: np.ndarray
+    limits: np.ndarray
+    widths: np.ndarray
     max_steps: int = 1
 
     @classmethod
     def idle(cls, slots: int, max_steps: int = 1) -> "DecodeBatch":
-        return cls([None] * slots, np.zeros(slots, np.int32), [], np.zeros(slots, bool), max_steps)
+        steps, limits, widths = np.zeros((3, slots), np.int32)
+        return cls([None] * slots, steps, [], np.zeros(slots, bool), limits, widths, max_steps)
+
+    def _set_steps(self, i: int, sequence: Sequence) -> int:
+        room = int(self.limits[i]) - sequence.num_computed_tokens
+        self.num_decode_steps[i] = count = min(room, int(self.widths[i]))
+        return count
+
+    def add(self, i: int, sequence: Sequence, limit: int, width: int) -> int:
+        """Add a sequence; return the number of tokens that its pages are to hold."""
+        self.sequences[i], self.limits[i], self.widths[i] = sequence, limit, width
+        return sequence.num_computed_tokens + self._set_steps(i, sequence)
+
+    def advance(self) -> None:
+        """Count the batch, which is dispatched, as computed."""
+        for sequence, count in zip(self.sequences, self.num_decode_steps.tolist(), strict=True):
+            if sequence is not None:
+                sequence.num_computed_tokens += count
+                sequence.num_pending_tokens += count
+
+    def complete(self, i: int, count: int, later: "DecodeBatch | None") -> None:
+        """Count the tokens that the round has given the i-th slot's sequence, and what they leave for a later round."""
+        sequence = self.sequences[i]
+        assert sequence is not None
+        counted = int(self.num_decode_steps[i])
+        sequence.num_pending_tokens -= counted
+        if not self.with_drafts[i]:
+            return  # it has taken all, or has ended
+        sequence.num_computed_tokens += count - counted
+        if later is not None and later.sequences[i] is sequence:
+            before = int(later.num_decode_steps[i])
+            sequence.num_computed_tokens -= before
+            now = later._set_steps(i, sequence)
+            sequence.num_computed_tokens += now
+            sequence.num_pending_tokens += now - before
 
 
 class Scheduler:
@@ -99,9 +138,10 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
 
     def retire_ending(self) -> None:
-        """Free slots and pages of sequences whose last tokens are dispatched."""
+        """Free slots and pages of sequences whose last tokens are dispatched; with drafts they may not be the last."""
         for sequence in self.resident:
-            if sequence.num_pending_tokens and sequence.num_sampled_tokens == sequence.max_new_tokens:
+            ends = sequence.num_pending_tokens and sequence.num_sampled_tokens == sequence.max_new_tokens
+            if ends and not sequence.is_drafted:
                 self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
@@ -223,38 +263,29 @@ class Scheduler:
         return any(s.matcher is not None for s in decoding)
 
     @property
-    def decodes_in_turn(self) -> bool:
-        """Whether a round's tokens are to be read before the next round: for a grammar, or for drafts, which give an
-        unknown number of tokens."""
-        drafted = any(s.is_drafted and s.status is SequenceStatus.DECODING for s in self.resident)
-        return drafted or self.decodes_by_grammar
+    def decodes_with_drafts(self) -> bool:
+        """Whether a sequence that decodes may have drafts."""
+        return any(s.is_drafted and s.status is SequenceStatus.DECODING for s in self.resident)
 
     def next_decode(self, max_steps: int) -> DecodeBatch:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
         by_grammar = self.decodes_by_grammar
         batch = DecodeBatch.idle(len(self.slots), max_steps := 1 if by_grammar else max_steps)
-        sequences, num_steps, preempted, with_drafts, _ = batch
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue
             room = sequence.max_new_tokens - sequence.num_sampled_tokens
             left = room if sequence.use_long_rope else self._long_rope_boundary - sequence.num_computed_tokens
-            if room and left:
-                with_drafts[i] = sequence.is_drafted and not by_grammar
-                per_step = 1 + self._config.draft_tokens * int(with_drafts[i])
-                sequences[i], num_steps[i] = sequence, min(room, left, max_steps * per_step)
-                self._allocate_to(sequence, sequence.num_computed_tokens + int(num_steps[i]))
+            is_drafted = sequence.is_drafted and not by_grammar
+            if (room and left) or (is_drafted and sequence.num_pending_tokens):  # which may be fewer
+                batch.with_drafts[i] = is_drafted
+                width = max_steps * (1 + self._config.draft_tokens * is_drafted)
+                limit = sequence.num_computed_tokens + min(room, left)
+                self._allocate_to(sequence, batch.add(i, sequence, limit, width))
             elif not sequence.num_pending_tokens:  # else its tokens are to be known first
                 self._preempt(sequence)
-                preempted.append(sequence)
+                batch.preempted.append(sequence)
         return batch
-
-    def advance_decode(self, batch: DecodeBatch) -> None:
-        """Count a batch that is dispatched as computed."""
-        for sequence, count in zip(batch.sequences, batch.num_decode_steps.tolist(), strict=True):
-            if sequence is not None:
-                sequence.num_computed_tokens += count
-                sequence.num_pending_tokens += count
 
     def _allocate_to(self, sequence: Sequence, num_tokens: int) -> None:
         """Allocate pages for its first tokens."""

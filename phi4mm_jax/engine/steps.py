@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
-from phi4mm_jax.engine.drafts import decode_with_drafts
+from phi4mm_jax.engine.drafts import begin_round, decode_with_drafts
 from phi4mm_jax.engine.sampling import SamplingRows, restrict_if_asked, restrict_to_allowed, sample, top_k
 from phi4mm_jax.kernels import gpu
 from phi4mm_jax.mesh import (
@@ -50,11 +50,18 @@ class PrefillInputs(NamedTuple):
     with_beams: Bool[Any, " R"] | None = None  # sequences whose likeliest tokens are beams, among those allowed
 
 
+class Carried(NamedTuple):
+    """What the N slots carry from a round to the next, whose inputs are made before its results are read."""
+
+    last: Int[Any, " N"]  # last token; -1: it has ended
+    untaken: Int[Any, " N"]  # tokens that the round might have given with drafts, and has not
+
+
 class DecodeInputs(NamedTuple):
     """All N slots as a round of decoding begins. A slot's last token is not in the cache yet."""
 
     last: Int[Any, " N"]  # -1: it is in `carried`, or the slot is idle
-    lengths: Int[Any, " N"]  # tokens in the cache
+    lengths: Int[Any, " N"]  # tokens in the cache; of a carried slot those `untaken` included, as in the others
     num_decode_steps: Int[Any, " N"]  # maximum number of tokens to decode in this round; 0 for an idle slot
     tables: Int[Any, "N M"]
     adapters: Int[Any, " N"]
@@ -62,8 +69,10 @@ class DecodeInputs(NamedTuple):
     num_output_tokens: Int[Any, " N"]
     sampling: SamplingRows
     with_top: Bool[Any, " N"] | None = None  # slots whose likeliest tokens are asked for; None: of none
-    carried: Int[Any, " N"] | None = None  # last tokens by steps whose results the host has not read; -1: it has ended
+    carried: Carried | None = None  # of steps whose results the host has not read
     with_drafts: Bool[Any, " N"] | None = None  # slots whose tokens are guessed; None: of none
+    limits: Int[Any, " N"] | None = None  # with drafts, maximum of `lengths` when the round ends
+    widths: Int[Any, " N"] | None = None  # with drafts, maximum number of tokens of the round
     max_steps: Int[Any, ""] | None = None  # with drafts, which give several tokens a step
 
 
@@ -79,7 +88,7 @@ class SampledTokens(NamedTuple):
     finite: Bool[Array, " N"]  # whether all logits were
     top_tokens: Int[Array, "N W C"] | None = None  # the likeliest in place of each, likeliest first, where asked for
     top_log_probabilities: Float[Array, "N W C"] | None = None
-    last: Int[Array, " N"] | None = None  # of decoding: `DecodeInputs.carried` of the next round
+    carried: Carried | None = None  # of decoding: `DecodeInputs.carried` of the next round
     num_steps: Int[Array, " N"] | None = None  # with drafts: steps that these tokens took
 
 
@@ -239,7 +248,7 @@ class Programs:
         sampled = _no_tokens(len(inputs.last), width, min(candidates, self.model.config.decoder.vocab_size))
         last = jnp.asarray(inputs.last)
         if inputs.carried is not None:
-            last = jnp.where(last < 0, inputs.carried, last)
+            last = jnp.where(last < 0, inputs.carried.last, last)
         left = jnp.where(last < 0, 0, jnp.minimum(inputs.num_decode_steps, width))
 
         def unfinished(carry):
@@ -258,7 +267,7 @@ class Programs:
 
         start = cache, token_seen, last, sampled, left, jnp.int32(0)
         cache, token_seen, last, sampled, _, _ = jax.lax.while_loop(unfinished, advance, start)
-        sampled = sampled._replace(last=self._constrain_state(last))
+        sampled = sampled._replace(carried=self._constrain_state(Carried(last, jnp.zeros_like(last))))
         return self._constrain_state(cache), self._constrain_state(token_seen), sampled
 
     def _decode_drafts(
@@ -266,9 +275,9 @@ class Programs:
         inputs: DecodeInputs, *, width: int, max_draft: int, candidates: int = 0,
     ) -> tuple[KVCache, Bool[Array, "N V"], Int[Array, "N M"], SampledTokens]:  # fmt: skip
         """Decode as `_decode` does, at most `inputs.max_steps` steps, and guess tokens of slots `with_drafts`."""
-        last = jnp.asarray(inputs.last)
+        inputs, last, room = begin_round(inputs)
         sampled = _no_tokens(len(last), width, min(candidates, self.model.config.decoder.vocab_size))
-        left = jnp.where(last < 0, 0, jnp.minimum(inputs.num_decode_steps, width))
+        left = jnp.where(last < 0, 0, room)
 
         def compute(cache, ids, starts, lengths):
             hidden, cache = self._hidden_after(variables, cache, inputs, ids, starts, lengths)
@@ -277,17 +286,17 @@ class Programs:
         state = cache, token_seen, history, last, sampled, left
         state, steps = decode_with_drafts(compute, partial(_sample_next, inputs, self._stops), state, inputs, max_draft)
         cache, token_seen, history, last, sampled, _ = state
-        sampled = sampled._replace(last=self._constrain_state(last), num_steps=steps)
+        carried = Carried(last, jnp.where(jnp.asarray(inputs.with_drafts), room - sampled.counts, 0))
+        sampled = sampled._replace(carried=self._constrain_state(carried), num_steps=steps)
         cache, token_seen, history = map(self._constrain_state, (cache, token_seen, history))
         return cache, token_seen, history, sampled
 
-    def _carry_first(
-        self, carried: Int[Array, " N"], slots: Int[Array, " R"], sampled: SampledTokens
-    ) -> Int[Array, " N"]:
+    def _carry_first(self, carried: Carried, slots: Int[Array, " R"], sampled: SampledTokens) -> Carried:
         """Put the tokens of a prefill into `DecodeInputs.carried`, except for slots out of range."""
         tokens = sampled.tokens[:, 0]
         tokens = jnp.where(sampled.finite & ~_is_stop(tokens, self._stops), tokens, -1)
-        return self._constrain_state(carried.at[slots].set(tokens, mode="drop"))
+        last = carried.last.at[slots].set(tokens, mode="drop")
+        return self._constrain_state(Carried(last, carried.untaken.at[slots].set(0, mode="drop")))
 
     def _decode_logits(
         self, variables, cache: KVCache, token_seen: Bool[Array, "N V"], inputs: DecodeInputs

@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+from concurrent.futures import wait
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from helpers.reference import uncached_logits
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling, drafts
 from phi4mm_jax.engine.drafts import NO_TOKEN, propose, verify
+from phi4mm_jax.engine.sequence import SequenceStatus
 from phi4mm_jax.mesh import jit_on_mesh
 
 PLAIN = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -93,22 +96,26 @@ def requests(count, draft, seed=0):
 
 def answers(model, config, asked):
     engine = model.engine(config)
+    return answered(engine, asked), engine.runner
+
+
+def answered(engine, asked):
     found = dict(engine.run(asked))
     assert engine.scheduler.allocator.num_unreserved == engine.config.pages
-    return [found[i] for i in range(len(found))], engine.runner
+    return [found[i] for i in range(len(found))]
 
 
 @pytest.fixture
 def guesses(tiny, monkeypatch):
-    """Replaces the lookup: drafts come from these sequences, every seventh of whose tokens is guessed wrongly."""
+    """Replaces the lookup: drafts come from these sequences, each so manieth of whose tokens is guessed wrongly."""
 
-    def use(sequences):
+    def use(sequences, wrong=7):
         def guess(history, lengths, count):
             known = jnp.stack([jnp.pad(jnp.asarray(s), (0, history.shape[1] - len(s))) for s in sequences])
             same = (known == history[:, None]) | (jnp.arange(history.shape[1]) >= lengths[:, None, None])
             places = lengths[:, None] + jnp.arange(count)
             drafts = known[same.all(-1).argmax(-1)[:, None], places]
-            return jnp.where(places % 7 == 0, drafts ^ 1, drafts), jnp.full(len(lengths), count)
+            return jnp.where(places % wrong == 0, drafts ^ 1, drafts), jnp.full(len(lengths), count)
 
         def program(*arguments, **named):
             return tiny.programs._decode_drafts(*arguments, **named)
@@ -127,8 +134,12 @@ def test_answers_are_those_without_drafts(tiny, guesses, cache_dtype):
     plain, _ = answers(tiny, dataclasses.replace(PLAIN, cache_dtype=cache_dtype), requests(24, None))
     encode = tiny.processor.tokenizer.encode
     guesses([[*encode(r.prompt, special=True), *a.tokens] for r, a in zip(requests(24, None), plain, strict=True)])
-    found, runner = answers(tiny, dataclasses.replace(DRAFTED, cache_dtype=cache_dtype), requests(24, "lookup"))
-    assert [(a.tokens, a.text, a.finish_reason) for a in found] == [(a.tokens, a.text, a.finish_reason) for a in plain]
+    engine, asked = tiny.engine(dataclasses.replace(DRAFTED, cache_dtype=cache_dtype)), list(requests(24, "lookup"))
+    found, runner = [answer for i in range(0, 24, 3) for answer in answered(engine, asked[i : i + 3])], engine.runner
+    for some in (found, answered(engine, asked)):  # none waits for a slot, then most do: rounds ahead and in turn
+        assert [(a.tokens, a.text, a.finish_reason) for a in some] == [
+            (a.tokens, a.text, a.finish_reason) for a in plain
+        ]
     for ours, theirs in zip(found, plain, strict=True):
         np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-3)
     assert sum(a.prompt_tokens < 96 < a.prompt_tokens + len(a.tokens) for a in found) > 3
@@ -165,6 +176,202 @@ def test_drafts_beside_a_grammar_and_beams(tiny):
     ])  # fmt: skip
     assert [(a.tokens, a.text) for a in found] == [(a.tokens, a.text) for a in plain]
     assert runner.num_draft_step_tokens > runner.num_draft_steps > 0
+
+
+class Dispatched(NamedTuple):
+    """A round with drafts of the sequence in the first slot, as it is dispatched."""
+
+    unread: int  # tokens of the rounds before, at most
+    length: int  # tokens in the cache, at most
+    limit: int  # of `length` as the round ends
+    pages: int
+
+
+def dispatched(monkeypatch, engine):
+    """The rounds of the sequence in the first slot that are dispatched from now on."""
+    rounds, decode = [], engine.runner.decode
+
+    def record(batch):
+        if (sequence := batch.sequences[0]) is not None:
+            rounds.append(
+                Dispatched(
+                    sequence.num_pending_tokens, sequence.num_computed_tokens, int(batch.limits[0]), len(sequence.pages)
+                )
+            )
+        return decode(batch)
+
+    monkeypatch.setattr(engine.runner, "decode", record)
+    return rounds
+
+
+def prompt_of(tiny, count):
+    """A prompt of so many tokens."""
+    text = "<|user|>time light house<|end|><|assistant|>"
+    return text + "<|tag|>" * (count - len(tiny.processor.tokenizer.encode(text, special=True)))
+
+
+def wait_for_prompts(engine):
+    """Have all waiting requests ready for the next step."""
+    wait([waiting.processed for waiting in engine.queue._waiting])
+
+
+def finished(engine, *, each_step=lambda: None):
+    """Completions by request, of all steps until the engine is idle."""
+    found = {}
+    while not engine.idle:
+        each_step()
+        found |= {update.id: update.completion for update in engine.step() if update.completion}
+    return found
+
+
+def test_a_round_with_drafts_is_dispatched_before_the_last_one_is_read(tiny, guesses, monkeypatch):
+    """As if whole drafts were taken, 5 tokens a step; of 3 a step in fact (1 in the first), it has all of its steps."""
+    request = Request(prompt_of(tiny, 20), max_new_tokens=41)
+    (plain,), _ = answers(tiny, PLAIN, [request])
+    guesses([[*tiny.processor.tokenizer.encode(request.prompt, special=True), *plain.tokens]], wrong=3)
+    engine = tiny.engine(DRAFTED)
+    rounds = dispatched(monkeypatch, engine)
+    ((_, found),) = engine.run([dataclasses.replace(request, draft="lookup")])
+    assert (found.tokens, found.finish_reason) == (plain.tokens, "length")
+    assert rounds == [Dispatched(*unread, 60, 1) for unread in ((1, 20), (20, 40), (20, 50), (18, 60), (6, 60))]
+
+
+def test_rounds_with_drafts_are_read_in_turn_while_a_request_waits_beside_others(tiny, monkeypatch):
+    """Its slot is free once an end is read; one that decodes alone holds nobody up, and is dispatched ahead."""
+    asked = [Request(prompt_of(tiny, 20 + n), max_new_tokens=60, draft="lookup") for n in range(3)]
+    for slots, waits in ((2, True), (1, False), (3, False)):
+        engine = tiny.engine(dataclasses.replace(DRAFTED, slots=slots))
+        rounds, ends = dispatched(monkeypatch, engine), []
+        for request in asked:
+            engine.submit(request)
+        wait_for_prompts(engine)
+        while not ends:
+            ends = [update for update in engine.step() if update.completion]
+        assert [r.unread > 0 for r in rounds] == [not waits] * len(rounds)
+        assert len(rounds) > 1
+        finished(engine)
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 1000])
+def test_longrope_crossing_inside_a_draft_with_a_later_round_in_flight(tiny, guesses, monkeypatch, wrong):
+    """By then the boundary may be reached, or not: the device knows, and stops there."""
+    asked = [Request(prompt_of(tiny, 80), max_new_tokens=40), Request(prompt_of(tiny, 91), max_new_tokens=40)]
+    plain, _ = answers(tiny, PLAIN, asked)
+    encode = tiny.processor.tokenizer.encode
+    guesses([[*encode(r.prompt, special=True), *a.tokens] for r, a in zip(asked, plain, strict=True)], wrong)
+    engine = tiny.engine(DRAFTED)
+    rounds = dispatched(monkeypatch, engine)
+    found = dict(engine.run([dataclasses.replace(request, draft="lookup") for request in asked]))
+    assert [found[i].tokens for i in range(2)] == [a.tokens for a in plain]
+    assert all(len(a.tokens) == 40 for a in plain)
+    assert any(r.unread and r.length == r.limit == 96 for r in rounds)
+    assert {r.limit for r in rounds} == {96, 119}
+
+
+def test_pages_of_guessed_tokens_are_reserved(tiny, guesses, monkeypatch):
+    """The cache just holds the worst case of those that decode; no draft is right, so that bounds are far ahead."""
+    sizes = [((50, 46), (64, 32)), ((20, 44), (33, 31), (60, 68))]  # prompts and answers, of pages of 64 tokens
+    asked = [[Request(prompt_of(tiny, n), max_new_tokens=m) for n, m in some] for some in sizes]
+    plain = [answers(tiny, PLAIN, some)[0] for some in asked]
+    encode = tiny.processor.tokenizer.encode
+    both = zip([*asked[0], *asked[1]], [*plain[0], *plain[1]], strict=True)
+    guesses([[*encode(r.prompt, special=True), *a.tokens] for r, a in both], wrong=1)
+    engine = tiny.engine(dataclasses.replace(DRAFTED, cache_tokens=64 * 4))
+    rounds, allocator = dispatched(monkeypatch, engine), engine.scheduler.allocator
+
+    def check():
+        assert allocator.num_unreserved >= 0
+        for s in engine.scheduler.resident:
+            assert min(s.num_reserved_pages, s.num_pending_tokens) >= 0
+            assert len(s.pages) + s.num_reserved_pages in (0, s.max_pages)
+            if s.output_token_ids and s.num_computed_tokens:
+                assert s.num_computed_tokens - s.num_pending_tokens == s.num_prompt_tokens + s.num_output_tokens - 1
+
+    for some, expected in zip(asked, plain, strict=True):
+        numbers = [engine.submit(dataclasses.replace(request, draft="lookup")) for request in some]
+        found = finished(engine, each_step=check)
+        assert [found[i].tokens for i in numbers] == [a.tokens for a in expected]
+        assert allocator.num_unreserved == 4
+    assert rounds[0] == Dispatched(1, 50, 95, 2)  # 70 tokens at most after 4 steps, which give 4
+    assert engine.runner.num_draft_step_tokens == engine.runner.num_draft_steps
+
+
+@pytest.mark.parametrize("end", ["stop token", "stop string", "cancelled", "length"])
+def test_pages_are_reused_while_a_round_with_drafts_writes_to_them(tiny, guesses, monkeypatch, end):
+    """A request that comes once another has ended, within a draft and with a round in flight, takes its pages."""
+    asked = [Request(prompt_of(tiny, n), max_new_tokens=m) for n, m in ((150, 40), (20, 70), (140, 40))]
+    plain, _ = answers(tiny, PLAIN, asked)
+    encode = tiny.processor.tokenizer.encode
+    guesses([[*encode(r.prompt, special=True), *a.tokens] for r, a in zip(asked, plain, strict=True)], wrong=5)
+    tokens, text = plain[0].tokens, plain[0].text
+    words = [text[i : i + 3] for i in range(len(text))]
+    settings: dict[str, Any] = {
+        "stop token": {"stop_tokens": [next(x for i, x in enumerate(tokens) if i > 3 and x not in tokens[:i])]},
+        "stop string": {"stop": [next(x for i, x in enumerate(words) if i > 5 and x not in words[:i])]},
+        "cancelled": {}, "length": {"max_new_tokens": 12},
+    }[end]  # fmt: skip
+    engine = tiny.engine(dataclasses.replace(DRAFTED, cache_tokens=64 * 5))  # 3 pages, and 2
+    written, prefill = [], engine.runner.prefill
+
+    def record(batch):
+        written.extend(zip(batch.sequences, ([*s.pages] for s in batch.sequences), strict=True))
+        return prefill(batch)
+
+    monkeypatch.setattr(engine.runner, "prefill", record)
+    first = engine.submit(dataclasses.replace(asked[0], draft="lookup", **settings))
+    other = engine.submit(dataclasses.replace(asked[1], draft="lookup"))
+    wait_for_prompts(engine)
+    engine.step()
+    sequence, updates = engine.scheduler.slots[0], []
+    while sequence.status is not SequenceStatus.FINISHED:
+        updates += engine.step()
+        if end == "cancelled" and len(sequence.output_token_ids) > 1:
+            engine.cancel(first)
+    in_flight = engine._core._decoding.batch.sequences[0]
+    last = engine.submit(dataclasses.replace(asked[2], draft="lookup"))
+    found = {u.id: u.completion for u in (*updates, *engine.step()) if u.completion} | finished(engine)
+    assert in_flight is sequence
+    pages_of = {s.id: pages for s, pages in reversed(written)}  # as each is prefilled first
+    assert sequence.slot == next(s.slot for s, _ in written if s.id == last)
+    assert pages_of[first][-1] in pages_of[last]
+    assert 1 < len(found[first].tokens) < len(plain[0].tokens)
+    assert found[first].tokens == plain[0].tokens[: len(found[first].tokens)]
+    assert [found[i].tokens for i in (other, last)] == [a.tokens for a in plain[1:]]
+    assert engine.scheduler.allocator.num_unreserved == engine.config.pages
+
+
+def test_cancelled_with_drafts_in_flight(tiny):
+    """At any time: its tokens are the first ones of the whole answer, and others' answers are as without it."""
+    asked = [dataclasses.replace(r, draft="lookup", max_new_tokens=60) for r in requests(3, None, seed=3)]
+    plain, _ = answers(tiny, PLAIN, [dataclasses.replace(r, draft=None) for r in asked])
+    engine, counts = tiny.engine(DRAFTED), set()
+    for rounds in range(1, 7):
+        first, *others = map(engine.submit, asked)
+        updates = [update for _ in range(rounds) for update in engine.step()]
+        engine.cancel(first)
+        found = {u.id: u.completion for u in updates if u.completion} | finished(engine)
+        cancelled = found[first].tokens
+        counts.add(len(cancelled))
+        assert cancelled == plain[0].tokens[: len(cancelled)]
+        assert [found[i].tokens for i in others] == [a.tokens for a in plain[1:]]
+        assert engine.scheduler.allocator.num_unreserved == engine.config.pages
+    assert len(counts) > 3
+
+
+def test_a_grammar_that_comes_and_goes_beside_drafts_in_flight(tiny):
+    """Beside rows with drafts and without, which are read before the grammar's first token and ahead again after."""
+    copied, sampled = (dataclasses.replace(r, max_new_tokens=60) for r in list(requests(2, None)))
+    obeying = Request("Say it", max_new_tokens=9, grammar=Grammar.regex("[a-c]{9}"))
+    plain, _ = answers(tiny, PLAIN, [copied, sampled, obeying])
+    for rounds in range(1, 5):
+        engine = tiny.engine(DRAFTED)
+        engine.submit(dataclasses.replace(copied, draft="lookup"))
+        engine.submit(sampled)
+        for _ in range(rounds):
+            engine.step()
+        assert engine.submit(obeying) == 2
+        found = finished(engine)
+        assert [found[i].tokens for i in range(3)] == [a.tokens for a in plain]
 
 
 def test_a_drafted_row_whose_logits_are_not_finite_ends_with_what_it_had(tiny):
