@@ -84,7 +84,7 @@ def decoding(model: phi4mm_jax.Model, cache_tokens: int, keys: int) -> Callable[
     config = EngineConfig(slots=8, cache_tokens=cache_tokens, steps=_STEPS, feature_blocks=16)
     runner, programs = model.engine(config).runner, model.programs
     state = [runner.kv_cache, runner.token_seen]
-    needed = -(-(keys + _STEPS) // config.page_size)
+    needed = -(-(keys + _STEPS) // config.page_tokens)
     tables = np.zeros((8, runner.table_size), np.int32)
     tables[:, :needed] = np.arange(8 * needed).reshape(8, needed) % config.pages  # rows may share pages: all are read
     whole = np.zeros(8, np.int32)

@@ -60,7 +60,7 @@ def answered(engine, count):
 
 def bare(engine, steps):
     runner, whole = engine.runner, np.zeros(slots, np.int32)
-    each = min(runner.table_size, cache // engine.config.page_size)
+    each = min(runner.table_size, cache // engine.config.page_tokens)
     tables = np.zeros((slots, runner.table_size), np.int32)
     tables[:, :each] = np.arange(slots * each).reshape(slots, each)
     state, variables = [runner.kv_cache, runner.token_seen], {"params": model.variables["params"]}

@@ -229,7 +229,7 @@ def prepare(
     messages = messages_of(conversation, as_medium, drawn=True)
     builtin = engine.runner.user_adapters.choose(adapter).builtin
     row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant", adapter=builtin)
-    room = min(processor.context, engine.config.pages * engine.config.page_size)
+    room = min(processor.context, engine.config.pages * engine.config.page_tokens)
     if len(row.tokens) >= room:
         limit = "the context is" if room == processor.context else "--cache-tokens are"
         raise InputError(f"the conversation has {len(row.tokens)} tokens; {limit} {room}, for the answer too")

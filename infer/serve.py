@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial
 from ipaddress import ip_address
@@ -116,12 +116,11 @@ def main() -> int:
     check_address(arguments, keys)
     with named_options(arguments):
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
-        sizes = {
-            "slots": arguments.slots, "cache_tokens": arguments.cache_tokens, "cache_dtype": arguments.cache_dtype,
-            "top_logprobs": limits.top_logprobs, "draft_tokens": arguments.draft_tokens, "cli": True,
+        config = EngineConfig(
+            slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
+            top_logprobs=limits.top_logprobs, draft_tokens=arguments.draft_tokens, cli=True,
             **adapter_places(arguments),
-        }  # fmt: skip
-        config = EngineConfig(page_size=128, **sizes)  # the device's own would keep the device from the engine
+        )  # fmt: skip
     name = arguments.name or Path(os.path.abspath(arguments.model)).name
     if name in user_adapters_of(arguments):
         raise InputError(f"--adapter has {name}, which is the model itself; give it another name, or --name")
@@ -149,7 +148,7 @@ def main() -> int:
             instructions={task: text for task, text in prompts.items() if text is not None},
             adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
-        place = EngineProcess(partial(load_engines, arguments, sizes))
+        place = EngineProcess(partial(load_engines, arguments, config))
         stack.callback(place.close)
         place.start()
         tokenizer = Tokenizer.from_folder(local_folder(arguments.model))
@@ -157,11 +156,9 @@ def main() -> int:
         return serve(app, bound, arguments)
 
 
-def load_engines(arguments: argparse.Namespace, sizes: Mapping[str, Any]) -> Callable[[], Engine]:
+def load_engines(arguments: argparse.Namespace, config: EngineConfig) -> Callable[[], Engine]:
     """Load the model; return what makes its engines. In the engines' process, which has the devices."""
     keep_compiled(arguments.compilation_cache)
-    with named_options(arguments):
-        config = EngineConfig(**sizes)
     model = load_model(arguments, notice=True, merge=arguments.merge)
     return lambda: model.engine(config)
 

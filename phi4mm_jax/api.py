@@ -309,7 +309,7 @@ class Model:
     def _engine_for(self, rows: Sequence[Row], max_new_tokens: int, sizes: Mapping[str, Any]) -> Engine:
         """Return the engine of the last call if it has room for this one, and the same sizes, else a new one."""
         slots = min(1 << (len(rows) - 1).bit_length(), _MAX_SLOTS)
-        page = EngineConfig().page_size
+        page = EngineConfig().page_tokens
         lengths = sorted(min(len(row.tokens) + max_new_tokens, self.processor.context) for row in rows)
         pages = sizes["beams"] * sum(-(-length // page) for length in lengths[-slots:])
         last = self._last_engine

@@ -36,7 +36,7 @@ class Admission:
             ContextLengthError: the prompt fills the context.
             InputError: the engine has no room for it, or the checkpoint lacks what it asks for.
         """
-        length, size, context = len(row.tokens), self._config.page_size, self._processor.context
+        length, size, context = len(row.tokens), self._config.page_tokens, self._processor.context
         if length >= context:
             raise ContextLengthError(
                 f"the prompt has {length} tokens, which leaves no room in the context of {context}; shorten it"
@@ -83,7 +83,7 @@ class Admission:
 
     def _check_media(self, media: MediaInputs, length: int) -> None:
         """Check that the media of each page, the smallest chunk, fit into the encoder cache together."""
-        cache, size = self._encoder_cache, self._config.page_size
+        cache, size = self._encoder_cache, self._config.page_tokens
         if cache.max_stop(media, 0, length) == length:
             return
         for start in range(0, length, size):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 
@@ -10,6 +10,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.checks import check_positive, check_whole
 
 DEFAULT_CACHE_TOKENS = 32768  # where the device's memory is unknown
+LARGEST_DEFAULT_PAGE = 128  # on TPUs, whose kernel requires that
 PREFILL_ROWS = (4, 1)  # sequences that are prefilled at once
 DRAFT_TOKENS = 5  # that programs guess in a step, if they are asked for drafts
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
@@ -26,8 +27,9 @@ class EngineConfig:
         cache_tokens: capacity of the KV cache in tokens, of all sequences together. By default three quarters of each
             device's free memory, at most as much as the slots can use; 32768 on CPUs, whose free memory is unknown.
         page_size: tokens per page (vLLM: block_size); prompts share full pages, and prefill at least one. By default
-            128 on TPUs, whose kernel requires that, and 64 elsewhere, where a short prompt then costs half as much.
-            On a mesh with `context`, each of its devices has that many of every page.
+            128 on TPUs, whose kernel requires that, and 64 elsewhere, where a short prompt then costs half as much;
+            the engine sets it, so that a configuration can be made where no device may be touched. On a mesh with
+            `context`, each of its devices has that many of every page.
         chunk: maximum number of tokens of a sequence that are prefilled at once; a multiple of the page size.
         steps: tokens that are decoded before the host looks at them (multi-step decoding).
         cache_dtype: the model's by default, else "int8".
@@ -49,7 +51,7 @@ class EngineConfig:
 
     slots: int = 8
     cache_tokens: int | None = None
-    page_size: int = field(default_factory=lambda: 128 if jax.default_backend() == "tpu" else 64)
+    page_size: int | None = None
     chunk: int = 2048
     steps: int = 8
     cache_dtype: str | None = None
@@ -67,22 +69,22 @@ class EngineConfig:
     def __post_init__(self):
         sizes = ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams")
         for name in (*sizes, "workers", "media_seconds"):
-            if name != "cache_tokens" or self.cache_tokens is not None:
+            if name not in ("cache_tokens", "page_size") or getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.compile_workers is not None:
             check_positive("compile_workers", self.compile_workers)
         check_whole("top_logprobs", self.top_logprobs, 0)
         check_whole("draft_tokens", self.draft_tokens, 0)
-        if self.page_size < 2:
+        if self.page_size == 1:
             raise InputError(f"page_size is {self.page_size}; expected at least 2")
-        if self.draft_tokens + 1 >= self.page_size:
+        page = self.page_size or LARGEST_DEFAULT_PAGE
+        if self.draft_tokens + 1 >= page:
             raise InputError(
-                f"draft_tokens is {self.draft_tokens}; expected at most {self.page_size - 2}, with pages of "
-                f"{self.page_size} tokens"
+                f"draft_tokens is {self.draft_tokens}; expected at most {page - 2}, with pages of {page} tokens"
             )
         check_whole("max_adapters", self.max_adapters, 0)
         check_positive("max_adapter_rank", self.max_adapter_rank)
-        if self.chunk % self.page_size:
+        if self.page_size is not None and self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise InputError(
@@ -102,8 +104,13 @@ class EngineConfig:
         return self.compile_workers or (min(cores, 16) if cores > 2 else 1)
 
     @property
+    def page_tokens(self) -> int:
+        """Tokens per page, which depend on the device where they are not given; asking for it starts the backend."""
+        return self.page_size or (LARGEST_DEFAULT_PAGE if jax.default_backend() == "tpu" else 64)
+
+    @property
     def pages(self) -> int:
-        return math.ceil((self.cache_tokens or DEFAULT_CACHE_TOKENS) / self.page_size)
+        return math.ceil((self.cache_tokens or DEFAULT_CACHE_TOKENS) / self.page_tokens)
 
     @property
     def decode_width(self) -> int:
@@ -112,13 +119,13 @@ class EngineConfig:
 
     def prefill_width(self, num_tokens: int) -> int:
         """Width that a chunk is padded to: a page times a power of two, at most `chunk`."""
-        pages = math.ceil(num_tokens / self.page_size)
-        return min(self.page_size << (pages - 1).bit_length(), self.chunk)
+        pages = math.ceil(num_tokens / self.page_tokens)
+        return min(self.page_tokens << (pages - 1).bit_length(), self.chunk)
 
     @property
     def prefill_widths(self) -> list[int]:
         """All widths that chunks are padded to."""
-        return sorted({self.prefill_width(n) for n in range(self.page_size, self.chunk + 1, self.page_size)})
+        return sorted({self.prefill_width(n) for n in range(self.page_tokens, self.chunk + 1, self.page_tokens)})
 
     @property
     def beam_batch_sizes(self) -> list[int]:

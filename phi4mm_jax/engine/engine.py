@@ -57,7 +57,7 @@ class Engine:
                 "the model's mesh is of several hosts, and an engine is of one; give a mesh of jax.local_devices(), "
                 "and each host its prompts, or use infer.ray"
             )
-        config = replace(config, page_size=config.page_size * programs.context)  # each device has its part of a page
+        config = replace(config, page_size=config.page_tokens * programs.context)  # each device has its part of a page
         if config.cache_tokens is None:
             tokens = default_cache_tokens(config, programs, processor.context)
             config = replace(config, cache_tokens=tokens)

@@ -62,8 +62,8 @@ class ModelRunner:
         dtype = jnp.dtype(programs.model.dtype)
         cache_dtype = _cache_dtype(config, dtype)
         self.user_adapters = UserAdapters(programs, config)
-        self.table_size = min(config.pages, math.ceil(context / config.page_size))
-        self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_size, cache_dtype))
+        self.table_size = min(config.pages, math.ceil(context / config.page_tokens))
+        self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_tokens, cache_dtype))
         features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
         sizes = group_sizes(len(programs.devices))
         self.encoder_cache = EncoderCache(lambda *given: self._encode_step(*given)(), features, sizes)
@@ -76,7 +76,7 @@ class ModelRunner:
         self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
         self._history: TokenHistory | None = None
         if config.draft_tokens:
-            self._history = TokenHistory(programs, config.slots, self.table_size * config.page_size)
+            self._history = TokenHistory(programs, config.slots, self.table_size * config.page_tokens)
         self.num_draft_steps = self.num_draft_step_tokens = 0
         self._with_grammars = is_installed()
         self._masks = GrammarMasks(programs.place, model.decoder.vocab_size)
@@ -368,13 +368,13 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
     cached = jnp.dtype(config.cache_dtype or programs.model.dtype)
     head = decoder.head_size * cached.itemsize + (4 if cached == jnp.int8 else 0)  # with its scale
     token = 2 * decoder.num_layers * decoder.num_kv_heads * head // programs.shares
-    pages = int(0.75 * (free - rest)) // (token * config.page_size) - 1  # the scratch page
+    pages = int(0.75 * (free - rest)) // (token * config.page_tokens) - 1  # the scratch page
     if pages < 1:
         raise InputError(
             f"of a device's memory {free / 2**30:.1f} GiB are free, which is no room for a cache; use more devices "
             "(mesh), cache_dtype int8 or fewer feature_blocks, or say what to try with cache_tokens"
         )
-    return config.page_size * min(pages, config.slots * config.beams * math.ceil(context / config.page_size))
+    return config.page_tokens * min(pages, config.slots * config.beams * math.ceil(context / config.page_tokens))
 
 
 def _fetching(results: T) -> T:

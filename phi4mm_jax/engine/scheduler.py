@@ -151,7 +151,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
-        sequence.reset(self._config.page_size, self._long_rope_boundary)
+        sequence.reset(self._config.page_tokens, self._long_rope_boundary)
 
     def _reserve(self, sequence: Sequence) -> bool:
         if sequence.max_pages > self.allocator.num_unreserved:
@@ -205,7 +205,7 @@ class Scheduler:
         return stop == sequence.num_tokens_to_prefill
 
     def _full_pages(self, start: int, stop: int) -> slice:
-        return slice(start // self._config.page_size, stop // self._config.page_size)
+        return slice(start // self._config.page_tokens, stop // self._config.page_tokens)
 
     def _select_prefill(self) -> list[Sequence]:
         """Return sequences with the same adapter and the same chunk width."""
@@ -215,12 +215,12 @@ class Scheduler:
         for sequence in sorted(prefilling, key=lambda s: s.id):
             if not sequence.prefix_matched:
                 # The last token is always computed, or else there would be no logits to sample from.
-                most = (sequence.num_tokens_to_prefill - 1) // self._config.page_size
+                most = (sequence.num_tokens_to_prefill - 1) // self._config.page_tokens
                 cached = min(self.allocator.match_prefix(sequence.page_hashes), most)
                 if cached < most and sequence.page_hashes[cached] in computed:
                     continue  # another sequence is about to compute the next page of this one
                 self._acquire_prefix(sequence, cached)
-            computed.update(sequence.page_hashes[sequence.num_computed_tokens // self._config.page_size :])
+            computed.update(sequence.page_hashes[sequence.num_computed_tokens // self._config.page_tokens :])
             if not chosen or self._batch_key(sequence) == self._batch_key(chosen[0]):
                 chosen.append(sequence)
         chosen = chosen[: next((n for n in PREFILL_ROWS if n <= len(chosen)), 0)]
@@ -232,7 +232,7 @@ class Scheduler:
         sequence.pages = self.allocator.acquire_cached(sequence.page_hashes[:count])
         self.allocator.unreserve(count)
         sequence.num_reserved_pages -= count
-        sequence.num_computed_tokens, sequence.prefix_matched = count * self._config.page_size, True
+        sequence.num_computed_tokens, sequence.prefix_matched = count * self._config.page_tokens, True
 
     def _batch_key(self, sequence: Sequence) -> tuple[int, int]:
         return sequence.adapter, self._next_width(sequence)
@@ -245,7 +245,7 @@ class Scheduler:
 
         Limited by the chunk size and the encoder cache's room; by the latter it is rounded down to a page boundary.
         """
-        size = self._config.page_size
+        size = self._config.page_tokens
         stop = min(sequence.num_computed_tokens + self._config.chunk, sequence.num_tokens_to_prefill)
         prompt = min(stop, sequence.num_prompt_tokens)
         fitting = self._encoder_cache.max_stop(sequence.media, sequence.num_computed_tokens, prompt)
@@ -289,7 +289,7 @@ class Scheduler:
 
     def _allocate_to(self, sequence: Sequence, num_tokens: int) -> None:
         """Allocate pages for its first tokens."""
-        while len(sequence.pages) * self._config.page_size < num_tokens:
+        while len(sequence.pages) * self._config.page_tokens < num_tokens:
             sequence.pages.append(self._allocate(sequence))
 
     def _allocate(self, sequence: Sequence) -> int:
@@ -310,13 +310,13 @@ class Scheduler:
                 ready.append((sequence, sequence.beams))
         for sequence, beams in ready:
             for pages in beams.pages:
-                if (len(sequence.pages) + len(pages)) * self._config.page_size == sequence.num_computed_tokens:
+                if (len(sequence.pages) + len(pages)) * self._config.page_tokens == sequence.num_computed_tokens:
                     pages.append(self._allocate(sequence))
         return ready
 
     def start_beams(self, sequence: Sequence, beams: BeamGroup) -> None:
         """Hand the prompt's last, partially filled page to the beams, which write to it."""
-        num_full = sequence.num_prompt_tokens // self._config.page_size
+        num_full = sequence.num_prompt_tokens // self._config.page_tokens
         beams.pages, sequence.pages = [sequence.pages[num_full:]], sequence.pages[:num_full]
 
     def fork(self, sequence: Sequence, beams: BeamGroup, parents: list[int]) -> None:
@@ -326,5 +326,5 @@ class Scheduler:
         self.allocator.unreserve(sequence.num_reserved_pages)
         sequence.num_reserved_pages = sequence.max_pages - len(sequence.pages) - beams.num_pages
         self.allocator.reserve(sequence.num_reserved_pages)
-        if sequence.num_computed_tokens % self._config.page_size:
+        if sequence.num_computed_tokens % self._config.page_tokens:
             beams.copy_on_write(self.allocator, lambda: self._allocate(sequence))

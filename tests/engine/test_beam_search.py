@@ -305,7 +305,7 @@ def test_beams_do_not_depend_on_the_batch(tiny, cache_dtype):
 
 def test_beams_share_pages_and_give_them_back(tiny):
     """Of a prompt of 333 tokens there is one copy, and every page that a beam writes to is its own."""
-    engine, size = tiny.engine(SMALL), SMALL.page_size
+    engine, size = tiny.engine(SMALL), SMALL.page_tokens
     number = engine.submit(request_of(CASES["text_long"], 70, 4))
     most, done = 0, None
     while done is None:

@@ -1,8 +1,13 @@
 """The engine: what a request is answered depends on nothing but the request."""
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
+import textwrap
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -606,6 +611,33 @@ def test_a_cache_dtype_that_does_not_fit_is_named(tiny, dtype):
 def test_bad_sizes_are_named(size):
     with pytest.raises(InputError, match=size):
         EngineConfig(**{size: 0})
+
+
+def test_a_configuration_starts_no_backend():
+    """It is made where no device may be touched; the size of its pages is known once there is an engine."""
+    code = """
+    from phi4mm_jax.engine import EngineConfig
+    config = EngineConfig()
+    assert config.page_size is None
+    try:
+        config.page_tokens
+    except RuntimeError as error:
+        print(error)
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "absent", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "absent" in done.stdout  # such a backend can only fail
+
+
+def test_pages_are_sized_by_the_device(tiny):
+    assert tiny.engine(EngineConfig(slots=1, cache_tokens=256)).config.page_size == 64
+    with pytest.raises(InputError, match="chunk is 96; expected a multiple of the page size of 64"):
+        tiny.engine(EngineConfig(chunk=96))
+    with pytest.raises(InputError, match="draft_tokens is 127; expected at most 126, with pages of 128 tokens"):
+        EngineConfig(draft_tokens=127)
+    with pytest.raises(InputError, match="draft_tokens is 64; expected at most 62, with pages of 64 tokens"):
+        tiny.engine(EngineConfig(draft_tokens=64))
 
 
 def test_unreferenced_pages_stay_in_the_prefix_cache():

@@ -78,7 +78,7 @@ def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
     (small, few), (large, many) = found
     if program != "set_penalty_mask":
         assert many > 12 * few
-    pages = (SMALL.cache_tokens or 0) / SMALL.page_size
+    pages = (SMALL.cache_tokens or 0) / SMALL.page_tokens
     page = few / (SMALL.feature_blocks if program in ("image", "audio") else pages)
     assert large.memory_analysis().temp_size_in_bytes <= small.memory_analysis().temp_size_in_bytes + page
     assert large.cost_analysis()["flops"] == pytest.approx(small.cost_analysis()["flops"], rel=1e-3)

@@ -205,7 +205,7 @@ def test_nothing_compiles_when_adapters_come_and_go(engine, tiny, merged, folder
     second = answers(engine, ["mine"])[0]
     prompt = tiny.process([PROMPT])
     assert engine.runner.num_prefilled_tokens - prefilled == prompt.lengths[0]
-    assert prompt.lengths[0] > CONFIG.page_size
+    assert prompt.lengths[0] > CONFIG.page_tokens
     assert count_compilations() == before
     check_equal_to_merged(tiny, merged, ["medical"], [second])
     assert first.tokens != second.tokens
