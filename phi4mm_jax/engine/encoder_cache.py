@@ -149,6 +149,8 @@ class EncoderCache:
 
     def max_stop(self, media: MediaInputs, start: int, stop: int) -> int:
         """Return the end, `stop` at most, of the longest run of tokens from `start` whose inputs fit into the table."""
+        if sum(x.num_blocks for x in media.inputs) <= self.capacity:
+            return stop
         numbers, first = np.unique(media.input_index[start:stop], return_index=True)
         room = self.capacity
         for at, number in sorted(zip(first.tolist(), numbers.tolist(), strict=True)):

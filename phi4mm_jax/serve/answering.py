@@ -26,6 +26,7 @@ from phi4mm_jax.utils.strict_json import strict_json
 T = TypeVar("T")
 J = TypeVar("J", bound="Job")
 Updates = AsyncIterator[tuple[int, Update]]  # each with its request's place
+Events = AsyncIterator[list[dict[str, Any]]]  # objects that come together
 _CLOSED = 499  # the client has gone, as nginx has it; nobody reads it but the metrics
 
 
@@ -186,7 +187,7 @@ def events_of(service: Service, client: str, job: J, form: Callable[[Service, J,
     """Return what an `EventStream` sends: the objects that `form` makes of a job's updates."""
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+    async def opened() -> AsyncIterator[Events]:
         async with answering(service, client, job) as updates:
             yield form(service, job, updates)
 
@@ -246,13 +247,13 @@ class EventStream(Response):
     """Server-sent events, one for each object. An error before the first one is a response of its own.
 
     Args:
-        events: a context whose value yields the objects; left when the client has gone.
+        events: a context whose value yields the objects, those together that are sent at once; left when the client has
+            gone.
         last: what ends the stream, or None.
     """
 
     def __init__(
-        self, events: Callable[[], AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]],
-        last: str | None = "[DONE]",
+        self, events: Callable[[], AbstractAsyncContextManager[Events]], last: str | None = "[DONE]"
     ):  # fmt: skip
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
@@ -265,21 +266,21 @@ class EventStream(Response):
     async def _send(self, scope: Any, receive: Any, send: Any) -> None:
         begun = False
 
-        async def write(data: str) -> None:
+        async def write(*data: str, more: bool = True) -> None:
             nonlocal begun
             if not begun:
                 begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+            body = "".join(f"data: {each}\n\n" for each in data).encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
+        last = [] if self._last is None else [self._last]
         try:
             async with self._events() as events:
-                async for event in events:
-                    await write(strict_json(event))
+                async for together in events:
+                    await write(*map(strict_json, together))
         except ApiError as error:
             if not begun:
                 return await error.response()(scope, receive, send)
-            await write(strict_json(error.body))
-        if self._last is not None:
-            await write(self._last)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = [strict_json(error.body), *last]
+        await write(*last, more=False)

@@ -1,12 +1,12 @@
 """/v1/audio/transcriptions and /v1/audio/translations."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phi4mm_jax.engine import Completion, Request, Sampling, Update
 from phi4mm_jax.processing.recordings import RecordedClip, cut_recording
-from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
+from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.chat import token_logprobs
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.transcription.recognition import clip_request
@@ -122,7 +122,7 @@ def segments_of(job: AudioJob, completions: Sequence[Completion]) -> list[Segmen
     return [Segment.of(*span, completion) for span, completion in zip(job.spans, completions, strict=True)]
 
 
-async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
+async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> Events:
     """Yield the objects of a streamed transcript: of one clip token by token, of several each as it is answered."""
 
     def delta(text: str, found: Completion | Update) -> dict[str, Any]:
@@ -133,7 +133,7 @@ async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> Asy
     sent, text = 0, ""
     async for place, update in updates:
         if len(job.requests) == 1 and update.text:
-            yield delta(update.text, update)
+            yield [delta(update.text, update)]
         if update.completion is not None:
             ended[place] = update.completion
         while sent in ended:  # in the order of the recording
@@ -141,11 +141,11 @@ async def audio_chunks(service: Service, job: AudioJob, updates: Updates) -> Asy
             piece = separator(text, said) + said
             text += piece
             if piece and len(job.requests) > 1:
-                yield delta(piece, ended[sent])
+                yield [delta(piece, ended[sent])]
             sent += 1
     completions = [ended[place] for place in sorted(ended)]
     event: dict[str, Any] = {"type": "transcript.text.done", "text": text, "usage": _usage(completions)}
-    yield event | {"logprobs": _logprobs(service, completions)} if job.logprobs else event
+    yield [event | {"logprobs": _logprobs(service, completions)} if job.logprobs else event]
 
 
 def _logprobs(service: Service, found: Sequence[Completion | Update]) -> list[dict[str, Any]]:

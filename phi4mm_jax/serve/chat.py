@@ -1,6 +1,5 @@
 """/v1/chat/completions."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from secrets import randbelow
@@ -12,7 +11,7 @@ from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.engine.tool_calls import BEGIN
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
+from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import ChatRequest, Drawing
@@ -131,8 +130,8 @@ def _named(tokenizer: Tokenizer, token: int, log_probability: float) -> dict[str
     return {"token": content.decode(errors="replace"), "logprob": log_probability, "bytes": list(content)}
 
 
-async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
-    """Yield the objects of a streamed chat."""
+async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> Events:
+    """Yield the objects of a streamed chat, those of each update together."""
     head = {"id": job.id, "object": "chat.completion.chunk", "created": job.created, "model": job.model or service.name}
     usage = {"usage": None} if job.include_usage else {}
 
@@ -144,24 +143,27 @@ async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> Async
     begun: set[int] = set()
     prompt_tokens = 0
     async for place, update in updates:
+        chunks: list[dict[str, Any]] = []
         if place not in begun:
             begun.add(place)
-            yield chunk(place, {"role": "assistant", "content": ""})
+            chunks.append(chunk(place, {"role": "assistant", "content": ""}))
         text = streams[place].add(update)
         logprobs = None
         if job.logprobs and update.tokens:
             logprobs = {"content": token_logprobs(service.tokenizer, update)}
         if text or logprobs is not None:
-            yield chunk(place, {"content": text}, logprobs=logprobs)
+            chunks.append(chunk(place, {"content": text}, logprobs=logprobs))
         if (completion := update.completion) is not None:
             prompt_tokens = completion.prompt_tokens
             message, reason = chat_message(completion, f"{job.id.removeprefix('chatcmpl-')}_{place}")
             for i, call in enumerate(message.get("tool_calls", [])):
-                yield chunk(place, {"tool_calls": [{"index": i, **call}]})
-            yield chunk(place, {}, reason)
+                chunks.append(chunk(place, {"tool_calls": [{"index": i, **call}]}))
+            chunks.append(chunk(place, {}, reason))
+        if chunks:
+            yield chunks
     if job.include_usage:
         count = sum(stream.num_tokens for stream in streams)
-        yield head | {"choices": [], "usage": usage_of(prompt_tokens, count)}
+        yield [head | {"choices": [], "usage": usage_of(prompt_tokens, count)}]
 
 
 class _ContentStream:

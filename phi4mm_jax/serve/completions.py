@@ -1,6 +1,5 @@
 """/v1/completions."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from phi4mm_jax.engine.answer_lines import usage_of
 from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.serve.answering import Job, Service, Updates, completions_of, in_thread
+from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.chat import OURS, adapter_of, check_drawing, check_top_logprobs, choices
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
@@ -108,8 +107,8 @@ def _logprobs(tokenizer: Tokenizer, found: Completion | Update, offset: int) -> 
     }  # fmt: skip
 
 
-async def text_chunks(service: Service, job: TextJob, updates: Updates) -> AsyncIterator[dict[str, Any]]:
-    """Yield the objects of streamed texts."""
+async def text_chunks(service: Service, job: TextJob, updates: Updates) -> Events:
+    """Yield the objects of streamed texts, one for each update."""
     head = _head(service, job) | ({"usage": None} if job.include_usage else {})
     count, offsets = 0, [0] * len(job.requests)
     prompt_tokens = [0] * len(job.requests)
@@ -124,6 +123,6 @@ async def text_chunks(service: Service, job: TextJob, updates: Updates) -> Async
         reason = None
         if update.completion is not None:
             prompt_tokens[place], reason = update.completion.prompt_tokens, update.completion.finish_reason
-        yield head | {"choices": [{"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}]}
+        yield [head | {"choices": [{"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason}]}]
     if job.include_usage:
-        yield head | {"choices": [], "usage": _usage(job, prompt_tokens, count)}
+        yield [head | {"choices": [], "usage": _usage(job, prompt_tokens, count)}]

@@ -36,7 +36,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def strict_json(value: Any, **options: Any) -> str:
     """`json.dumps`, with null for every number that is not finite."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (ValueError, TypeError):  # a number that is not finite, or a mapping that is no dict
+        return json.dumps(_finite(value), allow_nan=False, **options)
 
 
 def _finite(value: Any) -> Any:
