@@ -60,6 +60,8 @@ _LIMITS = {
     "clip_seconds": "of a clip that is transcribed as one; longer ones are cut at silence",
     "pause": "seconds of silence that end a clip of a longer recording in any case",
     "top_logprobs": "alternatives of a token that a request may ask for",
+    "beams": 'of a request with "use_beam_search"; 1 for no such requests',
+    "draft_tokens": 'the most that are guessed in a step, of requests with "draft"; 0 for no such requests',
 }
 
 
@@ -80,10 +82,6 @@ def parse_arguments() -> argparse.Namespace:
         "--merge", choices=tuple(ADAPTERS), help="add this adapter to the weights; others are gone then"
     )
     add_adapter_folder(parser)
-    parser.add_argument(
-        "--draft-tokens", metavar="N", type=int, default=0,
-        help='the most that are guessed in a step, of requests with "draft" (default: none, and no such requests)',
-    )  # fmt: skip
     add_user_adapters(parser)
     parser.add_argument(
         "--adapter-root", metavar="DIR", type=path_argument,
@@ -118,7 +116,7 @@ def main() -> int:
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,
-            top_logprobs=limits.top_logprobs, draft_tokens=arguments.draft_tokens, cli=True,
+            top_logprobs=limits.top_logprobs, beams=limits.beams, draft_tokens=limits.draft_tokens, cli=True,
             **adapter_places(arguments),
         )  # fmt: skip
     name = arguments.name or Path(os.path.abspath(arguments.model)).name

@@ -329,7 +329,10 @@ class Model:
 def _together(drawn: Sequence[Completion]) -> Completion:
     """Return one completion of all answers that were sampled for a prompt."""
     found = tuple(
-        Hypothesis(c.text, c.tokens, float(np.mean(c.log_probabilities or (0.0,))), c.log_probabilities) for c in drawn
+        Hypothesis(
+            c.text, c.tokens, float(np.mean(c.log_probabilities or (0.0,))), c.log_probabilities, c.finish_reason
+        )
+        for c in drawn
     )
     return dataclasses.replace(drawn[0], alternatives=found)
 

@@ -99,8 +99,8 @@ class Admission:
             return None
         if request.beams > self._config.beams:
             raise InputError(
-                f"the request asks for {request.beams} beams, but the engine allows {self._config.beams}; ask for "
-                f"fewer, or allow more with {self._config.named('beams')}"
+                f"beams is {request.beams}, but the engine allows {self._config.beams}; ask for fewer, or allow more "
+                f"with {self._config.named('beams')}"
             )
         stops = frozenset({*self._stops, *request.stop_tokens})
         allowed = max_stops(self._stops)

@@ -169,13 +169,16 @@ class BeamGroup:
         """Return its best answers so far; without a `reason` the best one says why it ended."""
         search = self.search
         found = tuple(
-            Hypothesis(_text(beam, search, tokenizer), list(beam.tokens), search.score(beam), beam.log_probabilities)
+            Hypothesis(
+                _text(beam, search, tokenizer), list(beam.tokens), search.score(beam), beam.log_probabilities,
+                "stop" if beam.stopped else reason or "length",
+            )
             for beam in search.best
-        )
+        )  # fmt: skip
         if not found:
             return Completion("", [], reason or "cancelled", prompt_tokens)
         first = found[0]
-        reason = reason or ("stop" if search.best[0].stopped else "length")
+        reason = reason or first.finish_reason
         return Completion.of(
             tokenizer, first.text, first.tokens, reason, prompt_tokens, log_probabilities=first.log_probabilities,
             alternatives=found,

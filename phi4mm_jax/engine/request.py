@@ -133,12 +133,14 @@ class Hypothesis:
         tokens: the generated ids, a final stop token included.
         score: the sum of the tokens' log-probabilities, divided by their number to the power of the length penalty.
         log_probabilities: of each token.
+        finish_reason: see `Completion`.
     """
 
     text: str
     tokens: list[int]
     score: float
     log_probabilities: tuple[float, ...]
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,16 @@ class Completion:
         """A completion with the tool calls that its tokens have, as far as its text goes."""
         content, calls = parse_tool_calls(tokens, tokenizer, len(text))
         return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
+
+    def answers(self, tokenizer: Tokenizer) -> list["Completion"]:
+        """Return each of the alternatives as a completion; itself where there are none."""
+        made = [
+            Completion.of(
+                tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, log_probabilities=a.log_probabilities
+            )
+            for a in self.alternatives
+        ]  # fmt: skip
+        return made or [self]
 
     def raise_for_error(self) -> None:
         """Raise the error of this completion, if it has one.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, File, Form, UploadFile
 from fastapi import Request as HttpRequest
@@ -39,15 +39,25 @@ from phi4mm_jax.serve.gate import Gate, StrictRoute, client_of, owner_of
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.media import MediaReader
 from phi4mm_jax.serve.metrics import Metrics
-from phi4mm_jax.serve.models import PART_MODELS, PART_TYPES, BatchRequest, ChatRequest, CompletionRequest, ErrorBody
+from phi4mm_jax.serve.models import (
+    PART_MODELS,
+    PART_TYPES,
+    BatchRequest,
+    ChatRequest,
+    CompletionRequest,
+    ErrorBody,
+    Seconds,
+    Temperature,
+)
 from phi4mm_jax.serve.queueing import FairQueue
 from phi4mm_jax.serve.remote_media import Fetcher
+from phi4mm_jax.serve.schemas import describe_limits
 from phi4mm_jax.transcription.transcripts import TASKS, Task
 
 PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
 _KEYS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
-_NO_KEYS = {"body", "query", "path", "str", *PART_MODELS}  # what pydantic puts between the keys
+_NO_KEYS = {"body", "query", "path", "str", "constrained-str", *PART_MODELS}  # what pydantic puts between the keys
 _WORKERS = 32  # threads that read media: a slow one holds up few others
 _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows this one
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
@@ -130,7 +140,7 @@ def create_app(
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.service = service
-    app.openapi = lambda: _described(app)
+    app.openapi = lambda: _described(app, limits)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(Exception, _on_failure)
@@ -145,8 +155,8 @@ def create_app(
     return app
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document, without the answers to bad input that FastAPI would give itself."""
+def _described(app: FastAPI, limits: Limits) -> dict[str, Any]:
+    """Return the OpenAPI document, with these limits, without the answers to bad input that FastAPI would give."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         for path in schema["paths"].values():
@@ -154,6 +164,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
+        describe_limits(schema["components"]["schemas"], limits)
         error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] |= error.pop("$defs") | {"ErrorBody": error}
         app.openapi_schema = schema
@@ -202,12 +213,10 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
         return await response_of(http, text_answer(service, client_of(http), job))
 
     async def listen(
-        task: Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool, prompt: str,
-        response_format: str, **fields: Any,
+        task: Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool,
+        response_format: audio.Format, **fields: Any,
     ) -> Response:  # fmt: skip
         service.check_model(model)
-        if prompt:
-            raise ApiError(400, "prompt is given, which the model does not take; leave it out", param="prompt")
         instruction = settings.instructions.get(task, TASKS[task])
         job = await audio.parse_audio(
             service, task, await file.read(), instruction=instruction, adapter=service.adapter_of(model),
@@ -223,38 +232,33 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
     async def transcriptions(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
         model: Annotated[str | None, Form()] = None,
-        language: Annotated[str | None, Form(description="what verbose_json names; the model finds out itself")] = None,
-        prompt: Annotated[str, Form(description="only empty")] = "",
-        response_format: Annotated[str, Form(description=", ".join(audio.FORMATS))] = "json",
-        temperature: Annotated[float, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
-        include: Annotated[list[str], Form(alias="include[]", description='"logprobs", of json')] = [],  # noqa: B006
+        language: Annotated[audio.Language | None, Form(description="for verbose_json: the model finds out")] = None,
+        prompt: Annotated[str, Form(max_length=0)] = "",
+        response_format: Annotated[audio.Format, Form(description="json and text may be streamed")] = "json",
+        temperature: Annotated[Temperature, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
+        include: Annotated[list[Literal["logprobs"]], Form(alias="include[]", description="of json")] = [],  # noqa: B006
         timestamp_granularities: Annotated[
-            list[str], Form(alias="timestamp_granularities[]", description='only "segment"')
+            list[Literal["segment"]], Form(alias="timestamp_granularities[]", description="of words there are none")
         ] = [],  # noqa: B006
-        timeout: Annotated[float | None, Form(description="seconds that the request may take")] = None,
+        timeout: Annotated[Seconds | None, Form(description="that the request may take")] = None,
     ) -> Response:  # fmt: skip
         """Write down what is said in a clip."""
-        if unknown := set(timestamp_granularities) - {"segment"}:
-            raise ApiError(400, f"timestamp_granularities is {sorted(unknown)!r:.80}; expected [\"segment\"], as the "
-                           "model tells no times of words", param="timestamp_granularities[]")  # fmt: skip
-        if unknown := set(include) - {"logprobs"}:
-            raise ApiError(400, f'include is {sorted(unknown)!r:.80}; expected ["logprobs"]', param="include[]")
         return await listen(
-            "transcribe", http, file, model, stream, prompt, response_format, language=language,
+            "transcribe", http, file, model, stream, response_format, language=language,
             temperature=temperature, timeout=timeout, logprobs=bool(include),
         )  # fmt: skip
 
     @app.post("/v1/audio/translations", responses=ERRORS | _content("text/event-stream", "text/plain"))
     async def translations(
         http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
-        model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(description="only empty")] = "",
-        response_format: Annotated[str, Form(description=", ".join(audio.FORMATS))] = "json",
-        temperature: Annotated[float, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
-        timeout: Annotated[float | None, Form(description="seconds that the request may take")] = None,
+        model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(max_length=0)] = "",
+        response_format: Annotated[audio.Format, Form(description="json and text may be streamed")] = "json",
+        temperature: Annotated[Temperature, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
+        timeout: Annotated[Seconds | None, Form(description="that the request may take")] = None,
     ) -> Response:  # fmt: skip
         """Translate what is said in a clip to English."""
         return await listen(
-            "translate", http, file, model, stream, prompt, response_format, language=None, temperature=temperature,
+            "translate", http, file, model, stream, response_format, language=None, temperature=temperature,
             timeout=timeout, logprobs=False,
         )  # fmt: skip
 
@@ -278,11 +282,9 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
     @app.post("/v1/files", responses=ERRORS)
     async def add_file(
         http: HttpRequest, file: Annotated[UploadFile, File(description="requests, one JSON object a line")],
-        purpose: Annotated[str, Form(description='only "batch"')],
+        purpose: Annotated[Literal["batch"], Form()],
     ) -> dict[str, Any]:  # fmt: skip
         """Keep a file for batches."""
-        if purpose != "batch":
-            raise ApiError(400, f'purpose is {purpose!r:.60}; expected "batch"', param="purpose")
         name = (file.filename or "")[-255:]
         return await asyncio.to_thread(store.add_file, file.file, name, purpose, owner_of(http))
 

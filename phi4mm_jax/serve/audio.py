@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import WithJsonSchema
 
 from phi4mm_jax.engine import Completion, Request, Sampling, Update
 from phi4mm_jax.processing.recordings import RecordedClip, cut_recording
@@ -22,7 +24,8 @@ from phi4mm_jax.transcription.transcripts import (
     vtt,
 )
 
-FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
+Language = Annotated[str, WithJsonSchema({"enum": list(LANGUAGES)})]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +41,13 @@ class AudioJob(Job):
     task: Task
     seconds: float
     spans: list[tuple[float, float]]
-    form: str
+    form: Format
     language: str | None
     temperature: float
 
 
 async def parse_audio(
-    service: Service, task: Task, content: bytes, *, instruction: str, adapter: str | None, form: str,
+    service: Service, task: Task, content: bytes, *, instruction: str, adapter: str | None, form: Format,
     language: str | None, temperature: float, timeout: float | None, logprobs: bool,
 ) -> AudioJob:  # fmt: skip
     """Return what the fields of a form ask for.
@@ -52,10 +55,6 @@ async def parse_audio(
     Raises:
         ApiError: a field is out of range, or the clip is none, or too long.
     """
-    if form not in FORMATS:
-        raise ApiError(
-            400, f"response_format is {form!r:.60}; expected one of {', '.join(FORMATS)}", param="response_format"
-        )
     if logprobs and form != "json":
         raise ApiError(400, f"include asks for logprobs, which only json has, not {form}", param="include[]")
     if language is not None and language not in LANGUAGES:

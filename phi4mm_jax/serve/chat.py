@@ -16,7 +16,9 @@ from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import ChatRequest, Drawing
 
-OURS = {"model", "n", "stream", "stream_options", "adapter", "timeout"}  # not of the parser
+OURS = {  # not of the parser
+    "model", "n", "stream", "stream_options", "adapter", "timeout", "use_beam_search", "length_penalty"
+}  # fmt: skip
 _OURS = OURS | {"top_logprobs"}
 
 
@@ -34,14 +36,15 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
         ApiError: a key is not supported, out of range, or beyond a limit.
     """
     values = body.model_dump(exclude_unset=True, exclude_none=True)
-    count = check_drawing(service, body)
+    count, beams = check_drawing(service, body), beams_of(service, body)
     if body.top_logprobs:
         check_top_logprobs(service, body.top_logprobs, bool(body.logprobs))
 
     def parse() -> Request:
         parsed = keys_of_body({key: value for key, value in values.items() if key not in _OURS}, "messages")
         parsed["messages"] = service.read_media(parsed["messages"])
-        request = request_of(parsed | adapter_of(service, body), {"max_new_tokens": service.limits.max_new_tokens})
+        parsed |= adapter_of(service, body) | beams
+        request = request_of(parsed, {"max_new_tokens": service.limits.max_new_tokens})
         return replace(request, top_logprobs=body.top_logprobs or 0)
 
     deadline = service.deadline(body.timeout)
@@ -62,9 +65,40 @@ def check_drawing(service: Service, body: Drawing) -> int:
     count = 1 if body.n is None else body.n
     if not 1 <= count <= service.limits.choices:
         raise ApiError(400, f"n is {count}; expected a whole number from 1 to {service.limits.choices}", param="n")
+    if body.draft is not None and not service.limits.draft_tokens:
+        raise ApiError(400, f"draft is {body.draft!r}, but this server guesses none (--draft-tokens); leave it out",
+                       param="draft")  # fmt: skip
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is given without stream; leave it out", param="stream_options")
     return count
+
+
+def beams_of(service: Service, body: Drawing) -> dict[str, Any]:
+    """Return the keys of a beam search as vLLM asks for one, by as many beams as answers.
+
+    Raises:
+        ApiError: with `stream`, a single answer or too many, or `length_penalty` without it.
+    """
+    if not body.use_beam_search:
+        if body.length_penalty is not None:
+            raise ApiError(
+                400, "length_penalty is given without use_beam_search, which alone has it; set it as well, or leave "
+                "both out", param="length_penalty",
+            )  # fmt: skip
+        return {}
+    if body.stream:
+        raise ApiError(
+            400, "stream is true with use_beam_search, whose answers are known only at the end; leave one out",
+            param="stream",
+        )  # fmt: skip
+    if body.n in (None, 1):
+        raise ApiError(400, "n is 1 with use_beam_search, which has as many beams as answers; ask for more", param="n")
+    if body.n > service.limits.beams:
+        raise ApiError(
+            400, f"n is {body.n} with use_beam_search; this server has at most {service.limits.beams} beams (--beams)",
+            param="n",
+        )  # fmt: skip
+    return {"beams": body.n, "length_penalty": body.length_penalty}
 
 
 def check_top_logprobs(service: Service, count: int, logprobs: bool) -> None:
@@ -85,7 +119,9 @@ def adapter_of(service: Service, body: Drawing) -> dict[str, str]:
 
 
 def choices(request: Request, count: int) -> list[Request]:
-    """Return requests for so many answers to the same prompt, each with draws of its own."""
+    """Return requests for so many answers to the same prompt, each with draws of its own; one for all beams."""
+    if request.beams > 1:
+        return [request]
     sampling = request.sampling
     if sampling.seed is None:
         return [replace(request, sampling=replace(sampling, seed=randbelow(2**31))) for _ in range(count)]
@@ -98,7 +134,8 @@ async def chat_answer(service: Service, client: str, job: ChatJob, *, unlimited:
     Raises:
         ApiError: as `answering`.
     """
-    found = await completions_of(service, client, job, unlimited=unlimited)
+    answered = await completions_of(service, client, job, unlimited=unlimited)
+    found = [answer for completion in answered for answer in completion.answers(service.tokenizer)]
     return {
         "id": job.id, "object": "chat.completion", "created": job.created, "model": job.model or service.name,
         "choices": [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)],

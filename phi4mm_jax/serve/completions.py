@@ -10,7 +10,7 @@ from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
-from phi4mm_jax.serve.chat import OURS, adapter_of, check_drawing, check_top_logprobs, choices
+from phi4mm_jax.serve.chat import OURS, adapter_of, beams_of, check_drawing, check_top_logprobs, choices
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import CompletionRequest
@@ -24,7 +24,7 @@ class TextJob(Job):
 
     Attributes:
         echoed: what each answer begins with.
-        per_prompt: answers to each prompt.
+        per_prompt: requests for each prompt.
     """
 
     echoed: list[str]
@@ -39,7 +39,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
         ApiError: a key is not supported, out of range, or beyond a limit.
     """
     values = body.model_dump(exclude_unset=True, exclude_none=True)
-    count = check_drawing(service, body)
+    count, beams = check_drawing(service, body), beams_of(service, body)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not 1 <= len(prompts) <= service.limits.prompts:
         raise ApiError(
@@ -53,7 +53,8 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
     def parse() -> list[Request]:
         given = {key: value for key, value in values.items() if key not in _OURS}
         settings = {"max_new_tokens": service.limits.max_new_tokens}
-        parsed = [keys_of_body({**given, "prompt": prompt}, "prompt") | adapter_of(service, body) for prompt in prompts]
+        ours = adapter_of(service, body) | beams
+        parsed = [keys_of_body({**given, "prompt": prompt}, "prompt") | ours for prompt in prompts]
         asked = [replace(request_of(keys, settings), top_logprobs=body.logprobs or 0) for keys in parsed]
         return [choice for request in asked for choice in choices(request, count)]
 
@@ -62,7 +63,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
     echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(count)]
     return TextJob(
         requests=requests, deadline=deadline, logprobs=body.logprobs is not None, include_usage=body.include_usage,
-        model=body.model, echoed=echoed, per_prompt=count,
+        model=body.model, echoed=echoed, per_prompt=len(requests) // len(prompts),
     )  # fmt: skip
 
 
@@ -72,11 +73,15 @@ async def text_answer(service: Service, client: str, job: TextJob, *, unlimited:
     Raises:
         ApiError: as `answering`.
     """
-    found = await completions_of(service, client, job, unlimited=unlimited)
-    answers = [_choice(service.tokenizer, job, i, completion) for i, completion in enumerate(found)]
+    found, tokenizer = await completions_of(service, client, job, unlimited=unlimited), service.tokenizer
+    answers = {  # by index, from which a grammar that allows fewer answers than beams leaves some out
+        place * request.beams + i: answer
+        for place, (request, completion) in enumerate(zip(job.requests, found, strict=True))
+        for i, answer in enumerate(completion.answers(tokenizer))
+    }
     return _head(service, job) | {
-        "choices": answers,
-        "usage": _usage(job, [c.prompt_tokens for c in found], sum(len(c.tokens) for c in found)),
+        "choices": [_choice(tokenizer, job, index, answer) for index, answer in answers.items()],
+        "usage": _usage(job, [c.prompt_tokens for c in found], sum(len(a.tokens) for a in answers.values())),
     }
 
 

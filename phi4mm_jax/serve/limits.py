@@ -27,6 +27,8 @@ class Limits:
         choices: the most answers to one prompt (`n`).
         prompts: the most prompts of one request for completions.
         top_logprobs: the most alternatives of each token.
+        beams: of a request (`use_beam_search`); 1: no request has several.
+        draft_tokens: the most that are guessed in a step, of requests with `draft`; 0: there are none.
         clip_seconds: the most seconds of a clip that is transcribed as one; longer ones are cut at silence.
         pause: seconds of silence that end a clip of a longer recording in any case.
         max_new_tokens: of answers whose request does not say.
@@ -52,6 +54,8 @@ class Limits:
     choices: int = 16
     prompts: int = 64
     top_logprobs: int = 20
+    beams: int = 1
+    draft_tokens: int = 0
     max_new_tokens: int = 1024
     remote_bytes: int = 32 * _MIB
     remote_seconds: int = 20
@@ -61,7 +65,7 @@ class Limits:
     def __post_init__(self):
         for name in vars(self):
             if name not in ("timeout", "clip_seconds", "pause"):
-                check_whole(name, getattr(self, name), 0 if name == "top_logprobs" else 1)
+                check_whole(name, getattr(self, name), 0 if name in ("top_logprobs", "draft_tokens") else 1)
         if not is_number(self.timeout) or not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout!r:.60}; expected a positive number")
         CutSettings(self.clip_seconds, self.pause)

@@ -6,9 +6,28 @@ files refuses any other by name.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from phi4mm_jax.adapters import adapter_choices
+from phi4mm_jax.processing.video import MAX_FRAMES
+from phi4mm_jax.serve.schemas import (
+    CHAT,
+    COMPLETION,
+    MESSAGE,
+    RESPONSE_FORMAT,
+    STRUCTURED_OUTPUTS,
+    TOOL,
+    TOOL_CALL,
+    TOOL_CHOICE,
+)
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[int, Field(ge=1)]
+Word = Annotated[int, Field(ge=0, lt=2**31)]  # that a device's integer holds
+Temperature = Annotated[float, Field(ge=0, le=1e30)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Nothing = Annotated[float, Field(ge=0, le=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Model(BaseModel):
@@ -62,8 +81,8 @@ class AudioPart(Model):
 
 class VideoURL(Model):
     url: str
-    frames: int | None = Field(None, description="taken of it, at most")
-    max_crops: int | None = Field(None, description="of each frame")
+    frames: Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None = Field(None, description="taken of it, at most")
+    max_crops: Positive | None = Field(None, description="of each frame")
 
 
 class VideoPart(Model):
@@ -83,13 +102,16 @@ PART_TYPES = (
 PART_MODELS = ("ImageURL", "MediaURL", "VideoURL")
 
 
+ToolCall = Annotated[dict[str, Any], WithJsonSchema(TOOL_CALL)]
+
+
 class Message(BaseModel):
     """Other keys, such as those of an answer that is sent back, are ignored unless they look like media."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=MESSAGE)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | list[Part] | None = Field(None, description="only an answer that calls tools may have none")
+    tool_calls: list[ToolCall] | None = Field(None, description="of an assistant's message")
     tool_call_id: str | None = None
 
 
@@ -102,29 +124,33 @@ class Drawing(Model):
     """Settings that chats and texts share."""
 
     model: str | None = Field(None, description="by default the server's own; or a user's adapter")
-    max_tokens: int | None = None
-    temperature: Number | None = Field(None, description="by default 0, which is greedy")
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    seed: int | None = Field(None, description="by default another one in each request")
-    n: int | None = None
-    stop: str | list[str] | None = None
+    max_tokens: Positive | None = None
+    temperature: Temperature | None = Field(None, description="by default 0, which is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Word | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
+    seed: Word | None = Field(None, description="by default another one in each request")
+    n: Positive | None = None
+    use_beam_search: bool | None = Field(None, description="`n` answers by beam search, the likeliest first")
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(None, description="of a beam search")
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    adapter: str | None = Field(None, description='"none" or the name of one; by default that of the media')
-    structured_outputs: dict[str, Any] | None = Field(
-        None, description="an object with one of json (a schema), regex, choice, grammar (Lark), json_object (true)"
+    adapter: Annotated[str, WithJsonSchema({"enum": list(adapter_choices())})] | None = Field(
+        None, description="by default that of the media"
     )
-    draft: str | None = Field(None, description='"lookup", where the server allows it: copies are faster')
-    timeout: Number | None = Field(None, description="seconds that the request may take, at most the server's limit")
+    structured_outputs: Annotated[dict[str, Any], WithJsonSchema(STRUCTURED_OUTPUTS)] | None = Field(
+        None, description="not beside response_format"
+    )
+    draft: Literal["lookup"] | None = Field(None, description='"lookup", where the server allows it: copies are faster')
+    timeout: Seconds | None = Field(None, description="seconds that the request may take, at most the server's limit")
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    presence_penalty: Number | None = Field(None, description="only 0")
-    frequency_penalty: Number | None = Field(None, description="only 0")
-    logit_bias: dict[str, Any] | None = Field(None, description="only {}")
+    presence_penalty: Nothing | None = None
+    frequency_penalty: Nothing | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -133,20 +159,19 @@ class Drawing(Model):
 
 
 class ChatRequest(Drawing):
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    model_config = ConfigDict(json_schema_extra=CHAT)
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(
-        None, description='"auto", "none", "required" or {"type": "function", "function": {"name": ...}}'
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: list[Annotated[dict[str, Any], WithJsonSchema(TOOL)]] | None = None
+    tool_choice: Annotated[str | dict[str, Any], WithJsonSchema(TOOL_CHOICE)] | None = Field(
+        None, description='"required" and a name need `tools`'
     )
-    response_format: dict[str, Any] | None = Field(
-        None, description='{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": ...}'
-    )
+    response_format: Annotated[dict[str, Any], WithJsonSchema(RESPONSE_FORMAT)] | None = None
     continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
-    modalities: list[str] | None = Field(None, description='only ["text"]')
+    add_generation_prompt: bool | None = Field(None, description="true, or false with continue_final_message")
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -155,8 +180,11 @@ class ChatRequest(Drawing):
 
 
 class CompletionRequest(Drawing):
-    prompt: str | list[str] = Field(description="raw: special tokens in it are such")
-    logprobs: int | None = None
+    model_config = ConfigDict(json_schema_extra=COMPLETION)
+    prompt: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="raw: special tokens in it are such, and none stands for a medium"
+    )
+    logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
 
 
@@ -173,7 +201,7 @@ class UnloadAdapterRequest(Model):
 class BatchRequest(Model):
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
-    completion_window: str = "24h"
+    completion_window: Annotated[str, Field(description="has no effect, whatever this says")] = "24h"
     metadata: dict[str, Any] | None = None
 
 

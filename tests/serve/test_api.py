@@ -24,7 +24,7 @@ from phi4mm_jax.serve.limits import Limits
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
 EXAMPLES = MODEL / "examples"
-CONFIG = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4, top_logprobs=3)
+CONFIG = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4, top_logprobs=3, beams=3)
 DIGITS = [{"role": "user", "content": "number five two four three"}]
 CLIP = EXAMPLES / "clips" / "speech_119.ogg"
 PICTURE = EXAMPLES / "images" / "asked_111.jpg"
@@ -61,7 +61,7 @@ def engines():
 def app(model, engines, tmp_path_factory):
     settings = ServerSettings(
         "tiny", tmp_path_factory.mktemp("files"),
-        Limits(max_body_bytes=2**20, max_audio_seconds=60, top_logprobs=3, clip_seconds=8, pause=1),
+        Limits(max_body_bytes=2**20, max_audio_seconds=60, top_logprobs=3, beams=3, clip_seconds=8, pause=1),
         instructions={"transcribe": "hear"}, warm_up=False,
     )  # fmt: skip
 
@@ -198,6 +198,42 @@ def test_choices_stop_strings_and_prompts(client):
     assert list(texts.choices[1].logprobs.top_logprobs[0]) == ["1"]
     echoed = client.completions.create(model="tiny", prompt=prompts[0], max_tokens=8, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in echoed) == prompts[0] + "52"
+
+
+SEARCH = {"use_beam_search": True, "length_penalty": 0.5}
+
+
+def test_beams_are_the_engines(client, model):
+    """In order, with their log-probabilities and tokens; of a chat, and of several raw prompts."""
+    prompts = [f"<|user|>number {digits}<|end|><|assistant|>" for digits in ("five two", "nine one")]
+    settings = {"max_new_tokens": 3, "beams": 3, "length_penalty": 0.5}
+    own = dict(model.engine(CONFIG).run(Request(prompt, **settings) for prompt in (DIGITS, *prompts)))
+    expected = [[(a.text, a.finish_reason) for a in own[i].alternatives] for i in range(3)]
+    assert {reason for answers in expected for _, reason in answers} == {"stop", "length"}
+
+    answer = chat(client, n=3, max_tokens=3, logprobs=True, extra_body=SEARCH)
+    assert [(c.message.content, c.finish_reason) for c in answer.choices] == expected[0]
+    found = [[token.logprob for token in choice.logprobs.content] for choice in answer.choices]
+    for each, alternative in zip(found, own[0].alternatives, strict=True):
+        assert each == pytest.approx(alternative.log_probabilities, abs=1e-4)
+    assert answer.usage.completion_tokens == sum(map(len, found))
+
+    texts = client.completions.create(model="tiny", prompt=prompts, n=3, max_tokens=3, echo=True, extra_body=SEARCH)
+    assert [choice.index for choice in texts.choices] == list(range(6))
+    continued = zip(prompts, expected[1:], strict=True)
+    echoed = [(prompt + text, reason) for prompt, answers in continued for text, reason in answers]
+    assert [(choice.text, choice.finish_reason) for choice in texts.choices] == echoed
+    assert texts.usage.prompt_tokens == own[1].prompt_tokens + own[2].prompt_tokens
+
+
+@pytest.mark.parametrize(("options", "param"), [
+    ({"n": 1}, "n"), ({"n": 4}, "n"), ({"stream": True}, "stream"), ({"temperature": 0.5}, "temperature"),
+    ({"stop": "a"}, "stop"), ({"logprobs": True, "top_logprobs": 1}, "top_logprobs"),
+    ({"use_beam_search": False}, "length_penalty"),
+])  # fmt: skip
+def test_what_goes_with_no_beams(url, options, param):
+    found = httpx.post(f"{url}/v1/chat/completions", json={"messages": DIGITS, "n": 3} | SEARCH | options)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, param)
 
 
 def test_tools_are_told_to_the_model(client, model):
