@@ -6,7 +6,8 @@ The model has the release's widths and vocabulary but two decoder layers, in flo
 pass of the speech adapter over rows of text, clipping, and AdamW; half of the positions are in the loss mask. Each side
 runs in a process of its own, in turns; its fastest step counts, and the most memory that it held while stepping. Ratios
 are PyTorch's figure over ours: from 1.0 on, ours is as fast, or needs as little. PyTorch is given the faster of its two
-kinds of attention. The first row has the step's products alone, forward and for the gradients of their inputs.
+kinds of attention. The first row has the products of the step's linear maps and head alone, forward and for the
+gradients of their inputs.
 
 Needs `pip install '.[tests]'`.
 """
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 PRODUCTS = ((3072, 5120), (3072, 3072), (3072, 16384), (8192, 3072)) * 2  # inputs and outputs, of two layers
+HEAD = (3072, 200064)
 RATE, WARM = 1e-4, 2  # learning rate; steps before any counts
 SIDES = ("ours", "sdpa", "eager")
 
@@ -79,22 +81,25 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     held = int(peak[1]) * 1024 if peak else 0
-    return {"seconds": seconds, "bytes": held, "losses": losses, "products": products(side, rows * length)}
+    return {"seconds": seconds, "bytes": held, "losses": losses, "products": products(side, rows * length, small)}
 
 
-def products(side: str, rows: int) -> float:
-    """Seconds of the products of a step's linear maps but the head, each with its transposed one."""
+def products(side: str, positions: int, small: bool) -> float:
+    """Seconds of the products of a step's linear maps, the head for half of the positions, each with its transposed."""
     random = np.random.default_rng(0)
-    xs = {size: random.standard_normal((rows, size), np.float32) for size in {n for pair in PRODUCTS for n in pair}}
-    weights = [random.standard_normal(pair, np.float32) for pair in PRODUCTS]
+    maps = [*((positions, *pair) for pair in PRODUCTS), (positions // 2, HEAD[0], 600 if small else HEAD[1])]
+    weights = [random.standard_normal((inputs, outputs), np.float32) for _, inputs, outputs in maps]
+    sizes = {(rows, size) for rows, *both in maps for size in both}
+    xs = {(rows, size): random.standard_normal((rows, size), np.float32) for rows, size in sizes}
     if side == "ours":
         import jax
 
-        given = jax.device_put((xs, weights))
-        program = jax.jit(lambda xs, weights: [(xs[w.shape[0]] @ w, xs[w.shape[1]] @ w.T) for w in weights])
+        program = jax.jit(lambda x, d, weight: (x @ weight, d @ weight.T))
+        given = [jax.device_put((xs[n, i], xs[n, o], w)) for (n, i, o), w in zip(maps, weights, strict=True)]
 
         def run() -> None:
-            jax.block_until_ready(program(*given))
+            for one in given:
+                jax.block_until_ready(program(*one))
     else:
         import torch
 
@@ -102,9 +107,9 @@ def products(side: str, rows: int) -> float:
         kept = [torch.from_numpy(w.T.copy()) for w in weights]
 
         def run() -> None:
-            for w in kept:
-                torch.nn.functional.linear(own[w.shape[1]], w)
-                torch.matmul(own[w.shape[0]], w)
+            for (rows, inputs, outputs), w in zip(maps, kept, strict=True):
+                torch.nn.functional.linear(own[rows, inputs], w)
+                torch.matmul(own[rows, outputs], w)
 
     return fastest(run, 4)
 
