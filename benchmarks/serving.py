@@ -25,7 +25,7 @@ from phi4mm_jax.testing.compiled import CHIPS, cost
 
 CACHED = {"v5e": 0.95, "v5p": 0.95, "v6e": 0.46}  # of the peak: `phi4mm_cached` by the measure of docs/kernels.md
 PAGE = 128  # tokens
-APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and a few hundred cycles
+APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and some 2,000 cycles for 16 rows
 
 
 class Serving(NamedTuple):

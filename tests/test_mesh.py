@@ -25,10 +25,11 @@ from phi4mm_jax.engine import EngineConfig, Grammar, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.cached import of_part
+from phi4mm_jax.kernels.int8_pages import as_cached
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend
-from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, copy_pages, quantize
+from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, copy_pages
 
 RELEASE = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
 DECODER = RELEASE.decoder
@@ -156,9 +157,8 @@ def test_attention_keeps_the_cache_on_its_devices(tensor, fsdp, context, dtype):
     pages = draw.standard_normal((2, LAYERS, PAGES + 1, HEADS, PAGE, SIZE)).astype(np.float32)
     new = draw.standard_normal((2, 3, 2 * PAGE + 3, HEADS, SIZE)).astype(np.float32)
     q = draw.standard_normal((3, 2 * PAGE + 3, 2 * HEADS, SIZE)).astype(np.float32)
-    (k, k_scales), (v, v_scales) = ((x, None) if dtype == "float32" else quantize(x) for x in map(jnp.asarray, pages))
     place = NamedSharding(mesh, jax.P(None, None, "tensor", "context"))
-    cache = jax.device_put(KVCache(k, v, k_scales, v_scales), place)
+    cache = jax.device_put(KVCache(*as_cached(pages, dtype)), place)
 
     def chunk_and_token(cache, q, k, v):
         chunk = cached_inputs(cache, starts, lengths, tables, 2 * PAGE)

@@ -142,7 +142,8 @@ def decode_attention(
 
     Returns:
         As q, zeros for a query without keys. Or in float32: o as q, the sum of the values weighted by exp(score - m),
-        m (B, N) or (B, T, N), the maximum score (-inf if there are no keys), and l as m, the sum of the weights.
+        m (B, N) or (B, T, N), near the maximum score (-inf if there are no keys), and l as m, the sum of the weights,
+        which may be anything where there are no keys.
 
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
@@ -209,7 +210,7 @@ def append_tokens(
 
     Args:
         caches: keys and values (L, P, K, S, H), and their scales (L, P, K, S) where they are int8.
-        new: for each of them (B, K, H), or (B, K), in its dtype.
+        new: keys and values (B, K, H), which are quantised where the caches are int8.
         pages, slots: where each row's token goes. Rows have pages of their own, but for the cache's last page, in which
             nothing is written (the scratch page).
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import gpu
+from phi4mm_jax.kernels.int8_pages import as_cached
 from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 
 
@@ -51,7 +52,7 @@ def append(
     """Write one token a row in place, on this device: one scatter along the axis of all tokens and heads of a cache."""
     return tuple(
         scatter(cache, token[:, None, :, None], layer, pages[:, None], slots[:, None])
-        for cache, token in zip(caches, new, strict=True)
+        for cache, token in zip(caches, as_cached(new, caches[0].dtype), strict=True)
     )
 
 

@@ -1,12 +1,14 @@
 """Append kernel for TPUs: writes one new token per row into a paged cache, in place.
 
 Tokens are packed in tiles, two or four to a word, so that none can be written alone: each row's tile is read, changed
-and written back. The transfers of many rows' tiles overlap, unlike sequential writes.
+and written back. The transfers of many rows' tiles overlap, unlike sequential writes. Into int8 pages tokens are
+quantised here: by XLA that is several small operations in each layer.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from phi4mm_jax.kernels.int8_pages import quantized
 from phi4mm_jax.kernels.tpu import LANES, Target
 
 _TILE = 32  # tokens that are brought at once: a multiple of the tile of any dtype
@@ -34,8 +37,9 @@ def append(
     """Write a token of each of B rows.
 
     Args:
-        caches: arrays (L, P, K, S, H), or (L, P, K, S) for scales; the results alias them.
-        new: for each (B, K, H), or (B, K).
+        caches: keys and values (L, P, K, S, H), and their scales (L, P, K, S) where they are int8; the results alias
+            them.
+        new: keys and values (B, K, H).
         pages, slots: int32 (B,), where each row's token goes. No two rows share a page, but for the last one of the
             cache, the scratch page: nothing is written there.
     """
@@ -47,8 +51,7 @@ def append(
     missing = steps * at_once - rows
     pages = jnp.pad(pages, (0, missing), constant_values=caches[0].shape[1] - 1)
     slots = jnp.pad(slots, (0, missing))
-    # With an axis for the tokens of a tile: (B, K, 1, H), or (B, K, 1).
-    new = [jnp.expand_dims(jnp.pad(n, ((0, missing), *[(0, 0)] * (n.ndim - 1))), 2) for n in new]
+    new = [jnp.pad(n, ((0, missing), (0, 0), (0, 0))) for n in new]
     main_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     (written,) = pl.pallas_call(
         partial(_kernel, at_once=at_once),
@@ -57,7 +60,7 @@ def append(
             num_scalar_prefetch=3,
             grid=(steps,),
             in_specs=[
-                [pl.BlockSpec((at_once, *n.shape[1:]), lambda i, *_, n=n: (i, *[0] * (n.ndim - 1))) for n in new],
+                [pl.BlockSpec((at_once, *n.shape[1:]), lambda i, *_: (i, 0, 0)) for n in new],
                 [main_memory for _ in caches],
             ],
             out_specs=[[main_memory for _ in caches]],
@@ -104,13 +107,31 @@ def _kernel(layer_ref, pages_ref, slots_ref, new_refs, _, cache_refs, tile_refs,
         for there, here in places(b, page, slot):
             pltpu.make_async_copy(there, here, sems.at[0]).wait()
 
+    def put(tile, b, at, value):
+        """Put a token (K, H) into its bits of the words of a tile (K, S, H)."""
+        bits = 8 * tile.dtype.itemsize
+        words = pltpu.bitcast(tile[b], jnp.int32)
+        first = lax.rem(at, 32 // bits) * bits
+        mask = lax.shift_left(jnp.int32((1 << bits) - 1 if bits < 32 else -1), first)
+        if tile.dtype == jnp.int8:
+            value = value.astype(jnp.int32)
+        else:  # a float of 16 bits is the upper half of one of 32
+            value = lax.shift_right_logical(
+                pltpu.bitcast(value.astype(tile.dtype).astype(jnp.float32), jnp.int32), jnp.int32(32 - bits)
+            )
+        new = lax.shift_left(value, first)[:, None]
+        is_here = lax.broadcasted_iota(jnp.int32, words.shape, 1) == lax.div(at, 32 // bits)
+        changed = (words & ~mask) | (jnp.broadcast_to(new, words.shape) & mask)
+        tile[b] = pltpu.bitcast(jnp.where(is_here, changed, words), tile.dtype)
+
     def change(b, page, slot):
-        for new, tile in zip(new_refs, tile_refs, strict=True):
-            at = lax.rem(slot, _TILE) if len(tile.shape) == 4 else slot
-            shape = tile.shape[1:]
-            token = lax.broadcasted_iota(jnp.int32, shape, 1)
-            value = jnp.broadcast_to(new[b].astype(jnp.float32), shape)
-            tile[b] = jnp.where(token == at, value, tile[b].astype(jnp.float32)).astype(tile.dtype)
+        for new, tile, scale_tile in zip_longest(new_refs, tile_refs[:2], tile_refs[2:]):
+            value = new[b].astype(jnp.float32)  # (K, H)
+            if scale_tile is not None:
+                value, scale = quantized(value)
+                token = lax.broadcasted_iota(jnp.int32, scale_tile.shape[1:], 1)
+                scale_tile[b] = jnp.where(token == slot, scale, scale_tile[b])
+            put(tile, b, lax.rem(slot, _TILE), value)
         for there, here in places(b, page, slot):
             pltpu.make_async_copy(here, there, sems.at[1]).start()
 

@@ -32,7 +32,7 @@ def unsupported(q, k, tables) -> str | None:
 
 
 def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, target: Target):
-    """Compute (o, m, l) of `phi4mm_jax.kernels.decode_attention`."""
+    """Compute (o, m, l) of `phi4mm_jax.kernels.decode_attention`: the attention, its log-sum-exp and 1."""
     batch, heads, size = q.shape
     _, _, kv_heads, page, _ = k.shape
     group = heads // kv_heads
@@ -42,9 +42,8 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     cores = target.cores
     main_memory = pl.BlockSpec(memory_space=pltpu.HBM)
     scratch = pltpu.VMEM((2, pages, kv_heads, page, size), k.dtype)
-    row_block = (None, None, kv_heads * rows)
     stats = pltpu.VMEM((kv_heads * rows, LANES), jnp.float32)
-    out, largest, total = pl.pallas_call(
+    out, lse = pl.pallas_call(
         partial(_kernel, scale=scale, pages=pages, batch=batch, queries=lengths.shape[1], cores=cores),
         name="phi4mm_decode",
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -57,7 +56,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
                 scales and (main_memory, main_memory),
             ],
             out_specs=[
-                pl.BlockSpec((*row_block, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES, LANES)
+                pl.BlockSpec((None, None, heads, n), lambda core, b, *_: (core, b, 0, 0)) for n in (size, LANES)
             ],
             scratch_shapes=[
                 scratch,
@@ -70,24 +69,21 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
                 pltpu.VMEM((kv_heads * rows, size), jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((cores, batch, kv_heads * rows, n), jnp.float32) for n in (size, LANES, LANES)],
+        out_shape=[jax.ShapeDtypeStruct((cores, batch, heads, n), jnp.float32) for n in (size, LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=target.blocks.vmem
         ),
         interpret=target.interpret,
     )(layer.reshape(1), lengths.reshape(-1), tables.reshape(-1).astype(jnp.int32), groups, k, v, scales)
 
-    def of_queries(x):
-        return x.reshape(cores, batch, kv_heads, rows, -1)[:, :, :, :group].reshape(cores, batch, heads, -1)
-
-    out, largest, total = of_queries(out), of_queries(largest[..., :1])[..., 0], of_queries(total[..., :1])[..., 0]
-    return merge_partials(out, largest, total) if cores > 1 else (out[0], largest[0], total[0])
+    lse = lse[..., 0]
+    ones = jnp.ones_like(lse)
+    return merge_partials(out, lse, ones) if cores > 1 else (out[0], lse[0], ones[0])
 
 
 def _kernel(
-    layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, largest_ref, total_ref, k_ref, v_ref,
-    scales_ref, sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, queries: int,
-    cores: int,
+    layer_ref, lengths_ref, tables_ref, q_ref, k_any, v_any, scales, out_ref, lse_ref, k_ref, v_ref, scales_ref,
+    sems, free_slot, max_ref, sum_ref, acc_ref, *, scale: float, pages: int, batch: int, queries: int, cores: int,
 ):  # fmt: skip
     """Attend with each row's `queries`; `lengths_ref` holds the keys of each, the last of a row's having the most."""
     kv_heads, group, size = q_ref.shape
@@ -200,6 +196,11 @@ def _kernel(
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
     stream(pl.program_id(1), batch, extent, free_slot, start, wait, visit)
-    out_ref[...] = acc_ref[...]
-    largest_ref[...] = jnp.where(max_ref[...] > MASKED / 2, max_ref[...] / LOG2_E, -jnp.inf)
-    total_ref[...] = sum_ref[...]
+    found = max_ref[...] > MASKED / 2
+    total = jnp.where(found, sum_ref[...], 1.0)
+    lse = jnp.where(found, max_ref[...] / LOG2_E + jnp.log(total), -jnp.inf)
+    share = jnp.tile(jnp.where(found, 1.0 / total, 0.0), (1, size // LANES))
+    for h in range(kv_heads):  # without the rows of padding, which XLA would have to cut out
+        padded, at = slice(h * rows, h * rows + group), slice(h * group, (h + 1) * group)
+        out_ref[at] = acc_ref[padded] * share[padded]
+        lse_ref[at] = lse[padded]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.config import DecoderConfig
 from phi4mm_jax.kernels import append_tokens, gpu
 from phi4mm_jax.kernels.cached import row_major
+from phi4mm_jax.kernels.int8_pages import as_cached
 from phi4mm_jax.kernels.pallas_gpu import scatter
 from phi4mm_jax.mesh import Axes, over_mesh
 
@@ -119,19 +120,11 @@ def append(
         return fill(cache, k, v, layer, rows)
     written: Any = cache.arrays
     for t in range(k.shape[1]):  # two tokens of a row may share a page
-        new = _cache_values(cache, k[:, t], v[:, t])
+        new = k[:, t], v[:, t]
         written = append_tokens(written, new, layer=layer, pages=rows.pages[:, t], slots=rows.slots[:, t])
         if written is None:
             return fill(cache, k, v, layer, rows)
     return KVCache(*written)
-
-
-def _cache_values(cache: KVCache, k: Float[Array, "..."], v: Float[Array, "..."]) -> tuple[Array, ...]:
-    """Return keys and values as cached, in the order of the cache's arrays."""
-    if cache.k_scales is None:
-        return k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    (k, k_scales), (v, v_scales) = quantize(k), quantize(v)
-    return k, v, k_scales, v_scales
 
 
 @jax.named_scope("cache_write")
@@ -158,14 +151,7 @@ def fill(
     k, v = (
         row_major(x.swapaxes(1, 2)) for x in (k, v)
     )  # (B, K, T, H), materialised in page layout instead of transposed
-    return KVCache(*map(put, cache.arrays, _cache_values(cache, k, v)))
-
-
-def quantize(x: Float[Array, "... H"]) -> tuple[Array, Float[Array, "..."]]:
-    """Quantise to int8; the scale of each vector is its largest absolute value over 127."""
-    scale = jnp.abs(x.astype(jnp.float32)).max(-1) / 127.0
-    scaled = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1.0)[..., None]
-    return jnp.round(scaled).astype(jnp.int8), scale
+    return KVCache(*map(put, cache.arrays, as_cached((k, v), cache.k.dtype)))
 
 
 @jax.named_scope("copy_on_write")

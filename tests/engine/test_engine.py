@@ -28,7 +28,8 @@ from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
-from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill, quantize
+from phi4mm_jax.kernels.int8_pages import as_cached
+from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill
 
 CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -391,7 +392,8 @@ def test_log_probabilities_of_an_int8_cache(tiny):
 
 
 def test_quantised_values_use_all_of_int8():
-    values, scales = quantize(np.asarray([[1.0, -0.5, 0.25, 0.0], [0.0] * 4, [-254.0, 127.0, 2.0, 1.9]], np.float32))
+    tokens = np.asarray([[1.0, -0.5, 0.25, 0.0], [0.0] * 4, [-254.0, 127.0, 2.0, 1.9]], np.float32)
+    values, scales = as_cached([tokens], np.int8)
     assert np.asarray(values).tolist() == [[127, -64, 32, 0], [0] * 4, [-127, 64, 1, 1]]
     np.testing.assert_allclose(scales, [1 / 127, 0, 2], rtol=1e-6)
 
