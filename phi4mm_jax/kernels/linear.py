@@ -22,13 +22,28 @@ def linear(
             left come behind the others of x.
         weight: the letters of its axes are those of `mesh.LOGICAL_AXES`, by which a mesh splits it.
     """
-    if isinstance(weight, QuantizedWeight) and (sums := inputs_of_linear(equation)):
+    if isinstance(weight, QuantizedWeight) and (kernel := _kernel_of(equation, x, weight)):
+        return _by_kernel((*kernel, jnp.dtype(x.dtype if result is None else result)), x, *weight)
+    return einsum(equation, x, weight, result=result)
+
+
+def computed_before(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight) -> Array:
+    """Return x behind a barrier, where a product by XLA would compute it more than once; a kernel never does."""
+    if isinstance(weight, QuantizedWeight) and _kernel_of(equation, x, weight):
+        return x
+    return jax.lax.optimization_barrier(x)
+
+
+def _kernel_of(
+    equation: str, x: Float[Array, "..."], weight: QuantizedWeight
+) -> tuple[Implementation, str, str, int] | None:
+    """Return the implementation that takes a product, its equation, the weight's letters and its number of inputs."""
+    if sums := inputs_of_linear(equation):
         letters = equation.partition("->")[0].partition(",")[2]
         for candidate in IMPLEMENTATIONS.values():
             if candidate.product is not None and candidate.supports("product", x, *weight, letters, sums) is None:
-                plan = candidate, equation, letters, sums, jnp.dtype(x.dtype if result is None else result)
-                return _by_kernel(plan, x, *weight)
-    return einsum(equation, x, weight, result=result)
+                return candidate, equation, letters, sums
+    return None
 
 
 Plan = tuple[Implementation, str, str, int, Any]

@@ -57,7 +57,7 @@ def product(
     cores = target.cores if count * outputs % (target.cores * LANES) == 0 else 1
     matrices, columns = _block(count, outputs, inputs, cores, target.blocks.int4_bytes)
     steps = count * outputs // (matrices * columns * cores)
-    ordered = [] if target.blocks.converts_int4 else [(GROUP, x.dtype), (LANES, jnp.float32)]
+    kept = [(GROUP, x.dtype)] if target.blocks.converts_int4 else [(GROUP, x.dtype), (LANES, jnp.float32)]
 
     def of_weights(core, step):
         block, across = core * steps + step, outputs // columns
@@ -76,10 +76,12 @@ def product(
         out_shape=jax.ShapeDtypeStruct((rows, count * outputs), result),
         scratch_shapes=[
             pltpu.VMEM((matrices, groups, columns), jnp.float32),
-            [pltpu.VMEM((groups, rows, n), dtype) for n, dtype in ordered],
+            [pltpu.VMEM((groups, rows, n), dtype) for n, dtype in kept],
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=target.blocks.vmem
+            dimension_semantics=("parallel", "arbitrary"),
+            allow_input_fusion=(True, False, False),  # XLA then brings the weights ahead, too: docs/kernels.md
+            vmem_limit_bytes=target.blocks.vmem,
         ),
         interpret=target.interpret,
     )(x, values, scales)
@@ -105,20 +107,26 @@ def _width(rows: int, matrices: int, columns: int) -> int:
     return max(n for n in fitting if n % columns == 0 or columns % n == 0)
 
 
-def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, ordered_refs, *, width: int):
-    """Compute a block of outputs; `ordered_refs` hold ordered rows and their groups' sums, where those are needed."""
+def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, kept_refs, *, width: int):
+    """Compute a block of outputs; `kept_refs` hold the rows by groups, or ordered ones and their groups' sums.
+
+    `x_ref` is read in the first step alone: XLA may compute the rows where they are read.
+    """
     matrices, inputs, columns = w_ref.shape
     groups = inputs // GROUP
 
-    if ordered_refs:
+    has_sums = len(kept_refs) > 1
 
-        @pl.when(pl.program_id(1) == 0)
-        def _():
-            factors = _order().astype(x_ref.dtype), jnp.full((GROUP, LANES), _OFFSET, x_ref.dtype)
-            for g in range(groups):
-                for ref, factor in zip(ordered_refs, factors, strict=True):
-                    x = x_ref[:, g * GROUP : (g + 1) * GROUP]
-                    ref[g] = jnp.dot(x, factor, preferred_element_type=jnp.float32).astype(ref.dtype)
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        factors = _order().astype(x_ref.dtype), jnp.full((GROUP, LANES), _OFFSET, x_ref.dtype)
+        for g in range(groups):
+            x = x_ref[:, g * GROUP : (g + 1) * GROUP]
+            if not has_sums:
+                kept_refs[0][g] = x
+                continue
+            for ref, factor in zip(kept_refs, factors, strict=True):
+                ref[g] = jnp.dot(x, factor, preferred_element_type=jnp.float32).astype(ref.dtype)
 
     wide_scales_ref[...] = scales_ref[...].astype(jnp.float32)
     per_matrix, at_once = max(columns // width, 1), max(width // columns, 1)
@@ -133,13 +141,13 @@ def _kernel(x_ref, w_ref, scales_ref, out_ref, wide_scales_ref, ordered_refs, *,
 
         def one_group(g, total):
             at = pl.ds(g * GROUP, GROUP)
-            if ordered_refs:
-                rows, sums = (ref[g] for ref in ordered_refs)
+            rows, *sums = (ref[g] for ref in kept_refs)
+            if has_sums:
                 part = jnp.dot(rows, beside(w_ref, at, _with_offset), preferred_element_type=jnp.float32)
-                part -= jnp.tile(sums, (1, width // LANES))
+                part -= jnp.tile(sums[0], (1, width // LANES))
             else:
                 weights = beside(w_ref, at, lambda w: w.astype(x_ref.dtype))
-                part = jnp.dot(x_ref[:, at], weights, preferred_element_type=jnp.float32)
+                part = jnp.dot(rows, weights, preferred_element_type=jnp.float32)
             return total + part * beside(wide_scales_ref, pl.ds(g, 1))
 
         total = jnp.zeros((x_ref.shape[0], width), jnp.float32)

@@ -176,6 +176,4 @@ class MLP(nn.Module):
         sizes, loras = self.config.sizes, dict(self.config.loras)
         parts = Projection(*GATE_UP, sizes, loras, name="gate_up")(x, rows.scales)
         gate, up = (checkpoint_name(part, "mlp") for part in parts)
-        # optimization_barrier keeps XLA for TPUs from fusing it, and its gradient, into the matmuls.
-        hidden = jax.lax.optimization_barrier(gated(up, gate))
-        return Projection(*DOWN, sizes, loras, name="down")(hidden, rows.scales)[0]
+        return Projection(*DOWN, sizes, loras, is_separate=True, name="down")(gated(up, gate), rows.scales)[0]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Num, UInt32
 from phi4mm_jax.adapters import ADAPTERS, USERS, adapter_indices, split_index
 from phi4mm_jax.config import LoraConfig, Phi4MMConfig
 from phi4mm_jax.kernels import linear
+from phi4mm_jax.kernels.linear import computed_before
 from phi4mm_jax.kernels.ring import zigzag_order
 from phi4mm_jax.mesh import LOGICAL_AXES, constrain_param
 from phi4mm_jax.model.layers import Sizes, declare
@@ -88,23 +89,25 @@ def _added(weight: Float[Array, "L ..."], a: Float[Array, "L ... R"], b: Float[A
 
 
 class Projection(nn.Module):
-    """A bias-free fused projection with its adapters: `outputs` maps each part's name to its axes."""
+    """A bias-free fused projection with its adapters: `outputs` maps each part's name to its axes.
+
+    With `is_separate`, XLA for TPUs does not fuse what computes its input, or that one's gradient, into its products.
+    """
 
     inputs: str
     outputs: Mapping[str, str]
     sizes: Sizes
     loras: Mapping[str, LoraConfig]  # by collection
+    is_separate: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
-        parts = {
-            name: linear(
-                f"BT{self.inputs},{self.inputs}{axes}->BT{axes}",
-                x,
-                self._declare("params", name, self.inputs + axes, 0),
-            )
-            for name, axes in self.outputs.items()
-        }
+        equations = {name: f"BT{self.inputs},{self.inputs}{axes}->BT{axes}" for name, axes in self.outputs.items()}
+        weights = {name: self._declare("params", name, self.inputs + self.outputs[name], 0) for name in equations}
+        if self.is_separate:
+            for name, equation in equations.items():
+                x = computed_before(equation, x, weights[name])
+        parts = {name: linear(equation, x, weights[name]) for name, equation in equations.items()}
         for collection, lora in self.loras.items():
             if not (self.is_initializing() or self.has_variable(collection, "a")):
                 continue

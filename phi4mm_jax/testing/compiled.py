@@ -163,7 +163,8 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Co
     @cache
     def of(name: str) -> Cost:
         total, own = Cost(), Cost()
-        for x in computations.get(name, ()):
+        body = computations.get(name, [])
+        for x in body:
             if x.op == "while":
                 total.add(of(_called(x, "body")), _trips(computations, _called(x, "condition"), unknown_trips))
             elif x.op == "conditional":
@@ -173,7 +174,7 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Co
             elif x.op == "call":
                 total.add(of(_called(x, "to_apply")))
             else:
-                _add_one(own, x, computations, chip)
+                _add_one(own, x, body, computations, chip)
         work = (own.cycles + sum(own.kernels.values())) / chip.clock
         own.seconds = max(work, own.overlapped / chip.link) + own.exposed / chip.link
         total.add(own)
@@ -182,7 +183,13 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Co
     return of(entry)
 
 
-def _add_one(total: Cost, x: Instruction, computations: Mapping[str, list[Instruction]], chip: Chip) -> None:
+def _add_one(
+    total: Cost,
+    x: Instruction,
+    beside: Sequence[Instruction],
+    computations: Mapping[str, list[Instruction]],
+    chip: Chip,
+) -> None:
     total.cycles += x.cycles
     inside = computations.get(_called(x, "calls"), []) if x.op == "fusion" else []
     macs = _macs_within(inside, computations)
@@ -193,9 +200,9 @@ def _add_one(total: Cost, x: Instruction, computations: Mapping[str, list[Instru
         total.others[_place(x)] += x.cycles
     if x.cycles:
         total.dear[_place(x)] += x.cycles
-    if x.op == "custom-call" and "phi4mm" in x.name:
-        name = re.sub(r"\.\d+$", "", x.name)
-        cycles = _kernel_cycles(name, x, chip)
+    for kernel in (i for i in (x, *inside) if i.op == "custom-call" and "phi4mm" in i.name):
+        name = re.sub(r"\.\d+$", "", kernel.name)
+        cycles = _kernel_cycles(name, kernel, inside or beside, chip)
         total.kernels[name] += cycles
         total.dear[name] += cycles
     base = x.op.removesuffix("-start")
@@ -278,16 +285,18 @@ def _shape(type_: str) -> list[int]:
     return [int(n) for n in found[1].split(",") if n] if found else []
 
 
-def _kernel_cycles(name: str, x: Instruction, chip: Chip) -> float:
+def _kernel_cycles(name: str, x: Instruction, beside: Sequence[Instruction], chip: Chip) -> float:
     """Count the matmuls of an attention kernel over the causal half of its pairs, or over all in the image encoder.
 
-    And of a linear map of int4 weights what takes longer, their transfer or the work on them.
+    And of a linear map of int4 weights what takes longer, their transfer or the work on them; the work alone where
+    they were brought to vector memory ahead.
     """
     if name == "phi4mm_int4":
-        found = re.search(r"\bs4\[([\d,]+)\]", x.text)
-        weights = math.prod(int(n) for n in found[1].split(",")) if found else 0
-        transfer = chip.clock / chip.bandwidth  # cycles of a byte
-        return max(weights / 2 * transfer, weights / (chip.int4 * chip.cores)) + chip.int4_start * transfer
+        operands = re.findall(r"%([\w.\-]+)", x.text.split("custom-call(")[1].split(")")[0])
+        values = next(i.type for i in beside if i.name in operands and i.type.startswith("s4["))
+        weights, transfer = math.prod(_shape(values)), chip.clock / chip.bandwidth  # cycles of a byte
+        work = weights / (chip.int4 * chip.cores)
+        return work if "S(1)" in values else max(weights / 2 * transfer, work) + chip.int4_start * transfer
     shapes = [[int(n) for n in s.split(",")] for s in re.findall(r"\bbf16\[([\d,]+)\]", x.text.split("metadata=")[0])]
     keys = next((s for s in shapes if len(s) == 4), None)
     queries = next((s for s in shapes if len(s) == 5), None)

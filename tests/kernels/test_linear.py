@@ -198,7 +198,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x
 @pytest.mark.parametrize("chip", fast_are(["v6e"], CHIPS))
 @pytest.mark.parametrize("rows", fast_are([16], [1, 16, 128]))
 def test_weights_are_read_where_they_lie(chip, rows):
-    """The release's maps, compiled for a chip: no copy of a weight, as integers or as floats."""
+    """The release's maps, compiled for a chip, which may compute the rows within: no copy of a weight."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
     mesh = Mesh(np.array(devices[:1]), ("tensor",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, jax.P())
@@ -212,7 +212,7 @@ def test_weights_are_read_where_they_lie(chip, rows):
     }  # fmt: skip
 
     def program(given):
-        return {name: linear(RELEASE[name][0], x, QuantizedWeight(*w)) for name, (*w, x) in given.items()}
+        return {name: linear(RELEASE[name][0], 2 * x, QuantizedWeight(*w)) for name, (*w, x) in given.items()}
 
     with jax.set_mesh(mesh):
         text = jax.jit(program).lower(given).compile().as_text() or ""
