@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.topology.split(":")[0]]
+        return CHIPS[self.topology.split(" ")[-1].split(":")[0]]
 
 
 def main() -> int:
@@ -54,17 +54,22 @@ def main() -> int:
         "--recipe", nargs="+", default=[], help="recipes as they stand: files, or names of those in train/recipes"
     )
     parser.add_argument("--topology", help="of the recipes; by default each names its own")
+    parser.add_argument("--chips", type=int, help="of the topology's, for the recipes; by default all")
     parser.add_argument("--text", type=path_argument, help="a folder for the compiled modules' text")
     parser.add_argument("--dear", type=int, default=0, help="how many of the dearest operations to list")
     arguments = parser.parse_args()
-    if arguments.topology and not arguments.recipe:
-        parser.error("--topology is that of recipes: give --recipe, too")
+    if (arguments.topology or arguments.chips) and not arguments.recipe:
+        parser.error("--topology and --chips are those of recipes: give --recipe, too")
     cases = arguments.case or ([] if arguments.recipe else [*CASES, *serving.CASES])
     training, engine = ([name for name in cases if name in of] for of in (CASES, serving.CASES))
     config = Phi4MMConfig.from_dict(read_json(RELEASE))
     steps = [
         *(case_step(name, config) for name in training),
-        *(step for recipe in arguments.recipe for step in recipe_steps(recipe, arguments.topology, config)),
+        *(
+            step
+            for recipe in arguments.recipe
+            for step in recipe_steps(recipe, arguments.topology, arguments.chips, config)
+        ),
     ]
     failed = compile_steps(steps, arguments.text, arguments.dear) if steps else False
     if engine:
@@ -93,15 +98,20 @@ def case_step(name: str, config: Phi4MMConfig) -> tuple[Step, Callable[[], jax.s
 
 
 def recipe_steps(
-    name: str, topology: str | None, config: Phi4MMConfig
+    name: str, topology: str | None, count: int | None, config: Phi4MMConfig
 ) -> Iterator[tuple[Step, Callable[[], jax.stages.Compiled]]]:
-    """Yield the steps of a recipe as it stands, and what compiles them; none where it is for any machine."""
+    """Yield the steps of a recipe as it stands, and what compiles them; none where it is for any machine.
+
+    Args:
+        count: of the topology's chips, by default all.
+    """
     path = recipe_path(name)
     topology = topology or topology_of(path)
     if topology == ANY:
         print(f"{path}: for any machine; give --topology to compile it for one", file=sys.stderr)
         return
-    recipe, chips = load_recipe(path), chips_of(topology)
+    recipe, chips = load_recipe(path), chips_of(topology)[:count]
+    topology = topology if count is None else f"{count} of {topology}"
     method = DPO if recipe.data.kind == "preferences" else SFT
     for kind, of_kind in settled_recipes(recipe, chips, config).items():
         shape = shape_of(of_kind)

@@ -20,7 +20,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.data.examples import Size
 from phi4mm_jax.data.sizing import Divisors, propose_packing, propose_trainable
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import training_mesh
+from phi4mm_jax.mesh import mesh_of_sizes, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.abstract_variables import variables_on
@@ -116,9 +116,7 @@ def compile_recipe(
     Raises:
         InputError: the mesh, or the sizes of the batches, do not suit the chips.
     """
-    mesh = training_mesh(recipe.mesh, config, chips)
-    if mesh is None:
-        raise InputError("one chip makes no mesh; give a topology of several")
+    mesh = training_mesh(recipe.mesh, config, chips) or mesh_of_sizes({"fsdp": 1}, chips)
     check_divisible(recipe.data.packing, mesh)
     module = Phi4MM(config, jnp.dtype(recipe.dtype), remat=recipe.remat)
     variables: Variables = unflatten_dict(variables_on(mesh, module, recipe.weights, recipe.trainable))
