@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
+from phi4mm_jax.engine.steps import BeamInputs, Carried, DecodeInputs, PrefillInputs
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.quantization import Weights
 from phi4mm_jax.testing.abstract_variables import variables_on
@@ -68,7 +68,10 @@ def compiled(program: str, weights: Weights | None, context: int, chips: int) ->
         slots = DecodeInputs(row, row, row, tables, row, long, row, settings)
         lowered = programs.decode.lower(variables, pages, seen, slots, width=8)
     elif program == "drafts":
-        slots = DecodeInputs(row, row, row, tables, row, long, row, settings, None, None, long, numbers(()))
+        slots = DecodeInputs(
+            row, row, row, tables, row, long, row, settings, carried=Carried(row, row), with_drafts=long, limits=row,
+            widths=row, max_steps=numbers(()),
+        )  # fmt: skip
         history = numbers((SLOTS, PAGES_OF_A_ROW * PAGE))
         lowered = programs.decode_drafts.lower(variables, pages, seen, history, slots, width=48, max_draft=5)
     elif program == "extend":
