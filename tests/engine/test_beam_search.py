@@ -343,7 +343,7 @@ def test_without_beams_there_is_no_program_for_them(tiny):
     assert engine.config.beam_batch_sizes == []
     ((_, answer),) = engine.run([Request(PROMPT, max_new_tokens=4, beams=2)])
     assert answer.finish_reason == "error"
-    assert "2 beams" in answer.error
+    assert "beams is 2" in answer.error
     assert "EngineConfig" in answer.error
 
 
@@ -404,7 +404,7 @@ def test_requests_beyond_the_engine_end_with_errors(tiny):
     ]
     answers = dict(tiny.engine(config).run(requests))
     assert [answers[i].finish_reason for i in range(5)] == ["error", "error", "error", "length", "length"]
-    for i, named in enumerate(["5 beams", "stop_tokens", "each of 4 beams"]):
+    for i, named in enumerate(["beams is 5", "stop_tokens", "each of 4 beams"]):
         assert named in answers[i].error
 
 
