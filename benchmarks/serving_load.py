@@ -198,7 +198,7 @@ def tokens_of(engine: Engine, requests: Sequence[tuple[str, Request]]) -> int:
 
     A client knows of a token at the end of a round, and is heard at the end of the next one; so it is here.
     """
-    incoming, kinds, tokens, told = iter(requests), {}, 0, []
+    incoming, kinds, tokens, unwanted = iter(requests), {}, 0, []
     while True:
         while len(engine.queue) + len(engine.scheduler.resident) < 2 * engine.config.slots:
             if (given := next(incoming, None)) is None:
@@ -206,12 +206,12 @@ def tokens_of(engine: Engine, requests: Sequence[tuple[str, Request]]) -> int:
             kinds[engine.submit(given[1])] = given[0]
         if engine.idle:
             return tokens
-        updates, cancelled, told = engine.step(), told, []
+        updates, cancelled, unwanted = engine.step(), unwanted, []
         for request_id in cancelled:
             engine.cancel(request_id)
         for update in updates:
             if kinds[update.id] == "cancel":
-                told.append(update.id)
+                unwanted.append(update.id)
             elif update.completion is not None:
                 tokens += len(update.completion.tokens)
 

@@ -123,7 +123,7 @@ class EngineCore:
 
     @property
     def _decodes_in_turn(self) -> bool:
-        """Whether a round's tokens are read before the next round is dispatched.
+        """Return whether a round's tokens are read before the next round is dispatched.
 
         For a grammar; and with drafts, of which answers take few rounds, as long as requests wait for a slot: an end
         would be seen a round late, and the slot would idle beside others. One that decodes alone ends the round.

@@ -59,8 +59,10 @@ def decode_inputs(
         with_drafts: whether they are for the step that guesses tokens.
     """
     sequences, count = batch.sequences, len(batch.sequences)
-    drafted: dict[str, Any] = {"with_drafts": batch.with_drafts, "limits": batch.limits, "widths": batch.widths}
-    drafted |= {"max_steps": np.int32(batch.max_steps)}
+    drafted: dict[str, Any] = {}
+    if with_drafts:
+        drafted = {"with_drafts": batch.with_drafts, "limits": batch.limits, "widths": batch.widths}
+        drafted |= {"max_steps": np.int32(batch.max_steps)}
     return DecodeInputs(
         last=_padded([-1 if s is None or s.num_pending_tokens else s.output_token_ids[-1] for s in sequences], count),
         lengths=_column(sequences, count, lambda s: s.num_computed_tokens),
@@ -71,7 +73,7 @@ def decode_inputs(
         num_output_tokens=_column(sequences, count, lambda s: s.num_sampled_tokens),
         sampling=_sampling_rows(sequences, count),
         with_top=_column(sequences, count, lambda s: s.request.top_logprobs > 0).astype(bool) if with_top else None,
-        **(drafted if with_drafts else {}),
+        **drafted,
     )
 
 

@@ -264,7 +264,7 @@ class Scheduler:
 
     @property
     def decodes_with_drafts(self) -> bool:
-        """Whether a sequence that decodes may have drafts."""
+        """Return whether a sequence that decodes may have drafts."""
         return any(s.is_drafted and s.status is SequenceStatus.DECODING for s in self.resident)
 
     def next_decode(self, max_steps: int) -> DecodeBatch:

@@ -51,7 +51,7 @@ class PrefillInputs(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What the N slots carry from a round to the next, whose inputs are made before its results are read."""
+    """State of the N slots for the next round, whose inputs are made before this one's results are read."""
 
     last: Int[Any, " N"]  # last token; -1: it has ended
     untaken: Int[Any, " N"]  # tokens that the round might have given with drafts, and has not
