@@ -27,7 +27,7 @@ _MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
 _TILE_ELEMENTS_PER_CORE = 1 << 18  # likewise on a CPU: a megabyte, about what a core's own cache holds
 _KEY_TILE = 512
-_WHOLE_KEYS = 1024  # this many keys are taken at once, without a mask of causality: the patches of a crop
+_WHOLE_KEYS = 1024  # so many queries and keys are one tile, without a mask of causality: the patches of a crop
 DECODE_BLOCK = 128  # a cache's capacity is a multiple of this
 
 
@@ -58,7 +58,8 @@ def flash_attention(q, k, v, limits: Limits, *, causal: bool, scale: float, out_
     _, kv_len, kv_heads, _ = k.shape
     whole = not causal and kv_len <= _WHOLE_KEYS
     keys = kv_len if whole else min(-(-kv_len // 64) * 64, _KEY_TILE)
-    queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), _KEY_TILE)
+    at_once = _WHOLE_KEYS if whole else _KEY_TILE
+    queries = min(q_len, max(64, _floor_power_of_two(_TILE_ELEMENTS // (batch * heads * keys))), at_once)
     if limits.segments is not None:
         limits = limits._replace(segments=(_pad(limits.segments[0], 1, queries), _pad(limits.segments[1], 1, keys)))
     if limits.q_offset.ndim == 2:

@@ -11,7 +11,7 @@ from phi4mm_jax.adapters import USERS
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
-from phi4mm_jax.mesh import constrain, context_size, on_one_cpu, replicate
+from phi4mm_jax.mesh import constrain, context_size, replicate
 from phi4mm_jax.model import lora, rope
 from phi4mm_jax.model.decoder import AttentionInputs, BlockConfig, Decoder
 from phi4mm_jax.model.kv_cache import KVCache, cached_inputs
@@ -68,21 +68,8 @@ class Phi4MM(nn.Module):
         return jnp.concatenate(tables) if tables else None
 
     def encode_images(self, images: ImageStack) -> MediaFeatures:
-        crops = images.crops.astype(self.dtype), images.patch_mask
-        features = self._encode_each(*crops) if len(images.crops) > 1 and on_one_cpu() else self.vision(*crops)
+        features = self.vision(images.crops.astype(self.dtype), images.patch_mask)
         return self.image_embedder(features.reshape(-1, features.shape[-1]))
-
-    def _encode_each(self, crops: Float[Array, "C X X 3"], patch_mask: Bool[Array, "C Y Y"]) -> Float[Array, "C M D"]:
-        """Encode one crop after the other, so that the activations of each stay in a CPU's caches."""
-
-        def one(vision, _, crop, mask):
-            return None, vision(crop[None], mask[None])[0]
-
-        each = nn.scan(
-            one, variable_broadcast="params", variable_axes={"intermediates": 0}, split_rngs={"params": False},
-            in_axes=0,
-        )  # fmt: skip
-        return each(self.vision, None, crops, patch_mask)[1]
 
     def encode_audio(self, audio: AudioStack) -> MediaFeatures:
         features = self.speech(audio.frames, audio.first, audio.last, audio.attended, self.dtype)  # (A, T, D)

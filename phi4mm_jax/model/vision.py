@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import VisionConfig
 from phi4mm_jax.kernels import flash_attention
-from phi4mm_jax.mesh import constrain
+from phi4mm_jax.mesh import constrain, on_one_cpu
 from phi4mm_jax.model.layers import LayerNorm, Linear, Projector, Remat, Sizes, declare, gelu_tanh, run_layers
 from phi4mm_jax.precision import precision_of
 
@@ -42,8 +42,23 @@ class VisionTower(nn.Module):
 class Block(nn.Module):
     config: VisionConfig
 
-    @nn.compact
     def __call__(self, x: Float[Array, "C S D"], layer, mask: Bool[Array, "C S"]):
+        return self._encode_each(x, mask) if len(x) > 1 and on_one_cpu() else self._encode(x, mask), None
+
+    def _encode_each(self, x: Float[Array, "C S D"], mask: Bool[Array, "C S"]) -> Float[Array, "C S D"]:
+        """Encode one crop after the other, so that the activations of each stay in a CPU's caches."""
+
+        def one(block, _, x, mask):
+            return None, block._encode(x[None], mask[None])[0]
+
+        each = nn.scan(
+            one, variable_broadcast="params", variable_axes={"intermediates": 0}, split_rngs={"params": False},
+            in_axes=0,
+        )  # fmt: skip
+        return each(self, None, x, mask)[1]
+
+    @nn.compact
+    def _encode(self, x: Float[Array, "C S D"], mask: Bool[Array, "C S"]) -> Float[Array, "C S D"]:
         x = constrain(x, "media")
         sizes, eps = sizes_of(self.config), self.config.norm_eps
         normal = LayerNorm(sizes, eps, name="attention_norm")(x)
@@ -52,7 +67,7 @@ class Block(nn.Module):
         x = checkpoint_name(x, "residual")
         hidden = Linear("D", "F", sizes, name="up")(LayerNorm(sizes, eps, name="mlp_norm")(x))
         hidden = checkpoint_name(hidden, "mlp")
-        return x + Linear("F", "D", sizes, name="down")(gelu_tanh(hidden)), None
+        return x + Linear("F", "D", sizes, name="down")(gelu_tanh(hidden))
 
 
 class ImageEmbedder(nn.Module):
