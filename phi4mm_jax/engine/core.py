@@ -12,7 +12,8 @@ from phi4mm_jax.engine.output_processor import OutputProcessor
 from phi4mm_jax.engine.request_queue import RequestQueue, WaitingRequest
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch, Scheduler
 from phi4mm_jax.engine.sequence import Sequence, SequenceStatus
-from phi4mm_jax.engine.steps import Programs, SampledTokens, TopLogprobs
+from phi4mm_jax.engine.step_io import SampledTokens, TopLogprobs
+from phi4mm_jax.engine.steps import Programs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.processor import Processor
 
@@ -126,9 +127,10 @@ class EngineCore:
         """Return whether a round's tokens are read before the next round is dispatched.
 
         For a grammar; and with drafts, of which answers take few rounds, as long as requests wait for a slot: an end
-        would be seen a round late, and the slot would idle beside others. One that decodes alone ends the round.
+        would be seen a round late, and the slot would idle beside others. One that decodes alone ends the round, and
+        what waits beside a free slot waits for its media or for pages.
         """
-        waited_for = bool(self.queue) and len(self._unfinished) > 1
+        waited_for = bool(self.queue) and len(self._unfinished) > 1 and self.scheduler.free_slot is None
         return self.scheduler.decodes_by_grammar or (waited_for and self.scheduler.decodes_with_drafts)
 
     def _admit(self) -> None:
