@@ -24,7 +24,7 @@ import phi4mm_jax
 from phi4mm_jax.config import Phi4MMConfig, read_json, with_layers
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
-from phi4mm_jax.engine.steps import DecodeInputs
+from phi4mm_jax.engine.step_io import DecodeInputs
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.processor import Processor

@@ -25,7 +25,7 @@ import phi4mm_jax
 from benchmarks.decode_cost import random_model
 from phi4mm_jax.engine import Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import DecodeInputs
+from phi4mm_jax.engine.step_io import DecodeInputs
 
 place, (tokens, slots, draft_tokens), cache = sys.argv[1], map(int, sys.argv[2:]), 512
 model = random_model(int(place)) if place.isdigit() else phi4mm_jax.load(place, dtype="float32", scan=True)

@@ -17,7 +17,7 @@ import sys, time
 import jax, numpy as np
 from benchmarks.decode_cost import random_model
 from phi4mm_jax.engine import EngineConfig, Sampling
-from phi4mm_jax.engine.steps import PrefillInputs
+from phi4mm_jax.engine.step_io import PrefillInputs
 from phi4mm_jax.engine.sampling import SamplingRows
 from phi4mm_jax.batch import NO_MEDIA
 

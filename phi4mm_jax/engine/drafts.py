@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from phi4mm_jax.engine.step_io import DecodeInputs
+
 NO_TOKEN = -1  # in a history: of a medium, or unknown; it equals no token
 MAX_NGRAM = 3  # tokens of context that are compared, at most
 
@@ -70,23 +72,25 @@ def verify(
     return jax.lax.while_loop(lambda state: state[1].any(), one, (jnp.int32(0), active, carry))[2]
 
 
-def begin_round(inputs: Any) -> tuple[Any, Int[Array, " N"], Int[Array, " N"]]:
+def begin_round(inputs: DecodeInputs) -> tuple[DecodeInputs, Int[Array, " N"], Int[Array, " N"]]:
     """Let a round begin where the last one has ended, which the host had not read as it made the inputs.
 
     Returns:
         The inputs, without the tokens that the last round has not given; for each row the last token, and how many are
         to be decoded.
     """
-    last, limits = jnp.asarray(inputs.last), jnp.asarray(inputs.limits)
-    untaken = jnp.where((last < 0) & (limits > 0), inputs.carried.untaken, 0)  # an idle slot keeps a former sequence's
-    last = jnp.where(last < 0, inputs.carried.last, last)
+    carried: Any = inputs.carried  # with drafts, never None
+    last, limits, widths = (jnp.asarray(x) for x in (inputs.last, inputs.limits, inputs.widths))
+    untaken = jnp.where((last < 0) & (limits > 0), carried.untaken, 0)  # an idle slot keeps a former sequence's
+    last = jnp.where(last < 0, carried.last, last)
     inputs = inputs._replace(lengths=inputs.lengths - untaken, num_output_tokens=inputs.num_output_tokens - untaken)
-    return inputs, last, jnp.minimum(limits - inputs.lengths, inputs.widths)
+    return inputs, last, jnp.minimum(limits - inputs.lengths, widths)
 
 
 def decode_with_drafts(
-    compute: Callable[..., Any], sample_next: Callable[..., Any], state: tuple[Any, ...], inputs: Any, max_draft: int
-) -> tuple[tuple[Any, ...], Int[Array, " N"]]:
+    compute: Callable[..., Any], sample_next: Callable[..., Any], state: tuple[Any, ...], inputs: DecodeInputs,
+    max_draft: int,
+) -> tuple[tuple[Any, ...], Int[Array, " N"]]:  # fmt: skip
     """Decode at most `inputs.max_steps` steps of all rows, each with a draft where `inputs.with_drafts`.
 
     A step computes a row's last token and its draft. Then each position's token is sampled, as without drafts, up to
@@ -99,7 +103,7 @@ def decode_with_drafts(
         sample_next: sample_next(token_seen, logits, rows, last, sampled, left) samples the next token of some rows.
         state: the cache, the tokens seen, the history, and for each row the last token, those sampled, and how many
             are left to decode.
-        inputs: `DecodeInputs` as the round begins.
+        inputs: as the round begins.
 
     Returns:
         The state, and how many steps each row has taken.

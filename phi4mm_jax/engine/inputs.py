@@ -14,7 +14,7 @@ from phi4mm_jax.engine.grammar import GrammarMatcher, num_words
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
-from phi4mm_jax.engine.steps import BeamInputs, DecodeInputs, PrefillInputs
+from phi4mm_jax.engine.step_io import BeamInputs, DecodeInputs, PrefillInputs
 
 T = TypeVar("T")
 

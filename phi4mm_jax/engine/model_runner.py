@@ -21,15 +21,8 @@ from phi4mm_jax.engine.grammar import is_installed
 from phi4mm_jax.engine.inputs import DeviceCopies, GrammarMasks, beam_inputs, decode_inputs, prefill_inputs
 from phi4mm_jax.engine.scheduler import DecodeBatch, PrefillBatch
 from phi4mm_jax.engine.sequence import Sequence
-from phi4mm_jax.engine.steps import (
-    BeamInputs,
-    Carried,
-    DecodeInputs,
-    PrefillInputs,
-    Programs,
-    SampledTokens,
-    TopLogprobs,
-)
+from phi4mm_jax.engine.step_io import BeamInputs, Carried, DecodeInputs, PrefillInputs, SampledTokens, TopLogprobs
+from phi4mm_jax.engine.steps import Programs
 from phi4mm_jax.engine.token_history import TokenHistory
 from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError

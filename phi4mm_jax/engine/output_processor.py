@@ -8,7 +8,7 @@ from phi4mm_jax.engine.beam_search import BeamGroup, advance
 from phi4mm_jax.engine.request import Completion, FinishReason, TokenLogprobs
 from phi4mm_jax.engine.scheduler import Scheduler
 from phi4mm_jax.engine.sequence import Sequence, SequenceStatus
-from phi4mm_jax.engine.steps import TopLogprobs
+from phi4mm_jax.engine.step_io import TopLogprobs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 

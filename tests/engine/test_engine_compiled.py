@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import BeamInputs, Carried, DecodeInputs, PrefillInputs
+from phi4mm_jax.engine.step_io import BeamInputs, Carried, DecodeInputs, PrefillInputs
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.quantization import Weights
 from phi4mm_jax.testing.abstract_variables import variables_on

@@ -11,7 +11,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request, ToolCall
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import read_requests
-from phi4mm_jax.engine.steps import SampledTokens
+from phi4mm_jax.engine.step_io import SampledTokens
 from phi4mm_jax.engine.tool_calls import parse_tool_calls
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
 from phi4mm_jax.engine.sampling import SamplingRows
-from phi4mm_jax.engine.steps import DecodeInputs
+from phi4mm_jax.engine.step_io import DecodeInputs
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import cudnn, decode_attention, flash_attention, gpu, pallas_gpu_decode
 from phi4mm_jax.model import Phi4MM
