@@ -6,8 +6,9 @@ The model has the release's widths and vocabulary but few layers, in float32. A 
 1.0 on, ours is as fast. Both sides are warm, run in turns, and their fastest round counts. Before a row is timed both
 must give the same result. PyTorch is given its best: the faster of its two kinds of attention (the vision tower's
 SDPA, which is causal by mistake, put right), the vision layer and pooling head whose results nobody takes left out,
-media of one size in a batch, so that nothing is padded but the text. The first rows are bare products of the model's
-sizes: where XLA's own is slower than PyTorch's, no row that is made of such products can be much better.
+media of one size in a batch, so that nothing is padded but the text. The column "products" has the ratio of the row's
+linear maps alone, multiplied by XLA and by PyTorch: where XLA's are slower, no row that is made of them can be much
+better.
 
 Needs `pip install '.[tests]'`.
 """
@@ -17,10 +18,13 @@ import dataclasses
 import json
 import lzma
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +36,7 @@ from PIL import Image
 from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, PreTrainedTokenizerFast
 
 import phi4mm_jax
+from benchmarks.bare_products import LinearMap, ratio, recorded
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
@@ -53,7 +58,6 @@ Timed = Callable[[], float]  # seconds of one call
 class Sizes(NamedTuple):
     """Sizes of the rows."""
 
-    products: tuple[tuple[int, int, int], ...]  # rows, inputs, outputs: of both encoders, of prefill and decoding
     crops: tuple[int, ...]
     seconds: tuple[int, ...]
     prompts: tuple[int, ...]
@@ -64,9 +68,8 @@ class Sizes(NamedTuple):
     answers: tuple[int, int]  # tokens of theirs: from, and to below
 
 
-PRODUCTS = ((1024, 1152, 4304), (500, 1024, 1536), (2048, 3072, 16384), (8, 3072, 16384), (1, 3072, 16384))
-FULL = Sizes(PRODUCTS, (1, 8), (10, 40), (256, 2048), 512, (1600, 1200), 30, 32, (8, 65))
-SMALL = Sizes(((64, 128, 256),), (1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9))
+FULL = Sizes((1, 8), (10, 40), (256, 2048), 512, (1600, 1200), 30, 32, (8, 65))
+SMALL = Sizes((1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9))
 
 
 class Contest(NamedTuple):
@@ -76,6 +79,7 @@ class Contest(NamedTuple):
     unit: str
     ours: Timed
     theirs: dict[str, Timed]
+    maps: Counter[LinearMap] | None = None  # linear maps of theirs
 
 
 class Prompt(NamedTuple):
@@ -100,11 +104,11 @@ def main() -> int:
     threads = len(os.sched_getaffinity(0))  # as many as XLA takes
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    print(f"{threads} threads, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
+    print(f"{threads} threads of {processor()}, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
         sides = Sides(checkpoint, SMALL if arguments.small else FULL)
-    print("| row | ours | PyTorch | its attention | ratio |\n|---|---|---|---|---|", flush=True)
+    print("| row | ours | PyTorch | its way | products | ratio |\n|---|---|---|---|---|---|", flush=True)
     for name, make in sides.rows():
         if not name.startswith(tuple(arguments.rows)):
             continue
@@ -112,9 +116,18 @@ def main() -> int:
         ours, theirs = fastest(contest, arguments.rounds)
         kind = min(theirs, key=lambda k: theirs[k])
         shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
-        cells = [f"{name}, {contest.unit}/s", *shown, kind, f"{theirs[kind] / ours:.2f}"]
+        products = f"{ratio(contest.maps, arguments.rounds):.2f}" if contest.maps is not None else ""
+        cells = [f"{name}, {contest.unit}/s", *shown, kind, products, f"{theirs[kind] / ours:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
+
+
+def processor() -> str:
+    """Name of the processor, as Linux gives it, and its instructions for products."""
+    told = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*: (.*)", told, re.MULTILINE)
+    kinds = [kind for kind in ("avx512f", "avx512_bf16", "amx_tile") if re.search(rf"\b{kind}\b", told)]
+    return f"{name[1] if name else platform.machine()} ({', '.join(kinds) or 'neither AVX-512 nor AMX'})"
 
 
 def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
@@ -205,8 +218,6 @@ class Sides:
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Contest]]]:
         s = self.sizes
-        for sizes in s.products:
-            yield f"bare product, {' x '.join(map(str, sizes))}", lambda sizes=sizes: self.product(*sizes)
         for n in s.crops:
             yield f"image encoder, {n} crop{'s' if n > 1 else ''}", lambda n=n: self.image_encoder(n)
         for n in s.seconds:
@@ -232,14 +243,10 @@ class Sides:
 
         return {kind: under(kind) for kind in ("sdpa", "eager")}
 
-    def product(self, rows: int, inputs: int, outputs: int) -> Contest:
-        """Multiply by a weight that lies on each side as the model's do: XLA's by inputs, PyTorch's by outputs."""
-        x, weight = (self.random.standard_normal(shape, np.float32) for shape in ((rows, inputs), (inputs, outputs)))
-        own = jax.jit(lambda x, weight: x @ weight), jax.device_put(x), jax.device_put(weight)
-        mine, theirs = torch.from_numpy(x), torch.from_numpy(weight.T.copy())
-        agree("bare product", own[0](*own[1:]), torch.nn.functional.linear(mine, theirs))
-        again = timed(lambda: torch.nn.functional.linear(mine, theirs))
-        return Contest(2e-9 * rows * inputs * outputs, "GFLOP", timed(lambda: own[0](*own[1:])), {"none": again})
+    def maps(self, function: Callable[[], Any]) -> Counter[LinearMap]:
+        with recorded(self.torch) as found:
+            function()
+        return found
 
     # --- encoders ---
 
@@ -262,7 +269,8 @@ class Sides:
             use_attention(self.torch, kind)
             expected = theirs().flatten(0, 1)
             agree(f"image encoder, {kind}", encode(variables, stack)[: len(expected)], expected)
-        return Contest(count, "crops", timed(lambda: encode(variables, stack)), self.each_attention(theirs))
+        ours = timed(lambda: encode(variables, stack))
+        return Contest(count, "crops", ours, self.each_attention(theirs), self.maps(theirs))
 
     def audio_encoder(self, seconds: int) -> Contest:
         frames = log_mel(self.noise(seconds), RATE)
@@ -276,8 +284,12 @@ class Sides:
             use_attention(self.torch, kind)
             expected = self.native.audio_embeds(frames, "speech")
             agree(f"audio encoder, {kind}", np.asarray(encode(variables, stack))[taken], expected)
-        theirs = self.each_attention(lambda: self.native._audio_embeds(frames, "speech"))
-        return Contest(seconds, "seconds", timed(lambda: encode(variables, stack)), theirs)
+
+        def theirs() -> torch.Tensor:
+            return self.native._audio_embeds(frames, "speech")
+
+        ours = timed(lambda: encode(variables, stack))
+        return Contest(seconds, "seconds", ours, self.each_attention(theirs), self.maps(theirs))
 
     # --- the decoder ---
 
@@ -300,7 +312,8 @@ class Sides:
         agree("prefill", token, theirs(row).argmax())
         # Other tokens each time: the engine keeps the pages of prompts that it has seen.
         again = self.each_attention(lambda: theirs(self.random_row(length)))
-        return Contest(length, "tokens", timed(lambda: ours(self.random_row(length))), again)
+        maps = self.maps(lambda: theirs(row))
+        return Contest(length, "tokens", timed(lambda: ours(self.random_row(length))), again, maps)
 
     def decode(self, batch: int) -> Contest:
         cached = self.sizes.cached
@@ -336,7 +349,7 @@ class Sides:
                 raise SystemExit(f"decoding: four rounds made {made} tokens, not {4 * batch * STEPS}")
             return seconds / 3
 
-        return Contest(batch * STEPS, "tokens", ours, self.each_attention(theirs))
+        return Contest(batch * STEPS, "tokens", ours, self.each_attention(theirs), self.maps(theirs))
 
     def ours_decoded(self, rows: Sequence[Row], count: int) -> list[list[int]]:
         engine = self.ours.engine(EngineConfig(slots=len(rows), cache_tokens=1024 * len(rows), steps=STEPS))
