@@ -1,5 +1,6 @@
 """Linear maps of a call by PyTorch, multiplied alone on both sides: the ratio that its products leave to be had."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,14 +24,15 @@ class LinearMap(NamedTuple):
 
 @contextmanager
 def recorded(model: torch.nn.Module) -> Iterator[Counter[LinearMap]]:
-    """Count the linear maps that a model computes."""
+    """Count the linear maps that a model computes, and its convolutions of all channels as what they are: products."""
     found: Counter[LinearMap] = Counter()
 
-    def record(linear: Any, given: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-        found[LinearMap(given[0].numel() // linear.in_features, linear.in_features, linear.out_features)] += 1
+    def record(module: Any, _: tuple[torch.Tensor, ...], given: torch.Tensor) -> None:
+        outputs, *window = module.weight.shape
+        found[LinearMap(given.numel() // outputs, math.prod(window), outputs)] += 1
 
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    hooks = [linear.register_forward_hook(record) for linear in linears]
+    maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d)]
+    hooks = [module.register_forward_hook(record) for module in maps if getattr(module, "groups", 1) == 1]
     yield found
     for hook in hooks:
         hook.remove()

@@ -28,7 +28,7 @@ class Phi4MM(nn.Module):
     Attributes:
         dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
         scan: whether the decoder's layers are one loop over stacked parameters, or are written out.
-        scan_encoders: likewise those of the two encoders.
+        scan_encoders: likewise those of the two encoders; written out, there is no branch beside them either.
         remat: what the backward pass computes again of each layer: "none"; all of it ("full"); all but attention and
             its projections ("attention"); or all but the matrix products that it needs ("dots").
     """
@@ -73,9 +73,27 @@ class Phi4MM(nn.Module):
 
     def encode_audio(self, audio: AudioStack) -> MediaFeatures:
         features = self.speech(audio.frames, audio.first, audio.last, audio.attended, self.dtype)  # (A, T, D)
-        alone, with_images = self.audio_projector(features), self.audio_projector_with_images(features)
-        chosen = jnp.where(audio.with_images[:, None, None], with_images, alone)
-        return chosen.reshape(-1, chosen.shape[-1])
+        projected = self._project_audio(features, audio.with_images)
+        return projected.reshape(-1, projected.shape[-1])
+
+    def _project_audio(
+        self, features: Float[Array, "A T D"], with_images: Bool[Array, " A"]
+    ) -> Float[Array, "A T E"]:  # fmt: skip
+        """Project each chunk by its projector; the other's products are left out where no chunk needs them."""
+
+        def alone(model, features):
+            return model.audio_projector(features)
+
+        def beside(model, features):
+            return model.audio_projector_with_images(features)
+
+        def both(model, features):
+            return jnp.where(with_images[:, None, None], beside(model, features), alone(model, features))
+
+        if self.is_initializing() or not self.scan_encoders:  # parameters must be declared outside of a branch
+            return both(self, features)
+        needed = jnp.where(with_images.all(), 1, jnp.where(with_images.any(), 2, 0))
+        return nn.switch(needed, (alone, beside, both), self, features)
 
     def embed(
         self, tokens: Int[Array, "B T"], media: Int[Array, "B T"], features: MediaFeatures | None
