@@ -1,10 +1,11 @@
-"""Bytes that a step of decoding reads on one chip, by the program compiled for it: python -m benchmarks.decode_bytes.
+"""Bytes that a step of decoding reads on a chip, by the program compiled for it: python -m benchmarks.decode_bytes.
 
-The model is the release's, in full size. A step reads every weight of the decoder once, and the keys and values of its
-rows: with the chip's bandwidth that bounds the tokens per second. The estimate is the compiler's, of greedy rows, or
-the transfer of the weights where that is longer, and attention's the transfer of its keys and values. "Copies" are
-float arrays of a weight's size that the compiled program makes in main memory. Cache fits beside the whole model: the
-decoder, both towers, both adapters. Needs libtpu (`pip install '.[tpu]'`), and no TPU.
+The model is the release's, in full size, on one chip or its heads over several; bytes are of one of them, tokens of all
+together. A step reads every weight of the decoder once, and the keys and values of its rows: with the chip's bandwidth
+that bounds the tokens per second. The estimate is the compiler's, of greedy rows, or the transfer of the weights where
+that is longer, and attention's the transfer of its keys and values. "Copies" are float arrays of a weight's size that
+the compiled program makes in main memory. Cache fits beside the whole model: the decoder, both towers, both adapters.
+Needs libtpu (`pip install '.[tpu]'`), and no TPU.
 """
 
 import argparse
@@ -15,14 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from jax.experimental import topologies
+from jax.sharding import AxisType
 
 from benchmarks.serving import APPEND, PAGE, Serving, compile_serving
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import KVCache, Phi4MM
-from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.quantization import SCALES, quantized_abstract
+from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import CHIPS, cost, float_copies
 
 RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
@@ -38,19 +38,20 @@ def main() -> int:
     parser.add_argument("--cache", choices=("bfloat16", "int8"), default="int8", help="dtype (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048, help="of a row, in tokens")
+    parser.add_argument("--devices", type=int, default=1, help="chips that share the heads (default: %(default)s)")
     arguments = parser.parse_args()
     config = Phi4MMConfig.from_dict(read_json(RELEASE))
     print(
         "| weights | chip | whole model, GB | decoder | temporaries | copies | tokens of cache that fit "
-        "| read a step, GB | of it the cache | ceiling, tokens/s | estimated, ms a step |"
+        "| read a step, GB | of it the cache | sent | ceiling, tokens/s | estimated, ms a step |"
     )
-    print("|" + "---|" * 11)
+    print("|" + "---|" * 12)
     for chip in arguments.chips:
         for weights in arguments.weights:
             kind: Any = None if weights == "bfloat16" else weights
             case = Serving(
                 TOPOLOGIES[chip], "decode", arguments.rows, arguments.length, weights=kind, cache=arguments.cache,
-                devices=1,
+                devices=arguments.devices,
             )  # fmt: skip
             print(row(weights, chip, case, config, compile_serving(case, config)), flush=True)
     return 0
@@ -59,34 +60,36 @@ def main() -> int:
 def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
     """A line of the table."""
     memory: Any = compiled.memory_analysis()
-    d, text, bandwidth = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth
-    copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size, d.vocab_size)
+    d, text, bandwidth, chips = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth, case.devices or 1
+    copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size // chips, d.vocab_size // chips)
     cache = jax.eval_shape(lambda: KVCache.allocate(d, 1, PAGE, jnp.dtype(case.cache)))
-    per_token = sum(math.prod(x.shape[2:]) * x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(cache)) / PAGE
+    whole = sum(math.prod(x.shape[2:]) * x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    per_token = whole / PAGE / chips
     pages = case.rows * case.length // PAGE + 1  # and the scratch page
     decoder = memory.argument_size_in_bytes - pages * PAGE * per_token
     model = model_bytes(case, config)
     free = CHIPS[chip].hbm * 2**30 - model - memory.temp_size_in_bytes - memory.generated_code_size_in_bytes
-    keys = case.rows * case.length * per_token
-    work = max(cost(text, CHIPS[chip], branch=min).seconds, decoder / bandwidth)
-    seconds = work + keys / bandwidth + d.num_layers * APPEND
+    keys, found = case.rows * case.length * per_token, cost(text, CHIPS[chip], branch=min)
+    seconds = max(found.seconds, decoder / bandwidth) + keys / bandwidth + d.num_layers * APPEND
     return (
-        f"| {weights} | {chip} | {model / 1e9:.2f} | {decoder / 1e9:.2f} | {memory.temp_size_in_bytes / 1e9:.2f} "
+        f"| {weights} | {chip if chips == 1 else f'{chips} of {case.topology}'} | {model / 1e9:.2f} "
+        f"| {decoder / 1e9:.2f} | {memory.temp_size_in_bytes / 1e9:.2f} "
         f"| {len(copies)} | {free / per_token:,.0f} | {(decoder + keys) / 1e9:.2f} | {keys / 1e9:.2f} "
-        f"| {case.rows * bandwidth / (decoder + keys):,.0f} | {seconds * 1e3:.2f} |"
+        f"| {sum(found.bytes.values()) / 1e6:.0f} MB | {case.rows * bandwidth / (decoder + keys):,.0f} "
+        f"| {seconds * 1e3:.2f} |"
     )
 
 
 def model_bytes(case: Serving, config: Phi4MMConfig) -> float:
-    """Bytes of all weights as they are loaded: the decoder, both towers, both adapters."""
-    abstract = abstract_variables(Phi4MM(config))
-    if case.weights is not None:
-        abstract = quantized_abstract(abstract, case.weights)
-    sizes = {"float32": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}  # what is not quantised is in bfloat16
-    leaves: dict[Any, Any] = flatten_dict(nn.unbox(abstract))
-    return sum(
-        x.size * (x.dtype.itemsize if path[-1].endswith(SCALES) else sizes[x.dtype.name]) for path, x in leaves.items()
-    )
+    """Bytes of a chip's weights as they are loaded: the decoder, both towers, both adapters."""
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
+    mesh = jax.make_mesh((len(chips),), ("tensor",), axis_types=(AxisType.Auto,), devices=chips)
+    given = variables_on(mesh, Phi4MM(config), case.weights).values()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits_of(x.dtype) / 8 for x in given)
+
+
+def bits_of(dtype: jnp.dtype) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 if __name__ == "__main__":
