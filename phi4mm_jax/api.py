@@ -94,7 +94,8 @@ def load(
     Raises:
         CheckpointError: a file or tensor is missing, extra, misshapen or unreadable; the message names it.
         ConfigError: config.json asks for something unsupported.
-        InputError: an unknown dtype, no such adapter to replace or to merge, or nothing to quantise beside `trainable`.
+        InputError: an unknown dtype, no such adapter to replace or to merge, nothing to quantise beside `trainable`, or
+            something quantised among it.
     """
     dtype = _dtype_name(dtype)
     check_weights(weights)
@@ -122,7 +123,7 @@ def load(
         raise InputError(f"{path}: its weights are {stored}, so {asked} is not possible; use what it was made from")
     at_load = None if merge else weights  # an adapter is merged into floats
     floats: set[tuple[str, ...]] = set()
-    if weights is not None and stored is None and trainable:
+    if trainable:
         parameters = {p: x for p, x in opened().parameters.items() if p[0] != UNUSED}
         floats = not_quantized(parameters | {p: x for a in given for p, x in a.parameters.items()}, trainable, weights)
     if abstract is not None and (kind := stored or at_load) is not None:

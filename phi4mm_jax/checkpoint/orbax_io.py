@@ -1,4 +1,8 @@
-"""Parameters as an Orbax checkpoint: written one at a time, restored straight onto a mesh."""
+"""Parameters as an Orbax checkpoint: written one at a time, restored straight onto a mesh.
+
+Two int4 values are a byte, which Orbax and TensorStore would give each: an array of uint8 is one of int4 with twice as
+many values in its last axis, of which those at even places are in the lower bits.
+"""
 
 import contextlib
 import logging
@@ -9,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Int4, UInt8
 
 from phi4mm_jax.checkpoint.tensor_types import ParamPath, parameter_bytes
 from phi4mm_jax.config import read_json
@@ -49,22 +55,63 @@ class OrbaxCheckpoint:
         with _readable(folder, "the checkpoint"):
             metadata: Any = self._checkpointer.metadata(folder).item_metadata
             leaves: dict[ParamPath, Any] = dict(flatten_dict(metadata.tree))
-            self.parameters = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+            self._stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+            self.parameters = {path: _unpacked(x) for path, x in self._stored.items()}
 
     def read(self, path: ParamPath, dtype: Any = None) -> np.ndarray:
         """A parameter, whole, in memory; in its own dtype by default."""
-        return self._restore(path, self._ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+        packed = self._is_packed(path)
+        array = self._restore(path, self._ocp.RestoreArgs(restore_type=np.ndarray, dtype=None if packed else dtype))
+        return unpack_int4(array) if packed else array
 
     def place(self, path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
         """A parameter on the devices; each host reads only the chunks that its devices hold a share of."""
-        shape = self.parameters[path].shape
-        return self._restore(path, self._ocp.ArrayRestoreArgs(sharding=sharding, global_shape=shape, dtype=dtype))
+        packed, shape = self._is_packed(path), self.parameters[path].shape
+        if packed and sharding.shard_shape(shape)[-1] % 2:  # a byte would be on two devices
+            array = self.read(path)
+            return jax.make_array_from_callback(shape, sharding, lambda share: array[share])
+        how = self._ocp.ArrayRestoreArgs(
+            sharding=sharding, global_shape=self._stored[path].shape, dtype=None if packed else dtype
+        )
+        placed = self._restore(path, how)
+        if not packed:
+            return placed
+        shares = [jax.device_put(unpack_int4(np.asarray(x.data)), x.device) for x in placed.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shares)
+
+    def _is_packed(self, path: ParamPath) -> bool:
+        return self._stored[path] != self.parameters[path]
 
     def _restore(self, path: ParamPath, how: Any) -> Any:
-        item = unflatten_dict({path: self.parameters[path]})
+        item = unflatten_dict({path: self._stored[path]})
         args = self._ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
         with _readable(_folder_of(self.folder, path), "/".join(path)):
             return flatten_dict(self._checkpointer.restore(self.folder, args=args))[path]
+
+
+def pack_int4(values: Int4[np.ndarray, "*N I"]) -> UInt8[np.ndarray, "*N I//2"]:
+    bits = values.astype(np.int8).view(np.uint8)
+    return (bits[..., ::2] & 15) | (bits[..., 1::2] << 4)
+
+
+def unpack_int4(packed: UInt8[np.ndarray, "*N I//2"]) -> Int4[np.ndarray, "*N I"]:
+    values = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int8)
+    values[..., ::2] = (packed << 4).view(np.int8) >> 4  # with its sign
+    values[..., 1::2] = packed.view(np.int8) >> 4
+    return values.astype(jnp.int4)
+
+
+def _packed(parameter: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype as they are stored."""
+    *axes, last = parameter.shape
+    if parameter.dtype != jnp.int4 or last % 2:
+        return parameter
+    return jax.ShapeDtypeStruct((*axes, last // 2), np.uint8)
+
+
+def _unpacked(stored: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    *axes, last = stored.shape or (1,)
+    return stored if stored.dtype != np.uint8 else jax.ShapeDtypeStruct((*axes, 2 * last), jnp.int4)
 
 
 def _folder_of(folder: Path, path: ParamPath) -> Path:
@@ -102,7 +149,8 @@ def write(
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
-    total = sum(parameter_bytes(p) for p in parameters.values())
+    leaves = {path: _Unread(path, _packed(abstract)) for path, abstract in parameters.items()}
+    total = sum(parameter_bytes(leaf.abstract) for leaf in leaves.values())
     done = 0
 
     class Handler(type_handlers.NumpyHandler):
@@ -112,6 +160,8 @@ def write(
             nonlocal done
             for value, info, arg in zip(values, infos, args or (), strict=True):
                 array = read(value.path)
+                if value.dtype == np.uint8:
+                    array = pack_int4(array)
                 with _writable():
                     for future in await super().serialize([array], [info], [arg]):
                         future.result()
@@ -121,7 +171,6 @@ def write(
                     progress(done, total)
             return []
 
-    leaves = {path: _Unread(path, abstract) for path, abstract in parameters.items()}
     # Layers in chunks of their own: a host that holds a share of each reads no other.
     chunks = {
         path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if "layers" in path else ())

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
@@ -40,18 +41,28 @@ def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -
     return found
 
 
-def not_quantized(parameters: Mapping[ParamPath, Any], trainable: Sequence[str], weights: Weights) -> set[ParamPath]:
+def not_quantized(
+    parameters: Mapping[ParamPath, Any], trainable: Sequence[str], weights: Weights | None
+) -> set[ParamPath]:  # fmt: skip
     """Return the trainable parameters, which stay floats where `weights` quantises the others.
 
     Args:
-        parameters: of a float checkpoint, of any type with a shape.
+        parameters: of a checkpoint, of any type with a shape and a dtype.
         trainable: their patterns.
 
     Raises:
-        InputError: as `matching`; or all linear maps are trained.
+        InputError: as `matching`; all linear maps are trained; or one is trained that the checkpoint has quantised.
     """
     floats = matching(parameters.keys(), trainable, "trainable")
-    if not any(is_quantized(path, len(x.shape)) for path, x in parameters.items() if path not in floats):
+    stored = next((path for path in sorted(floats) if parameters[path].dtype in (jnp.int8, jnp.int4)), None)
+    if stored is not None:
+        raise InputError(
+            f"trainable has {'/'.join(stored)}, which this checkpoint has quantised; begin with the float one that it "
+            "was made from"
+        )
+    if weights is not None and not any(
+        is_quantized(path, len(x.shape)) for path, x in parameters.items() if path not in floats
+    ):
         raise InputError(
             f"weights is {weights}, and trainable={list(trainable)} has all linear maps: none is frozen, to be "
             "quantised; leave weights out, or train less"

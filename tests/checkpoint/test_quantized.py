@@ -1,5 +1,6 @@
 """Weights in int8 and int4: their rounding, what is computed with them, how they are stored."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from helpers.quantized import dequantized
 
 import phi4mm_jax
 from phi4mm_jax import InputError
+from phi4mm_jax.checkpoint import orbax_io
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
+from phi4mm_jax.checkpoint.orbax_io import pack_int4, unpack_int4
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.quantization import quantize
 
@@ -141,9 +144,10 @@ def stored(quantized, tmp_path_factory) -> Path:
 
 
 def test_stored_ones_load_as_they_were(quantized, stored):
-    size = sum(x.nbytes for x in jax.tree.leaves(quantized.variables["params"]))
-    files = sum(f.stat().st_size for f in stored.glob("parameters/params.*/*") if f.is_file())
-    assert files < 1.1 * size + 200_000  # of metadata
+    bits = {"int4": 4, "int8": 8, "bfloat16": 16, "float32": 32}
+    size = sum(x.size * bits[x.dtype.name] // 8 for x in jax.tree.leaves(quantized.variables["params"]))
+    files = [f for f in stored.glob("parameters/params.*/*") if f.is_file() and not f.name.startswith(".")]
+    assert sum(f.stat().st_size for f in files) == size  # two values of int4 in a byte
     found: dict[Any, Any] = flatten_dict(phi4mm_jax.load(stored, "float32", scan=True).variables)
     expected: dict[Any, Any] = flatten_dict(quantized.variables)
     assert found.keys() == expected.keys()
@@ -152,11 +156,45 @@ def test_stored_ones_load_as_they_were(quantized, stored):
         np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(x), str(path))
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
+def test_stored_ones_load_onto_a_mesh(quantized, stored, sizes):
+    """Also where a device's share of int4 values would end within a byte."""
+    spread: Any = flatten_dict(phi4mm_jax.load(stored, "float32", make_mesh(**sizes), scan=True).variables)
+    expected: Any = flatten_dict(quantized.variables)
+    assert spread.keys() == expected.keys()
+    for path, x in expected.items():
+        assert spread[path].dtype == x.dtype
+        np.testing.assert_array_equal(np.asarray(spread[path]), np.asarray(x), str(path))
+
+
+def test_two_values_of_int4_are_a_byte():
+    values = np.array([[7, -8, -1, 0], [3, 5, -4, 1]]).astype(jnp.int4)
+    packed = pack_int4(values)
+    np.testing.assert_array_equal(packed, np.array([[0x87, 0x0F], [0x53, 0x1C]], np.uint8))
+    found = unpack_int4(packed)
+    assert found.dtype == jnp.int4
+    np.testing.assert_array_equal(found.astype(np.int8), values.astype(np.int8))
+
+
+@pytest.mark.parametrize(("shape", "stored_as"), [((3, 5), ((3, 5), "int4")), ((3, 6), ((3, 3), "uint8"))])
+def test_an_odd_number_of_int4_values_is_stored_as_it_is(tmp_path, shape, stored_as):
+    """As all were before two of them were one byte: such checkpoints still load."""
+    values = np.random.default_rng(0).integers(-8, 8, shape).astype(jnp.int4)
+    orbax_io.write(tmp_path / "out", {("params", "x"): jax.ShapeDtypeStruct(shape, jnp.int4)}, lambda path: values)
+    array = json.loads((tmp_path / "out" / "params.x" / ".zarray").read_text())
+    assert (tuple(array["shape"]), np.dtype(array["dtype"]).name) == stored_as
+    found = orbax_io.OrbaxCheckpoint((tmp_path / "out").absolute(), [("params", "x")])
+    np.testing.assert_array_equal(found.read(("params", "x")).astype(np.int8), values.astype(np.int8))
+
+
 def test_what_stored_ones_cannot_be_is_refused(stored, tmp_path):
     other = "int4" if stored.name == "int8" else "int8"
     for options in ({"weights": other}, {"merge": "speech"}):
         with pytest.raises(InputError, match=f"its weights are {stored.name}, so .* is not possible"):
             phi4mm_jax.load(stored, **options)
+    with pytest.raises(InputError, match=r"trainable has params/.*kernel, which this checkpoint has quantised; begin"):
+        phi4mm_jax.load(stored, trainable=["params/speech"])
+    phi4mm_jax.load(stored, trainable=["lora_speech"])
     for convert in (lambda to: to_orbax(stored, to), lambda to: to_torch(stored, to, "native")):
         with pytest.raises(phi4mm_jax.CheckpointError, match=f"its weights are {stored.name}, from which no others"):
             convert(tmp_path / "other")
