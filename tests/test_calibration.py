@@ -107,6 +107,13 @@ def test_moments_that_are_not_the_maps_are_refused(moments):
         quantize_to_inputs(UP, np.ones((256, 3), np.float32), [moments.astype(np.float32)])
 
 
+def test_moments_of_unknown_maps_are_refused(tmp_path):
+    moments = {("decoder", "layers", "nothing"): [np.eye(3, dtype=np.float32)]}
+    with pytest.raises(InputError, match="calibrate gave moments of decoder/layers/nothing, which is no linear map"):
+        to_orbax(TINY, tmp_path / "out", weights="int4", calibrate=lambda folder: moments)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory, request):
     """Texts of several lengths, an image, a short clip, both, and a clip of two chunks; one is a prompt alone.

@@ -69,7 +69,7 @@ def to_orbax(
         source: a folder that `phi4mm_jax.load` takes.
         destination: a folder that does not exist.
         dtype: "float32" or "bfloat16"; by default the source's.
-        weights: quantise linear maps, as `phi4mm_jax.load` does: what is loaded later is the same.
+        weights: quantise linear maps, as `phi4mm_jax.load` does in the same dtype.
         calibrate: measures the maps' inputs, with the source's folder: `calibration.input_moments` of a manifest.
             Weights are then rounded to int4 with the least error of the maps' outputs on these.
         fresh_adapters: accept adapters whose B matrices are all zero.
@@ -99,6 +99,7 @@ def to_orbax(
         read = _finite(checkpoint, tensors_of(layout_of(source), config), dtype)
         if weights is not None:
             moments = {} if calibrate is None else calibrate(source)
+            _check_maps(moments, parameters)
             read = _quantized(read, parameters, weights, moments)
         orbax_io.write(folder / orbax_io.FOLDER, written, read, progress=progress)
         _write_files(folder, files, dtype)
@@ -233,7 +234,19 @@ def _finite(
 
 def _refuse_quantized(source: Path, checkpoint: _Source) -> None:
     if (stored := stored_weights(checkpoint.parameters)) is not None:
-        raise CheckpointError(f"{source}: its weights are {stored}, from which no others are made; convert its source")
+        raise CheckpointError(
+            f"{source}: its weights are {stored}, from which no others are made; convert its source, or write the "
+            "adapters alone, for PEFT"
+        )
+
+
+def _check_maps(moments: InputMoments, parameters: Mapping[ParamPath, jax.ShapeDtypeStruct]) -> None:
+    maps = {path[1:-1] for path, x in parameters.items() if is_quantized(path, len(x.shape))}
+    if unknown := sorted(moments.keys() - maps):
+        raise InputError(
+            f"calibrate gave moments of {'/'.join(unknown[0])}, which is no linear map of this checkpoint; measure it "
+            f"itself, whose maps are such as {'/'.join(min(maps))}"
+        )
 
 
 def _quantized(
