@@ -90,7 +90,8 @@ class Phi4MM(nn.Module):
         def both(model, features):
             return jnp.where(with_images[:, None, None], beside(model, features), alone(model, features))
 
-        if self.is_initializing() or not self.scan_encoders:  # parameters must be declared outside of a branch
+        # Parameters must be declared outside of a branch, and what is captured is that of both.
+        if self.is_initializing() or self.is_mutable_collection("intermediates") or not self.scan_encoders:
             return both(self, features)
         needed = jnp.where(with_images.all(), 1, jnp.where(with_images.any(), 2, 0))
         return nn.switch(needed, (alone, beside, both), self, features)
