@@ -16,9 +16,12 @@ def recipe_path(recipe: str | Path) -> Path:
         InputError: there is neither.
     """
     path = local_path(recipe)
-    if path.suffix or len(path.parts) > 1 or path.exists():
+    if path.exists():
         return path
     recipes = {file.stem: file for folder in _FOLDERS for file in folder.glob("*.yaml")}
+    if path.suffix or len(path.parts) > 1:
+        named = f"; the package's is named {path.stem!r}" if path.stem in recipes else ""
+        raise InputError(f"{path}: there is no such file{named}")
     if path.name not in recipes:
         raise InputError(
             f"{path}: there is no such file, and no such recipe in the package; expected a YAML file, or one of "

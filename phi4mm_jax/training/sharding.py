@@ -127,8 +127,9 @@ def split_trainable(
     for path, parameter in leaves.items():
         if not jnp.issubdtype(parameter.dtype, jnp.floating):
             raise InputError(
-                f"trainable has {'/'.join(path)}, which is quantised; begin with a float checkpoint and name it in "
-                "trainable, not by auto, so that weights leaves it out; or train adapters alone, such as [lora_speech]"
+                f"trainable has {'/'.join(path)}, which is quantised: by weights, which leaves out only what trainable "
+                "names, without auto, or in the checkpoint. Name it, leave weights out or begin with a float "
+                "checkpoint; or train adapters alone, such as [lora_speech]"
             )
     by_media = {"images": bool(packing.crops), "clips": bool(packing.chunks), None: False}
     for own in ADAPTERS.values():
