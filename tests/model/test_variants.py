@@ -1,5 +1,7 @@
 """The same numbers however the program is laid out: scanned or written out, spread over devices or not."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from helpers.marks import fast_are
 from helpers.paths import TINY
 
 import phi4mm_jax
+from phi4mm_jax.batch import AudioStack
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.model.layers import unstack_layers
 
@@ -40,6 +43,28 @@ def test_unrolled_encoders_equal_scanned_ones(scanned, batch):
     assert "layers_2" in variables["params"]["vision"]
     found = jax.jit(module.apply)(variables, batch)
     np.testing.assert_allclose(found, scanned.logits(batch), atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("with_images", [[False] * 3, [True] * 3, [False, True, False]])
+def test_each_chunk_of_audio_has_its_projector(scanned, with_images):
+    """That for clips beside images where it is one, whether a branch computes it alone or all is captured."""
+    frames = np.random.default_rng(0).standard_normal((3, 8 * 20, 80)).astype(np.float32)
+    whole, chosen = np.full(3, 160), np.array(with_images)
+    audio = AudioStack(frames, 0 * whole, whole, np.full(3, 19), chosen)
+    run = partial(scanned.module.apply, scanned.variables, audio, method="encode_audio")
+    captured, state = run(mutable=["intermediates"], capture_intermediates=lambda module, _: module.name == "speech")
+    features = state["intermediates"]["speech"]["__call__"][0]
+
+    def projected(name):
+        up, down = (scanned.variables["params"][name][part] for part in ("up", "down"))
+        hidden = jax.nn.gelu(features @ up["kernel"] + up["bias"], approximate=False)
+        return hidden @ down["kernel"] + down["bias"]
+
+    alone, beside = projected("audio_projector"), projected("audio_projector_with_images")
+    expected = np.where(chosen[:, None, None], beside, alone).reshape(-1, alone.shape[-1])
+    assert np.abs(np.asarray(alone - beside)).max() > 0.1
+    np.testing.assert_allclose(run(), expected, atol=1e-5)
+    np.testing.assert_allclose(captured, expected, atol=1e-5)
 
 
 def test_scanned_layers_generate_the_same(scanned, goldens):

@@ -66,6 +66,10 @@ def test_a_recipe_by_its_name():
     assert load_recipe("text", overrides) == load_recipe(ROOT / "train/recipes/text.yaml", overrides)
     with pytest.raises(InputError, match=r"^txt: there is no such file, and no such recipe .* one of dpo, small, "):
         load_recipe("txt", overrides)
+    with pytest.raises(InputError, match=r"^recipes/text\.yaml: there is no such file; the package's is named 'text'$"):
+        load_recipe("recipes/text.yaml", overrides)
+    with pytest.raises(InputError, match=r"^recipes/txt\.yaml: there is no such file$"):
+        load_recipe("recipes/txt.yaml", overrides)
 
 
 @pytest.fixture(scope="module")
