@@ -25,6 +25,7 @@ from phi4mm_jax.utils.absl_log import absl_log_level
 
 FOLDER = "parameters"  # within a converted checkpoint
 _WRITER = "np_type_handler"  # Orbax's name of its thread
+_ZARR_DTYPES = "<f4", "<f2", "bfloat16", "|i1", "|u1", "int4"  # zarr's names
 CHUNK_BYTES = 8 << 20  # small enough that a share of a layer is many chunks, large enough for fast files
 
 
@@ -46,12 +47,8 @@ class OrbaxCheckpoint:
         self._ocp, self.folder = ocp, folder
         self.files = {folder}
         self._checkpointer = ocp.PyTreeCheckpointer()
-        read_json(folder / "_METADATA")
-        for path in expected:  # Orbax would not say which one is missing
-            array = _folder_of(folder, path) / ".zarray"
-            if not array.is_file():
-                raise CheckpointError(f"{array}: no such file, so that {'/'.join(path)} is missing; convert again")
-            read_json(array)
+        for path in sorted({*expected, *_paths_written(folder / "_METADATA")}):
+            _check_array(_folder_of(folder, path) / ".zarray", path)  # Orbax would not say which one is damaged
         with _readable(folder, "the checkpoint"):
             metadata: Any = self._checkpointer.metadata(folder).item_metadata
             leaves: dict[ParamPath, Any] = dict(flatten_dict(metadata.tree))
@@ -87,6 +84,28 @@ class OrbaxCheckpoint:
         args = self._ocp.args.PyTreeRestore(item, restore_args=unflatten_dict({path: how}), partial_restore=True)
         with _readable(_folder_of(self.folder, path), "/".join(path)):
             return flatten_dict(self._checkpointer.restore(self.folder, args=args))[path]
+
+
+def _paths_written(metadata: Path) -> set[ParamPath]:
+    try:
+        leaves = read_json(metadata)["tree_metadata"].values()
+        return {tuple(part["key"] for part in leaf["key_metadata"]) for leaf in leaves}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{metadata}: does not list the parameters; convert again") from error
+
+
+def _check_array(array: Path, path: ParamPath) -> None:
+    if not array.is_file():
+        raise CheckpointError(f"{array}: no such file, so that {'/'.join(path)} is missing; convert again")
+    written = read_json(array)
+    shape, dtype = (written.get(key) for key in ("shape", "dtype"))
+    if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+        raise CheckpointError(f"{array}: its shape is {shape!r:.60}, expected a list of integers; convert again")
+    if dtype not in _ZARR_DTYPES or written.get("order") != "C":
+        raise CheckpointError(
+            f"{array}: its dtype is {dtype!r:.60} and its order {written.get('order')!r:.60}, expected one of "
+            f"{', '.join(_ZARR_DTYPES)} and C; convert again"
+        )
 
 
 def pack_int4(values: Int4[np.ndarray, "*N I"]) -> UInt8[np.ndarray, "*N I//2"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.quantization import ParamPath, Weights, is_quantized
+from phi4mm_jax.quantization import SCALES, ParamPath, Weights, is_quantized
 
 
 def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -> set[ParamPath]:
@@ -54,7 +54,8 @@ def not_quantized(
         InputError: as `matching`; all linear maps are trained; or one is trained that the checkpoint has quantised.
     """
     floats = matching(parameters.keys(), trainable, "trainable")
-    stored = next((path for path in sorted(floats) if parameters[path].dtype in (jnp.int8, jnp.int4)), None)
+    integers = jnp.int8, jnp.int4
+    stored = next((p for p in sorted(floats) if parameters[p].dtype in integers or p[-1].endswith(SCALES)), None)
     if stored is not None:
         raise InputError(
             f"trainable has {'/'.join(stored)}, which this checkpoint has quantised; begin with the float one that it "

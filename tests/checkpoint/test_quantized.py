@@ -1,6 +1,8 @@
 """Weights in int8 and int4: their rounding, what is computed with them, how they are stored."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +189,31 @@ def test_an_odd_number_of_int4_values_is_stored_as_it_is(tmp_path, shape, stored
     np.testing.assert_array_equal(found.read(("params", "x")).astype(np.int8), values.astype(np.int8))
 
 
+SCALES = "params.decoder.layers.mlp.down.down_scales/.zarray"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (None, None, f"{SCALES}: no such file, so that params/decoder/layers/mlp/down/down_scales is missing; convert"),
+        ('"order":"C"', '"order":"F"', f"{SCALES}: its dtype is .* and its order 'F', expected one of <f4, .* and C"),
+        (r'"dtype":"[^"]*"', '"dtype":"uint4"', f"{SCALES}: its dtype is 'uint4' and its order 'C', expected one of"),
+        (r'"dtype":"[^"]*"', '"dtype":"<f2"', "down_scales: has dtype float16, expected (float32|bfloat16); convert"),
+        (r'"shape":\[', '"shape":["x",', f"{SCALES}: its shape is .'x', .*, expected a list of integers; convert"),
+    ],
+)
+def test_damaged_scales_are_named(stored, tmp_path, before, after, told):
+    array = Path(shutil.copytree(stored, tmp_path / "damaged")) / "parameters" / SCALES
+    if before is None:
+        array.unlink()
+    else:
+        text, count = re.subn(before, after, array.read_text().replace(": ", ":"))
+        assert count == 1
+        array.write_text(text)
+    with pytest.raises(phi4mm_jax.CheckpointError, match=told):
+        phi4mm_jax.load(tmp_path / "damaged", "float32")
+
+
 def test_what_stored_ones_cannot_be_is_refused(stored, tmp_path):
     other = "int4" if stored.name == "int8" else "int8"
     for options in ({"weights": other}, {"merge": "speech"}):
@@ -194,6 +221,8 @@ def test_what_stored_ones_cannot_be_is_refused(stored, tmp_path):
             phi4mm_jax.load(stored, **options)
     with pytest.raises(InputError, match=r"trainable has params/.*kernel, which this checkpoint has quantised; begin"):
         phi4mm_jax.load(stored, trainable=["params/speech"])
+    with pytest.raises(InputError, match="trainable has params/decoder/layers/mlp/down/down_scales, which this"):
+        phi4mm_jax.load(stored, trainable=["params/decoder/layers/mlp/down/down_scales"])
     phi4mm_jax.load(stored, trainable=["lora_speech"])
     for convert in (lambda to: to_orbax(stored, to), lambda to: to_torch(stored, to, "native")):
         with pytest.raises(phi4mm_jax.CheckpointError, match=f"its weights are {stored.name}, from which no others"):
