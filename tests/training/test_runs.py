@@ -1085,7 +1085,7 @@ def test_an_encoder_is_trained_beside_quantised_weights(recipe, tmp_path, capsys
         np.testing.assert_array_equal(value, weights.get(path, old[path]), err_msg="/".join(path))
     assert not np.array_equal(*(x["params", "speech", "layers", "q", "kernel"] for x in (flat, old)))
     to_orbax(TINY, tmp_path / "stored", weights="int8")
-    with pytest.raises(InputError, match=r"trainable has params/\S+, which is quantised; begin with a float"):
+    with pytest.raises(InputError, match=r"trainable has params/\S+, which this checkpoint has quantised; begin"):
         run(recipe, f"model={tmp_path / 'stored'}", "weights=int8", trained, f"output={tmp_path / 'third'}")
     with pytest.raises(InputError, match=r"trainable=\['params'\] has all linear maps: none is frozen"):
         run(recipe, "weights=int8", "trainable=[params]", f"output={tmp_path / 'third'}")
