@@ -16,10 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import AxisType
 
-from benchmarks.serving import APPEND, PAGE, Serving, compile_serving
+from benchmarks.serving import APPEND, PAGE, Serving, compile_serving, mesh_of
+from phi4mm_jax.checkpoint.tensor_types import parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.testing.abstract_variables import variables_on
@@ -60,7 +59,7 @@ def main() -> int:
 def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
     """A line of the table."""
     memory: Any = compiled.memory_analysis()
-    d, text, bandwidth, chips = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth, case.devices or 1
+    d, text, bandwidth, chips = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth, mesh_of(case).size
     copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size // chips, d.vocab_size // chips)
     cache = jax.eval_shape(lambda: KVCache.allocate(d, 1, PAGE, jnp.dtype(case.cache)))
     whole = sum(math.prod(x.shape[2:]) * x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(cache))
@@ -80,16 +79,10 @@ def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: 
     )
 
 
-def model_bytes(case: Serving, config: Phi4MMConfig) -> float:
+def model_bytes(case: Serving, config: Phi4MMConfig) -> int:
     """Bytes of a chip's weights as they are loaded: the decoder, both towers, both adapters."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
-    mesh = jax.make_mesh((len(chips),), ("tensor",), axis_types=(AxisType.Auto,), devices=chips)
-    given = variables_on(mesh, Phi4MM(config), case.weights).values()
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * bits_of(x.dtype) / 8 for x in given)
-
-
-def bits_of(dtype: jnp.dtype) -> int:
-    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
+    given = variables_on(mesh_of(case), Phi4MM(config), case.weights).values()
+    return sum(parameter_bytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in given)
 
 
 if __name__ == "__main__":

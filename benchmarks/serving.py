@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Programs, Sampling
@@ -62,12 +62,16 @@ class Estimate(NamedTuple):
     moved: float  # bytes of collectives on a chip
 
 
+def mesh_of(case: Serving) -> Mesh:
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
+    sizes = case.context, len(chips) // case.context
+    return jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+
+
 def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     """The program with a cache that holds all rows, its heads over all chips, without adapters."""
     module = Phi4MM(config, jnp.bfloat16, scan=False)  # as `load` has it
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
-    sizes = case.context, len(chips) // case.context
-    mesh = jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
+    mesh = mesh_of(case)
     page = PAGE * case.context
 
     def on_chips(shape, dtype, place):

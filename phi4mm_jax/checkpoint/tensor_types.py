@@ -108,7 +108,7 @@ def parameter_shapes(tensors: Iterable[Tensor]) -> dict[ParamPath, Shape]:
 
 
 def parameter_bytes(parameter: jax.ShapeDtypeStruct) -> int:
-    """Return its bytes in a file, where two int4 values are one."""
+    """Return its bytes in a file or on a TPU, where two int4 values are one."""
     if np.dtype(parameter.dtype).name == "int4":
         return -(-parameter.size // 2)
     return parameter.size * np.dtype(parameter.dtype).itemsize
