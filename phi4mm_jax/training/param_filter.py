@@ -9,11 +9,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.quantization import SCALES, ParamPath, Weights, is_quantized
+from phi4mm_jax.quantization import ParamPath, Weights, is_quantized, scales_of, weight_of
 
 
 def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -> set[ParamPath]:
@@ -47,15 +46,14 @@ def not_quantized(
     """Return the trainable parameters, which stay floats where `weights` quantises the others.
 
     Args:
-        parameters: of a checkpoint, of any type with a shape and a dtype.
+        parameters: of a checkpoint, of any type with a shape.
         trainable: their patterns.
 
     Raises:
         InputError: as `matching`; all linear maps are trained; or one is trained that the checkpoint has quantised.
     """
     floats = matching(parameters.keys(), trainable, "trainable")
-    integers = jnp.int8, jnp.int4
-    stored = next((p for p in sorted(floats) if parameters[p].dtype in integers or p[-1].endswith(SCALES)), None)
+    stored = next((p for p in sorted(floats) if scales_of(p) in parameters or weight_of(p) != p), None)
     if stored is not None:
         raise InputError(
             f"trainable has {'/'.join(stored)}, which this checkpoint has quantised; begin with the float one that it "
