@@ -193,7 +193,7 @@ SCALES = "params.decoder.layers.mlp.down.down_scales/.zarray"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "error"),
     [
         (None, None, f"{SCALES}: no such file, so that params/decoder/layers/mlp/down/down_scales is missing; convert"),
         ('"order":"C"', '"order":"F"', f"{SCALES}: its dtype is .* and its order 'F', expected one of <f4, .* and C"),
@@ -202,7 +202,7 @@ SCALES = "params.decoder.layers.mlp.down.down_scales/.zarray"
         (r'"shape":\[', '"shape":["x",', f"{SCALES}: its shape is .'x', .*, expected a list of integers; convert"),
     ],
 )
-def test_damaged_scales_are_named(stored, tmp_path, before, after, told):
+def test_damaged_scales_are_named(stored, tmp_path, before, after, error):
     array = Path(shutil.copytree(stored, tmp_path / "damaged")) / "parameters" / SCALES
     if before is None:
         array.unlink()
@@ -210,7 +210,7 @@ def test_damaged_scales_are_named(stored, tmp_path, before, after, told):
         text, count = re.subn(before, after, array.read_text().replace(": ", ":"))
         assert count == 1
         array.write_text(text)
-    with pytest.raises(phi4mm_jax.CheckpointError, match=told):
+    with pytest.raises(phi4mm_jax.CheckpointError, match=error):
         phi4mm_jax.load(tmp_path / "damaged", "float32")
 
 
