@@ -172,11 +172,20 @@ def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | Quantized
     return einsum("BTD,VD->BTV", hidden, head, result=jnp.float32)
 
 
-def _of_hidden(of_logits, hidden, head) -> Float[Array, "B T D"]:
-    """Return the gradient in the hidden states."""
-    if _axis(head) == 0:
+def _of_hidden(
+    of_logits: Float[Array, "..."], hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight
+) -> Float[Array, "B T D"]:
+    """Return the gradient in the hidden states: a product in their dtype, as PyTorch's is.
+
+    Left in float32, the logits' gradient would have GPUs write the head out in float32 and multiply in TF32.
+    """
+    matrix: Any = head
+    if isinstance(head, QuantizedWeight):
+        of_logits, matrix = of_logits * head.scales[:, 0], head.values
+    elif _axis(head) == 0:
         return einsum("VM,VD->MD", of_logits.reshape(len(head), -1).astype(hidden.dtype), head).reshape(hidden.shape)
-    return jax.linear_transpose(lambda h: _logits(h, head), hidden)(of_logits)[0]
+    found = einsum("BTV,VD->BTD", of_logits.astype(hidden.dtype), matrix, result=jnp.float32)
+    return found.astype(hidden.dtype)
 
 
 def _with_gradient(logits, targets, counted, scale, config: LossConfig, axis: int) -> tuple[TokenLosses, Array]:
