@@ -26,10 +26,10 @@ def prefill_inputs(
 
     Args:
         media: for each sequence the rows of the table of features, see `EncoderCache.lookup_or_encode`.
-        table_size: pages of a page table.
+        table_size: pages of a page table; further ones of a sequence are left out.
         with_beams: whether the engine has beams.
     """
-    sequences, stops, width = batch
+    sequences, stops, width, _ = batch
     tokens = np.zeros((count, width), np.int32)
     features = np.full((count, width), NO_MEDIA, np.int32)
     for i, (sequence, stop) in enumerate(zip(sequences, stops, strict=True)):
@@ -146,7 +146,7 @@ class DeviceCopies:
 def _page_tables(tables: Items[Items[int]], count: int, size: int) -> np.ndarray:
     padded = np.zeros((count, size), np.int32)
     for i, pages in enumerate(tables):
-        padded[i, : len(pages)] = pages
+        padded[i, : len(pages)] = pages[:size]
     return padded
 
 

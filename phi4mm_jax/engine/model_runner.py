@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product, starmap
 from typing import Any, TypeVar
 
 import jax
@@ -67,9 +67,8 @@ class ModelRunner:
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
         self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
-        self._history: TokenHistory | None = None
-        if config.draft_tokens:
-            self._history = TokenHistory(programs, config.slots, self.table_size * config.page_tokens)
+        most = self.table_size * config.page_tokens
+        self._history = TokenHistory(programs, config.slots, most) if config.draft_tokens else None
         self.num_draft_steps = self.num_draft_step_tokens = 0
         self._with_grammars = is_installed()
         self._masks = GrammarMasks(programs.place, model.decoder.vocab_size)
@@ -126,7 +125,10 @@ class ModelRunner:
 
     def _prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
         """Arrays of a batch, with the grammars of sequences whose last chunk this is."""
-        inputs = prefill_inputs(batch, media, count, self.table_size, with_beams=self._config.beams > 1)
+        size = self.table_size
+        if self._programs.has_first_chunks and not batch.with_cached:  # which `cached_attention` knows by their tables
+            size = min(batch.width // self._config.page_tokens, size)
+        inputs = prefill_inputs(batch, media, count, size, with_beams=self._config.beams > 1)
         chunks = zip(batch.sequences, batch.stops, strict=True)
         matchers = [s.matcher if stop == s.num_tokens_to_prefill else None for s, stop in chunks]
         return inputs._replace(**self._masks.of(matchers, count)) if self._with_grammars else inputs
@@ -159,8 +161,7 @@ class ModelRunner:
 
     def run_decode_drafts(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         assert self._history is not None
-        step = self._drafts_step(adapters, inputs)
-        self.kv_cache, self.token_seen, self._history.tokens, sampled = step()
+        self.kv_cache, self.token_seen, self._history.tokens, sampled = self._drafts_step(adapters, inputs)()
         return self._carrying(sampled)
 
     def _carrying(self, sampled: SampledTokens) -> SampledTokens:
@@ -193,8 +194,7 @@ class ModelRunner:
         return partial(self._programs.encode, base, table, self._programs.place_media(stack), rows)
 
     def _prefill_step(self, adapters: set[int], inputs: PrefillInputs) -> partial:
-        state = self.kv_cache, self.encoder_cache.table, self.token_seen
-        candidates = self._num_prefill_candidates
+        state, candidates = (self.kv_cache, self.encoder_cache.table, self.token_seen), self._num_prefill_candidates
         return partial(self._programs.prefill, self._variables_of(adapters), *state, inputs, candidates=candidates)
 
     def _decode_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
@@ -210,8 +210,9 @@ class ModelRunner:
         return partial(self._programs.decode_drafts, self._variables_of(adapters), *state, inputs, **sizes)
 
     def _logits_step(self, adapters: set[int], inputs: DecodeInputs) -> partial:
-        state = self.kv_cache, self.token_seen
-        return partial(self._programs.decode_logits, self._variables_of(adapters), *state, inputs)
+        return partial(
+            self._programs.decode_logits, self._variables_of(adapters), self.kv_cache, self.token_seen, inputs
+        )
 
     def _beam_step(self, adapters: set[int], inputs: BeamInputs) -> partial:
         state, candidates = (self._variables_of(adapters), self.kv_cache), self._num_candidates
@@ -243,8 +244,8 @@ class ModelRunner:
             cache, rows = self.encoder_cache, np.zeros(features, np.int32)
             return partial(cache.warm_up, stack, features), lambda: self._encode_step(cache.table, stack, rows)
 
-        def prefill(adapter: int, count: int, width: int) -> tuple[Callable, Callable]:
-            inputs = self._prefill_inputs(PrefillBatch([], [], width), [], count)
+        def prefill(adapter: int, count: int, width: int, with_cached: bool) -> tuple[Callable, Callable]:
+            inputs = self._prefill_inputs(PrefillBatch([], [], width, with_cached), [], count)
 
             def call() -> None:
                 sampled, _ = self.run_prefill({adapter}, inputs)
@@ -267,14 +268,14 @@ class ModelRunner:
             inputs = self._beam_inputs([], size)
             return partial(self.run_beam_step, adapters, inputs), partial(self._beam_step, adapters, inputs)
 
-        idle = self._decode_inputs(DecodeBatch.idle(slots))
+        kinds, idle = {True, not self._programs.has_first_chunks}, self._decode_inputs(DecodeBatch.idle(slots))
         stacks = warm_up_stacks(self._programs.model.config, self.encoder_cache.group_sizes)
         sets = [partial(self.run_set_penalty_mask, slots, np.zeros(self.token_seen.shape[1], bool))]  # out of range
         if self._history is not None:
             sets.append(partial(self._history.set, slots, np.zeros(0, np.int32)))
         return [
             *(encode(stack, features) for stack, features in stacks),
-            *(prefill(a, n, w) for a in each for n in PREFILL_ROWS for w in config.prefill_widths),
+            *starmap(prefill, product(each, PREFILL_ROWS, config.prefill_widths, kinds)),
             *(decode(adapters) for adapters in together),
             *(decode_drafts(adapters) for adapters in together if self._history is not None),
             *(decode_allowed(adapters) for adapters in together if self._with_grammars),

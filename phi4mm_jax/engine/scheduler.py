@@ -24,6 +24,7 @@ class PrefillBatch(NamedTuple):
     sequences: list[Sequence]
     stops: list[int]
     width: int
+    with_cached: bool  # whether any of the sequences has tokens in the cache
 
 
 class DecodeBatch(NamedTuple):
@@ -177,7 +178,8 @@ class Scheduler:
         stops = [self._chunk_end(sequence) for sequence in sequences]
         for sequence, stop in zip(sequences, stops, strict=True):
             self._allocate_to(sequence, stop)
-        return PrefillBatch(sequences, stops, self._next_width(sequences[0]))
+        with_cached = any(sequence.num_computed_tokens for sequence in sequences)
+        return PrefillBatch(sequences, stops, self._next_width(sequences[0]), with_cached)
 
     def advance_prefill(self, batch: PrefillBatch) -> None:
         """Count a batch that is dispatched as computed; sequences whose last chunk it is decode from now on."""

@@ -83,6 +83,11 @@ class Programs:
         """Number of devices that share the tokens of each page."""
         return self._size("context")
 
+    @property
+    def has_first_chunks(self) -> bool:
+        """Whether sequences without a token in the cache have programs of their own; see `cached_attention`."""
+        return gpu.target() is not None and self.context == 1
+
     def _size(self, axis: str) -> int:
         place = self._sharding
         return place.mesh.shape.get(axis, 1) if isinstance(place, NamedSharding) else 1

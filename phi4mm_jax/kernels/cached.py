@@ -13,7 +13,7 @@ from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
 
 KEYS_PER_BLOCK = 2048  # that are attended to at once where no kernel reads pages
-KEYS_PER_BLOCK_ON_GPU = 8192  # likewise: a block costs launches and a pass over the output
+KEYS_PER_BLOCK_ON_GPU = 16384  # likewise: a block costs launches, a wait of the host and a pass over the output
 
 
 @jax.named_scope("cached_attention")
@@ -37,12 +37,13 @@ def cached_attention(
     """Attend causally with T queries a row, at tokens from `starts[b]` on, to the first `lengths[b]` keys of `layer`.
 
     How a token's attention is rounded depends on its position alone: neither on where its chunk began nor on which
-    pages were shared.
+    pages were shared. On NVIDIA GPUs it depends on where its chunk began.
 
     Args:
         k, v: pages (L, P, K, S, H), in q's dtype, or int8 with scales; see `decode_attention`.
         starts: multiples of the page size, as T is.
         lengths: those of the new tokens included; queries behind them give any value.
+        tables: on NVIDIA GPUs with no more pages than the T tokens fill, all rows must start at 0.
         part: (i, n) where pages are cut into n parts of S tokens each, and these are the i-th; `starts` and T are then
             multiples of n * S. A query may have no key here: the results of all parts are to be merged.
         implementation: None reads pages in place where a kernel does so, and else gathers them block by block.
@@ -58,12 +59,12 @@ def cached_attention(
     arguments = q, k, v, jnp.asarray(layer, jnp.int32), starts, lengths, tables, scales, jnp.asarray(part[0], jnp.int32)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
-    found = _reader(implementation, arguments)
-    out, lse = (
-        _attend_by_blocks(*arguments, parts=part[1], scale=factor, implementation=implementation)
-        if found is None
-        else found(*arguments, parts=part[1], scale=factor, out_dtype=out_dtype)
-    )
+    if (found := _reader(implementation, arguments)) is not None:
+        out, lse = found(*arguments, parts=part[1], scale=factor, out_dtype=out_dtype)
+    elif gpu.target() and part[1] == 1:
+        out, lse = _attend_on_gpu(*arguments[:-1], scale=factor, implementation=implementation)
+    else:
+        out, lse = _attend_by_blocks(*arguments, parts=part[1], scale=factor, implementation=implementation)
     out = out.astype(out_dtype)
     return (out, lse) if return_lse else out
 
@@ -85,6 +86,42 @@ def of_part(lengths: Int[Array, "..."], size: int, part: Int[Array, ""] | int, p
     return whole * size + jnp.clip(rest - part * size, 0, size)
 
 
+def _attend_on_gpu(
+    q, k, v, layer, starts, lengths, tables, scales, *, scale: float, implementation: str | None
+) -> tuple[Array, Array]:
+    """Compute the output in float32, and the log-sum-exp (B, T, N): by calls that cuDNN has, without offsets.
+
+    Causally to the chunk's own keys, and to those before it block by block. What is repeated or chosen as the device
+    finds has the host wait for it, in each layer anew: so nothing is chosen, and a first chunk, which `tables` has no
+    page before, has no loop.
+    """
+    size, count = k.shape[3], q.shape[1]
+    k_scales, v_scales = scales or (None, None)
+
+    def attend(table, lengths, *, causal: bool):
+        pages = jax.lax.div(lengths.max() + size - 1, size)
+        keys, values = (_gather(x, s, layer, table, pages, q.dtype) for x, s in ((k, k_scales), (v, v_scales)))
+        return flash_attention(
+            q, keys, values, causal=causal, scale=scale, kv_lengths=lengths, return_lse=True, out_dtype=jnp.float32,
+            implementation=implementation,
+        )  # fmt: skip
+
+    own = jnp.minimum(starts[:, None] // size + jnp.arange(count // size), tables.shape[1] - 1)
+    found = attend(jnp.take_along_axis(tables, own, 1), jnp.clip(lengths - starts, 0, count), causal=True)
+    if tables.shape[1] * size <= count:
+        return found
+    pages = min(max(KEYS_PER_BLOCK_ON_GPU // size, 1), tables.shape[1])
+    keys = pages * size
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
+
+    def block(i, carry):
+        table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)
+        before = jnp.clip(jnp.minimum(starts, lengths) - i * keys, 0, keys)
+        return merge_outputs(carry, attend(table, before, causal=False))
+
+    return jax.lax.fori_loop(0, jax.lax.div(starts.max() + keys - 1, keys), block, found)
+
+
 def _attend_by_blocks(
     q, k, v, layer, starts, lengths, tables, scales, part, *, parts: int, scale: float, implementation: str | None
 ) -> tuple[Array, Array]:
@@ -94,8 +131,6 @@ def _attend_by_blocks(
     """
     size = k.shape[3]
     pages = max(KEYS_PER_BLOCK // size, 1)
-    if gpu.target():
-        pages = min(max(KEYS_PER_BLOCK_ON_GPU // size, 1), tables.shape[1])
     keys = pages * size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     k_scales, v_scales = scales or (None, None)

@@ -28,7 +28,7 @@ MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has
 LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
 _ROWS = 16  # the queries of a group are padded to these, the fewest that the matrix units take
 _TILE = 64  # keys, at most
-_WARPS = 4
+_WARPS, _INT8_WARPS = 4, 2  # of a program; with int8 values two are 5 % faster on an H200, for they are read bytewise
 _STAGES = 4  # tiles on their way
 _PROGRAMS = 8  # a multiprocessor
 
@@ -72,7 +72,8 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     splits = splits_of(batch, kv_heads, tables.shape[1] * (page // tile), target.cores)
     kernel = partial(phi4mm_decode, scale=scale, group=group, tile=tile)
     groups = q.reshape(batch, kv_heads, group, size)
-    parts = _call(kernel, (splits, kv_heads, batch), (splits, batch, kv_heads, _ROWS), size, target)(
+    warps = _INT8_WARPS if scales else _WARPS
+    parts = _call(kernel, (splits, kv_heads, batch), (splits, batch, kv_heads, _ROWS), size, target, warps)(
         layer.reshape(1), lengths, tables.astype(jnp.int32), groups, k, v, scales
     )
     if splits == 1:
@@ -80,14 +81,14 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float, t
     return _call(partial(phi4mm_decode_merge, group=group), (batch, heads), (batch, heads), size, target)(*parts)
 
 
-def _call(kernel, grid: tuple[int, ...], shape: tuple[int, ...], size: int, target: gpu.Target):
+def _call(kernel, grid: tuple[int, ...], shape: tuple[int, ...], size: int, target: gpu.Target, warps: int = _WARPS):
     """Return a Pallas call by Triton whose results are (o, m, l) of this shape."""
     call = pl.pallas_call(
         kernel,
         name=kernel.func.__name__,
         grid=grid,
         out_shape=[jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, size), shape, shape)],
-        compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=_STAGES),
         interpret=target.interpret,
     )
 

@@ -28,6 +28,7 @@ from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
+from phi4mm_jax.kernels import gpu
 from phi4mm_jax.kernels.int8_pages import as_cached
 from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill
 
@@ -234,6 +235,34 @@ def test_cached_keys_in_several_blocks(tiny, monkeypatch):
     )
     jax.clear_caches()
     for place, prompt in enumerate(prompts):
+        check_greedy(tiny, prompt, answers[place])
+
+
+def test_a_gpus_engine_answers_alike(tiny, monkeypatch):
+    """A first chunk attends to itself alone, a later one to blocks of 128 keys as well; nothing compiles while it runs.
+
+    What cuDNN would compute, XLA does; the kernel that decodes is interpreted.
+    """
+    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK_ON_GPU", 128)
+    prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65, 200)]
+    longer = prompts[0] + "<|tag|>"  # begins with 7 cached pages
+    config = dataclasses.replace(SMALL, slots=4, chunk=128, compile_workers=1)
+    jax.clear_caches()  # programs for this machine
+    with gpu.assumed(gpu.Target(cores=2, interpret=True)):
+        engine, start = tiny.engine(config), count_compilations()
+        engine.warm_up()
+        found = Counter(compilation.function for compilation in compilations_since(start))
+        assert (
+            found["jit(_prefill)"] == 3 * 2 * 2 * 2
+        )  # adapters, numbers of rows, widths, with and without cached keys
+        before = count_compilations()
+        answers = dict(engine.run([Request(p, max_new_tokens=3) for p in prompts]))
+        computed = engine.runner.num_prefilled_tokens
+        answers |= dict(enumerate(dict(engine.run([Request(longer, max_new_tokens=3)])).values(), len(prompts)))
+        assert count_compilations() == before
+    assert engine.runner.num_prefilled_tokens - computed == 511 - 7 * 64
+    jax.clear_caches()
+    for place, prompt in enumerate([*prompts, longer]):
         check_greedy(tiny, prompt, answers[place])
 
 

@@ -49,7 +49,7 @@ def compiled(tiny, config, program):
     runner = engine.runner
     stacks = {isinstance(s, ImageStack): (s, n) for s, n in reversed(list(warm_up_stacks(tiny.config, [4, 1])))}
     resting = decode_inputs(DecodeBatch.idle(config.slots), runner.table_size, with_top=False)
-    chunk = prefill_inputs(PrefillBatch([], [], 256), [], 1, runner.table_size)
+    chunk = prefill_inputs(PrefillBatch([], [], 256, True), [], 1, runner.table_size)
     calls = {
         "decode": lambda: runner.run_decode({0, 1, 2}, resting),
         "prefill": lambda: runner.run_prefill({1}, chunk),

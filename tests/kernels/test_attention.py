@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,11 +18,13 @@ from jax.experimental.pallas import tpu as pltpu
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import (
     append_tokens,
+    cached,
     cached_attention,
     decode_attention,
     flash_attention,
     gpu,
     merge_partials,
+    pallas_gpu_decode,
     tpu,
     xla,
 )
@@ -41,9 +43,16 @@ DECODERS = {
     "xla": nullcontext,
     "pallas_tpu": CONTEXTS["pallas_tpu"],
     "pallas_gpu": lambda: gpu.assumed(gpu.Target(gpu.AMPERE, cores=3, interpret=True)),  # 2 parts of a row
-    "pallas_gpu, Hopper": lambda: gpu.assumed(gpu.Target(gpu.HOPPER, cores=9, interpret=True)),  # likewise
+    "pallas_gpu, Hopper": lambda: for_hopper_alone(gpu.Target(gpu.HOPPER, cores=9, interpret=True)),  # likewise
 }
 HALF = {"pallas_gpu, Hopper"}  # take bfloat16 alone
+
+
+@contextmanager
+def for_hopper_alone(target):
+    """Without Triton, which takes int8 pages from the kernel for Hopper."""
+    with gpu.assumed(target), patch.object(pallas_gpu_decode, "triton", None):
+        yield
 
 
 def random_qkv(seed, batch, length, keys, heads, kv_heads, size, dtype=np.float32):
@@ -331,6 +340,14 @@ class TestTransfers:
     def test_prefill(self, cores):
         for int8 in (False, True):
             TestEveryImplementation().test_prefill_reads_pages("pallas_tpu", int8)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_prefill_reads_pages_on_gpus(monkeypatch, int8):
+    """The chunk by itself and what lies before it, two blocks of one row; as cuDNN takes them, computed by XLA."""
+    monkeypatch.setattr(cached, "KEYS_PER_BLOCK_ON_GPU", 256)
+    with gpu.assumed(gpu.Target(interpret=True)):
+        TestEveryImplementation().test_prefill_reads_pages("xla", int8)
 
 
 def test_decode_without_tables_reads_each_rows_own_length():
