@@ -1,18 +1,19 @@
 """Speed on one NVIDIA GPU, kernels and the full-size model, beside XLA and PyTorch in the same run: one table.
 
-    python -m benchmarks.gpu [--small] [--minutes 8] [--parts NAME ...]
+    python -m benchmarks.gpu [--small] [--minutes 25] [--parts NAME ...]
 
 Unattended and bounded: each part is a process of its own with its share of the time, near the end of which it starts no
 more rows, so that what fails, does not fit or takes too long is a row that says so, and not the end. Weights are
 random, of the release's sizes, in bfloat16; no token stops an answer. Both sides are warm, and their fastest round
-counts. Ceilings are measured beside: the bandwidth of a copy, and a product of large matrices. `--small` shows only
-that it runs, on any platform.
+counts. Ceilings are measured beside: the bandwidth of reading and of a copy, and a product of large matrices. `--small`
+shows only that it runs, on any platform.
 
 PyTorch's columns need torch and transformers, built for CUDA.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -29,20 +30,20 @@ import numpy as np
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 HEADS, KV_HEADS, SIZE = 24, 8, 128
 AUDIO_SECONDS, ANSWER = 10, 32  # of a clip, and tokens of its transcript
-# Name of each part, and its share of the time.
+# Name of each part, and its share of the time, most of which is compilation.
 PARTS = {
-    "ceilings": 0.08, "kernels": 0.17, "torch_kernels": 0.1, "model": 0.28, "torch_model": 0.17, "tuning": 0.1,
-    "load": 0.1,
+    "ceilings": 0.01, "numbers": 0.05, "kernels": 0.08, "torch_kernels": 0.03, "model": 0.45, "torch_model": 0.09,
+    "quantized": 0.25, "tuning": 0.03, "load": 0.01,
 }  # fmt: skip
 START_WITHIN = 0.8  # of a part's time, a row is started; at its end the part is ended
 SIDES = ("ours", "XLA", "Triton", "cuDNN bare", "SDPA flash", "SDPA cuDNN", "transformers")
-CEILINGS = {"TB/s": "ceiling: copy", "TFLOP/s": "ceiling: bfloat16 product"}  # by unit
+CEILINGS = {"TB/s": "ceiling: read", "TFLOP/s": "ceiling: bfloat16 product"}  # by unit
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes: shows only that it runs")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
+    parser.add_argument("--minutes", type=float, default=25.0, help="of all parts together")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help=argparse.SUPPRESS)
@@ -200,14 +201,20 @@ def ceilings(small: bool) -> Iterator[Measurement]:
     yield "platform", "ours", "", lambda: f"{device.device_kind}, jax {jax.__version__}"
     size, side = (1 << 16, 128) if small else (1 << 31, 8192)
 
+    def read() -> float:
+        x, largest = jnp.ones(size, jnp.bfloat16), jax.jit(jnp.max)
+        return 2 * size / of_jax(lambda: largest(x)) / 1e12
+
     def copy() -> float:
         x, add = jnp.ones(size, jnp.bfloat16), jax.jit(lambda x: x + jnp.bfloat16(1))
         return 4 * size / of_jax(lambda: add(x)) / 1e12
 
-    def product() -> float:
-        x, multiply = jnp.ones((side, side), jnp.bfloat16), jax.jit(lambda a, b: a @ b)
-        return 2 * side**3 / of_jax(lambda: multiply(x, x)) / 1e12
+    def product() -> float:  # of random numbers: of equal ones it is faster
+        x, y = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in range(2))
+        multiply = jax.jit(lambda a, b: a @ b)
+        return 2 * side**3 / of_jax(lambda: multiply(x, y)) / 1e12
 
+    yield "ceiling: read", "ours", "TB/s", read
     yield "ceiling: copy", "ours", "TB/s", copy
     yield "ceiling: bfloat16 product", "ours", "TFLOP/s", product
 
@@ -309,6 +316,12 @@ def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurem
                 yield f"attention of a decoding step, {batch} x {length}, {kind}", side, "TB/s", measure
 
 
+def numbers(small: bool) -> Iterator[Measurement]:
+    from benchmarks import gpu_numbers
+
+    return gpu_numbers.measurements(small)
+
+
 def torch_kernels(small: bool) -> Iterator[Measurement]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -376,14 +389,17 @@ def random_model(small: bool, scan: bool = False) -> Any:
     from phi4mm_jax.model import Phi4MM
     from phi4mm_jax.model.layers import unstack_layers
     from phi4mm_jax.model.phi4mm import abstract_variables
-    from phi4mm_jax.processing.processor import Processor
 
     tiny = Phi4MMConfig.from_folder(FIXTURES / "ms_tiny")
-    config = tiny if small else Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
+    release = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json"))
+    tokens = dataclasses.replace(tiny.decoder, vocab_size=release.decoder.vocab_size)
     config = dataclasses.replace(
-        config, image_token_id=tiny.image_token_id, audio_token_id=tiny.audio_token_id,
-        pad_token_id=tiny.pad_token_id, stop_token_ids=(),
-    )  # fmt: skip
+        dataclasses.replace(tiny, decoder=tokens) if small else release,
+        image_token_id=tiny.image_token_id,
+        audio_token_id=tiny.audio_token_id,
+        pad_token_id=tiny.pad_token_id,
+        stop_token_ids=(),
+    )
     abstract = nn.unbox(abstract_variables(Phi4MM(config, jnp.bfloat16)))
     leaves, structure = jax.tree.flatten(abstract)
     draw = jax.jit(
@@ -394,38 +410,40 @@ def random_model(small: bool, scan: bool = False) -> Any:
         for collection in variables.values():
             collection["decoder"] = unstack_layers(collection["decoder"])
     module = Phi4MM(config, jnp.bfloat16, scan)
-    return phi4mm_jax.Model(module, variables, Processor.from_folder(FIXTURES / "ms_tiny", config))
+    return phi4mm_jax.Model(module, variables, random_processor(config))
+
+
+def random_processor(config: Any) -> Any:
+    """The tests' processor, with more ids than its vocabulary has: most tokens that the model draws have no text."""
+    from phi4mm_jax.processing.processor import Processor
+    from phi4mm_jax.processing.tokenizer import Tokenizer, build_encoding, read_tokenizer_files
+
+    files = read_tokenizer_files(FIXTURES / "ms_tiny")
+    tokenizer = Tokenizer(*build_encoding(files), files.special, config.decoder.vocab_size)
+    own = Processor.from_folder(FIXTURES / "ms_tiny", config)
+    return Processor(config, tokenizer, own.dynamic_hd, config.decoder.rope.max_length)
 
 
 def model(small: bool) -> Iterator[Measurement]:
     import jax
 
     from phi4mm_jax.engine import EngineConfig, Request
-    from phi4mm_jax.processing.batching import Row
 
     sizes = SMALL if small else Sizes()
     ours, random = random_model(small), np.random.default_rng(0)
-
-    def row(length: int) -> Row:
-        return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
-
-    rates: dict[tuple[int, int], float] = {}
+    rates: dict[str, float] = {}
 
     def bytes_read(batch: int, cached: int) -> float:
-        """Of weights, keys and values that a step has to read, in TB/s at the rate that was measured."""
-        if (batch, cached) not in rates:
+        if (name := DECODE.format(batch, cached)) not in rates:
             raise RuntimeError("decoding was not measured, see the row before")
-        decoder = ours.config.decoder
-        weights = sum(x.nbytes for x in jax.tree.leaves(ours.variables["params"]["decoder"]))
-        token = decoder.num_layers * decoder.num_kv_heads * decoder.head_size * 2 * 2
-        return rates[batch, cached] / batch * (weights + batch * cached * token) / 1e12
+        return rates[name] / batch * step_bytes(ours, batch, cached) / 1e12
 
     with engine_of(ours, EngineConfig(slots=1, cache_tokens=max(sizes.prompts) + 1024, steps=sizes.steps)) as engine:
         for length in sizes.prompts:
 
             def prefill(length=length) -> float:
                 def call() -> None:  # other tokens each time: the engine keeps the pages of prompts that it has seen
-                    engine.submit(Request("", max_new_tokens=1), row(length))
+                    engine.submit(Request("", max_new_tokens=1), random_row(random, length))
                     while not engine.idle:
                         engine.step()
 
@@ -434,9 +452,9 @@ def model(small: bool) -> Iterator[Measurement]:
             yield PREFILL.format(length), "ours", "tokens/s", prefill
 
         def decode_long() -> float:
-            first = engine.submit(Request("", max_new_tokens=800), row(longest))
-            rates[1, longest] = decoding_rate(engine, [first], sizes.steps)
-            return rates[1, longest]
+            first = engine.submit(Request("", max_new_tokens=800), random_row(random, longest))
+            rates[DECODE.format(1, longest)] = rate = decoding_rate(engine, [first], sizes.steps)
+            return rate
 
         longest = max(sizes.prompts)
         yield DECODE.format(1, longest), "ours", "tokens/s", decode_long
@@ -444,11 +462,8 @@ def model(small: bool) -> Iterator[Measurement]:
     for batch in sizes.batches:
 
         def decode(batch=batch) -> float:
-            config = EngineConfig(slots=batch, cache_tokens=batch * (sizes.cached + 1024), steps=sizes.steps)
-            with engine_of(ours, config) as engine:
-                ids = [engine.submit(Request("", max_new_tokens=900), row(sizes.cached)) for _ in range(batch)]
-                rates[batch, sizes.cached] = decoding_rate(engine, ids, sizes.steps)
-                return rates[batch, sizes.cached]
+            rates[DECODE.format(batch, sizes.cached)] = rate = decoding(ours, batch, sizes)
+            return rate
 
         yield DECODE.format(batch, sizes.cached), "ours", "tokens/s", decode
         yield READ.format(batch, sizes.cached), "ours", "TB/s", lambda batch=batch: bytes_read(batch, sizes.cached)
@@ -492,6 +507,65 @@ def model(small: bool) -> Iterator[Measurement]:
     yield TRANSCRIPTS.format(sizes.transcripts), "ours", "s of audio/s", transcripts
     yield CROPS.format(sizes.crops), "ours", "crops/s", crops
     yield CLIPS.format(sizes.clips), "ours", "s of audio/s", clips
+
+
+def quantized(small: bool) -> Iterator[Measurement]:
+    """Decoding as in `model`, with the weights in fewer bytes."""
+    sizes = SMALL if small else Sizes()
+    for weights in ("int8", "int4"):
+        ours = functools.cache(functools.partial(quantized_model, small, weights))
+        for batch in sizes.batches:
+            rates: list[float] = []
+
+            def decode(batch=batch, ours=ours, rates=rates) -> float:
+                rates.append(decoding(ours(), batch, sizes))
+                return rates[0]
+
+            def bytes_read(batch=batch, ours=ours, rates=rates) -> float:
+                if not rates:
+                    raise RuntimeError("decoding was not measured, see the row before")
+                return rates[0] / batch * step_bytes(ours(), batch, sizes.cached) / 1e12
+
+            yield f"{DECODE.format(batch, sizes.cached)}, {weights}", "ours", "tokens/s", decode
+            yield f"{READ.format(batch, sizes.cached)}, {weights}", "ours", "TB/s", bytes_read
+
+
+def quantized_model(small: bool, weights: Any) -> Any:
+    import phi4mm_jax
+    from phi4mm_jax.quantization import quantize_variables
+
+    floats = random_model(small)
+    return phi4mm_jax.Model(floats.module, quantize_variables(floats.variables, weights), floats.processor)
+
+
+def random_row(random: np.random.Generator, length: int) -> Any:
+    from phi4mm_jax.processing.batching import Row
+
+    return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
+
+
+def decoding(ours: Any, batch: int, sizes: Sizes) -> float:
+    """Return the tokens a second of all rows, each after `sizes.cached` of its own."""
+    from phi4mm_jax.engine import EngineConfig, Request
+
+    random = np.random.default_rng(batch)
+    config = EngineConfig(slots=batch, cache_tokens=batch * (sizes.cached + 1024), steps=sizes.steps)
+    with engine_of(ours, config) as engine:
+        rows = [random_row(random, sizes.cached) for _ in range(batch)]
+        ids = [engine.submit(Request("", max_new_tokens=900), row) for row in rows]
+        return decoding_rate(engine, ids, sizes.steps)
+
+
+def step_bytes(ours: Any, batch: int, cached: int) -> int:
+    """Return the bytes of weights, keys and values that a step has to read."""
+    import jax
+
+    from phi4mm_jax.checkpoint.tensor_types import parameter_bytes
+
+    decoder = ours.config.decoder
+    token = decoder.num_layers * decoder.num_kv_heads * decoder.head_size * 2 * 2
+    weights = sum(parameter_bytes(x) for x in jax.tree.leaves(ours.variables["params"]["decoder"]))
+    return weights + batch * cached * token
 
 
 @contextmanager

@@ -55,11 +55,12 @@ def gpu_rows(*arguments, **options) -> tuple[list[dict], str]:
 
 
 def test_gpu_prints_a_table_with_ratios_to_ceilings():
+    ceilings = ("read", "copy", "bfloat16 product")
     rows, printed = gpu_rows("--small", "--parts", "ceilings", "--minutes", "2", timeout=120)
-    assert [row["row"] for row in rows] == ["platform", "ceiling: copy", "ceiling: bfloat16 product"]
+    assert [row["row"] for row in rows] == ["platform", *(f"ceiling: {name}" for name in ceilings)]
     assert all(row["value"] > 0 for row in rows[1:])
-    lines = [line for line in printed.splitlines() if line.startswith("| ceiling")]
-    assert [line.split(" | ")[-2] for line in lines] == ["1.00"] * 2  # themselves
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ceiling")]
+    assert [lines[i][-2] for i in (0, 2)] == ["1.00"] * 2  # themselves
 
 
 def test_gpu_starts_no_row_when_its_time_is_over():
@@ -81,10 +82,14 @@ def test_gpu_runs_end_to_end_without_one():
     """Whatever needs cuDNN says so in its row; every other row has a value."""
     rows, printed = gpu_rows("--small", "--minutes", "20", timeout=1200)
     assert {row["side"] for row in rows if "error" in row} == {"cuDNN bare", "SDPA cuDNN"}
+    errors = [row["value"] for row in rows if row.get("unit") == "error"]
+    assert len(errors) == 6 + 2 + 2 * 2 * 3  # whole rows; chunks; decoding steps, by both sides
+    assert max(errors) < 5e-3
     names = {line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")}
     for name in (
         "prefill, 128 tokens", "decoding, batch 1, 64 cached", "decoding, batch 2, 64 cached: bytes read",
-        "transcription, batch 2, clips of 10 s", "image encoder, 1 crops", "audio encoder, 1 clips of 10 s",
+        "decoding, batch 2, 64 cached, int4", "transcription, batch 2, clips of 10 s", "image encoder, 1 crops",
+        "audio encoder, 1 clips of 10 s",
         "speech-adapter tuning, 1 x 64", "load, two layers, from a warm page cache",
     ):  # fmt: skip
         assert f"| {name}" in names
