@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.kernels import gpu, xla
 from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.kernels.partials import Output, merge_outputs
+from phi4mm_jax.kernels.partials import Output
 from phi4mm_jax.mesh import Axes, over_mesh
 
 try:
@@ -38,12 +38,10 @@ class Keys(NamedTuple):
     Attributes:
         lengths: valid keys of each row; None for all.
         segments: ids of a packed row's queries, which are its keys' too.
-        offset: position of each row's first query among its keys; None for 0.
     """
 
     lengths: Int[Array, " B"] | None = None
     segments: Int[Array, "B T"] | None = None
-    offset: Int[Array, " B"] | None = None
 
 
 class _Call(NamedTuple):
@@ -74,14 +72,14 @@ def supports(operation: str, *arguments: Any) -> str | None:
     max_size = 256 if target.capability >= gpu.HOPPER else 128
     if q.shape[3] % 8 or q.shape[3] > max_size:
         return f"q {q.shape}: implementation 'cudnn' takes head sizes that are multiples of 8 up to {max_size}"
+    if causal and not limits.starts_at_zero:
+        return "q_offset is given; implementation 'cudnn' has the first query at the first key"
     if limits.segments is None:
         return None
     if limits.key_mask is not None:
         return "kv_mask is given; implementation 'cudnn' does not take it with causality" if causal else None
     if limits.segments[0] is not limits.segments[1]:
         return "q_segments and kv_segments differ; implementation 'cudnn' takes one array for both"
-    if causal and not limits.starts_at_zero:
-        return "q_segments and q_offset are given; implementation 'cudnn' takes one of them"
     if target.capability < gpu.HOPPER:
         return "q_segments is given; implementation 'cudnn' takes packed rows from compute capability 9.0 on"
     if q.size >= 2**31:
@@ -100,9 +98,8 @@ def prefill(q, k, v, limits: Limits, *, causal: bool, scale: float, out_dtype) -
     mask = limits.key_mask
     lengths = None if limits.takes_all(k.shape[1]) else limits.kv_lengths
     segments = limits.segments[0] if limits.segments is not None and mask is None else None
-    offset = limits.q_offset if causal and not limits.starts_at_zero else None
-    keys = Keys(lengths, segments, offset)
-    axes: Any = [None if x is None else a for x, a in zip(keys, (per_row, per_token, per_row), strict=True)]
+    keys = Keys(lengths, segments)
+    axes: Any = [None if x is None else a for x, a in zip(keys, (per_row, per_token), strict=True)]
     out, log_sum = over_mesh(
         partial(flash_attention, causal=causal, scale=scale),
         (q, k, v, keys, mask),
@@ -132,10 +129,8 @@ def _attend(q, k, v, keys: Keys, call: _Call):
 
 
 def _attended(q, k, v, keys: Keys, call: _Call) -> Output:
-    if keys.offset is not None:
-        return _forward_from_offset(q, k, v, keys, call)
     if keys.segments is None:
-        return _forward(q, k, v, keys.lengths, None, call)
+        return _forward(q, k, v, keys, call)
     return lax.cond(
         _fits(keys.segments), partial(_forward_packed, call=call), partial(_forward_xla, call=call), q, k, v, keys
     )
@@ -152,7 +147,7 @@ def _attend_backward(call: _Call, residuals, cotangents):
     d_out, d_log_sum = cotangents
     nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), keys)
     zeros = jax.custom_derivatives.SymbolicZero
-    if keys.offset is not None or not isinstance(d_log_sum, zeros):  # cuDNN has no gradient of these
+    if not isinstance(d_log_sum, zeros):  # cuDNN has no gradient of it
         pairs = (out, d_out), (log_sum, d_log_sum)
         d_out, d_log_sum = (jnp.zeros_like(x) if isinstance(d, zeros) else d for x, d in pairs)
         _, pull = jax.vjp(partial(_forward_xla, keys=keys, call=call), q, k, v)
@@ -173,8 +168,7 @@ def _forward_xla(q, k, v, keys: Keys, call: _Call) -> Output:
     batch, length = k.shape[:2]
     segments = None if keys.segments is None else (keys.segments, keys.segments)
     lengths = jnp.full(batch, length, jnp.int32) if keys.lengths is None else keys.lengths
-    offset = jnp.zeros(batch, jnp.int32) if keys.offset is None else keys.offset
-    limits = Limits(offset, lengths, segments)
+    limits = Limits(jnp.zeros(batch, jnp.int32), lengths, segments)
     return xla.flash_attention(q, k, v, limits, causal=call.causal, scale=call.scale, out_dtype=q.dtype)
 
 
@@ -183,65 +177,25 @@ def _backward_xla(q, k, v, keys: Keys, out, log_sum, d_out, call: _Call):
     return pull(d_out)
 
 
-def _forward(q, k, v, lengths, q_lengths, call: _Call) -> Output:
-    """Compute with `lengths` valid keys and `q_lengths` queries of each row, None for all."""
-    out, log_sum = _bind_forward(q, k, v, *_lengths(q, lengths, q_lengths), None, call)
-    return _without_keys(out, log_sum.swapaxes(1, 2), None if lengths is None else lengths[:, None] > 0)
+def _forward(q, k, v, keys: Keys, call: _Call) -> Output:
+    out, log_sum = _bind_forward(q, k, v, *_lengths(q, keys.lengths), None, call)
+    return _without_keys(out, log_sum.swapaxes(1, 2), None if keys.lengths is None else keys.lengths[:, None] > 0)
 
 
 def _backward(q, k, v, keys: Keys, out, log_sum, d_out, call: _Call):
     log_sum = jnp.where(jnp.isfinite(log_sum), log_sum, 0.0).swapaxes(1, 2)
-    dq, dk, dv = _bind_backward(q, k, v, *_lengths(q, keys.lengths, None), None, log_sum, out, d_out, call)
+    dq, dk, dv = _bind_backward(q, k, v, *_lengths(q, keys.lengths), None, log_sum, out, d_out, call)
     if keys.lengths is None:
         return dq, dk, dv
     valid = (jnp.arange(k.shape[1]) < keys.lengths[:, None])[..., None, None]
     return _where(keys.lengths[:, None, None, None] > 0, dq), _where(valid, dk), _where(valid, dv)
 
 
-def _lengths(q, lengths, q_lengths):
-    """Return the queries' and keys' lengths for cuDNN, which is not asked about rows without any."""
+def _lengths(q, lengths):
+    """Return the queries' and keys' lengths for cuDNN, which is not asked about rows without keys."""
     if lengths is None:
         return None, None
-    q_lengths = jnp.full(len(q), q.shape[1], jnp.int32) if q_lengths is None else jnp.maximum(q_lengths, 1)
-    return q_lengths, jnp.maximum(lengths, 1)
-
-
-def _forward_from_offset(q, k, v, keys: Keys, call: _Call) -> Output:
-    """Attend to the keys before the first query, without causality, and causally to those from it on, and merge.
-
-    cuDNN's causality has the first query at the first key. Most blocks of a cached prompt lie before all queries, and
-    a prompt's first one begins with them: then one call is enough, which is known when the program runs.
-    """
-    assert keys.offset is not None
-    q_len, kv_len = q.shape[1], k.shape[1]
-    lengths = jnp.full(len(k), kv_len, jnp.int32) if keys.lengths is None else keys.lengths
-    before = jnp.clip(jnp.minimum(keys.offset, lengths), 0, kv_len)
-    first_key = jnp.clip(keys.offset, 0, kv_len)[:, None]
-    first_query = jnp.clip(-keys.offset, 0, q_len)[:, None]  # the first one with a key
-    count = min(q_len, kv_len)
-    own = jnp.where(first_query[:, 0] < q_len, jnp.clip(lengths - first_key[:, 0], 0, count), 0)
-
-    def attend_before(q, k, v):
-        return _forward(q, k, v, before, None, call._replace(causal=False))
-
-    def attend_own(q, k, v):
-        place = jnp.minimum(first_key + jnp.arange(count), kv_len - 1)
-        k, v = (jnp.take_along_axis(x, place[..., None, None], 1) for x in (k, v))
-        query = jnp.arange(q_len)
-        moved = jnp.take_along_axis(q, jnp.minimum(query + first_query, q_len - 1)[..., None, None], 1)
-        out, log_sum = _forward(moved, k, v, own, q_len - first_query[:, 0], call)
-        back = jnp.maximum(query - first_query, 0)
-        out = jnp.take_along_axis(out, back[..., None, None], 1)
-        log_sum = jnp.take_along_axis(log_sum, back[..., None], 1)
-        return _without_keys(out, log_sum, query >= first_query)
-
-    def attend_both(q, k, v):
-        parts = ((out.astype(jnp.float32), log_sum) for out, log_sum in (attend_before(q, k, v), attend_own(q, k, v)))
-        out, log_sum = merge_outputs(*parts)
-        return out.astype(q.dtype), log_sum
-
-    which = jnp.where((own == 0).all(), 0, jnp.where((before == 0).all(), 1, 2))
-    return lax.switch(which, (attend_before, attend_own, attend_both), q, k, v)
+    return jnp.full(len(q), q.shape[1], jnp.int32), jnp.maximum(lengths, 1)
 
 
 class _Runs(NamedTuple):
