@@ -241,28 +241,32 @@ def test_cached_keys_in_several_blocks(tiny, monkeypatch):
 def test_a_gpus_engine_answers_alike(tiny, monkeypatch):
     """A first chunk attends to itself alone, a later one to blocks of 128 keys as well; nothing compiles while it runs.
 
-    What cuDNN would compute, XLA does; the kernel that decodes is interpreted.
+    Also where no page table is longer than a chunk. What cuDNN would compute, XLA does; the kernel that decodes is
+    interpreted.
     """
     monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK_ON_GPU", 128)
     prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65, 200)]
     longer = prompts[0] + "<|tag|>"  # begins with 7 cached pages
-    config = dataclasses.replace(SMALL, slots=4, chunk=128, compile_workers=1)
+    config = dataclasses.replace(SMALL, slots=4, chunk=64, compile_workers=1)
     jax.clear_caches()  # programs for this machine
     with gpu.assumed(gpu.Target(cores=2, interpret=True)):
         engine, start = tiny.engine(config), count_compilations()
         engine.warm_up()
         found = Counter(compilation.function for compilation in compilations_since(start))
-        assert (
-            found["jit(_prefill)"] == 3 * 2 * 2 * 2
-        )  # adapters, numbers of rows, widths, with and without cached keys
+        assert found["jit(_prefill)"] == 3 * 2 * 2  # adapters, numbers of rows, with and without cached keys
         before = count_compilations()
         answers = dict(engine.run([Request(p, max_new_tokens=3) for p in prompts]))
         computed = engine.runner.num_prefilled_tokens
         answers |= dict(enumerate(dict(engine.run([Request(longer, max_new_tokens=3)])).values(), len(prompts)))
         assert count_compilations() == before
-    assert engine.runner.num_prefilled_tokens - computed == 511 - 7 * 64
+        assert engine.runner.num_prefilled_tokens - computed == 511 - 7 * 64
+        tight = tiny.engine(dataclasses.replace(SMALL, slots=1, cache_tokens=256))
+        begun = [prompt_of(tiny.processor.tokenizer, 120), prompt_of(tiny.processor.tokenizer, 120) + "<|tag|>" * 130]
+        for prompt in begun:
+            answers |= dict(enumerate(dict(tight.run([Request(prompt, max_new_tokens=3)])).values(), len(answers)))
+        assert tight.runner.num_prefilled_tokens == 120 + 250 - 64
     jax.clear_caches()
-    for place, prompt in enumerate([*prompts, longer]):
+    for place, prompt in enumerate([*prompts, longer, *begun]):
         check_greedy(tiny, prompt, answers[place])
 
 
