@@ -32,7 +32,7 @@ from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.lora import dropout
-from phi4mm_jax.quantization import quantize
+from phi4mm_jax.quantization import QuantizedWeight, quantize
 from phi4mm_jax.testing.compiled import CHIPS, cost, size
 from phi4mm_jax.testing.training_steps import CASES as COMPILED
 from phi4mm_jax.testing.training_steps import compile_step, held, work
@@ -161,7 +161,8 @@ def test_the_heads_products_are_in_the_models_dtype(monkeypatch, is_quantised):
     monkeypatch.setattr("phi4mm_jax.training.losses.on_one_cpu", lambda: False)
     rng = np.random.default_rng(0)
     hidden, matrix = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 8, 16), (50, 16)))
-    head = quantize(("params", "decoder", "embedding"), matrix, "int8") if is_quantised else matrix
+    integers, scales = quantize(("params", "decoder", "embedding"), matrix, "int8")
+    head = QuantizedWeight(integers, scales) if is_quantised else matrix
     targets = rng.integers(0, 50, (2, 8))
 
     def loss(hidden):
@@ -170,7 +171,7 @@ def test_the_heads_products_are_in_the_models_dtype(monkeypatch, is_quantised):
     products = re.findall(r"dot_general .*: \((.*)\) ->", jax.jit(jax.grad(loss)).lower(hidden).as_text())
     assert len(products) == 2  # the logits and their gradient
     assert all(re.fullmatch(r"tensor<[\dx]+xbf16>, tensor<[\dx]+xbf16>", operands) for operands in products)
-    wide = jnp.asarray(matrix, jnp.float32) if not is_quantised else head.values * head.scales
+    wide = integers * scales if is_quantised else jnp.asarray(matrix, jnp.float32)
     expected = (jax.nn.softmax(hidden.astype(jnp.float32) @ wide.T) - jax.nn.one_hot(targets, 50)) @ wide
     np.testing.assert_allclose(jax.grad(loss)(hidden).astype(jnp.float32), expected, atol=0.05, rtol=0.02)
 
