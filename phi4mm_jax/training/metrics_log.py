@@ -2,18 +2,27 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboardX.summary import scalar
-
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.utils.files import make_folder, write_atomically
 from phi4mm_jax.utils.strict_json import strict_json
+
+# tensorboardX imports torch where it is installed, which takes two seconds and is of no use here.
+_torch_is_imported = "torch" in sys.modules
+if not _torch_is_imported:
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.summary import scalar
+finally:
+    if not _torch_is_imported:
+        del sys.modules["torch"]
 
 LINES = "metrics.jsonl"
 
