@@ -1,6 +1,8 @@
 """The programs that this process compiled."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -30,3 +32,15 @@ def count_compilations() -> int:
 def compilations_since(count: int) -> list[Compilation]:
     """Those after so many."""
     return _compilations[count:]
+
+
+@contextmanager
+def optimized() -> Iterator[None]:
+    """Compile as for users: for programs that run longer than that takes."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
