@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES}".s
 # programs that tests start inherit this.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads spin while they wait, on cores that other workers need
+os.environ["OMP_WAIT_POLICY"] = "passive"  # PyTorch's threads would spin, on cores that other workers need
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers and programs inherit it; the next run finds it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
