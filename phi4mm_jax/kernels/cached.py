@@ -110,7 +110,7 @@ def _attend_on_gpu(
     found = attend(jnp.take_along_axis(tables, own, 1), jnp.clip(lengths - starts, 0, count), causal=True)
     if tables.shape[1] * size <= count:
         return found
-    pages = min(max(KEYS_PER_BLOCK_ON_GPU // size, 1), tables.shape[1])
+    pages = _pages_per_block(size, tables)
     keys = pages * size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
 
@@ -130,7 +130,7 @@ def _attend_by_blocks(
     Blocks of keys begin at multiples of their size in the row, and their results stay in float32 until all are joined.
     """
     size = k.shape[3]
-    pages = max(KEYS_PER_BLOCK // size, 1)
+    pages = _pages_per_block(size, tables)
     keys = pages * size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
     k_scales, v_scales = scales or (None, None)
@@ -153,6 +153,12 @@ def _attend_by_blocks(
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
     return jax.lax.fori_loop(0, jax.lax.div(lengths.max() + keys - 1, keys), block, start)
+
+
+def _pages_per_block(size: int, tables: Int[Array, "B M"]) -> int:
+    if not gpu.target():
+        return max(KEYS_PER_BLOCK // size, 1)
+    return min(max(KEYS_PER_BLOCK_ON_GPU // size, 1), tables.shape[1])
 
 
 @jax.named_scope("cache_gather")
