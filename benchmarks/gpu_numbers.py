@@ -26,7 +26,7 @@ def measurements(small: bool) -> Iterator[tuple[str, str, str, Callable[[], floa
     for name, (shape, options) in flash_cases(128 if small else 1024).items():
         yield f"attention, {name}", "ours", "error", partial(flash_error, shape, options)
     for kind in ("bfloat16", "int8"):
-        yield f"a chunk over pages, {kind}", "ours", "error", partial(chunk_error, kind)
+        yield f"a chunk over pages, {kind}", "ours", "error", partial(chunk_error, kind, 640 if small else 8640)
     for batch in (1, 9):
         for kind in ("bfloat16", "float16", "int8"):
             for side, (context, name) in decoders().items():
@@ -156,9 +156,10 @@ def decode_error(batch: int, kind: str, context: Callable[[], Any], name: str | 
     return error(found, plainly(q[:, None], k, v, causal=False, kv_lengths=lengths)[:, 0])
 
 
-def chunk_error(kind: str) -> float:
-    """Of 256 tokens of each row, after none, some and many cached ones."""
-    starts, lengths = np.array([0, 384, 8640], np.int32), np.array([200, 640, 8896], np.int32)
+def chunk_error(kind: str, most: int) -> float:
+    """Of 256 tokens of each row, after none, some and `most` cached ones."""
+    starts = np.array([0, 384, most], np.int32)
+    lengths = starts + np.array([200, 256, 256], np.int32)
     pages, tables, k, v = pages_of(lengths, kind)
     (q,) = draw(4, (len(starts), 256, HEADS, SIZE))
     found = jax.jit(

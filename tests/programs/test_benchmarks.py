@@ -80,7 +80,7 @@ def test_gpu_starts_no_row_when_its_time_is_over():
 @pytest.mark.torch
 def test_gpu_runs_end_to_end_without_one():
     """Whatever needs cuDNN says so in its row; every other row has a value."""
-    rows, printed = gpu_rows("--small", "--minutes", "40", timeout=2400)
+    rows, printed = gpu_rows("--small", "--minutes", "60", timeout=3600)
     assert {row["side"] for row in rows if "error" in row} == {"cuDNN bare", "SDPA cuDNN"}
     errors = [row["value"] for row in rows if row.get("unit") == "error"]
     assert len(errors) == 6 + 2 + 2 * 2 * 3  # whole rows; chunks; decoding steps, by both sides
