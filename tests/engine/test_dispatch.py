@@ -1,5 +1,7 @@
 """Steps are dispatched before the results of earlier ones are read; the answers are those of the model all the same."""
 
+from concurrent.futures import wait
+
 import numpy as np
 import pytest
 from helpers.reference import uncached_logits
@@ -50,6 +52,7 @@ def test_pages_are_reused_while_a_dispatched_round_writes_to_them(tiny, monkeypa
     }[end]  # fmt: skip
     first = engine.submit(Request(prompts[0], **({"max_new_tokens": 60} | settings)))
     others = [engine.submit(Request(prompt, max_new_tokens=n)) for prompt, n in zip(prompts[1:], (50, 12), strict=True)]
+    wait([waiting.processed for waiting in engine.queue._waiting])  # or else the second one might take the slot
     pending = [0]
     batches = recorded(
         monkeypatch, engine.runner, "prefill", lambda b: (b.sequences[0], [*b.sequences[0].pages], pending.copy())
