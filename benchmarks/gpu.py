@@ -271,23 +271,18 @@ def kernels(small: bool) -> Iterator[Measurement]:
 
 def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurement]:
     """One step's attention of four layers, in bytes of keys, values and scales that it has to read."""
-    from contextlib import nullcontext
-
     import jax
     import jax.numpy as jnp
 
-    from phi4mm_jax.kernels import decode_attention, gpu
+    from benchmarks.gpu_numbers import decoders
+    from phi4mm_jax.kernels import decode_attention
 
-    target = gpu.target()
-    sides: dict[str, Callable[[], Any]] = {"ours": nullcontext, "XLA": nullcontext}
-    if target is not None and target.capability[0] == gpu.HOPPER[0]:  # beside the kernel for Hopper, that for every GPU
-        sides["Triton"] = lambda: gpu.assumed(gpu.Target(gpu.AMPERE, target.cores))
     layers, page = 4, 64
     for batch, length in ((1, 256), (2, 128)) if small else ((1, 131072), (8, 8192), (64, 2048)):
         for int8 in (False, True):
-            for side, context in sides.items():
+            for side, (context, name) in decoders().items():
 
-                def measure(batch=batch, length=length, int8=int8, side=side, context=context) -> float:
+                def measure(batch=batch, length=length, int8=int8, context=context, name=name) -> float:
                     pages = batch * length // page
                     shape = layers, pages, KV_HEADS, page, SIZE
                     tables = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(batch, -1)
@@ -296,7 +291,6 @@ def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurem
                         scales = jax.random.uniform(jax.random.key(2), shape[:4]) * 0.02
                     else:
                         k, scales = draw(1, *shape), None
-                    name = "xla" if side == "XLA" else None
 
                     @jax.jit
                     def step(q, k, v, k_scales, v_scales):
@@ -431,12 +425,6 @@ def model(small: bool) -> Iterator[Measurement]:
 
     sizes = SMALL if small else Sizes()
     ours, random = random_model(small), np.random.default_rng(0)
-    rates: dict[str, float] = {}
-
-    def bytes_read(batch: int, cached: int) -> float:
-        if (name := DECODE.format(batch, cached)) not in rates:
-            raise RuntimeError("decoding was not measured, see the row before")
-        return rates[name] / batch * step_bytes(ours, batch, cached) / 1e12
 
     with engine_of(ours, EngineConfig(slots=1, cache_tokens=max(sizes.prompts) + 1024, steps=sizes.steps)) as engine:
         for length in sizes.prompts:
@@ -453,20 +441,13 @@ def model(small: bool) -> Iterator[Measurement]:
 
         def decode_long() -> float:
             first = engine.submit(Request("", max_new_tokens=800), random_row(random, longest))
-            rates[DECODE.format(1, longest)] = rate = decoding_rate(engine, [first], sizes.steps)
-            return rate
+            return decoding_rate(engine, [first], sizes.steps)
 
         longest = max(sizes.prompts)
-        yield DECODE.format(1, longest), "ours", "tokens/s", decode_long
-        yield READ.format(1, longest), "ours", "TB/s", lambda: bytes_read(1, longest)
+        yield from decoding_rows(lambda: ours, 1, longest, decode_long)
     for batch in sizes.batches:
-
-        def decode(batch=batch) -> float:
-            rates[DECODE.format(batch, sizes.cached)] = rate = decoding(ours, batch, sizes)
-            return rate
-
-        yield DECODE.format(batch, sizes.cached), "ours", "tokens/s", decode
-        yield READ.format(batch, sizes.cached), "ours", "TB/s", lambda batch=batch: bytes_read(batch, sizes.cached)
+        rate = functools.partial(decoding, ours, batch, sizes)
+        yield from decoding_rows(lambda: ours, batch, sizes.cached, rate)
 
     def crops() -> float:
         from phi4mm_jax.batch import ImageStack
@@ -515,19 +496,30 @@ def quantized(small: bool) -> Iterator[Measurement]:
     for weights in ("int8", "int4"):
         ours = functools.cache(functools.partial(quantized_model, small, weights))
         for batch in sizes.batches:
-            rates: list[float] = []
 
-            def decode(batch=batch, ours=ours, rates=rates) -> float:
-                rates.append(decoding(ours(), batch, sizes))
-                return rates[0]
+            def rate(batch=batch, ours=ours) -> float:
+                return decoding(ours(), batch, sizes)
 
-            def bytes_read(batch=batch, ours=ours, rates=rates) -> float:
-                if not rates:
-                    raise RuntimeError("decoding was not measured, see the row before")
-                return rates[0] / batch * step_bytes(ours(), batch, sizes.cached) / 1e12
+            yield from decoding_rows(ours, batch, sizes.cached, rate, f", {weights}")
 
-            yield f"{DECODE.format(batch, sizes.cached)}, {weights}", "ours", "tokens/s", decode
-            yield f"{READ.format(batch, sizes.cached)}, {weights}", "ours", "TB/s", bytes_read
+
+def decoding_rows(
+    ours: Callable[[], Any], batch: int, cached: int, rate: Callable[[], float], kind: str = ""
+) -> Iterator[Measurement]:
+    """The tokens a second of all rows, and the bytes a second that they have to read for these."""
+    rates: list[float] = []
+
+    def tokens() -> float:
+        rates.append(rate())
+        return rates[0]
+
+    def bytes_read() -> float:
+        if not rates:
+            raise RuntimeError("decoding was not measured, see the row before")
+        return rates[0] / batch * step_bytes(ours(), batch, cached) / 1e12
+
+    yield DECODE.format(batch, cached) + kind, "ours", "tokens/s", tokens
+    yield READ.format(batch, cached) + kind, "ours", "TB/s", bytes_read
 
 
 def quantized_model(small: bool, weights: Any) -> Any:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu import HEADS, KV_HEADS, SIZE
 from phi4mm_jax.kernels import append_tokens, cached_attention, decode_attention, flash_attention, gpu
-from tests.helpers.attention import random, reference
+from tests.helpers.attention import pages_of, quantized, random, reference, unpaged
 
-HEADS, KV_HEADS, SIZE = 24, 8, 128
 VISION_HEADS, VISION_SIZE = 16, 72
 PAGE, LAYERS, LAYER = 64, 3, 1
 
@@ -92,46 +92,31 @@ def flash_error(shape: tuple[int, ...], options: dict[str, Any]) -> float:
     batch, length, keys, heads, kv_heads, size = shape
     of_keys = batch, keys, kv_heads, size
     q, k, v, d_out = draw(0, (batch, length, heads, size), of_keys, of_keys, (batch, length, heads, size))
-    segments = {name: options[name].astype(np.int32) for name in ("q_segments", "kv_segments") if name in options}
-    if segments:  # one array for both, as in training
-        segments = dict.fromkeys(segments, segments["q_segments"])
 
     def program(attention, q, k, v, d_out):
         out, pull = jax.vjp(attention, q, k, v)
         return out, *pull(d_out)
 
-    ours = jax.jit(partial(program, lambda *x: flash_attention(*x, **(options | segments))))
+    ours = jax.jit(partial(program, lambda *x: flash_attention(*x, **options)))
     with jax.enable_x64(True):
         plain = jax.jit(partial(program, lambda *x: reference(*x, **options)[0]))
         right = plain(*(jnp.asarray(widened(x)) for x in (q, k, v, d_out)))
     return max(map(error, ours(q, k, v, d_out), right))
 
 
-def pages_of(lengths: np.ndarray, kind: str) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray, np.ndarray]:
-    """Return keys and values in shuffled pages with their scales, the table, and both (B, S, K, H) of LAYER as floats.
-
-    Keys behind a row's length are not a number where the dtype has that.
-    """
+def cached(lengths: np.ndarray, kind: str) -> tuple[dict[str, jax.Array], np.ndarray, np.ndarray, np.ndarray]:
+    """Return keys and values in pages with their scales, the table, and both (B, S, K, H) of LAYER as floats."""
     per_row = -(-int(lengths.max()) // PAGE)
-    count = len(lengths) * per_row
-    tables = np.random.default_rng(1).permutation(count).astype(np.int32).reshape(len(lengths), per_row)
+    *values, tables = pages_of(2, lengths, kv_heads=KV_HEADS, page=PAGE, layers=LAYERS, per_row=per_row)
     arrays, plain = {}, []
-    for name, values in zip("kv", random(2, *[(LAYERS, count + 1, KV_HEADS, PAGE, SIZE)] * 2), strict=True):
+    for name, pages in zip("kv", values, strict=True):
         if kind == "int8":
-            scales = (np.abs(values).max(-1) / 127).astype(np.float32)
-            pages = np.round(values / scales[..., None]).astype(np.int8)
-            arrays |= {name: jnp.asarray(pages), f"{name}_scales": jnp.asarray(scales)}
-            values = pages * scales[..., None]
+            integers, scales = quantized(pages)
+            arrays |= {name: jnp.asarray(integers), f"{name}_scales": jnp.asarray(scales)}
+            pages = integers * scales[..., None]
         else:
-            pages = jnp.asarray(values, kind)
-            values = widened(pages)
-            behind = np.zeros(values.shape, bool)
-            for row, length in zip(tables, lengths, strict=True):
-                for i, page in enumerate(row):
-                    behind[:, page, :, max(length - i * PAGE, 0) :] = True
-            arrays[name] = jnp.where(behind, jnp.nan, pages)
-        rows = widened(values)[LAYER][tables].swapaxes(2, 3)
-        plain.append(rows.reshape(len(lengths), -1, KV_HEADS, SIZE))
+            pages = arrays[name] = jnp.asarray(pages, kind)
+        plain.append(unpaged(widened(pages)[LAYER], tables))
     return arrays, tables, *plain
 
 
@@ -143,7 +128,7 @@ def plainly(q: Any, k: np.ndarray, v: np.ndarray, **options: Any) -> np.ndarray:
 
 def decode_error(batch: int, kind: str, context: Callable[[], Any], name: str | None) -> float:
     lengths = np.array([1500, 1, 63, 64, 65, 700, 0, 1408, 3], np.int32)[:batch]
-    pages, tables, k, v = pages_of(lengths, kind)
+    pages, tables, k, v = cached(lengths, kind)
     dtype = jnp.bfloat16 if kind == "int8" else kind
     (q,) = draw(3, (batch, HEADS, SIZE), dtype=dtype)
     with context():
@@ -157,10 +142,10 @@ def decode_error(batch: int, kind: str, context: Callable[[], Any], name: str | 
 
 
 def chunk_error(kind: str, most: int) -> float:
-    """Of 256 tokens of each row, after none, some and `most` cached ones."""
+    """Return the error of 256 tokens of each row, after none, some and `most` cached ones."""
     starts = np.array([0, 384, most], np.int32)
     lengths = starts + np.array([200, 256, 256], np.int32)
-    pages, tables, k, v = pages_of(lengths, kind)
+    pages, tables, k, v = cached(lengths, kind)
     (q,) = draw(4, (len(starts), 256, HEADS, SIZE))
     found = jax.jit(
         lambda q, pages: cached_attention(
@@ -174,8 +159,8 @@ def chunk_error(kind: str, most: int) -> float:
 
 
 def append_error(kind: str) -> float:
-    """Of the tokens that are read back, and infinite where anything else has changed."""
-    pages, *_ = pages_of(np.array([640], np.int32), kind)
+    """Return the error of the tokens that are read back; infinite where anything else has changed."""
+    pages, *_ = cached(np.array([640], np.int32), kind)
     caches = [pages[name] for name in ("k", "v", "k_scales", "v_scales") if name in pages]
     new = draw(5, *[(4, KV_HEADS, SIZE)] * 2)
     at, slots = np.array([3, 0, 7, 1]), np.array([0, PAGE - 1, 5, 33])

@@ -63,6 +63,7 @@ class Estimate(NamedTuple):
 
 
 def mesh_of(case: Serving) -> Mesh:
+    """Return a mesh of the case's chips, to compile for without them."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
     sizes = case.context, len(chips) // case.context
     return jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)

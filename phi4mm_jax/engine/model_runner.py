@@ -126,7 +126,7 @@ class ModelRunner:
     def _prefill_inputs(self, batch: PrefillBatch, media: Items[np.ndarray], count: int) -> PrefillInputs:
         """Arrays of a batch, with the grammars of sequences whose last chunk this is."""
         size, own = self.table_size, batch.width // self._config.page_tokens
-        if self._programs.has_first_chunks:  # which `cached_attention` tells by their tables
+        if self._programs.has_first_chunks:  # which `cached_attention` knows by their tables
             size = max(size, own + 1) if batch.with_cached else own
         inputs = prefill_inputs(batch, media, count, size, with_beams=self._config.beams > 1)
         chunks = zip(batch.sequences, batch.stops, strict=True)

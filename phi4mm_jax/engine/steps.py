@@ -85,7 +85,7 @@ class Programs:
 
     @property
     def has_first_chunks(self) -> bool:
-        """Whether sequences without a token in the cache have programs of their own; see `cached_attention`."""
+        """Return whether sequences without a token in the cache have programs of their own; see `cached_attention`."""
         return gpu.target() is not None and self.context == 1
 
     def _size(self, axis: str) -> int:

@@ -99,8 +99,7 @@ def _attend_on_gpu(
     k_scales, v_scales = scales or (None, None)
 
     def attend(table, lengths, *, causal: bool):
-        pages = jax.lax.div(lengths.max() + size - 1, size)
-        keys, values = (_gather(x, s, layer, table, pages, q.dtype) for x, s in ((k, k_scales), (v, v_scales)))
+        keys, values = (_gather(x, s, layer, table, table.shape[1], q.dtype) for x, s in ((k, k_scales), (v, v_scales)))
         return flash_attention(
             q, keys, values, causal=causal, scale=scale, kv_lengths=lengths, return_lse=True, out_dtype=jnp.float32,
             implementation=implementation,
@@ -163,7 +162,12 @@ def _pages_per_block(size: int, tables: Int[Array, "B M"]) -> int:
 
 @jax.named_scope("cache_gather")
 def _gather(
-    x: Array, scales: Array | None, layer: Int[Array, ""], table: Int[Array, "B M"], filled: Int[Array, ""], dtype: Any
+    x: Array,
+    scales: Array | None,
+    layer: Int[Array, ""],
+    table: Int[Array, "B M"],
+    filled: Int[Array, ""] | int,
+    dtype: Any,
 ) -> Float[Array, "B S K H"]:
     """Gather keys or values of each row's first pages.
 

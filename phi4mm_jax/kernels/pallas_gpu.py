@@ -40,8 +40,8 @@ def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials
 def _kernel(q, k, target: gpu.Target) -> tuple[Any, str | None]:
     """Return the module of the kernel, or None and the reason why there is none.
 
-    That for Hopper where it can run, but for int8 pages that the other one takes, too: on an H200 they are read at 2.4
-    TB/s by that, at 1.7 TB/s by this, which writes them into shared memory again as bfloat16.
+    Hopper has one of its own, which leaves int8 pages to Triton's where that takes them: on an H200 it reads them at
+    1.7 TB/s, since it writes them into shared memory again as bfloat16, and Triton's at 2.4.
     """
     from phi4mm_jax.kernels import pallas_gpu_decode, pallas_gpu_hopper  # Pallas takes a while to import
 

@@ -1,4 +1,4 @@
-"""Attention written out, and random arrays for it."""
+"""Attention written out, and random arrays and pages for it."""
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +33,27 @@ def reference(
 def random(seed, *shapes, dtype=np.float32):
     rng = np.random.default_rng(seed)
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
+    """Keys and values in shuffled pages, and the table; what lies behind a row's length is not a number."""
+    rng = np.random.default_rng(seed)
+    count = len(lengths) * per_row
+    tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)
+    k, v = random(seed, *[(layers, count, kv_heads, page, size)] * 2)
+    for row, length in zip(tables, lengths, strict=True):
+        for i, at in enumerate(row):
+            k[:, at, :, max(length - i * page, 0) :] = v[:, at, :, max(length - i * page, 0) :] = np.nan
+    return k, v, tables
+
+
+def unpaged(pages, table):
+    """(B, S, K, H) of one layer."""
+    rows = np.nan_to_num(pages[table]).swapaxes(2, 3)
+    return rows.reshape(len(table), -1, *rows.shape[3:])
+
+
+def quantized(pages):
+    """Return pages as int8, and a scale for each token and head."""
+    scales = np.abs(pages).max(-1) / 127
+    return np.nan_to_num(np.round(pages / scales[..., None])).astype(np.int8), scales.astype(np.float32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.attention import random, reference
+from helpers.attention import pages_of, quantized, random, reference, unpaged
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
@@ -120,29 +120,6 @@ def check(implementation, shape, options, seed=0, garbage=None):
     )
     for ours, theirs, tolerance in zip(results, expected, (3e-6, 3e-6, 2e-5, 2e-5, 2e-5), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=1e-5)
-
-
-def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
-    """Keys and values in shuffled pages, and the table; what lies behind a row's length is not a number."""
-    rng = np.random.default_rng(seed)
-    count = len(lengths) * per_row
-    tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)
-    k, v = random(seed, *[(layers, count, kv_heads, page, size)] * 2)
-    for row, length in zip(tables, lengths, strict=True):
-        for i, at in enumerate(row):
-            k[:, at, :, max(length - i * page, 0) :] = v[:, at, :, max(length - i * page, 0) :] = np.nan
-    return k, v, tables
-
-
-def unpaged(pages, table):
-    """(B, S, K, H) of one layer."""
-    rows = np.nan_to_num(pages[table]).swapaxes(2, 3)
-    return rows.reshape(len(table), -1, *rows.shape[3:])
-
-
-def quantized(pages):
-    scales = np.abs(pages).max(-1) / 127
-    return np.nan_to_num(np.round(pages / scales[..., None])).astype(np.int8), scales.astype(np.float32)
 
 
 @pytest.fixture(params=CONTEXTS)

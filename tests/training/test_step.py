@@ -157,7 +157,7 @@ def test_chunked_loss_is_pytorchs(head, monkeypatch, chunk, smoothing, z):
 
 @pytest.mark.parametrize("is_quantised", [False, True])
 def test_the_heads_products_are_in_the_models_dtype(monkeypatch, is_quantised):
-    """Of accelerators: in float32 a GPU writes the head out, and multiplies in TF32; and they are right."""
+    """Look at what accelerators compile: in float32 a GPU writes the head out, and multiplies in TF32."""
     monkeypatch.setattr("phi4mm_jax.training.losses.on_one_cpu", lambda: False)
     rng = np.random.default_rng(0)
     hidden, matrix = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 8, 16), (50, 16)))
