@@ -1,4 +1,4 @@
-"""The training step on every mesh of eight devices: what it computes is what one device computes.
+"""The training step on meshes of eight devices: what it computes is what one device computes.
 
 Run by test_meshes.py, in a process with more threads.
 """
@@ -34,13 +34,10 @@ from train.dpo import DPO
 from train.sft import SFT
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
-SIZES = (1, 2, 4, 8)
-MESHES = [
-    (data, fsdp, context, 8 // (data * fsdp * context), 8)
-    for data in SIZES
-    for fsdp in SIZES
-    for context in SIZES
-    if 8 % (data * fsdp * context) == 0
+MESHES = [  # data, fsdp, context, tensor, rows
+    *[(8, 1, 1, 1, 8), (1, 8, 1, 1, 8), (1, 1, 8, 1, 8), (1, 1, 1, 8, 8)],  # each axis alone
+    *[(2, 2, 2, 1, 8), (2, 2, 1, 2, 8), (2, 1, 2, 2, 8), (1, 2, 2, 2, 8)],  # each three, and so each two
+    *[(4, 2, 1, 1, 8), (1, 4, 2, 1, 8), (1, 1, 4, 2, 8), (2, 1, 1, 4, 8)],  # each as the larger and smaller of two
 ]
 FEW_ROWS = [(1, 8, 1, 1, 3), (2, 2, 2, 1, 3)]
 TRAINED = ["**", "!params/speech/mean", "!params/speech/inverse_deviation"]
@@ -95,8 +92,8 @@ def rows_of(samples, rows):
 
 @pytest.fixture(scope="module")
 def on_mesh(alone):
-    """Put the model's variables on a mesh."""
-    abstract, flat = abstract_variables(alone.module), flatten_dict(alone.variables)
+    """Put the model's variables on a mesh, from the host: nothing is compiled to cut them."""
+    abstract, flat = abstract_variables(alone.module), flatten_dict(jax.device_get(alone.variables))
 
     def spread(mesh):
         places = shardings(abstract, mesh)
@@ -134,9 +131,14 @@ def compute(module, variables, samples):
     return found, sums._replace(correct=correct), logits[samples.weights > 0]
 
 
+def norm_of(tree) -> float:
+    """Of all leaves together, which are on the host."""
+    return float(np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)]))
+
+
 def assert_close(found, expected, tolerance):
     """Each leaf relative to its norm, or to a thousandth of that of all, where it is smaller."""
-    whole = float(optax.tree.norm(expected))
+    whole = norm_of(expected)
     leaves = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, ours), theirs in leaves:
         bound = tolerance * max(float(np.linalg.norm(theirs)), 1e-3 * whole)
@@ -220,4 +222,4 @@ def test_a_step_of_a_recipe_is_that_of_one_device(alone, samples, on_mesh, one_d
     np.testing.assert_allclose([metrics.loss, metrics.gradient_norm], [expected_loss, norm], rtol=1e-4)
     assert_close(moments, expected_moments, 1e-4)
     difference = jax.tree.map(lambda a, b, update: a - b - update, after, before, expected_update)
-    assert optax.tree.norm(difference) <= 1e-3 * optax.tree.norm(expected_update)
+    assert norm_of(difference) <= 1e-3 * norm_of(expected_update)
