@@ -152,15 +152,15 @@ def test_what_the_model_is_told(monkeypatch):
 def test_ten_minutes_are_understood_as_their_clips_are(model):
     """Word errors within a point of those of the clips alone, and times within 0.3 s.
 
-    Beside digital silence a clip of the recording is the clip to the sample, in whatever order they are. In the noise
-    of a room they are in the same noise alone; then the mean of two draws counts.
+    Beside digital silence a clip of the recording is the clip to the sample, in whatever order they are: it is asked
+    alone once. In the noise of a room they are in the same noise alone; then the mean of two draws counts.
     """
-    engine, more = model.engine(CONFIG), []
+    engine, more, answers = model.engine(CONFIG), [], {}
 
     def request(clip):
         return clip_request(clip, "hear", max_new_tokens=64, sampling=Sampling())
 
-    for noise, seed, shuffled in ((0.004, 0, False), (0.004, 1, False), *((0.0, seed, True) for seed in range(4))):
+    for noise, seed, shuffled in ((0.004, 0, False), (0.004, 1, False), *((0.0, seed, True) for seed in range(2))):
         clips = held_clips(100)
         if shuffled:
             clips = [clips[i] for i in np.random.default_rng(seed).permutation(len(clips))]
@@ -170,10 +170,13 @@ def test_ten_minutes_are_understood_as_their_clips_are(model):
         assert isinstance(found, Transcript), found
         times = [(segment.start, segment.end) for segment in found.segments]
         np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
-        asked = (RecordedClip(samples[clip.place], RATE, clip.place.start, None) for clip in said)
-        alone = dict(engine.run(map(request, asked)))
+        clips = {samples[clip.place].tobytes(): clip.place for clip in said}
+        new = [sound for sound in clips if sound not in answers]
+        asked = (RecordedClip(samples[clips[sound]], RATE, clips[sound].start, None) for sound in new)
+        answers |= {new[i]: answer.text for i, answer in engine.run(map(request, asked))}
         words, texts = [clip.text for clip in said], [segment.text for segment in found.segments]
-        more.append(jiwer.wer(words, texts) - jiwer.wer(words, [alone[i].text for i in range(len(said))]))
-    *rooms, _, _, _, _ = more
+        alone = [answers[samples[clip.place].tobytes()] for clip in said]
+        more.append(jiwer.wer(words, texts) - jiwer.wer(words, alone))
+    *rooms, _, _ = more
     assert np.mean(rooms) <= 0.01, more
     assert max(more[len(rooms) :]) <= 0.01, more
