@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,17 +48,30 @@ def wide(tmp_path_factory):
     return folder / "checkpoint"
 
 
+@pytest.fixture(scope="module")
+def alone(wide):
+    """The checkpoint on one device; all tests share what is compiled for it."""
+    return phi4mm_jax.load(wide, dtype="float32", scan=True)
+
+
+@pytest.fixture(scope="module")
+def spread_over(wide):
+    """The checkpoint over eight devices, loaded once for each mesh."""
+    return cache(
+        lambda tensor, context: phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=tensor, context=context))
+    )
+
+
 @pytest.mark.parametrize(
     ("tensor", "context", "cache_dtype", "beams"),
     fast_are([(4, 2, None, 1)], [(8, 1, None, 2), (4, 2, None, 1), (2, 4, "int8", 2), (1, 4, None, 1)]),
 )
-def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
+def test_engine_over_eight_devices(alone, spread_over, tensor, context, cache_dtype, beams):
     """Logits, and answers to ragged rows, fewer than the devices, of text and of image and speech, and of beams.
 
     Of one row the prompt's first pages are in the cache already, and one has a grammar.
     """
-    alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
-    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=tensor, context=context))
+    spread = spread_over(tensor, context)
     case = next(c for c in golden_cases() if c["name"] == "vision_speech")
     texts = ["<|user|>Hello<|end|><|assistant|>", "<|user|>The light of seven stones" + " is green" * 9]
     batch = alone.process(texts)
@@ -81,9 +95,9 @@ def test_engine_over_eight_devices(wide, tensor, context, cache_dtype, beams):
         np.testing.assert_allclose(found[i].log_probabilities, expected[i].log_probabilities, atol=1e-4)
 
 
-def test_users_adapters_over_eight_devices(wide, tmp_path):
+def test_users_adapters_over_eight_devices(wide, alone, spread_over, tmp_path):
     """Rows of two and without one, in one batch: log-probabilities are those of weights merged by numpy."""
-    spread, models = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=4, context=2)), {}
+    spread, models = spread_over(4, 2), {}
     config = EngineConfig(
         slots=2, cache_tokens=4096, page_size=32, chunk=64, steps=4, max_adapters=2, max_adapter_rank=4
     )
@@ -93,7 +107,7 @@ def test_users_adapters_over_eight_devices(wide, tmp_path):
         engine.load_adapter(name, tmp_path / name)
         write_merged(tmp_path / f"{name}-merged", matrices, 6.0 / rank, checkpoint=wide)
         models[name] = phi4mm_jax.load(tmp_path / f"{name}-merged", dtype="float32", scan=True)
-    models[None] = phi4mm_jax.load(wide, dtype="float32", scan=True)
+    models[None] = alone
     prompt = "<|user|>Hello<|end|><|assistant|>"
     found = dict(engine.run(Request(prompt, max_new_tokens=5, adapter=name) for name in models))
     for answer, model in zip([found[i] for i in range(len(models))], models.values(), strict=True):
@@ -103,11 +117,10 @@ def test_users_adapters_over_eight_devices(wide, tmp_path):
     assert len({tuple(answer.tokens) for answer in found.values()}) == 3
 
 
-def test_each_device_encodes_its_crops(wide):
+def test_each_device_encodes_its_crops(alone, spread_over):
     """Eight crops: a device has one of them, and the weights of a layer at a time."""
     draw = np.random.default_rng(0)
-    alone = phi4mm_jax.load(wide, dtype="float32", scan=True)
-    spread = phi4mm_jax.load(wide, dtype="float32", mesh=make_mesh(tensor=4, context=2))
+    spread = spread_over(4, 2)
     vision = alone.config.vision
     side, patches = vision.crop_size, vision.patches_per_side
     crops = draw.standard_normal((8, side, side, 3)).astype(np.float32)

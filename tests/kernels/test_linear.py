@@ -22,7 +22,6 @@ from phi4mm_jax.model.lora import GATE_UP, Projection
 from phi4mm_jax.quantization import QuantizedWeight
 from phi4mm_jax.testing.compiled import copies, float_copies
 
-UNPACKED = {"by words": False, "by the chip's conversion": True}
 Q, OUT, UP = "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF"
 RELEASE = {  # equation, shape of the weight, of the scales
     "q": (Q, (3072, 24, 128), (24, 24, 128)), "k": (Q, (3072, 8, 128), (24, 8, 128)),
@@ -76,20 +75,26 @@ def by_kernel(equation: str, x, weight: QuantizedWeight, **options):
     return program(x, weight)
 
 
-@pytest.mark.parametrize("converts", UNPACKED.values(), ids=UNPACKED)
+UNPACKED = ("by words", "by the chip's conversion")
+OF_RELEASE = [(name, rows) for name in RELEASE for rows in (1, 16, 77)] + [("k", 128), ("out", 128)]
+
+
 @pytest.mark.parametrize(
-    ("case", "rows"),
+    ("case", "rows", "unpacked"),
     [
-        *[(SMALL[name], rows) for name, rows in zip(SMALL, (16, 5, 1, 33), strict=True)],
-        *[pytest.param(case, rows, marks=pytest.mark.slow) for case in RELEASE.values() for rows in (1, 16, 77)],
-        pytest.param(RELEASE["k"], 128, marks=pytest.mark.slow),
+        *[(SMALL[name], n, how) for name, n in zip(SMALL, (16, 5, 1, 33), strict=True) for how in UNPACKED],
+        # each map, and each number of rows, in both ways
+        *[
+            pytest.param(RELEASE[name], rows, UNPACKED[place % 2], marks=pytest.mark.slow)
+            for place, (name, rows) in enumerate(OF_RELEASE)
+        ],
     ],
     ids=str,
 )
-def test_products_are_those_of_the_weights_as_floats(case, rows, converts):
+def test_products_are_those_of_the_weights_as_floats(case, rows, unpacked):
     equation, shape, scales = case
     weight, x = weight_of(0, shape, scales), rows_of(1, equation, shape, rows)
-    with interpreted(converts):
+    with interpreted(unpacked == UNPACKED[1]):
         found = by_kernel(equation, x, weight, result=jnp.float32)
         rounded = by_kernel(equation, x, weight)
     expected = expected_of(equation, x, weight)

@@ -96,12 +96,19 @@ def close(ours, theirs, relative: float) -> None:
     assert np.abs(np.asarray(ours) - theirs).max() <= relative * scale
 
 
-@pytest.mark.parametrize("adapter", fast_are(["vision"], [None, "vision", "speech"]))
-@pytest.mark.parametrize("factors", fast_are(["long"], ["short", "long"]))
-def test_decoder_layer_at_full_width(release, factors, adapter):
+@pytest.fixture(scope="module")
+def full_width_layer(release):
+    """A decoder layer with both adapters, ours compiled for 96 tokens once, and PyTorch's."""
     state, run = torch_native.decoder_layer(RELEASE, seed=0)
     variables = layer_variables(release, state, "model.layers.0.")
     config = decoder.BlockConfig(release.decoder, tuple(lora.lora_configs(release).items()))
+    return jax.jit(decoder.Block(config).apply), variables, run
+
+
+@pytest.mark.parametrize("adapter", fast_are(["vision"], [None, "vision", "speech"]))
+@pytest.mark.parametrize("factors", fast_are(["long"], ["short", "long"]))
+def test_decoder_layer_at_full_width(release, full_width_layer, factors, adapter):
+    apply, variables, run = full_width_layer
     length = 96
     x = np.random.default_rng(0).standard_normal((1, length, 3072)).astype(np.float32)
     long = jnp.asarray([factors == "long"])
@@ -109,7 +116,7 @@ def test_decoder_layer_at_full_width(release, factors, adapter):
     cos, sin = rope.widen(cos, sin, release.decoder.head_size)
     index = {None: 0, "vision": 1, "speech": 2}[adapter]
     rows = decoder.AttentionInputs(jnp.asarray([length]), cos, sin, lora.row_scales(release, jnp.asarray([index])))
-    (ours, _), _ = jax.jit(decoder.Block(config).apply)(variables, (x, None), jnp.int32(0), rows)
+    (ours, _), _ = apply(variables, (x, None), jnp.int32(0), rows)
     close(ours, run(x, factors, adapter), 2e-5)
 
 
