@@ -300,10 +300,11 @@ def test_every_recipe_trains(path, tmp_path):
     else:
         sample = {"messages": [*prompt, message("assistant", "This.")]}
     manifest = write(tmp_path / "data.jsonl", [sample] * 4)
+    length = 1280 if has_images else 256
     overrides = [
         f"model={TINY}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifest}}}]", "data.epochs=null",
         f"data.steps={2 * settings.get('accumulate', 1)}", "mesh=fsdp=1", "log_every=1", "optimizer.warmup_steps=1",
-        *(["data.packing.rows=2", "data.packing.lengths=[1280]"] if packing != "auto" else []),
+        *(["data.packing.rows=2", f"data.packing.lengths=[{length}]"] if packing != "auto" else []),
         *(["data.packing.crops=[4]"] if "crops" in packing else []),
         *(["data.packing.chunks=[2]", "data.packing.chunk_tokens=64"] if "chunks" in packing else []),
     ]  # fmt: skip
