@@ -115,23 +115,28 @@ def _by_heads(function: Callable[..., Any], heads: int | None, limits: Limits, *
 def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
     """Return the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
 
+    def factors(maximum, total):
+        """What normalises the rows; 0 where no key may be attended to, whose weights are all 1 until then."""
+        return jnp.where(maximum > _MASKED / 2, 1 / total, 0.0)
+
     def query_tile(i):
         q_i = _tile(q, i, tiling.queries, 3)
         if not tiling.causal and k.shape[2] == tiling.keys:
             # Plain softmax, normalised before it is applied: it rounds as PyTorch's does. Causal rows are not taken so:
             # their padded length, and with it their rounding, is that of the longest row beside them.
-            scores, allowed = _scores(q_i, k, i, 0, limits, tiling)
+            scores = _scores(q_i, k, i, 0, limits, tiling)
             maximum = scores.max(-1)
-            weights = jnp.where(allowed, jnp.exp(scores - maximum[..., None]), 0.0)
-            total = jnp.where((total := row_sum(weights)) > 0, total, 1.0)
-            out = _einsum("BKGTS,BKSH->BKGTH", (weights / total[..., None]).astype(v.dtype), v)
+            weights = jnp.exp(scores - maximum[..., None])
+            total = row_sum(weights)
+            weights = (weights * factors(maximum, total)[..., None]).astype(v.dtype)
+            out = _einsum("BKGTS,BKSH->BKGTH", weights, v)
             return out.astype(tiling.out_dtype), maximum + jnp.log(total)
 
         def key_tile(j, carry):
             maximum, total, out = carry
-            scores, allowed = _scores(q_i, _tile(k, j, tiling.keys, 2), i, j, limits, tiling)
+            scores = _scores(q_i, _tile(k, j, tiling.keys, 2), i, j, limits, tiling)
             new_maximum = jnp.maximum(maximum, scores.max(-1))
-            weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
+            weights = jnp.exp(scores - new_maximum[..., None])
             decay = jnp.exp(maximum - new_maximum)
             out = out * decay[..., None] + _einsum(
                 "BKGTS,BKSH->BKGTH", weights.astype(v.dtype), _tile(v, j, tiling.keys, 2)
@@ -141,8 +146,7 @@ def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
         rows = q_i.shape[:-1]
         start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
         maximum, total, out = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
-        total = jnp.where(total > 0, total, 1.0)
-        return (out / total[..., None]).astype(tiling.out_dtype), maximum + jnp.log(total)
+        return (out * factors(maximum, total)[..., None]).astype(tiling.out_dtype), maximum + jnp.log(total)
 
     num_tiles = q.shape[3] // tiling.queries
     if num_tiles == 1:
@@ -170,6 +174,8 @@ def _attend_backward(tiling: _Tiling, residuals, cotangents):
 def _backward(limits: Limits, q, k, v, d_out, log_sum, delta, *, tiling: _Tiling):
     """Return the gradients of queries, keys and values; `delta` (B, K, G, T) is the products of rows with theirs."""
 
+    log_sum = jnp.where(log_sum > -jnp.inf, log_sum, 0.0)  # a row without keys: the weights of its masked scores are 0
+
     def query_tile(carry, i):
         """Compute the gradients of one tile of queries; those of keys and values are summed in the carry."""
         q_i, d_out_i = _tile(q, i, tiling.queries, 3), _tile(d_out, i, tiling.queries, 3)
@@ -178,8 +184,7 @@ def _backward(limits: Limits, q, k, v, d_out, log_sum, delta, *, tiling: _Tiling
         def key_tile(j, carry):
             dq_i, dk, dv = carry
             k_j, v_j = _tile(k, j, tiling.keys, 2), _tile(v, j, tiling.keys, 2)
-            scores, allowed = _scores(q_i, k_j, i, j, limits, tiling)
-            weights = jnp.where(allowed, jnp.exp(scores - log_sum_i[..., None]), 0.0)
+            weights = jnp.exp(_scores(q_i, k_j, i, j, limits, tiling) - log_sum_i[..., None])
             dv_j = _einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), d_out_i)
             d_weights = _einsum("BKGTH,BKSH->BKGTS", d_out_i, v_j)
             d_scores = (weights * (d_weights - delta_i[..., None]) * tiling.scale).astype(q.dtype)
@@ -201,7 +206,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
-    """Return a tile's scores in float32, (B, K, G, queries, keys), and where they may be attended to."""
+    """Return a tile's scores in float32, (B, K, G, queries, keys): `_MASKED` where they may not be attended to."""
     scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
     key = j * tiling.keys + jnp.arange(tiling.keys)
     allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
@@ -212,8 +217,7 @@ def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
         query = i * tiling.queries + jnp.arange(tiling.queries)
         offset = limits.q_offset[:, None] if limits.q_offset.ndim == 1 else _tile(limits.q_offset, i, tiling.queries, 1)
         allowed &= key <= (query + offset)[..., None]
-    allowed = allowed[:, None, None]
-    return jnp.where(allowed, scores, _MASKED), allowed
+    return jnp.where(allowed[:, None, None], scores, _MASKED)
 
 
 def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
