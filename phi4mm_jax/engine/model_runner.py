@@ -50,7 +50,11 @@ class ModelRunner:
     """
 
     def __init__(self, programs: Programs, variables: Mapping[str, Any], config: EngineConfig, context: int):
-        self._programs, self._variables, self._config = programs, variables, config
+        self._programs, self._config = programs, config
+        # Each program is called with its own part: a call pays for every array that it is given.
+        encoders = {name: x for name, x in variables["params"].items() if name != "decoder"}
+        self._encoders: Mapping[str, Any] = {"params": encoders}
+        self._decoder: Mapping[str, Any] = {name: {"decoder": x["decoder"]} for name, x in variables.items()}
         model = programs.model.config
         dtype = jnp.dtype(programs.model.dtype)
         cache_dtype = _cache_dtype(config, dtype)
@@ -190,8 +194,7 @@ class ModelRunner:
     # Calls of the compiled steps with the state as it is; only the variables of these adapters are handed over.
 
     def _encode_step(self, table: Any, stack: ImageStack | AudioStack, rows: np.ndarray) -> partial:
-        base = {"params": self._variables["params"]}
-        return partial(self._programs.encode, base, table, self._programs.place_media(stack), rows)
+        return partial(self._programs.encode, self._encoders, table, self._programs.place_media(stack), rows)
 
     def _prefill_step(self, adapters: set[int], inputs: PrefillInputs) -> partial:
         state, candidates = (self.kv_cache, self.encoder_cache.table, self.token_seen), self._num_prefill_candidates
@@ -220,7 +223,7 @@ class ModelRunner:
 
     def _variables_of(self, adapters: set[int]) -> dict[str, Any]:
         stacks = self.user_adapters.stacks
-        variables = self._variables if stacks is None else {**self._variables, USERS: stacks}
+        variables = self._decoder if stacks is None else {**self._decoder, USERS: stacks}
         return used_collections(variables, adapters)
 
     # ------------------------------------------------------------------------------------------ warm-up
@@ -238,7 +241,7 @@ class ModelRunner:
     def _warm_up_calls(self) -> list[tuple[Callable[[], Any], Callable[[], partial] | None]]:
         """A call for each shape of each step, and if it takes long to compile the step."""
         config, slots = self._config, self._config.slots
-        each, together = _adapter_sets(self._variables, self.user_adapters.stacks is not None)
+        each, together = _adapter_sets(self._decoder, self.user_adapters.stacks is not None)
 
         def encode(stack: ImageStack | AudioStack, features: int) -> tuple[Callable, Callable]:
             cache, rows = self.encoder_cache, np.zeros(features, np.int32)
