@@ -27,7 +27,7 @@ from phi4mm_jax.engine.config import DRAFT_TOKENS
 from phi4mm_jax.engine.encoder_cache import media_inputs
 from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.mesh import jit_on_mesh, shardings
+from phi4mm_jax.mesh import jit_on_mesh, on_one_cpu, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
 from phi4mm_jax.model.lora import merged
@@ -87,8 +87,9 @@ def load(
         fresh_adapters: accept an adapter whose B matrices are all zero, as an untrained one's are.
         merge: merge this adapter ("vision", "speech") into the weights, and drop all: prompts of its modality are
             answered as before, without the adapter's cost; others are errors.
-        scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...). The loop
-            compiles faster, but XLA cuts each layer's parameters out of the stack for every token.
+        scan: whether the decoder's layers are one loop over stacked parameters, or unrolled ("layers_0", ...), and on
+            one CPU those of the encoders with them. The loop compiles faster, but XLA cuts each layer's parameters out
+            of the stack at every call.
         progress: called with the bytes of parameters read so far, and of all.
 
     Raises:
@@ -139,10 +140,11 @@ def load(
             variables = quantize_variables(variables, weights, floats)
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
-    if not scan:
-        for collection in variables.values():
-            collection["decoder"] = unstack_layers(collection["decoder"])
-    module = Phi4MM(config, jnp.dtype(dtype), scan)
+    scan_encoders = scan or mesh is not None or not on_one_cpu()
+    unrolled = ([] if scan else ["decoder"]) + ([] if scan_encoders else ["vision", "speech"])
+    for collection in variables.values():
+        collection |= {name: unstack_layers(collection.pop(name)) for name in unrolled if name in collection}
+    module = Phi4MM(config, jnp.dtype(dtype), scan, scan_encoders)
     return Model(module, variables, processor)
 
 

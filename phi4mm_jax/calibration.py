@@ -77,8 +77,8 @@ def input_moments(
         for _ in _rows(lines, numbers, model.processor):  # so that a bad one ends it before anything is computed
             pass
         params = model.variables["params"]
-        for name in {"vision", "speech"} & params.keys():
-            params[name] = unstack_layers(params[name])
+        if model.module.scan_encoders:
+            params |= {name: unstack_layers(params.pop(name)) for name in {"vision", "speech"} & params.keys()}
         module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
         flat: dict[Any, Any] = flatten_dict({"params": params})
         moments = {
@@ -213,8 +213,9 @@ def _computed(
             moments[path] = moments[path] + _second_moments(linear, given[0], mask)
         return call(*given, **keywords)
 
-    with nn.intercept_methods(measure):
-        return module.apply(variables, *inputs, method=method), moments
+    with nn.intercept_methods(measure):  # mutable: what is measured may not lie within a branch
+        found, _ = module.apply(variables, *inputs, method=method, mutable=["intermediates"])
+    return found, moments
 
 
 def _second_moments(

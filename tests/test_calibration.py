@@ -19,7 +19,7 @@ from convert import to_orbax as program
 from phi4mm_jax import InputError, calibration
 from phi4mm_jax.calibration import input_moments
 from phi4mm_jax.checkpoint.convert import to_orbax
-from phi4mm_jax.model.layers import LayerNorm, RMSNorm, unstack_layers
+from phi4mm_jax.model.layers import LayerNorm, RMSNorm
 from phi4mm_jax.model.speech import SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder
 from phi4mm_jax.quantization import quantize, quantize_to_inputs
@@ -148,8 +148,6 @@ def measured(manifest):
 def recorded(manifest) -> dict[str, Any]:
     """All examples in one batch, and what modules give of it, by the unrolled model."""
     model = phi4mm_jax.load(TINY)
-    params = dict(model.variables["params"])
-    params |= {name: unstack_layers(params[name]) for name in ("vision", "speech")}
     prompts = [line["messages"] for line in map(json.loads, manifest.read_text().splitlines())]
     rows = []
     for chat in prompts:
@@ -161,9 +159,8 @@ def recorded(manifest) -> dict[str, Any]:
         tokens = [*row.tokens, *model.processor.tokenizer.encode(text, special=True)]
         rows.append(row._replace(tokens=np.asarray(tokens, np.int32)))
     batch = model.processor.batch(rows)
-    module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
-    _, found = module.apply(
-        model.variables | {"params": params}, batch, mutable=["intermediates"],
+    _, found = model.module.clone(dtype=jnp.float32).apply(
+        model.variables, batch, mutable=["intermediates"],
         capture_intermediates=lambda module, _: isinstance(module, RMSNorm | LayerNorm | SpeechEncoder | ImageEmbedder),
     )  # fmt: skip
     outputs: dict[Any, Any] = flatten_dict(found["intermediates"])

@@ -28,7 +28,7 @@ class Phi4MM(nn.Module):
     Attributes:
         dtype: of the activations; float32 or bfloat16. Parameters are cast to it where they are used.
         scan: whether the decoder's layers are one loop over stacked parameters, or are written out.
-        scan_encoders: likewise those of the two encoders; written out, there is no branch beside them either.
+        scan_encoders: likewise those of the two encoders.
         remat: what the backward pass computes again of each layer: "none"; all of it ("full"); all but attention and
             its projections ("attention"); or all but the matrix products that it needs ("dots").
     """
@@ -91,7 +91,7 @@ class Phi4MM(nn.Module):
             return jnp.where(with_images[:, None, None], beside(model, features), alone(model, features))
 
         # Parameters must be declared outside of a branch, and what is captured is that of both.
-        if self.is_initializing() or self.is_mutable_collection("intermediates") or not self.scan_encoders:
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
             return both(self, features)
         needed = jnp.where(with_images.all(), 1, jnp.where(with_images.any(), 2, 0))
         return nn.switch(needed, (alone, beside, both), self, features)

@@ -118,6 +118,8 @@ def _buckets(side: int) -> Int[np.ndarray, "{side}+1 {side}"]:
 
 
 def average_pool(x: Float[Array, "C S D"], side: int) -> Float[Array, "C M D"]:
+    """Average 2x2 patches, in PyTorch's order; XLA's CPU backend would fuse a reduction with the MLP before, slowly."""
     count, half = x.shape[0], side // 2
-    pooled = x.reshape(count, half, 2, half, 2, -1).mean((2, 4), dtype=jnp.float32)
+    each = x.reshape(count, half, 2, half, 2, -1).astype(jnp.float32)
+    pooled = (each[:, :, 0, :, 0] + each[:, :, 0, :, 1] + each[:, :, 1, :, 0] + each[:, :, 1, :, 1]) / 4
     return pooled.astype(x.dtype).reshape(count, half * half, -1)
