@@ -1,14 +1,14 @@
 """Speed beside transformers' own Phi4Multimodal on PyTorch: same weights, same answers, same threads, in one run.
 
-    python -m benchmarks.vs_transformers [--small] [--rows NAME ...] [--rounds N]
+    python -m benchmarks.vs_transformers [--small | --whole-encoders] [--rows NAME ...] [--rounds N]
 
-The model has the release's widths and vocabulary but few layers, in float32. A ratio is PyTorch's time over ours: from
-1.0 on, ours is as fast. Both sides are warm, run in turns, and their fastest round counts. Before a row is timed both
-must give the same result. PyTorch is given its best: the faster of its two kinds of attention (the vision tower's
-SDPA, which is causal by mistake, put right), the vision layer and pooling head whose results nobody takes left out,
-media of one size in a batch, so that nothing is padded but the text. The column "products" has the ratio of the row's
-linear maps alone, multiplied by XLA and by PyTorch: where XLA's are slower, no row that is made of them can be much
-better.
+The model has the release's widths and vocabulary, in float32, and two layers in each stack: with `--whole-encoders`
+only in the decoder's. A ratio is PyTorch's time over ours: from 1.0 on, ours is as fast. Both sides are warm, run in
+turns, and their fastest round counts. Before a row is timed both must give the same result. PyTorch is given its best:
+the faster of its two kinds of attention (the vision tower's SDPA, which is causal by mistake, put right), the vision
+layer and pooling head whose results nobody takes left out, media of one size in a batch, so that nothing is padded but
+the text. The column "products" has the ratio of the row's linear maps alone, multiplied by XLA and by PyTorch: where
+XLA's are slower, no row that is made of them can be much better.
 
 Needs `pip install '.[tests]'`.
 """
@@ -99,6 +99,7 @@ class Prompt(NamedTuple):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
+    parser.add_argument("--whole-encoders", action="store_true", help="with all layers of the encoders")
     parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="those whose name begins so")
     parser.add_argument("--rounds", type=int, default=5, help="of each row; the fastest counts")
     arguments = parser.parse_args()
@@ -107,8 +108,9 @@ def main() -> int:
     torch.set_grad_enabled(False)
     print(f"{threads} threads of {processor()}, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
-        sides = Sides(checkpoint, SMALL if arguments.small else FULL)
+        small, whole = arguments.small, arguments.whole_encoders
+        checkpoint = small_checkpoint(folder) if small else wide_checkpoint(folder, whole)
+        sides = Sides(checkpoint, SMALL if small else FULL)
     print("| row | ours | PyTorch | its way | products | ratio |\n|---|---|---|---|---|---|", flush=True)
     for name, make in sides.rows():
         if not name.startswith(tuple(arguments.rows)):
@@ -195,12 +197,14 @@ def agree(name: str, ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
 # --- the weights ---
 
 
-def wide_checkpoint(folder: str) -> Path:
-    """Random weights of the release's widths, with two layers of each stack, and the real vocabulary."""
+def wide_checkpoint(folder: str, whole_encoders: bool = False) -> Path:
+    """Random weights of the release's widths, two layers of each stack or of the decoder alone, the real vocabulary."""
     config = json.loads((FIXTURES / "ms_release_config.json").read_text())
     config["num_hidden_layers"] = 2
-    config["audio_processor"]["config"]["num_blocks"] = 2
-    config["img_processor"] = {**RELEASE_TOWER, "num_hidden_layers": 3}  # the last one is not used
+    config["img_processor"] = {**RELEASE_TOWER}  # its last layer is not used
+    if not whole_encoders:
+        config["audio_processor"]["config"]["num_blocks"] = 2
+        config["img_processor"]["num_hidden_layers"] = 3
     work = Path(folder)
     (work / "config.json").write_text(json.dumps(config))
     (work / "tokenizer.json").write_text(json.dumps(whole_tokenizer()))
