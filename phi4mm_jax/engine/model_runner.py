@@ -51,10 +51,7 @@ class ModelRunner:
 
     def __init__(self, programs: Programs, variables: Mapping[str, Any], config: EngineConfig, context: int):
         self._programs, self._config = programs, config
-        # Each program is called with its own part: a call pays for every array that it is given.
-        encoders = {name: x for name, x in variables["params"].items() if name != "decoder"}
-        self._encoders: Mapping[str, Any] = {"params": encoders}
-        self._decoder: Mapping[str, Any] = {name: {"decoder": x["decoder"]} for name, x in variables.items()}
+        self._encoders, self._decoder = _parts(variables)
         model = programs.model.config
         dtype = jnp.dtype(programs.model.dtype)
         cache_dtype = _cache_dtype(config, dtype)
@@ -295,6 +292,12 @@ def _cache_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
             f"{dtype.name!r} or 'int8'"
         )
     return cache_dtype
+
+
+def _parts(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the variables of the encoders' programs and of the decoder's: a call pays for each array it is given."""
+    encoders = {name: x for name, x in variables["params"].items() if name != "decoder"}
+    return {"params": encoders}, {name: {"decoder": x["decoder"]} for name, x in variables.items()}
 
 
 def _adapter_sets(variables: Mapping[str, Any], with_users: bool) -> tuple[list[int], list[set[int]]]:
