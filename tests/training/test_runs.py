@@ -166,7 +166,7 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     [
         pytest.param([signal.SIGKILL], 8, id="once"),
         pytest.param(
-            [signal.SIGKILL] * 3 + [signal.SIGTERM] + [signal.SIGKILL] * 3, 64, id="six times", marks=pytest.mark.slow
+            [signal.SIGKILL] * 5 + [signal.SIGTERM] + [signal.SIGKILL] * 5, 100, id="ten times", marks=pytest.mark.slow
         ),
     ],
 )
