@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--steps", metavar="N", type=int, required=True)
     parser.add_argument("--rate", metavar="X", type=float, default=7e-4, help="of learning, at most")
     arguments = parser.parse_args()
-    model = phi4mm_jax.load(arguments.start, dtype="float32", fresh_adapters=True)
+    model = phi4mm_jax.load(arguments.start, dtype="float32", fresh_adapters=True, scan=True)
     kept: dict[str, np.ndarray] = {}
     log = MetricsLog(arguments.destination, step=0)
     if arguments.medium == "pages":
