@@ -5,10 +5,10 @@
 The model has the release's widths and vocabulary, in float32, and two layers in each stack: with `--whole-encoders`
 only in the decoder's. A ratio is PyTorch's time over ours: from 1.0 on, ours is as fast. Both sides are warm, run in
 turns, and their fastest round counts. Before a row is timed both must give the same result. PyTorch is given its best:
-the faster of its two kinds of attention (the vision tower's SDPA, which is causal by mistake, put right), the vision
-layer and pooling head whose results nobody takes left out, media of one size in a batch, so that nothing is padded but
-the text. The column "products" has the ratio of the row's linear maps alone, multiplied by XLA and by PyTorch: where
-XLA's are slower, no row that is made of them can be much better.
+the faster of its two kinds of attention (the vision tower's SDPA, which is causal by mistake, put right), the unused
+vision layer and pooling head left out, media of one size in a batch, so that nothing is padded but the text. The column
+"products" has the ratio of the row's linear maps alone, multiplied by XLA and by PyTorch: where XLA's are slower, no
+row that is made of them can be much better.
 
 Needs `pip install '.[tests]'`.
 """
@@ -98,8 +98,9 @@ class Prompt(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
-    parser.add_argument("--whole-encoders", action="store_true", help="with all layers of the encoders")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
+    sizes.add_argument("--whole-encoders", action="store_true", help="with all layers of the encoders")
     parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="those whose name begins so")
     parser.add_argument("--rounds", type=int, default=5, help="of each row; the fastest counts")
     arguments = parser.parse_args()

@@ -141,9 +141,11 @@ def load(
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
     scan_encoders = scan or mesh is not None or not on_one_cpu()
-    unrolled = ([] if scan else ["decoder"]) + ([] if scan_encoders else ["vision", "speech"])
-    for collection in variables.values():
-        collection |= {name: unstack_layers(collection.pop(name)) for name in unrolled if name in collection}
+    if not scan_encoders:
+        variables = unstack_layers(variables)
+    elif not scan:
+        for collection in variables.values():
+            collection["decoder"] = unstack_layers(collection["decoder"])
     module = Phi4MM(config, jnp.dtype(dtype), scan, scan_encoders)
     return Model(module, variables, processor)
 

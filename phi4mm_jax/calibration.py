@@ -77,8 +77,8 @@ def input_moments(
         for _ in _rows(lines, numbers, model.processor):  # so that a bad one ends it before anything is computed
             pass
         params = model.variables["params"]
-        if model.module.scan_encoders:
-            params |= {name: unstack_layers(params.pop(name)) for name in {"vision", "speech"} & params.keys()}
+        for name in {"vision", "speech"} & params.keys():
+            params[name] = unstack_layers(params[name])  # on one CPU they are unrolled already
         module = model.module.clone(dtype=jnp.float32, scan_encoders=False)
         flat: dict[Any, Any] = flatten_dict({"params": params})
         moments = {

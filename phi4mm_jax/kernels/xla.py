@@ -116,7 +116,7 @@ def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
     """Return the output and the log-sum-exp of the scores, (B, K, G, T), for the backward pass."""
 
     def factors(maximum, total):
-        """What normalises the rows; 0 where no key may be attended to, whose weights are all 1 until then."""
+        """Factors that normalise the rows: 0 in a row without keys, whose weights are all 1 until then."""
         return jnp.where(maximum > _MASKED / 2, 1 / total, 0.0)
 
     def query_tile(i):

@@ -118,8 +118,9 @@ def _buckets(side: int) -> Int[np.ndarray, "{side}+1 {side}"]:
 
 
 def average_pool(x: Float[Array, "C S D"], side: int) -> Float[Array, "C M D"]:
-    """Average 2x2 patches, in PyTorch's order; XLA's CPU backend would fuse a reduction with the MLP before, slowly."""
+    """Average 2x2 patches, in PyTorch's order."""
     count, half = x.shape[0], side // 2
+    # Not by a reduction: XLA's CPU backend would fuse it with the last MLP, which is slower.
     each = x.reshape(count, half, 2, half, 2, -1).astype(jnp.float32)
     pooled = (each[:, :, 0, :, 0] + each[:, :, 0, :, 1] + each[:, :, 1, :, 0] + each[:, :, 1, :, 1]) / 4
     return pooled.astype(x.dtype).reshape(count, half * half, -1)

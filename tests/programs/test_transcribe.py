@@ -170,12 +170,12 @@ def test_ten_minutes_are_understood_as_their_clips_are(model):
         assert isinstance(found, Transcript), found
         times = [(segment.start, segment.end) for segment in found.segments]
         np.testing.assert_allclose(times, [(clip.start, clip.end) for clip in said], atol=0.3)
-        clips = {samples[clip.place].tobytes(): clip.place for clip in said}
-        new = [sound for sound in clips if sound not in answers]
-        asked = (RecordedClip(samples[clips[sound]], RATE, clips[sound].start, None) for sound in new)
-        answers |= {new[i]: answer.text for i, answer in engine.run(map(request, asked))}
+        sounds = [samples[clip.place].tobytes() for clip in said]
+        new = {sound: clip.place for sound, clip in zip(sounds, said, strict=True) if sound not in answers}
+        asked = (RecordedClip(samples[place], RATE, place.start, None) for place in new.values())
+        answers |= {list(new)[i]: answer.text for i, answer in engine.run(map(request, asked))}
         words, texts = [clip.text for clip in said], [segment.text for segment in found.segments]
-        alone = [answers[samples[clip.place].tobytes()] for clip in said]
+        alone = [answers[sound] for sound in sounds]
         more.append(jiwer.wer(words, texts) - jiwer.wer(words, alone))
     *rooms, _, _ = more
     assert np.mean(rooms) <= 0.01, more

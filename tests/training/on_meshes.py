@@ -132,7 +132,7 @@ def compute(module, variables, samples):
 
 
 def norm_of(tree) -> float:
-    """Of all leaves together, which are on the host."""
+    """Norm of all leaves together, which are on the host: nothing is compiled for it."""
     return float(np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)]))
 
 
