@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ def test_native_layout_says_the_same(original):
     native, adapters = native_of(original)
     assert Phi4MMConfig.from_dict(native, adapters=adapters) == Phi4MMConfig.from_dict(original)
     modern = copy.deepcopy(native)  # newer files keep the rotary settings together
+    length = "original_max_position_embeddings"  # is saved twice
     modern["rope_parameters"] = modern.pop("rope_scaling") | {
-        key: modern.pop(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        **{key: modern.pop(key) for key in ("rope_theta", "partial_rotary_factor")},
+        length: modern[length],
     }
     modern["rope_parameters"]["rope_type"] = modern["rope_parameters"].pop("type")
     assert Phi4MMConfig.from_dict(modern, adapters=adapters) == Phi4MMConfig.from_dict(original)
@@ -156,6 +159,40 @@ def test_unsupported_choices_are_errors(key):
     section[last] = UNSUPPORTED[key]
     with pytest.raises(ConfigError, match=last):
         Phi4MMConfig.from_dict(config)
+
+
+UNSUPPORTED_NATIVE: dict[str, Any] = {  # in which transformers computes something else, or says something else
+    "vision_config.layer_norm_eps": 1e-5,
+    "vision_config.image_size": 224,
+    "vision_config.image_token_id": 200011,
+    "rope_scaling.original_max_position_embeddings": 2048,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "longrope"},
+    "rope_theta": 0,
+    "rms_norm_eps": -1e-5,
+}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED_NATIVE)
+def test_unsupported_choices_of_the_native_layout_are_errors(key):
+    config, _ = native_of(copy.deepcopy(RELEASE))
+    section, last = (config[key.split(".")[0]], key.split(".")[1]) if "." in key else (config, key)
+    section[last] = UNSUPPORTED_NATIVE[key]
+    with pytest.raises(ConfigError, match=last):
+        Phi4MMConfig.from_dict(config)
+
+
+def test_the_length_before_longrope_is_that_of_transformers():
+    from transformers import Phi4MultimodalConfig
+
+    config, _ = native_of(RELEASE)
+    del config["original_max_position_embeddings"]
+    for own, taken in ((4096, True), (2048, False)):
+        config["rope_scaling"] = RELEASE["rope_scaling"] | {"original_max_position_embeddings": own}
+        theirs = Phi4MultimodalConfig.from_dict(copy.deepcopy(config)).rope_parameters
+        assert isinstance(theirs, dict)
+        assert (theirs.get("original_max_position_embeddings") == own) is taken
+        with nullcontext() if taken else pytest.raises(ConfigError, match="PyTorch goes by"):
+            assert Phi4MMConfig.from_dict(config).decoder.rope.original_length == own
 
 
 @pytest.mark.parametrize("key", sorted(RELEASE.keys() - {

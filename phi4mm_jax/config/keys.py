@@ -55,6 +55,12 @@ class Keys:
             raise self.error(key, f"is {value}; expected a positive whole number")
         return value
 
+    def above_zero(self, key: str, default: Any = None) -> float:
+        value = self.get(key, float, default)
+        if not value > 0.0:
+            raise self.error(key, f"is {value}; expected a positive number")
+        return value
+
     def expect(self, key: str, *supported: Any, required: bool = False) -> None:
         """Reject any other value; an absent key is accepted unless required."""
         value = self.values.get(key)

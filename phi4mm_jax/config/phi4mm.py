@@ -156,6 +156,10 @@ def _check(config: Phi4MMConfig) -> None:
             f"the speech attention_dim {speech.embed_dim} is not a multiple of its {speech.num_heads} heads",
         ),
         (
+            config.image_token_id != config.audio_token_id,
+            f"image_token_id and audio_token_id are both {config.image_token_id}",
+        ),
+        (
             all(0 <= i < decoder.vocab_size for i in ids),
             f"token ids {ids} are not all within vocab_size {decoder.vocab_size}",
         ),

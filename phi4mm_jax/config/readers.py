@@ -23,6 +23,7 @@ RELEASE_TOWER: Mapping[str, Any] = {
     "type_feature": "patch",
 }
 RELEASE_IMAGE_TOKEN, RELEASE_AUDIO_TOKEN = 200010, 200011
+_ORIGINAL_LENGTH = 4096  # of original_max_position_embeddings in PyTorch, where config.json itself does not say it
 
 
 def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
@@ -131,8 +132,12 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
     vision.expect("feature_layer", -2)
     vision.expect("num_channels", 3)
     vision.expect("attention_dropout", 0, 0.0)
-    # Newer files keep all rotary settings in rope_parameters, older ones split them.
+    vision.expect("image_size", vision.positive("crop_size"))
+    vision.expect("layer_norm_eps", VisionConfig.norm_eps)
+    # Newer files keep all rotary settings in rope_parameters, older ones split them; transformers reads one of them.
     rope = keys.section("rope_parameters" if keys.has("rope_parameters") else "rope_scaling")
+    if keys.has("rope_scaling") and keys.section("rope_scaling").values != rope.values:
+        raise keys.error("rope_scaling", "differs from rope_parameters; remove the one that is not meant")
     decoder = _read_decoder(keys, rope, tied_required=True)
     return Fields(
         decoder=decoder,
@@ -186,9 +191,15 @@ def _read_decoder(keys: Keys, rope: Keys, tied_required: bool) -> DecoderConfig:
             "sliding_window", f"is shorter than the context of {max_length}; only full attention is supported"
         )
     fraction = rope.get("partial_rotary_factor", float, keys.values.get("partial_rotary_factor"))
-    original = rope.get("original_max_position_embeddings", int, keys.values.get("original_max_position_embeddings"))
+    length = "original_max_position_embeddings"
+    original = keys.positive(length, rope.values.get(length))
+    if rope.has(length) and rope.values[length] != (own := keys.values.get(length) or _ORIGINAL_LENGTH):
+        raise rope.error(
+            length,
+            f"is {rope.values[length]!r}, but PyTorch goes by that of config.json itself, {own}; make them equal",
+        )
     rotary = RopeConfig(
-        theta=rope.get("rope_theta", float, keys.values.get("rope_theta")),
+        theta=rope.above_zero("rope_theta", keys.values.get("rope_theta")),
         rotary_size=int(head_size * fraction),
         short_factor=rope.factors("short_factor"),
         long_factor=rope.factors("long_factor"),
@@ -209,7 +220,7 @@ def _read_decoder(keys: Keys, rope: Keys, tied_required: bool) -> DecoderConfig:
         num_kv_heads=keys.positive("num_key_value_heads"),
         head_size=head_size,
         mlp_dim=keys.positive("intermediate_size"),
-        norm_eps=keys.get("rms_norm_eps", float),
+        norm_eps=keys.above_zero("rms_norm_eps"),
         rope=rotary,
     )
 
