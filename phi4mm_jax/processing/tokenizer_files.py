@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,12 @@ O200K_PATTERN = "|".join(
 
 # How GPT-2 does. transformers 5 loads the published tokenizer by that class, and saves it with this split.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# Settings of tokenizer_config.json that name tokens; transformers adds those that there are not.
+_NAMING_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
+)  # fmt: skip
 
 MAX_ID = 2**24  # far above any vocabulary; keeps a damaged file from asking for tables of gigabytes
 
@@ -141,7 +147,61 @@ def _read_tokenizer_json(path: Path) -> TokenizerFiles:
         refuse(path, "model.vocab, model.merges or added_tokens is missing or of another type")
     pattern = _split_pattern(path, content.get("pre_tokenizer"))
     special = [_special_token(path, token, token.get("id") if isinstance(token, dict) else None) for token in added]
+    special = _as_configured(path.parent, vocab, special)
     return TokenizerFiles(path, vocab, *_pairs(path, merges), pattern, special, bool(model.get("ignore_merges")))
+
+
+def _as_configured(folder: Path, vocab: Mapping[str, Any], special: list[SpecialToken]) -> list[SpecialToken]:
+    """Return the special tokens as transformers has them, by the settings beside tokenizer.json.
+
+    Their flags are those of `added_tokens_decoder`. Tokens that are only named there are refused: transformers would
+    add them.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = _load_json(path) if path.is_file() else {}
+    if settings.get("split_special_tokens"):
+        refuse(path, "split_special_tokens is set, so special tokens would be text", "Take it out.")
+    found = {token.content: token for token in special}
+    named = {path: [settings.get(key) for key in _NAMING_TOKENS]}
+    if (stated := settings.get("added_tokens_decoder")) is not None:
+        for token in _tokens_by_id(path, stated):
+            known = found.get(token.content)
+            id_ = vocab.get(token.content) if known is None else known.id
+            if id_ is None:
+                _refuse_unknown(path, token.content)
+            if id_ != token.id:
+                refuse(path, f"added_tokens_decoder has {token.content!r} as {token.id}, and tokenizer.json as {id_}")
+            found[token.content] = replace(token, skip=token.skip or (known is not None and known.skip))
+    else:
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            tokens = _load_json(folder / name) if (folder / name).is_file() else {}
+            named[folder / name] = [list(tokens)] if name == "added_tokens.json" else list(tokens.values())
+    for file, values in named.items():
+        for token in (token for value in values for token in _each_token(value)):
+            if token not in found:
+                _refuse_unknown(file, token)
+    return list(found.values())
+
+
+def _each_token(value: Any) -> list[Any]:
+    """Return the contents of the tokens that a setting names: one, a list of them, or a table by their purpose."""
+    match value:
+        case None:
+            return []
+        case {"content": content}:
+            return [content]
+        case list() | dict():
+            several = value.values() if isinstance(value, dict) else value
+            return [content for token in several for content in _each_token(token)]
+    return [value]
+
+
+def _refuse_unknown(path: Path, content: Any) -> NoReturn:
+    refuse(
+        path,
+        f"names the token {content!r:.80}, which is not among the added_tokens of tokenizer.json",
+        "Save the tokenizer by transformers (save_pretrained), or take the token out.",
+    )
 
 
 def _pairs(path: Path, merges: list[Any]) -> tuple[Sequence[str], Sequence[str]]:
@@ -217,13 +277,17 @@ def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(path, vocab, *_pairs(path, merges), O200K_PATTERN, _special_tokens_beside(folder, vocab))
 
 
+def _tokens_by_id(path: Path, tokens: Any) -> list[SpecialToken]:
+    if not isinstance(tokens, dict) or not all(re.fullmatch("[0-9]{1,9}", key) for key in tokens):
+        refuse(path, "added_tokens_decoder is not a table of tokens by id")
+    return [_special_token(path, token, int(id_)) for id_, token in tokens.items()]
+
+
 def _special_tokens_beside(folder: Path, vocab: Mapping[str, Any]) -> list[SpecialToken]:
     path = folder / "tokenizer_config.json"
     tokens = _load_json(path).get("added_tokens_decoder") if path.is_file() else None
     if tokens is not None:
-        if not isinstance(tokens, dict) or not all(re.fullmatch("[0-9]{1,9}", key) for key in tokens):
-            refuse(path, "added_tokens_decoder is not a table of tokens by id")
-        return [_special_token(path, token, int(id_)) for id_, token in tokens.items()]
+        return _tokens_by_id(path, tokens)
 
     path = folder / "added_tokens.json"
     ids: dict[str, Any] = _load_json(path) if path.is_file() else {}

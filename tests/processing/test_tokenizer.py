@@ -4,6 +4,7 @@ import json
 import lzma
 import pickle
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -259,6 +260,90 @@ def test_a_folder_that_transformers_saved(tmp_path: Path):
         assert ours.encode(text, special=True) == library(text)["input_ids"], ascii(text)
     for text in random_texts(seed=12, count=200, special=("<loc_1>", "the loc")):
         assert ours.encode(text) == library(text)["input_ids"], ascii(text)
+
+
+def tiny_beside(folder: Path, change: Callable[[dict[str, Any]], None], name: str = "tokenizer_config.json") -> Path:
+    """A folder with the small tokenizer, whose settings, or a file of another name, are changed."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / file, folder)
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    change(settings)
+    (folder / name).write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized", "special"])
+def test_flags_of_tokenizer_config_are_those_of_transformers(tmp_path: Path, flag: str):
+    from transformers import PreTrainedTokenizerFast
+
+    def change(settings: dict[str, Any]) -> None:
+        for token in settings["added_tokens_decoder"].values():
+            if token["content"] in ("<|end|>", "<|user|>"):
+                token[flag] = not token[flag]
+
+    ours = Tokenizer.from_folder(tiny_beside(tmp_path, change))
+    library = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    special = (*ours.special_tokens, *("<|end|>", "<|user|>") * 8)
+    for text in random_texts(seed=13, count=200, special=special):
+        ids = ours.encode(text, special=True)
+        assert ids == library(text)["input_ids"], ascii(text)
+        assert ours.decode(ids, skip_special=True) == library.decode(ids, skip_special_tokens=True)
+
+
+def unlisted(settings: dict[str, Any]) -> None:
+    token = settings["added_tokens_decoder"]["639"]
+    settings["added_tokens_decoder"]["648"] = token | {"content": "<new>"}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "change",
+    [
+        unlisted,
+        lambda settings: settings.update(pad_token="<new>"),
+        lambda settings: settings.update(unk_token={"content": "<new>", "__type": "AddedToken"}),
+        lambda settings: settings.update(extra_special_tokens=["<|end|>", "<new>"]),
+        lambda settings: settings.update(extra_special_tokens={"image_token": "<new>"}),
+        lambda settings: settings.update(additional_special_tokens=["<new>"]),
+    ],
+)
+def test_tokens_that_transformers_would_add_are_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]):
+    from transformers import PreTrainedTokenizerFast
+
+    assert 648 in PreTrainedTokenizerFast.from_pretrained(tiny_beside(tmp_path, change))("<new>")["input_ids"]
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: names the token '<new>'.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("name", "content"), [("special_tokens_map.json", {"pad_token": "<new>"}), ("added_tokens.json", {"<new>": 648})]
+)
+def test_older_files_count_where_the_settings_have_no_tokens(tmp_path: Path, tiny: Tokenizer, name: str, content: Any):
+    from transformers import PreTrainedTokenizerFast
+
+    tiny_beside(tmp_path, lambda settings: settings.update(content), name)
+    assert Tokenizer.from_folder(tmp_path).encode("<new>") == tiny.encode("<new>")
+    tiny_beside(tmp_path, lambda settings: settings.pop("added_tokens_decoder"))
+    assert 648 in PreTrainedTokenizerFast.from_pretrained(tmp_path)("<new>")["input_ids"]
+    with pytest.raises(CheckpointError, match=f"{name}: names the token '<new>'"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda settings: settings.update(split_special_tokens=True), "split_special_tokens"),
+        (
+            lambda settings: settings["added_tokens_decoder"].update({"640": settings["added_tokens_decoder"]["639"]}),
+            "'<|end|>' as 640, and tokenizer.json as 639",
+        ),
+    ],
+)
+def test_settings_against_tokenizer_json_are_refused(tmp_path: Path, change: Callable[[Any], None], message: str):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Tokenizer.from_folder(tiny_beside(tmp_path, change))
 
 
 def random_bpe(rng: random.Random) -> dict[str, Any]:
