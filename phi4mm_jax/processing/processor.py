@@ -59,7 +59,7 @@ class Processor:
             CheckpointError: a file is missing or unusable.
         """
         folder = Path(folder)
-        check_processing(folder)
+        check_processing(folder, config)
         return cls(config, Tokenizer.from_folder(folder), read_dynamic_hd(folder), read_context(folder, config))
 
     def __call__(

@@ -13,27 +13,33 @@ from phi4mm_jax.utils.checks import is_number, is_whole
 # Settings that the files may state, with the only values that are supported.
 _PROCESSING: Mapping[str, Any] = {
     "image_mean": 0.5, "image_std": 0.5, "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_resize": True, **FEATURE_SETTINGS, **AUDIO_RATES,
+    "do_resize": True, "resample": 3, "mel_min_frequency": 0, "mel_max_frequency": 7690, **FEATURE_SETTINGS,
+    **AUDIO_RATES,
 }  # fmt: skip
+# Parts of processor_config.json, by the names that transformers has given them.
+_SECTIONS = ("image_processor", "feature_extractor", "audio_processor")
 
 
-def check_processing(folder: Path) -> None:
+def check_processing(folder: Path, config: Phi4MMConfig) -> None:
     """Check that the checkpoint's media are processed as they are here.
 
     Raises:
         CheckpointError: a setting that would change the numbers; it names the file and the key.
     """
+    supported = {**_PROCESSING, "size": config.vision.crop_size, "patch_size": config.vision.patch_size}
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         values = read_json(path) if path.exists() else {}
-        sections = [values, *(values.get(key) for key in ("image_processor", "feature_extractor"))]
+        sections = [values, *(values.get(key) for key in _SECTIONS)]
         for section in sections:
-            for key in _PROCESSING.keys() & (section.keys() if isinstance(section, Mapping) else set()):
+            for key in supported.keys() & (section.keys() if isinstance(section, Mapping) else set()):
                 found = section[key]
-                numbers = found if isinstance(found, list) else [found]
-                if found is not None and not all(_is_close(number, _PROCESSING[key]) for number in numbers):
+                numbers = list(found.values()) if isinstance(found, Mapping) else found
+                numbers = numbers if isinstance(numbers, list) else [numbers]
+                if found is not None and not all(_is_close(number, supported[key]) for number in numbers):
+                    whose = "config.json's" if key in ("size", "patch_size") else "the release's"
                     raise CheckpointError(
-                        f"{path}: {key} is {found!r:.60}; only {_PROCESSING[key]!r:.20}, the release's, is supported: "
+                        f"{path}: {key} is {found!r:.60}; only {supported[key]!r:.20}, {whose}, is supported: "
                         "media are processed as in its training"
                     )
 

@@ -293,8 +293,13 @@ def test_a_file_beside_an_index_that_does_not_name_it(copy):
     [
         ("preprocessor_config.json", {"image_mean": [0.48, 0.46, 0.41]}, "image_mean is"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
+        ("preprocessor_config.json", {"size": {"height": 224, "width": 224}}, "size is .*; only 448, config.json's"),
+        ("preprocessor_config.json", {"patch_size": 16}, "patch_size is 16; only 14"),
+        ("processor_config.json", {"image_processor": {"resample": 2}}, "resample is 2; only 3"),
         ("processor_config.json", {"feature_extractor": {"sampling_rate": 8000}}, "sampling_rate is 8000"),
+        ("processor_config.json", {"audio_processor": {"mel_max_frequency": 8000}}, "mel_max_frequency is 8000"),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "rescale_factor": 0.00392156862745098}, None),
+        ("preprocessor_config.json", {"size": {"height": 448, "width": 448}, "mel_max_frequency": 7690.0}, None),
     ],
 )
 def test_other_processing_is_refused(copy, name, change, named):
