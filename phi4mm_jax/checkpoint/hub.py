@@ -37,6 +37,8 @@ def local_folder(path: str | os.PathLike[str], *, of_adapter: bool = False) -> P
         raise CheckpointError(str(error)) from error
     if path.is_dir():
         _refuse_run(path, of_adapter)
+        if not of_adapter:
+            _refuse_adapter(path)
         return path
     name = _NAME.fullmatch(given) if isinstance(given, str) else None
     if os.path.exists(path):
@@ -67,6 +69,19 @@ def _refuse_run(folder: Path, of_adapter: bool) -> None:
             f"trained, and give that: python -m train.export {folder} FOLDER "
             f"{'--adapters-only' if of_adapter else '--layout original'}"
         )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder that PEFT saved an adapter to, which transformers would load on top of its base."""
+    if not (folder / "adapter_config.json").exists():
+        return
+    give = "load(BASE, adapters={'speech': FOLDER}), --adapter-folder speech=FOLDER"
+    if (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: has an adapter_config.json beside config.json: transformers would add this adapter to the base "
+            f"that it names. Move the adapter to a folder of its own and give that, too ({give}), or remove it"
+        )
+    raise CheckpointError(f"{folder}: is an adapter without its base; give the base's folder, and this one: {give}")
 
 
 def _download(path: str, repository: str, revision: str | None) -> Path:

@@ -29,6 +29,14 @@ SHARD_BYTES = 5 * 10**9
 _INDEX, _SHARDS = "model.safetensors.index.json", "model*.safetensors"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _VOCABULARY = " by vocab_size of config.json, which has to be saved after resize_token_embeddings, too"
+_EMPTY = ": empty, as DeepSpeed's ZeRO-3 leaves it; save with stage3_gather_16bit_weights_on_model_save"
+_OTHERS = {  # what training leaves in place of safetensors, in the order in which it is looked for
+    ("*.distcp", "pytorch_model_fsdp*"): "a sharded checkpoint of FSDP is not read; merge it into safetensors "
+    "(accelerate merge-weights) and give that",
+    ("global_step*", "zero_to_fp32.py"): "a checkpoint of DeepSpeed is not read; make safetensors of it (python "
+    "zero_to_fp32.py FOLDER OUTPUT --safe_serialization) and give those",
+    ("*.bin", "*.pt", "*.pth", "*.ckpt"): "pickle files are not read; save with safe_serialization=True",
+}
 _LAYOUTS: dict[str, Layout] = {"phi4mm": "original", "phi4_multimodal": "native"}
 
 
@@ -45,7 +53,7 @@ def shard_names(folder: Path) -> set[str]:
     """
     if index := _read_index(folder):
         return set(index)
-    return {name for file in folder.glob(_SHARDS) for name in read_header(file)}
+    return {name for file in folder.glob(_SHARDS) for name in _header(file, indexed=False)}
 
 
 def tensors_of(layout: Layout, config: Phi4MMConfig) -> list[Tensor]:
@@ -91,11 +99,7 @@ def _stored(folder: Path, index: Mapping[str, str]) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     names = sorted(set(index.values())) if index else _unindexed(folder)
     for file in (folder / name for name in names):
-        try:
-            header = read_header(file)
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: is named by {_INDEX}, but it is not there; download it again") from None
-        for name, tensor in header.items():
+        for name, tensor in _header(file, indexed=bool(index)).items():
             if name in stored:
                 raise CheckpointError(
                     f"{folder}: tensor {name} is in {stored[name].file.name} and again in {file.name}; remove "
@@ -103,6 +107,14 @@ def _stored(folder: Path, index: Mapping[str, str]) -> dict[str, Stored]:
                 )
             stored[name] = tensor
     return stored
+
+
+def _header(file: Path, indexed: bool) -> dict[str, Stored]:
+    try:
+        return read_header(file)
+    except FileNotFoundError:
+        cause = f"is named by {_INDEX}, but it is not there" if indexed else "is a link to what is not there"
+        raise CheckpointError(f"{file}: {cause}; download it again") from None
 
 
 def _as_in_table(stored: Mapping[str, Stored], expected: Collection[str]) -> dict[str, Stored]:
@@ -170,8 +182,10 @@ def _pickles(folder: Path) -> str:
     """Remedy where there are only such, or others that are not read."""
     if quantised := sorted(p.name for p in folder.glob("*.gguf")):
         return f"{quantised[0]}: GGUF files, mostly of quantised weights, are not read; give the safetensors"
-    names = ", ".join(sorted(p.name for p in folder.glob("*.bin")))
-    return f"{names}: pickle files are not read; save with safe_serialization=True" if names else ""
+    for patterns, remedy in _OTHERS.items():
+        if names := ", ".join(sorted(p.name for pattern in patterns for p in folder.glob(pattern))):
+            return f"{names}: {remedy}"
+    return ""
 
 
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
@@ -182,6 +196,8 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
     for tensor, entry in ((t, stored[n]) for n, t in expected.items() if n in stored):
         if entry.shape != tensor.shape:
             hint = _VOCABULARY if tensor.key == EMBEDDING and entry.shape[1:] == tensor.shape[1:] else ""
+            if entry.shape == (0,):
+                hint = _EMPTY
             problems.append(f"{tensor.key}: has shape {entry.shape}, expected {tensor.shape}{hint}")
         if entry.dtype not in DTYPES:
             problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")

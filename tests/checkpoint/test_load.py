@@ -326,6 +326,48 @@ def test_pickles_are_not_read(copy):
 
 
 @pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("__0_0.distcp", "merge-weights"),
+        ("pytorch_model_fsdp_0", "merge-weights"),
+        ("global_step100", "zero_to_fp32"),
+        ("model.pt", "safe_serialization"),
+    ],
+)
+def test_checkpoints_of_trainers_are_named_with_their_remedy(copy, name, remedy):
+    for path in copy.glob("model*"):
+        path.unlink()
+    (copy / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: .*{remedy}"):
+        phi4mm_jax.load(copy)
+
+
+def test_tensors_that_deepspeed_left_empty_are_told(copy):
+    tensors = {name: x[:0].reshape(0) if name == "model.norm.weight" else x for name, x in shards(copy).items()}
+    save_shards(copy, tensors)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: .* empty, as DeepSpeed's ZeRO-3"):
+        phi4mm_jax.load(copy)
+
+
+def test_a_link_to_no_file_is_named(copy):
+    """As in a cache of the Hub whose blobs were cleared."""
+    for path in copy.glob("model*"):
+        path.unlink()
+    (copy / "model.safetensors").symlink_to(copy / "gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a link to what is not there"):
+        phi4mm_jax.load(copy)
+
+
+def test_an_adapter_that_transformers_would_load_is_refused(copy):
+    """It reads adapter_config.json before config.json, and takes the base from there."""
+    with pytest.raises(CheckpointError, match=r"is an adapter without its base; .* --adapter-folder"):
+        phi4mm_jax.load(copy / "speech-lora")
+    shutil.copy(copy / "speech-lora" / "adapter_config.json", copy)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json beside config\.json"):
+        phi4mm_jax.load(copy)
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("model.layers.1.self_attn.qkv_proj.base_layer.weight", np.nan),
