@@ -72,14 +72,14 @@ def _refuse_run(folder: Path, of_adapter: bool) -> None:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Refuse a folder that PEFT saved an adapter to, which transformers would load on top of its base."""
+    """Refuse a folder with an adapter, which transformers would load on top of the model there, or of its base."""
     if not (folder / "adapter_config.json").exists():
         return
     give = "load(BASE, adapters={'speech': FOLDER}), --adapter-folder speech=FOLDER"
     if (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder}: has an adapter_config.json beside config.json: transformers would add this adapter to the base "
-            f"that it names. Move the adapter to a folder of its own and give that, too ({give}), or remove it"
+            f"{folder}: has an adapter_config.json beside config.json: transformers would load this adapter on top of "
+            f"the model. Move it to a folder of its own and give that, too ({give}), or remove it"
         )
     raise CheckpointError(f"{folder}: is an adapter without its base; give the base's folder, and this one: {give}")
 

@@ -359,7 +359,7 @@ def test_a_link_to_no_file_is_named(copy):
 
 
 def test_an_adapter_that_transformers_would_load_is_refused(copy):
-    """It reads adapter_config.json before config.json, and takes the base from there."""
+    """On top of the model beside it, or of the base that adapter_config.json names."""
     with pytest.raises(CheckpointError, match=r"is an adapter without its base; .* --adapter-folder"):
         phi4mm_jax.load(copy / "speech-lora")
     shutil.copy(copy / "speech-lora" / "adapter_config.json", copy)
