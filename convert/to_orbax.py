@@ -29,8 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         help="round to int4 with the least error on examples, in the form of training or evaluation",
     )  # fmt: skip
     parser.add_argument(
-        "--max-examples", metavar="N", type=int, default=128,
-        help="of --calibrate, from all over the manifest (default: %(default)s)",
+        "--max-examples", metavar="N", type=int, help="of --calibrate, from all over the manifest (default: 128)",
     )  # fmt: skip
     parser.add_argument("--fresh-adapters", action="store_true", help="accept adapters that were never trained")
     add_adapters_from(parser)
@@ -43,15 +42,16 @@ def main() -> int:
     if arguments.calibrate is not None and arguments.weights != "int4":
         asked = "" if arguments.weights is None else f", but --weights is {arguments.weights}"
         raise InputError(f"--calibrate is for --weights int4{asked}; give that, or leave --calibrate out")
+    if arguments.calibrate is None and arguments.max_examples is not None:
+        raise InputError("--max-examples is of --calibrate, which is not given; give it, or leave --max-examples out")
+    most = {} if arguments.max_examples is None else {"max_examples": arguments.max_examples}
     shared: dict[str, Any] = {name: getattr(arguments, name) for name in ("fresh_adapters", "adapters_from")}
 
     def calibrate(source: Path) -> Any:
         from phi4mm_jax.calibration import input_moments  # it imports the whole library
 
         with progress_bar("Measuring inputs") as advance, named_options(arguments):
-            return input_moments(
-                source, arguments.calibrate, max_examples=arguments.max_examples, progress=advance, **shared
-            )
+            return input_moments(source, arguments.calibrate, progress=advance, **most, **shared)
 
     with ExitStack() as shown:
         bar: Callable[[int, int], None] | None = None

@@ -288,6 +288,13 @@ def test_the_program_refuses_other_weights(weights, message, manifest, tmp_path,
         to_orbax(TINY, tmp_path / "out", calibrate=lambda _: {})
 
 
+def test_the_program_refuses_examples_without_calibration(tmp_path, monkeypatch, capsys):
+    given = ["to_orbax", TINY, tmp_path / "out", "--weights", "int4", "--max-examples", "8"]
+    monkeypatch.setattr(sys, "argv", list(map(str, given)))
+    assert program.main() == 2
+    assert "--max-examples is of --calibrate, which is not given" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_program_calibrates(manifest, measured, tmp_path, monkeypatch):
     given = ["to_orbax", TINY, tmp_path / "out", "--weights", "int4", "--calibrate", manifest]
