@@ -10,7 +10,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from phi4mm_jax.mesh import on_one_cpu
-from phi4mm_jax.quantization import QuantizedWeight, product
 
 
 def precision_of(dtype) -> lax.Precision:
@@ -18,16 +17,10 @@ def precision_of(dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def einsum(equation: str, *operands: Float[Array, "..."] | QuantizedWeight, result=None) -> Float[Array, "..."]:
-    """`jnp.einsum` in the first operand's dtype, to which the others are cast; the result is in it, or in `result`.
-
-    The second operand may be a quantised weight.
-    """
-    dtype: Any = operands[0].dtype  # type: ignore
-    if isinstance(operands[-1], QuantizedWeight):
-        x, weight = operands
-        return product(equation, x, weight, precision=precision_of(dtype), result=result or dtype)  # type: ignore
-    cast = [x.astype(dtype) for x in operands]  # type: ignore
+def einsum(equation: str, *operands: Float[Array, "..."], result: Any = None) -> Float[Array, "..."]:
+    """`jnp.einsum` in the first operand's dtype, to which the others are cast; the result is in it, or in `result`."""
+    dtype = operands[0].dtype
+    cast = [x.astype(dtype) for x in operands]
     options: Any = {"precision": precision_of(dtype), "preferred_element_type": result or dtype}
     if (inputs := inputs_of_linear(equation)) and on_one_cpu():
         flat = partial(_linear, inputs=inputs, **options)

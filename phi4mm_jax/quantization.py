@@ -31,7 +31,6 @@ SCALES = "_scales"
 _GROUP = 128  # inputs that share a scale in int4
 _LARGEST = {"int8": 127, "int4": 7}
 _SCALES = {"int8": jnp.float32, "int4": jnp.bfloat16}  # dtypes
-_FEW_ROWS = 128  # whose products of each group are held at once
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a group's largest value that int4's range may end at
 _DAMPING = 0.01  # of the mean of an input's square, added to each
 
@@ -293,41 +292,6 @@ def quantized_abstract(
         own = path if path in boxed else weight_of(path)
         boxed[path] = boxed[own].replace_boxed(shape) if isinstance(boxed[own], nn.Partitioned) else shape
     return unflatten_dict(boxed)
-
-
-def product(
-    equation: str, x: Float[Array, "..."], weight: QuantizedWeight, *, precision: Any, result: Any
-) -> Float[Array, "..."]:
-    """Return the einsum of x with a quantised weight, in `result`.
-
-    With a scale per output, the product of x and the integers is scaled. With groups, the products of each are scaled
-    and summed where there are few rows, as in decoding; where there are many, the weights are scaled instead. Products
-    of int4 weights that a kernel takes are not made here, see `phi4mm_jax.kernels.linear`.
-    """
-    inputs, outputs = equation.split("->")
-    letters = inputs.split(",")[1]
-    contracted = tuple(i for i, letter in enumerate(letters) if letter not in outputs)
-    values, scales = weight
-    if all(scales.shape[i] == 1 for i in contracted):
-        found = jnp.einsum(equation, x, values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
-        return (found * scales.squeeze(contracted).astype(jnp.float32)).astype(result)
-    axis = contracted[-1]  # inputs come before outputs, and this one is the last of x
-    letter, sums = letters[axis], len(contracted)
-    size = values.shape[axis] // scales.shape[axis]
-    rows = x.size // math.prod(values.shape[:sums])
-    x = x.reshape(*x.shape[:-1], -1, size)
-    values = values.reshape(*values.shape[:axis], -1, size, *values.shape[sums:]).astype(x.dtype)
-    grouped = equation.replace(letter, "g" + letter)
-    if rows > _FEW_ROWS:
-        weights = values * jnp.expand_dims(scales, sums).astype(x.dtype)
-        return jnp.einsum(grouped, x, weights, precision=precision, preferred_element_type=result)
-    kept = letters[:axis] + "g"
-    found = jnp.einsum(
-        grouped.replace("->", "->" + kept), x, values, precision=precision, preferred_element_type=jnp.float32
-    )
-    outer = found.ndim - scales.ndim
-    scales = scales.astype(jnp.float32).reshape(*scales.shape[:sums], *[1] * outer, *scales.shape[sums:])
-    return (found * scales).sum(tuple(range(sums))).astype(result)
 
 
 def lookup(

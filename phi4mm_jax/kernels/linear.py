@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from phi4mm_jax.kernels import cpu, quantized
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
 from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
@@ -18,13 +19,18 @@ def linear(
     """Return the einsum of x with a weight, in x's dtype or in `result`; differentiable in x and in floats.
 
     Args:
-        equation: of a linear map: the last axes of x are summed over, and are the first of the weight; those that are
-            left come behind the others of x.
+        equation: of a linear map: the last axes of x are summed over, and are the first of the weight, or the last of
+            the head (V, D); those that are left come behind the others of x.
         weight: the letters of its axes are those of `mesh.LOGICAL_AXES`, by which a mesh splits it.
     """
-    if isinstance(weight, QuantizedWeight) and (kernel := _kernel_of(equation, x, weight)):
-        return _by_kernel((*kernel, jnp.dtype(x.dtype if result is None else result)), x, *weight)
-    return einsum(equation, x, weight, result=result)
+    result = jnp.dtype(x.dtype if result is None else result)
+    if cpu.supports(equation, x, weight):
+        return cpu.product(equation, x, weight).astype(result)
+    if not isinstance(weight, QuantizedWeight):
+        return einsum(equation, x, weight, result=result)
+    if kernel := _kernel_of(equation, x, weight):
+        return _by_kernel((*kernel, result), x, *weight)
+    return quantized.product(equation, x, weight, result)
 
 
 def computed_before(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight) -> Array:
@@ -66,7 +72,9 @@ def _backward(plan: Plan, saved, gradient):
     """Compute the gradients by XLA."""
     x, values, scales = saved
     _, equation, _, _, result = plan
-    found = jax.vjp(lambda x, s: einsum(equation, x, QuantizedWeight(values, s), result=result), x, scales)[1](gradient)
+    found = jax.vjp(lambda x, s: quantized.product(equation, x, QuantizedWeight(values, s), result), x, scales)[1](
+        gradient
+    )
     return found[0], None, found[1]
 
 

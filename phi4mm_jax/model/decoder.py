@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
-from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, merge_partials
+from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, linear, merge_partials
 from phi4mm_jax.kernels.cached import of_part
 from phi4mm_jax.kernels.partials import merge_devices
 from phi4mm_jax.kernels.ring import ring_attention
@@ -22,7 +22,7 @@ from phi4mm_jax.model.kv_cache import CachedInputs, KVCache, append, cache_axes,
 from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import DOWN, GATE_UP, OUT, QKV, Projection, RowScales
 from phi4mm_jax.model.rope import rotate
-from phi4mm_jax.precision import einsum, gated
+from phi4mm_jax.precision import gated
 from phi4mm_jax.quantization import lookup
 
 
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return the logits in float32, by the tied embedding."""
-        return einsum("...D,VD->...V", x, self.embedding, result=jnp.float32)
+        return linear("...D,VD->...V", x, self.embedding, result=jnp.float32)
 
     @nn.compact
     def __call__(

@@ -28,7 +28,6 @@ from phi4mm_jax.kernels.ring import zigzag_order
 from phi4mm_jax.mesh import LOGICAL_AXES, constrain_param
 from phi4mm_jax.model.layers import Sizes, declare
 from phi4mm_jax.precision import einsum
-from phi4mm_jax.quantization import QuantizedWeight
 
 RowScales = Mapping[str, Num[Array, " B"]]
 
@@ -143,7 +142,7 @@ class Projection(nn.Module):
     def _of_users(self, name: str, axes: str) -> Float[Array, "U ..."]:
         return constrain_param(self.get_variable(USERS, name), (None, *(LOGICAL_AXES[axis] for axis in axes)))
 
-    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Float[Array, "..."] | QuantizedWeight:
+    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Any:
         """Declare as `layers.declare` does, in any collection. B starts at zero: a fresh adapter changes nothing."""
         sizes = {**self.sizes, "R": rank}
         if collection == "params":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels import linear
 from phi4mm_jax.mesh import automatic_axes, constrain_param, on_one_cpu
 from phi4mm_jax.precision import einsum
 from phi4mm_jax.quantization import QuantizedWeight
@@ -166,10 +167,10 @@ def _axis(head: Float[Array, "V D"] | QuantizedWeight) -> int:
 
 def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight) -> Float[Array, "..."]:
     """In float32."""
-    if _axis(head) == 0:
-        flat = einsum("VD,MD->VM", head, hidden.reshape(-1, hidden.shape[-1]), result=jnp.float32)
-        return flat.reshape(-1, *hidden.shape[:2])
-    return einsum("BTD,VD->BTV", hidden, head, result=jnp.float32)
+    if isinstance(head, QuantizedWeight) or _axis(head) != 0:
+        return linear("BTD,VD->BTV", hidden, head, result=jnp.float32)
+    flat = einsum("VD,MD->VM", head, hidden.reshape(-1, hidden.shape[-1]), result=jnp.float32)
+    return flat.reshape(-1, *hidden.shape[:2])
 
 
 def _of_hidden(

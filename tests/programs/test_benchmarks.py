@@ -35,6 +35,17 @@ def test_vs_transformers_prints_every_row():
 
 
 @pytest.mark.slow
+def test_quantized_cpu_prints_its_rows():
+    command = [sys.executable, "-m", "benchmarks.quantized_cpu", "--small", "--rounds", "1", "--rows", "decoding, 1"]
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
+    (row,) = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][1:]
+    assert row[0] == "decoding, 1 row"
+    assert all(float(cell) > 0 for cell in row[1:])
+
+
+@pytest.mark.slow
 def test_random_requests_are_answered_alike_with_drafts():
     command = [sys.executable, "-m", "benchmarks.drafts", "--random", "40", "--slots", "4"]
     environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}

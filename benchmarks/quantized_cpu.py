@@ -1,0 +1,110 @@
+"""Speed of int8 and int4 weights beside float32 on this CPU.
+
+    python -m benchmarks.quantized_cpu [--small] [--rows NAME ...] [--rounds N]
+
+The model has the release's widths and vocabulary, two layers in each stack, and random weights; activations are in
+float32. The sides run in turns, and the fastest round of each counts. A ratio is float32's time over theirs.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.vs_transformers import STEPS, processor, small_checkpoint, timed, wide_checkpoint
+from phi4mm_jax import Model, load
+from phi4mm_jax.batch import ImageStack
+from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.processing.batching import Row
+
+KINDS = None, "int8", "int4"
+Prepared = Callable[[], float]  # seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the tests' tiny checkpoint: shows only that it runs")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="those whose name begins so")
+    parser.add_argument("--rounds", type=int, default=5, help="of each row; the fastest counts")
+    arguments = parser.parse_args()
+    print(f"{len(os.sched_getaffinity(0))} threads of {processor()}, jax {jax.__version__}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
+        models = [endless(load(checkpoint, dtype="float32", weights=kind)) for kind in KINDS]
+    rows: dict[str, Callable[[Model], Prepared]] = {
+        "decoding, 1 row": lambda model: decoding(model, 1),
+        "decoding, 8 rows": lambda model: decoding(model, 8),
+        "prefill, 64 tokens": lambda model: prefill(model, 64),
+        "prefill, 512 tokens": lambda model: prefill(model, 512),
+        "image encoder, 1 crop": one_crop,
+    }
+    print("| row, ms | float32 | int8 | ratio | int4 | ratio |\n|---|---|---|---|---|---|")
+    for name, prepare in rows.items():
+        if not name.startswith(tuple(arguments.rows)):
+            continue
+        sides = [prepare(model) for model in models]
+        rounds = [[call() for call in sides] for _ in range(arguments.rounds)]
+        floats, *others = np.min(rounds, 0)
+        cells = [f"{floats * 1e3:.1f}", *(cell for s in others for cell in (f"{s * 1e3:.1f}", f"{floats / s:.2f}"))]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return 0
+
+
+def endless(model: Model) -> Model:
+    """No token stops an answer."""
+    config = dataclasses.replace(model.config, stop_token_ids=())
+    return Model(model.module.clone(config=config), model.variables, model.processor)
+
+
+def decoding(model: Model, batch: int, cached: int = 512) -> Prepared:
+    """A step, within rounds of `STEPS`."""
+    config = EngineConfig(slots=batch, cache_tokens=2 * batch * (cached + 512), steps=STEPS)
+    engine, random = model.engine(config), np.random.default_rng(0)
+    numbers = [engine.submit(Request("", max_new_tokens=500), random_row(random, cached)) for _ in range(batch)]
+    for _ in range(batch + 2):  # all are prefilled, and decode
+        engine.updates_of(numbers)
+
+    def call() -> float:
+        start = time.perf_counter()
+        made = sum(len(update.tokens) for _ in range(4) for update in engine.updates_of(numbers))
+        return (time.perf_counter() - start) * batch / made
+
+    return call
+
+
+def prefill(model: Model, length: int) -> Prepared:
+    """A prompt, and the first token of its answer."""
+    engine, random = model.engine(EngineConfig(slots=1, cache_tokens=4 * length + 512)), np.random.default_rng(0)
+
+    def answer() -> None:
+        engine.submit(Request("", max_new_tokens=1), random_row(random, length))
+        while not any(update.completion for update in engine.step()):
+            pass
+
+    answer()
+    return timed(answer)
+
+
+def one_crop(model: Model) -> Prepared:
+    vision: Any = model.config.vision
+    crops = np.random.default_rng(0).uniform(-1, 1, (1, vision.crop_size, vision.crop_size, 3)).astype(np.float32)
+    stack = ImageStack(crops, np.ones((1, vision.patches_per_side, vision.patches_per_side), bool))
+    encode = jax.jit(lambda variables: model.module.apply(variables, stack, method="encode_images"))
+    variables = {"params": model.variables["params"]}
+    encode(variables)
+    return timed(lambda: encode(variables))
+
+
+def random_row(random: np.random.Generator, length: int) -> Row:
+    return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Linear maps on one CPU by pieces of a large weight, against plain products in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from phi4mm_jax.kernels import cpu, linear
+from phi4mm_jax.mesh import make_mesh
+from phi4mm_jax.quantization import QuantizedWeight
+
+Q, OUT, UP, HEAD = "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF", "...D,VD->...V"
+CASES = {  # equation, shape of the weight, of the scales; all above `cpu._PIECE`, which no piece may be
+    "int8 heads": (Q, (1536, 12, 128), (1, 12, 128)),
+    "int8 of heads": (OUT, (12, 128, 1536), (1, 1, 1536)),
+    "int8": (UP, (1024, 4160), (1, 4160)),
+    "int8 of a prime number of outputs": (UP, (1024, 2053), (1, 2053)),
+    "int4 heads": (Q, (1536, 12, 128), (12, 12, 128)),
+    "int4 of heads": (OUT, (12, 128, 1536), (12, 1, 1536)),
+    "int4": (UP, (2048, 1032), (16, 1032)),
+    "int8 head": (HEAD, (5210, 512), (5210, 1)),
+    "float head": (HEAD, (5210, 512), None),
+}
+
+
+def operands(name: str, rows: int):
+    """Rows whose mean is not zero, and the weight; then both in float64."""
+    equation, shape, scales = CASES[name]
+    random = np.random.default_rng(rows)
+    letters, axes = equation.partition("->")[0].split(",")
+    sizes = dict(zip(axes, shape, strict=True))
+    inputs = [sizes[axis] for axis in letters.removeprefix("...").removeprefix("BT")]
+    x = (random.standard_normal((rows, 1, *inputs)) + 0.5).astype(np.float32)
+    if scales is None:
+        weight = random.standard_normal(shape).astype(np.float32)
+        return equation, x, jnp.asarray(weight), weight.astype(np.float64)
+    most = 8 if name.startswith("int4") else 128
+    values, factors = random.integers(1 - most, most, shape), random.uniform(0.01, 0.1, scales)
+    dtypes = (jnp.int4, jnp.bfloat16) if most == 8 else (jnp.int8, jnp.float32)
+    weight = QuantizedWeight(*(jnp.asarray(y, dtype) for y, dtype in zip((values, factors), dtypes, strict=True)))
+    wide = np.asarray(weight.scales, np.float64)
+    for axis, size in enumerate(shape):
+        wide = np.repeat(wide, size // wide.shape[axis], axis)
+    return equation, x, weight, values * wide
+
+
+def distance(found, expected) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype"),
+    [
+        *[(name, rows, "float32") for name in CASES for rows in (1, 5, 130)],
+        *[(name, 5, "bfloat16") for name in ("int8 of heads", "int4 heads", "int8 head")],
+    ],
+)
+def test_products_and_gradients_are_those_of_the_weights_as_floats(name, rows, dtype):
+    equation, x, weight, floats = operands(name, rows)
+    inputs, out = equation.split("->")
+    expected = np.einsum(equation, x := np.asarray(jnp.asarray(x, dtype), np.float64), floats, optimize=True)
+    towards = np.random.default_rng(0).standard_normal(expected.shape)
+    back = f"{out},{inputs.split(',')[1]}->{inputs.split(',')[0]}"
+    wanted = np.einsum(back, np.asarray(jnp.asarray(towards, dtype), np.float64), floats, optimize=True)
+
+    @jax.jit
+    def program(x, towards, weight):
+        found, pull = jax.vjp(lambda x: linear(equation, x, weight), x)
+        return found, *pull(towards)
+
+    found, gradient = program(jnp.asarray(x, dtype), jnp.asarray(towards, dtype), weight)
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    bound = 2e-6 if dtype == "float32" else 5e-3
+    assert distance(found, expected) < bound
+    assert distance(gradient, wanted) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 5, 130])
+@pytest.mark.parametrize("name", [name for name in CASES if "prime" not in name and "float" not in name])
+def test_no_weight_is_written_as_floats_even_in_a_loop(name, rows):
+    """XLA moves out of a loop what each of its rounds computes alike, such as the floats of a whole weight."""
+    equation, x, weight, floats = operands(name, rows)
+
+    @jax.jit
+    def rounds(x, weight):
+        return jax.lax.fori_loop(0, 3, lambda _, x: x + linear(equation, x, weight).mean(), x)
+
+    memory = rounds.lower(jnp.asarray(x), weight).compile().memory_analysis()
+    assert memory is not None
+    results = 4 * floats.size * rows**2 // x.size  # bytes of a product
+    assert memory.temp_size_in_bytes < 0.8 * 4 * floats.size + 3 * results
+
+
+def test_small_weights_and_meshes_are_left_to_xla():
+    equation, x, weight, _ = operands("int8", 2)
+    assert cpu.supports(equation, jnp.asarray(x), weight)
+    small = jax.tree.map(lambda y: y[:, :64], weight)
+    assert not cpu.supports(equation, jnp.asarray(x), small)
+    with jax.set_mesh(make_mesh(fsdp=2)):
+        assert not cpu.supports(equation, jnp.asarray(x), weight)
