@@ -20,6 +20,8 @@ CASES = {  # equation, shape of the weight, of the scales; all above `cpu._PIECE
     "int4": (UP, (2048, 1032), (16, 1032)),
     "int8 head": (HEAD, (5210, 512), (5210, 1)),
     "float head": (HEAD, (5210, 512), None),
+    "floats": (UP, (1024, 2080), None),
+    "floats of heads": (OUT, (12, 128, 1536), None),
 }
 
 
@@ -51,7 +53,7 @@ def distance(found, expected) -> float:
 @pytest.mark.parametrize(
     ("name", "rows", "dtype"),
     [
-        *[(name, rows, "float32") for name in CASES for rows in (1, 5, 130)],
+        *[(name, rows, "float32") for name in CASES for rows in ([1] if name.startswith("floats") else [1, 5, 130])],
         *[(name, 5, "bfloat16") for name in ("int8 of heads", "int4 heads", "int8 head")],
     ],
 )
@@ -96,5 +98,8 @@ def test_small_weights_and_meshes_are_left_to_xla():
     assert cpu.supports(equation, jnp.asarray(x), weight)
     small = jax.tree.map(lambda y: y[:, :64], weight)
     assert not cpu.supports(equation, jnp.asarray(x), small)
+    floats = jnp.zeros(weight.shape)
+    assert [rows for rows in (1, 2) if cpu.supports(equation, jnp.ones((rows, 1, 1024)), floats)] == [1]
+    assert not cpu.supports(equation, jnp.ones((1, 1, 1024), jnp.bfloat16), floats)
     with jax.set_mesh(make_mesh(fsdp=2)):
         assert not cpu.supports(equation, jnp.asarray(x), weight)
