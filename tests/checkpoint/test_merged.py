@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.cases import golden_cases, media_of
+from helpers.cases import golden_cases, media_of, rows_of
 from helpers.marks import fast_are
 from helpers.paths import TINY
 
@@ -24,16 +24,16 @@ def kind_of(case):
 
 
 def test_its_own_prompts_are_answered_as_before(merged, goldens):
-    cases = [c for c in golden_cases() if kind_of(c) == merged.processor.merged]
+    """Logits of all cases, as rows of one batch, and the tokens of the shortest."""
+    cases = sorted((c for c in golden_cases() if kind_of(c) == merged.processor.merged), key=lambda c: c["tokens"])
     assert len(cases) > 2
     assert set(merged.variables) == {"params"}
-    for case in cases:
-        media = media_of(case)
-        logits = merged.logits(merged.process([case["prompt"]], **media))[0, : case["tokens"]]
+    for case, logits in zip(cases, merged.logits(merged.process(*rows_of(cases))), strict=True):
         last = goldens[f"{case['name']}.logits"]
-        np.testing.assert_allclose(logits[-len(last) :], last, atol=3e-4, err_msg=case["name"])
-        expected = goldens[f"{case['name']}.generated"].tolist()
-        assert merged.generate([case["prompt"]], **media, max_new_tokens=len(expected))[0].tokens == expected
+        np.testing.assert_allclose(logits[: case["tokens"]][-len(last) :], last, atol=3e-4, err_msg=case["name"])
+    expected = goldens[f"{cases[0]['name']}.generated"].tolist()
+    (completion,) = merged.generate(*rows_of(cases[:1]), max_new_tokens=len(expected))
+    assert completion.tokens == expected
 
 
 def test_other_prompts_are_refused(merged):

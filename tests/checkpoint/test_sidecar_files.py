@@ -346,7 +346,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.mark.torch
 @pytest.mark.parametrize("loader", fast_are(["transformers"], ["peft", "transformers"]))
-def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers):
+def test_adapters_land_and_logits_are_ours(scanned, exported, loader, transformers):
     from helpers import torch_native
     from helpers.native_cases import native_inputs
     from peft import PeftModel
@@ -382,8 +382,9 @@ def test_adapters_land_and_logits_are_ours(tiny, exported, loader, transformers)
 
     native = torch_native.NativeModel(model.eval())
     for name in ("text_tools", "vision", "speech", "vision_speech"):
-        tokens, *rest = native_inputs(tiny, CASES[name])
-        ours = np.asarray(tiny.logits(tiny.process([CASES[name]["prompt"]], **media_of(CASES[name]))))[0, : len(tokens)]
+        tokens, *rest = native_inputs(scanned, CASES[name])
+        batch = scanned.process([CASES[name]["prompt"]], **media_of(CASES[name]))
+        ours = np.asarray(scanned.logits(batch))[0, : len(tokens)]
         np.testing.assert_allclose(native.logits(tokens, *rest), ours, atol=3e-4, rtol=0)
 
 

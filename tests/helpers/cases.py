@@ -19,3 +19,10 @@ def media_of(case: dict) -> dict:
         "images": [[TINY / "inputs" / f"image_{i}.png" for i in case["images"]]],
         "audios": [[TINY / "inputs" / f"audio_{i}.flac" for i in case["audios"]]],
     }
+
+
+def rows_of(cases: list[dict]) -> tuple[list[str], list[list], list[list]]:
+    """Prompts, images and clips of several cases, as `process` and `generate` take them for a row each."""
+    media = [media_of(case) for case in cases]
+    images, audios = ([of_case[kind][0] for of_case in media] for kind in ("images", "audios"))
+    return [case["prompt"] for case in cases], images, audios
