@@ -59,7 +59,7 @@ LONGEST = (
     "training/test_meshes.py",
     "training/test_step.py", "programs/test_small_model.py", "engine/test_engine.py", "training/test_runs.py",
     "programs/test_benchmarks.py", "programs/test_notebooks.py", "programs/test_ray.py", "programs/test_batch.py",
-    "test_calibration.py", "programs/test_transcribe.py", "kernels/test_linear.py",
+    "test_calibration.py", "programs/test_transcribe.py", "kernels/test_linear.py", "checkpoint/test_quantized.py",
     "engine/test_beam_search.py", "engine/test_engine_compiled.py", "kernels/test_attention_compiled.py",
     "training/test_hosts.py", "training/test_step_compiled.py", "engine/test_requests.py", "engine/test_soak.py",
     "model/test_rows.py", "model/test_goldens.py", "programs/test_readme.py", "test_mesh.py", "utils/test_cli.py",
