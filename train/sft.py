@@ -24,6 +24,7 @@ from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.auto_settings import has_auto_fields, resolve_auto_fields
+from phi4mm_jax.training.base import check_base, save_base
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
 from phi4mm_jax.training.dpo import REFERENCE
@@ -95,6 +96,7 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     check_same_on_all_hosts("the recipes", recipe_settings(recipe))
     check_sources(recipe)
     check_profile(profile)
+    check_base(recipe.model, folder, "give another output")
 
     # ---- model
     mesh = order_by_host(training_mesh(recipe.mesh, Phi4MMConfig.from_folder(local_folder(recipe.model))))
@@ -153,6 +155,8 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         print_once(*resumed.messages)
         if is_primary_process():
             save_recipe(recipe, folder / RECIPE)
+            if step == 0:
+                save_base(recipe.model, folder)
 
         # ---- step
         lr_schedule = make_lr_schedule(recipe.optimizer, total_steps)

@@ -45,6 +45,16 @@ def layout_of(folder: Path) -> Layout:
     return _LAYOUTS[read_json(folder / "config.json")["model_type"]]
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The main shards; none where there are none, as in a converted checkpoint.
+
+    Raises:
+        CheckpointError: the index is unreadable.
+    """
+    names = set(_read_index(folder).values()) or {path.name for path in folder.glob(_SHARDS)}
+    return [folder / name for name in sorted(names)]
+
+
 def shard_names(folder: Path) -> set[str]:
     """The names of all tensors in the main shards; none where there are no shards.
 

@@ -13,6 +13,7 @@ from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.pytorch import Layout
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.base import check_base
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe, load_recipe
@@ -40,7 +41,8 @@ def export(
         The step.
 
     Raises:
-        InputError: the run has no such checkpoint, or has trained more than adapters where they alone are asked for.
+        InputError: the run has no such checkpoint, has trained more than adapters where they alone are asked for, or
+            was begun with another base than there is now.
         CheckpointError: as `to_torch`; or the run's checkpoint cannot be read.
     """
     run = local_path(run)
@@ -61,6 +63,8 @@ def export(
             f"{run}: has trained {others[0]} and {len(others) - 1} more besides adapters, which adapters alone would "
             "leave out; export the whole checkpoint"
         )
+    if not adapters_only:
+        check_base(recipe.model, run, "export what was trained alone, if it is adapters (adapters_only)")
     card = model_card(Path(destination).name, run, recipe, number, sorted({path[0] for path in trained}), adapters_only)
     to_torch(
         recipe.model, destination, layout, adapters_only=adapters_only, fresh_adapters=recipe.fresh_adapters,

@@ -8,7 +8,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import gather, is_primary_process
 from phi4mm_jax.utils.files import check_parent, check_writable, make_folder, try_lock
 
-CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"  # in a run's folder
+CHECKPOINTS, RECIPE, BASE = "checkpoints", "recipe.yaml", "base.json"  # in a run's folder
 
 
 def check_folder(folder: Path) -> None:

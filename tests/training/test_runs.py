@@ -28,6 +28,7 @@ from helpers.environment import ONE_DEVICE
 from helpers.marks import fast_are
 from helpers.paths import FIXTURES, TINY
 from helpers.quantized import dequantized
+from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, InputError
@@ -538,6 +539,28 @@ def test_a_second_run_in_a_folder_is_refused(recipe, trained_folder, tmp_path):
     assert begun.exists()
     with pytest.raises(InputError, match="has this run saved anything"):
         Checkpoints(tmp_path / "nowhere", None, read_only=True)
+
+
+def test_a_run_belongs_to_its_base(trained_folder, tmp_path):
+    """It is neither resumed nor exported over another; a copy of its own will do, and adapters need none."""
+    shutil.copytree(trained_folder / "run", tmp_path / "run")
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("inputs", "goldens*"))
+    moved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) | {
+        "model": str(tmp_path / "base"), "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    for path in (tmp_path / "run" / "recipe.yaml", tmp_path / "moved.yaml"):
+        path.write_text(yaml.safe_dump(moved))
+    export(tmp_path / "run", tmp_path / "of_a_copy", "original")
+    shard = tmp_path / "base" / "model-00001-of-00003.safetensors"
+    tensors = load_file(shard)
+    tensors["model.embed_tokens.weight"][0, 0] += 1
+    save_file(tensors, shard)
+    with pytest.raises(InputError, match=r"was begun with another model than .*base is now.*base\.json"):
+        export(tmp_path / "run", tmp_path / "of_another", "original")
+    export(tmp_path / "run", tmp_path / "adapters", "native", adapters_only=True)
+    with pytest.raises(InputError, match=r"was begun with another model.* give another output"):
+        run(tmp_path / "moved.yaml", "data.steps=5")
+    assert not (tmp_path / "of_another").exists()
 
 
 @pytest.mark.slow
