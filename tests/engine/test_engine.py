@@ -36,6 +36,7 @@ CASES = golden_cases()
 SMALL = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
 WARMED = dataclasses.replace(SMALL, slots=4, chunk=192)  # widths of 1, 2 and 3 pages
 NARROW = dataclasses.replace(SMALL, slots=2, chunk=64, compile_workers=3)  # a width of one page
+OTHER_CACHE = 64 * 131  # tokens: a shape that the first test below compiles
 
 
 def request_of(case, tokens, **settings):
@@ -112,7 +113,7 @@ def test_many_mixed_requests_are_as_each_alone(tiny, goldens):
         count = draw.randint(1, min(12, len(generated)))
         requests[i], expected[i] = request_of(case, count), generated[:count]
     order = draw.sample(sorted(requests), len(requests))
-    engine = tiny.engine(dataclasses.replace(SMALL, slots=8))
+    engine = tiny.engine(dataclasses.replace(SMALL, slots=8, cache_tokens=2560 * 8))  # as for the goldens
     found = {order[place]: answer for place, answer in engine.run([requests[i] for i in order])}
     assert {i: found[i].tokens for i in expected} == expected
     answers = [found[i].tokens for i in range(160)]
@@ -145,7 +146,7 @@ def gumbel(seed, stream):
 @pytest.mark.parametrize("config", fast_are([NARROW], [NARROW, WARMED]), ids=["one width", "three widths"])
 def test_nothing_compiles_after_warm_up(tiny, config):
     """Whatever comes: the shapes are those of the first requests. Each program is compiled once, also in threads."""
-    engine, start = tiny.engine(dataclasses.replace(config, cache_tokens=64 * 131)), count_compilations()  # no other's
+    engine, start = tiny.engine(dataclasses.replace(config, cache_tokens=OTHER_CACHE)), count_compilations()
     engine.warm_up()
     before = count_compilations()
     found = [(c.function, c.thread.rpartition("_")[0]) for c in compilations_since(start)]
@@ -161,6 +162,29 @@ def test_nothing_compiles_after_warm_up(tiny, config):
     assert {answer.finish_reason for answer in answers.values()} <= {"stop", "length"}
     assert len(answers) == len(requests)
     assert count_compilations() == before
+
+
+@pytest.mark.slow
+def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
+    """The tokens that a row's penalty counts stay marked, its keys and values and all features as they were."""
+    engine = tiny.engine(dataclasses.replace(WARMED, cache_tokens=OTHER_CACHE))  # whose programs are compiled by now
+    settings = Sampling(repetition_penalty=1000.0)
+    engine.submit(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=12, sampling=settings))
+    engine.step()
+
+    def state():
+        """But for the scratch page."""
+        cache = engine.runner.kv_cache
+        kept = engine.runner.token_seen, cache.k[:, :-1], cache.v[:, :-1], engine.runner.encoder_cache.table
+        return jax.device_get(kept)
+
+    before = state()
+    engine.warm_up()
+    after = state()
+    for ours, theirs in zip(after, before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    (sequence,) = engine.scheduler.resident
+    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids}
 
 
 def test_prefix_cache_shares_pages_and_encoded_media(tiny):
@@ -222,52 +246,6 @@ def test_an_idle_slot_writes_no_page(tiny):
     logits = recompute(tiny, longer, answer.tokens)
     expected = log_softmax(logits, -1)[np.arange(4), answer.tokens]
     np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_cached_keys_in_several_blocks(tiny, monkeypatch):
-    """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
-    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)
-    jax.clear_caches()  # programs of the larger block
-    prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65)]
-    answers = dict(
-        tiny.engine(dataclasses.replace(SMALL, chunk=128)).run([Request(p, max_new_tokens=3) for p in prompts])
-    )
-    jax.clear_caches()
-    for place, prompt in enumerate(prompts):
-        check_greedy(tiny, prompt, answers[place])
-
-
-def test_a_gpus_engine_answers_alike(tiny, monkeypatch):
-    """A first chunk attends to itself alone, a later one to blocks of 128 keys as well; nothing compiles while it runs.
-
-    Also where no page table is longer than a chunk. What cuDNN would compute, XLA does; the kernel that decodes is
-    interpreted.
-    """
-    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK_ON_GPU", 128)
-    prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65, 200)]
-    longer = prompts[0] + "<|tag|>"  # begins with 7 cached pages
-    config = dataclasses.replace(SMALL, slots=4, chunk=64, compile_workers=1)
-    jax.clear_caches()  # programs for this machine
-    with gpu.assumed(gpu.Target(cores=2, interpret=True)):
-        engine, start = tiny.engine(config), count_compilations()
-        engine.warm_up()
-        found = Counter(compilation.function for compilation in compilations_since(start))
-        assert found["jit(_prefill)"] == 3 * 2 * 2  # adapters, numbers of rows, with and without cached keys
-        before = count_compilations()
-        answers = dict(engine.run([Request(p, max_new_tokens=3) for p in prompts]))
-        computed = engine.runner.num_prefilled_tokens
-        answers |= dict(enumerate(dict(engine.run([Request(longer, max_new_tokens=3)])).values(), len(prompts)))
-        assert count_compilations() == before
-        assert engine.runner.num_prefilled_tokens - computed == 511 - 7 * 64
-        tight = tiny.engine(dataclasses.replace(SMALL, slots=1, cache_tokens=256))
-        begun = [prompt_of(tiny.processor.tokenizer, 120), prompt_of(tiny.processor.tokenizer, 120) + "<|tag|>" * 130]
-        for prompt in begun:
-            answers |= dict(enumerate(dict(tight.run([Request(prompt, max_new_tokens=3)])).values(), len(answers)))
-        assert tight.runner.num_prefilled_tokens == 120 + 250 - 64
-    jax.clear_caches()
-    for place, prompt in enumerate([*prompts, longer, *begun]):
-        check_greedy(tiny, prompt, answers[place])
 
 
 def test_a_short_row_fills_no_page_too_many():
@@ -370,29 +348,6 @@ def test_repetition_penalty_survives_the_longrope_boundary(tiny):
     assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids}
 
 
-@pytest.mark.slow
-def test_warming_up_changes_nothing_for_a_busy_engine(tiny):
-    """The tokens that a row's penalty counts stay marked, its keys and values and all features as they were."""
-    engine = tiny.engine(WARMED)
-    settings = Sampling(repetition_penalty=1000.0)
-    engine.submit(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=12, sampling=settings))
-    engine.step()
-
-    def state():
-        """But for the scratch page."""
-        cache = engine.runner.kv_cache
-        kept = engine.runner.token_seen, cache.k[:, :-1], cache.v[:, :-1], engine.runner.encoder_cache.table
-        return jax.device_get(kept)
-
-    before = state()
-    engine.warm_up()
-    after = state()
-    for ours, theirs in zip(after, before, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    (sequence,) = engine.scheduler.resident
-    assert tokens_seen(engine, sequence) == {*sequence.row.tokens.tolist(), *sequence.output_token_ids}
-
-
 def test_media_beyond_the_encoder_cache_are_an_error(tiny):
     """A page of this image takes features of five crops: too many for 16 blocks. Others are served."""
     engine = tiny.engine(dataclasses.replace(SMALL, feature_blocks=16))
@@ -442,7 +397,7 @@ def test_answers_depend_on_neither_batch_nor_prefix_cache(
     """The same tokens as each alone, and log-probabilities within bounds: of the first token, which prefill gives, of
     the others, and of both to float32 logits without a cache."""
     monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)  # several blocks
-    model = phi4mm_jax.load(TINY, dtype=dtype)
+    model = phi4mm_jax.load(TINY, dtype=dtype, scan=True)
     words = texts(60, seed=2)
     short = [prompt for prompt in words if 12 < prompt.count(" ") < 22][:3]
     whole = "".join(prompt for prompt in words if prompt.count(" ") > 30)[:800]
@@ -704,3 +659,52 @@ def test_prefix_cache_evicts_lru_and_ends_first():
     assert [pool.allocate(), pool.allocate()] == [pages[2], pages[1]]
     assert pool.match_prefix([b"a", b"ab", b"abc"]) == 1
     assert pool.match_prefix([b"x"]) == 1
+
+
+# Programs of other kernels, for which all others are forgotten: hence at the end.
+
+
+@pytest.mark.slow
+def test_cached_keys_in_several_blocks(tiny, monkeypatch):
+    """Chunks attend to three blocks of 128 earlier keys, short rows beside long ones."""
+    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK", 128)
+    jax.clear_caches()  # programs of the larger block
+    prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65)]
+    answers = dict(
+        tiny.engine(dataclasses.replace(SMALL, chunk=128)).run([Request(p, max_new_tokens=3) for p in prompts])
+    )
+    jax.clear_caches()
+    for place, prompt in enumerate(prompts):
+        check_greedy(tiny, prompt, answers[place])
+
+
+def test_a_gpus_engine_answers_alike(tiny, monkeypatch):
+    """A first chunk attends to itself alone, a later one to blocks of 128 keys as well; nothing compiles while it runs.
+
+    Also where no page table is longer than a chunk. What cuDNN would compute, XLA does; the kernel that decodes is
+    interpreted.
+    """
+    monkeypatch.setattr("phi4mm_jax.kernels.cached.KEYS_PER_BLOCK_ON_GPU", 128)
+    prompts = [prompt_of(tiny.processor.tokenizer, n) for n in (510, 300, 65, 200)]
+    longer = prompts[0] + "<|tag|>"  # begins with 7 cached pages
+    config = dataclasses.replace(SMALL, slots=4, chunk=64, compile_workers=1)
+    jax.clear_caches()  # programs for this machine
+    with gpu.assumed(gpu.Target(cores=2, interpret=True)):
+        engine, start = tiny.engine(config), count_compilations()
+        engine.warm_up()
+        found = Counter(compilation.function for compilation in compilations_since(start))
+        assert found["jit(_prefill)"] == 3 * 2 * 2  # adapters, numbers of rows, with and without cached keys
+        before = count_compilations()
+        answers = dict(engine.run([Request(p, max_new_tokens=3) for p in prompts]))
+        computed = engine.runner.num_prefilled_tokens
+        answers |= dict(enumerate(dict(engine.run([Request(longer, max_new_tokens=3)])).values(), len(prompts)))
+        assert count_compilations() == before
+        assert engine.runner.num_prefilled_tokens - computed == 511 - 7 * 64
+        tight = tiny.engine(dataclasses.replace(SMALL, slots=1, cache_tokens=256))
+        begun = [prompt_of(tiny.processor.tokenizer, 120), prompt_of(tiny.processor.tokenizer, 120) + "<|tag|>" * 130]
+        for prompt in begun:
+            answers |= dict(enumerate(dict(tight.run([Request(prompt, max_new_tokens=3)])).values(), len(answers)))
+        assert tight.runner.num_prefilled_tokens == 120 + 250 - 64
+    jax.clear_caches()
+    for place, prompt in enumerate([*prompts, longer, *begun]):
+        check_greedy(tiny, prompt, answers[place])
