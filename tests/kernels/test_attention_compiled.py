@@ -175,7 +175,7 @@ def decoders():
 def decoder_of(layers):
     config = Phi4MMConfig.from_dict(json.loads((FIXTURES / "ms_release_config.json").read_text())).decoder
     narrow = replace(
-        config, num_layers=layers, embed_dim=768, num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_dim=512, vocab_size=128
+        config, num_layers=layers, embed_dim=256, num_heads=HEADS, num_kv_heads=KV_HEADS, mlp_dim=512, vocab_size=128
     )
     decoder = Decoder(BlockConfig(narrow, (("lora_speech", LoraConfig(320, 640, 0.01)),)), scan=True, remat="none")
     x, rows = inputs(narrow, BATCH, LENGTH)
