@@ -292,12 +292,3 @@ def quantized_abstract(
         own = path if path in boxed else weight_of(path)
         boxed[path] = boxed[own].replace_boxed(shape) if isinstance(boxed[own], nn.Partitioned) else shape
     return unflatten_dict(boxed)
-
-
-def lookup(
-    table: Float[Array, "V D"] | QuantizedWeight, tokens: Int[Array, "..."], dtype: Any
-) -> Float[Array, "... D"]:
-    """Return the rows of an embedding."""
-    if not isinstance(table, QuantizedWeight):
-        return table[tokens].astype(dtype)
-    return (table.values[tokens].astype(jnp.float32) * table.scales[tokens]).astype(dtype)

@@ -1,4 +1,4 @@
-"""Linear maps with weights as they are stored: quantised ones by a kernel where one takes them, all others by XLA."""
+"""Linear maps and lookups of weights as they are stored: quantised maps by a kernel where one takes them."""
 
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels import cpu, quantized
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
+from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
 
@@ -31,6 +32,18 @@ def linear(
     if kernel := _kernel_of(equation, x, weight):
         return _by_kernel((*kernel, result), x, *weight)
     return quantized.product(equation, x, weight, result)
+
+
+def lookup(
+    table: Float[Array, "V D"] | QuantizedWeight, tokens: Int[Array, "..."], dtype: Any
+) -> Float[Array, "... D"]:
+    """Return the rows of an embedding."""
+    if isinstance(table, QuantizedWeight):
+        values, scales = (jnp.asarray(part)[tokens] for part in table)
+        return (values.astype(jnp.float32) * scales).astype(dtype)
+    if on_one_cpu():  # or else XLA has all bfloat16 rows as floats first
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
+    return jnp.asarray(table[tokens], dtype)
 
 
 def computed_before(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight) -> Array:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, linear, merge_partials
 from phi4mm_jax.kernels.cached import of_part
+from phi4mm_jax.kernels.linear import lookup
 from phi4mm_jax.kernels.partials import merge_devices
 from phi4mm_jax.kernels.ring import ring_attention
 from phi4mm_jax.mesh import LENGTH, Axes, constrain, context_part, context_size, over_mesh
@@ -23,7 +24,6 @@ from phi4mm_jax.model.layers import Remat, RMSNorm, Sizes, declare, run_layers
 from phi4mm_jax.model.lora import DOWN, GATE_UP, OUT, QKV, Projection, RowScales
 from phi4mm_jax.model.rope import rotate
 from phi4mm_jax.precision import gated
-from phi4mm_jax.quantization import lookup
 
 
 class AttentionInputs(NamedTuple):

@@ -20,6 +20,9 @@ CASES = {  # equation, shape of the weight, of the scales; all above `cpu._PIECE
     "int4": (UP, (2048, 1032), (16, 1032)),
     "int8 head": (HEAD, (5210, 512), (5210, 1)),
     "float head": (HEAD, (5210, 512), None),
+    "bfloat16 head": (HEAD, (5210, 512), None),
+    "bfloat16": (UP, (1024, 4160), None),
+    "bfloat16 of heads": (OUT, (12, 128, 1536), None),
     "floats": (UP, (1024, 2080), None),
     "floats of heads": (OUT, (12, 128, 1536), None),
 }
@@ -34,8 +37,8 @@ def operands(name: str, rows: int):
     inputs = [sizes[axis] for axis in letters.removeprefix("...").removeprefix("BT")]
     x = (random.standard_normal((rows, 1, *inputs)) + 0.5).astype(np.float32)
     if scales is None:
-        weight = random.standard_normal(shape).astype(np.float32)
-        return equation, x, jnp.asarray(weight), weight.astype(np.float64)
+        weight = jnp.asarray(random.standard_normal(shape), "bfloat16" if name.startswith("bfloat16") else "float32")
+        return equation, x, weight, np.asarray(weight, np.float64)
     most = 8 if name.startswith("int4") else 128
     values, factors = random.integers(1 - most, most, shape), random.uniform(0.01, 0.1, scales)
     dtypes = (jnp.int4, jnp.bfloat16) if most == 8 else (jnp.int8, jnp.float32)
@@ -53,12 +56,15 @@ def distance(found, expected) -> float:
 @pytest.mark.parametrize(
     ("name", "rows", "dtype"),
     [
-        *[(name, rows, "float32") for name in CASES for rows in ([1] if name.startswith("floats") else [1, 5, 130])],
+        *[(name, rows, "float32") for name in CASES if name.startswith("int") for rows in (1, 5, 130)],
         *[(name, 5, "bfloat16") for name in ("int8 of heads", "int4 heads", "int8 head")],
+        *[(name, rows, "bfloat16") for name in CASES if name.startswith("bfloat16") for rows in (1, 5)],
+        *[("float head", 5, "float32"), ("floats", 1, "float32"), ("floats of heads", 1, "float32")],
     ],
 )
 def test_products_and_gradients_are_those_of_the_weights_as_floats(name, rows, dtype):
     equation, x, weight, floats = operands(name, rows)
+    assert cpu.supports(equation, jnp.asarray(x, dtype), weight)
     inputs, out = equation.split("->")
     expected = np.einsum(equation, x := np.asarray(jnp.asarray(x, dtype), np.float64), floats, optimize=True)
     towards = np.random.default_rng(0).standard_normal(expected.shape)
@@ -77,8 +83,15 @@ def test_products_and_gradients_are_those_of_the_weights_as_floats(name, rows, d
     assert distance(gradient, wanted) < bound
 
 
-@pytest.mark.parametrize("rows", [1, 5, 130])
-@pytest.mark.parametrize("name", [name for name in CASES if "prime" not in name and "float" not in name])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        (name, rows)
+        for name in CASES
+        if name.startswith(("int", "bfloat16")) and "prime" not in name
+        for rows in ((1, 5, 130) if name.startswith("int") else (1, 5))
+    ],
+)
 def test_no_weight_is_written_as_floats_even_in_a_loop(name, rows):
     """XLA moves out of a loop what each of its rounds computes alike, such as the floats of a whole weight."""
     equation, x, weight, floats = operands(name, rows)
@@ -87,7 +100,8 @@ def test_no_weight_is_written_as_floats_even_in_a_loop(name, rows):
     def rounds(x, weight):
         return jax.lax.fori_loop(0, 3, lambda _, x: x + linear(equation, x, weight).mean(), x)
 
-    memory = rounds.lower(jnp.asarray(x), weight).compile().memory_analysis()
+    x = jnp.asarray(x, "bfloat16" if name.startswith("bfloat16") else "float32")
+    memory = rounds.lower(x, weight).compile().memory_analysis()
     assert memory is not None
     results = 4 * floats.size * rows**2 // x.size  # bytes of a product
     assert memory.temp_size_in_bytes < 0.8 * 4 * floats.size + 3 * results
@@ -101,5 +115,6 @@ def test_small_weights_and_meshes_are_left_to_xla():
     floats = jnp.zeros(weight.shape)
     assert [rows for rows in (1, 2) if cpu.supports(equation, jnp.ones((rows, 1, 1024)), floats)] == [1]
     assert not cpu.supports(equation, jnp.ones((1, 1, 1024), jnp.bfloat16), floats)
+    assert not cpu.supports(equation, jnp.ones((130, 1, 1024), jnp.bfloat16), floats.astype(jnp.bfloat16))
     with jax.set_mesh(make_mesh(fsdp=2)):
         assert not cpu.supports(equation, jnp.asarray(x), weight)

@@ -35,8 +35,8 @@ def test_vs_transformers_prints_every_row():
 
 
 @pytest.mark.slow
-def test_quantized_cpu_prints_its_rows():
-    command = [sys.executable, "-m", "benchmarks.quantized_cpu", "--small", "--rounds", "1", "--rows", "decoding, 1"]
+def test_cpu_weights_prints_its_rows():
+    command = [sys.executable, "-m", "benchmarks.cpu_weights", "--small", "--rounds", "1", "--rows", "decoding, 1"]
     environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr

@@ -1,9 +1,10 @@
-"""Speed of int8 and int4 weights beside float32 on this CPU.
+"""Speed of bfloat16, int8 and int4 weights beside float32 on this CPU.
 
-    python -m benchmarks.quantized_cpu [--small] [--rows NAME ...] [--rounds N]
+    python -m benchmarks.cpu_weights [--small] [--rows NAME ...] [--rounds N]
 
-The model has the release's widths and vocabulary, two layers in each stack, and random weights; activations are in
-float32. The sides run in turns, and the fastest round of each counts. A ratio is float32's time over theirs.
+The model has the release's widths and vocabulary, two layers in each stack, and random weights; activations and cache
+are in float32, but in bfloat16 beside weights of it. The sides run in turns, and the fastest round of each counts. A
+ratio is float32's time over theirs.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.batching import Row
 
-KINDS = None, "int8", "int4"
+SIDES: tuple[tuple[Any, Any], ...] = (  # dtype, weights
+    ("float32", None), ("bfloat16", None), ("float32", "int8"), ("float32", "int4"),
+)  # fmt: skip
 Prepared = Callable[[], float]  # seconds
 
 
@@ -37,7 +40,7 @@ def main() -> int:
     print(f"{len(os.sched_getaffinity(0))} threads of {processor()}, jax {jax.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
-        models = [endless(load(checkpoint, dtype="float32", weights=kind)) for kind in KINDS]
+        models = [endless(load(checkpoint, dtype=dtype, weights=weights)) for dtype, weights in SIDES]
     rows: dict[str, Callable[[Model], Prepared]] = {
         "decoding, 1 row": lambda model: decoding(model, 1),
         "decoding, 8 rows": lambda model: decoding(model, 8),
@@ -45,7 +48,7 @@ def main() -> int:
         "prefill, 512 tokens": lambda model: prefill(model, 512),
         "image encoder, 1 crop": one_crop,
     }
-    print("| row, ms | float32 | int8 | ratio | int4 | ratio |\n|---|---|---|---|---|---|")
+    print("| row, ms | float32 | bfloat16 | ratio | int8 | ratio | int4 | ratio |\n|---|---|---|---|---|---|---|---|")
     for name, prepare in rows.items():
         if not name.startswith(tuple(arguments.rows)):
             continue
