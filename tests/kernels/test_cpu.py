@@ -107,6 +107,23 @@ def test_no_weight_is_written_as_floats_even_in_a_loop(name, rows):
     assert memory.temp_size_in_bytes < 0.8 * 4 * floats.size + 3 * results
 
 
+@pytest.mark.parametrize("name", ["bfloat16 head", "bfloat16 of heads", "float head", "floats"])
+def test_gradients_of_trained_weights(name):
+    rows = 1 if name == "floats" else 5
+    equation, x, weight, _ = operands(name, rows)
+    x = jnp.asarray(x, weight.dtype)
+    inputs, out = equation.split("->")
+    letters, axes = inputs.split(",")
+    found, pull = jax.vjp(jax.jit(lambda weight: linear(equation, x, weight)), weight)
+    towards = jnp.asarray(np.random.default_rng(0).standard_normal(found.shape), weight.dtype)
+    (gradient,) = jax.jit(pull)(towards)
+    assert gradient.dtype == weight.dtype
+    wide = (np.asarray(y, np.float64) for y in (x, towards))
+    letters, out = (y.replace("...", "BT") for y in (letters, out))
+    expected = np.einsum(f"{letters},{out}->{axes}", *wide, optimize=True)
+    assert distance(gradient, expected) < (2e-6 if weight.dtype == jnp.float32 else 5e-3)
+
+
 def test_small_weights_and_meshes_are_left_to_xla():
     equation, x, weight, _ = operands("int8", 2)
     assert cpu.supports(equation, jnp.asarray(x), weight)
