@@ -25,12 +25,12 @@ def linear(
         weight: the letters of its axes are those of `mesh.LOGICAL_AXES`, by which a mesh splits it.
     """
     result = jnp.dtype(x.dtype if result is None else result)
+    if isinstance(weight, QuantizedWeight) and (kernel := _kernel_of(equation, x, weight)):
+        return _by_kernel((*kernel, result), x, *weight)
     if cpu.supports(equation, x, weight):
         return cpu.product(equation, x, weight).astype(result)
     if not isinstance(weight, QuantizedWeight):
         return einsum(equation, x, weight, result=result)
-    if kernel := _kernel_of(equation, x, weight):
-        return _by_kernel((*kernel, result), x, *weight)
     return quantized.product(equation, x, weight, result)
 
 
