@@ -8,27 +8,33 @@ ratio is float32's time over theirs.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.vs_transformers import STEPS, processor, small_checkpoint, timed, wide_checkpoint
+from benchmarks.vs_transformers import (
+    STEPS,
+    Timed,
+    decoding,
+    endless,
+    processor,
+    random_row,
+    small_checkpoint,
+    timed,
+    wide_checkpoint,
+)
 from phi4mm_jax import Model, load
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import EngineConfig, Request
-from phi4mm_jax.processing.batching import Row
 
 SIDES: tuple[tuple[Any, Any], ...] = (  # dtype, weights
     ("float32", None), ("bfloat16", None), ("float32", "int8"), ("float32", "int4"),
 )  # fmt: skip
-Prepared = Callable[[], float]  # seconds
 
 
 def main() -> int:
@@ -41,9 +47,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
         models = [endless(load(checkpoint, dtype=dtype, weights=weights)) for dtype, weights in SIDES]
-    rows: dict[str, Callable[[Model], Prepared]] = {
-        "decoding, 1 row": lambda model: decoding(model, 1),
-        "decoding, 8 rows": lambda model: decoding(model, 8),
+    rows: dict[str, Callable[[Model], Timed]] = {
+        "decoding, 1 row": lambda model: step(model, 1),
+        "decoding, 8 rows": lambda model: step(model, 8),
         "prefill, 64 tokens": lambda model: prefill(model, 64),
         "prefill, 512 tokens": lambda model: prefill(model, 512),
         "image encoder, 1 crop": one_crop,
@@ -60,29 +66,14 @@ def main() -> int:
     return 0
 
 
-def endless(model: Model) -> Model:
-    """No token stops an answer."""
-    config = dataclasses.replace(model.config, stop_token_ids=())
-    return Model(model.module.clone(config=config), model.variables, model.processor)
+def step(model: Model, batch: int) -> Timed:
+    """A step of rows with 512 tokens each in the cache."""
+    random = np.random.default_rng(0)
+    call = decoding(model, [random_row(random, 512) for _ in range(batch)])
+    return lambda: call() / STEPS
 
 
-def decoding(model: Model, batch: int, cached: int = 512) -> Prepared:
-    """A step, within rounds of `STEPS`."""
-    config = EngineConfig(slots=batch, cache_tokens=2 * batch * (cached + 512), steps=STEPS)
-    engine, random = model.engine(config), np.random.default_rng(0)
-    numbers = [engine.submit(Request("", max_new_tokens=500), random_row(random, cached)) for _ in range(batch)]
-    for _ in range(batch + 2):  # all are prefilled, and decode
-        engine.updates_of(numbers)
-
-    def call() -> float:
-        start = time.perf_counter()
-        made = sum(len(update.tokens) for _ in range(4) for update in engine.updates_of(numbers))
-        return (time.perf_counter() - start) * batch / made
-
-    return call
-
-
-def prefill(model: Model, length: int) -> Prepared:
+def prefill(model: Model, length: int) -> Timed:
     """A prompt, and the first token of its answer."""
     engine, random = model.engine(EngineConfig(slots=1, cache_tokens=4 * length + 512)), np.random.default_rng(0)
 
@@ -95,7 +86,7 @@ def prefill(model: Model, length: int) -> Prepared:
     return timed(answer)
 
 
-def one_crop(model: Model) -> Prepared:
+def one_crop(model: Model) -> Timed:
     vision: Any = model.config.vision
     crops = np.random.default_rng(0).uniform(-1, 1, (1, vision.crop_size, vision.crop_size, 3)).astype(np.float32)
     stack = ImageStack(crops, np.ones((1, vision.patches_per_side, vision.patches_per_side), bool))
@@ -103,10 +94,6 @@ def one_crop(model: Model) -> Prepared:
     variables = {"params": model.variables["params"]}
     encode(variables)
     return timed(lambda: encode(variables))
-
-
-def random_row(random: np.random.Generator, length: int) -> Row:
-    return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
 
 
 if __name__ == "__main__":

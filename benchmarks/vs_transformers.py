@@ -244,8 +244,7 @@ class Sides:
         loaded = phi4mm_jax.load(checkpoint, dtype="float32")
         # No token stops an answer, on either side: lengths are given.
         self.torch.generation_config.eos_token_id = None
-        config = dataclasses.replace(loaded.config, stop_token_ids=())
-        self.ours = phi4mm_jax.Model(loaded.module.clone(config=config), loaded.variables, loaded.processor)
+        self.ours = endless(loaded)
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(checkpoint / "tokenizer.json"), pad_token="<|endoftext|>", padding_side="left"
         )
@@ -375,19 +374,7 @@ class Sides:
             return torch.cat(drawn, 1)
 
         agree("decoding", [a[: STEPS + 1] for a in answers], theirs())
-        engine = self.ours.engine(EngineConfig(slots=batch, cache_tokens=2 * batch * (cached + 512), steps=STEPS))
-        numbers = [engine.submit(Request("", max_new_tokens=500), row) for row in rows]
-        for _ in range(batch + 2):  # all are prefilled, and decode
-            engine.updates_of(numbers)
-
-        def ours() -> float:  # the first round reads one that has ended by now, and each dispatches one
-            start = time.perf_counter()
-            made = sum(len(update.tokens) for _ in range(4) for update in engine.updates_of(numbers))
-            seconds = time.perf_counter() - start
-            if made != 4 * batch * STEPS:
-                raise SystemExit(f"decoding: four rounds made {made} tokens, not {4 * batch * STEPS}")
-            return seconds / 3
-
+        ours = decoding(self.ours, rows)
         return Contest(batch * STEPS, "tokens", ours, self.each_attention(theirs), self.maps(theirs))
 
     def ours_decoded(self, rows: Sequence[Row], count: int) -> list[list[int]]:
@@ -514,8 +501,42 @@ class Sides:
         return (0.1 * self.random.standard_normal(int(seconds * RATE))).astype(np.float32)
 
     def random_row(self, length: int) -> Row:
-        """Ordinary tokens."""
-        return Row(self.random.integers(0, 500, length).astype(np.int32), (), (), ())
+        return random_row(self.random, length)
+
+
+# --- ours alone, which benchmarks.cpu_weights times as well ---
+
+
+def endless(model: phi4mm_jax.Model) -> phi4mm_jax.Model:
+    """Return a model whose answers no token stops."""
+    config = dataclasses.replace(model.config, stop_token_ids=())
+    return phi4mm_jax.Model(model.module.clone(config=config), model.variables, model.processor)
+
+
+def random_row(random: np.random.Generator, length: int) -> Row:
+    """Return ordinary tokens."""
+    return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
+
+
+def decoding(model: phi4mm_jax.Model, rows: Sequence[Row]) -> Timed:
+    """Seconds of a round of `STEPS` tokens of each row."""
+    count, tokens = len(rows), sum(len(row.tokens) + 512 for row in rows)
+    engine = model.engine(EngineConfig(slots=count, cache_tokens=2 * tokens, steps=STEPS))
+    numbers = [engine.submit(Request("", max_new_tokens=500), row) for row in rows]
+    for _ in range(count + 2):  # all are prefilled, and decode
+        engine.updates_of(numbers)
+
+    def call() -> float:
+        jax.block_until_ready(engine.runner.kv_cache)  # each round dispatches the next, so one is there already
+        start = time.perf_counter()
+        made = sum(len(update.tokens) for _ in range(4) for update in engine.updates_of(numbers))
+        seconds = time.perf_counter() - start
+        if made != 4 * count * STEPS:
+            raise SystemExit(f"decoding: four rounds made {made} tokens, not {4 * count * STEPS}")
+        jax.block_until_ready(engine.runner.kv_cache)  # or else the next side would be timed beside it
+        return seconds / 3
+
+    return call
 
 
 # --- PyTorch at its best ---

@@ -6,7 +6,6 @@ goes through all pieces at once, which reads a weight of many inputs faster.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,12 +17,14 @@ from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
 
-_FEW_ROWS = 128
+_FEW_ROWS = 128  # whose sums stay in the caches, whatever the outputs
 _PIECE = 1 << 21  # weights; as floats about what the caches hold
 _PARTS = 32  # of the inputs of one row
+# Leaves nothing of a piece for the gradients, which make its floats again.
+_recomputed = partial(jax.checkpoint, prevent_cse=False)
 
 
-def supports(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight) -> bool:
+def is_faster(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."] | QuantizedWeight) -> bool:
     """Return whether pieces are faster: of large weights, quantised or for few rows of floats in their dtype."""
     if not on_one_cpu() or math.prod(weight.shape) <= _PIECE:
         return False
@@ -65,12 +66,13 @@ def _of_head(x: Float32[Array, "M D"], head: Num[Array, "V D"], scales: Float32[
     """Multiply by a piece of the vocabulary after another: from the right by one row, or else XLA packs the piece."""
     size = len(head) // _pieces(len(head), head.size)
 
+    @_recomputed
     def multiply(start: Int[Array, ""]) -> Float32[Array, "P M"]:
         own = _cut(head, start, size, 0)
         found = einsum("MD,DV->VM", x, own.T) if len(x) == 1 else einsum("VD,MD->VM", own.astype(x.dtype), x)
         return found * lax.dynamic_slice_in_dim(scales, start, size)
 
-    return lax.map(_forgetful(multiply), jnp.arange(0, len(head), size)).reshape(-1, len(x)).T
+    return lax.map(multiply, jnp.arange(0, len(head), size)).reshape(-1, len(x)).T
 
 
 def _of_one_row(x: Float32[Array, "1 I"], weight: Float32[Array, "I O"]) -> Float32[Array, "1 O"]:
@@ -86,13 +88,14 @@ def _over_inputs(
     has_groups = len(scales) > 1
     size = len(values) // (len(scales) if has_groups else _pieces(len(values), values.size))
 
+    @_recomputed
     def add(total: Float32[Array, "M O"], start: Int[Array, ""]):
         rows = lax.dynamic_slice_in_dim(x, start, size, 1)
         found = einsum("MI,IO->MO", rows, _cut(values, start, size, 0))
         return total + (found * scales[start // size] if has_groups else found), None
 
     zeros = jnp.zeros((len(x), values.shape[1]), x.dtype)
-    total, _ = lax.scan(_forgetful(add), zeros, jnp.arange(0, len(values), size))
+    total, _ = lax.scan(add, zeros, jnp.arange(0, len(values), size))
     return total if has_groups else total * scales
 
 
@@ -103,6 +106,7 @@ def _over_outputs(
     groups, (inputs, outputs) = len(scales), values.shape
     size = outputs // _pieces(outputs, values.size)
 
+    @_recomputed
     def multiply(start: Int[Array, ""]) -> Float32[Array, "M P"]:
         own, own_scales = _cut(values, start, size, 1), lax.dynamic_slice_in_dim(scales, start, size, 1)
         if groups == 1:
@@ -110,18 +114,13 @@ def _over_outputs(
         floats = own.reshape(groups, -1, size).astype(x.dtype) * own_scales[:, None]
         return einsum("MI,IO->MO", x, floats.reshape(inputs, size))
 
-    return lax.map(_forgetful(multiply), jnp.arange(0, outputs, size)).swapaxes(0, 1).reshape(len(x), outputs)
+    return lax.map(multiply, jnp.arange(0, outputs, size)).swapaxes(0, 1).reshape(len(x), outputs)
 
 
 def _cut(values: Num[Array, "..."], start: Int[Array, ""], size: int, axis: int) -> Num[Array, "..."]:
     """Return a piece: behind a barrier, or else XLA has all bfloat16 values as floats before the loop."""
     values, start = lax.optimization_barrier((values, start))
     return lax.dynamic_slice_in_dim(values, start, size, axis)
-
-
-def _forgetful(function: Callable) -> Callable:
-    """Leave nothing of a piece for the gradients: they compute its floats again."""
-    return partial(jax.checkpoint, prevent_cse=False)(function)
 
 
 def _pieces(length: int, size: int) -> int:

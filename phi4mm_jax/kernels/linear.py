@@ -1,4 +1,4 @@
-"""Linear maps and lookups of weights as they are stored: quantised maps by a kernel where one takes them."""
+"""Linear maps with weights as they are stored, and lookups: by a kernel, by pieces on one CPU, or by XLA."""
 
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ def linear(
     result = jnp.dtype(x.dtype if result is None else result)
     if isinstance(weight, QuantizedWeight) and (kernel := _kernel_of(equation, x, weight)):
         return _by_kernel((*kernel, result), x, *weight)
-    if cpu.supports(equation, x, weight):
+    if cpu.is_faster(equation, x, weight):
         return cpu.product(equation, x, weight).astype(result)
     if not isinstance(weight, QuantizedWeight):
         return einsum(equation, x, weight, result=result)
@@ -85,10 +85,12 @@ def _backward(plan: Plan, saved, gradient):
     """Compute the gradients by XLA."""
     x, values, scales = saved
     _, equation, _, _, result = plan
-    found = jax.vjp(lambda x, s: quantized.product(equation, x, QuantizedWeight(values, s), result), x, scales)[1](
-        gradient
-    )
-    return found[0], None, found[1]
+
+    def by_xla(x, scales):
+        return quantized.product(equation, x, QuantizedWeight(values, scales), result)
+
+    of_x, of_scales = jax.vjp(by_xla, x, scales)[1](gradient)
+    return of_x, None, of_scales
 
 
 _by_kernel.defvjp(_forward, _backward)

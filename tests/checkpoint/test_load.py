@@ -342,7 +342,7 @@ def test_checkpoints_of_trainers_are_named_with_their_remedy(copy, name, remedy)
         phi4mm_jax.load(copy)
 
 
-def test_tensors_that_deepspeed_left_empty_are_told(copy):
+def test_tensors_that_deepspeed_left_empty_are_named(copy):
     tensors = {name: x[:0].reshape(0) if name == "model.norm.weight" else x for name, x in shards(copy).items()}
     save_shards(copy, tensors)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: .* empty, as DeepSpeed's ZeRO-3"):

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from phi4mm_jax.quantization import scales_of
+from phi4mm_jax.quantization import QuantizedWeight, scales_of
+
+
+def floats_of(weight: QuantizedWeight) -> np.ndarray:
+    """A weight's integers times their scales, in float64."""
+    scales = np.asarray(weight.scales, np.float64)
+    for axis, size in enumerate(weight.shape):
+        scales = np.repeat(scales, size // scales.shape[axis], axis)
+    return np.asarray(weight.values).astype(np.float64) * scales
 
 
 def dequantized(variables) -> dict:
@@ -18,8 +26,5 @@ def dequantized(variables) -> dict:
             continue
         found[path] = x
         if scales_of(path) in flat:
-            scales = np.asarray(flat[scales_of(path)], np.float32)
-            for axis, size in enumerate(x.shape):
-                scales = np.repeat(scales, size // scales.shape[axis], axis)
-            found[path] = jnp.asarray(np.asarray(x).astype(np.float32) * scales)
+            found[path] = jnp.asarray(floats_of(QuantizedWeight(x, flat[scales_of(path)])), jnp.float32)
     return unflatten_dict(found)

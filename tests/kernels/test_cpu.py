@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.norms import distance
+from helpers.quantized import floats_of
 
 from phi4mm_jax.kernels import cpu, linear
 from phi4mm_jax.mesh import make_mesh
@@ -43,14 +45,7 @@ def operands(name: str, rows: int):
     values, factors = random.integers(1 - most, most, shape), random.uniform(0.01, 0.1, scales)
     dtypes = (jnp.int4, jnp.bfloat16) if most == 8 else (jnp.int8, jnp.float32)
     weight = QuantizedWeight(*(jnp.asarray(y, dtype) for y, dtype in zip((values, factors), dtypes, strict=True)))
-    wide = np.asarray(weight.scales, np.float64)
-    for axis, size in enumerate(shape):
-        wide = np.repeat(wide, size // wide.shape[axis], axis)
-    return equation, x, weight, values * wide
-
-
-def distance(found, expected) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
+    return equation, x, weight, floats_of(weight)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +59,7 @@ def distance(found, expected) -> float:
 )
 def test_products_and_gradients_are_those_of_the_weights_as_floats(name, rows, dtype):
     equation, x, weight, floats = operands(name, rows)
-    assert cpu.supports(equation, jnp.asarray(x, dtype), weight)
+    assert cpu.is_faster(equation, jnp.asarray(x, dtype), weight)
     inputs, out = equation.split("->")
     expected = np.einsum(equation, x := np.asarray(jnp.asarray(x, dtype), np.float64), floats, optimize=True)
     towards = np.random.default_rng(0).standard_normal(expected.shape)
@@ -111,6 +106,7 @@ def test_no_weight_is_written_as_floats_even_in_a_loop(name, rows):
 def test_gradients_of_trained_weights(name):
     rows = 1 if name == "floats" else 5
     equation, x, weight, _ = operands(name, rows)
+    assert isinstance(weight, jax.Array)
     x = jnp.asarray(x, weight.dtype)
     inputs, out = equation.split("->")
     letters, axes = inputs.split(",")
@@ -126,12 +122,12 @@ def test_gradients_of_trained_weights(name):
 
 def test_small_weights_and_meshes_are_left_to_xla():
     equation, x, weight, _ = operands("int8", 2)
-    assert cpu.supports(equation, jnp.asarray(x), weight)
+    assert cpu.is_faster(equation, jnp.asarray(x), weight)
     small = jax.tree.map(lambda y: y[:, :64], weight)
-    assert not cpu.supports(equation, jnp.asarray(x), small)
+    assert not cpu.is_faster(equation, jnp.asarray(x), small)
     floats = jnp.zeros(weight.shape)
-    assert [rows for rows in (1, 2) if cpu.supports(equation, jnp.ones((rows, 1, 1024)), floats)] == [1]
-    assert not cpu.supports(equation, jnp.ones((1, 1, 1024), jnp.bfloat16), floats)
-    assert not cpu.supports(equation, jnp.ones((130, 1, 1024), jnp.bfloat16), floats.astype(jnp.bfloat16))
+    assert [rows for rows in (1, 2) if cpu.is_faster(equation, jnp.ones((rows, 1, 1024)), floats)] == [1]
+    assert not cpu.is_faster(equation, jnp.ones((1, 1, 1024), jnp.bfloat16), floats)
+    assert not cpu.is_faster(equation, jnp.ones((130, 1, 1024), jnp.bfloat16), floats.astype(jnp.bfloat16))
     with jax.set_mesh(make_mesh(fsdp=2)):
-        assert not cpu.supports(equation, jnp.asarray(x), weight)
+        assert not cpu.is_faster(equation, jnp.asarray(x), weight)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.marks import fast_are
+from helpers.norms import distance
+from helpers.quantized import floats_of
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -53,19 +55,8 @@ def rows_of(seed: int, equation: str, shape, rows: int):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, 1, *inputs)) + 0.5, jnp.bfloat16)
 
 
-def dequantized(weight: QuantizedWeight) -> np.ndarray:
-    scales = np.asarray(weight.scales, np.float64)
-    for axis, size in enumerate(weight.shape):
-        scales = np.repeat(scales, size // scales.shape[axis], axis)
-    return np.asarray(weight.values).astype(np.float64) * scales
-
-
 def expected_of(equation: str, x, weight: QuantizedWeight) -> np.ndarray:
-    return np.einsum(equation, np.asarray(x, np.float64), dequantized(weight), optimize=True)
-
-
-def distance(found, expected) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
+    return np.einsum(equation, np.asarray(x, np.float64), floats_of(weight), optimize=True)
 
 
 def by_kernel(equation: str, x, weight: QuantizedWeight, **options):
@@ -139,7 +130,7 @@ def test_gradients_are_those_of_the_weights_as_floats():
         out, gradient = jax.vjp(lambda x: linear(equation, x, weight), x)
         (found,) = gradient(towards)
     assert out.dtype == found.dtype == jnp.bfloat16
-    expected = np.einsum("BTD,NHD->BTNH", np.asarray(towards, np.float64), dequantized(weight))
+    expected = np.einsum("BTD,NHD->BTNH", np.asarray(towards, np.float64), floats_of(weight))
     assert distance(found, expected) < 5e-3  # bfloat16's
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers.norms import norm
 from helpers.paths import TINY
 
 import phi4mm_jax
@@ -131,14 +132,9 @@ def compute(module, variables, samples):
     return found, sums._replace(correct=correct), logits[samples.weights > 0]
 
 
-def norm_of(tree) -> float:
-    """Norm of all leaves together, which are on the host: nothing is compiled for it."""
-    return float(np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)]))
-
-
 def assert_close(found, expected, tolerance):
     """Each leaf relative to its norm, or to a thousandth of that of all, where it is smaller."""
-    whole = norm_of(expected)
+    whole = norm(expected)
     leaves = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, ours), theirs in leaves:
         bound = tolerance * max(float(np.linalg.norm(theirs)), 1e-3 * whole)
@@ -222,4 +218,4 @@ def test_a_step_of_a_recipe_is_that_of_one_device(alone, samples, on_mesh, one_d
     np.testing.assert_allclose([metrics.loss, metrics.gradient_norm], [expected_loss, norm], rtol=1e-4)
     assert_close(moments, expected_moments, 1e-4)
     difference = jax.tree.map(lambda a, b, update: a - b - update, after, before, expected_update)
-    assert norm_of(difference) <= 1e-3 * norm_of(expected_update)
+    assert norm(difference) <= 1e-3 * norm(expected_update)

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from helpers.cases import golden_gradient_cases, media_of
 from helpers.checkpoints import original_tensor
 from helpers.marks import fast_are
+from helpers.norms import distance
 from helpers.paths import FIXTURES, TINY
 from helpers.quantized import dequantized
 from jax.experimental import topologies
@@ -287,17 +288,6 @@ def test_gradients_beside_quantised_weights_are_those_of_what_they_stand_for(sca
     for name in ("vision", "image_embedder"):
         assert distance(found["params"][name], expected["params"][name]) < 1e-5
     assert distance(found["lora_vision"], expected["lora_vision"]) < 1e-5
-
-
-def distance(found, expected) -> float:
-    """Norm of the difference of all leaves, over that of what is expected; on the host, where no shape is compiled."""
-    found, expected = jax.device_get((found, expected))
-    return norm(jax.tree.map(np.subtract, found, expected)) / norm(expected)
-
-
-def norm(tree) -> float:
-    """Of all leaves together, which are on the host."""
-    return float(np.linalg.norm([np.linalg.norm(x) for x in jax.tree.leaves(tree)]))
 
 
 def pack(model, names: Sequence[str]) -> TrainingBatch:
