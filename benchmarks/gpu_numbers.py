@@ -27,10 +27,11 @@ def measurements(small: bool) -> Iterator[tuple[str, str, str, Callable[[], floa
         yield f"attention, {name}", "ours", "error", partial(flash_error, shape, options)
     for kind in ("bfloat16", "int8"):
         yield f"a chunk over pages, {kind}", "ours", "error", partial(chunk_error, kind, 640 if small else 8640)
+    longest = 300 if small else 1500
     for batch in (1, 9):
         for kind in ("bfloat16", "float16", "int8"):
             for side, (context, name) in decoders().items():
-                measure = partial(decode_error, batch, kind, context, name)
+                measure = partial(decode_error, longest, batch, kind, context, name)
                 yield f"a decoding step's attention, {batch} rows, {kind}", side, "error", measure
     if gpu.target() is None:
         return
@@ -126,8 +127,10 @@ def plainly(q: Any, k: np.ndarray, v: np.ndarray, **options: Any) -> np.ndarray:
         return np.asarray(attend(*(jnp.asarray(widened(x)) for x in (q, k, v))))
 
 
-def decode_error(batch: int, kind: str, context: Callable[[], Any], name: str | None) -> float:
-    lengths = np.array([1500, 1, 63, 64, 65, 700, 0, 1408, 3], np.int32)[:batch]
+def decode_error(longest: int, batch: int, kind: str, context: Callable[[], Any], name: str | None) -> float:
+    """Return the error of rows whose keys fill whole pages, some or none."""
+    some, whole = longest // 2 - 50, (longest // PAGE - 1) * PAGE
+    lengths = np.array([longest, 1, 63, 64, 65, some, 0, whole, 3], np.int32)[:batch]
     pages, tables, k, v = cached(lengths, kind)
     dtype = jnp.bfloat16 if kind == "int8" else kind
     (q,) = draw(3, (batch, HEADS, SIZE), dtype=dtype)

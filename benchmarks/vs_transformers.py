@@ -52,7 +52,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 IMAGE, AUDIO = "<|endoftext10|>", "<|endoftext11|>"  # their placeholders, as transformers' users repeat them
 RATE = 16000
 STEPS = 8  # tokens decoded at once
-CALLS = 0.3  # seconds of the calls of a bare product in a round; the fastest counts
+CALLS, FEW_CALLS = 0.3, 0.01  # seconds of the calls of a bare product in a round; the fastest counts
 Timed = Callable[[], float]  # seconds of one call
 
 
@@ -120,7 +120,9 @@ def main() -> int:
         ours, theirs = fastest(contest, arguments.rounds)
         kind = min(theirs, key=lambda k: theirs[k])
         shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
-        products = f"{products_ratio(contest.maps, arguments.rounds):.2f}" if contest.maps is not None else ""
+        products = ""
+        if contest.maps is not None:
+            products = f"{products_ratio(contest.maps, arguments.rounds, FEW_CALLS if small else CALLS):.2f}"
         cells = [f"{name}, {contest.unit}/s", *shown, kind, products, f"{theirs[kind] / ours:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
@@ -154,32 +156,33 @@ def timed(function: Callable[[], Any]) -> Timed:
     return call
 
 
-def products_ratio(maps: Counter[LinearMap], rounds: int) -> float:
+def products_ratio(maps: Counter[LinearMap], rounds: int, seconds: float) -> float:
     """PyTorch's time for all of these products over XLA's."""
     ours = theirs = 0.0
     for sizes, count in maps.items():
-        seconds, others = fastest(product(sizes), rounds)
-        ours, theirs = ours + count * seconds, theirs + count * others["linear"]
+        fast, others = fastest(product(sizes, seconds), rounds)
+        ours, theirs = ours + count * fast, theirs + count * others["linear"]
     return theirs / ours
 
 
-def product(sizes: LinearMap) -> Contest:
+def product(sizes: LinearMap, seconds: float) -> Contest:
     """Multiply by a weight that lies on each side as the model's do: XLA's by inputs, PyTorch's by outputs."""
     random = np.random.default_rng(0)
     x, weight = (random.standard_normal(shape, np.float32) for shape in (sizes[:2], sizes[1:]))
     multiply, *own = jax.jit(lambda x, weight: x @ weight), jax.device_put(x), jax.device_put(weight)
     mine, theirs = torch.from_numpy(x), torch.from_numpy(weight.T.copy())
     agree("bare product", multiply(*own), torch.nn.functional.linear(mine, theirs))
-    again = fastest_call(lambda: torch.nn.functional.linear(mine, theirs))
-    return Contest(1, "products", fastest_call(lambda: multiply(*own)), {"linear": again})
+    again = fastest_call(lambda: torch.nn.functional.linear(mine, theirs), seconds)
+    return Contest(1, "products", fastest_call(lambda: multiply(*own), seconds), {"linear": again})
 
 
-def fastest_call(function: Callable[[], Any]) -> Timed:
-    """Seconds of the fastest of the calls within `CALLS` seconds."""
+def fastest_call(function: Callable[[], Any], seconds: float) -> Timed:
+    """Seconds of the fastest of the calls that are started within these."""
     call = timed(function)
 
     def calls() -> float:
-        end, best = time.perf_counter() + CALLS, float("inf")
+        end = time.perf_counter() + seconds
+        best = call()
         while time.perf_counter() < end:
             best = min(best, call())
         return best

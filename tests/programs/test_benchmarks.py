@@ -95,7 +95,7 @@ def test_gpu_runs_end_to_end_without_one():
     assert {row["side"] for row in rows if "error" in row} == {"cuDNN bare", "SDPA cuDNN"}
     errors = [row["value"] for row in rows if row.get("unit") == "error"]
     assert len(errors) == 6 + 2 + 2 * 2 * 3  # whole rows; chunks; decoding steps, by both sides
-    assert max(errors) < 5e-3
+    assert all(error < 5e-3 for error in errors)  # which no NaN is
     names = {line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")}
     for name in (
         "prefill, 128 tokens", "decoding, batch 1, 64 cached", "decoding, batch 2, 64 cached: bytes read",
