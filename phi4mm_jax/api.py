@@ -27,6 +27,7 @@ from phi4mm_jax.engine.config import DRAFT_TOKENS
 from phi4mm_jax.engine.encoder_cache import media_inputs
 from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.cpu import widen_int4
 from phi4mm_jax.mesh import jit_on_mesh, on_one_cpu, shardings
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.layers import unstack_layers
@@ -140,12 +141,15 @@ def load(
             variables = quantize_variables(variables, weights, floats)
         config = dataclasses.replace(config, loras={})
         processor = Processor(config, processor.tokenizer, processor.dynamic_hd, processor.context, merge)
-    scan_encoders = scan or mesh is not None or not on_one_cpu()
+    by_cpu = mesh is None and on_one_cpu()
+    scan_encoders = scan or not by_cpu
     if not scan_encoders:
         variables = unstack_layers(variables)
     elif not scan:
         for collection in variables.values():
             collection["decoder"] = unstack_layers(collection["decoder"])
+    if by_cpu:
+        variables = widen_int4(variables)
     module = Phi4MM(config, jnp.dtype(dtype), scan, scan_encoders)
     return Model(module, variables, processor)
 

@@ -26,7 +26,7 @@ from phi4mm_jax.engine import EngineConfig, Grammar, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.cached import of_part
-from phi4mm_jax.kernels.int8_pages import as_cached
+from phi4mm_jax.kernels.pages import as_cached
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.decoder import attend

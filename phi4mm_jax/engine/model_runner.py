@@ -26,6 +26,7 @@ from phi4mm_jax.engine.steps import Programs
 from phi4mm_jax.engine.token_history import TokenHistory
 from phi4mm_jax.engine.user_adapters import UserAdapters, stack_bytes
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.kernels.pages import held_as
 from phi4mm_jax.model import KVCache
 
 T = TypeVar("T")
@@ -53,12 +54,9 @@ class ModelRunner:
         self._programs, self._config = programs, config
         self._encoders, self._decoder = _parts(variables)
         model = programs.model.config
-        dtype = jnp.dtype(programs.model.dtype)
-        cache_dtype = _cache_dtype(config, dtype)
         self.user_adapters = UserAdapters(programs, config)
         self.table_size = min(config.pages, math.ceil(context / config.page_tokens))
-        self.kv_cache = programs.place(KVCache.allocate(model.decoder, config.pages, config.page_tokens, cache_dtype))
-        features = programs.place(jnp.zeros((config.feature_blocks * BLOCK_SIZE, model.decoder.embed_dim), dtype))
+        self.kv_cache, features = _allocate(programs, config)
         sizes = group_sizes(len(programs.devices))
         self.encoder_cache = EncoderCache(lambda *given: self._encode_step(*given)(), features, sizes)
         self.token_seen = programs.place(jnp.zeros((config.slots, model.decoder.vocab_size), bool))
@@ -284,14 +282,19 @@ class ModelRunner:
         ]  # fmt: skip
 
 
-def _cache_dtype(config: EngineConfig, dtype: jnp.dtype) -> jnp.dtype:
+def _allocate(programs: Programs, config: EngineConfig) -> tuple[KVCache, jax.Array]:
+    """Return the KV cache and the table of encoded media, in what the platform holds them as."""
+    decoder, dtype = programs.model.config.decoder, jnp.dtype(programs.model.dtype)
     cache_dtype = jnp.dtype(config.cache_dtype or dtype)
     if cache_dtype not in (dtype, jnp.int8):
         raise InputError(
             f"cache_dtype is {cache_dtype.name!r}, but the model computes in {dtype.name}; expected None, "
             f"{dtype.name!r} or 'int8'"
         )
-    return cache_dtype
+    of_pages, of_features = (held_as(kind, programs.devices[0].platform) for kind in (cache_dtype, dtype))
+    cache = programs.place(KVCache.allocate(decoder, config.pages, config.page_tokens, of_pages))
+    features = jnp.zeros((config.feature_blocks * BLOCK_SIZE, decoder.embed_dim), of_features)
+    return cache, programs.place(features)
 
 
 def _parts(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

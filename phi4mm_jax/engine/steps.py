@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from phi4mm_jax.batch import NO_MEDIA, AudioStack, ImageStack
 from phi4mm_jax.engine.drafts import begin_round, decode_with_drafts
 from phi4mm_jax.engine.sampling import restrict_if_asked, restrict_to_allowed, sample, top_k
 from phi4mm_jax.engine.step_io import BeamInputs, Carried, DecodeInputs, PrefillInputs, SampledTokens, TopLogprobs
 from phi4mm_jax.kernels import gpu
+from phi4mm_jax.kernels.pages import as_cached
 from phi4mm_jax.mesh import (
     AXES,
     ENCODING,
@@ -128,14 +129,15 @@ class Programs:
         """Set a slot's row of `token_seen` (N, V) or of the history (N, M)."""
         return self._constrain_state(state.at[slot].set(row, mode="drop"))
 
-    def _encode(self, variables, table: Float[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
+    def _encode(self, variables, table: Shaped[Array, "F D"], stack: ImageStack | AudioStack, rows: Int[Array, " M"]):
         method = "encode_images" if isinstance(stack, ImageStack) else "encode_audio"
         with split_batch(ENCODING):
             features = replicate(self._apply(variables, stack, method=method))
-        return self._constrain_state(table.at[rows].set(features[: len(rows)].astype(table.dtype)))
+        (found,) = as_cached([features[: len(rows)]], table.dtype)
+        return self._constrain_state(table.at[rows].set(found))
 
     def _prefill(
-        self, variables, cache: KVCache, table: Float[Array, "F D"], token_seen: Bool[Array, "N V"],
+        self, variables, cache: KVCache, table: Shaped[Array, "F D"], token_seen: Bool[Array, "N V"],
         inputs: PrefillInputs, *, candidates: int = 0,
     ) -> tuple[KVCache, SampledTokens, TopLogprobs | None]:  # fmt: skip
         """Write the chunk to the cache and sample each sequence's next token; also the likeliest, if asked for."""

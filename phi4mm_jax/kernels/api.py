@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.pages import BITS
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
 
 
@@ -132,7 +133,7 @@ def decode_attention(
 
     Args:
         k, v: pages (L, P, K, S, H): of each layer P pages of S tokens, those of one page in one piece. In q's dtype,
-            or int8 with scales.
+            or int8 with scales, or in plain XLA the bits of q's dtype in uint16 (see `kernels.pages`).
         tables: row b's tokens from S * i on lie in page tables[b, i]. Slots behind a row's length may hold any value,
             NaN included.
             Without tables, k and v are (L, B, K, S, H): one page per row.
@@ -159,8 +160,12 @@ def decode_attention(
     if lengths.shape != q.shape[:-2]:
         raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:-2]}")
     quantized = k.dtype == jnp.int8
-    if k.dtype != v.dtype or (not quantized and k.dtype != q.dtype):
-        raise InputError(f"decode_attention: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, or int8")
+    is_bits = k.dtype == BITS and q.dtype.itemsize == BITS.itemsize
+    if k.dtype != v.dtype or not (quantized or is_bits or k.dtype == q.dtype):
+        raise InputError(
+            f"decode_attention: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, its bits (uint16, of two "
+            "bytes) or int8"
+        )
     for name, argument in (("k_scales", k_scales), ("v_scales", v_scales)):
         if (argument is not None) != quantized:
             raise InputError(f"decode_attention: {name} must be given with int8 pages, and with them only")

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels import gpu
 from phi4mm_jax.kernels.api import flash_attention
+from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
 
@@ -40,7 +41,7 @@ def cached_attention(
     pages were shared. On NVIDIA GPUs it depends on where its chunk began.
 
     Args:
-        k, v: pages (L, P, K, S, H), in q's dtype, or int8 with scales; see `decode_attention`.
+        k, v: pages (L, P, K, S, H), in q's dtype, its bits, or int8 with scales; see `decode_attention`.
         starts: multiples of the page size, as T is.
         lengths: those of the new tokens included; queries behind them give any value.
         tables: on NVIDIA GPUs with no more pages than the T tokens fill, all rows must start at 0.
@@ -189,8 +190,7 @@ def _gather(
         out = jnp.zeros((batch, heads, count * size, *rest), x.dtype)
         return row_major(jax.lax.fori_loop(0, batch * filled, one, out)).swapaxes(1, 2)
 
-    taken = gathered(x)
-    return taken.astype(dtype) if scales is None else (taken * gathered(scales)[..., None]).astype(dtype)
+    return as_floats(gathered(x), None if scales is None else gathered(scales), dtype)
 
 
 def row_major(x: Array) -> Array:

@@ -7,9 +7,11 @@ goes through all pieces at once, which reads a weight of many inputs faster.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Num
 
@@ -38,6 +40,19 @@ def is_faster(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
     if x.dtype != jnp.float32:
         return True
     return rows == 1 and inputs % _PARTS == 0 if sums else rows > 1
+
+
+def widen_int4(variables: dict[str, Any]) -> dict[str, Any]:
+    """Return the variables with large int4 values as int8, which take no more memory here; the others are freed.
+
+    XLA's CPU backend has one int4 value in a byte, and converts one after another.
+    """
+    flat: dict[Any, Any] = flatten_dict(variables)
+    variables.clear()
+    for path, x in flat.items():
+        if x.dtype == jnp.int4 and x.size > _PIECE:
+            flat[path] = jnp.asarray(x, jnp.int8)
+    return unflatten_dict(flat)
 
 
 def product(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from phi4mm_jax.kernels import gpu
-from phi4mm_jax.kernels.int8_pages import as_cached
+from phi4mm_jax.kernels.pages import BITS, as_cached
 from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 
 
@@ -20,6 +20,8 @@ def supports(operation: str, *arguments: Any) -> str | None:
     match operation, arguments:
         case "decode", (_, _, _, _, lengths, *_) if lengths.shape[1] > 1:
             return f"lengths has shape {lengths.shape}; implementation 'pallas_gpu' takes one query a row"
+        case "decode", (_, k, *_) if k.dtype == BITS:
+            return "implementation 'pallas_gpu' takes no pages of bits"
         case "decode", (q, k, *_):
             module, reason = _kernel(q, k, target)
             return None if module is not None else reason

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels import tpu
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.pages import BITS
 from phi4mm_jax.kernels.partials import Partials, decode_over_mesh
 from phi4mm_jax.mesh import Axes, activation_axes, automatic_axes, over_mesh, param_split
 
@@ -34,6 +35,10 @@ def supports(operation: str, *arguments: Any) -> str | None:
             return "implementation 'pallas_tpu' takes one q_offset a row"
         case "prefill", (q, *_):
             return pallas_tpu_flash.unsupported(q)
+        case "decode" | "cached", (_, k, *_) if k.dtype == BITS:
+            return "implementation 'pallas_tpu' takes no pages of bits"
+        case "append", (caches, *_) if caches[0].dtype == BITS:
+            return "implementation 'pallas_tpu' takes no pages of bits"
         case "decode", (q, k, _, _, _, tables, _):
             return pallas_tpu_decode.unsupported(q, k, tables)
         case "cached", (q, k, *_):

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from phi4mm_jax.kernels.int8_pages import quantized
+from phi4mm_jax.kernels.pages import quantized
 from phi4mm_jax.kernels.tpu import LANES, Target
 
 _TILE = 32  # tokens that are brought at once: a multiple of the tile of any dtype

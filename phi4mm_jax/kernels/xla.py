@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import Partials
 from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import precision_of, row_sum
@@ -251,9 +252,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
         return taken.swapaxes(1, 2).reshape(batch, kv_heads, keys, *taken.shape[4:])
 
     def values(cache, scales, j):
-        if scales is None:
-            return block(cache, j)
-        return (block(cache, j).astype(jnp.float32) * block(scales, j)[..., None]).astype(q.dtype)
+        return as_floats(block(cache, j), None if scales is None else block(scales, j), q.dtype)
 
     k_scales, v_scales = scales or (None, None)
 

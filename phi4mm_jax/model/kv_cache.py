@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.config import DecoderConfig
 from phi4mm_jax.kernels import append_tokens, gpu
 from phi4mm_jax.kernels.cached import row_major
-from phi4mm_jax.kernels.int8_pages import as_cached
+from phi4mm_jax.kernels.pages import as_cached
 from phi4mm_jax.kernels.pallas_gpu import scatter
 from phi4mm_jax.mesh import Axes, over_mesh
 

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from phi4mm_jax.adapters import USERS
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.ring import from_zigzag, to_zigzag
 from phi4mm_jax.mesh import constrain, context_size, replicate
 from phi4mm_jax.model import lora, rope
@@ -19,7 +20,7 @@ from phi4mm_jax.model.layers import Projector, Remat
 from phi4mm_jax.model.speech import HALO_FRAMES, SpeechEncoder
 from phi4mm_jax.model.vision import ImageEmbedder, VisionTower
 
-MediaFeatures = Float[Array, "M D"]
+MediaFeatures = Shaped[Array, "M D"]  # as pages hold them, see `kernels.pages`
 
 
 class Phi4MM(nn.Module):
@@ -102,7 +103,7 @@ class Phi4MM(nn.Module):
         embedded = self.decoder.embed(tokens, self.dtype)
         if features is None:
             return embedded
-        placed = constrain(replicate(features.astype(self.dtype))[jnp.maximum(media, 0)], "batch", "length")
+        placed = constrain(as_floats(replicate(features)[jnp.maximum(media, 0)], None, self.dtype), "batch", "length")
         return jnp.where((media >= 0)[..., None], placed, embedded)
 
     def decode(

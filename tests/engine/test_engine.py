@@ -29,7 +29,7 @@ from phi4mm_jax.engine import encoder_cache as media
 from phi4mm_jax.engine.detokenizer import IncrementalDetokenizer
 from phi4mm_jax.engine.page_allocator import PageAllocator, page_hashes
 from phi4mm_jax.kernels import gpu
-from phi4mm_jax.kernels.int8_pages import as_cached
+from phi4mm_jax.kernels.pages import as_cached
 from phi4mm_jax.model.kv_cache import KVCache, cached_inputs, fill
 
 CASES = golden_cases()

@@ -1,13 +1,16 @@
 """What a round costs depends on the tokens that are there: not on the cache's size, nor on how long rows may get."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from helpers.marks import fast_are
+from helpers.paths import TINY
 
+import phi4mm_jax
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import Engine, EngineConfig
 from phi4mm_jax.engine.encoder_cache import warm_up_stacks
@@ -63,16 +66,19 @@ def compiled(tiny, config, program):
 
 
 @pytest.mark.parametrize(
-    ("program", "dtype"),
+    ("program", "dtype", "cache_dtype"),
     fast_are(
-        [("decode", "int8"), ("image", None), ("audio", None), ("set_penalty_mask", None)],
-        [("decode", None), ("decode", "int8"), ("prefill", None), ("prefill", "int8"), ("image", None), ("audio", None),
-         ("set_penalty_mask", None)],
+        [("decode", "float32", "int8"), ("decode", "bfloat16", None), ("image", "bfloat16", None),
+         ("audio", "float32", None), ("set_penalty_mask", "float32", None)],
+        [*itertools.product(("decode", "prefill"), ("float32", "bfloat16"), (None, "int8")),
+         *itertools.product(("image", "audio"), ("float32", "bfloat16"), (None,)),
+         ("set_penalty_mask", "float32", None)],
     ),
 )  # fmt: skip
-def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype):
+def test_memory_is_donated_and_needed_besides_no_more(tiny, program, dtype, cache_dtype):
     """What is changed is changed in place, and with 16 times the cache the rest takes no page more."""
-    found = [compiled(tiny, dataclasses.replace(c, cache_dtype=dtype), program) for c in (SMALL, LARGE)]
+    model = tiny if dtype == "float32" else phi4mm_jax.load(TINY, dtype=dtype, scan=True)
+    found = [compiled(model, dataclasses.replace(c, cache_dtype=cache_dtype), program) for c in (SMALL, LARGE)]
     for one, changed in found:
         assert one.memory_analysis().alias_size_in_bytes >= changed
     (small, few), (large, many) = found

@@ -28,6 +28,7 @@ from phi4mm_jax.kernels import (
     tpu,
     xla,
 )
+from phi4mm_jax.kernels.pages import BITS, as_cached
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
 
 SMALL = tpu.Blocks(
@@ -327,6 +328,43 @@ def test_prefill_reads_pages_on_gpus(monkeypatch, int8):
         TestEveryImplementation().test_prefill_reads_pages("xla", int8)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_pages_of_bits(dtype):
+    """A decoded token and a chunk of prefill read the numbers that were written, from pages of what CPUs hold."""
+    starts, lengths = np.array([128, 0], np.int32), np.array([384, 200], np.int32)
+    k, v, tables = pages_of(26, lengths, kv_heads=2)
+    (q,) = random(27, (2, 256, 6, 128))
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    pages = as_cached((k, v), BITS)
+    assert [x.dtype for x in pages] == [BITS] * 2
+    rows = {"layer": jnp.int32(1), "lengths": jnp.asarray(lengths), "tables": jnp.asarray(tables)}
+    of_chunk = np.asarray(cached_attention(q, *pages, starts=jnp.asarray(starts), **rows), np.float32)
+    of_token = np.asarray(decode_attention(q[:, 0], *pages, **rows), np.float32)
+    q, *expected = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected = [unpaged(x[1], tables) for x in expected]
+    wanted, _ = reference(q, *expected, causal=True, q_offset=starts, kv_lengths=lengths)
+    valid = np.arange(256) < (lengths - starts)[:, None]
+    np.testing.assert_allclose(of_chunk[valid], np.asarray(wanted)[valid], atol=5e-3, rtol=5e-3)
+    wanted, _ = reference(q[:, :1], *expected, causal=False, kv_lengths=lengths)
+    np.testing.assert_allclose(of_token, wanted[:, 0], atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_leave_pages_of_bits_to_xla(name):
+    q, pages = jnp.ones((1, 2, 128), jnp.bfloat16), as_cached([jnp.ones((1, 2, 1, 128, 128), jnp.bfloat16)] * 2, BITS)
+    rows = {"layer": 0, "lengths": jnp.ones(1, jnp.int32), "tables": jnp.zeros((1, 1), jnp.int32)}
+    with DECODERS[name]():
+        assert (decode_attention(q, *pages, **rows) == 1).all()
+        with pytest.raises(InputError, match=f"'{name}' takes no pages of bits"):
+            decode_attention(q, *pages, **rows, implementation=name)
+
+
+def test_no_kernel_for_tpus_appends_bits():
+    pages, token = as_cached([jnp.ones((1, 2, 1, 128, 128), jnp.bfloat16)] * 2, BITS), jnp.ones((1, 1, 128))
+    with tpu.interpreted():
+        assert append_tokens(pages, [token] * 2, layer=0, pages=jnp.zeros(1, int), slots=jnp.zeros(1, int)) is None
+
+
 def test_decode_without_tables_reads_each_rows_own_length():
     rng = np.random.default_rng(4)
     capacity, lengths = 1024, np.array([1, 700, 1024, 129])
@@ -431,6 +469,7 @@ def test_what_the_tpu_kernel_cannot_take_is_named():
         ({"tables": jnp.zeros((3, 2), jnp.int32)}, "tables"),
         ({"tables": None}, "without tables"),
         ({"k": jnp.zeros((1, 3, 2, 128, 8), jnp.int8)}, "k int8"),
+        ({"k": jnp.zeros((1, 3, 2, 128, 8), BITS), "v": jnp.zeros((1, 3, 2, 128, 8), BITS)}, "k uint16"),
         ({"k_scales": jnp.zeros((1, 3, 2, 128))}, "k_scales"),
         ({"implementation": "pallas_tpu"}, "needs a TPU"),
     ],

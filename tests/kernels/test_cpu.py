@@ -1,12 +1,17 @@
 """Linear maps on one CPU by pieces of a large weight, against plain products in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from helpers.norms import distance
-from helpers.quantized import floats_of
+from helpers.paths import TINY
+from helpers.quantized import dequantized, floats_of
 
+import phi4mm_jax
 from phi4mm_jax.kernels import cpu, linear
 from phi4mm_jax.mesh import make_mesh
 from phi4mm_jax.quantization import QuantizedWeight
@@ -131,3 +136,22 @@ def test_small_weights_and_meshes_are_left_to_xla():
     assert not cpu.is_faster(equation, jnp.ones((130, 1, 1024), jnp.bfloat16), floats.astype(jnp.bfloat16))
     with jax.set_mesh(make_mesh(fsdp=2)):
         assert not cpu.is_faster(equation, jnp.asarray(x), weight)
+
+
+def test_large_int4_weights_are_loaded_as_int8(monkeypatch):
+    """Those alone that are cut into pieces; they hold the same numbers, and give the logits of these as floats."""
+    narrow: dict[Any, Any] = flatten_dict(phi4mm_jax.load(TINY, "float32", weights="int4").variables)
+    monkeypatch.setattr(cpu, "_PIECE", 5000)
+    model = phi4mm_jax.load(TINY, "float32", weights="int4")
+    found: dict[Any, Any] = flatten_dict(model.variables)
+    assert found.keys() == narrow.keys()
+    for path, x in narrow.items():
+        is_wide = x.dtype == jnp.int4 and x.size > 5000
+        assert found[path].dtype == (jnp.int8 if is_wide else x.dtype)
+        np.testing.assert_array_equal(np.asarray(found[path], np.float32), np.asarray(x, np.float32))
+    kinds = {x.dtype.name for x in found.values()}
+    assert {"int4", "int8"} < kinds
+    batch = model.process(["<|user|>one two three<|end|><|assistant|>"])
+    plain = phi4mm_jax.Model(model.module, dequantized(model.variables), model.processor)
+    logits, expected = (np.asarray(m.logits(batch))[0, : batch.lengths[0]] for m in (model, plain))
+    assert distance(logits, expected) < 1e-4

@@ -206,7 +206,7 @@ def test_a_step_of_a_recipe_is_that_of_one_device(alone, samples, on_mesh, one_d
     trainable, frozen = split(on_mesh(mesh), trained, "trainable")
     before = jax.device_get(trainable)
     optimizer = make_optimizer(replace(recipe.optimizer, warmup_steps=0), 10, trainable)
-    expected_loss, norm, expected_moments, expected_update = jax.device_get(
+    expected_loss, expected_norm, expected_moments, expected_update = jax.device_get(
         one_device_step(method, recipe, batches, before, optimizer)
     )
 
@@ -215,7 +215,7 @@ def test_a_step_of_a_recipe_is_that_of_one_device(alone, samples, on_mesh, one_d
     run = compile_step(method.objective(module, recipe), optimizer, state)
     state, metrics = run(state, frozen, shard_batches(batches, mesh), dropout_key(recipe.seed))
     after, moments = jax.device_get((state.trainable, optax.tree.get(state.optimizer, "mu")))
-    np.testing.assert_allclose([metrics.loss, metrics.gradient_norm], [expected_loss, norm], rtol=1e-4)
+    np.testing.assert_allclose([metrics.loss, metrics.gradient_norm], [expected_loss, expected_norm], rtol=1e-4)
     assert_close(moments, expected_moments, 1e-4)
     difference = jax.tree.map(lambda a, b, update: a - b - update, after, before, expected_update)
     assert norm(difference) <= 1e-3 * norm(expected_update)
