@@ -81,8 +81,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-# compiled as for users: the bounds are of that code
-OPTIMIZED = "kernels", "model/test_rows.py", "model/test_parity.py", "checkpoint/test_sidecar_files.py"
+# compiled as for users: the bounds are of that code, or it runs for longer than it is compiled
+OPTIMIZED = (
+    "kernels", "model/test_rows.py", "model/test_parity.py", "checkpoint/test_sidecar_files.py",
+    "programs/test_transcribe.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(wrapper=True)

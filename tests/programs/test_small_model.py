@@ -34,13 +34,13 @@ NEW_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "cmmi10.ttf")
 
 @pytest.fixture(scope="module", autouse=True)
 def _models_are_loaded_once():
-    """Programs of the same weights share the model, and with it what is traced and compiled for it."""
+    """Programs of the same weights share the model, its layers in stacks, and what is traced and compiled for it."""
     models, load = {}, phi4mm_jax.load
 
     def load_once(path, *, progress=None, **options):
         key = str(path), repr(sorted(options.items()))
         if key not in models:
-            models[key] = load(path, progress=progress, **options)
+            models[key] = load(path, progress=progress, scan=True, **options)
         return models[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,8 @@ def measured(folder: Path, manifest: Path, task: str, *arguments, model: Path = 
     with pytest.MonkeyPatch.context() as patch:
         argv = ["evaluate", *given, "--output", folder, *arguments, manifest]
         patch.setattr(sys, "argv", list(map(str, argv)))
-        assert evaluate.main() == 0
+        with optimized():
+            assert evaluate.main() == 0
     (only,) = json.loads((folder / "report.json").read_text())["sets"]
     assert only["errors"] == 0
     return next(iter(only["figures"].values()))["value"]

@@ -20,12 +20,12 @@ from phi4mm_jax.processing.recordings import CutSettings, RecordedClip
 from phi4mm_jax.transcription.recognition import Transcript, clip_request, transcribe
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
-CONFIG = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4, top_logprobs=3)  # of serve/test_api
+CONFIG = EngineConfig(slots=2, cache_tokens=4096, page_size=64, chunk=64, steps=4, top_logprobs=3)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return phi4mm_jax.load(MODEL, dtype="float32")
+    return phi4mm_jax.load(MODEL, dtype="float32", scan=True)
 
 
 def run(monkeypatch, *arguments) -> int:
