@@ -84,7 +84,7 @@ def pytest_collection_finish() -> None:
 # compiled as for users: the bounds are of that code, or it runs for longer than it is compiled
 OPTIMIZED = (
     "kernels", "model/test_rows.py", "model/test_parity.py", "checkpoint/test_sidecar_files.py",
-    "programs/test_transcribe.py",
+    "programs/test_transcribe.py", "engine/test_soak.py",
 )  # fmt: skip
 
 
