@@ -261,12 +261,13 @@ def answer(
 
 @contextmanager
 def _told_of_deaths() -> Iterator[None]:
-    """Log engines that die and are started again, while the body runs."""
+    """Log engines that die and are started again, while the body runs; also in its last moments."""
     done = threading.Event()
 
     def look() -> None:
-        known = 0
-        while not done.wait(_LOOK):
+        known, is_last = 0, False
+        while not is_last:
+            is_last = done.wait(_LOOK)
             with suppress(RayError, OSError):
                 restarts = _restarts()
                 if restarts > known:
