@@ -52,7 +52,6 @@ FIXTURES = ROOT / "tests" / "fixtures"
 IMAGE, AUDIO = "<|endoftext10|>", "<|endoftext11|>"  # their placeholders, as transformers' users repeat them
 RATE = 16000
 STEPS = 8  # tokens decoded at once
-CALLS, FEW_CALLS = 0.3, 0.01  # seconds of the calls of a bare product in a round; the fastest counts
 Timed = Callable[[], float]  # seconds of one call
 
 
@@ -67,10 +66,11 @@ class Sizes(NamedTuple):
     clip: int
     mixed: int  # prompts
     answers: tuple[int, int]  # tokens of theirs: from, and to below
+    calls: float  # seconds of the calls of a bare product in a round; the fastest counts
 
 
-FULL = Sizes((1, 8), (10, 40), (256, 2048), 512, (1600, 1200), 30, 32, (8, 65))
-SMALL = Sizes((1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9))
+FULL = Sizes((1, 8), (10, 40), (256, 2048), 512, (1600, 1200), 30, 32, (8, 65), 0.3)
+SMALL = Sizes((1, 2), (1, 2), (64, 128), 128, (600, 500), 2, 8, (2, 9), 0.01)
 
 
 class Contest(NamedTuple):
@@ -120,10 +120,9 @@ def main() -> int:
         ours, theirs = fastest(contest, arguments.rounds)
         kind = min(theirs, key=lambda k: theirs[k])
         shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
-        products = ""
-        if contest.maps is not None:
-            products = f"{products_ratio(contest.maps, arguments.rounds, FEW_CALLS if small else CALLS):.2f}"
-        cells = [f"{name}, {contest.unit}/s", *shown, kind, products, f"{theirs[kind] / ours:.2f}"]
+        products = None if contest.maps is None else products_ratio(contest.maps, arguments.rounds, sides.sizes.calls)
+        ratios = ("" if products is None else f"{products:.2f}", f"{theirs[kind] / ours:.2f}")
+        cells = [f"{name}, {contest.unit}/s", *shown, kind, *ratios]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 

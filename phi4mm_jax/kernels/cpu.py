@@ -43,9 +43,9 @@ def is_faster(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]
 
 
 def widen_int4(variables: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables with large int4 values as int8, which take no more memory here; the others are freed.
+    """Return the variables with large int4 weights as int8; each is freed as it is converted.
 
-    XLA's CPU backend has one int4 value in a byte, and converts one after another.
+    In XLA's CPU backend an int4 value takes a byte as well, and is read by itself.
     """
     flat: dict[Any, Any] = flatten_dict(variables)
     variables.clear()

@@ -15,7 +15,7 @@ BITS = jnp.dtype(jnp.uint16)  # of pages that hold the bits of bfloat16 or float
 
 
 def held_as(dtype: jnp.dtype, platform: str) -> jnp.dtype:
-    """Return the dtype of an array that steps write into, for values of a dtype."""
+    """Return the dtype in which an array that steps write into holds values of a dtype."""
     return BITS if platform == "cpu" and dtype.itemsize == BITS.itemsize else dtype
 
 
@@ -37,7 +37,7 @@ def as_cached(x: Sequence[Float[Array, "... H"]], dtype: Any) -> tuple[Array, ..
 
 
 def as_floats(x: Array, scales: Float[Array, "..."] | None, dtype: Any) -> Float[Array, "... H"]:
-    """Return keys or values of pages in the queries' dtype; pages of bits hold those of this dtype."""
+    """Return what pages hold in the dtype that a step computes in, which is that of their bits."""
     if x.dtype == BITS:
         return bitcast_convert_type(x, dtype)
     return x.astype(dtype) if scales is None else (x.astype(jnp.float32) * scales[..., None]).astype(dtype)

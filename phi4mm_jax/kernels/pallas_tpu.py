@@ -35,9 +35,7 @@ def supports(operation: str, *arguments: Any) -> str | None:
             return "implementation 'pallas_tpu' takes one q_offset a row"
         case "prefill", (q, *_):
             return pallas_tpu_flash.unsupported(q)
-        case "decode" | "cached", (_, k, *_) if k.dtype == BITS:
-            return "implementation 'pallas_tpu' takes no pages of bits"
-        case "append", (caches, *_) if caches[0].dtype == BITS:
+        case ("decode" | "cached", (_, k, *_)) | ("append", ((k, *_), *_)) if k.dtype == BITS:
             return "implementation 'pallas_tpu' takes no pages of bits"
         case "decode", (q, k, _, _, _, tables, _):
             return pallas_tpu_decode.unsupported(q, k, tables)
