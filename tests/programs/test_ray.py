@@ -5,10 +5,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -364,13 +366,24 @@ def write_mixed_rows(folder: Path, count: int) -> Path:
     return folder
 
 
-def start(source: str, output: Path, *more: str) -> subprocess.Popen:
-    command = [
-        sys.executable, "-m", "infer.ray", "--model", str(TINY), "--input", source, "--output", str(output),
-        "--cluster", "local", "--engines", "2", "--dtype", "float32", "--cache-tokens", "4096", "--slots", "3", *more,
-    ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Return a function that starts a run; those that are left are killed."""
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE, "RAY_worker_niceness": "0"}  # not behind the other tests
+
+    def begin(source: str, output: Path, *more: str) -> subprocess.Popen:
+        command = [
+            sys.executable, "-m", "infer.ray", "--model", str(TINY), "--input", source, "--output", str(output),
+            "--cluster", "local", "--engines", "2", "--dtype", "float32", "--cache-tokens", "4096", "--slots", "3",
+            *more,
+        ]  # fmt: skip
+        run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        left.enter_context(run)
+        left.callback(run.kill)
+        return run
+
+    with contextlib.ExitStack() as left:
+        yield begin
 
 
 def wait_for(what, run: subprocess.Popen, seconds: float = 300):
@@ -384,8 +397,8 @@ def wait_for(what, run: subprocess.Popen, seconds: float = 300):
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
-    """One engine is killed, then the run, then the run is resumed and an engine killed again."""
+def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine, start):
+    """One engine is killed, then the run, then the run is resumed and all its engines are killed."""
     folder, output, draw = write_mixed_rows(tmp_path / "in", 80), tmp_path / "out", random.Random(0)
     (folder / "c.jsonl").write_text('{"id": "broken", "prompt": 3}\nno JSON\n')
     source = f"{folder}/*.jsonl"
@@ -394,16 +407,17 @@ def test_killed_engines_and_runs_answer_every_id_once(tmp_path, engine):
     wait_for(lambda: len(answers_in(output)) > 10, run)
     run.kill()
     run.wait()
-    run.stderr.close()
     answered = len(answers_in(output))
     assert 10 < answered < 82
     run = start(source, output, "--write-seconds", "0")
     wait_for(lambda: len(answers_in(output)) > answered, run)
-    os.kill(draw.choice(wait_for(lambda: engine_processes(run.pid), run)), signal.SIGKILL)
+    for process in wait_for(lambda: engine_processes(run.pid), run):  # all: one alone may have nothing left to do
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     _, told = run.communicate(timeout=600)
     assert run.returncode == 1, told  # two lines have failed
     assert f"{answered} of 82 lines are answered already" in told
-    assert "an engine has died and is started again, 1 so far" in told
+    assert re.search("an engine has died and is started again, [12] so far", told), told
     assert "Deprecat" not in told
     found = answers_in(output)
     assert sorted(p.name for p in output.iterdir() if not p.name.startswith("part-")) == ["settings.json"]
