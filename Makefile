@@ -36,6 +36,7 @@ lint: $(VENV)/installed-$(TESTS)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Not compiled to bytecode: Python does that for what is imported, which is less.
 $(VENV)/installed-%: pyproject.toml setup.py | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --editable '.[$*]'
+	$(RUN) -m pip install --quiet --no-compile --editable '.[$*]'
 	@touch $@
