@@ -265,7 +265,12 @@ def test_gradients_are_golden(scanned, goldens, case_gradients, name):
             assert np.linalg.norm(gradient - golden) <= 3e-4 * np.linalg.norm(golden), tensor.name
             compared += 1
         if (norm := goldens.get(f"{name}.gradnorm.{tensor.name}")) is not None:
-            np.testing.assert_allclose(np.linalg.norm(gradient), norm[0], rtol=1e-3, atol=1e-6, err_msg=tensor.name)
+            bound = 1e-3 * norm[0]
+            if tensor.name.endswith(("k_proj.bias", "linear_k.bias")):
+                # Rounding alone: a softmax does not see what a key's bias adds, the same to all scores of a query.
+                of_queries = tensor.name.replace("k_proj", "q_proj").replace("linear_k", "linear_q")
+                bound = 2e-5 * goldens[f"{name}.gradnorm.{of_queries}"][0]
+            assert abs(np.linalg.norm(gradient) - norm[0]) <= bound, tensor.name
     assert compared == len([k for k in goldens if k.startswith(f"{name}.grad.")])
 
 
