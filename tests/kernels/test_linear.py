@@ -67,7 +67,8 @@ def by_kernel(equation: str, x, weight: QuantizedWeight, **options):
 
 
 UNPACKED = {"by words": False, "by the chip's conversion": True}
-OF_RELEASE = [(name, rows) for name in RELEASE for rows in (1, 16, 77)] + [("k", 128), ("out", 128)]
+OF_RELEASE = [(name, rows, (n + m) % 2) for n, name in enumerate(RELEASE) for m, rows in enumerate((16, 77))]
+OF_RELEASE += [("k", 128, 1), ("out", 128, 0)]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ OF_RELEASE = [(name, rows) for name in RELEASE for rows in (1, 16, 77)] + [("k",
         *[(SMALL[name], n, how) for name, n in zip(SMALL, (16, 5, 1, 33), strict=True) for how in UNPACKED],
         # each map, and each number of rows, in both ways
         *[
-            pytest.param(RELEASE[name], rows, [*UNPACKED][place % 2], marks=pytest.mark.slow)
-            for place, (name, rows) in enumerate(OF_RELEASE)
+            pytest.param(RELEASE[name], rows, [*UNPACKED][how], marks=pytest.mark.slow)
+            for name, rows, how in OF_RELEASE
         ],
     ],
     ids=str,
