@@ -120,9 +120,9 @@ def main() -> int:
         ours, theirs = fastest(contest, arguments.rounds)
         kind = min(theirs, key=lambda k: theirs[k])
         shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
-        products = None if contest.maps is None else products_ratio(contest.maps, arguments.rounds, sides.sizes.calls)
-        ratios = ("" if products is None else f"{products:.2f}", f"{theirs[kind] / ours:.2f}")
-        cells = [f"{name}, {contest.unit}/s", *shown, kind, *ratios]
+        calls = sides.sizes.calls
+        products = "" if contest.maps is None else f"{products_ratio(contest.maps, arguments.rounds, calls):.2f}"
+        cells = [f"{name}, {contest.unit}/s", *shown, kind, products, f"{theirs[kind] / ours:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
 

@@ -37,7 +37,7 @@ def as_cached(x: Sequence[Float[Array, "... H"]], dtype: Any) -> tuple[Array, ..
 
 
 def as_floats(x: Array, scales: Float[Array, "..."] | None, dtype: Any) -> Float[Array, "... H"]:
-    """Return what pages hold in the dtype that a step computes in, which is that of their bits."""
+    """Return keys or values of pages in the dtype of a step; bits are those of values of this dtype."""
     if x.dtype == BITS:
         return bitcast_convert_type(x, dtype)
     return x.astype(dtype) if scales is None else (x.astype(jnp.float32) * scales[..., None]).astype(dtype)
