@@ -246,7 +246,8 @@ def answer(
         )
     )  # fmt: skip
     try:
-        batches: Iterable[Any] = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+        # Without prefetching, which holds a batch back until the next is ready.
+        batches: Iterable[Any] = answers.iter_batches(prefetch_batches=0, batch_size=None, batch_format="pyarrow")
         with _told_of_deaths():
             for batch in batches:
                 failed = batch.column("failed").to_pylist()

@@ -10,8 +10,8 @@ def answers_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for part in sorted(folder.glob("part-*")) for line in part.read_text().splitlines()]
 
 
-def engine_processes(pid: int) -> list[int]:
-    """Return the engines' processes of the run that is process `pid`."""
+def engine_processes(pid: int, *, at_work: bool = False) -> list[int]:
+    """Return the engines' processes of the run that is process `pid`, or only of those that hold lines."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -22,4 +22,5 @@ def engine_processes(pid: int) -> list[int]:
     below = {pid}
     for _ in range(4):
         below |= {child for child, parent in parents.items() if parent in below}
-    return [child for child in below if names.get(child, "").startswith("ray::MapWorker(MapBatches(AnswerLines)")]
+    name = "ray::MapWorker(MapBatches(AnswerLines))" + (".submit" if at_work else "")  # the call that it is in
+    return [child for child in below if names.get(child, "").startswith(name)]
