@@ -52,24 +52,29 @@ class FairQueue:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # its turn came at the same moment
-                self._pass_on()
-            else:
+            if turn.cancelled():
                 self.waiting -= 1
-                queue = self._clients[client]
-                queue.remove(turn)
-                if not queue:
-                    del self._clients[client]
+                self._remove(client, turn)
+            else:  # its turn came at the same moment
+                self._pass_on()
             raise
+
+    def _remove(self, client: str, turn: asyncio.Future[None]) -> None:
+        queue = self._clients.get(client, deque())
+        if turn in queue:  # `_pass_on` may have come upon it before its task ran
+            queue.remove(turn)
+            if not queue:
+                del self._clients[client]
 
     def _pass_on(self) -> None:
         """Give the place of a request that has ended to the next client."""
-        if not self._clients:
-            self.running -= 1
-            return
-        client, queue = self._clients.popitem(last=False)
-        turn = queue.popleft()
-        if queue:
-            self._clients[client] = queue  # at the end
-        self.waiting -= 1
-        turn.set_result(None)
+        while self._clients:
+            client, queue = self._clients.popitem(last=False)
+            turn = queue.popleft()
+            if queue:
+                self._clients[client] = queue  # at the end
+            if not turn.cancelled():  # else its task counts itself out when it runs
+                self.waiting -= 1
+                turn.set_result(None)
+                return
+        self.running -= 1

@@ -28,7 +28,6 @@ from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.models import BatchRequest
-from phi4mm_jax.serve.queueing import FairQueue
 
 KEY, JSON = {"Authorization": "Bearer key"}, {"Content-Type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -93,29 +92,6 @@ async def when_told(script: Script) -> AsyncIterator[Update]:
         await asyncio.sleep(0.01)
     async for update in answer(script):
         yield update
-
-
-def test_clients_take_turns():
-    async def run() -> list[str]:
-        queue, order, go = FairQueue(1, 10), [], asyncio.Event()
-
-        async def one(name: str) -> None:
-            async with queue.turn(name[0]):
-                order.append(name)
-                await go.wait()
-
-        tasks = []
-        for name in ("a1", "a2", "a3", "b1", "c1", "b2", "c2"):
-            tasks.append(asyncio.create_task(one(name)))
-            await asyncio.sleep(0)
-        assert (order, queue.waiting) == (["a1"], 6)
-        tasks.pop().cancel()
-        go.set()
-        await asyncio.gather(*tasks)
-        assert (queue.running, queue.waiting) == (0, 0)
-        return order
-
-    assert asyncio.run(run()) == ["a1", "a2", "b1", "c1", "a3", "b2"]
 
 
 def test_too_many_wait(tokenizer, tmp_path):
