@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
 @cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
-    keys = [*arguments.api_key, *filter(None, os.environ.get(_KEYS, "").split(","))]
+    keys = read_keys(arguments)
     check_address(arguments, keys)
     with named_options(arguments):
         limits = Limits(**{name: getattr(arguments, name) for name in _LIMITS})
@@ -159,6 +159,18 @@ def load_engines(arguments: argparse.Namespace, config: EngineConfig) -> Callabl
     keep_compiled(arguments.compilation_cache)
     model = load_model(arguments, notice=True, merge=arguments.merge)
     return lambda: model.engine(config)
+
+
+def read_keys(arguments: argparse.Namespace) -> list[str]:
+    """Return the API keys of the arguments and of the environment.
+
+    Raises:
+        InputError: an argument is empty.
+    """
+    given = [key.strip() for key in arguments.api_key]
+    if "" in given:
+        raise InputError("--api-key is empty (a variable that is not set?); give a key, or leave it out")
+    return [*given, *filter(None, map(str.strip, os.environ.get(_KEYS, "").split(",")))]
 
 
 def check_address(arguments: argparse.Namespace, keys: list[str]) -> None:

@@ -99,9 +99,9 @@ class Gate:
         if not self._keys or path in _OPEN or path.startswith("/page/"):
             return "everybody"
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
+        given = key.encode("latin-1").strip()  # the bytes that came
         found = [hmac.compare_digest(given, known) for known in self._keys]  # all of them, in a time that tells nothing
-        if scheme.lower() != "bearer" or not any(found):
+        if scheme.lower() != "bearer" or not given or not any(found):
             raise ApiError(401, "the request has no API key, or an unknown one; send Authorization: Bearer KEY",
                            kind="authentication_error", code="invalid_api_key")  # fmt: skip
         return hashlib.sha256(given).hexdigest()

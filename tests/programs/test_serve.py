@@ -40,6 +40,14 @@ def test_another_address_needs_a_key(monkeypatch):
         serve.check_address(parsed(monkeypatch, "--port", "70000"), [])
 
 
+def test_keys_are_stripped_and_none_is_empty(monkeypatch):
+    monkeypatch.setenv("PHI4MM_API_KEY", " a, b,, ")
+    assert serve.read_keys(parsed(monkeypatch, "--api-key", "c ", "--api-key", "d e")) == ["c", "d e", "a", "b"]
+    for empty in ("", " "):  # as of "$KEY" where there is no such variable
+        with pytest.raises(InputError, match="--api-key is empty"):
+            serve.read_keys(parsed(monkeypatch, "--api-key", "c", "--api-key", empty))
+
+
 def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("phi4mm_jax.load", None)  # not called
     (tmp_path / "speech").mkdir()
@@ -55,6 +63,7 @@ def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, mo
             (["--adapter", f"mine={tmp_path / 'speech'}"], "speech: holds no adapter"),
             (["--adapter", f"mine={tmp_path / 'both'}"], "both: holds 2 adapters; give the one that is meant"),
             (["--adapter-root", str(tmp_path / "none")], "--adapter-root is "),
+            (["--host", "0.0.0.0", "--api-key", ""], "--api-key is empty"),
             (["--files", str(tmp_path / "file")], "file: cannot be made (File exists)"),
             (["--port", str(port)], f"--port is {port}, which cannot be listened at on 127.0.0.1 (Address already"),
         ):

@@ -415,6 +415,15 @@ def test_keys_and_names(tokenizer, tmp_path):
             assert httpx.get(f"{url}/v1/models", headers={"Host": name}).status_code == 403
 
 
+def test_no_key_is_empty_and_any_other_is_taken(tokenizer, tmp_path):
+    def asked(url: str, value: str) -> int:
+        return httpx.get(f"{url}/v1/models", headers=[(b"authorization", value.encode())]).status_code
+
+    with serving(make_app(answer, tokenizer, tmp_path, api_keys=["", "voilà", "a b"])) as url:
+        assert [asked(url, value) for value in ("Bearer", "bearer voil")] == [401] * 2
+        assert [asked(url, value) for value in ("Bearer voilà", "Bearer a b")] == [200] * 2
+
+
 def test_tool_calls_are_streamed(tokenizer, tmp_path):
     begin, end = (tokenizer.special_tokens[name] for name in ("<|tool_call|>", "<|/tool_call|>"))
     call = '[{"name": "add", "arguments": {"a": 1}}]'
