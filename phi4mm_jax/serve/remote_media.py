@@ -62,6 +62,8 @@ class Fetcher:
         for _ in range(_REDIRECTS + 1):
             try:
                 content, target = self._get(url, end)
+                if time.monotonic() >= end:  # the end of the connection may look like that of the content
+                    raise TimeoutError
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if time.monotonic() >= end:
                     cause = f"takes longer than the {seconds:.3g} seconds that are left"
@@ -79,8 +81,9 @@ class Fetcher:
         if parts.scheme not in _PORTS or not parts.hostname or parts.username is not None:
             raise ValueError("only http and https URLs without a user's name are fetched")
         port = parts.port or _PORTS[parts.scheme]
-        with closing(self._connect(parts.hostname, port, end)) as plain:
-            watch = threading.Timer(max(end - time.monotonic(), 0), _shut, [plain])  # however slowly bytes come
+        # TLS takes the socket away from `plain`; the handle stays on the connection
+        with closing(self._connect(parts.hostname, port, end)) as plain, closing(plain.dup()) as handle:
+            watch = threading.Timer(max(end - time.monotonic(), 0), _shut, [handle])  # however slowly bytes come
             watch.daemon = True
             watch.start()
             try:
