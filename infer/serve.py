@@ -134,9 +134,9 @@ def main() -> int:
 
     # before the weights, which take minutes
     adapters = {key: read_adapter(key, Path(folder)) for key, folder in user_adapters_of(arguments).items()}
-    bound = listen(arguments)
     prompts = {"transcribe": arguments.transcription_prompt, "translate": arguments.translation_prompt}
     with ExitStack() as stack:
+        bound = stack.enter_context(listen(arguments))
         files = arguments.files
         if files is None:
             files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phi4mm-files-")))
@@ -147,10 +147,10 @@ def main() -> int:
             adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
         place = EngineProcess(partial(load_engines, arguments, config))
-        stack.callback(place.close)
-        place.start()
         tokenizer = Tokenizer.from_folder(local_folder(arguments.model))
         app = create_app(place, tokenizer, config.slots, settings, read_adapter)
+        stack.callback(place.close)
+        place.start()
         return serve(app, bound, arguments)
 
 

@@ -77,7 +77,7 @@ class ServerSettings:
 
     Attributes:
         name: of the model, for clients.
-        files: folder of the files for batches.
+        files: folder of the files for batches, which one server at a time has.
         api_keys: one of which a client has to send; none: everybody on this host may ask.
         loopback: clients reach the server by the names of this host only, so that no page of another name can ask it.
         remote_media: URLs of media are fetched.
@@ -108,8 +108,13 @@ def create_app(
     Args:
         place: where engines with so many `slots` run.
         read_adapter: reads users' adapters that clients have loaded; see `EngineHost`.
+
+    Raises:
+        InputError: the folder of files cannot be made, or another server uses it.
     """
     limits = settings.limits
+    store = Store(settings.files, limits)
+    store.lock()
     fetch = Fetcher(limits.remote_bytes) if settings.remote_media else None
     service = Service(
         name=settings.name, tokenizer=tokenizer,
@@ -119,7 +124,6 @@ def create_app(
         limits=limits, read_media=MediaReader(limits, fetch), metrics=Metrics(), created=int(time.time()),
         workers=ThreadPoolExecutor(_WORKERS, "phi4mm-media"),
     )  # fmt: skip
-    store = Store(settings.files, limits)
     batches = Batches(store, _batch_answer(service), parallel=slots)
     _watch(service)
 
@@ -131,6 +135,7 @@ def create_app(
             yield
         finally:
             await batches.close()
+            store.unlock()
             await service.host.close()
             service.workers.shutdown(wait=False, cancel_futures=True)
 

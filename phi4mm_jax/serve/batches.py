@@ -21,7 +21,9 @@ Answer = Callable[[str, dict[str, Any], str], Awaitable[dict[str, Any]]]
 
 
 class Batches:
-    """Batches of all clients. What a server's end leaves is taken up by the next one: no line is answered twice.
+    """Batches of all clients. Those that a server's end interrupts are resumed by the next one.
+
+    One server at a time has the store (`Store.lock`), so that each line has one answer.
 
     Args:
         answer: answers a body for an endpoint; its third argument is the owner.
@@ -34,13 +36,13 @@ class Batches:
         self._running: dict[str, dict[str, Any]] = {}
 
     def resume(self) -> None:
-        """Take up what is not answered yet."""
+        """Begin to answer what is not answered yet."""
         for value in self._store.all("batch"):
             if value["status"] not in _ENDED:
                 self._start(value, value.pop("owner"))
 
     async def close(self) -> None:
-        """Stop; the next server goes on."""
+        """Stop; the next server resumes them."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

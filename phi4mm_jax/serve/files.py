@@ -1,9 +1,11 @@
 """Files of clients for /v1/files, on disk: each a content and a description, which is written last."""
 
 import json
+import os
 import re
 import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.limits import Limits
-from phi4mm_jax.utils.files import make_folder, write_atomically, write_remedy
+from phi4mm_jax.utils.files import make_folder, try_lock, write_atomically, write_remedy
 from phi4mm_jax.utils.strict_json import strict_json
 
 _ID = re.compile(r"(file|batch|req)-[0-9a-f]{32}")
@@ -39,6 +41,26 @@ class Store:
             make_folder(folder, 0o700)
         except OSError as error:
             raise InputError(f"{folder}: cannot be made ({error.strerror}); {write_remedy(error)}") from error
+
+    def lock(self) -> None:
+        """Keep other servers out of the folder, until `unlock` or the end of this object.
+
+        Raises:
+            InputError: another one has it, or it cannot be locked.
+        """
+        try:
+            file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            self._unlock = weakref.finalize(self, os.close, file)
+            locked = try_lock(file)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be locked ({error.strerror}); {write_remedy(error)}") from error
+        if not locked:
+            self.unlock()
+            raise InputError(f"{self.folder}: another server uses it; stop that one, or give another --files")
+
+    def unlock(self) -> None:
+        """Let other servers have the folder."""
+        self._unlock()
 
     def content(self, name: str) -> Path:
         """Return the path of an object's content."""

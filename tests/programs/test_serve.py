@@ -19,6 +19,8 @@ from helpers.paths import TINY
 
 from infer import serve
 from phi4mm_jax import InputError
+from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +57,8 @@ def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, mo
         (tmp_path / "both" / name).mkdir(parents=True)
         (tmp_path / "both" / name / "adapter_config.json").write_text("{}")
     (tmp_path / "file").touch()
+    used = Store(tmp_path / "used", Limits())
+    used.lock()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -65,6 +69,7 @@ def test_what_can_be_checked_is_checked_before_the_weights_are_read(tmp_path, mo
             (["--adapter-root", str(tmp_path / "none")], "--adapter-root is "),
             (["--host", "0.0.0.0", "--api-key", ""], "--api-key is empty"),
             (["--files", str(tmp_path / "file")], "file: cannot be made (File exists)"),
+            (["--files", str(tmp_path / "used"), "--port", "0"], "used: another server uses it; stop that one"),
             (["--port", str(port)], f"--port is {port}, which cannot be listened at on 127.0.0.1 (Address already"),
         ):
             monkeypatch.setattr(sys, "argv", ["serve", "--model", str(TINY), "--compilation-cache", "", *arguments])

@@ -22,12 +22,9 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
-from phi4mm_jax.serve.batches import Batches
 from phi4mm_jax.serve.engine_messages import Figures
 from phi4mm_jax.serve.engine_process import EngineThread
-from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
-from phi4mm_jax.serve.models import BatchRequest
 
 KEY, JSON = {"Authorization": "Bearer key"}, {"Content-Type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -449,49 +446,3 @@ def test_tool_calls_are_streamed(tokenizer, tmp_path):
     (called,) = [delta.delta.tool_calls[0] for delta in deltas if delta.delta.tool_calls]
     assert (called.function.name, json.loads(called.function.arguments)) == ("add", {"a": 1})
     assert deltas[-1].finish_reason == "tool_calls"
-
-
-def test_a_batch_is_resumed_by_the_next_server(tmp_path):
-    """The first server is ended while it answers; no line is answered twice, and none is left out."""
-    lines = [{"custom_id": f"a{i}", "url": "/v1/completions", "body": {"prompt": str(i)}} for i in range(5)]
-    store, asked = Store(tmp_path, Limits()), []
-    (tmp_path / "input").write_text("\n".join(map(json.dumps, lines)))
-    with (tmp_path / "input").open("rb") as source:
-        file = store.add_file(source, "a.jsonl", "batch", "me")["id"]
-
-    async def first() -> str:
-        async def respond(_, body, owner):
-            if body["prompt"] == "2":
-                await asyncio.sleep(3600)
-            asked.append(body["prompt"])
-            return {"of": body["prompt"]}
-
-        batches = Batches(store, respond, 1)
-        name = batches.create(BatchRequest(input_file_id=file, endpoint="/v1/completions"), "me")["id"]
-        while len(asked) < 2:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
-        await batches.close()
-        return name
-
-    async def second(name: str) -> dict:
-        async def respond(_, body, owner):
-            asked.append(body["prompt"])
-            return {"of": body["prompt"]}
-
-        batches = Batches(store, respond, 2)
-        batches.resume()
-        while batches.read(name, "me")["status"] != "completed":
-            await asyncio.sleep(0.01)
-        return batches.read(name, "me")
-
-    name = asyncio.run(first())
-    (output,) = [path for path in tmp_path.glob("file-*.content") if b"custom_id" in path.read_bytes()
-                 and b"response" in path.read_bytes()]  # fmt: skip
-    with output.open("a") as written:
-        written.write('{"id": "half a li')  # as where the first one was killed
-    done = asyncio.run(second(name))
-    assert asked == ["0", "1", "2", "3", "4"]
-    answers = [json.loads(line) for line in store.content(done["output_file_id"]).read_text().splitlines()]
-    assert {x["custom_id"]: x["response"]["body"]["of"] for x in answers} == {f"a{i}": str(i) for i in range(5)}
-    assert done["request_counts"] == {"total": 5, "completed": 5, "failed": 0}

@@ -1,0 +1,78 @@
+"""Files of clients and batches of their lines: answered once, whatever the lines, the folder and the servers do."""
+
+import asyncio
+import json
+
+import pytest
+from helpers.paths import TINY
+from helpers.serving import serving
+
+from phi4mm_jax import InputError
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.batches import Batches
+from phi4mm_jax.serve.engine_process import EngineThread
+from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.serve.models import BatchRequest
+
+
+def test_one_server_at_a_time_has_a_folder(tmp_path):
+    def make_app():
+        return create_app(
+            EngineThread(lambda: None), Tokenizer.from_folder(TINY), 1, ServerSettings("m", tmp_path / "files")
+        )
+
+    first = make_app()
+    for _ in range(2):
+        with pytest.raises(InputError, match="files: another server uses it; stop that one, or give another --files"):
+            make_app()
+    with serving(first, until_ready=False), pytest.raises(InputError, match="another server uses it"):
+        make_app()
+    make_app()
+
+
+def test_a_batch_is_resumed_by_the_next_server(tmp_path):
+    """The first server is ended while it answers; no line is answered twice, and none is left out."""
+    lines = [{"custom_id": f"a{i}", "url": "/v1/completions", "body": {"prompt": str(i)}} for i in range(5)]
+    store, asked = Store(tmp_path, Limits()), []
+    (tmp_path / "input").write_text("\n".join(map(json.dumps, lines)))
+    with (tmp_path / "input").open("rb") as source:
+        file = store.add_file(source, "a.jsonl", "batch", "me")["id"]
+
+    async def first() -> str:
+        async def respond(_, body, owner):
+            if body["prompt"] == "2":
+                await asyncio.sleep(3600)
+            asked.append(body["prompt"])
+            return {"of": body["prompt"]}
+
+        batches = Batches(store, respond, 1)
+        name = batches.create(BatchRequest(input_file_id=file, endpoint="/v1/completions"), "me")["id"]
+        while len(asked) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        await batches.close()
+        return name
+
+    async def second(name: str) -> dict:
+        async def respond(_, body, owner):
+            asked.append(body["prompt"])
+            return {"of": body["prompt"]}
+
+        batches = Batches(store, respond, 2)
+        batches.resume()
+        while batches.read(name, "me")["status"] != "completed":
+            await asyncio.sleep(0.01)
+        return batches.read(name, "me")
+
+    name = asyncio.run(first())
+    (output,) = [path for path in tmp_path.glob("file-*.content") if b"custom_id" in path.read_bytes()
+                 and b"response" in path.read_bytes()]  # fmt: skip
+    with output.open("a") as written:
+        written.write('{"id": "half a li')  # as where the first one was killed
+    done = asyncio.run(second(name))
+    assert asked == ["0", "1", "2", "3", "4"]
+    answers = [json.loads(line) for line in store.content(done["output_file_id"]).read_text().splitlines()]
+    assert {x["custom_id"]: x["response"]["body"]["of"] for x in answers} == {f"a{i}": str(i) for i in range(5)}
+    assert done["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
