@@ -33,7 +33,7 @@ from phi4mm_jax.serve.completions import parse_completion, text_answer, text_chu
 from phi4mm_jax.serve.engine_host import EngineHost, ReadAdapter
 from phi4mm_jax.serve.engine_messages import Figures
 from phi4mm_jax.serve.engine_process import EnginePlace
-from phi4mm_jax.serve.errors import ERRORS, ApiError
+from phi4mm_jax.serve.errors import ERRORS, ApiError, server_failed
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.gate import Gate, StrictRoute, client_of, owner_of
 from phi4mm_jax.serve.limits import Limits
@@ -406,7 +406,7 @@ async def _on_invalid(_: HttpRequest, error: Any) -> Response:
 
 async def _on_failure(_: HttpRequest, error: Exception) -> Response:
     _log.error("a request failed by %s: %s", type(error).__name__, error)
-    return ApiError(500, "the server failed; its log has the cause", kind="server_error").response()
+    return server_failed().response()
 
 
 def invalid(errors: Any) -> ApiError:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.errors import ApiError, server_failed
 from phi4mm_jax.serve.files import Store, new_id
 from phi4mm_jax.serve.models import BatchRequest
 from phi4mm_jax.utils.strict_json import parse_json, strict_json
@@ -158,8 +158,12 @@ class Batches:
                 raise ApiError(400, "custom_id is that of an earlier line; give each its own", param="custom_id")
             body = await self._answer(value["endpoint"], _body_of(line, value["endpoint"]), owner)
             return {"status_code": 200, "request_id": new_id("req"), "body": body}
-        except ApiError as error:
-            return {"status_code": error.status_code, "request_id": new_id("req"), "body": error.body}
+        except ApiError as caught:
+            error = caught
+        except Exception:
+            _log.exception("a line of %s has failed", value["id"])
+            error = server_failed()
+        return {"status_code": error.status_code, "request_id": new_id("req"), "body": error.body}
 
 
 def _shown(value: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +172,8 @@ def _shown(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
+    while isinstance(error, ExceptionGroup):  # of the lines that were asked at once: the first one ended the others
+        error = error.exceptions[0]
     return {"code": type(error).__name__, "message": str(error), "param": None, "line": None}
 
 

@@ -68,6 +68,11 @@ def _bad_input(message: str, kind: str) -> ApiError:
     return ApiError(400, message, param=_NAMES.get(param or "", param), code=_CODES.get(kind))
 
 
+def server_failed() -> ApiError:
+    """Return what a client is told of an error that nobody has foreseen; the log has it."""
+    return ApiError(500, "the server failed; its log has the cause", kind="server_error")
+
+
 def failed(completion: Completion) -> ApiError:
     """Return what a client is told of an answer that ended with an error."""
     message = completion.error or ""

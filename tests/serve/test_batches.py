@@ -1,6 +1,8 @@
 """Files of clients and batches of their lines: answered once, whatever the lines, the folder and the servers do."""
 
 import asyncio
+import errno
+import io
 import json
 
 import pytest
@@ -10,7 +12,7 @@ from helpers.serving import serving
 from phi4mm_jax import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
-from phi4mm_jax.serve.batches import Batches
+from phi4mm_jax.serve.batches import Answer, Batches
 from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
@@ -30,6 +32,54 @@ def test_one_server_at_a_time_has_a_folder(tmp_path):
     with serving(first, until_ready=False), pytest.raises(InputError, match="another server uses it"):
         make_app()
     make_app()
+
+
+async def answered(store: Store, lines: bytes, respond: Answer) -> tuple[dict, dict[str, dict]]:
+    """Answer a file; return the batch and the responses by the lines' names."""
+    file = store.add_file(io.BytesIO(lines), "a.jsonl", "batch", "me")["id"]
+    batches = Batches(store, respond, 2)
+    name = batches.create(BatchRequest(input_file_id=file, endpoint="/v1/completions"), "me")["id"]
+    async with asyncio.timeout(60):
+        while (batch := batches.read(name, "me"))["status"] not in ("completed", "failed"):
+            await asyncio.sleep(0.01)
+    written = [batch[key] for key in ("output_file_id", "error_file_id") if batch[key] is not None]
+    records = [json.loads(line) for name in written for line in store.content(name).read_text().splitlines()]
+    return batch, {record["custom_id"]: record["response"] for record in records}
+
+
+def line_of(name: str, prompt: str) -> str:
+    return json.dumps({"custom_id": name, "url": "/v1/completions", "body": {"prompt": prompt}}, ensure_ascii=False)
+
+
+async def echo(_, body, owner) -> dict:
+    if body["prompt"] == "fail":
+        raise ZeroDivisionError("a secret of the server's")
+    return {"of": body["prompt"]}
+
+
+def test_a_line_that_fails_unexpectedly_leaves_the_others(tmp_path, caplog):
+    """It is told as a single request is, and the log has the cause."""
+    names = [f"a{i}" for i in range(6)]
+    lines = [line_of(name, "fail" if name == "a2" else name) for name in names]
+    batch, found = asyncio.run(answered(Store(tmp_path, Limits()), "\n".join(lines).encode(), echo))
+    assert (batch["status"], batch["errors"]) == ("completed", None)
+    assert batch["request_counts"] == {"total": 6, "completed": 5, "failed": 1}
+    assert {name: found[name]["status_code"] for name in names} == dict.fromkeys(names, 200) | {"a2": 500}
+    error = found["a2"]["body"]["error"]
+    assert (error["type"], error["message"]) == ("server_error", "the server failed; its log has the cause")
+    assert "a secret of the server's" in caplog.text
+
+
+def test_a_batch_that_fails_tells_the_cause(tmp_path, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("phi4mm_jax.serve.batches.strict_json", full)  # as a record is written
+    batch, _ = asyncio.run(answered(Store(tmp_path, Limits()), line_of("a", "b").encode(), echo))
+    assert batch["status"] == "failed"
+    assert batch["errors"]["data"][0] == {
+        "code": "OSError", "message": "[Errno 28] No space left on device", "param": None, "line": None,
+    }  # fmt: skip
 
 
 def test_a_batch_is_resumed_by_the_next_server(tmp_path):
