@@ -1,6 +1,7 @@
 """/v1/batches: files of requests, answered beside those of clients who wait, each line as its endpoint answers it."""
 
 import asyncio
+import codecs
 import json
 import logging
 import time
@@ -125,7 +126,7 @@ class Batches:
         counts["total"] = len(done)
         places = asyncio.Semaphore(self._parallel)
 
-        async def answer(name: str, line: str, seen: bool) -> None:
+        async def answer(name: str, line: bytes, seen: bool) -> None:
             try:
                 response = await self._response(value, line, seen, owner)
             finally:
@@ -137,9 +138,10 @@ class Batches:
             counts["failed" if failed else "completed"] += 1
 
         names: set[str] = set()
-        with self._store.content(value["input_file_id"]).open(encoding="utf-8", errors="replace") as lines:
+        with self._store.content(value["input_file_id"]).open("rb") as lines:
             async with asyncio.TaskGroup() as group:
                 for number, line in enumerate(lines, 1):
+                    line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                     if not line.strip():
                         continue
                     name = _name_of(line) or f"line {number}"
@@ -151,7 +153,7 @@ class Batches:
                     await places.acquire()
                     group.create_task(answer(name, line, seen))
 
-    async def _response(self, value: dict[str, Any], line: str, seen: bool, owner: str) -> dict[str, Any]:
+    async def _response(self, value: dict[str, Any], line: bytes, seen: bool, owner: str) -> dict[str, Any]:
         """Return the response to a line: as its endpoint would answer, errors included."""
         try:
             if seen:
@@ -189,22 +191,25 @@ def _read_names(path: Path) -> set[str]:
     return {json.loads(line)["custom_id"] for line in whole.splitlines()}
 
 
-def _name_of(line: str) -> str | None:
+def _name_of(line: bytes) -> str | None:
     try:
-        name = parse_json(line).get("custom_id")
+        name = parse_json(line.decode()).get("custom_id")
     except (ValueError, RecursionError, AttributeError):
         return None
     return name if isinstance(name, str) else None
 
 
-def _body_of(line: str, endpoint: str) -> dict[str, Any]:
+def _body_of(line: bytes, endpoint: str) -> dict[str, Any]:
     """Return the body of a line.
 
     Raises:
         ApiError: the line is none of this endpoint.
     """
     try:
-        values = parse_json(line)
+        values = parse_json(line.decode())
+    except UnicodeDecodeError as error:
+        message = f"the line is not UTF-8 (at byte {error.start}); save the file as UTF-8"
+        raise ApiError(400, message) from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the line is not JSON ({error}); expected one object a line") from None
     if not isinstance(values, dict) or not isinstance(values.get("custom_id"), str):

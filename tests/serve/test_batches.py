@@ -1,6 +1,7 @@
 """Files of clients and batches of their lines: answered once, whatever the lines, the folder and the servers do."""
 
 import asyncio
+import codecs
 import errno
 import io
 import json
@@ -80,6 +81,19 @@ def test_a_batch_that_fails_tells_the_cause(tmp_path, monkeypatch):
     assert batch["errors"]["data"][0] == {
         "code": "OSError", "message": "[Errno 28] No space left on device", "param": None, "line": None,
     }  # fmt: skip
+
+
+def test_lines_are_read_as_utf_8(tmp_path):
+    """With a mark at the file's beginning or without; others are refused instead of changed, as by infer.batch."""
+    lines = [line_of("a", "café").encode(), line_of("b", "café").encode("latin-1"), b" \r", line_of("c", "é").encode()]
+    content = codecs.BOM_UTF8 + b"\n".join(lines)
+    batch, found = asyncio.run(answered(Store(tmp_path, Limits()), content, echo))
+    assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    assert [found[name]["body"] for name in ("a", "c")] == [{"of": "café"}, {"of": "é"}]
+    assert found["line 2"]["status_code"] == 400
+    at = lines[1].index(b"\xe9")
+    told = f"the line is not UTF-8 (at byte {at}); save the file as UTF-8"
+    assert found["line 2"]["body"]["error"]["message"] == told
 
 
 def test_a_batch_is_resumed_by_the_next_server(tmp_path):
