@@ -7,6 +7,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,8 +92,11 @@ class Store:
 
     def all(self, kind: str) -> Iterator[dict[str, Any]]:
         """Yield all objects of a kind, with their owners, the newest first."""
-        paths = sorted(self.folder.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        yield from (json.loads(path.read_bytes()) for path in paths)
+        found: list[tuple[int, dict[str, Any]]] = []
+        for path in self.folder.glob(f"{kind}-*.json"):
+            with suppress(FileNotFoundError):  # it is deleted meanwhile
+                found.append((path.stat().st_mtime_ns, json.loads(path.read_bytes())))
+        yield from (value for _, value in sorted(found, key=lambda entry: entry[0], reverse=True))
 
     def list(self, kind: str, owner: str) -> list[dict[str, Any]]:
         """Return an owner's objects of a kind, the newest first."""
@@ -106,7 +110,7 @@ class Store:
         """
         name = new_id("file")
         path = self.content(name)
-        left = self._limits.stored_bytes - sum(p.stat().st_size for p in self.folder.iterdir())
+        left = self._limits.stored_bytes - sum(map(_size, self.folder.iterdir()))
         room = min(self._limits.file_bytes, left)
         try:
             with path.open("xb") as file:
@@ -136,6 +140,13 @@ class Store:
         self.read(name, owner)
         self._path(name, "json").unlink(missing_ok=True)
         self.content(name).unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it is deleted, or has taken its name, meanwhile
+        return 0
 
 
 def _unknown(name: str) -> ApiError:

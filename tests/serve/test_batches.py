@@ -5,6 +5,7 @@ import codecs
 import errno
 import io
 import json
+import os
 
 import pytest
 from helpers.paths import TINY
@@ -15,9 +16,11 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
 from phi4mm_jax.serve.batches import Answer, Batches
 from phi4mm_jax.serve.engine_process import EngineThread
-from phi4mm_jax.serve.files import Store
+from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.files import Store, new_id
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.models import BatchRequest
+from phi4mm_jax.utils.files import INCOMPLETE
 
 
 def test_one_server_at_a_time_has_a_folder(tmp_path):
@@ -33,6 +36,23 @@ def test_one_server_at_a_time_has_a_folder(tmp_path):
     with serving(first, until_ready=False), pytest.raises(InputError, match="another server uses it"):
         make_app()
     make_app()
+
+
+def test_files_may_vanish_while_they_are_listed(tmp_path):
+    """As where a batch is written, or another client deletes: names are there that lead nowhere."""
+    store = Store(tmp_path, Limits(stored_bytes=1000))
+    first = store.add_file(io.BytesIO(bytes(500)), "a", "batch", "me")["id"]
+    for name in (f"{new_id('file')}.json", f".{new_id('batch')}.json{INCOMPLETE}", f"{new_id('file')}.content"):
+        (tmp_path / name).symlink_to("gone")
+    assert [found["id"] for found in store.list("file", "me")] == [first]
+    with pytest.raises(ApiError) as caught:  # those that are there count
+        store.add_file(io.BytesIO(bytes(500)), "b", "batch", "me")
+    assert caught.value.status_code == 413
+    store.delete_file(first, "me")
+    second = store.add_file(io.BytesIO(bytes(500)), "c", "batch", "me")["id"]
+    third = store.add_file(io.BytesIO(b""), "d", "batch", "me")["id"]
+    os.utime(tmp_path / f"{second}.json", (0, 0))
+    assert [found["id"] for found in store.list("file", "me")] == [third, second]  # the newest first
 
 
 async def answered(store: Store, lines: bytes, respond: Answer) -> tuple[dict, dict[str, dict]]:
