@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -18,6 +19,13 @@ from phi4mm_jax.serve.models import LoadAdapterRequest, UnloadAdapterRequest
 def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
     """Add the endpoints; adapters are those in folders below `root`, and nothing outside of it is read."""
 
+    async def in_time(change: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(service.limits.timeout):
+                await change
+        except TimeoutError:
+            raise service.host.unavailable() from None
+
     @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=ERRORS)
     async def load_lora_adapter(body: LoadAdapterRequest) -> str:
         """Load an adapter, which requests then ask for as their model."""
@@ -25,10 +33,7 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
             raise ApiError(400, f"lora_name is {body.lora_name!r}, the model itself; give another", param="lora_name")
         folder = folder_below(root, body.lora_path)
         try:
-            async with asyncio.timeout(service.limits.timeout):
-                await service.host.load_adapter(body.lora_name, folder)
-        except TimeoutError:
-            raise service.host.unavailable() from None
+            await in_time(service.host.load_adapter(body.lora_name, folder))
         except (InputError, CheckpointError, ConfigError) as error:
             raise ApiError(400, str(error)) from error
         return f"Success: LoRA adapter {body.lora_name!r} added successfully."
@@ -39,7 +44,7 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
         if body.lora_name not in service.host.adapters:
             raise ApiError(404, f"lora_name is {body.lora_name!r:.200}, which is not loaded", param="lora_name",
                            code="model_not_found")  # fmt: skip
-        await service.host.unload_adapter(body.lora_name)
+        await in_time(service.host.unload_adapter(body.lora_name))
         return f"Success: LoRA adapter {body.lora_name!r} removed successfully."
 
 

@@ -45,7 +45,7 @@ class EngineClient:
         self._connection, self._loop = connection, asyncio.get_running_loop()
         self._numbers = itertools.count()
         self._updates: dict[int, asyncio.Queue[Update]] = {}
-        self._changes: dict[int, asyncio.Future[None]] = {}  # of adapters, that are not done
+        self._changes: dict[int, tuple[asyncio.Future[None], Callable[[], object]]] = {}  # of adapters, pending
         self._made: asyncio.Future[None] | None = None
         self._progress: Callable[[int, int], None] = lambda done, total: None
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -90,30 +90,37 @@ class EngineClient:
             if not done:
                 self._outgoing.put(Cancel(number))
 
-    async def load_adapter(self, adapter: UserAdapter) -> None:
+    async def load_adapter(self, adapter: UserAdapter, done: Callable[[], object]) -> None:
         """Load a user's adapter.
+
+        Args:
+            done: called when the engine has it, be the wait for that cancelled or not.
 
         Raises:
             InputError: see `Engine.load_adapter`.
             EngineStopped: there is no engine.
         """
-        await self._change(lambda number: LoadAdapter(number, adapter))
+        await self._change(lambda number: LoadAdapter(number, adapter), done)
 
-    async def unload_adapter(self, name: str) -> None:
+    async def unload_adapter(self, name: str, done: Callable[[], object]) -> None:
         """Unload a user's adapter.
 
+        Args:
+            done: called when the engine no longer has it, be the wait for that cancelled or not.
+
         Raises:
+            InputError: there is no such adapter.
             EngineStopped: there is no engine.
         """
-        await self._change(lambda number: UnloadAdapter(number, name))
+        await self._change(lambda number: UnloadAdapter(number, name), done)
 
-    async def _change(self, message: Callable[[int], Any]) -> None:
+    async def _change(self, message: Callable[[int], Any], done: Callable[[], object]) -> None:
         if not self.running:
             raise EngineStopped
-        number = next(self._numbers)
-        self._changes[number] = done = self._loop.create_future()
+        number, waiting = next(self._numbers), self._loop.create_future()
+        self._changes[number] = waiting, done
         self._outgoing.put(message(number))
-        await done
+        await waiting
 
     def close(self) -> None:
         """Tell the other end to go; what is not answered is cancelled."""
@@ -158,8 +165,8 @@ class EngineClient:
             case WarmingUp(done, total):
                 self._progress(done, total)
             case Done(number, error):
-                if (change := self._changes.pop(number, None)) is not None and not change.done():
-                    change.set_result(None) if error is None else change.set_exception(error)
+                if number in self._changes:
+                    self._end_change(number, error)
             case Failure():
                 self._stop(message)
 
@@ -172,7 +179,12 @@ class EngineClient:
         completion = Completion("", [], "error", 0, error=cause, error_type="EngineStopped")
         for updates in self._updates.values():
             updates.put_nowait(Update(-1, "", completion))
-        for change in self._changes.values():
-            if not change.done():
-                change.set_exception(EngineStopped(cause))
-        self._changes.clear()
+        for number in list(self._changes):
+            self._end_change(number, EngineStopped(cause))
+
+    def _end_change(self, number: int, error: Exception | None) -> None:
+        waiting, done = self._changes.pop(number)
+        if error is None:
+            done()
+        if not waiting.done():  # it may be cancelled
+            waiting.set_result(None) if error is None else waiting.set_exception(error)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from phi4mm_jax.engine import Request, Update
 from phi4mm_jax.engine.user_adapters import UserAdapter
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.engine_client import EngineClient, EngineStopped
 from phi4mm_jax.serve.engine_messages import Figures
 from phi4mm_jax.serve.engine_process import EnginePlace
@@ -79,7 +80,7 @@ class EngineHost:
         """Load a user's adapter, which requests then ask for by its name; it waits for an engine that is being made.
 
         Raises:
-            ApiError: there is no engine, and the last try to make one has failed.
+            ApiError: there is no engine, and the last try to make one has failed; or it stopped.
             InputError, CheckpointError, ConfigError: see `Engine.load_adapter`.
         """
         assert self._read_adapter is not None
@@ -87,26 +88,28 @@ class EngineHost:
             client = await self._running()
             adapter = await asyncio.to_thread(self._read_adapter, name, folder)
             try:
-                await client.load_adapter(adapter)
+                await client.load_adapter(adapter, lambda: self.adapters.update({name: adapter}))
             except EngineStopped:
                 raise self.unavailable() from None
-            self.adapters[name] = adapter
 
     async def unload_adapter(self, name: str) -> None:
-        """Unload a user's adapter. Requests that have it already are answered with it.
+        """Unload a user's adapter; it waits for an engine that is being made.
+
+        Requests that have it already are answered with it. Nothing is done where there is no such adapter.
 
         Raises:
-            ApiError: there is no engine at the moment.
+            ApiError: there is no engine, and the last try to make one has failed; or it stopped. The adapter stays.
         """
         async with self._loading:
-            if self.adapters.pop(name, None) is None:
+            if name not in self.adapters:
                 return
-            if self._client is None:
-                raise self.unavailable()
+            client = await self._running()
             try:
-                await self._client.unload_adapter(name)
+                await client.unload_adapter(name, lambda: self.adapters.pop(name))
             except EngineStopped:
                 raise self.unavailable() from None
+            except InputError:  # an earlier try, which was given up, has done it
+                return
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         """Answer a request, as `AsyncEngine.updates` does; it waits for an engine that is being made.
