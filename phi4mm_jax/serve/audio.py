@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import randbelow
 from typing import Annotated, Any, Literal
 
 from pydantic import WithJsonSchema
@@ -66,12 +67,14 @@ async def parse_audio(
     def parse() -> tuple[list[Request], list[tuple[float, float]], float]:
         seconds = service.read_media.audio("file", content)
         clips = _clips(service, content, seconds)
-        sampling = Sampling(temperature=temperature)
         limit = service.limits.max_new_tokens
         requests = [
-            clip_request(clip, instruction, max_new_tokens=limit, sampling=sampling, adapter=adapter)
+            clip_request(
+                clip, instruction, max_new_tokens=limit, adapter=adapter,
+                sampling=Sampling(temperature=temperature, seed=randbelow(2**31)),
+            )
             for clip, _ in clips
-        ]
+        ]  # fmt: skip
         return requests, [span for _, span in clips], seconds
 
     requests, spans, seconds = await in_thread(service, parse, deadline)

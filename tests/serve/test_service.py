@@ -138,6 +138,25 @@ def test_a_recording_takes_no_more_room_than_the_engine_has(tokenizer, tmp_path)
     assert done["text"] == " ".join(f"clip {i}" for i in range(1, 9))
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "audio/transcriptions", "audio/translations"])
+def test_requests_without_a_seed_sample_differently(tokenizer, tmp_path, path):
+    """Each of several choices, clips of a recording and repeated requests."""
+    second = np.concatenate([np.sin(np.arange(16000) / 5) / 5, np.zeros(24000)])
+    file = io.BytesIO()
+    soundfile.write(file, np.tile(second, 2), 16000, format="WAV")
+    app = make_app(answer, tokenizer, tmp_path, Limits(clip_seconds=3, pause=1))
+    with serving(app) as url:
+        for _ in range(2):
+            if path.startswith("audio"):
+                options: Any = {"data": {"temperature": "1"}, "files": {"file": ("a.wav", file.getvalue())}}
+            else:
+                options = {"json": (CHAT if "chat" in path else {"prompt": "a"}) | {"temperature": 1, "n": 2}}
+            assert httpx.post(f"{url}/v1/{path}", **options).status_code == 200
+    seeds = [request.sampling.seed for request in app.state.service.host.asked]
+    assert None not in seeds
+    assert len(seeds) == len(set(seeds)) == 4
+
+
 def test_bodies_are_bounded_together(tokenizer, tmp_path):
     """The first request holds its bytes until it is answered; the next one has room then."""
     app = make_app(when_told, tokenizer, tmp_path, Limits(held_bytes=1500))
