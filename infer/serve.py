@@ -223,10 +223,10 @@ def serve(app: Any, bound: socket, arguments: argparse.Namespace) -> int:
     # uvicorn handles it while it serves, and raises it again after
     signal.signal(signal.SIGTERM, lambda *_: print("ended by SIGTERM, with all requests answered", file=sys.stderr))
     host, port = bound.getsockname()[:2]
-    told = "requests wait until every program is compiled, which /ready tells (--no-warmup compiles what is needed)"
-    told = "programs are compiled as requests need them" if arguments.no_warmup else told
+    notice = "requests wait until every program is compiled, which /ready tells (--no-warmup compiles what is needed)"
+    notice = "programs are compiled as requests need them" if arguments.no_warmup else notice
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{at} has the page, and /v1 below it the API; {told}", file=sys.stderr, flush=True)
+    print(f"{at} has the page, and /v1 below it the API; {notice}", file=sys.stderr, flush=True)
     try:
         uvicorn.Server(config).run([bound])
     except OSError as error:

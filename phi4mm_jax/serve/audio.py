@@ -109,10 +109,10 @@ async def audio_answer(service: Service, client: str, job: AudioJob) -> dict[str
         case "vtt":
             return vtt(segments)
         case "verbose_json":
-            told = verbose(
+            report = verbose(
                 segments, task=job.task, language=job.language, seconds=job.seconds, temperature=job.temperature
             )
-            return told | {"usage": _usage(completions)}
+            return report | {"usage": _usage(completions)}
     answer: dict[str, Any] = {"text": joined(segments), "usage": _usage(completions)}
     if job.logprobs:
         answer["logprobs"] = _logprobs(service, completions)

@@ -14,7 +14,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
-from phi4mm_jax.serve.models import ChatRequest, Drawing
+from phi4mm_jax.serve.models import ChatRequest, SamplingOptions
 
 OURS = {  # not of the parser
     "model", "n", "stream", "stream_options", "adapter", "timeout", "use_beam_search", "length_penalty"
@@ -36,7 +36,7 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
         ApiError: a key is not supported, out of range, or beyond a limit.
     """
     values = body.model_dump(exclude_unset=True, exclude_none=True)
-    count, beams = check_drawing(service, body), beams_of(service, body)
+    count, beams = check_sampling_options(service, body), beams_of(service, body)
     if body.top_logprobs:
         check_top_logprobs(service, body.top_logprobs, bool(body.logprobs))
 
@@ -55,7 +55,7 @@ async def parse_chat(service: Service, body: ChatRequest) -> ChatJob:
     )  # fmt: skip
 
 
-def check_drawing(service: Service, body: Drawing) -> int:
+def check_sampling_options(service: Service, body: SamplingOptions) -> int:
     """Check what chats and texts share; return how many answers are asked for.
 
     Raises:
@@ -73,7 +73,7 @@ def check_drawing(service: Service, body: Drawing) -> int:
     return count
 
 
-def beams_of(service: Service, body: Drawing) -> dict[str, Any]:
+def beams_of(service: Service, body: SamplingOptions) -> dict[str, Any]:
     """Return the keys of a beam search as vLLM asks for one, by as many beams as answers.
 
     Raises:
@@ -103,16 +103,17 @@ def beams_of(service: Service, body: Drawing) -> dict[str, Any]:
 
 def check_top_logprobs(service: Service, count: int, logprobs: bool) -> None:
     """Raise ApiError for alternatives of tokens that are too many, or that nobody sees."""
-    most = service.limits.top_logprobs
-    if not 0 < count <= most:
+    max_count = service.limits.top_logprobs
+    if not 0 < count <= max_count:
         raise ApiError(
-            400, f"top_logprobs is {count}; this server gives at most {most} (--top-logprobs)", param="top_logprobs"
-        )
+            400, f"top_logprobs is {count}; this server gives at most {max_count} (--top-logprobs)",
+            param="top_logprobs",
+        )  # fmt: skip
     if not logprobs:
         raise ApiError(400, "top_logprobs is given without logprobs; set it as well", param="top_logprobs")
 
 
-def adapter_of(service: Service, body: Drawing) -> dict[str, str]:
+def adapter_of(service: Service, body: SamplingOptions) -> dict[str, str]:
     """Return the key of the adapters that a body asks for, by its model and by `adapter`."""
     adapter = service.adapter_of(body.model, body.adapter)
     return {} if adapter is None else {"adapter": adapter}

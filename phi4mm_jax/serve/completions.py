@@ -10,7 +10,7 @@ from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
-from phi4mm_jax.serve.chat import OURS, adapter_of, beams_of, check_drawing, check_top_logprobs, choices
+from phi4mm_jax.serve.chat import OURS, adapter_of, beams_of, check_sampling_options, check_top_logprobs, choices
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.files import new_id
 from phi4mm_jax.serve.models import CompletionRequest
@@ -39,7 +39,7 @@ async def parse_completion(service: Service, body: CompletionRequest) -> TextJob
         ApiError: a key is not supported, out of range, or beyond a limit.
     """
     values = body.model_dump(exclude_unset=True, exclude_none=True)
-    count, beams = check_drawing(service, body), beams_of(service, body)
+    count, beams = check_sampling_options(service, body), beams_of(service, body)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not 1 <= len(prompts) <= service.limits.prompts:
         raise ApiError(

@@ -69,7 +69,7 @@ def _bad_input(message: str, kind: str) -> ApiError:
 
 
 def server_failed() -> ApiError:
-    """Return what a client is told of an error that nobody has foreseen; the log has it."""
+    """Return what a client is told of an unexpected error; the log has it."""
     return ApiError(500, "the server failed; its log has the cause", kind="server_error")
 
 

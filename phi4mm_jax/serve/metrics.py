@@ -22,7 +22,7 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.prompt_tokens = Counter("phi4mm_prompt_tokens", "Tokens of answered prompts", registry=registry)
-        self.generated_tokens = Counter("phi4mm_generated_tokens", "Tokens that were drawn", registry=registry)
+        self.generated_tokens = Counter("phi4mm_generated_tokens", "Tokens that were generated", registry=registry)
         self.first_token = Histogram(
             "phi4mm_time_to_first_token_seconds", "From a request's arrival to its first token, waiting included",
             buckets=_SECONDS, registry=registry,

@@ -120,7 +120,7 @@ class StreamOptions(Model):
     include_obfuscation: bool | None = Field(None, description="nothing is added to pieces, whatever this says")
 
 
-class Drawing(Model):
+class SamplingOptions(Model):
     """Settings that chats and texts share."""
 
     model: str | None = Field(None, description="by default the server's own; or a user's adapter")
@@ -154,11 +154,11 @@ class Drawing(Model):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the count of tokens."""
+        """Return whether a stream ends with the count of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(Drawing):
+class ChatRequest(SamplingOptions):
     model_config = ConfigDict(json_schema_extra=CHAT)
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Positive | None = None
@@ -179,7 +179,7 @@ class ChatRequest(Drawing):
     prompt_cache_key: str | None = None
 
 
-class CompletionRequest(Drawing):
+class CompletionRequest(SamplingOptions):
     model_config = ConfigDict(json_schema_extra=COMPLETION)
     prompt: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         description="raw: special tokens in it are such, and none stands for a medium"

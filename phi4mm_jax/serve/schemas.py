@@ -70,8 +70,8 @@ def describe_limits(schemas: dict[str, Any], limits: Limits) -> None:
     """Add a server's limits to the schemas of its requests, and leave out what it does not offer."""
     for name in ("ChatRequest", "CompletionRequest"):
         keys, related = schemas[name]["properties"], schemas[name]["dependentSchemas"]
-        most = {"n": limits.choices, "top_logprobs": limits.top_logprobs, "logprobs": limits.top_logprobs}
-        for key, limit in most.items():
+        max_values = {"n": limits.choices, "top_logprobs": limits.top_logprobs, "logprobs": limits.top_logprobs}
+        for key, limit in max_values.items():
             if (form := keys.get(key, {}).get("anyOf", [{}])[0]).get("type") == "integer":
                 form["maximum"] = limit
         if limits.beams == 1:
