@@ -1,7 +1,7 @@
 """AdamW with a schedule and clipping, by optax."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,6 +9,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.quantization import ParamPath
 from phi4mm_jax.training.param_filter import matching
 from phi4mm_jax.utils.checks import is_whole
 
@@ -24,7 +25,8 @@ class OptimizerConfig:
         learning_rate: peak.
         warmup_steps: of linear warm-up from 0: a whole number, or a fraction below 1 of the run's steps.
         schedule: decay from the peak to `final_share` of it at the last step.
-        decay: patterns of the parameters that weight decay applies to.
+        decay: patterns of the parameters that weight decay applies to; by default, as in transformers' Trainer, all but
+            biases and the scales of norms.
         clip: maximum global gradient norm; None does not clip.
 
     Raises:
@@ -39,7 +41,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-7
     weight_decay: float = 0.01
-    decay: Sequence[str] = ("**",)
+    decay: Sequence[str] | None = None
     clip: float | None = 1.0
 
     def __post_init__(self):
@@ -86,6 +88,17 @@ def make_lr_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [warmup_steps]) if warmup_steps else after
 
 
+def decayed_paths(config: OptimizerConfig, trainable: Collection[ParamPath]) -> set[ParamPath]:
+    """Return the paths of the parameters that weight decay applies to.
+
+    Raises:
+        InputError: a pattern of `decay` matches no trainable parameter.
+    """
+    if config.decay is None:
+        return {path for path in trainable if not path[-1].endswith(("bias", "scale"))}
+    return matching(trainable, config.decay, "optimizer.decay") if config.weight_decay else set()
+
+
 def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any]) -> optax.GradientTransformation:
     """Return the optimizer of these parameters, for a run of `steps`.
 
@@ -93,7 +106,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: dict[str, Any
         InputError: the warm-up is as long as the run, or a pattern of `decay` matches no trainable parameter.
     """
     flat = flatten_dict(trainable)
-    decayed = matching(flat.keys(), config.decay, "optimizer.decay") if config.weight_decay else set()
+    decayed = decayed_paths(config, flat.keys())
     mask = unflatten_dict({path: path in decayed for path in flat})
     adamw = optax.adamw(
         make_lr_schedule(config, steps),

@@ -29,6 +29,7 @@ from phi4mm_jax import InputError
 from phi4mm_jax.adapters import index_of
 from phi4mm_jax.batch import AudioStack, Batch, ImageStack, TrainingBatch
 from phi4mm_jax.checkpoint.layouts.original import original_table
+from phi4mm_jax.checkpoint.tensor_types import UNUSED
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.mesh import jit_on_mesh, make_mesh
 from phi4mm_jax.model import Phi4MM
@@ -41,7 +42,7 @@ from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, answer_log_probability
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
 from phi4mm_jax.training.metrics_log import MetricsLog, read_log
-from phi4mm_jax.training.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
+from phi4mm_jax.training.optimizer import OptimizerConfig, decayed_paths, make_lr_schedule, make_optimizer
 from phi4mm_jax.training.param_filter import join, matching, split
 from phi4mm_jax.training.step import (
     LossStats,
@@ -667,6 +668,15 @@ def test_weight_decay_by_patterns(scanned):
         make_optimizer(OptimizerConfig(decay=["lora_speech"]), 100, trainable)
 
 
+def test_biases_and_norms_are_not_decayed(scanned):
+    """By the names of the original checkpoint, as transformers' Trainer tells them."""
+    table = [tensor for tensor in original_table(scanned.config) if tensor.collection != UNUSED]
+    paths = {part.path for tensor in table for part in tensor.parts}
+    spared = {part.path for t in table if re.search(r"bias|norm[^.]*\.weight$", t.name) for part in t.parts}
+    assert len(spared) > 50
+    assert decayed_paths(OptimizerConfig(), paths) == paths - spared
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "warmup_steps", "schedule", "beta1", "eps", "weight_decay", "clip"])
 def test_wrong_optimizer_settings(name):
     with pytest.raises(InputError, match=rf"optimizer\.{name} is"):
@@ -685,7 +695,7 @@ def trained(name: str, size: int = 70):
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA H100 80GB HBM3", 989e12),
-     ("TPU v50", None), ("cpu", None)],
+     ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU v50", None), ("cpu", None)],
 )  # fmt: skip
 def test_peaks_by_the_makers_data_sheets(monkeypatch, kind, peak):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
