@@ -98,7 +98,7 @@ def load_variables(
         raise CheckpointError(f"{'/'.join(path)}: in the weight table or in the model, but not in both")
     total, done = sum(parameter_bytes(p) for p in used.values()), 0
     variables: dict[ParamPath, Any] = {}  # arrays on their devices
-    checked: Future[ParamPath | None] | None = None  # beside the reading of the next one
+    checked: Future[tuple[ParamPath, list[np.ndarray]] | None] | None = None  # beside the reading of the next one
     with ThreadPoolExecutor(1) as pool:
         for path, abstract in used.items():
             variables[path], values = _place(
@@ -107,12 +107,12 @@ def load_variables(
             if weights is not None and results[path].dtype != abstract.dtype:
                 variables[path], scales = quantize(path, variables[path], weights)
                 variables[scales_of(path)] = jax.device_put(scales, shardings[scales_of(path)])
-            _refuse_infinite(checked, sources, table, variables)
-            checked = pool.submit(lambda path, values: None if all(map(is_finite, values)) else path, path, values)
+            _refuse_infinite(checked, sources, table)
+            checked = pool.submit(lambda p, found: None if all(map(is_finite, found)) else (p, found), path, values)
             done += parameter_bytes(abstract)
             if progress is not None:
                 progress(done, total)
-        _refuse_infinite(checked, sources, table, variables)
+        _refuse_infinite(checked, sources, table)
     if not fresh_adapters:
         check_trained(table, lambda path: _layers_used(variables[path]))
     return unflatten_dict(variables)
@@ -148,15 +148,17 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def _refuse_infinite(
-    checked: Future[ParamPath | None] | None,
+    checked: Future[tuple[ParamPath, list[np.ndarray]] | None] | None,
     sources: Mapping[ParamPath, Checkpoint | PeftAdapter],
     table: Iterable[Tensor],
-    variables: Mapping[ParamPath, jax.Array],
 ) -> None:
-    if checked is None or (path := checked.result()) is None:
+    if checked is None or (found := checked.result()) is None:
         return
+    path, shares = found
     tensors = [t for t in table if path in [part.path for part in t.parts]]
-    infinite = [t for t in tensors if t.layer is None or not is_finite(np.asarray(variables[path][t.layer]))] or tensors
+    layers = 1 + max(-1 if t.layer is None else t.layer for t in tensors)
+    whole = [share for share in shares if len(share) == layers]  # one with fewer does not tell which these are
+    infinite = [t for t in tensors if not all(is_finite(share[t.layer]) for share in whole)] or tensors
     names = ", ".join(str(t.key) for t in infinite[:3])
     more = f" and {len(infinite) - 3} more" if len(infinite) > 3 else ""
     raise CheckpointError(

@@ -386,20 +386,26 @@ def test_a_value_that_is_not_finite_is_named(copy, name, value):
         phi4mm_jax.load(copy, dtype="float32")
 
 
-def test_a_converted_value_that_is_not_finite_is_named(copy):
+@pytest.mark.parametrize(
+    ("name", "layer", "named"),
+    [
+        ("norm/scale", ..., r" model\.norm\.weight: holds"),
+        ("layers/mlp/down/down", 1, r" model\.layers\.1\.mlp\.down_proj\.base_layer\.weight: holds"),
+    ],
+)
+def test_a_converted_value_that_is_not_finite_is_named(copy, name, layer, named):
     """Where it lies on several devices, too."""
     to_orbax(TINY, copy / "converted")
     folder = copy / "converted" / orbax_io.FOLDER
     config = Phi4MMConfig.from_folder(TINY)
     converted = open_checkpoint(copy / "converted", config)
-    name = ("params", "decoder", "norm", "scale")
-    values = {path: converted.read(path) for path in converted.parameters}
-    values[name] = values[name] * np.float32(np.nan).astype(values[name].dtype)
+    values = {path: np.array(converted.read(path)) for path in converted.parameters}
+    values["params", "decoder", *name.split("/")][layer] = np.nan
     parameters = dict(converted.parameters)
     shutil.rmtree(folder)
     orbax_io.write(folder, parameters, values.__getitem__)
     for mesh in (None, make_mesh(fsdp=4)):
-        with pytest.raises(CheckpointError, match=r"norm\.weight: holds NaN or infinity"):
+        with pytest.raises(CheckpointError, match=f"{named} NaN or infinity"):
             phi4mm_jax.load(copy / "converted", dtype="float32", mesh=mesh)
 
 
