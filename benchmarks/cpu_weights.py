@@ -8,7 +8,6 @@ ratio is float32's time over theirs.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.machine import processor
 from benchmarks.vs_transformers import (
     STEPS,
     Timed,
     decoding,
     endless,
-    processor,
     random_row,
     small_checkpoint,
     timed,
@@ -43,10 +42,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="those whose name begins so")
     parser.add_argument("--rounds", type=int, default=5, help="of each row; the fastest counts")
     arguments = parser.parse_args()
-    print(f"{len(os.sched_getaffinity(0))} threads of {processor()}, jax {jax.__version__}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
-        models = [endless(load(checkpoint, dtype=dtype, weights=weights)) for dtype, weights in SIDES]
+    print(f"{processor()}, jax {jax.__version__}", flush=True)
     rows: dict[str, Callable[[Model], Timed]] = {
         "decoding, 1 row": lambda model: step(model, 1),
         "decoding, 8 rows": lambda model: step(model, 8),
@@ -54,11 +50,14 @@ def main() -> int:
         "prefill, 512 tokens": lambda model: prefill(model, 512),
         "image encoder, 1 crop": one_crop,
     }
+    if not (chosen := [name for name in rows if name.startswith(tuple(arguments.rows))]):
+        parser.error(f"--rows: none begins so; there are {'; '.join(rows)}")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = small_checkpoint(folder) if arguments.small else wide_checkpoint(folder)
+        models = [endless(load(checkpoint, dtype=dtype, weights=weights)) for dtype, weights in SIDES]
     print("| row, ms | float32 | bfloat16 | ratio | int8 | ratio | int4 | ratio |\n|---|---|---|---|---|---|---|---|")
-    for name, prepare in rows.items():
-        if not name.startswith(tuple(arguments.rows)):
-            continue
-        sides = [prepare(model) for model in models]
+    for name in chosen:
+        sides = [rows[name](model) for model in models]
         rounds = [[call() for call in sides] for _ in range(arguments.rounds)]
         floats, *others = np.min(rounds, 0)
         cells = [f"{floats * 1e3:.1f}", *(cell for s in others for cell in (f"{s * 1e3:.1f}", f"{floats / s:.2f}"))]

@@ -11,7 +11,6 @@ that rounds are dispatched ahead, and in turn where requests wait for a slot.
 
 import argparse
 import random
-import re
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
+from benchmarks.machine import processor
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.evaluation.items import read_items
 
@@ -130,11 +130,6 @@ def answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[Completio
     start = time.perf_counter()
     found = dict(engine.run(requests))
     return [found[i] for i in range(len(found))], time.perf_counter() - start
-
-
-def processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else "unknown processor"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.serving_load import processor
+from benchmarks.machine import processor
 
 ROOT = Path(__file__).parent.parent
 CODE = """

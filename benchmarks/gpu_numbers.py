@@ -144,9 +144,9 @@ def decode_error(longest: int, batch: int, kind: str, context: Callable[[], Any]
     return error(found, plainly(q[:, None], k, v, causal=False, kv_lengths=lengths)[:, 0])
 
 
-def chunk_error(kind: str, most: int) -> float:
-    """Return the error of 256 tokens of each row, after none, some and `most` cached ones."""
-    starts = np.array([0, 384, most], np.int32)
+def chunk_error(kind: str, max_cached: int) -> float:
+    """Return the error of 256 tokens of each row, after none, some and `max_cached` cached ones."""
+    starts = np.array([0, 384, max_cached], np.int32)
     lengths = starts + np.array([200, 256, 256], np.int32)
     pages, tables, k, v = cached(lengths, kind)
     (q,) = draw(4, (len(starts), 256, HEADS, SIZE))

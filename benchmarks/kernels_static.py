@@ -46,8 +46,9 @@ class Region(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=list(TOPOLOGIES), choices=TOPOLOGIES)
-    parser.add_argument("--kernels", nargs="+", default=["forward", "cached", "backward", "decode"])
-    parser.add_argument("--peers", nargs="*", default=["splash", "tokamax"])
+    kernels, peers = ["forward", "cached", "backward", "decode"], ["splash", "tokamax"]
+    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
+    parser.add_argument("--peers", nargs="*", choices=peers, default=peers)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:
@@ -186,7 +187,7 @@ def chip_blocks(chip: str):
 
 
 def report(job: Job) -> None:
-    """Return a line of the table."""
+    """Print a line of the table."""
     peak, bytes_a_cycle, _ = units(job.chip)
     regions = measure(job)
     if isinstance(regions, str):
@@ -228,8 +229,8 @@ def inner(job: Job, regions: list[Region]) -> Region:
 
 def loops(regions: list[Region]) -> list[Region]:
     """Return the loops, without the whole program: the kernel's step begins with regions that hold everything."""
-    most = max(r.used[0] for r in regions)
-    holding = sorted((r for r in regions if r.used[0] >= 0.95 * most), key=lambda r: r.bundles)
+    max_used = max(r.used[0] for r in regions)
+    holding = sorted((r for r in regions if r.used[0] >= 0.95 * max_used), key=lambda r: r.bundles)
     return holding[:1]
 
 

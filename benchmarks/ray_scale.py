@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
 from phi4mm_jax.testing.ray_runs import answers_in, engine_processes
 
 ROOT = Path(__file__).parents[1]
@@ -165,11 +166,6 @@ def environment(folder: Path) -> dict[str, str]:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

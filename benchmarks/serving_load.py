@@ -35,6 +35,7 @@ import httpx
 import numpy as np
 
 import phi4mm_jax
+from benchmarks.machine import processor
 from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.evaluation.items import read_items
 
@@ -351,11 +352,6 @@ def cpu_seconds(processes: Sequence[int]) -> float:
     texts = [Path(f"/proc/{process}/stat").read_text() for process in processes]
     stats = [text.rpartition(")")[2].split() for text in texts]
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
-
-
-def processor() -> str:
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else 'unknown processor'}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

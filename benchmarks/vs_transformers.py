@@ -18,8 +18,6 @@ import dataclasses
 import json
 import lzma
 import os
-import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, PreTraine
 
 import phi4mm_jax
 from benchmarks.bare_products import LinearMap, recorded
+from benchmarks.machine import processor
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.checkpoint.random import write_random_checkpoint
 from phi4mm_jax.config import RELEASE_TOWER
@@ -107,16 +106,17 @@ def main() -> int:
     threads = len(os.sched_getaffinity(0))  # as many as XLA takes
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    print(f"{threads} threads of {processor()}, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
+    print(f"{processor()}, jax {jax.__version__}, torch {torch.__version__}, float32", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         small, whole = arguments.small, arguments.whole_encoders
         checkpoint = small_checkpoint(folder) if small else wide_checkpoint(folder, whole)
         sides = Sides(checkpoint, SMALL if small else FULL)
+    rows = dict(sides.rows())
+    if not (chosen := [name for name in rows if name.startswith(tuple(arguments.rows))]):
+        parser.error(f"--rows: none begins so; there are {'; '.join(rows)}")
     print("| row | ours | PyTorch | its way | products | ratio |\n|---|---|---|---|---|---|", flush=True)
-    for name, make in sides.rows():
-        if not name.startswith(tuple(arguments.rows)):
-            continue
-        contest = make()
+    for name in chosen:
+        contest = rows[name]()
         ours, theirs = fastest(contest, arguments.rounds)
         kind = min(theirs, key=lambda k: theirs[k])
         shown = [f"{contest.amount / seconds:.4g}" for seconds in (ours, theirs[kind])]
@@ -125,14 +125,6 @@ def main() -> int:
         cells = [f"{name}, {contest.unit}/s", *shown, kind, products, f"{theirs[kind] / ours:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     return 0
-
-
-def processor() -> str:
-    """Name of the processor, as Linux gives it, and its instructions for products."""
-    facts = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"^model name\s*: (.*)", facts, re.MULTILINE)
-    kinds = [kind for kind in ("avx512f", "avx512_bf16", "amx_tile") if re.search(rf"\b{kind}\b", facts)]
-    return f"{name[1] if name else platform.machine()} ({', '.join(kinds) or 'neither AVX-512 nor AMX'})"
 
 
 def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
