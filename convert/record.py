@@ -93,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=12, help="of cases that do not say it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the reference")
-    add_adapter_folder(parser)
+    add_adapter_folder(parser, adapters_from=False)
     parsed = parser.parse_args(arguments)
     if parsed.prompt is None and (parsed.image or parsed.audio):
         parser.error("--image and --audio belong to --prompt")

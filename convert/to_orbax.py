@@ -44,14 +44,14 @@ def main() -> int:
         raise InputError(f"--calibrate is for --weights int4{asked}; give that, or leave --calibrate out")
     if arguments.calibrate is None and arguments.max_examples is not None:
         raise InputError("--max-examples is of --calibrate, which is not given; give it, or leave --max-examples out")
-    most = {} if arguments.max_examples is None else {"max_examples": arguments.max_examples}
+    limit = {} if arguments.max_examples is None else {"max_examples": arguments.max_examples}
     shared: dict[str, Any] = {name: getattr(arguments, name) for name in ("fresh_adapters", "adapters_from")}
 
     def calibrate(source: Path) -> Any:
         from phi4mm_jax.calibration import input_moments  # it imports the whole library
 
         with progress_bar("Measuring inputs") as advance, named_options(arguments):
-            return input_moments(source, arguments.calibrate, progress=advance, **most, **shared)
+            return input_moments(source, arguments.calibrate, progress=advance, **limit, **shared)
 
     with ExitStack() as shown:
         bar: Callable[[int, int], None] | None = None

@@ -103,7 +103,7 @@ def to_orbax(
             read = _quantized(read, parameters, weights, moments)
         orbax_io.write(folder / orbax_io.FOLDER, written, read, progress=progress)
         _write_files(folder, files, dtype)
-        _log_left(source, checkpoint)
+        _log_skipped_files(source, checkpoint)
 
 
 def to_torch(
@@ -157,7 +157,7 @@ def to_torch(
         pytorch.write(folder, tensors, checkpoint.parameters, read, shard_bytes=shard_bytes, progress=progress)
         _write_files(folder, files, None)
         if not adapters_only:
-            _log_left(source, checkpoint)
+            _log_skipped_files(source, checkpoint)
 
 
 @contextlib.contextmanager
@@ -275,7 +275,7 @@ def _quantized(
     return read_quantized
 
 
-def _log_left(source: Path, checkpoint: _Source) -> None:
+def _log_skipped_files(source: Path, checkpoint: _Source) -> None:
     if names := skipped_files(source, checkpoint.files):
         _log.warning("Not carried along: %s", ", ".join(names))
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 CARD = "README.md"
-_MOST = 300  # characters of a notice
+_MAX_LENGTH = 300  # characters of a notice
 
 
 def notice_of(folder: Path) -> str | None:
@@ -22,4 +22,4 @@ def notice_of(folder: Path) -> str | None:
         return None
     if not isinstance(notice, str):
         return None
-    return "".join(c if c.isprintable() else " " for c in " ".join(notice.split()))[:_MOST]
+    return "".join(c if c.isprintable() else " " for c in " ".join(notice.split()))[:_MAX_LENGTH]

@@ -82,7 +82,7 @@ def aside_of(destination: Path) -> Path:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Return whether a folder can take so many bytes more.
+    """Check that a folder's disk has room for so many bytes.
 
     Raises:
         CheckpointError: its disk has not so many free.

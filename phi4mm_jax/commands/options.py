@@ -12,14 +12,19 @@ from phi4mm_jax.utils.cli import named_options
 from phi4mm_jax.utils.compilation import default_folder
 
 
-def add_adapter_folder(parser: argparse.ArgumentParser) -> None:
-    """Give a program the options --adapter-folder, which `adapter_folders_of` reads, and --adapters-from."""
+def add_adapter_folder(parser: argparse.ArgumentParser, adapters_from: bool = True) -> None:
+    """Give a program the options --adapter-folder, which `adapter_folders_of` reads, and --adapters-from.
+
+    Args:
+        adapters_from: whether the program reads the original layout, for which the latter is.
+    """
     parser.add_argument(
         "--adapter-folder", metavar="NAME=FOLDER", action="append", default=[],
         help="an adapter's folder, of PEFT or train.export, in place of the checkpoint's own: speech=FOLDER or "
         "vision=FOLDER; may be given for each",
     )  # fmt: skip
-    add_adapters_from(parser)
+    if adapters_from:
+        add_adapters_from(parser)
 
 
 class _AdapterAction(argparse.Action):

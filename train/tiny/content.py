@@ -77,17 +77,17 @@ def number(rng: np.random.Generator) -> str:
     return "".join(rng.choice(list(DIGITS), rng.integers(1, 6)))
 
 
-def unit(rng: np.random.Generator, split: Split, most: int) -> str:
-    """A word or a number of `most` characters at most. Long numbers and made-up words are of their split alone."""
+def unit(rng: np.random.Generator, split: Split, max_length: int) -> str:
+    """A word or a number of at most `max_length` characters. Long numbers and made-up words are of one split alone."""
     while True:
         kind = rng.random()
         if kind < 0.3:
             text = str(rng.choice(THINGS))
-        elif kind < 0.6 or most < 3:
+        elif kind < 0.6 or max_length < 3:
             text = number(rng)
         else:
             text = made_up_word(rng)
-        if len(text) <= most and (len(text) < 3 or kind < 0.3 or is_of(text, split)):
+        if len(text) <= max_length and (len(text) < 3 or kind < 0.3 or is_of(text, split)):
             return text
 
 
@@ -136,10 +136,10 @@ def _charts(rng: np.random.Generator, split: Split) -> Page:
     return _entries(rng, entries, [f"{bar:{width}}" for bar in bars])
 
 
-def _names(rng: np.random.Generator, most: int) -> list[str]:
+def _names(rng: np.random.Generator, max_length: int) -> list[str]:
     """Draw two to four names, no two with the same initial."""
     names: dict[str, str] = {}
-    short = [word for word in THINGS if len(word) <= most]
+    short = [word for word in THINGS if len(word) <= max_length]
     count = rng.integers(2, SIDE + 1)
     while len(names) < count:
         name = str(rng.choice(short))

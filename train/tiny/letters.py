@@ -133,14 +133,14 @@ def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> I
         repeats = sum(a == b for a, b in pairwise(letters))
         if len(letters) + repeats <= tokens <= _LENGTHS[-1]:
             by_length[next(n for n in _LENGTHS if tokens <= n)].append((frames, letters))
-    most = max(len(letters) for _, letters in clips)
+    max_length = max(len(letters) for _, letters in clips)
     share = np.asarray([len(some) for some in by_length.values()], float)
     while True:
         length = int(rng.choice(_LENGTHS, p=share / share.sum()))
         some = by_length[length]
         chosen = [some[i] for i in rng.integers(len(some), size=_CLIPS)]
         entries = [next(clip_chunks(_varied(rng, frames), False, length, speech)) for frames, _ in chosen]
-        labels = np.zeros((_CLIPS, most), np.int32)
+        labels = np.zeros((_CLIPS, max_length), np.int32)
         for row, (_, letters) in zip(labels, chosen, strict=True):
             row[: len(letters)] = letters
         yield AudioStack(*map(np.stack, zip(*entries, strict=True))), labels
