@@ -27,8 +27,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
+from phi4mm_jax.errors import ConfigError, InputError
 from phi4mm_jax.training.rendezvous import Meeting, meet
+from phi4mm_jax.utils.cli import ending
 
 _HEARTBEAT = 20  # seconds without one, after which a host counts as dead
 _CONNECT = 300  # seconds for all hosts to start
@@ -338,14 +339,12 @@ class _Watch:
                     client.key_value_set(f"{_SEEN}/{self._me}", "")
             with suppress(Exception):
                 _wait_until_seen(client)
-            if isinstance(error, InputError | ConfigError | CheckpointError):
-                print(f"error: {message}", file=sys.stderr, flush=True)
-                _end(2)
-            if isinstance(error, KeyboardInterrupt):
-                print("interrupted", file=sys.stderr, flush=True)
-                _end(130)
-            traceback.print_exception(error)
-            _end(1)
+            if (found := ending(error)) is None:
+                traceback.print_exception(error)
+                _end(1)
+            line, status = found
+            print(line, file=sys.stderr, flush=True)
+            _end(status)
 
     def _look(self) -> None:
         """Give signs of life, and look for the others' and for their failures."""

@@ -122,7 +122,7 @@ def cli_entrypoint(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
             with log_lines():
                 return main(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
-            found = _ending(error)
+            found = ending(error)
             if found is None:
                 raise
             line, status = found
@@ -271,7 +271,7 @@ def named_options(arguments: argparse.Namespace) -> Iterator[None]:
 
 def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     """Replace `sys.excepthook`."""
-    found = _ending(error)
+    found = ending(error)
     if found is None:
         sys.__excepthook__(kind, error, traceback)
         return
@@ -287,8 +287,8 @@ def _end_unraisable(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def _ending(error: BaseException) -> tuple[str, int] | None:
-    """Line that is said of an error, and the status; None for an unexpected one."""
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """Return the line that a program ends with at an error, and its exit status; None for an unexpected one."""
     if isinstance(error, InputError | ConfigError | CheckpointError):
         return f"error: {_as_called(str(error), _CALL)}", 2
     if isinstance(error, KeyboardInterrupt):
