@@ -26,7 +26,7 @@ from phi4mm_jax.training.arguments import parse_arguments
 from phi4mm_jax.training.auto_settings import has_auto_fields, resolve_auto_fields
 from phi4mm_jax.training.base import check_base, save_base
 from phi4mm_jax.training.checkpointing import Checkpoints
-from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
+from phi4mm_jax.training.divergence import ZeroGradientCheck, check_evaluated, check_finite
 from phi4mm_jax.training.dpo import REFERENCE
 from phi4mm_jax.training.dry_run import describe_run
 from phi4mm_jax.training.evaluation import Evaluation
@@ -44,7 +44,7 @@ from phi4mm_jax.training.preemption import PREEMPTED_EXIT_CODE, PreemptionSignal
 from phi4mm_jax.training.recipe import AUTO, Recipe, check_sources, recipe_settings, save_recipe
 from phi4mm_jax.training.report import REPORT, draw_losses, run_facts, write_report
 from phi4mm_jax.training.resume import check_finished, recipe_for_resume, restore
-from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock
+from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE, check_folder, exclusive_lock, writable
 from phi4mm_jax.training.sharding import (
     check_divisible,
     compile_step,
@@ -53,7 +53,7 @@ from phi4mm_jax.training.sharding import (
     shard_batches,
     split_trainable,
 )
-from phi4mm_jax.training.step import Metrics, Objective, TrainState, Variables, dropout_key, supervised
+from phi4mm_jax.training.step import Metrics, Objective, TrainState, Variables, abstract, dropout_key, supervised
 from phi4mm_jax.training.step_batches import StepIterator, count_steps, saved_data_state, warn_of_few_steps
 from phi4mm_jax.training.step_log import StepLog, metric_values
 from phi4mm_jax.training.throughput import Throughput
@@ -107,35 +107,38 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
             trainable=() if recipe.trainable == AUTO else recipe.trainable, fresh_adapters=recipe.fresh_adapters,
             progress=progress,
         )  # fmt: skip
-    module = Phi4MM(model.config, model.module.dtype, remat=recipe.remat)
+    config, processor, variables = model.config, model.processor, model.variables
+    module = Phi4MM(config, model.module.dtype, remat=recipe.remat)
     objective = method.objective(module, recipe)
 
     # ---- data
     if has_auto_fields(recipe) or dry_run:
         with progress_bar("Measuring the samples"):
-            recipe, lines = resolve_auto_fields(recipe, model.processor, mesh)
+            recipe, lines = resolve_auto_fields(recipe, processor, mesh)
         print_once(*lines)
-    data = TrainingData(recipe.data, model.processor, jax.process_index(), jax.process_count())
+    data = TrainingData(recipe.data, processor, jax.process_index(), jax.process_count())
     total_steps = count_steps(data, recipe.accumulate)
     check_same_on_all_hosts("the data", [data.get_state()["data"], total_steps])
     if is_primary_process():
         warn_of_few_steps(recipe, total_steps)
 
     # ---- shard: parameters and optimizer state over the mesh
-    trainable, frozen = split_trainable(model.variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
+    trainable, frozen = split_trainable(variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
     frozen = method.add_reference_params(frozen, trainable)
     optimizer = make_optimizer(recipe.optimizer, total_steps, trainable)
     state = init_train_state(trainable, optimizer, mesh)
+    variables, trainable = abstract(variables), abstract(trainable)  # the arrays would be kept beside their masters
+    del model
     key = dropout_key(recipe.seed) if recipe.dropout else None
     if dry_run:
         train_step, batches = compile_step(objective, optimizer, state), [next(data)] * recipe.accumulate
-        print_once(describe_run(total_steps, train_step, state, frozen, batches, model.processor, mesh, key))
+        print_once(describe_run(total_steps, train_step, state, frozen, batches, processor, mesh, key))
         data.close()
         return 0
 
     eval_config, evaluation = recipe.evaluation, None  # its data are read before anything is written
     if eval_config is not None:
-        evaluation = Evaluation(eval_config, recipe.data, model.processor, module, model.variables)
+        evaluation = Evaluation(eval_config, recipe.data, processor, module, variables)
     higher_is_better = eval_config is not None and eval_config.higher_is_better
     with ExitStack() as stack:  # left in reverse: the lock last
         stack.enter_context(exclusive_lock(folder))
@@ -154,9 +157,11 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         check_same_on_all_hosts("the checkpoints", [step, total_steps, eval_pending])
         print_once(*resumed.messages)
         if is_primary_process():
-            save_recipe(recipe, folder / RECIPE)
-            if step == 0:
-                save_base(recipe.model, folder)
+            with writable(folder):
+                (folder / REPORT).unlink(missing_ok=True)  # of fewer steps
+                save_recipe(recipe, folder / RECIPE)
+                if step == 0:
+                    save_base(recipe.model, folder)
 
         # ---- step
         lr_schedule = make_lr_schedule(recipe.optimizer, total_steps)
@@ -172,9 +177,7 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
         )
         metrics_log = stack.enter_context(closing(MetricsLog(folder, step, writes=is_primary_process())))
         step_progress = stack.enter_context(step_bar(total_steps, step))
-        throughput = stack.enter_context(
-            closing(Throughput(model.config, trainable, step, reference=REFERENCE in frozen))
-        )
+        throughput = stack.enter_context(closing(Throughput(config, trainable, step, reference=REFERENCE in frozen)))
         profiler = stack.enter_context(Profile(profile, total_steps, step, PROFILED_STEPS))
         zero_gradients = ZeroGradientCheck(recipe.trainable, step, total_steps)
         log = StepLog(metrics_log, throughput, lr_schedule, recipe.data.kind, zero_gradients, step_progress)
@@ -192,6 +195,7 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
             values = evaluation(state.trainable, frozen, objective, mesh, preemption.requested)
             if values is not None:
                 metrics_log.write(step, values)
+                check_evaluated(step, values)
             return evaluation.score(values)
 
         # ---- loop
@@ -242,8 +246,9 @@ def train(recipe: Recipe, method: TrainingMethod = SFT, dry_run: bool = False, p
     if data.skipped:
         print_once(f"Unusable samples that were skipped: {data.skipped}")
     if is_primary_process():
-        draw_losses(folder)
-        write_report(folder, run_facts(recipe, trainable, total_steps, checkpoints.best, data.skipped))
+        with writable(folder):
+            draw_losses(folder)
+            write_report(folder, run_facts(recipe, trainable, total_steps, checkpoints.best, data.skipped))
     print_once(f"{folder}: trained; see report.md, and write a checkpoint with {command_of('train.export')}")
     return 0
 

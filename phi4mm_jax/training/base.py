@@ -14,7 +14,7 @@ from phi4mm_jax.checkpoint.pytorch import shard_files
 from phi4mm_jax.config import read_json
 from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.training.hosts import gather, is_primary_process
-from phi4mm_jax.training.run_folder import BASE
+from phi4mm_jax.training.run_folder import BASE, has_checkpoint
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.fingerprint import file_fingerprint
 
@@ -30,7 +30,7 @@ def save_base(model: str, run: Path) -> None:
 
 
 def check_base(model: str, run: Path, remedy: str) -> None:
-    """Check that a base is the one that a run was begun with, where the run says so; the first host looks.
+    """Check that a base is the one that a run with checkpoints was begun with, if it says so; the first host looks.
 
     Args:
         remedy: for the error.
@@ -39,7 +39,8 @@ def check_base(model: str, run: Path, remedy: str) -> None:
         InputError: it is another, on all hosts.
         CheckpointError: it cannot be read.
     """
-    known = read_json(run / BASE).get("fingerprint") if is_primary_process() and (run / BASE).is_file() else None
+    begun = is_primary_process() and has_checkpoint(run) and (run / BASE).is_file()
+    known = read_json(run / BASE).get("fingerprint") if begun else None
     differs, *_ = gather(known is not None and known != base_fingerprint(model))
     if differs:
         raise InputError(

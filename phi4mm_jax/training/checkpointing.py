@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from phi4mm_jax.errors import CheckpointError, InputError
-from phi4mm_jax.training.step import TrainState
+from phi4mm_jax.training.step import TrainState, abstract
 from phi4mm_jax.utils.absl_log import absl_log_level
 from phi4mm_jax.utils.files import write_atomically
 
@@ -103,8 +104,9 @@ class Checkpoints:
         Raises:
             CheckpointError: it cannot be read, or is of another model, other trained parameters or another optimizer.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract(like._asdict())), data=ocp.args.JsonRestore()
+        )  # fmt: skip
         with self._readable(step), absl_log_level(logging.ERROR):
             found = self._manager.restore(step, args=items)
             return TrainState(**found["state"]), found["data"]
@@ -143,6 +145,8 @@ class Checkpoints:
     def _readable(self, step: int) -> Iterator[None]:
         try:
             yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # not the checkpoint's fault
+            raise
         except Exception as error:  # of many kinds
             cause = str(error.__cause__ or error)[:400]
             raise CheckpointError(
@@ -172,9 +176,9 @@ class _BestScored(checkpoint_managers.PreservationPolicy):
 
 
 def _best(scores: Mapping[int, float], higher_is_better: bool) -> int:
-    """Return the step with the best score; of equal ones the last."""
+    """Return the step with the best score; of equal ones the last. NaN is the worst."""
     sign = 1 if higher_is_better else -1
-    return max(scores, key=lambda step: (sign * scores[step], step))
+    return max(scores, key=lambda step: (-math.inf if math.isnan(scores[step]) else sign * scores[step], step))
 
 
 def _score(metrics: Mapping[str, Any]) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.step import TrainState
 
-_ZERO_STEPS = 10  # so many first steps without a gradient end a run
+_ZERO_STEPS = 10  # so many first steps without a gradient end a run, at the next that is logged
 
 
 @jax.jit
@@ -31,6 +31,15 @@ def check_finite(step: int, values: Mapping[str, float], state: TrainState | Non
     )
 
 
+def check_evaluated(step: int, values: Mapping[str, float]) -> None:
+    """Raise InputError if an evaluation after a step has a value that is not finite."""
+    if unbounded := [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]:
+        raise InputError(
+            f"the evaluation after step {step} gave {', '.join(unbounded)}: the run has diverged. Remove the "
+            "checkpoints since it did, then resume with a lower optimizer.learning_rate, or clip"
+        )
+
+
 class ZeroGradientCheck:
     """Ends a run whose first steps have no gradient.
 
@@ -41,20 +50,18 @@ class ZeroGradientCheck:
     """
 
     def __init__(self, trainable: Sequence[str], step: int, steps: int):
-        self._trainable, self._max = trainable, min(_ZERO_STEPS, steps)
-        self._count: int | None = 0 if step == 0 else None  # None once there was a gradient
+        self._trainable, self._steps = trainable, min(_ZERO_STEPS, steps)
+        self._had_gradient = step > 0
 
     def observe(self, step: int, gradient_norm: float) -> None:
-        """Observe a logged step.
+        """Observe a logged step, which need not be every one.
 
         Raises:
             InputError: none of the first steps had a gradient.
         """
-        if self._count is None:
-            return
-        self._count = self._count + 1 if gradient_norm == 0 else None
-        if self._count == self._max:
+        self._had_gradient |= gradient_norm != 0
+        if not self._had_gradient and step >= self._steps:
             raise InputError(
-                f"the gradients of all steps up to {step} are 0: the data do not reach the trainable parameters "
+                f"the gradients of all logged steps up to {step} are 0: the data do not reach the trainable parameters "
                 f"({', '.join(self._trainable)}); an adapter needs samples with its media"
             )

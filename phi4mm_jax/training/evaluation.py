@@ -4,7 +4,6 @@ Of several hosts each answers its share, by an engine on its own devices.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -38,7 +37,7 @@ class Evaluation:
     Args:
         data: of training; evaluation data are read likewise, without augmentation.
         module: that computes the loss.
-        variables: of the model, with the shardings of the later states.
+        variables: shapes and dtypes of the model's, with the shardings of the later states.
 
     Raises:
         InputError: the data cannot be used.
@@ -53,13 +52,13 @@ class Evaluation:
         )
         with closing(self.batches()) as stream:
             stream.count_batches()  # reads all samples now, not when the first evaluation is due
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), variables)
-        self._programs = Programs(Phi4MM(module.config, module.dtype), on_own_devices(shapes))
+        self._programs = Programs(Phi4MM(module.config, module.dtype), on_own_devices(variables))
         self._compiled: Any = None
         self._metric = None if config.metric == "loss" else make_metric(config.metric)
         self._items: list[Item] = []
-        for source in config.sources if self._metric is not None else ():
-            self._items += read_items(local_path(source.path), math.ceil(config.samples / len(config.sources)))
+        share, more = divmod(config.samples, len(config.sources))
+        for place, source in enumerate(config.sources if self._metric is not None else ()):
+            self._items += read_items(local_path(source.path), share + (place < more))
 
     def __call__(
         self,

@@ -5,10 +5,12 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.run_folder import writable
 from phi4mm_jax.utils.files import make_folder, write_atomically
 from phi4mm_jax.utils.strict_json import strict_json
 
@@ -33,6 +35,9 @@ class MetricsLog:
     Args:
         step: the run resumes after it; an earlier process's lines of later steps are removed.
         writes: only on the first host; elsewhere nothing is written.
+
+    Raises:
+        InputError: the folder cannot be written into.
     """
 
     def __init__(self, folder: Path, step: int, writes: bool = True):
@@ -42,34 +47,37 @@ class MetricsLog:
         self._path = folder / LINES
         make_folder(folder)
         kept = [line for line in read_log(folder) if line["step"] <= step]
-        write_atomically(self._path, "".join(strict_json(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
-        try:
+        with writable(folder / "tensorboard"):
             (folder / "tensorboard").mkdir(exist_ok=True)
             self._board = EventsWriter(str(folder / "tensorboard" / "events"))  # unlike SummaryWriter, none waits
             start = SessionLog(status=SessionLog.START)  # hides what an earlier process has written of later steps
             self._board.write_event(Event(step=step + 1, session_log=start))
             self._board.flush()
-        except OSError as error:
-            self._file.close()
-            raise InputError(f"{folder / 'tensorboard'}: cannot be written ({error.strerror}); move it away") from error
+        with writable(self._path):
+            write_atomically(self._path, "".join(strict_json(line) + "\n" for line in kept))
+            self._file = self._path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a line at once."""
+        """Write a line at once.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         if self._file is None:
             return
-        self._file.write(strict_json({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-        self._board.flush()
+        with writable(self._path):
+            self._file.write(strict_json({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._board.flush()
 
     def close(self) -> None:
         """Close the files."""
         if self._file is None:
             return
-        self._file.close()
-        self._board.close()
+        with writable(self._path), closing(self._file):
+            self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

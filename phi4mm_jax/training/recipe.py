@@ -231,8 +231,8 @@ def _check_same_run(recipe: Recipe, before: Recipe, path: Path) -> None:
     saved, now = (_flat(recipe_settings(r)) for r in (before, recipe))
     for name in sorted(saved.keys() | now.keys()):
         old, new = saved.get(name), now.get(name)
-        if name == "evaluation.metric" and None in (old, new):
-            continue  # there was none, or is none any more
+        if name == "evaluation.metric" and old is None:
+            continue  # no checkpoint has a score yet; without a metric, those that have could not be compared
         if old != new and not _MAY_CHANGE.fullmatch(name):
             raise InputError(
                 f"{path}: the run was begun with {name}={old!r:.80}, and cannot be resumed with {new!r:.80}; set it "

@@ -10,6 +10,7 @@ import jax
 from phi4mm_jax.training.metrics_log import read_log
 from phi4mm_jax.training.recipe import Recipe
 from phi4mm_jax.training.step import Variables
+from phi4mm_jax.utils.files import write_atomically
 
 REPORT = "report.md"  # in a run's folder
 
@@ -59,10 +60,10 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
     if steps:
         rows += [f"| loss, first and last | {steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f} |"]
         counted = "pairs" if "pairs" in steps[0] else "targets"
-        rows += [f"| {counted} | {sum(line[counted] for line in steps):,.0f} |"]
+        rows += [f"| {counted} of a step | {sum(line[counted] for line in steps) / len(steps):,.1f} |"]
     evaluations = [line for line in lines if "evaluation_loss" in line]
     for name in sorted({key for line in evaluations for key in line if key != "step"}):
         values = [line[name] for line in evaluations if name in line]
         rows += [f"| {name.replace('_', ' ')}, first and last | {values[0]:.4f}, {values[-1]:.4f} |"]
     skeleton = ["# Report", "", "| | |", "|---|---|", *rows, "", "![loss](loss.png)", ""]
-    (folder / REPORT).write_text("\n".join(skeleton))
+    write_atomically(folder / REPORT, "\n".join(skeleton))  # which says that the run has ended

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from phi4mm_jax.data.pipeline import TrainingData
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.recipe import Recipe, load_recipe, resolved_as_before
-from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
-from phi4mm_jax.training.step import TrainState
+from phi4mm_jax.training.run_folder import RECIPE, has_checkpoint
+from phi4mm_jax.training.step import TrainState, abstract
 from phi4mm_jax.training.step_batches import count_resumed_steps, same_files
 
 
@@ -23,13 +25,12 @@ class Resumed(NamedTuple):
 
 
 def recipe_for_resume(recipe: Recipe, folder: Path) -> Recipe:
-    """Return the recipe, with the auto fields as an earlier process resolved them if the run has begun.
+    """Return the recipe, with the auto fields as an earlier process resolved them if the run has saved anything.
 
     Raises:
-        InputError: the run in the folder was begun with another recipe.
+        InputError: what the folder's run has saved is of another recipe.
     """
-    began = (folder / RECIPE).exists() and (folder / CHECKPOINTS).exists()
-    return resolved_as_before(recipe, folder / RECIPE) if began else recipe
+    return resolved_as_before(recipe, folder / RECIPE) if has_checkpoint(folder) else recipe
 
 
 def check_finished(recipe: Recipe, folder: Path) -> None:
@@ -46,7 +47,7 @@ def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, rec
     """Restore the last checkpoint and the data's position; without a checkpoint, start a new run.
 
     Args:
-        state: initial, and the shardings of a restored one.
+        state: initial, and the shardings of a restored one, which takes its memory: it is deleted before.
         steps: of a new run.
 
     Raises:
@@ -56,7 +57,9 @@ def restore(checkpoints: Checkpoints, state: TrainState, data: TrainingData, rec
     step = checkpoints.last
     if step is None:
         return Resumed(state, 0, steps, False, ())
-    state, saved = checkpoints.restore(step, state)
+    like = abstract(state)
+    jax.tree.map(lambda x: x.delete(), state)
+    state, saved = checkpoints.restore(step, like)
     data.set_state(saved)
     steps = count_resumed_steps(recipe, data, step, saved)
     eval_pending = recipe.evaluates_after(step, steps) and checkpoints.score(step) is None

@@ -6,9 +6,26 @@ from pathlib import Path
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import gather, is_primary_process
-from phi4mm_jax.utils.files import check_parent, check_writable, make_folder, try_lock
+from phi4mm_jax.utils.files import check_parent, check_writable, make_folder, try_lock, write_remedy
 
 CHECKPOINTS, RECIPE, BASE = "checkpoints", "recipe.yaml", "base.json"  # in a run's folder
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has saved a checkpoint; one that ended before may be begun anew with other settings."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Raise InputError where the body cannot write into a run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path}: cannot be written ({error.strerror or error}); {write_remedy(error)}, then "
+            "rerun the same command to resume from the last checkpoint"
+        ) from error
 
 
 def check_folder(folder: Path) -> None:

@@ -171,6 +171,11 @@ def initial_state(trainable: Variables, optimizer: optax.GradientTransformation)
     return TrainState(jnp.zeros((), jnp.int32), masters, optimizer.init(masters))
 
 
+def abstract(tree: Any) -> Any:
+    """Return the shapes, dtypes and shardings of a tree of arrays, which keep no array alive."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
 def dropout_key(seed: int) -> Array:
     """Return a run's base dropout key: RBG, which is almost free and reproducible on the same hardware."""
     return jax.random.key(seed, impl="rbg")

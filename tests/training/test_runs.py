@@ -44,7 +44,7 @@ from phi4mm_jax.testing.recipe_steps import ANY, settled_recipes, topology_of
 from phi4mm_jax.testing.training_steps import CASES
 from phi4mm_jax.training import throughput
 from phi4mm_jax.training.checkpointing import Checkpoints
-from phi4mm_jax.training.divergence import check_finite
+from phi4mm_jax.training.divergence import ZeroGradientCheck, check_finite
 from phi4mm_jax.training.dry_run import trainable_table
 from phi4mm_jax.training.evaluation import Evaluation
 from phi4mm_jax.training.export import export
@@ -595,7 +595,7 @@ def test_a_bad_sample_costs_no_step(recipe, tmp_path):
 def test_data_that_do_not_reach_what_is_trained(recipe, tmp_path):
     question = [message("user", "What?"), message("assistant", "This.")]
     write(tmp_path / "train.jsonl", [{"messages": question}] * 16)
-    with pytest.raises(InputError, match=r"gradients of all steps .* are 0: .*lora_speech"):
+    with pytest.raises(InputError, match=r"gradients of all logged steps .* are 0: .*lora_speech"):
         run(recipe, "data.epochs=null", "data.steps=3")
 
 
@@ -819,6 +819,134 @@ def test_what_has_diverged_is_not_saved(quick, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="a bad sample"):
         run(quick, *tame)
     assert Checkpoints(tmp_path / "tame" / CHECKPOINTS, None).last == 3
+
+
+def test_a_run_that_has_saved_nothing_may_be_begun_anew(quick, tmp_path, monkeypatch):
+    """Its first step failed, for want of memory say; a run with a checkpoint is what it was begun as."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "compile_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(quick)
+    others = ["seed=4", "data.packing.rows=2", f"model={TINY}/"]
+    assert run(quick, *others, "data.epochs=null", "data.steps=2") == 0
+    with pytest.raises(InputError, match="the run was begun with seed=4"):
+        run(quick, *others, "seed=5")
+
+
+def test_an_extended_run_that_fails_has_not_finished(quick, tmp_path, monkeypatch):
+    assert run(quick, "data.epochs=null", "data.steps=2") == 0
+    assert (tmp_path / "run" / "report.md").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("phi4mm_jax.utils.files.os.replace", lambda *_: os.write(-1, b""))
+        with pytest.raises(InputError, match=r"run: cannot be written .*rerun the same command"):
+            run(quick, "data.epochs=null", "data.steps=3")
+    assert not (tmp_path / "run" / "report.md").exists()
+    assert run(quick, "data.epochs=null", "data.steps=3") == 0
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_scores_stay_comparable(quick, tmp_path):
+    """Without its metric, a run would not know any more which of its checkpoints is the best."""
+    held = texts(tmp_path / "held.jsonl", [5])
+    steps = ["data.epochs=null", "data.steps=2"]
+    assert run(quick, *steps, f"evaluation={{sources: [{{path: {held}}}], every: 5, metric: cer, samples: 1}}") == 0
+    with pytest.raises(InputError, match=r"begun with evaluation\.metric='cer', and cannot be resumed with None"):
+        run(quick, *steps)
+
+
+@pytest.mark.parametrize(("log_every", "ends"), [(1, 10), (4, 12), (20, 20), (100, 24)])
+def test_a_run_without_gradients_ends_at_the_next_line_of_the_log(log_every, ends):
+    check = ZeroGradientCheck(["lora_vision"], 0, 24)
+    logged = sorted({*range(log_every, 25, log_every), 24})
+    for step in (s for s in logged if s < ends):
+        check.observe(step, 0.0)
+    with pytest.raises(InputError, match=rf"all logged steps up to {ends} are 0: the data do not reach .*lora_vision"):
+        check.observe(ends, 0.0)
+
+
+def test_a_run_of_few_steps_ends_without_gradients_too():
+    with pytest.raises(InputError, match="up to 3 are 0"):
+        ZeroGradientCheck(["lora_vision"], 0, 3).observe(3, 0.0)
+    later = ZeroGradientCheck(["lora_vision"], 0, 30)
+    later.observe(9, 0.5)
+    later.observe(10, 0.0)
+    ZeroGradientCheck(["lora_vision"], 1, 30).observe(10, 0.0)  # resumed
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_trained_is_held_once(quick, monkeypatch, resumed):
+    """Neither the parameters as they were read nor, after a checkpoint was, the initial state stay on the devices."""
+    steps = ["data.epochs=null", "trainable=[params/audio_projector, params/decoder/norm]", "dtype=bfloat16"]
+    if resumed:
+        assert run(quick, *steps, "data.steps=2") == 0
+    known = {id(x) for x in jax.live_arrays()}
+    held = []
+
+    def compiled(*_):
+        def stepped(state, frozen, batches, key):
+            given = {id(x) for x in jax.tree.leaves((state, frozen, batches, key))}
+            held.extend(x for x in jax.live_arrays() if id(x) not in given | known)
+            raise InputError("seen")
+
+        return stepped
+
+    monkeypatch.setattr(sft, "compile_step", compiled)
+    with pytest.raises(InputError, match="seen"):
+        run(quick, *steps, "data.steps=4")
+    assert sum(x.nbytes for x in held) < 1000, [(x.shape, x.dtype) for x in held]
+
+
+def test_a_state_that_exceeds_the_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    state = TrainState(jnp.int32(1), {"a": jnp.ones(2)}, ())
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1)
+    checkpoints.save(state, {})
+    checkpoints.close()
+    read = Checkpoints(tmp_path / "run" / CHECKPOINTS, 1)
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def restore(*_, **__):
+        raise full
+
+    monkeypatch.setattr(read._manager, "restore", restore)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        read.restore(1, state)
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_a_score_that_is_no_number_is_the_worst(tmp_path, higher_is_better):
+    checkpoints = Checkpoints(tmp_path / "run" / CHECKPOINTS, 3, higher_is_better)
+    for step, score in ((1, np.nan), (2, 0.5), (3, np.nan)):
+        checkpoints.save(TrainState(jnp.int32(step), {"a": jnp.ones(2)}, ()), {}, score)
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 3, higher_is_better, read_only=True).best == 2
+
+
+def test_an_evaluation_that_is_no_number_ends_the_run(quick, tmp_path, monkeypatch):
+    held = texts(tmp_path / "held.jsonl", [5])
+    monkeypatch.setattr(Evaluation, "__call__", lambda *_: {"evaluation_loss": np.nan})
+    with pytest.raises(InputError, match="the evaluation after step 1 gave evaluation_loss nan: the run has diverged"):
+        run(quick, f"evaluation={{sources: [{{path: {held}}}], every: 1}}")
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last is None
+
+
+def test_answers_are_dealt_out_over_the_sources(tiny, quick, tmp_path):
+    paths = [texts(tmp_path / f"held_{i}.jsonl", [5] * 6) for i in range(3)]
+    listed = ", ".join(f"{{path: {path}}}" for path in paths)
+    recipe = load_recipe(quick, [f"evaluation={{sources: [{listed}], every: 1, metric: cer, samples: 10}}"])
+    evaluation = Evaluation(recipe.evaluation, recipe.data, tiny.processor, tiny.module, tiny.variables)
+    assert len(evaluation._items) == 10
+
+
+def test_a_log_that_cannot_be_written_says_so(tmp_path):
+    log = MetricsLog(tmp_path / "run", 0)
+    log._file.close()
+    log._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(InputError, match=r"metrics\.jsonl: cannot be written \(No space left.*make room"):
+        log.write(1, {"loss": 1.0})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").write_text("")
+    with pytest.raises(InputError, match="tensorboard: cannot be written"):
+        MetricsLog(tmp_path / "other", 0)
 
 
 def slow_steps(monkeypatch, seconds: float, peak: float | None = None) -> list[int]:
