@@ -6,9 +6,9 @@ one that is spread over all. They are placed by Ray on all hosts of its cluster,
 the model at the same path, and the media that the lines name.
 
 The input is a file, a folder or a quoted glob, here or at a URL (gs://, s3://, ...). Its lines are those of infer.batch
-(`python -m infer.batch --help` tells them). Of Parquet the columns are named as the keys of a line; "messages" may be
-JSON, and "images" and "audios" may hold the bytes of files. Without an id a line has the name of its file and its
-number, from 0: "b.jsonl:12". Paths are relative to the file; media may be at URLs such as gs:// as well.
+(`python -m infer.batch --help` tells them). Of Parquet the columns are named as the keys of a line; "messages" and
+"grammar" may be JSON, and "images" and "audios" may hold the bytes of files. Without an id a line has the name of its
+file and its number, from 0: "b.jsonl:12". Paths are relative to the file; media may be at URLs such as gs:// as well.
 
 The output is a folder, here or at a URL, of parts such as part-000000.jsonl, which have the answers in the order in
 which they come: lines as of infer.batch, or with --output-format parquet their keys as columns. A part is written

@@ -29,7 +29,7 @@ _REQUEST = {
     "max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter",
     "continue_final_message", "grammar", "draft",
 }  # fmt: skip
-_KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
+KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def request_of(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Reques
         InputError: a key is not known, or its value is not one that it may have.
     """
     values = {key: value for key, value in values.items() if value is not None}
-    if unknown := sorted(values.keys() - _KEYS):
-        raise InputError(f"{unknown[0]!r} is not known; expected some of {', '.join(sorted(_KEYS))}")
+    if unknown := sorted(values.keys() - KEYS):
+        raise InputError(f"{unknown[0]!r} is not known; expected some of {', '.join(sorted(KEYS))}")
     if ("prompt" in values) == ("messages" in values):
         raise InputError("expected either a prompt or messages, not both" if "prompt" in values else
                          "expected a prompt or messages")  # fmt: skip

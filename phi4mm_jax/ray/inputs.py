@@ -185,10 +185,11 @@ def _chunk_lines(file: Any, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
 
 
 def _parquet_lines(file: Any, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-    """Rows as lines of JSON; columns that no request has are left out, and messages may be JSON themselves."""
+    """Yield rows as lines of JSON; messages and grammar may be JSON themselves."""
     table = pq.ParquetFile(file).read_row_group(chunk.start)
     for number, row in enumerate(table.to_pylist(), chunk.number):
-        if isinstance(row.get("messages"), str):
-            with contextlib.suppress(ValueError, RecursionError):  # else that row's error
-                row["messages"] = parse_json(row["messages"])
+        for name in ("messages", "grammar"):
+            if isinstance(row.get(name), str):
+                with contextlib.suppress(ValueError, RecursionError):  # else that row's error
+                    row[name] = parse_json(row[name])
         yield number, json.dumps(as_json(row)).encode()

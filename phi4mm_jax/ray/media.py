@@ -9,14 +9,11 @@ from typing import Any
 import ray
 
 from phi4mm_jax.engine import Request
+from phi4mm_jax.engine.jsonl import KEYS
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.storage import SCHEMES, read_file
 
-REQUEST = {  # columns that make a request, as the keys of a line of a request file; others are passed on
-    "prompt", "messages", "images", "audios", "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty", "seed", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter", "logprobs",
-    "continue_final_message", "draft",
-}  # fmt: skip
+REQUEST = KEYS - {"id"}  # columns that make a request; others are passed on
 _REMOTE = re.compile(rf"({'|'.join(SCHEMES)}):/+", re.IGNORECASE)
 _KINDS = {  # keys that hold a medium in a message's content, and its kind
     "image": "image", "image_url": "image", "audio": "audio", "audio_url": "audio", "video": "video",
@@ -36,6 +33,8 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = [_inlined(medium, kind) for medium in found[name] if medium is not None]
     if isinstance(found.get("messages"), list):
         found["messages"] = _parts(found["messages"])
+    if isinstance(found.get("grammar"), Mapping):  # a column has every kind that a row of it has
+        found["grammar"] = {kind: value for kind, value in found["grammar"].items() if value is not None}
     return found
 
 

@@ -18,6 +18,7 @@ import pytest
 from helpers.environment import ONE_DEVICE
 from helpers.paths import FIXTURES, TINY
 
+from infer import batch as program
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
@@ -31,7 +32,7 @@ import ray
 from phi4mm_jax.ray import Answer
 from phi4mm_jax.ray.chips import restrict_to_chips
 from phi4mm_jax.ray.inputs import index_file, key_of, read_chunk
-from phi4mm_jax.ray.media import as_json, fetch_remote
+from phi4mm_jax.ray.media import REQUEST, as_json, fetch_remote
 from phi4mm_jax.ray.parts import Parts, index_part
 from phi4mm_jax.ray.run import Engines, index_files, place_engines, settle
 from phi4mm_jax.ray.storage import find_files
@@ -99,6 +100,25 @@ def test_messages_in_columns_that_have_nulls(answer, engine):
     chat = [{"role": "user", "content": [{"type": "image", "image": str(IMAGE)}, {"type": "text", "text": "read"}]}]
     ((_, expected),) = engine.run(iter([Request(chat, max_new_tokens=3)]))
     assert found[0]["tokens"] == expected.tokens
+
+
+def test_columns_of_a_request_are_the_keys_of_a_line():
+    _, _, text = program.__doc__.partition("is an object:")
+    named = json.loads(text.partition('"messages"')[0])
+    assert named.keys() | {"messages", "continue_final_message"} == REQUEST | {"id"}
+
+
+def test_grammars_in_columns_are_obeyed(answer):
+    """A struct has nulls for the kinds that a row does not have."""
+    pytest.importorskip("llguidance")
+    grammars = [{"regex": "[0-9]{2}"}, {"choice": ["left", "right"]}, None]
+    digits, side, free = ask(
+        answer, pa.table({"prompt": [prompt("x")] * 3, "grammar": grammars, "max_new_tokens": [20] * 3})
+    )  # fmt: skip
+    assert re.fullmatch("[0-9]{2}", digits["text"]), digits
+    assert side["text"] in ("left", "right"), side
+    assert free["error"] is None
+    assert free["text"] not in (digits["text"], side["text"])
 
 
 def test_a_bad_row_is_an_error_of_its_own(answer):
@@ -199,6 +219,12 @@ def test_rows_of_parquet_are_lines(tmp_path):
         {"id": 6, "prompt": "b", "images": []},
         {"id": 7, "prompt": "c"},
     ]
+    grammars = ['{"choice": ["a", "b"]}', "no JSON", None]
+    pq.write_table(pa.table({"prompt": ["a"] * 3, "messages": ["[1]"] * 3, "grammar": grammars}), path)
+    index = index_file("in.parquet", str(path), DEFAULTS)
+    rows = [json.loads(row["line"]) for row in read_chunk(index.chunks[0], wanted(3)).to_pylist()]
+    assert [row["messages"] for row in rows] == [[1]] * 3
+    assert [row.get("grammar") for row in rows] == [{"choice": ["a", "b"]}, "no JSON", None]
     pq.write_table(table.append_column("page", pa.array([1, 2, 3])), path)
     with pytest.raises(InputError, match="column 'page' is not known"):
         index_file("in.parquet", str(path), DEFAULTS)
