@@ -6,8 +6,8 @@ from the beginning of speech in it to its end: with a shorter --pause or --clip-
 
 With --output FOLDER each recording has a file there for each --format, named as the recording; without it the one
 recording goes to standard output. Rerun the same command to resume a run that was stopped: what is there is kept,
-unless its recording is newer; transcripts of another model or other settings are an error (FOLDER has
-transcripts.settings.json, which tells them). A recording that cannot be transcribed stops no other; the exit status is
+unless its recording is newer; transcripts of another model or other settings in FOLDER, of whatever recordings, are
+an error (its transcripts.settings.json tells them). A recording that cannot be transcribed stops no other; the exit status is
 then 1.
 
 json has the keys of OpenAI's verbose_json: segments with start, end, text, tokens and avg_logprob.
@@ -37,7 +37,7 @@ from phi4mm_jax.commands.options import (
     user_adapters_of,
 )
 from phi4mm_jax.engine import Engine, EngineConfig, Request, Sampling
-from phi4mm_jax.engine.provenance import check_settings, settings_of
+from phi4mm_jax.engine.provenance import check_settings, settings_of, settings_path
 from phi4mm_jax.processing.audio import announced_seconds
 from phi4mm_jax.processing.recordings import CutSettings, RecordedClip, check_detector
 from phi4mm_jax.transcription.recognition import Transcript, clip_request, transcribe
@@ -50,6 +50,7 @@ from phi4mm_jax.utils.progress import clock, seconds_bar
 from phi4mm_jax.utils.strict_json import strict_json
 
 FORMATS = ("txt", "srt", "vtt", "json")
+_TRANSCRIPTS = "transcripts"  # what the file of their settings is named after
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def is_done(job: Job) -> bool:
 
 
 def prepare(arguments: argparse.Namespace, jobs: Sequence[Job], instruction: str) -> None:
-    """Make the output's folder; check that what it has is of these settings.
+    """Make the output's folder; check that all transcripts in it are of these settings.
 
     Raises:
         InputError: it is not, or cannot be written to.
@@ -156,12 +157,20 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job], instruction: str
         adapter=adapter_of(arguments, use_given=True), user_adapters=user_adapter_digests(arguments),
         **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
-    has_answers = any(path.exists() for job in jobs for path in job.outputs.values())
     try:
         make_folder(arguments.output)
-        check_settings(arguments.output / "transcripts", settings, has_answers=has_answers)
+        asked_before = any(path.exists() for job in jobs for path in job.outputs.values())
+        has_answers = asked_before or has_transcripts(arguments.output)
+        check_settings(arguments.output / _TRANSCRIPTS, settings, has_answers=has_answers)
     except OSError as error:
         raise _unwritable(arguments.output, error) from error
+
+
+def has_transcripts(folder: Path) -> bool:
+    """Return whether a folder with settings may have transcripts of them, of whatever recordings."""
+    settings = settings_path(folder / _TRANSCRIPTS)
+    others = (path for path in folder.iterdir() if path != settings)
+    return settings.exists() and any(path.suffix[1:] in FORMATS for path in others)
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -38,7 +38,7 @@ class AnswerFile:
 
     Args:
         settings: returns the settings that answers depend on (see `settings_of`); kept beside the output, so that a run
-            with others is refused. Called once the output can be written.
+            with others is refused, whichever lines are answered. Called once the output can be written.
         form: of the answers: ours, or OpenAI's.
         retry: retry lines whose answer is an error.
 
@@ -101,11 +101,12 @@ class AnswerFile:
         """Read the existing answers, and find the lines left to do."""
         self._state = bytearray(self.total)  # of each line
         media, cut = array("Q", bytes(8 * self.total)), bytearray(self.total)
-        changed, repeated, in_order, count = None, False, True, 0
+        changed, repeated, in_order, count, others = None, False, True, 0, False
         for record in read_records(self.path, self._form, self._file.fileno()):
             place = self._index.places.get(record.key)
             if place is None:
                 repeated |= self._is_stale(record)
+                others |= not record.failed
                 continue
             if self._state[place]:
                 repeated = True
@@ -119,7 +120,7 @@ class AnswerFile:
                 self._state[place], media[place], cut[place] = _ANSWERED, digest_number(record.media), record.cut
                 changed = changed or (None if same else (record.key, place))
         if self._settings is not None:
-            self._check_settings(self._settings())
+            self._check_settings(self._settings(), has_answers=others or _ANSWERED in self._state)
         if changed is not None:
             key, place = changed
             raise InputError(
@@ -150,9 +151,9 @@ class AnswerFile:
         at = bisect_left(numbers, number)
         return at < len(numbers) and numbers[at] == number
 
-    def _check_settings(self, now: Settings) -> None:
+    def _check_settings(self, now: Settings, *, has_answers: bool) -> None:
         try:
-            check_settings(self.path, now, has_answers=_ANSWERED in self._state)
+            check_settings(self.path, now, has_answers=has_answers)
         except OSError as error:
             raise self._unwritable(error) from error
 

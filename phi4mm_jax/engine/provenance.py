@@ -33,6 +33,11 @@ def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = N
     return {"model": str(model), "weights": weights, **settings, "sampling": list(asdict(Sampling()).values())}
 
 
+def settings_path(output: Path) -> Path:
+    """Return the path of the file that has the settings of an output's answers."""
+    return output.with_name(f"{output.name}.settings.json")
+
+
 def check_settings(output: Path, now: Settings, *, has_answers: bool) -> None:
     """Check that an output's answers are of these settings; without answers write the settings beside it.
 
@@ -40,7 +45,7 @@ def check_settings(output: Path, now: Settings, *, has_answers: bool) -> None:
         InputError: the answers are of other settings, or their settings cannot be read.
         OSError: the settings cannot be written.
     """
-    path = output.with_name(f"{output.name}.settings.json")
+    path = settings_path(output)
     if not has_answers:
         write_atomically(path, strict_json(now) + "\n")
         return

@@ -390,6 +390,10 @@ def test_answers_of_another_model_or_setting_are_not_mixed(tmp_path, engine):
         with pytest.raises(InputError, match=rf"out: its answers are of another {name} \(was .*, now .*\); give"):
             begin(**changed)
     assert output.read_bytes() == whole
+    write(source, [{"id": "of another input", "prompt": "c"}])
+    with pytest.raises(InputError, match=r"out: its answers are of another dtype"):
+        begin(dtype="bfloat16")
+    begin()  # of the same settings it may have answers of other inputs
     (tmp_path / "out.settings.json").unlink()
     with pytest.raises(InputError, match=r"out.settings.json, which tells .* is missing"):
         begin()

@@ -97,6 +97,26 @@ def test_a_newer_recording_is_transcribed_again(monkeypatch, tmp_path, engine, c
     assert f"{tmp_path / 'a.wav'}: what is said at 0:00:00 is cut off by --max-new-tokens 1" in capfd.readouterr().err
 
 
+def test_transcripts_of_other_settings_are_not_mixed(monkeypatch, tmp_path, engine, capfd):
+    """Those of other recordings, and in other formats, count; without any a folder takes other settings."""
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", recording(held_clips(1))[0], RATE)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("of the user's own\n")
+    given = ["--prompt", "hear", "--output", out]
+    assert run(monkeypatch, *given, tmp_path / "a.wav") == 0
+    settings = (out / "transcripts.settings.json").read_bytes()
+    for more in ([tmp_path / "b.wav"], [tmp_path / "a.wav", "--format", "srt"]):
+        assert run(monkeypatch, *given, "--max-new-tokens", 9, *more) == 2
+        assert "its answers are of another max_new_tokens (was 512, now 9)" in capfd.readouterr().err
+    assert (out / "transcripts.settings.json").read_bytes() == settings
+    assert {path.name for path in out.iterdir()} == {"a.txt", "notes.txt", "transcripts.settings.json"}
+    for path in out.glob("*.txt"):
+        path.unlink()
+    assert run(monkeypatch, *given, "--max-new-tokens", 9, tmp_path / "b.wav") == 0
+
+
 def test_ctrl_c_leaves_no_half_written_file(monkeypatch, tmp_path, engine):
     """The recording that was done before is there."""
     for name in ("a", "b"):
