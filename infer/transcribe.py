@@ -7,8 +7,8 @@ from the beginning of speech in it to its end: with a shorter --pause or --clip-
 With --output FOLDER each recording has a file there for each --format, named as the recording; without it the one
 recording goes to standard output. Rerun the same command to resume a run that was stopped: what is there is kept,
 unless its recording is newer; transcripts of another model or other settings in FOLDER, of whatever recordings, are
-an error (its transcripts.settings.json tells them). A recording that cannot be transcribed stops no other; the exit status is
-then 1.
+an error (its transcripts.settings.json tells them). A recording that cannot be transcribed stops no other; the exit
+status is then 1.
 
 json has the keys of OpenAI's verbose_json: segments with start, end, text, tokens and avg_logprob.
 """

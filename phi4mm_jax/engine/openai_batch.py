@@ -13,8 +13,7 @@ _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
 _SAME = ("temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
          "continue_final_message", "draft")  # same keys as ours  # fmt: skip
 _NOTHING = {  # keys that change no answer, whatever their value
-    "model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
-    "prompt_cache_key", "stream_options",
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
 }  # fmt: skip
 _USUAL = {  # keys that change none with these values
     "n": (1,), "stream": (False,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
@@ -48,7 +47,6 @@ def keys_of_body(body: Mapping[str, Any], prompt: Literal["messages", "prompt"])
     Raises:
         InputError: a key that would change the answer is not known here.
     """
-    single = body.get("parallel_tool_calls") is False
     body = {key: value for key, value in body.items() if value is not None and key not in _NOTHING}
     found = {key: body.pop(key) for key in (prompt, *_SAME) if key in body}
     if prompt not in found:
@@ -63,12 +61,21 @@ def keys_of_body(body: Mapping[str, Any], prompt: Literal["messages", "prompt"])
         found["stop_tokens"] = body.pop("stop_token_ids")
     tools, choice = body.pop("tools", None), body.pop("tool_choice", "auto")
     answer = _answer_grammar(body.pop("response_format", None), body.pop("structured_outputs", None))
-    grammar = _with_calls(answer, tools, choice, 1 if single else None)
+    parallel = body.pop("parallel_tool_calls", True)
+    if not isinstance(parallel, bool):
+        raise InputError(f"body.parallel_tool_calls is {parallel!r:.60}; expected true or false")
+    grammar = _with_calls(answer, tools, choice, None if parallel else 1)
     if grammar is not None:
         found["grammar"] = {grammar.kind: grammar.text}
     tools = None if choice == "none" else tools
-    if tools and isinstance(found[prompt], list):  # another kind of messages is an error of its own
-        found[prompt] = with_tools(found[prompt], tools)
+    messages = found[prompt] if isinstance(found[prompt], list) else []  # another kind is an error of its own
+    if tools and messages:
+        messages = found[prompt] = with_tools(messages, tools)
+    if not parallel and grammar is None and any(isinstance(m, Mapping) and m.get("tools") for m in messages):
+        raise InputError(
+            f"body.parallel_tool_calls is False, which the free answers of tool_choice {choice!r} need not obey; leave "
+            "it out, set tool_choice to required or a function, or give a response_format"
+        )
     continued = bool(found.get("continue_final_message", False))
     if body.pop("add_generation_prompt", not continued) is continued:
         raise InputError(f"body.add_generation_prompt is {continued}, which goes with no answer; leave it out")

@@ -204,6 +204,13 @@ def test_lines_ask_for_grammars_in_our_form_and_openais(tmp_path):
         ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar.lark('start: "a"')),
         ({"structured_outputs": {"json": SCHEMA}, "tools": tools, "tool_choice": "none"}, schema),
         ({"tools": tools}, None),
+        ({"tools": tools, "parallel_tool_calls": True}, None),
+        ({"parallel_tool_calls": False}, None),  # there are no tools to call
+        ({"tools": tools, "parallel_tool_calls": False, "tool_choice": "none"}, None),
+        ({"tools": tools, "parallel_tool_calls": False}, "body.parallel_tool_calls is False, .* tool_choice 'auto'"),
+        ({"messages": [{"role": "system", "content": "s", "tools": tools}, *messages], "parallel_tool_calls": False},
+         "body.parallel_tool_calls is False, .* tool_choice 'auto'"),
+        ({"parallel_tool_calls": "no"}, "body.parallel_tool_calls is 'no'; expected true or false"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}},
          "body.response_format.json_schema.schema is not usable: .*Unimplemented keys"),
         ({"response_format": {"type": "yaml"}}, "body.response_format is {'type': 'yaml'}; expected"),
@@ -235,6 +242,21 @@ def test_answers_with_a_schema_may_call_tools_instead(tiny):
     for answer in ('{"name": "x", "age": 20, "tags": ["a", "b"]}', call):
         matcher = start_matcher(Grammar.of(keys["grammar"]), *started)
         assert can_write(matcher, tokenizer.encode(answer, special=True)), answer
+
+
+@pytest.mark.parametrize(
+    "asked", [{"tool_choice": "required"}, {"response_format": {"type": "json_object"}}], ids=["required", "format"]
+)
+def test_answers_call_one_tool_where_parallel_calls_are_off(tiny, asked):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"messages": [{"role": "user", "content": "Hello"}], "tools": tools, **asked}
+    tokenizer, config = tiny.processor.tokenizer, tiny.config
+    started = (tokenizer, config.decoder.vocab_size, config.stop_token_ids)
+    call = '{"name": "f", "arguments": {}}'
+    two = tokenizer.encode(f"<|tool_call|>[{call}, {call}]<|/tool_call|>", special=True)
+    for parallel, is_allowed in ((True, True), (False, False)):
+        keys = keys_of_body(body | {"parallel_tool_calls": parallel}, "messages")
+        assert can_write(start_matcher(Grammar.of(keys["grammar"]), *started), two) is is_allowed
 
 
 def test_options_of_generate(tmp_path, monkeypatch):
