@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -122,21 +123,28 @@ class Answer:
         return completion if completion.error is None else f"{line.where}: {completion.error}"
 
     async def _answer_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        given = {key: value for key, value in row.items() if key in REQUEST and value is not None}
         try:
-            values = await asyncio.to_thread(as_json, self._defaults | given)
-            text = json.dumps(values).encode()
+            line = await asyncio.to_thread(self._line_of, row)  # reads and encodes media
         except (InputError, TypeError) as error:
             return {"error": str(error)}
-        name = row.get("id")  # what a row without a seed draws by
-        if not isinstance(name, str) and not is_whole(name):
-            name = blake2b(text).hexdigest()
-        text = json.dumps({"id": name, **values}).encode()
-        line = parse_line(0, text, Path(), self.settings)
         found = await self.answer_line(line)
         if isinstance(found, str):
             return {"error": found.removeprefix(f"{line.where}: ")}
         return answer_of(line, found, "plain")
+
+    def _line_of(self, row: Mapping[str, Any]) -> Line:
+        """Return a row as a line of a request file; without a digest, which no column of its answer has.
+
+        Raises:
+            InputError, TypeError: a medium cannot be read, or is nothing that JSON has.
+        """
+        given = {key: value for key, value in row.items() if key in REQUEST and value is not None}
+        values = as_json(self._defaults | given)
+        name = row.get("id")  # what seeds a row without a seed
+        if not isinstance(name, str) and not is_whole(name):
+            name = blake2b(json.dumps(values).encode()).hexdigest()
+        text = json.dumps({"id": name, **values}).encode()
+        return replace(parse_line(0, text, Path(), self.settings), digest=None)
 
     async def _complete(self, request: Request) -> Completion:
         request = await asyncio.to_thread(fetch_remote, request)

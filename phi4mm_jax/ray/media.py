@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from phi4mm_jax.engine import Request
 from phi4mm_jax.engine.jsonl import KEYS
@@ -25,7 +26,7 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """A row as a line of a request file has it: without nulls, and media that are bytes as data URLs.
 
     Raises:
-        InputError: a reference holds something else than the bytes of a file.
+        InputError: a reference holds something else than the bytes of a file, or cannot be read.
     """
     found = {key: value for key, value in values.items() if value is not None}
     for name, kind in (("images", "image"), ("audios", "audio")):
@@ -66,7 +67,12 @@ def _inlined(medium: Any, kind: str) -> Any:
         given = {key: inner for key, inner in medium.items() if inner is not None}
         return _inlined(given["bytes"], kind) if "bytes" in given else given.get("path", given)
     if isinstance(medium, ray.ObjectRef):
-        medium = ray.get(medium)
+        try:
+            medium = ray.get(medium)
+        except RayError as error:
+            cause = getattr(error, "cause", None) or error  # what the task that was to make it has raised
+            text = " ".join(f"{type(cause).__name__}: {cause}".split())
+            raise InputError(f"{kind}: its reference cannot be read ({text:.600}); put it again") from error
         if not isinstance(medium, bytes | bytearray | memoryview):
             raise InputError(
                 f"{kind}: its reference holds a {type(medium).__name__}; put a file's bytes into the object store"

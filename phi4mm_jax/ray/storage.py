@@ -75,7 +75,7 @@ def read_file(url: str) -> bytes:
     try:
         with storage.open_input_file(path) as file:
             return file.read()
-    except (OSError, pyarrow.ArrowException) as error:
+    except Exception as error:  # of whichever library reads it
         raise InputError(f"{url:.200}: cannot be read ({error!s:.200}); check the URL and its permissions") from error
 
 

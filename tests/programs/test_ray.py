@@ -28,6 +28,8 @@ pytest.importorskip("ray", reason="ray is not installed; it is in the extra ray"
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from phi4mm_jax.ray import Answer
 from phi4mm_jax.ray.chips import restrict_to_chips
@@ -141,6 +143,28 @@ def test_a_bad_row_is_an_error_of_its_own(answer):
         asyncio.run(answer({"prompt": np.array(["x"])}))
 
 
+def test_a_lost_reference_is_an_error_of_its_row(answer, monkeypatch):
+    """A task that failed, and an object that is gone; the event loop reads no media for a digest."""
+    failed = RayTaskError("make", "traceback\nmore", ValueError("no such page"))
+    unmade, lost, good = (ray.ObjectRef(bytes([i]) * 28) for i in range(1, 4))
+
+    def get(reference):
+        if reference == good:
+            return IMAGE.read_bytes()
+        raise failed if reference == unmade else ObjectLostError(lost.hex(), None, "")
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr("phi4mm_jax.engine.answer_lines.media_fingerprint", lambda _: pytest.fail("reads media"))
+    media = ArrowPythonObjectArray.from_objects([[unmade], [lost], [good], [str(IMAGE)]])
+    table = pa.table({"prompt": [prompt("x", "<|image_1|>")] * 4, "images": media})
+    first, second, third, fourth = ask(answer, table)
+    assert first["error"] == "image: its reference cannot be read (ValueError: no such page); put it again"
+    assert second["error"].startswith("image: its reference cannot be read (ObjectLostError: ")
+    assert third["error"] is None
+    assert fourth["error"] is None
+    assert len(third["tokens"]) == len(fourth["tokens"]) == 3
+
+
 def test_batches_in_flight_share_the_slots(answer):
     """A batch that comes later is through before one that draws long: nobody waits for the first batch's end."""
     ended = []
@@ -167,7 +191,7 @@ def test_references_and_bytes_become_data_urls(monkeypatch):
         as_json({"audios": [reference]})
 
 
-def test_media_at_urls_are_fetched(tmp_path):
+def test_media_at_urls_are_fetched(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"abc")
     url = f"local://{path}"
@@ -179,6 +203,13 @@ def test_media_at_urls_are_fetched(tmp_path):
     assert [found[0]["image"], found[1]["image_url"]["url"]] == [b"abc", b"abc"]
     with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
         fetch_remote(Request("x", images=[f"{url[:-5]}gone.png"]))
+
+    def refuse(*_, **__):
+        raise RuntimeError("a library's own")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", refuse)
+    with pytest.raises(InputError, match=r"a\.png: cannot be read \(a library's own\)"):
+        fetch_remote(Request("x", images=[url]))
 
 
 # ---------------------------------------------------------------------------------------------- files
