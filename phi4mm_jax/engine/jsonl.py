@@ -11,6 +11,7 @@ import stat
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,14 @@ class RequestFile:
         index: see `LineIndex`.
 
     Raises:
-        InputError: the file cannot be read, or changes meanwhile.
+        InputError: the file cannot be read, or has changed in an iteration since the first.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         self._path, self._settings = path, settings
         self._duplicates: dict[int, int] | None = None
         self._source = path
-        try:
+        with self._readable():
             if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe gives its lines only once
                 self._copy = tempfile.NamedTemporaryFile()  # noqa: SIM115 - it lives as long as this object
                 with path.open("rb") as file:
@@ -109,9 +110,7 @@ class RequestFile:
                     raise InputError(
                         f"{path}: is no text in UTF-8; expected a file of lines of JSON, one for each prompt"
                     )
-            self.index = LineIndex(self)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        self.index = LineIndex(self)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,7 +120,7 @@ class RequestFile:
         seen: dict[Any, int] = {}
         duplicates = {} if known is None else known
         place = 0
-        with self._source.open("rb") as file:
+        with self._readable(), self._source.open("rb") as file:
             for number, text in enumerate(file):
                 text = text.removeprefix(codecs.BOM_UTF8) if number == 0 else text
                 if not text.strip():
@@ -131,11 +130,29 @@ class RequestFile:
                     duplicates[number] = first
                 if number in duplicates:
                     line = _duplicate(line, duplicates[number])
-                if known is not None and self.index.digests[place] != digest_number(line.digest):
-                    raise InputError(f"{self._path}: {line.where} has changed since the run began; run again")
+                if known is not None:
+                    self._check(place, line)
                 place += 1
                 yield line
+        if known is not None and place < len(self.index):
+            raise self._changed("has fewer lines than when")
         self._duplicates = duplicates
+
+    def _check(self, place: int, line: Line) -> None:
+        if place >= len(self.index):
+            raise self._changed("has more lines than when")
+        if self.index.digests[place] != digest_number(line.digest):
+            raise self._changed(f"{line.where} has changed since")
+
+    def _changed(self, cause: str) -> InputError:
+        return InputError(f"{self._path}: {cause} the run began; rerun the same command to resume")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be read ({error.strerror}); check the path") from error
 
 
 def read_requests(path: Path, *, max_new_tokens: int, **settings: Any) -> RequestFile:

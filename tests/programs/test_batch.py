@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,26 @@ def test_answers_to_other_requests_are_not_taken(tmp_path, engine):
         assert answers_of(tmp_path / "out") == found
     write(source, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}])
     assert answer(engine, source, tmp_path / "out")[:2] == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "cause"),
+    [
+        ([GOOD, GOOD | {"id": "b"}, GOOD | {"id": "c"}], "has more lines than when the run began"),
+        ([GOOD], "has fewer lines than when the run began"),
+        ([GOOD, GOOD | {"id": "b", "prompt": "new"}], "line 2 has changed since the run began"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+    ids=["more", "fewer", "other", "gone"],
+)
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path, changed, cause):
+    source = write(tmp_path / "in", [GOOD, GOOD | {"id": "b"}])
+    lines = read_requests(source, max_new_tokens=3)
+    source.unlink()
+    if changed is not None:
+        write(source, changed)
+    with pytest.raises(InputError, match=rf"^{re.escape(f'{source}: {cause}; ')}"):
+        list(lines)
 
 
 def test_log_probabilities_on_demand(tmp_path, engine):
