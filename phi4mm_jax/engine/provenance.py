@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from phi4mm_jax.checkpoint.peft import adapter_folders
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.media_urls import is_path, with_sources
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.fingerprint import file_fingerprint, weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json
 
 Settings = Mapping[str, Any]
-_NEVER_MEDIA = ("text", "role", "type")  # keys of a message's parts
 
 
 def settings_of(model: str | Path, adapters: Mapping[str, str | Path] | None = None, **settings: Any) -> dict[str, Any]:
@@ -79,33 +79,31 @@ def compare_settings(output: Path | str, file: str, before: Any, now: Settings) 
 def media_fingerprint(request: Request) -> str | None:
     """Return the digest of a request's media files; None if it has none, or one is missing."""
     sources: list[str] = [m for m in (*request.images, *request.audios) if isinstance(m, str)]
+
+    def note(source: str) -> str:
+        sources.append(source)
+        return source
+
     if isinstance(request.prompt, list):
-        for message in request.prompt:
-            sources += _strings(message.get("content") if isinstance(message, dict) else None)
+        with_sources([m.get("content") for m in request.prompt if isinstance(m, dict)], note)
     state, found = hashlib.blake2b(digest_size=8), False
-    for source in sources:
-        path = Path(source.removeprefix("file://"))
-        try:
-            if len(source) > _LONGEST_PATH or not path.exists():
-                continue
-            files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-            for file in files:
+    try:
+        for path in filter(None, map(_file_of, sources)):
+            if not path.exists():
+                return None
+            for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
                 state.update(file_fingerprint(file) if file.is_file() else b"")
                 found = True
-        except (OSError, ValueError):
-            return None
+    except (OSError, ValueError):
+        return None
     return state.hexdigest() if found else None
 
 
-_LONGEST_PATH = 4096
+def _file_of(source: str) -> Path | None:
+    """Return the path of a medium; None of one without a file, and of file URLs with escapes or a host.
 
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield the strings in a message's content that may be the path of a medium."""
-    if isinstance(value, list):
-        for part in value:
-            yield from [part] if isinstance(part, str) else _strings(part)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            if key not in _NEVER_MEDIA:
-                yield from [inner] if isinstance(inner, str) else _strings(inner)
+    Versions before did not read those URLs: the digests that outputs have are without them.
+    """
+    if source.startswith("file:///") and "%" not in source:
+        return Path(source.removeprefix("file://"))
+    return Path(source) if is_path(source) else None

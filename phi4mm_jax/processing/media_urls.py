@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -99,27 +99,37 @@ def decode_base64(where: str, data: str) -> bytes:
 # Paths in files of chats.
 
 
+_MEDIA = {"image", "audio", "video", "image_url", "audio_url", "video_url", "url", "path"}  # keys of a part, and in it
+
+
+def is_path(source: str) -> bool:
+    """Return whether a string is the path of a medium: no URL, no base64, and not empty."""
+    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
+    return bool(source) and not is_url and not is_base64(source)
+
+
 def path_in(source: str, folder: Path) -> str:
     """Resolve a path relative to the folder; return a URL, or base64, as it is."""
-    is_url = source[:5].lower() in ("data:", "file:") or "://" in source[:64]
-    return source if is_url or not source or is_base64(source) else str(folder / source)
+    return str(folder / source) if is_path(source) else source
 
 
 def with_paths(value: Any, folder: Path) -> Any:
     """Return messages, their content or one of its parts, with the paths of media resolved; nothing else changes."""
+    return with_sources(value, lambda source: path_in(source, folder))
+
+
+def with_sources(value: Any, change: Callable[[str], str]) -> Any:
+    """Return messages, their content or one of its parts, each string that stands for a medium changed, in order."""
     if isinstance(value, list):
-        return [with_paths(item, folder) for item in value]
+        return [with_sources(item, change) for item in value]
     if not isinstance(value, dict):
         return value
-    found = {}
-    for key in ("content", "image", "audio", "video", "image_url", "audio_url", "video_url", "url", "path"):
-        inner = value.get(key)
-        if isinstance(inner, str) and key != "content":
-            found[key] = path_in(inner, folder)
-        elif isinstance(inner, list) and key == "video":  # frames
-            found[key] = [
-                path_in(frame, folder) if isinstance(frame, str) else with_paths(frame, folder) for frame in inner
-            ]
-        elif isinstance(inner, list | dict):
-            found[key] = with_paths(inner, folder)
-    return {**value, **found}
+    return {key: _changed(key, inner, change) for key, inner in value.items()}
+
+
+def _changed(key: str, value: Any, change: Callable[[str], str]) -> Any:
+    if key in _MEDIA and isinstance(value, str):
+        return change(value)
+    if key == "video" and isinstance(value, list):  # frames
+        return [change(frame) if isinstance(frame, str) else with_sources(frame, change) for frame in value]
+    return with_sources(value, change) if key == "content" or key in _MEDIA else value

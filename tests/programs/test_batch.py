@@ -1,6 +1,7 @@
 """A batch of prompts in a file: an answer for each line, whatever the line, and however often the run was killed."""
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -25,8 +26,9 @@ from phi4mm_jax.commands.options import answer_settings
 from phi4mm_jax.engine import Completion, EngineConfig, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.jsonl import read_requests
-from phi4mm_jax.engine.provenance import compare_settings, settings_of
+from phi4mm_jax.engine.provenance import compare_settings, media_fingerprint, settings_of
 from phi4mm_jax.utils.compilation import keep_compiled
+from phi4mm_jax.utils.fingerprint import file_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SMALL = EngineConfig(slots=3, cache_tokens=4096, page_size=64, chunk=256, steps=4)
@@ -452,6 +454,47 @@ def test_answers_about_other_media_are_not_kept(tmp_path, engine):
             answer(engine, source, tmp_path / "out")
         (tmp_path / name).unlink()  # what is gone cannot be compared
         assert answer(engine, source, tmp_path / "out") == found
+
+
+def test_fingerprints_of_media(tmp_path, monkeypatch):
+    """One of all files in order, as versions before have written it, and none where a file is gone.
+
+    Strings of messages that name no medium are none, though there may be files of their names.
+    """
+    monkeypatch.chdir(tmp_path)
+    names = ("high", "a.png", "b.png", "c d.png", "e.flac", "frames/1.png", "frames/2.png")
+    (tmp_path / "frames").mkdir()
+    for name in names:
+        (tmp_path / name).write_text(name)
+    inline = data_url(IMAGE, "image/png")
+    content = [
+        "high", {"type": "text", "text": "high"}, {"type": "image", "image": inline},
+        {"type": "image_url", "image_url": {"url": "b.png", "detail": "high"}},
+        {"type": "image", "image": inline.partition(",")[2]}, {"type": "image", "image": {"path": "c d.png"}},
+        {"type": "image", "image": (tmp_path / "c d.png").as_uri()},  # not digested ever: it has an escape
+        {"type": "video", "video": ["frames/2.png"]}, {"type": "video", "video": "frames"},
+        {"type": "audio_url", "audio_url": f"file://{tmp_path}/e.flac"},
+    ]  # fmt: skip
+    request = Request([{"role": "user", "content": content}], images=["a.png", inline])
+    digested = ("a.png", "b.png", "c d.png", "frames/2.png", "frames/1.png", "frames/2.png", "e.flac")
+    expected = hashlib.blake2b(b"".join(file_fingerprint(tmp_path / n) for n in digested), digest_size=8).hexdigest()
+    assert media_fingerprint(request) == expected
+    (tmp_path / "high").unlink()
+    assert media_fingerprint(request) == expected
+    for name in ("a.png", "b.png", "e.flac"):
+        (tmp_path / name).rename(tmp_path / "aside")
+        assert media_fingerprint(request) is None
+        (tmp_path / "aside").rename(tmp_path / name)
+    assert media_fingerprint(Request("x", images=[inline])) is None
+
+
+def test_a_line_whose_other_medium_is_gone_is_resumed(tmp_path, engine):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(IMAGE.read_bytes())
+    source = write(tmp_path / "in", [{"prompt": "<|image_1|><|image_2|>", "images": ["a.png", "b.png"]}])
+    found = answer(engine, source, tmp_path / "out")
+    (tmp_path / "b.png").unlink()
+    assert answer(engine, source, tmp_path / "out") == found
 
 
 def test_lines_of_openai(tmp_path, engine):
