@@ -105,7 +105,8 @@ class Settings:
 
     def request(self, turn: int, room: int) -> Request:
         limit = min(self.max_new_tokens, room)
-        sampling = replace(self.sampling, stream=turn)
+        seeded = self.sampling.seed is not None  # else by the prompt, which each turn has another of
+        sampling = replace(self.sampling, stream=turn) if seeded else self.sampling
         return Request(
             "", max_new_tokens=limit, sampling=sampling, stop=self.stop, adapter=self.adapter, draft=self.draft
         )
@@ -369,7 +370,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top-k", metavar="N", type=int, default=0)
     parser.add_argument("--top-p", metavar="X", type=float, default=1.0)
-    parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
+    parser.add_argument("--seed", metavar="N", type=int, help="of sampling; by default it follows from the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     return parser.parse_args()
 

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add_adapter(parser, "by default the one that is loaded, else that of the media")
     add_adapter_folder(parser)
     add_draft(parser)
-    parser.add_argument("--seed", metavar="N", type=int, help="of the draws; by default they go by the prompt")
+    parser.add_argument("--seed", metavar="N", type=int, help="of sampling; by default it follows from the prompt")
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="may be given several times")
     parser.add_argument("--json-schema", metavar="FILE", type=path_argument, help="a JSON schema that the answer obeys")
     parser.add_argument("--regex", metavar="PATTERN", help="a regular expression that the whole answer matches")

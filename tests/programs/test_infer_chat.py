@@ -18,7 +18,7 @@ from PIL import Image
 from infer import chat
 from infer.chat import Conversation, Settings, Turn, converse, prepare
 from phi4mm_jax import InputError
-from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.engine import EngineConfig, Request, Sampling
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Tokens
 
@@ -322,11 +322,25 @@ def test_earlier_answers_come_back_as_the_tokens_that_were_drawn(tiny):
     assert row.media == ()
 
 
-def test_each_turn_draws_anew():
-    settings = Settings(max_new_tokens=9)
+def test_each_turn_samples_anew():
+    """By the seed and the number of the turn."""
+    settings = Settings(max_new_tokens=9, sampling=Sampling(2.0, seed=3))
     first, second = settings.request(0, 5), settings.request(1, 50)
     assert (first.max_new_tokens, second.max_new_tokens) == (5, 9)
-    assert first.sampling.stream != second.sampling.stream
+    assert (first.sampling, second.sampling) == (Sampling(2.0, seed=3, stream=0), Sampling(2.0, seed=3, stream=1))
+
+
+def test_conversations_without_a_seed_sample_by_their_prompts(tiny, engine):
+    """As a request of its own with the same messages does, and not by a seed that all conversations share."""
+    sampling, messages = Sampling(30.0), []
+    terminal = Terminal("Hello", "And?")
+    conversation = terminal.talk(tiny.processor, engine, Settings(max_new_tokens=6, sampling=sampling))
+    for turn in conversation.turns:
+        messages.append({"role": "user", "content": turn.text})
+        ((_, expected),) = engine.run([Request(list(messages), max_new_tokens=6, sampling=sampling)])
+        assert turn.answer == expected.text
+        messages.append({"role": "assistant", "content": Tokens(turn.tokens)})
+    assert len(conversation.turns) == 2
 
 
 @pytest.mark.parametrize(
