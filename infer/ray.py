@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--write-seconds", metavar="N", type=float, default=30.0,
-        help="seconds that an answer waits for others to be written with (default: %(default)g)",
+        help="seconds that an answer waits, at most, for others to be written with (default: %(default)g)",
     )  # fmt: skip
     add_precision(parser)
     parser.add_argument(
@@ -104,6 +104,8 @@ def main() -> int:
             raise phi4mm_jax.InputError(
                 f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected a positive whole number"
             )
+    if not arguments.write_seconds >= 0:
+        raise phi4mm_jax.InputError(f"--write-seconds is {arguments.write_seconds:g}; expected 0 or more seconds")
     sizes = {name: getattr(arguments, name) for name in ("slots", "cache_tokens", "cache_dtype", "beams")}
     adapter = adapter_of(arguments)
     sizes |= user_adapter_sizes(arguments) | {"draft_tokens": draft_tokens_of(arguments)}

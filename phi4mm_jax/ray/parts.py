@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-import time
+import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -64,8 +64,10 @@ class Parts:
         self.storage, self._folder = open_storage(url)
         self.answers = self.errors = 0
         self._waiting: list[bytes] = []
-        self._seconds = seconds
-        self._since = 0.0
+        self._seconds = min(seconds, threading.TIMEOUT_MAX)
+        self._timer: threading.Timer | None = None  # of the first that waits
+        self._is_due = False
+        self._writing = threading.Lock()
         try:
             if isinstance(self.storage, fs.LocalFileSystem):
                 check_parent(Path(self._folder))
@@ -122,14 +124,23 @@ class Parts:
         compare_settings(self.url, _SETTINGS, before, now)
 
     def add(self, lines: Iterable[bytes], errors: int) -> None:
-        """Take answers, as lines of JSON; they are written with others, or after some seconds."""
-        before = len(self._waiting)
-        self._waiting += lines
-        self.answers += len(self._waiting) - before
-        self.errors += errors
-        self._since = self._since or time.monotonic()
-        if len(self._waiting) >= _ROWS or time.monotonic() - self._since >= self._seconds:
-            self.flush()
+        """Take answers, as lines of JSON; they are written with others, or after some seconds.
+
+        Raises:
+            InputError: they cannot be written, or those before could not and still cannot.
+        """
+        with self._writing:
+            before = len(self._waiting)
+            self._waiting += lines
+            self.answers += len(self._waiting) - before
+            self.errors += errors
+            if self._is_due or self._seconds <= 0 or len(self._waiting) >= _ROWS:
+                self._flush()
+            elif self._waiting and self._timer is None:
+                write = weakref.WeakMethod(self._write_in_time)  # keeps no folder locked
+                self._timer = threading.Timer(self._seconds, lambda: (found := write()) and found())
+                self._timer.daemon = True
+                self._timer.start()
 
     def flush(self) -> None:
         """Write the answers that wait as one part.
@@ -137,13 +148,27 @@ class Parts:
         Raises:
             InputError: it cannot be written.
         """
-        if not self._waiting:
-            return
-        name = f"part-{self._next:06d}.{self._suffix}"
-        self._write(name, self._waiting)
-        self._names.append(name)
-        self._next += 1
-        self._waiting, self._since = [], 0.0
+        with self._writing:
+            self._flush()
+
+    def _write_in_time(self) -> None:
+        """Write what waits though no other answer comes, in the timer's thread."""
+        with self._writing:
+            self._is_due = True
+            with contextlib.suppress(Exception):  # they still wait: the next add or flush tries again, and raises
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            name = f"part-{self._next:06d}.{self._suffix}"
+            self._write(name, self._waiting)
+            self._names.append(name)
+            self._next += 1
+            self._waiting = []
+        self._is_due = False
 
     def keep(self, part: int, kept: np.ndarray) -> None:
         """Rewrite a part with some of its answers only, or remove it where it keeps none.

@@ -18,7 +18,8 @@ import pytest
 from helpers.environment import ONE_DEVICE
 from helpers.paths import FIXTURES, TINY
 
-from infer import batch as program
+from infer import batch
+from infer import ray as program
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.engine.answer_file import AnswerFile
@@ -105,7 +106,7 @@ def test_messages_in_columns_that_have_nulls(answer, engine):
 
 
 def test_columns_of_a_request_are_the_keys_of_a_line():
-    _, _, text = program.__doc__.partition("is an object:")
+    _, _, text = batch.__doc__.partition("is an object:")
     named = json.loads(text.partition('"messages"')[0])
     assert named.keys() | {"messages", "continue_final_message"} == REQUEST | {"id"}
 
@@ -314,8 +315,47 @@ def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
         Parts(url, parquet=parquet)
 
 
+def wait_until(what: Callable[[], bool], seconds: float = 60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+
+
+def test_answers_are_written_though_no_other_comes(tmp_path):
+    parts = Parts(str(tmp_path / "out"), seconds=0.05)
+    for count in (1, 2):
+        parts.add([b'{"id": 0}'], errors=0)
+        wait_until(lambda wanted=count: len(parts.paths) == wanted)
+    parts.flush()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["part-000000.jsonl", "part-000001.jsonl"]
+
+
+def test_answers_that_cannot_be_written_in_time_stop_the_run(tmp_path, monkeypatch):
+    """At the next ones or at the end, where what can be written by then is."""
+    calls = []
+
+    def refuse(*_):
+        calls.append(None)
+        raise OSError(28, "No space left on device")
+
+    parts = Parts(str(tmp_path / "out"), seconds=0.05)
+    with monkeypatch.context() as full:
+        full.setattr("phi4mm_jax.ray.parts.write_whole", refuse)
+        parts.add([b'{"id": 0}'], errors=0)
+        wait_until(lambda: len(calls) == 1)
+        with pytest.raises(InputError, match="cannot be written \\(No space left on device\\)"):
+            parts.add([b'{"id": 1}'], errors=0)
+        with pytest.raises(InputError, match="cannot be written"):
+            parts.flush()
+    parts.flush()
+    (written,) = parts.paths
+    assert Path(written).read_text() == '{"id": 0}\n{"id": 1}\n'
+
+
 def test_one_run_writes_a_folder(tmp_path):
     first = Parts(str(tmp_path / "out"))
+    first.add([b'{"id": 0}'], errors=0)  # which waits
     with pytest.raises(InputError, match="another run is writing it"):
         Parts(str(tmp_path / "out"))
     del first
@@ -403,6 +443,22 @@ def test_an_engine_does_not_span_hosts(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--write-seconds", "-1", "--write-seconds is -1; expected 0 or more seconds"),
+        ("--write-seconds", "nan", "--write-seconds is nan; expected 0 or more seconds"),
+        ("--engines", "0", "--engines is 0; expected a positive whole number"),
+    ],
+)
+def test_options_are_checked_first(tmp_path, option, value, message, monkeypatch, capsys):
+    given = ["--model", str(TINY), "--input", "in", "--output", str(tmp_path / "out"), f"{option}={value}"]
+    monkeypatch.setattr(sys, "argv", ["ray", *given])
+    assert program.main() == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def write_mixed_rows(folder: Path, count: int) -> Path:
