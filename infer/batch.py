@@ -8,9 +8,9 @@ Each line of the input is an object:
      "logprobs": false, "grammar": {"json_schema": {"type": "object"}}, "draft": "lookup"}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
-Without "id", a line's id is its number, from 0; without "seed", it draws by its id, whatever stands beside it; without
-"adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys its
-"grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
+Without "id", a line's id is its number, from 0; without "seed", it is sampled by its id, whatever stands beside it;
+without "adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys
+its "grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
 "draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer.
 Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"

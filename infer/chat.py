@@ -69,7 +69,7 @@ class Attachment:
 class Turn:
     text: str
     media: tuple[Attachment, ...] = ()
-    begun: str = ""  # how the answer was told to begin
+    begun: str = ""  # how the answer is to begin
     answer: str | None = None  # whole
     calls: tuple[ToolCall, ...] = ()  # of tools, in the answer
     content: str = ""  # the answer without them
@@ -113,9 +113,9 @@ class Settings:
 
 
 def messages_of(
-    conversation: Conversation, part: Callable[[Attachment], dict[str, Any]], *, drawn: bool = False
+    conversation: Conversation, part: Callable[[Attachment], dict[str, Any]], *, sampled: bool = False
 ) -> list[dict[str, Any]]:
-    """Return chat messages; `part` is what stands for a medium, answers are texts or, where asked for, drawn tokens.
+    """Return chat messages; `part` is what stands for a medium, answers are texts or, where asked for, sampled tokens.
 
     An answer that is only begun is the last message."""
     messages: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ def messages_of(
     for turn in conversation.turns:
         text = {"type": "text", "text": turn.text}
         messages.append({"role": "user", "content": [*map(part, turn.media), text] if turn.media else turn.text})
-        if drawn and turn.tokens:
+        if sampled and turn.tokens:
             content = [turn.begun, Tokens(turn.tokens)] if turn.begun else Tokens(turn.tokens)
             messages.append({"role": "assistant", "content": content})
         elif turn.calls:  # with their marks as special tokens, as the model wrote them
@@ -163,13 +163,13 @@ def command(
     match name:
         case "/image" | "/audio" | "/video":
             attachment = attach(name[1:], os.path.expanduser(argument), settings.frames)
-            told = f"{attachment.kind} attached, {tokens_of(attachment, processor)} tokens; say what to do with it"
-            return replace(conversation, attached=(*conversation.attached, attachment)), told
+            notice = f"{attachment.kind} attached, {tokens_of(attachment, processor)} tokens; say what to do with it"
+            return replace(conversation, attached=(*conversation.attached, attachment)), notice
         case "/system":
             return replace(conversation, system=argument), "system message set" if argument else "no system message"
         case "/begin":
-            told = "the next answer begins so" if argument else "the next answer begins by itself"
-            return replace(conversation, begun=argument), told
+            notice = "the next answer begins so" if argument else "the next answer begins by itself"
+            return replace(conversation, begun=argument), notice
         case "/undo" if conversation.attached:
             return replace(conversation, attached=()), "nothing is attached now"
         case "/undo" if conversation.turns:
@@ -227,7 +227,7 @@ def prepare(
     Raises:
         InputError: it does not fit.
     """
-    messages = messages_of(conversation, as_medium, drawn=True)
+    messages = messages_of(conversation, as_medium, sampled=True)
     builtin = engine.runner.user_adapters.choose(adapter).builtin
     row = processor.row(messages, continue_final_message=messages[-1]["role"] == "assistant", adapter=builtin)
     room = min(processor.context, engine.config.pages * engine.config.page_tokens)
@@ -290,8 +290,8 @@ def converse(
             if line.strip() == "/continue":
                 conversation = continue_turn(conversation, settings, processor, engine, out, tell)
             elif line.startswith("/"):
-                conversation, told = command(line.strip(), conversation, settings, processor)
-                tell(told)
+                conversation, notice = command(line.strip(), conversation, settings, processor)
+                tell(notice)
             elif line.strip() or conversation.attached:
                 conversation = take_turn(line.strip(), conversation, settings, processor, engine, out, tell)
         except InputError as error:
@@ -342,14 +342,14 @@ def complete(
     print(file=out, flush=True)
     completion.raise_for_error()
     tell(f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]")
-    drawn: tuple[int, ...] | None = tuple(completion.tokens)
+    sampled: tuple[int, ...] | None = tuple(completion.tokens)
     if completion.finish_reason == "stop":  # by a token, or by a text, which the tokens would have in them
-        drawn = drawn[:-1] if drawn[-1] in processor.config.stop_token_ids else None
+        sampled = sampled[:-1] if sampled[-1] in processor.config.stop_token_ids else None
     so_far, content = (turn.begun, turn.begun) if turn.answer is None else (turn.answer, turn.content)
     whole = replace(
         turn, begun=turn.begun if turn.answer is None or turn.tokens else turn.answer,
         answer=so_far + completion.text, calls=completion.tool_calls, content=content + completion.content,
-        tokens=() if drawn is None else (*turn.tokens, *drawn),
+        tokens=() if sampled is None else (*turn.tokens, *sampled),
     )  # fmt: skip
     return replace(asked, turns=(*before, whole))
 

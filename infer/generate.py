@@ -188,8 +188,8 @@ def only_prompt() -> Iterator[None]:
     try:
         yield
     except phi4mm_jax.InputError as error:
-        told = re.sub("^prompt 0 ", "the prompt ", str(error)).removeprefix("prompt 0: ")
-        raise type(error)(told) from error
+        message = re.sub("^prompt 0 ", "the prompt ", str(error)).removeprefix("prompt 0: ")
+        raise type(error)(message) from error
 
 
 @cli_entrypoint

@@ -100,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def task_of(arguments: argparse.Namespace) -> tuple[Task, str]:
-    """Return what is made of a recording, and what the model is told."""
+    """Return what is made of a recording, and the instruction to the model."""
     target = arguments.translate_to
     if target is None:
         return "transcribe", TASKS["transcribe"] if arguments.prompt is None else arguments.prompt
@@ -186,8 +186,8 @@ def rendered(form: str, found: Transcript, task: Task, language: str | None) -> 
             return vtt(found.segments)
         case "json":
             name = None if language is None else LANGUAGES[language]
-            told = verbose(found.segments, task=task, language=name, seconds=found.seconds, temperature=0.0)
-            return strict_json(told) + "\n"
+            values = verbose(found.segments, task=task, language=name, seconds=found.seconds, temperature=0.0)
+            return strict_json(values) + "\n"
     return plain_text(found.segments)
 
 

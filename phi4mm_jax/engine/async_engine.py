@@ -150,7 +150,7 @@ class AsyncEngine:
 
     @property
     def running(self) -> bool:
-        """Whether requests are accepted: it is neither closed nor stopped by an error."""
+        """Return whether requests are accepted: it is neither closed nor stopped by an error."""
         return self._closed is None
 
     def close(self) -> None:

@@ -248,12 +248,12 @@ class EngineCore:
 
 
 def _dead_end(sequence: Sequence) -> str | None:
-    """Why a sequence's grammar allows no token, where it allows none."""
+    """Return why a sequence's grammar allows no token, where it allows none."""
     return None if sequence.matcher is None else sequence.matcher.error
 
 
 def _row(top: TopLogprobs | None, i: int) -> tuple[Any, Any] | None:
-    """The likeliest tokens in place of the one that a sequence has drawn, as `OutputProcessor.append` takes them."""
+    """Return the likeliest tokens in place of the one that was sampled, as `OutputProcessor.append` takes them."""
     return None if top is None else (top.tokens[i : i + 1], top.log_probabilities[i : i + 1])
 
 

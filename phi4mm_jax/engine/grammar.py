@@ -109,7 +109,7 @@ def _guidance() -> Any:
 
 
 def is_installed() -> bool:
-    """Whether grammars can be used; does not import the library, which takes a while."""
+    """Return whether grammars can be used; does not import the library, which takes a while."""
     return find_spec("llguidance") is not None
 
 

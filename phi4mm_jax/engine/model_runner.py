@@ -66,8 +66,8 @@ class ModelRunner:
         candidates = config.beams + max_stops(model.stop_token_ids)  # tokens after each beam
         self._num_candidates = candidates if config.beams > 1 else 0
         self._num_prefill_candidates = max(self._num_candidates, config.top_logprobs)
-        most = self.table_size * config.page_tokens
-        self._history = TokenHistory(programs, config.slots, most) if config.draft_tokens else None
+        max_tokens = self.table_size * config.page_tokens
+        self._history = TokenHistory(programs, config.slots, max_tokens) if config.draft_tokens else None
         self.num_draft_steps = self.num_draft_step_tokens = 0
         self._with_grammars = is_installed()
         self._masks = GrammarMasks(programs.place, model.decoder.vocab_size)

@@ -54,8 +54,8 @@ class OutputProcessor:
             completion = Completion("", [], reason, 0)
         else:
             kind = type(error).__name__
-            told = str(error) if isinstance(error, InputError) else f"{kind}: {error}"
-            completion = Completion("", [], reason, 0, error=told, error_type=kind)
+            message = str(error) if isinstance(error, InputError) else f"{kind}: {error}"
+            completion = Completion("", [], reason, 0, error=message, error_type=kind)
         self._updates.append(Update(request_id, "", completion))
 
     def append(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from phi4mm_jax.engine.encoder_cache import MediaInputs, media_inputs
 from phi4mm_jax.engine.grammar import Grammar, GrammarMatcher, is_installed, start_matcher
 from phi4mm_jax.engine.request import Request
-from phi4mm_jax.engine.sampling import Sampling, draws_by_identity
+from phi4mm_jax.engine.sampling import Sampling, seeded_by_request
 from phi4mm_jax.engine.user_adapters import AdapterChoice
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import Row
@@ -39,8 +39,8 @@ class WaitingRequest:
 
     @property
     def depends_on_order(self) -> bool:
-        """Whether its seed depends on the number of equal earlier requests."""
-        return self.duplicates is not None and draws_by_identity(self.request.sampling)
+        """Return whether its seed depends on the number of equal earlier requests."""
+        return self.duplicates is not None and seeded_by_request(self.request.sampling)
 
     def seconds(self) -> float:
         """Return how long its processing has taken."""
@@ -59,7 +59,7 @@ class WaitingRequest:
     def seeded_sampling(self, row: Row, media: MediaInputs) -> Sampling:
         """Return its sampling with a seed by its prompt and the number of equal ones before; call it once."""
         settings = self.request.sampling
-        if not draws_by_identity(settings):
+        if not seeded_by_request(settings):
             return settings
         content = row.tokens.tobytes() + b"".join(digest for *_, digest in media.spans)
         identity = hashlib.blake2b(content, digest_size=16).digest()

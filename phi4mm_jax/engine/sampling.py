@@ -97,7 +97,7 @@ class SamplingRows(NamedTuple):
         return cls(**reals, **wholes, top_p=top_p)
 
 
-def draws_by_identity(settings: Sampling) -> bool:
+def seeded_by_request(settings: Sampling) -> bool:
     """Return whether the seed follows from the request itself: it samples, and has neither seed nor stream."""
     return settings.temperature != 0 and settings.seed is None and settings.stream is None
 

@@ -217,9 +217,9 @@ class Scheduler:
         for sequence in sorted(prefilling, key=lambda s: s.id):
             if not sequence.prefix_matched:
                 # The last token is always computed, or else there would be no logits to sample from.
-                most = (sequence.num_tokens_to_prefill - 1) // self._config.page_tokens
-                cached = min(self.allocator.match_prefix(sequence.page_hashes), most)
-                if cached < most and sequence.page_hashes[cached] in computed:
+                max_cached = (sequence.num_tokens_to_prefill - 1) // self._config.page_tokens
+                cached = min(self.allocator.match_prefix(sequence.page_hashes), max_cached)
+                if cached < max_cached and sequence.page_hashes[cached] in computed:
                     continue  # another sequence is about to compute the next page of this one
                 self._acquire_prefix(sequence, cached)
             computed.update(sequence.page_hashes[sequence.num_computed_tokens // self._config.page_tokens :])
@@ -257,7 +257,7 @@ class Scheduler:
 
     @property
     def decodes_by_grammar(self) -> bool:
-        """Whether a sequence that decodes has a grammar, whose next mask depends on the token before.
+        """Return whether a sequence that decodes has a grammar, whose next mask depends on the token before.
 
         Beams are extended a token at a time in any case.
         """

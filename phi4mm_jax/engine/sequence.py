@@ -97,7 +97,7 @@ class Sequence:
 
     @property
     def is_drafted(self) -> bool:
-        """Whether its tokens are guessed; with beams or a grammar they never are."""
+        """Return whether its tokens are guessed; with beams or a grammar they never are."""
         return self.request.draft is not None and self.beams is None and self.matcher is None
 
     @property

@@ -85,7 +85,7 @@ class AdapterChoice:
 
     @property
     def salt(self) -> bytes:
-        """What tells keys and values of a user's adapter from all others."""
+        """Bytes that set keys and values of a user's adapter apart."""
         return b"" if self.user is None else self.user.id.to_bytes(8, "little")
 
 

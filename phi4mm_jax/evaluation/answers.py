@@ -161,12 +161,12 @@ def claim_folder(folder: Path, settings: Settings) -> None:
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{folder}: holds something else; give another folder") from None
     if key is not None:
-        told = f"{found[key]}, now {now[key]}"
+        change = f"{found[key]}, now {now[key]}"
         if key == "weights":  # "HASH ADAPTER=HASH ...", which say nothing to a reader
             (before, *parts), (after, *others) = (settings[key].split() for settings in (found, now))
             adapters = sorted({part.partition("=")[0] for part in {*parts} ^ {*others}})
-            told = f"of {found['model']}, now {now['model']}" if before != after else f"by {', '.join(adapters)}"
-        raise InputError(f"{folder}: holds answers of other {key} ({told}); give another folder")
+            change = f"of {found['model']}, now {now['model']}" if before != after else f"by {', '.join(adapters)}"
+        raise InputError(f"{folder}: holds answers of other {key} ({change}); give another folder")
 
 
 def read_answers(folder: Path, items: Sequence[Item]) -> list[Answer]:

@@ -154,8 +154,8 @@ def _anls_counts(references: Sequence[str], answer: str | None) -> tuple[float, 
     if answer is None:
         return 0.0, 1.0
     distance = optional_module("rapidfuzz.distance").Levenshtein.normalized_distance
-    least = min(distance(_folded(r), _folded(answer)) for r in references)
-    return 1.0 - least if least < _ANLS_THRESHOLD else 0.0, 1.0
+    min_distance = min(distance(_folded(r), _folded(answer)) for r in references)
+    return 1.0 - min_distance if min_distance < _ANLS_THRESHOLD else 0.0, 1.0
 
 
 def _folded(text: str) -> str:

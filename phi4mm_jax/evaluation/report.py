@@ -183,14 +183,14 @@ def table(report: Report, measure: Measure) -> Table:
     return made
 
 
-def notes(report: Report, answers: Sequence[Answer], max_new_tokens: int, most: int = 10) -> Iterator[str]:
+def notes(report: Report, answers: Sequence[Answer], max_new_tokens: int, max_errors: int = 10) -> Iterator[str]:
     """Return the notes below the table: errors, answers that were cut, signatures, the source of published figures."""
     errors = [a.error for a in answers if a.error is not None]
     if errors:
         yield f"{len(errors)} of {len(answers)} items failed and count as wrong:"
-        yield from (f"  {error}" for error in errors[:most])
-        if len(errors) > most:
-            yield f"  and {len(errors) - most} more"
+        yield from (f"  {error}" for error in errors[:max_errors])
+        if len(errors) > max_errors:
+            yield f"  and {len(errors) - max_errors} more"
     if cut := sum(a.cut for a in answers):
         yield f"{cut} answers were cut at {max_new_tokens} tokens; --max-new-tokens allows more"
     figures = [f for figures in [*(s.figures for s in report.sets), report.mean or {}] for f in figures.values()]

@@ -44,7 +44,7 @@ class Answer:
         )
 
     Several batches are answered at once (`max_concurrent_calls_per_actor`), so that an engine's slots are full while
-    the last rows of a batch are drawn. A row has columns named as the keys of a line of infer.batch ("prompt" or
+    the last rows of a batch are decoded. A row has columns named as the keys of a line of infer.batch ("prompt" or
     "messages", "images", "audios", "max_new_tokens", ...). Media are paths, bytes, references to Ray's object store
     (`ray.put` of a file's bytes) or URLs (gs://, s3://, ...). The answer's row has the other columns as they are, and
     the columns of `ANSWER`: those of a row that could not be answered are null but for "error".

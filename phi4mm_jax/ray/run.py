@@ -109,12 +109,12 @@ def place_engines(count: int | None, each: int | None) -> Engines:
         count, room = count or 1, [max(0, processors - 1) for processors in room]  # the other one reads
         each = each or max(1, sum(room) // count)
     each = each or 1
-    most = sum(there // each for there in room)  # an engine is within a host
-    count = most if count is None else count
-    if not 0 < count <= most:
+    max_count = sum(there // each for there in room)  # an engine is within a host
+    count = max_count if count is None else count
+    if not 0 < count <= max_count:
         raise InputError(
-            f"there is room for {most} engines of {each} {resource} each, and {max(count, 1)} are needed; give fewer "
-            f"--engines, or another --mesh: the hosts have {', '.join(map(str, room))}"
+            f"there is room for {max_count} engines of {each} {resource} each, and {max(count, 1)} are needed; give "
+            f"fewer --engines, or another --mesh: the hosts have {', '.join(map(str, room))}"
         )
     return Engines(count, resource, each)
 
@@ -176,11 +176,11 @@ def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.n
     records: list[Records] = _gather(index_part, [(path, parts.storage, form) for path in parts.paths])
     if not records or not len(keys):
         return failed, done, cut
-    told, bad, made, long = (
+    named, bad, made, long = (
         np.concatenate([getattr(r, name) for r in records]) for name in ("keys", "failed", "digests", "cut")
     )
-    places = order[np.minimum(np.searchsorted(keys, told, sorter=order), len(keys) - 1)]
-    known = keys[places] == told
+    places = order[np.minimum(np.searchsorted(keys, named, sorter=order), len(keys) - 1)]
+    known = keys[places] == named
     changed = known & ~bad & (digests[places] != 0) & (digests[places] != made)
     if changed.any():
         where = _where(inputs.chunks, int(places[changed.argmax()]))
@@ -188,7 +188,7 @@ def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.n
             f"{parts.url}: has an answer to another request than {where} is now; give another folder, or "
             "restore the input"
         )
-    ranked = np.lexsort((np.arange(len(told)), ~bad, np.where(known, places, -1)))  # the last of each line is kept
+    ranked = np.lexsort((np.arange(len(named)), ~bad, np.where(known, places, -1)))  # the last of each line is kept
     last = np.append(places[ranked][1:] != places[ranked][:-1], True)
     kept = ~known
     kept[ranked] |= last

@@ -12,7 +12,7 @@ from phi4mm_jax.transcription.transcripts import Segment
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording.
+    """Transcript of a recording.
 
     Attributes:
         segments: one for each clip with speech, in order.

@@ -263,7 +263,7 @@ def test_a_conversation_that_outgrows_the_cache(tiny, engine, monkeypatch: pytes
     conversation = terminal.talk(tiny.processor, engine)
     assert [turn.text for turn in conversation.turns] == ["a", "c"]
     assert len(terminal.errors) == 2
-    messages = chat.messages_of(replace(conversation, turns=conversation.turns[:1]), chat.as_medium, drawn=True)
+    messages = chat.messages_of(replace(conversation, turns=conversation.turns[:1]), chat.as_medium, sampled=True)
     parts = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]
     for error, content in zip(terminal.errors, [("b " * 600).strip(), parts], strict=True):
         tokens = len(tiny.processor.row([*messages, {"role": "user", "content": content}]).tokens)
