@@ -96,15 +96,19 @@ def ask(
     max_new_tokens: int,
     adapter: str | None = None,
     ended: Callable[[], bool] = lambda: False,
+    *,
+    max_crops: int | None = None,
 ) -> list[Answer] | None:
     """Return the answers of an engine, in the order of the items.
 
     Args:
         adapter: of all items; by default each is answered with that of its media.
         ended: called after each answer; once it returns True, the result is None.
+        max_crops: of an image.
     """
     answers: dict[int, Answer] = {}
-    for i, completion in engine.run(_request(item, max_new_tokens, adapter) for item in items):
+    requests = (_request(item, max_new_tokens, adapter, max_crops=max_crops) for item in items)
+    for i, completion in engine.run(requests):
         if ended():
             return None
         if completion.error is not None:
@@ -134,8 +138,10 @@ def answer_file(
         yield answers
 
 
-def _request(item: Item, max_new_tokens: int, adapter: str | None, draft: Draft | None = None) -> Request:
-    return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter, draft=draft)
+def _request(
+    item: Item, max_new_tokens: int, adapter: str | None, draft: Draft | None = None, max_crops: int | None = None
+) -> Request:
+    return Request(item.prompt, max_new_tokens=max_new_tokens, adapter=adapter, draft=draft, max_crops=max_crops)
 
 
 def claim_folder(folder: Path, settings: Settings) -> None:

@@ -102,5 +102,5 @@ class Evaluation:
         config = EngineConfig(cache_tokens=_CACHE_TOKENS)
         engine = Engine(self._programs, on_own_devices(variables), self._processor, config)
         share, length = deal_out(self._items), self._config.max_new_tokens
-        answers = ask(engine, share, length, self._data.adapter, ended=stopped)
+        answers = ask(engine, share, length, self._data.adapter, stopped, max_crops=self._data.max_crops)
         return None if answers is None else collect([answer.text for answer in answers])
