@@ -44,7 +44,7 @@ def open_container(
     try:
         import av
     except ImportError:
-        raise MissingPyAV(f"the {what} needs PyAV: pip install 'phi4mm-jax[video]'; or {advice}") from None
+        raise MissingPyAV(f"the {what} needs PyAV: pip install '.[video]'; or {advice}") from None
     deadline = Deadline(what) if deadline is None else deadline
     options = {
         "protocol_whitelist": "none",

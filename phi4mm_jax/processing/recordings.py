@@ -100,7 +100,7 @@ def check_detector() -> None:
     except ImportError:
         raise InputError(
             "cutting a recording at silence needs webrtcvad, which the extra 'transcribe' brings; "
-            "pip install 'phi4mm-jax[transcribe]'"
+            "pip install '.[transcribe]'"
         ) from None
 
 

@@ -32,7 +32,8 @@ _EXTRAS = {  # an optional package, as it is imported: the extra that brings it
     "grain": "train", "matplotlib": "train", "pydantic": "train", "yaml": "train", "tensorboardX": "train",
     "rapidfuzz": "evaluate", "sacrebleu": "evaluate", "whisper_normalizer": "evaluate",
     "fastapi": "serve", "prometheus_client": "serve", "starlette": "serve", "uvicorn": "serve",
-    "llguidance": "grammar", "ray": "ray", "av": "video", "webrtcvad": "transcribe", "peft": "torch", "torch": "torch",
+    "llguidance": "grammar", "ray": "ray", "pyarrow": "ray", "fsspec": "ray",
+    "av": "video", "webrtcvad": "transcribe", "peft": "torch", "torch": "torch",
     "transformers": "torch",
 }  # fmt: skip
 _NEEDED = {  # what all programs need, likewise

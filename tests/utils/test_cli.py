@@ -260,6 +260,7 @@ def test_a_missing_backend_is_one_line(platform):
         (("train.sft", "recipe.yaml"), "yaml", "train"),
         (("train.tiny.letters", "--help"), "tensorboardX", "train"),
         (("infer.evaluate", "--model", str(TINY), "--task", "exact", "m.jsonl"), "rapidfuzz", "evaluate"),
+        (("infer.ray", "--model", str(TINY), "--input", "m.jsonl", "--output", "out"), "pyarrow", "ray"),
         (("infer.demo",), "numpy", "cpu"),
         (("convert.to_torch", "--help"), "jax", "tpu"),
     ],
