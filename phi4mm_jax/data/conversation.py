@@ -52,6 +52,7 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
         InputError: it has none, its media are not as many as their places, or a key that looks like media, tools or a
             loss mask is not taken.
     """
+    values = _with_completion(values)
     name, given = _messages(values)
     _check_line(values)
     messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
@@ -59,11 +60,22 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
     loss = [_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
     for i, (role, said) in enumerate(zip(roles, loss, strict=True)):
         if said and role not in ("assistant", *_CALLS):
-            raise InputError(f"{name}[{i}] is of role {role!r:.40} and asks for loss; only answers carry loss")
+            raise InputError(f"{name}[{i}] is of role {role!r:.40} and asks for loss; only answers have one")
     messages, mask = _joined(name, messages, [said is not False for said in loss])
     messages = _with_system(values, messages)
     messages = _with_tools(values, messages)
     return Conversation(_with_media(values, messages), mask)
+
+
+def _with_completion(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a line of TRL's other form, a prompt and its completion, with messages."""
+    prompt, completion = values.get("prompt"), values.get("completion")
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        return values
+    if given := [key for key in MESSAGES if values.get(key) is not None]:
+        raise InputError(f"the line has {given[0]}, and a prompt with its completion; leave one out")
+    asked = [{**message, "loss": False} if isinstance(message, Mapping) else message for message in prompt]
+    return {**values, "messages": [*asked, *completion]}
 
 
 def _messages(values: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
@@ -161,7 +173,7 @@ def _joined(
         calls = [*_spoken_calls(f"{name}[{i}]", message.get("content"))]
         if joined and joined[-1]["role"] == "assistant":
             if mask[-1] != carries:
-                raise InputError(f"{name}[{i}]: a part of an answer carries loss and another does not; make them alike")
+                raise InputError(f"{name}[{i}]: a part of an answer is masked, another is not; make them alike")
             joined[-1] = {**joined[-1], "tool_calls": [*(joined[-1].get("tool_calls") or []), *calls]}
         else:
             joined.append({"role": "assistant", "tool_calls": calls})

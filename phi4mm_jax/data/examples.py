@@ -96,9 +96,6 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
     answers = None
     if kind == "preferences":
         values, *answers = _preference(values)
-    elif isinstance(values.get("prompt"), list) and isinstance(values.get("completion"), list):  # TRL's other form
-        asked = [{**m, "loss": False} if isinstance(m, Mapping) else m for m in values["prompt"]]
-        values = {**values, "messages": [*asked, *values["completion"]]}
     try:
         messages, loss_mask = (found := read_conversation(values)).messages, found.loss_mask
     except InputError as error:
@@ -152,8 +149,8 @@ def _answer_text(values: Mapping[str, Any], key: str, answer: Any) -> str:
 
 def _check_answers(messages: Sequence[Mapping[str, Any]], loss_mask: Sequence[bool]) -> None:
     if not any(loss_mask):
-        cause = "every answer says that it carries no loss" if loss_mask else "messages have no answer"
-        raise BadSample("answer", f"{cause}; give a message of role assistant to be learnt")
+        cause = "every answer is masked" if loss_mask else "messages have no answer"
+        raise BadSample("answer", f"{cause}; give a message of role assistant that is in the loss mask")
     if messages[-1].get("role") != "assistant":
         role = messages[-1].get("role")
         raise BadSample("answer", f"messages end with one of role {role!r:.40}; end them with an answer")
@@ -245,7 +242,7 @@ def token_loss_mask(tokens: np.ndarray, turns: Sequence[bool], tokenizer: Tokeni
     mask[-1] = turns[-1]
     media = [tokenizer.special_tokens[name] for name in ("<|endoftext10|>", "<|endoftext11|>")]
     if np.isin(tokens[mask], media).any():
-        raise BadSample("messages", "an answer has media, which cannot be learnt; put them into a user's message")
+        raise BadSample("messages", "an answer has media, which no loss is computed of; put them into a user's message")
     return mask
 
 

@@ -1,7 +1,6 @@
 """Filters of manifests, before training. Reads and writes JSON lines; both outputs are manifests."""
 
 import contextlib
-import json
 import os
 import re
 import unicodedata
@@ -18,8 +17,11 @@ from phi4mm_jax.utils.edits import edit_distance, optional_module
 from phi4mm_jax.utils.files import open_atomically, write_remedy
 from phi4mm_jax.utils.strict_json import parse_json, strict_json
 
-# Scripts without spaces between words: each character is one.
-_WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+# Scripts without spaces between words: each character is one. In all others marks, such as Devanagari's vowels, which
+# are not in \w, are of their word.
+_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|(?![{_UNSPACED}])[{_MARKS}])+")
 _NOT_TEXT = {
     "id", "role", "from", "type", "image", "images", "audio", "audios", "video", "videos", "image_url", "audio_url",
     "video_url", "input_audio", "url", "path", "base64", "bytes", "tokens", "finish_reason",
@@ -181,7 +183,15 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key not in _NOT_TEXT:
-                yield from _texts(item)
+                yield from _texts(_parsed(item) if key in _CHATS else item)
+
+
+def _parsed(messages: Any) -> Any:
+    """Return messages that are a string of JSON as the list that it holds, and all else as it is."""
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):  # a prompt that begins so
+            return parse_json(messages)
+    return messages
 
 
 def _ngrams(text: str, n: int) -> set[str]:
@@ -213,14 +223,13 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
     for path in (output, dropped_path(output)):
         if path.exists():
             raise InputError(f"{path}: exists already; remove it, or give another output")
-    prefix = Path(os.path.relpath(source.parent, output.parent))
+    prefix = Path(os.path.relpath(source.parent.resolve(), output.parent.resolve()))  # ".." is not of a link to it
     counts = [0, 0]
     with _whole(output) as kept, _whole(dropped_path(output)) as dropped:
         for line in read_lines(source):
             values = {"id": line.id, **line.values}  # its number is another one now
             if prefix != Path():  # paths are relative to the manifest
-                values |= {key: _moved(values[key], prefix) for key in _CHATS if key in values}
-                values |= {key: _moved_media(values[key], prefix) for key in _BESIDE if key in values}
+                values = _with_moved(values, prefix)
             why = fault(line)
             counts[why is not None] += 1
             if why is not None:
@@ -229,15 +238,26 @@ def _split(source: Path, output: Path, fault: Callable[[Line], str | None]) -> t
     return counts[0], counts[1]
 
 
+def _with_moved(values: Mapping[str, Any], prefix: Path) -> dict[str, Any]:
+    """Return a sample with the paths of its media below `prefix`."""
+    chats = {key: _moved(values[key], prefix) for key in _CHATS if key in values}
+    answers = {key: with_paths(values[key], prefix) for key in _ANSWERS if isinstance(values.get(key), list | Mapping)}
+    beside = {key: _moved_media(values[key], prefix) for key in _BESIDE if key in values}
+    inner = {"input": _with_moved(values["input"], prefix)} if isinstance(values.get("input"), Mapping) else {}
+    return {**values, **chats, **answers, **beside, **inner}
+
+
 def _moved(messages: Any, prefix: Path) -> Any:
     """Return messages, which may be a string of JSON, with the paths of their media below `prefix`."""
-    if isinstance(messages, str) and messages.lstrip().startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):  # a prompt that begins so
-            return strict_json(_moved(parse_json(messages), prefix), ensure_ascii=False)
-    return with_paths(messages, prefix) if isinstance(messages, list) else messages
+    parsed = _parsed(messages)
+    if not isinstance(parsed, list):
+        return messages
+    moved = with_paths(parsed, prefix)
+    return strict_json(moved, ensure_ascii=False) if isinstance(messages, str) else moved
 
 
 _CHATS = [*MESSAGES, "prompt", "completion"]
+_ANSWERS = ["chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response"]  # of preferences
 _BESIDE = [key for keys in MEDIA.values() for key in keys]
 
 

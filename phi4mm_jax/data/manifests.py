@@ -16,7 +16,7 @@ from phi4mm_jax.utils.paths import local_path
 from phi4mm_jax.utils.strict_json import parse_json
 
 _BLOCK = 1 << 24  # bytes
-_SHORT = 8  # bytes; longer lines are not looked at to tell whether they are empty
+_SHORT = 64  # bytes; longer lines are not looked at to tell whether they are empty
 _ROW_GROUPS_KEPT = 4
 
 

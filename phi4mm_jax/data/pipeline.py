@@ -2,7 +2,8 @@
 
     manifests --shuffle, mix--> positions --measure (threads)--> sizes --plan--> batches of positions --load--> arrays
 
-Everything up to the plan is the same on every host, and cheap: texts are tokenised, of media only headers are read.
+Everything up to the plan is the same on every host, and cheap: texts are tokenised, of media only headers are read;
+but videos are decoded.
 A host then loads the samples of its own rows. The order of all samples is known by their positions in the stream, so
 the state of a run is a few numbers: the next position, and which ones wait for a batch.
 """
@@ -34,6 +35,7 @@ from phi4mm_jax.data.manifests import open_manifests
 from phi4mm_jax.data.packing import PackingConfig, PendingSample, Plan, Planner, build_batch
 from phi4mm_jax.data.plans import BadSampleLimit, Plans, Tally, sample_order
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.utils.checks import check_whole
 from phi4mm_jax.utils.paths import local_path
@@ -115,6 +117,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None:
                 check_whole(name, value, min_)
+        if self.max_crops is not None:
+            check_max_crops("max_crops", self.max_crops)
         if not 0 <= self.bad_samples < 1:
             raise InputError(f"bad_samples is {self.bad_samples!r:.40}; expected a fraction from 0 to below 1")
         if self.kind not in ("answers", "preferences"):
@@ -156,7 +160,10 @@ def _augment(config: DataConfig) -> Augment:
 
 
 def _name(augmentation: Any) -> str | None:
-    return getattr(augmentation, "__qualname__", augmentation)
+    if augmentation is None or isinstance(augmentation, str):
+        return augmentation
+    function = getattr(augmentation, "func", augmentation)  # of a partial
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 class TrainingData:
@@ -204,7 +211,7 @@ class TrainingData:
         return self
 
     def __next__(self) -> TrainingBatch:
-        if self._steps == self._config.steps:
+        if self._config.steps is not None and self._steps >= self._config.steps:
             raise StopIteration
         batch, self._tally, unreadable = next(self._batches)
         self._unreadable = self._unreadable.plus(unreadable)
@@ -213,8 +220,9 @@ class TrainingData:
         return batch
 
     def count_batches(self, progress: Callable[[int, int], None] | None = None) -> int:
-        """Return the number of batches. With `epochs` this reads all texts, and the headers of all media, once each.
+        """Return the number of batches.
 
+        With `epochs` this reads all texts and the headers of all media, and decodes all videos, once each.
         Only clips with speed augmentation are measured in every epoch, since their lengths differ.
 
         Args:

@@ -61,6 +61,23 @@ def test_words_are_compared_without_case_and_punctuation():
     assert words("東京は 2024年") == ["東", "京", "は", "2024", "年"]
 
 
+def test_words_keep_their_marks():
+    """Vowels of Devanagari, Tamil and Arabic are marks, which Python's words are without; Thai is as it is."""
+    assert words("मेरी किताब, को") == ["मेरी", "किताब", "को"]
+    assert words("தமிழ் நாடு") == ["தமிழ்", "நாடு"]
+    assert words("كِتَاب") == ["كِتَاب"]
+    assert words("ที่นี่") == list("ที่นี่")
+
+
+def test_texts_of_messages_that_are_a_string_are_compared(tmp_path):
+    """Its escapes are no letters."""
+    shared = "für die schöne Welt\nzehn Worte lang und mehr noch als nur das hier"
+    chat = sample(shared)
+    source = write(tmp_path / "m.jsonl", [chat, {**chat, "messages": json.dumps(chat["messages"])}])
+    evaluation = write(tmp_path / "eval.jsonl", [{"text": shared.replace("\n", " ")}])
+    assert decontaminate(source, [evaluation], tmp_path / "out.jsonl").dropped == 2
+
+
 @pytest.mark.parametrize("stored", [list, json.dumps])
 def test_media_are_found_from_another_folder(tmp_path, stored):
     (tmp_path / "a").mkdir()
@@ -87,6 +104,36 @@ def test_media_beside_the_messages_are_found_from_another_folder(tmp_path):
     assert first["videos"] == [["a/f.png"]]
     assert first["conversations"] == turns
     assert (second["images"], second["image"]) == (None, "https://a.b/c.png")
+
+
+def test_media_of_preferences_are_found_from_another_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    asked = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    said = [{"role": "assistant", "content": "[1,  2]"}]
+    source = write(tmp_path / "a" / "m.jsonl", [
+        {"input": {"messages": asked}, "preferred_output": said, "non_preferred_output": said},
+        {"chosen": [*asked, *said], "rejected": [*asked, *said]},
+        {"prompt": asked, "chosen": "[1,  2]", "rejected": "b"},
+    ])  # fmt: skip
+    decontaminate(source, [write(tmp_path / "eval.jsonl", [{"text": SECRET}])], tmp_path / "out.jsonl")
+    openai, trl, plain = read(tmp_path / "out.jsonl")
+    moved = [{"role": "user", "content": [{"type": "image", "image": os.path.join("a", "x.png")}]}]
+    assert openai["input"]["messages"] == moved
+    assert openai["preferred_output"] == said
+    assert (trl["chosen"], trl["rejected"]) == ([*moved, *said], [*moved, *said])
+    assert (plain["prompt"], plain["chosen"]) == (moved, "[1,  2]")
+
+
+def test_media_are_found_from_a_linked_folder(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "project" / "out").symlink_to(tmp_path / "disk" / "big")
+    (tmp_path / "project" / "a.wav").write_bytes(b"")
+    source = write(tmp_path / "project" / "m.jsonl", [sample([{"type": "audio", "audio": "a.wav"}])])
+    output = tmp_path / "project" / "out" / "o.jsonl"
+    decontaminate(source, [write(tmp_path / "eval.jsonl", [{"text": SECRET}])], output)
+    ((part,),) = (line["messages"][0]["content"] for line in read(output))
+    assert (output.parent / part["audio"]).exists()
 
 
 def test_an_answer_in_another_form_was_to_be_said(tmp_path):

@@ -1,6 +1,7 @@
 """The stream: what it says of bad data, that it goes on exactly where it was, and that hosts share it."""
 
 import contextlib
+import functools
 import json
 import shutil
 import threading
@@ -175,6 +176,29 @@ def test_steps_repeat_the_data_until_their_number(tmp_path, processor):
     batches = list(stream(processor, source, steps=40))
     assert len(batches) == 40
     assert set(answers(processor, batches)) == {f"s{i}" for i in range(7)}
+
+
+def test_fewer_steps_than_were_taken_end_a_stream(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", texts(7))
+    before = stream(processor, source, steps=8)
+    assert len(list(before)) == 8
+    after = stream(processor, source, steps=5)
+    after.set_state(before.get_state())
+    assert after.count_remaining() == 0
+    assert next(after, None) is None
+
+
+def test_functions_of_any_kind_augment(tmp_path, processor):
+    """A state names them: a partial by its function, an object by its class."""
+
+    class Turned:
+        def __call__(self, image, rng):
+            return image
+
+    source = manifest(tmp_path / "m.jsonl", texts(2))
+    for function, name in ((functools.partial(stream, packing=None), "stream"), (Turned(), "Turned")):
+        state = stream(processor, source, augment_image=function).get_state()
+        assert name in json.dumps(state)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +525,9 @@ def test_lines_are_read_with_any_ends(tmp_path, processor):
     """A byte order mark, empty lines, Windows line ends, no end of the last line; paths relative to the file."""
     shutil.copy(INPUTS / "image_0.png", tmp_path / "here.png")
     lines = [json.dumps(s).encode() for s in (*texts(3), sample("i", 1, {"type": "image", "image": "here.png"}))]
-    (tmp_path / "m.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\n\r\n" + b"\n".join(lines[1:]))
+    (tmp_path / "m.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + lines[0] + b"\r\n\n\r\n" + b" " * 20 + b"\n" + b"\n".join(lines[1:])
+    )
     found = answers(processor, stream(processor, Source(str(tmp_path / "m.jsonl")), packing=MEDIA))
     assert sorted(found) == ["i", "s0", "s1", "s2"]
 
@@ -561,6 +587,7 @@ def test_sources_that_cannot_be_opened_are_named(tmp_path, processor, monkeypatc
         ({"epochs": 0}, "epochs is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"bad_samples": 1.0}, "bad_samples is 1.0"),
+        ({"max_crops": 0}, "max_crops is 0; expected the largest number of crops"),
         ({"kind": "dpo"}, "kind is 'dpo'"),
         ({"augment_image": "blur"}, "augment_image is 'blur'; expected jitter"),
         ({"hosts": 2, "host": 2}, "host 2 of 2"),

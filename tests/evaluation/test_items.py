@@ -28,6 +28,15 @@ def test_items_of_a_manifest(tmp_path):
     assert len(read_items(tmp_path / "m.jsonl", 2)) == 2
 
 
+def test_a_completion_is_the_reference(tmp_path):
+    """As training reads it; beside messages it is refused."""
+    line = {"prompt": [user("A?"), assistant("a"), user("B?")], "completion": [assistant("b")]}
+    (item,) = read_items(write(tmp_path / "m.jsonl", [line]))
+    assert ([m["role"] for m in item.prompt], item.references) == (["user", "assistant", "user"], ("b",))
+    with pytest.raises(InputError, match="has messages, and a prompt with its completion; leave one out"):
+        read_items(write(tmp_path / "both.jsonl", [{**line, "messages": [user("C?"), assistant("c")]}]))
+
+
 def test_some_items_are_from_all_over_the_manifest(tmp_path):
     path = write(tmp_path / "m.jsonl", [{"messages": [user("A?"), assistant(str(i))]} for i in range(9)])
     assert [item.references for item in read_items(path, 3)] == [("0",), ("3",), ("6",)]
