@@ -36,7 +36,7 @@ from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.data.augment import SpeechAugmentation
-from phi4mm_jax.engine import Engine
+from phi4mm_jax.engine import Completion, Engine, Request
 from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.testing.host_runs import tensorboard_steps
@@ -935,6 +935,27 @@ def test_answers_are_dealt_out_over_the_sources(tiny, quick, tmp_path):
     recipe = load_recipe(quick, [f"evaluation={{sources: [{listed}], every: 1, metric: cer, samples: 10}}"])
     evaluation = Evaluation(recipe.evaluation, recipe.data, tiny.processor, tiny.module, tiny.variables)
     assert len(evaluation._items) == 10
+
+
+def test_answers_are_asked_for_as_the_data_say(tiny, quick, tmp_path, monkeypatch):
+    """With the adapter and the crops of training, as the loss is computed."""
+    held = texts(tmp_path / "held.jsonl", [5] * 3)
+    given = f"evaluation={{sources: [{{path: {held}}}], every: 1, metric: cer}}"
+    recipe = load_recipe(quick, [given, "data.max_crops=1", "data.adapter=vision"])
+    asked: list[Request] = []
+
+    class Asked:
+        def __init__(self, *_):
+            pass
+
+        def run(self, requests):
+            asked.extend(requests)
+            return enumerate(Completion("x", [1], "stop", 1) for _ in asked)
+
+    monkeypatch.setattr("phi4mm_jax.training.evaluation.Engine", Asked)
+    evaluation = Evaluation(recipe.evaluation, recipe.data, tiny.processor, tiny.module, tiny.variables)
+    assert evaluation._answers({}, tiny.variables, lambda: False) == ["x"] * 3
+    assert [(r.max_crops, r.adapter) for r in asked] == [(1, "vision")] * 3
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path):
