@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.sources import open_file, other_kind, plain
+from phi4mm_jax.processing.sources import exclusive, open_file, other_kind, plain
 from phi4mm_jax.utils.checks import is_whole
 
 # What `ImageFeatures.layout` holds for tokens that are no feature of a crop.
@@ -125,8 +125,9 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result
     try:
         if isinstance(source, Image.Image):
             remedy = "pass an image that is not closed, and whose file is whole"
-            _check_format(source)
-            return use(source)
+            with exclusive(source):
+                _check_format(source)
+                return use(source)
         with open_file(source) as file, Image.open(file, formats=_formats()) as image:
             return use(image)
     except (InputError, MemoryError):

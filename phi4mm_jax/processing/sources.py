@@ -7,8 +7,10 @@ import errno
 import io
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -20,6 +22,9 @@ T = TypeVar("T")
 
 # Decoding one file takes no longer; what the limits of sizes let through needs a small part of it.
 MAX_DECODE_SECONDS = 300
+
+# Each for a share of all objects, by their ids: images have no hash, by which a lock of their own could be found.
+_LOCKS = tuple(threading.RLock() for _ in range(61))
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -94,6 +99,14 @@ def plain(source: Any) -> Any:
             raise InputError("the file is empty; pass a whole one")
         return bytes(source)
     return to_array(source) if hasattr(source, "__array__") and not isinstance(source, Image.Image) else source
+
+
+def exclusive(opened: Any) -> AbstractContextManager:
+    """Return what keeps other threads from an object that its caller opened, and that several requests may share.
+
+    Reading moves a file's position, and decoding an image empties its list of what to decode.
+    """
+    return _LOCKS[id(opened) % len(_LOCKS)]
 
 
 def to_array(values: Any) -> np.ndarray:
@@ -201,9 +214,10 @@ class Deadline:
 def _content(file: Any) -> bytes:
     """Read all of an open file, wherever it was read to."""
     try:
-        if file.seekable():
-            file.seek(0)
-        content = file.read()
+        with exclusive(file):
+            if file.seekable():
+                file.seek(0)
+            content = file.read()
     except Exception as error:  # closed, in text mode, ...
         raise InputError(f"the open file cannot be read ({error!r:.200}); open it in binary mode") from error
     if not isinstance(content, bytes):

@@ -7,9 +7,12 @@ import json
 import math
 import os
 import random
+import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +473,43 @@ def test_the_source_is_left_as_it_is() -> None:
     before = np.asarray(rgb).copy()
     preprocess_image(load_image(rgb))
     np.testing.assert_array_equal(np.asarray(rgb), before)
+
+
+# One source, many threads
+
+
+def in_threads(load: Callable[[], Any], count: int = 8) -> list[Any]:
+    """Results of as many threads that load at once."""
+    together = threading.Barrier(count)
+
+    def one(_: int) -> Any:
+        together.wait()
+        return load()
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, range(count)))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_threads_share_an_image_that_is_not_decoded_yet(file_format: str) -> None:
+    data = encoded(noise(400, 400), file_format)
+    expected = np.asarray(load_image(data))
+    for _ in range(8):
+        shared = Image.open(io.BytesIO(data))
+        for image in in_threads(lambda shared=shared: load_image(shared)):
+            np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_threads_share_an_open_file() -> None:
+    class SlowFile(io.BytesIO):
+        def seek(self, *args: int) -> int:
+            place = super().seek(*args)
+            time.sleep(0.01)
+            return place
+
+    shared = SlowFile(encoded(noise(40, 40), "PNG"))
+    for image in in_threads(lambda: load_image(shared)):
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(noise(40, 40)))
 
 
 # Bad input
