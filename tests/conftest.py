@@ -33,11 +33,10 @@ from jax._src.lru_cache import LRUCache
 from safetensors.numpy import load_file
 
 TYPED = (  # what computes with arrays, and leaves checks to its callers
-    "evaluation.intervals", "kernels.cached", "kernels.limits", "kernels.linear", "kernels.pallas_tpu",
-    "kernels.pallas_tpu_append", "kernels.pallas_tpu_backward", "kernels.pallas_tpu_cached",
-    "kernels.pallas_tpu_decode", "kernels.pallas_tpu_flash", "kernels.pallas_tpu_int4",
-    "kernels.pallas_tpu_tiles", "kernels.partials", "kernels.ring", "kernels.xla",
-    "model", "training.dpo", "training.losses", "training.step",
+    "evaluation.intervals", "kernels.limits", "kernels.linear", "kernels.pallas_tpu", "kernels.pallas_tpu_append",
+    "kernels.pallas_tpu_backward", "kernels.pallas_tpu_cached", "kernels.pallas_tpu_decode",
+    "kernels.pallas_tpu_flash", "kernels.pallas_tpu_int4", "kernels.pallas_tpu_tiles", "kernels.partials",
+    "kernels.ring", "kernels.xla", "model", "training.dpo", "training.losses", "training.step",
 )  # fmt: skip
 jaxtyping.Array = jax.Array | np.ndarray  # where jax takes its own arrays it takes those of the host
 jaxtyping.install_import_hook([f"phi4mm_jax.{module}" for module in TYPED], "helpers.typed.check")

@@ -55,18 +55,9 @@ def flash_attention(
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
-    if q.ndim != 4 or k.ndim != 4:
-        raise InputError(f"flash_attention: q {q.shape} and k {k.shape} must be (B, T, N, H) and (B, S, K, H)")
-    if k.shape != v.shape:
-        raise InputError(f"flash_attention: k {k.shape} and v {v.shape} differ in shape")
-    batch, q_len, heads, size = q.shape
+    _check_qkv(q, k, v)
+    batch, q_len, _, size = q.shape
     kv_len = k.shape[1]
-    if k.shape[0] != batch or k.shape[3] != size:
-        raise InputError(f"flash_attention: k {k.shape} must share the batch and head sizes of q {q.shape}")
-    if heads % k.shape[2]:
-        raise InputError(f"flash_attention: q's {heads} heads are not a multiple of k's {k.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise InputError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if (q_segments is None) != (kv_segments is None):
         raise InputError("flash_attention: q_segments and kv_segments must be given together")
     is_known = q_offset is None or isinstance(q_offset, int)  # when traced: see `Limits`
@@ -74,19 +65,14 @@ def flash_attention(
     offset = jnp.broadcast_to(offset, batch) if offset.ndim == 0 else offset
     if offset.ndim == 2 and implementation is None:
         implementation = "xla"
-    for name, argument, shape in (
-        ("q_offset", offset, (batch, q_len)[: offset.ndim]),
-        ("kv_lengths", kv_lengths, (batch,)),
-        ("kv_mask", kv_mask, (batch, kv_len)),
-        ("q_segments", q_segments, (batch, q_len)),
-        ("kv_segments", kv_segments, (batch, kv_len)),
-    ):
-        if argument is None:
-            continue
-        if argument.shape != shape:
-            raise InputError(f"flash_attention: {name} has shape {argument.shape}; expected {shape}")
-        if not jnp.issubdtype(argument.dtype, jnp.bool_ if name == "kv_mask" else jnp.integer):
-            raise InputError(f"flash_attention: {name} has dtype {argument.dtype}")
+    check_shapes(
+        "flash_attention",
+        q_offset=(offset, (batch, q_len)[: offset.ndim]),
+        kv_lengths=(kv_lengths, (batch,)),
+        kv_mask=(kv_mask, (batch, kv_len)),
+        q_segments=(q_segments, (batch, q_len)),
+        kv_segments=(kv_segments, (batch, kv_len)),
+    )
     if kv_mask is not None:  # masked keys are a segment without queries
         k, v = _cleared(kv_mask, k, v)
         kv_segments = jnp.where(kv_mask, 0 if kv_segments is None else kv_segments, -1)
@@ -149,30 +135,8 @@ def decode_attention(
     Raises:
         InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
-    if k.shape != v.shape or k.ndim != 5:
-        raise InputError(f"decode_attention: k {k.shape} and v {v.shape} must both be (L, P, K, S, H)")
-    if q.ndim not in (3, 4) or q.shape[-1] != k.shape[4] or q.shape[-2] % k.shape[2]:
-        raise InputError(f"decode_attention: q {q.shape} does not fit k {k.shape}")
-    if tables is None and k.shape[1] != q.shape[0]:
-        raise InputError(f"decode_attention: without tables, k {k.shape} must have as many rows as q {q.shape}")
-    if tables is not None and (tables.ndim != 2 or tables.shape[0] != q.shape[0]):
-        raise InputError(f"decode_attention: tables has shape {tables.shape}; expected ({q.shape[0]}, pages per row)")
-    if lengths.shape != q.shape[:-2]:
-        raise InputError(f"decode_attention: lengths has shape {lengths.shape}; expected {q.shape[:-2]}")
-    quantized = k.dtype == jnp.int8
-    is_bits = k.dtype == BITS and q.dtype.itemsize == BITS.itemsize
-    if k.dtype != v.dtype or not (quantized or is_bits or k.dtype == q.dtype):
-        raise InputError(
-            f"decode_attention: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, its bits (uint16, of two "
-            "bytes) or int8"
-        )
-    for name, argument in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if (argument is not None) != quantized:
-            raise InputError(f"decode_attention: {name} must be given with int8 pages, and with them only")
-        if argument is not None and (argument.shape != k.shape[:4] or argument.dtype != jnp.float32):
-            raise InputError(f"decode_attention: {name} must be float32 {k.shape[:4]}; got {argument.dtype} "
-                             f"{argument.shape}")  # fmt: skip
-    scales = (k_scales, v_scales) if quantized else None
+    scales = check_pages("decode_attention", q, k, v, tables, k_scales, v_scales)
+    check_shapes("decode_attention", lengths=(lengths, q.shape[:-2]))
     layer, lengths = jnp.asarray(layer, jnp.int32), lengths.astype(jnp.int32)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = _fold_queries(q, k.shape[2]), k, v, layer, lengths.reshape(len(q), -1), tables, scales
@@ -182,6 +146,69 @@ def decode_attention(
         return partials
     out, _, total = partials
     return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)  # an empty row's sums are zeros
+
+
+def _check_qkv(q: Array, k: Array, v: Array) -> None:
+    """Raise an InputError unless queries, keys and values fit each other, as `flash_attention` takes them."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise InputError(f"flash_attention: q {q.shape} and k {k.shape} must be (B, T, N, H) and (B, S, K, H)")
+    if k.shape != v.shape:
+        raise InputError(f"flash_attention: k {k.shape} and v {v.shape} differ in shape")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise InputError(f"flash_attention: k {k.shape} must share the batch and head sizes of q {q.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise InputError(f"flash_attention: q's {q.shape[2]} heads are not a multiple of k's {k.shape[2]}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise InputError(f"flash_attention: q, k, v must share one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def check_shapes(function: str, **arguments: tuple[Array | None, tuple[int, ...]]) -> None:
+    """Raise an InputError unless each argument, by name, has its shape and whole numbers, or truth values in a mask."""
+    for name, (argument, shape) in arguments.items():
+        if argument is None:
+            continue
+        if argument.shape != shape:
+            raise InputError(f"{function}: {name} has shape {argument.shape}; expected {shape}")
+        if not jnp.issubdtype(argument.dtype, jnp.bool_ if name.endswith("mask") else jnp.integer):
+            raise InputError(f"{function}: {name} has dtype {argument.dtype}")
+
+
+def check_pages(
+    function: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    tables: Array | None,
+    k_scales: Array | None,
+    v_scales: Array | None,
+) -> tuple[Array, Array] | None:
+    """Check queries (B, ..., N, H) and pages, as `decode_attention` takes them; return the scales, None for floats.
+
+    Raises:
+        InputError: a shape or dtype that does not fit; it names the function and the argument.
+    """
+    if k.shape != v.shape or k.ndim != 5:
+        raise InputError(f"{function}: k {k.shape} and v {v.shape} must both be (L, P, K, S, H)")
+    if q.ndim not in (3, 4) or q.shape[-1] != k.shape[4] or q.shape[-2] % k.shape[2]:
+        raise InputError(f"{function}: q {q.shape} does not fit k {k.shape}")
+    if tables is None and k.shape[1] != q.shape[0]:
+        raise InputError(f"{function}: without tables, k {k.shape} must have as many rows as q {q.shape}")
+    if tables is not None and (tables.ndim != 2 or tables.shape[0] != q.shape[0]):
+        raise InputError(f"{function}: tables has shape {tables.shape}; expected ({q.shape[0]}, pages per row)")
+    quantized = k.dtype == jnp.int8
+    is_bits = k.dtype == BITS and q.dtype.itemsize == BITS.itemsize
+    if k.dtype != v.dtype or not (quantized or is_bits or k.dtype == q.dtype):
+        raise InputError(
+            f"{function}: k {k.dtype} and v {v.dtype} must both be {q.dtype}, as q, its bits (uint16, of two "
+            "bytes) or int8"
+        )
+    for name, argument in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (argument is not None) != quantized:
+            raise InputError(f"{function}: {name} must be given with int8 pages, and with them only")
+        if argument is not None and (argument.shape != k.shape[:4] or argument.dtype != jnp.float32):
+            raise InputError(f"{function}: {name} must be float32 {k.shape[:4]}; got {argument.dtype} "
+                             f"{argument.shape}")  # fmt: skip
+    return None if k_scales is None or v_scales is None else (k_scales, v_scales)
 
 
 def _fold_queries(q: Float[Array, "B *T N H"], kv_heads: int) -> Float[Array, "B X H"]:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels import gpu
-from phi4mm_jax.kernels.api import flash_attention
+from phi4mm_jax.kernels.api import check_pages, check_shapes, flash_attention
 from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import merge_outputs
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
@@ -54,9 +55,16 @@ def cached_attention(
         exponentials of each query's scores, (B, T, N) in float32, -inf for a query without keys.
 
     Raises:
-        InputError: an implementation that is not supported.
+        InputError: a shape, dtype or implementation that is not supported; the message names the argument.
     """
-    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
+    if q.ndim != 4 or tables is None:
+        raise InputError(f"cached_attention: q {q.shape} must be (B, T, N, H), and without tables are no pages")
+    scales = check_pages("cached_attention", q, k, v, tables, k_scales, v_scales)
+    check_shapes("cached_attention", starts=(starts, q.shape[:1]), lengths=(lengths, q.shape[:1]))
+    if q.shape[1] % (k.shape[3] * part[1]):
+        raise InputError(
+            f"cached_attention: {q.shape[1]} queries are not whole pages, of {k.shape[3]} tokens in {part[1]} parts"
+        )
     arguments = q, k, v, jnp.asarray(layer, jnp.int32), starts, lengths, tables, scales, jnp.asarray(part[0], jnp.int32)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     out_dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)

@@ -460,27 +460,49 @@ def test_what_the_tpu_kernel_cannot_take_is_named():
         flash_attention(*[jnp.zeros((1, 4, 1, 8), jnp.float16)] * 3, causal=True, implementation="pallas_tpu")
 
 
+INT8 = {name: jnp.zeros((1, 3, 2, 128, 8), jnp.int8) for name in ("k", "v")}
+BAD_PAGES = [  # and what is beside them
+    ({"v": jnp.zeros((1, 3, 2, 64, 8))}, "v"),
+    ({"lengths": jnp.zeros(3, jnp.int32)}, "lengths"),
+    ({"lengths": jnp.zeros(2)}, "lengths"),
+    ({"tables": jnp.zeros((3, 2), jnp.int32)}, "tables"),
+    ({"tables": None}, "without tables"),
+    ({"k": INT8["k"]}, "k int8"),
+    ({"k": jnp.zeros((1, 3, 2, 128, 8), BITS), "v": jnp.zeros((1, 3, 2, 128, 8), BITS)}, "k uint16"),
+    (INT8, "k_scales must be given"),
+    (INT8 | {"k_scales": jnp.zeros((1, 3, 2, 128))}, "v_scales must be given"),
+    ({"k_scales": jnp.zeros((1, 3, 2, 128))}, "k_scales"),
+    ({"implementation": "pallas_tpu"}, "needs a TPU"),
+]
+GOOD_PAGES = {
+    "k": jnp.zeros((1, 3, 2, 128, 8)), "v": jnp.zeros((1, 3, 2, 128, 8)), "layer": 0,
+    "lengths": jnp.zeros(2, jnp.int32), "tables": jnp.zeros((2, 2), jnp.int32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "named"), [*BAD_PAGES, ({"q": jnp.zeros((2, 3, 8))}, "q")])
+def test_bad_arguments_of_decoding_are_named(arguments, named):
+    good = GOOD_PAGES | {"q": jnp.zeros((2, 4, 8))}
+    with pytest.raises(InputError, match=f"decode_attention: .*{named}"):
+        decode_attention(**(good | arguments))
+
+
+@pytest.mark.parametrize("context", [nullcontext, lambda: gpu.assumed(gpu.Target(interpret=True))], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"v": jnp.zeros((1, 3, 2, 64, 8))}, "v"),
-        ({"q": jnp.zeros((2, 3, 8))}, "q"),
-        ({"lengths": jnp.zeros(3, jnp.int32)}, "lengths"),
-        ({"tables": jnp.zeros((3, 2), jnp.int32)}, "tables"),
-        ({"tables": None}, "without tables"),
-        ({"k": jnp.zeros((1, 3, 2, 128, 8), jnp.int8)}, "k int8"),
-        ({"k": jnp.zeros((1, 3, 2, 128, 8), BITS), "v": jnp.zeros((1, 3, 2, 128, 8), BITS)}, "k uint16"),
-        ({"k_scales": jnp.zeros((1, 3, 2, 128))}, "k_scales"),
-        ({"implementation": "pallas_tpu"}, "needs a TPU"),
+        *BAD_PAGES,
+        ({"q": jnp.zeros((2, 128, 3, 8))}, "q"),
+        ({"q": jnp.zeros((2, 4, 8))}, "q"),
+        ({"q": jnp.zeros((2, 100, 4, 8))}, "100 queries"),
+        ({"q": jnp.zeros((2, 384, 4, 8)), "part": (0, 2)}, "384 queries"),
+        ({"starts": jnp.zeros(1, jnp.int32)}, "starts"),
     ],
 )
-def test_bad_arguments_of_decoding_are_named(arguments, named):
-    good = {
-        "q": jnp.zeros((2, 4, 8)), "k": jnp.zeros((1, 3, 2, 128, 8)), "v": jnp.zeros((1, 3, 2, 128, 8)), "layer": 0,
-        "lengths": jnp.zeros(2, jnp.int32), "tables": jnp.zeros((2, 2), jnp.int32),
-    }  # fmt: skip
-    with pytest.raises(InputError, match=named):
-        decode_attention(**(good | arguments))
+def test_bad_arguments_of_a_chunk_are_named(context, arguments, named):
+    good = GOOD_PAGES | {"q": jnp.zeros((2, 128, 4, 8)), "starts": jnp.zeros(2, jnp.int32)}
+    with context(), pytest.raises(InputError, match=f"cached_attention: .*{named}"):
+        cached_attention(**(good | arguments))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
