@@ -116,7 +116,8 @@ class Projection(nn.Module):
             if lora.dropout and self.has_rng("dropout"):
                 seen = dropout(x, self.make_rng("dropout"), lora.dropout, zigzag_order(x.shape[1]))
             hidden = einsum(f"BT{self.inputs},{self.inputs}R->BTR", seen, a)  # (B, T, R)
-            hidden = checkpoint_name(hidden * scales[collection].astype(x.dtype)[:, None, None], "lora")
+            scaled = hidden.astype(jnp.float32) * scales[collection][:, None, None]  # which bfloat16 may not have
+            hidden = checkpoint_name(scaled.astype(x.dtype), "lora")
             chosen = scales[collection] != 0
             for name, axes in self.outputs.items():
                 b = self._declare(collection, name, "R" + axes, rank)

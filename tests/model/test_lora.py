@@ -59,6 +59,28 @@ def test_dropout_is_the_same_however_the_array_lies_on_a_mesh(spec):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [8.0, 12 * 3**0.5])  # of rank 3; the second as rsLoRA's 12 / sqrt(3)
+def test_a_scale_that_bfloat16_lacks_is_not_rounded_to_it(alpha):
+    """Output and gradient of x in bfloat16 are off by roundings of their values alone, whose mean is zero."""
+    rng = np.random.default_rng(1)
+    lora = LoraConfig(rank=3, alpha=alpha, dropout=0.0)
+    x, a, b, d_out = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 512, 12), (12, 3), (3, 40), (2, 512, 40))
+    )
+    variables = {"params": {"up": jnp.zeros((12, 40), x.dtype)}, "lora_speech": {"a": a, "up": b}}
+    projection = Projection("D", {"up": "F"}, {"D": 12, "F": 40}, {"lora_speech": lora})
+
+    def apply(x) -> Any:
+        return projection.apply(variables, x, {"lora_speech": jnp.full(2, lora.scale)})
+
+    (out,), pull = jax.vjp(apply, x)
+    wide = [np.asarray(values, np.float64) for values in (x, a, b, d_out)]
+    expected = wide[0] @ wide[1] @ wide[2], wide[3] @ wide[2].T @ wide[1].T
+    for found, product in zip((out, *pull((d_out,))), expected, strict=True):
+        scale = (np.asarray(found, np.float64) * product).sum() / np.square(product).sum()  # the least squares'
+        assert scale == pytest.approx(alpha / 3, rel=4e-4)
+
+
 @pytest.mark.torch
 def test_dropout_comes_before_the_down_projection_as_in_peft():
     """With the same draws, which powers of two in A make visible: y = x W + (alpha / r) drop(x) A B."""
