@@ -146,6 +146,10 @@ UNSUPPORTED = {
     "vision_lora.rank_pattern": {"o_proj": 2},
     "vision_lora.lora_bias": True,
     "vision_lora.fan_in_fan_out": True,
+    "audio_processor.config.input_size": 128,
+    "vision_lora.dp": 1.0,
+    "speech_lora.dp": -0.5,
+    "eos_token_id": [True],
 }
 
 
@@ -162,6 +166,7 @@ def test_unsupported_choices_are_errors(key):
 
 
 UNSUPPORTED_NATIVE: dict[str, Any] = {  # in which transformers computes something else, or says something else
+    "audio_config.input_size": 128,
     "vision_config.layer_norm_eps": 1e-5,
     "vision_config.image_size": 224,
     "vision_config.image_token_id": 200011,
@@ -179,6 +184,26 @@ def test_unsupported_choices_of_the_native_layout_are_errors(key):
     section[last] = UNSUPPORTED_NATIVE[key]
     with pytest.raises(ConfigError, match=last):
         Phi4MMConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2, -0.5, float("nan")])
+@pytest.mark.parametrize("key", ["lora_dropout", "dp"])
+def test_rates_of_dropout_are_shares(key, rate):
+    config, adapters = native_of(RELEASE)
+    adapters["speech"][key] = rate
+    with pytest.raises(ConfigError, match=f"speech-lora/adapter_config.json: {key} is .* below 1"):
+        Phi4MMConfig.from_dict(config, adapters=adapters)
+
+
+@pytest.mark.parametrize(("own", "stops"), [
+    (200018, (200018, 199999, 200020)), ([199999, 200018], (199999, 200018, 200020)), (None, (199999, 200020)),
+])  # fmt: skip
+def test_stop_tokens_of_the_original_layout(own, stops, tmp_path):
+    """Those of config.json and the release's; or of generation_config.json alone, as PyTorch generates."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASE | {"eos_token_id": own}))
+    assert Phi4MMConfig.from_folder(tmp_path).stop_token_ids == stops
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [200020, 7]}))
+    assert Phi4MMConfig.from_folder(tmp_path).stop_token_ids == (200020, 7)
 
 
 def test_the_length_before_longrope_is_that_of_transformers():

@@ -61,6 +61,13 @@ class Keys:
             raise self.error(key, f"is {value}; expected a positive number")
         return value
 
+    def below_one(self, key: str, default: Any = None) -> float:
+        """Return a share, from 0 on."""
+        value = self.get(key, float, default)
+        if not 0.0 <= value < 1.0:
+            raise self.error(key, f"is {value}; expected a number from 0 on, and below 1")
+        return value
+
     def expect(self, key: str, *supported: Any, required: bool = False) -> None:
         """Reject any other value; an absent key is accepted unless required."""
         value = self.values.get(key)
@@ -83,7 +90,7 @@ class Keys:
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.values.get(key)
-        ids = [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+        ids = [i for i in (value if isinstance(value, list) else [value]) if is_whole(i)]
         if not ids or len(ids) != (len(value) if isinstance(value, list) else 1):
             raise self.error(key, f"is {value!r}; expected a token id or a list of them")
         return tuple(ids)

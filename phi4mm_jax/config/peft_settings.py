@@ -145,8 +145,16 @@ def read_adapter(name: str, settings: Mapping[str, Any], decoder: DecoderConfig)
     """
     check_adapter_settings(name, settings)
     lora = common_lora(module_loras(name, settings, decoder.num_layers))
-    keys = Keys(settings, name)
-    return LoraConfig(lora.rank, lora.alpha, keys.get("dp" if keys.has("dp") else "lora_dropout", float, 0.0))
+    return LoraConfig(lora.rank, lora.alpha, read_dropout(Keys(settings, name)))
+
+
+def read_dropout(keys: Keys) -> float:
+    """Return the rate of dropout of an adapter's settings, 0 where they state none.
+
+    Raises:
+        ConfigError: it is no number from 0 to 1, or 1, by which nothing would be left.
+    """
+    return keys.below_one("dp" if keys.has("dp") else "lora_dropout", 0.0)
 
 
 def _is_targeted(settings: Mapping[str, Any], key: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.config.keys import Keys
-from phi4mm_jax.config.peft_settings import read_adapter
+from phi4mm_jax.config.peft_settings import read_adapter, read_dropout
 from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig, RopeConfig, SpeechConfig, VisionConfig
 
 Fields = dict[str, Any]
@@ -23,6 +23,8 @@ RELEASE_TOWER: Mapping[str, Any] = {
     "type_feature": "patch",
 }
 RELEASE_IMAGE_TOKEN, RELEASE_AUDIO_TOKEN = 200010, 200011
+_RELEASE_STOPS = (199999, 200020)  # <|endoftext|>, and <|end|> of a chat's turn
+_BANDS = 80  # of the spectrum that clips are made into
 _ORIGINAL_LENGTH = 4096  # of original_max_position_embeddings in PyTorch, where config.json itself does not say it
 
 
@@ -67,6 +69,7 @@ def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fie
         "depthwise_multiplier": 1,
         "ext_pw_kernel_size": 1,
         "input_layer": "nemo_conv",
+        "input_size": _BANDS,
         "time_reduction": 8,
     }.items():
         audio.expect(key, supported, required=True)
@@ -87,7 +90,7 @@ def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fie
         decoder=_read_decoder(keys, keys.section("rope_scaling"), tied_required=True),
         vision=_read_tower(tower, crop_size),
         speech=SpeechConfig(
-            num_bands=audio.positive("input_size"),
+            num_bands=_BANDS,
             conv_channels=audio.section("nemo_conv_settings").positive("conv_channels"),
             embed_dim=speech_dim,
             num_layers=audio.positive("num_blocks"),
@@ -104,8 +107,16 @@ def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fie
         image_token_id=keys.get("image_token_id", int, RELEASE_IMAGE_TOKEN),
         audio_token_id=keys.get("audio_token_id", int, RELEASE_AUDIO_TOKEN),
         pad_token_id=keys.get("pad_token_id", int),
-        stop_token_ids=keys.token_ids("eos_token_ids") if keys.has("eos_token_ids") else (199999, 200020),
+        stop_token_ids=_original_stops(keys),
     )
+
+
+def _original_stops(keys: Keys) -> tuple[int, ...]:
+    """Return the tokens that end an answer; the release's config.json names one of its two."""
+    if keys.has("eos_token_ids"):
+        return keys.token_ids("eos_token_ids")
+    own = keys.token_ids("eos_token_id") if keys.has("eos_token_id") else ()
+    return tuple(dict.fromkeys((*own, *_RELEASE_STOPS)))
 
 
 def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
@@ -125,6 +136,7 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
         audio.expect(key, supported)
     audio.expect("dropout_rate", 0, 0.0)
     audio.expect("feature_layer", -2)
+    audio.expect("input_size", _BANDS, required=True)
     speech_dim = audio.positive("hidden_size")
     for width in ("ext_pw_out_channel", "depthwise_separable_out_channel"):
         audio.expect(width, speech_dim)
@@ -143,7 +155,7 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
         decoder=decoder,
         vision=_read_tower(vision, vision.positive("crop_size")),
         speech=SpeechConfig(
-            num_bands=audio.positive("input_size"),
+            num_bands=_BANDS,
             conv_channels=audio.positive("nemo_conv_channels"),
             embed_dim=speech_dim,
             num_layers=audio.positive("num_blocks"),
@@ -249,11 +261,7 @@ def _read_lora(keys: Keys) -> LoraConfig:
     alpha = keys.get("lora_alpha", float)
     if not 0.0 < alpha < math.inf:
         raise keys.error("lora_alpha", f"is {alpha}; expected a positive number, or the adapter would do nothing")
-    return LoraConfig(
-        rank=keys.positive("r"),
-        alpha=alpha,
-        dropout=keys.get("dp" if keys.has("dp") else "lora_dropout", float, 0.0),
-    )
+    return LoraConfig(keys.positive("r"), alpha, read_dropout(keys))
 
 
 READERS: Mapping[str, Callable[[Keys, Mapping[str, Mapping[str, Any]]], Fields]] = {  # by model_type
