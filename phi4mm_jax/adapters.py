@@ -7,6 +7,7 @@ exported like the release's two:
 """
 
 import re
+from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -36,8 +37,12 @@ class Adapter:
     targets: str = r"((layers.*self_attn\.(qkv|o)_proj)|(layers.*mlp\.(gate_up|down)_proj))"
 
     def __post_init__(self):
-        if not _NAME.fullmatch(self.name) or self.name == NONE or not 0 < self.index < 256:
-            raise ValueError(f"adapter {self.name!r}, index {self.index}: expected a lower-case word, and 1 to 255")
+        is_reserved = self.name == NONE or self.collection == USERS
+        if not _NAME.fullmatch(self.name) or is_reserved or not 0 < self.index < 1 << _PLACE_BITS:
+            raise ValueError(
+                f"adapter {self.name!r}, index {self.index}: expected a lower-case word that is not reserved, as none "
+                "and users are, and 1 to 255"
+            )
 
     @property
     def collection(self) -> str:
@@ -55,13 +60,30 @@ class Adapter:
         return f"{self.name}_lora"
 
 
-ADAPTERS: dict[str, Adapter] = {
+class _Registry(UserDict[str, Adapter]):
+    """Adapters by name; rows are told apart by their indices."""
+
+    def __setitem__(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter, or replace that of its name.
+
+        Raises:
+            ValueError: it has another name, or the index of another.
+        """
+        if name != adapter.name:
+            raise ValueError(f"ADAPTERS[{name!r}] is the adapter {adapter.name!r}; enter it by its name")
+        for other in self.values():
+            if other.index == adapter.index and other.name != name:
+                raise ValueError(f"adapter {name!r}: index {adapter.index} is that of {other.name!r}; take a free one")
+        super().__setitem__(name, adapter)
+
+
+ADAPTERS = _Registry({
     adapter.name: adapter
     for adapter in (
         Adapter("vision", 1, "images", r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"),
         Adapter("speech", 2, "clips"),
     )
-}
+})
 
 
 def adapter_choices() -> tuple[str, ...]:

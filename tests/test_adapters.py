@@ -37,6 +37,29 @@ def entry():
         yield
 
 
+@pytest.mark.parametrize(("name", "index", "problem"), [
+    ("users", 4, "users"), ("none", 4, "none"), ("A", 4, "A"), ("medical", 0, "index 0"), ("medical", 256, "index 256"),
+])  # fmt: skip
+def test_adapters_of_reserved_names_and_indices_are_refused(name, index, problem):
+    with pytest.raises(ValueError, match=problem):
+        Adapter(name, index)
+
+
+@pytest.mark.parametrize(("key", "adapter", "problem"), [
+    ("medical", Adapter("medical", 3), "index 3 is that of 'legal'"),
+    ("medical", Adapter("finance", 4), "'finance'"),
+])  # fmt: skip
+def test_entries_that_clash_are_refused(key, adapter, problem):
+    """By each way into the registry; one of the same name replaces an entry."""
+    ways = (lambda: ADAPTERS.__setitem__(key, adapter), lambda: ADAPTERS.update({key: adapter}),
+            lambda: ADAPTERS.setdefault(key, adapter))  # fmt: skip
+    for enter in ways:
+        with pytest.raises(ValueError, match=problem):
+            enter()
+    assert list(ADAPTERS) == ["vision", "speech", "legal"]
+    ADAPTERS["legal"] = Adapter("legal", 3)
+
+
 @pytest.fixture(scope="module")
 def matrices() -> dict[str, np.ndarray]:
     """A and B of each of the decoder's matrices, by the names that PEFT gives them."""
