@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import jax
 
+from phi4mm_jax.mesh import target_device
+
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
@@ -46,12 +48,14 @@ def assumed(target: Target) -> Iterator[None]:
 
 
 def target() -> Target | None:
-    """Return the NVIDIA GPU that kernels are traced for; None on other platforms."""
+    """Return the NVIDIA GPU that kernels are traced for, of the mesh in context or the default; None elsewhere."""
     if (chosen := _ASSUMED.get()) is not None:
         return chosen
-    device = jax.devices()[0]
+    if getattr(target_device(), "platform", None) not in ("gpu", "cuda"):
+        return None
+    device = jax.devices()[0]  # an abstract one of a mesh does not say these
     capability = getattr(device, "compute_capability", None)
-    if device.platform not in ("gpu", "cuda") or not isinstance(capability, str) or "." not in capability:
+    if not isinstance(capability, str) or "." not in capability:
         return None
     major, minor = capability.split(".")
     return Target((int(major), int(minor)), getattr(device, "core_count", None) or Target.cores)

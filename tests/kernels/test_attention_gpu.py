@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,17 @@ PROGRAMS = {
     "padded rows": (gradients_of(causal=True), (24, 8, 128), LENGTHS, "PADDING_CAUSAL"),
     "crops": (gradients_of(causal=False), (16, 16, 72), {"kv_mask": shape(2, 256, dtype=jnp.bool_)}, "PADDING"),
 }
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("gpu", gpu.Target((9, 0), 132)), ("tpu", None), ("cpu", None)])
+def test_the_platform_is_that_of_the_mesh(monkeypatch, platform, chosen):
+    """On a host with a GPU, programs for other devices can be compiled."""
+    here = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    assert gpu.target() == gpu.Target((9, 0), 132)
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=132, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("tensor",), abstract_device=device)):
+        assert gpu.target() == chosen
 
 
 @pytest.mark.parametrize(("program", "sizes", "limits", "mask"), PROGRAMS.values(), ids=PROGRAMS)
