@@ -53,6 +53,8 @@ BLOCKS = {
     "TPU7x": Blocks(keys=4096, chunk=1024, decode_bytes=4 << 20, int4_bytes=1 << 20, converts_int4=True),
 }
 
+_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -83,7 +85,13 @@ def target() -> Target | None:
     device = target_device()
     if getattr(device, "platform", None) != "tpu":
         return None
-    return Target(BLOCKS.get(device.device_kind, Blocks()), getattr(device, "num_cores", None) or 1)
+    blocks = BLOCKS.get(chip_name(device.device_kind), Blocks())
+    return Target(blocks, getattr(device, "num_cores", None) or 1)
+
+
+def chip_name(device_kind: str) -> str:
+    """Return the one name by which tables have a TPU; jax has two for some."""
+    return _ALIASES.get(device_kind, device_kind)
 
 
 def padded(length: int) -> int:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.batch import TrainingBatch
+from phi4mm_jax.kernels.tpu import chip_name
 from phi4mm_jax.mesh import context_size, split_batch
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.quantization import weight_in
@@ -152,7 +153,7 @@ def compiler_options(device: Any) -> dict[str, str | bool] | None:
     if device.platform != "tpu":
         return None
     options: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-    return options | _OF_CHIP.get(device.device_kind, {})
+    return options | _OF_CHIP.get(chip_name(device.device_kind), {})
 
 
 _OF_CHIP: Mapping[str, dict[str, str | bool]] = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.attention import pages_of, quantized, random, reference, unpaged
+from jax._src.pallas.mosaic import tpu_info
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
@@ -30,6 +31,7 @@ from phi4mm_jax.kernels import (
 )
 from phi4mm_jax.kernels.pages import BITS, as_cached
 from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
+from phi4mm_jax.training.step import compiler_options
 
 SMALL = tpu.Blocks(
     rows=384, keys=256, chunk=128, backward_rows=384, backward_keys=256, backward_chunk=128, decode_bytes=1 << 18
@@ -453,6 +455,24 @@ def test_pallas_is_imported_where_a_kernel_is_asked_for():
     environment, root = os.environ | {"JAX_PLATFORMS": "cpu"}, Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
     assert found.stdout == "False True\n", found.stderr
+
+
+KINDS = [f"TPU {name}" for name in ("v4", "v4 lite", "v5", "v5 lite", "v5e", "v5p", "v6 lite", "v6e")] + ["TPU7x"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chip_has_one_name(kind):
+    """Of the two that jax has for some, by either of which it has the same blocks and options of the training step."""
+    version = tpu_info.chip_version_from_device_kind
+    same = [other for other in KINDS if version(other) == version(kind)]
+    assert {tpu.chip_name(other) for other in same} == {tpu.chip_name(kind)}
+    assert len({tpu.chip_name(other) for other in KINDS}) == len(set(map(version, KINDS)))
+    found = []
+    for other in same:
+        device = jax.sharding.AbstractDevice(device_kind=other, num_cores=1, platform="tpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("tensor",), abstract_device=device)):
+            found.append((tpu.target(), compiler_options(device)))
+    assert found == found[:1] * len(same)
 
 
 def test_what_the_tpu_kernel_cannot_take_is_named():
