@@ -71,6 +71,8 @@ def read_dynamic_hd(folder: Path) -> int:
 def read_context(folder: Path, config: Phi4MMConfig) -> int:
     """Return the number of tokens of the longest sequence, of the tokenizer's file, else of the network.
 
+    The file may state more than max_position_embeddings, beyond which PyTorch computes as well.
+
     Raises:
         CheckpointError: the file states no number of tokens.
     """
