@@ -76,8 +76,8 @@ def render_chat(
     As transformers has it, "url", "path" or "base64" may stand for the last three's own key; as vLLM has it, there are
     audio_url and video_url like image_url, and "type" may be left out. A medium may be an object as data sets store it:
     {"bytes": ..., "path": ...}, {"url": ...}, {"array": ..., "sampling_rate": ...}. A string of base64 is told from a
-    path. A key that is None is taken as absent. "detail": "low" is one crop. Whatever else looks like a medium is an
-    error.
+    path. A key that is None is taken as absent. "detail": "low" of an image is one crop. Whatever else looks like a
+    medium, or a setting of one, is an error.
 
     A video may have "frames", how many at most (64), and "max_crops" of each (by default 64 // their number).
 

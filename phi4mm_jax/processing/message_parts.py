@@ -46,9 +46,9 @@ def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         key = "image_url" if kind == "input_image" else kind
         inner = given.get(key)
         beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
-        known = ("frames", "max_crops") if _URLS[kind] == "video" else ("detail",)
+        known = _PART_SETTINGS[_URLS[kind]]
         for at_key, found in ((where, given), (f"{where}.{key}", beside)):
-            _check_keys(at_key, found, key, "url", "detail", *known)
+            _check_keys(at_key, found, key, "url", *known)
         at, url = (f"{where}.{key}.url", string_at(f"{where}.{key}", inner, "url")) if isinstance(inner, Mapping) else (
             f"{where}.{key}", string_at(where, part, key)
         )  # fmt: skip
@@ -65,15 +65,17 @@ def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         inner = given.get(kind)
         if not isinstance(inner, Mapping):
             raise InputError(f'{where}.input_audio is {kind_of(part, kind)}: pass {{"data": base64, "format": "wav"}}')
+        _check_settings(f"{where}.input_audio", inner)
         at, data = f"{where}.input_audio.data", string_at(f"{where}.input_audio", inner, "data")
         yield "audio", locate(at, data, "audio") if data[:5].lower() == "data:" else decode_base64(at, data)
     elif kind == "image_pil":
+        _check_keys(where, given, kind)
         yield "image", _payload(where, {"image": given.get(kind, NEXT)}, "image")
     elif kind in KINDS:
         payload = _payload(where, given, kind)
         inner = given.get(kind)
         beside = inner if isinstance(inner, Mapping) else {}
-        _check_settings(f"{where}.{kind}", beside)
+        _check_settings(f"{where}.{kind}", beside, *_PART_SETTINGS[kind])
         detail = given.get("detail") if beside.get("detail") is None else beside["detail"]
         yield kind, payload if kind == "audio" else _detailed(where, payload, {"detail": detail})
     elif kind == "video":
@@ -91,13 +93,14 @@ def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
 def _check_settings(where: str, given: Mapping[str, Any], *known: str) -> None:
     for key, value in given.items():
         if key in _SETTINGS and key not in known and value is not None:
-            raise InputError(f"{where}.{key} is a setting that is not taken here; leave it out")
+            remedy = "give max_crops" if key == "detail" and "max_crops" in known else "leave it out"
+            raise InputError(f"{where}.{key} is a setting that is not taken here; {remedy}")
 
 
 # Of media, in the parts of others; those that are taken are named where they are.
 _SETTINGS = frozenset({
-    "fps", "frames", "nframes", "num_frames", "max_frames", "min_frames", "max_crops", "max_pixels", "min_pixels",
-    "total_pixels", "resized_height", "resized_width", "video_start", "video_end",
+    "detail", "fps", "frames", "nframes", "num_frames", "max_frames", "min_frames", "max_crops", "max_pixels",
+    "min_pixels", "total_pixels", "resized_height", "resized_width", "video_start", "video_end",
 })  # fmt: skip
 
 
@@ -132,18 +135,14 @@ def kind_of(mapping: Mapping[str, Any], key: str) -> str:
     return type(mapping[key]).__name__ if key in mapping else "missing"
 
 
-_PART_KEYS = {
-    "image": ("detail", "uuid", "cache_control"),
-    "audio": ("uuid", "cache_control"),
-    "video": ("frames", "max_crops", "uuid", "cache_control"),
-}
+_PART_SETTINGS = {"image": ("detail",), "audio": (), "video": ("frames", "max_crops")}
 
 
 def _payload(where: str, given: Mapping[str, Any], kind: str) -> Any:
     """Return the medium of a part of type image, audio or video, or `NEXT`."""
     sources = (kind, *_SOURCES)
     for key in given:
-        if key not in ("type", *sources, *_PART_KEYS[kind]):
+        if key not in ("type", *sources, *_PART_SETTINGS[kind], "uuid", "cache_control"):
             raise InputError(
                 f'{where}.{key}: a part of type {kind} has only the key "{kind}", or {", ".join(_SOURCES)}; put the '
                 f"{kind} there"
