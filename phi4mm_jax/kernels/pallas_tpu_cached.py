@@ -164,9 +164,11 @@ def _kernel(
     def of_cache(ref, slot, keys):
         return ref[slot, keys] if not scales else ref[slot, keys].astype(jnp.float32).astype(q_ref.dtype)
 
-    def factors(which, slot, n, keys: Any = slice(None)):
-        """Scales of some keys of a page, (1, keys)."""
-        return scale_refs[which][slot, n, pl.ds(head, 1), keys]
+    def factors(which, slot, n, keys):
+        """Scales of some keys of a page, (1, keys): of all heads, as Mosaic loads no 128 of one from anywhere."""
+        every = scale_refs[which][slot, n, :, keys]
+        is_own = lax.broadcasted_iota(jnp.int32, every.shape, 0) == head
+        return jnp.where(is_own, every, 0.0).sum(0, keepdims=True)
 
     def exact(tile, slot):
         """Take a tile with masks and the running maximum, only pages that some query may attend to."""
@@ -240,8 +242,11 @@ def _kernel(
 
 def _along(scales_ref, slot, head, first: int, count: int, page: int):
     """Scales of `count` keys of a tile from the `first` on, (1, count)."""
-    parts = []
-    for at in range(first, first + count, min(page, count)):
+    parts, at, stop = [], first, first + count
+    while at < stop:
+        start = at % page
+        size = min(page - start, stop - at)
         of_page = scales_ref[slot, at // page, pl.ds(head, 1)]  # (1, page)
-        parts.append(of_page[:, at % page : at % page + count])
+        parts.append(of_page[:, start : start + size])
+        at += size
     return jnp.concatenate(parts, 1)

@@ -322,6 +322,33 @@ class TestTransfers:
             TestEveryImplementation().test_prefill_reads_pages("pallas_tpu", int8)
 
 
+@pytest.mark.parametrize(("page", "blocks"), [
+    (256, tpu.Blocks(rows=384, keys=768, chunk=512)),  # blocks of 384 keys
+    (512, tpu.Blocks(rows=384, keys=1536, chunk=1024)),  # of 768
+    (640, tpu.Blocks(rows=384)),  # of 384
+])  # fmt: skip
+def test_prefill_where_pages_share_a_block_of_int8_keys(page, blocks):
+    """Three tiles, of which none of the first two is masked; against XLA, whose blocks are whole pages."""
+    count = 3 * (blocks.keys // page)
+    lengths = np.array([count * page, (count - 1) * page - 7], np.int32)
+    starts = (lengths - 1) // page * page
+    k, v, tables = pages_of(31, lengths, kv_heads=1, page=page, per_row=count)
+    (q,) = random(32, (2, page, 3, 128))
+    (k, k_scales), (v, v_scales) = quantized(k), quantized(v)
+    scales = {"k_scales": np.nan_to_num(k_scales), "v_scales": np.nan_to_num(v_scales)}
+    with tpu.interpreted(True, blocks):
+        found, expected = (
+            cached_attention(
+                *map(jnp.asarray, (q, k, v)), layer=jnp.int32(1), starts=jnp.asarray(starts),
+                lengths=jnp.asarray(lengths), tables=jnp.asarray(tables), implementation=name,
+                **jax.tree.map(jnp.asarray, scales),
+            )
+            for name in ("pallas_tpu", "xla")
+        )  # fmt: skip
+    valid = np.arange(page) < (lengths - starts)[:, None]
+    np.testing.assert_allclose(np.asarray(found)[valid], np.asarray(expected)[valid], atol=3e-6)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_prefill_reads_pages_on_gpus(monkeypatch, int8):
     """The chunk by itself and what lies before it, two blocks of one row; as cuDNN takes them, computed by XLA."""

@@ -119,21 +119,32 @@ def test_decoding_at_128k_compiles(mesh, int8):
     assert copies(text, 4096 * 8 * 128 * 128) == []
 
 
+def prefill(q, k, v, starts, lengths, tables, scales):
+    k_scales, v_scales = scales or (None, None)
+    rows: Any = {"starts": starts, "lengths": lengths, "tables": tables, "k_scales": k_scales, "v_scales": v_scales}
+    return cached_attention(q, k, v, layer=1, **rows)
+
+
 @pytest.mark.parametrize("int8", fast_are([True], [False, True]))
 def test_prefill_over_pages_at_128k_compiles(mesh, int8):
     """A chunk of 2048 tokens; pages are read where they lie."""
-
-    def program(q, k, v, starts, lengths, tables, scales):
-        k_scales, v_scales = scales or (None, None)
-        rows: Any = {"starts": starts, "lengths": lengths, "tables": tables, "k_scales": k_scales, "v_scales": v_scales}
-        return cached_attention(q, k, v, layer=1, **rows)
-
     pages = shape(2, 4096, 8, 128, 128, dtype=jnp.int8 if int8 else jnp.bfloat16)
     scales = (shape(2, 4096, 8, 128, dtype=jnp.float32),) * 2 if int8 else None
     numbers, tables = shape(4, dtype=jnp.int32), shape(4, 1024, dtype=jnp.int32)
-    text = compiled(mesh, program, shape(4, 2048, 24, 128), pages, pages, numbers, numbers, tables, scales)
+    text = compiled(mesh, prefill, shape(4, 2048, 24, 128), pages, pages, numbers, numbers, tables, scales)
     assert "phi4mm_cached" in text
     assert copies(text, 2048 * 8 * 128 * 128) == []
+
+
+PAGES = [("v5e", 640), ("v5e", 768), ("v5e", 896), *(("v6e", page) for page in (256, 384, 512, 1280))]
+
+
+@pytest.mark.parametrize(("mesh", "page"), fast_are([("v6e", 384)], PAGES), indirect=["mesh"])
+def test_prefill_over_pages_that_share_a_block_of_int8_keys_compiles(mesh, page):
+    pages, scales = shape(2, 64, 8, page, 128, dtype=jnp.int8), shape(2, 64, 8, page, dtype=jnp.float32)
+    numbers, tables = shape(4, dtype=jnp.int32), shape(4, 5, dtype=jnp.int32)
+    text = compiled(mesh, prefill, shape(4, page, 24, 128), pages, pages, numbers, numbers, tables, (scales, scales))
+    assert "phi4mm_cached" in text
 
 
 def test_on_a_mesh_each_device_has_its_rows_and_heads():
