@@ -77,13 +77,15 @@ class _Registry(UserDict[str, Adapter]):
         super().__setitem__(name, adapter)
 
 
-ADAPTERS = _Registry({
-    adapter.name: adapter
-    for adapter in (
-        Adapter("vision", 1, "images", r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"),
-        Adapter("speech", 2, "clips"),
-    )
-})
+ADAPTERS = _Registry(
+    {
+        adapter.name: adapter
+        for adapter in (
+            Adapter("vision", 1, "images", r"layers.*((self_attn\.(qkv_proj|o_proj))|(mlp\.(gate_up|down)_proj))"),
+            Adapter("speech", 2, "clips"),
+        )
+    }
+)
 
 
 def adapter_choices() -> tuple[str, ...]:

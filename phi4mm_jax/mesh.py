@@ -213,10 +213,10 @@ def check_sizes(config: Phi4MMConfig, sizes: Mapping[str, int]) -> None:
         _check_divides(axis, size, count, f"the {name}'s {{}} {what}", 2 * size - 1)
 
 
-def _check_divides(axis: str, size: int, count: int, what: str, most: int) -> None:
-    """Raise InputError if a mesh axis's size does not divide a count, naming sizes up to `most` that do."""
+def _check_divides(axis: str, size: int, count: int, what: str, max_size: int) -> None:
+    """Raise InputError if a mesh axis's size does not divide a count, naming sizes up to `max_size` that do."""
     if count % size:
-        fitting = [n for n in range(1, most + 1) if count % n == 0]
+        fitting = [n for n in range(1, max_size + 1) if count % n == 0]
         raise InputError(f"mesh has {axis}={size}, which does not divide {what.format(count)}; give {_any_of(fitting)}")
 
 

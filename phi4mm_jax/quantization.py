@@ -173,12 +173,13 @@ def _rounded(weight: Float[Array, "..."], scales_shape: tuple[int, ...], kind: W
 
     values, scales = rounded(1.0)
     if kind == "int4":
-        least = jnp.square(values * scales - wide).sum(inner, keepdims=True)
+        min_error = jnp.square(values * scales - wide).sum(inner, keepdims=True)
         for clip in _CLIPS[1:]:
             others, smaller = rounded(clip)
             error = jnp.square(others * smaller - wide).sum(inner, keepdims=True)
-            values, scales, least = (
-                jnp.where(error < least, new, old) for new, old in ((others, values), (smaller, scales), (error, least))
+            values, scales, min_error = (
+                jnp.where(error < min_error, new, old)
+                for new, old in ((others, values), (smaller, scales), (error, min_error))
             )
     return QuantizedWeight(
         values.reshape(weight.shape).astype(jnp.dtype(kind)), scales.reshape(scales_shape).astype(_SCALES[kind])

@@ -140,5 +140,5 @@ def _cut(values: Num[Array, "..."], start: Int[Array, ""], size: int, axis: int)
 
 def _pieces(length: int, size: int) -> int:
     """Return how many equal pieces of an axis have at most `_PIECE` weights each; 1 if only far smaller ones would."""
-    least = -(-size // _PIECE)
-    return next((n for n in range(least, 4 * least) if length % n == 0), 1)
+    min_count = -(-size // _PIECE)
+    return next((n for n in range(min_count, 4 * min_count) if length % n == 0), 1)

@@ -1,9 +1,12 @@
-"""Limits of the keys that a query may attend to, as every implementation takes them."""
+"""Limits of the keys that a query may attend to, as every implementation takes them; and numbers of its softmax."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
+
+MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
+LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
 
 
 class Limits(NamedTuple):

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from phi4mm_jax.kernels import gpu
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED
 from phi4mm_jax.precision import precision_of
 
 try:
@@ -24,8 +25,6 @@ except ImportError:  # a later jax
 
 triton: Any = pallas_triton
 
-MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
-LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
 _ROWS = 16  # the queries of a group are padded to these, the fewest that the matrix units take
 _TILE = 64  # keys, at most
 _WARPS, _INT8_WARPS = 4, 2  # of a program; with int8 values two are 5 % faster on an H200, for they are read bytewise

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from phi4mm_jax.kernels import gpu
-from phi4mm_jax.kernels.pallas_gpu_decode import LOG2_E, MASKED, splits_of
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED
+from phi4mm_jax.kernels.pallas_gpu_decode import splits_of
 from phi4mm_jax.kernels.partials import Partials, merge_partials
 
 try:

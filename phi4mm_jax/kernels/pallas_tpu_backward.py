@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from phi4mm_jax.kernels.limits import LOG2_E
 from phi4mm_jax.kernels.pallas_tpu_tiles import (
     MASKED_CHUNK,
     NN,
@@ -33,7 +34,7 @@ from phi4mm_jax.kernels.pallas_tpu_tiles import (
     stream_tiles,
     wide,
 )
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, block
+from phi4mm_jax.kernels.tpu import LANES, block
 
 
 def backward(call: Call, residuals, cotangents):

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED
 from phi4mm_jax.kernels.pallas_tpu_tiles import (
     MASKED_CHUNK,
     NT,
@@ -28,7 +29,7 @@ from phi4mm_jax.kernels.pallas_tpu_tiles import (
     make_grid,
     positions,
 )
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, block, stream
+from phi4mm_jax.kernels.tpu import LANES, Target, block, stream
 
 
 class _Scalars(NamedTuple):

@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED
 from phi4mm_jax.kernels.partials import merge_partials
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, stream
+from phi4mm_jax.kernels.tpu import LANES, Target, stream
 from phi4mm_jax.precision import precision_of
 
 _SUBLANES = 8  # the queries of a group are padded to these

@@ -22,7 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED, Limits
 from phi4mm_jax.kernels.pallas_tpu_backward import backward
 from phi4mm_jax.kernels.pallas_tpu_tiles import (
     MASKED_CHUNK,
@@ -42,7 +42,7 @@ from phi4mm_jax.kernels.pallas_tpu_tiles import (
     stream_tiles,
     wide,
 )
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, block, padded
+from phi4mm_jax.kernels.tpu import LANES, Target, block, padded
 
 
 def unsupported(q) -> str | None:

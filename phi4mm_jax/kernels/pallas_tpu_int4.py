@@ -102,8 +102,8 @@ def _block(count: int, outputs: int, inputs: int, cores: int, size: int) -> tupl
 
 def _width(rows: int, matrices: int, columns: int) -> int:
     """Return how many outputs of a block are computed at a time: of whole matrices, or of a part of one."""
-    most = max(min(_ACCUMULATED // rows, _WIDEST), LANES)
-    fitting = (n for n in range(LANES, most + 1, LANES) if matrices * columns % n == 0)
+    max_lanes = max(min(_ACCUMULATED // rows, _WIDEST), LANES)
+    fitting = (n for n in range(LANES, max_lanes + 1, LANES) if matrices * columns % n == 0)
     return max(n for n in fitting if n % columns == 0 or columns % n == 0)
 
 

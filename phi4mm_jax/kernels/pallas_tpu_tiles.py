@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from phi4mm_jax.kernels.limits import Limits
-from phi4mm_jax.kernels.tpu import LANES, LOG2_E, MASKED, Target, stream
+from phi4mm_jax.kernels.limits import LOG2_E, MASKED, Limits
+from phi4mm_jax.kernels.tpu import LANES, Target, stream
 from phi4mm_jax.precision import precision_of
 
 MASKED_CHUNK = 256  # keys at a time where there is a mask: small, to stop close to the diagonal

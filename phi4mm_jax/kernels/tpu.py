@@ -11,8 +11,6 @@ from jax import lax
 from phi4mm_jax.mesh import target_device
 
 LANES = 128  # of a vector register; the head size of the decoder, and the unit of lengths
-MASKED = -1e30  # score of a masked pair; finite, so that a fully masked row has no NaN
-LOG2_E = 1.4426950408889634  # softmax is computed to the base 2, which is what the hardware has
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from phi4mm_jax.kernels.limits import Limits
+from phi4mm_jax.kernels.limits import MASKED, Limits
 from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import Partials
 from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import precision_of, row_sum
 
-_MASKED = -1e30  # finite, so that a fully masked row has no NaN
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
 _TILE_ELEMENTS_PER_CORE = 1 << 18  # likewise on a CPU: a megabyte, about what a core's own cache holds
 _KEY_TILE = 512
@@ -86,15 +85,15 @@ def _attend(q, k, v, limits: Limits, tiling: _Tiling):
 
 def _attended(q, k, v, limits: Limits, tiling: _Tiling):
     out, log_sum = _by_heads(partial(_forward, tiling=tiling), tiling.heads, limits, q, k, v)
-    return out, jnp.where(log_sum > _MASKED / 2, log_sum, -jnp.inf)
+    return out, jnp.where(log_sum > MASKED / 2, log_sum, -jnp.inf)
 
 
 def _heads_at_once(batch: int, kv_heads: int, scores: int) -> int | None:
     """Return `_Tiling.heads`, by the number of scores of one of the keys' heads."""
-    most = _TILE_ELEMENTS_PER_CORE * (os.cpu_count() or 1) // scores
-    if not on_one_cpu() or most >= batch * kv_heads:
+    max_heads = _TILE_ELEMENTS_PER_CORE * (os.cpu_count() or 1) // scores
+    if not on_one_cpu() or max_heads >= batch * kv_heads:
         return None
-    return next(n for n in range(min(max(most, 1), kv_heads), 0, -1) if kv_heads % n == 0)
+    return next(n for n in range(min(max(max_heads, 1), kv_heads), 0, -1) if kv_heads % n == 0)
 
 
 def _by_heads(function: Callable[..., Any], heads: int | None, limits: Limits, *arrays: Array) -> Any:
@@ -118,7 +117,7 @@ def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
 
     def factors(maximum, total):
         """Factors that normalise the rows: 0 in a row without keys, whose weights are all 1 until then."""
-        return jnp.where(maximum > _MASKED / 2, 1 / total, 0.0)
+        return jnp.where(maximum > MASKED / 2, 1 / total, 0.0)
 
     def query_tile(i):
         q_i = _tile(q, i, tiling.queries, 3)
@@ -145,7 +144,7 @@ def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
             return new_maximum, total * decay + row_sum(weights), out
 
         rows = q_i.shape[:-1]
-        start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
+        start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
         maximum, total, out = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
         return (out * factors(maximum, total)[..., None]).astype(tiling.out_dtype), maximum + jnp.log(total)
 
@@ -207,7 +206,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
-    """Return a tile's scores in float32, (B, K, G, queries, keys): `_MASKED` where they may not be attended to."""
+    """Return a tile's scores in float32, (B, K, G, queries, keys): `MASKED` where they may not be attended to."""
     scores = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * tiling.scale
     key = j * tiling.keys + jnp.arange(tiling.keys)
     allowed = (key < limits.kv_lengths[:, None])[:, None, :]  # (B, 1, keys)
@@ -218,7 +217,7 @@ def _scores(q_i, k_j, i, j, limits: Limits, tiling: _Tiling):
         query = i * tiling.queries + jnp.arange(tiling.queries)
         offset = limits.q_offset[:, None] if limits.q_offset.ndim == 1 else _tile(limits.q_offset, i, tiling.queries, 1)
         allowed &= key <= (query + offset)[..., None]
-    return jnp.where(allowed[:, None, None], scores, _MASKED)
+    return jnp.where(allowed[:, None, None], scores, MASKED)
 
 
 def _last_key_tile(i, kv_len: int, limits: Limits, tiling: _Tiling):
@@ -261,7 +260,7 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
         scores = _einsum("BKGH,BKSH->BKGS", groups, values(k, k_scales, j)) * scale
         key = j * keys + jnp.arange(keys)
         allowed = (key < of_queries[..., None])[:, None]
-        new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, _MASKED).max(-1))
+        new_maximum = jnp.maximum(maximum, jnp.where(allowed, scores, MASKED).max(-1))
         weights = jnp.where(allowed, jnp.exp(scores - new_maximum[..., None]), 0.0)
         decay = jnp.exp(maximum - new_maximum)
         # Values behind a row's length may be anything, and 0 * NaN is not 0.
@@ -270,9 +269,9 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
         return new_maximum, total * decay + row_sum(weights), out
 
     rows = groups.shape[:-1]
-    start = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)
+    start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)
     maximum, total, out = _loop(0, lax.div(lengths.max() + keys - 1, keys), key_tile, start)
-    maximum = jnp.where(maximum > _MASKED / 2, maximum, -jnp.inf)
+    maximum = jnp.where(maximum > MASKED / 2, maximum, -jnp.inf)
     return out.reshape(q.shape), maximum.reshape(batch, heads), total.reshape(batch, heads)
 
 

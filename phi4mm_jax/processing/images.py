@@ -33,7 +33,7 @@ FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "QOI", "HEIF",
 )  # fmt: skip
 
-_LEAST_SIDE = 10  # pixels of the scaled image, as in the original
+_MIN_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
 
 # What shows an image upright, by its EXIF orientation; 1 is upright.
@@ -204,7 +204,7 @@ def preprocess_image(
 
     Args:
         image: RGB, from `load_image`.
-        dynamic_hd: the most sub-crops; the global view is one more.
+        dynamic_hd: the largest number of sub-crops; the global view is one more.
         crop_size, patch_size: in pixels.
 
     Raises:
@@ -264,20 +264,20 @@ def choose_grid(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 
     if columns * rows <= dynamic_hd:
         return columns, rows
     ratio = width / height
-    best, least = (1, 1), math.inf
+    best, min_difference = (1, 1), math.inf
     for columns, rows in _grids(dynamic_hd):
         difference = abs(ratio - columns / rows)
         fills_half = width * height > 0.5 * crop_size * crop_size * columns * rows
-        if difference < least or (difference == least and fills_half):
-            best, least = (columns, rows), difference
+        if difference < min_difference or (difference == min_difference and fills_half):
+            best, min_difference = (columns, rows), difference
     return best
 
 
 @functools.cache
-def _grids(most: int) -> list[tuple[int, int]]:
+def _grids(max_crops: int) -> list[tuple[int, int]]:
     """All grids of up to so many crops, by their number."""
     return sorted(
-        ((i, j) for i in range(1, most + 1) for j in range(1, most // i + 1)),
+        ((i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)),
         key=lambda grid: grid[0] * grid[1],
     )
 
@@ -290,10 +290,10 @@ def _lay_out(width: int, height: int, dynamic_hd: int, crop_size: int, patch_siz
     full_width, full_height = columns * crop_size, rows * crop_size
     scale_x, scale_y = full_width / width, full_height / height
     scaled = (full_width, int(height * scale_x)) if scale_x < scale_y else (int(width * scale_y), full_height)
-    if min(scaled) < _LEAST_SIDE:
+    if min(scaled) < _MIN_SIDE:
         raise InputError(
             f"the image has {width}x{height} pixels and would be scaled to {scaled[0]}x{scaled[1]}, but no side may be "
-            f"under {_LEAST_SIDE}: it is too thin. Crop it, or pad its shorter side"
+            f"under {_MIN_SIDE}: it is too thin. Crop it, or pad its shorter side"
         )
     side = crop_size // patch_size
     valid_columns = columns * side - (full_width - scaled[0]) // patch_size

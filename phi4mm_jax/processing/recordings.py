@@ -149,9 +149,9 @@ class _Cutter:
 
         self._detector = webrtcvad.Vad(_MODE)
         self._rate, self._frame = rate, rate // _FRAMES
-        self._most = round(settings.clip_seconds * _FRAMES)
+        self._max_frames = round(settings.clip_seconds * _FRAMES)
         self._pause = round(settings.pause * _FRAMES)
-        self._lead, self._tail = (min(self._pause // 2, most) for most in (_MAX_LEAD, _MAX_TAIL))
+        self._lead, self._tail = (min(self._pause // 2, limit) for limit in (_MAX_LEAD, _MAX_TAIL))
         self._first = 0  # sample of the recording with which the frames begin
         self._given = 0  # samples of the first frame that belong to the clip before
         self._samples = np.zeros(0, np.float32)  # of the clip and what follows it
@@ -168,8 +168,8 @@ class _Cutter:
 
     def add(self, samples: Float[np.ndarray, " S"]) -> Iterator[RecordedClip]:
         """Take more of the recording; yield the clips that have ended."""
-        for start in range(0, len(samples), self._frame * self._most):  # so that little is kept besides the clip
-            self._take(samples[start : start + self._frame * self._most])
+        for start in range(0, len(samples), self._frame * self._max_frames):  # so that little is kept besides the clip
+            self._take(samples[start : start + self._frame * self._max_frames])
             yield from self._cut()
 
     def finish(self) -> Iterator[RecordedClip]:
@@ -200,14 +200,14 @@ class _Cutter:
         while self._seen < len(self._voiced):
             self._look()
             if self._begin is None:
-                if self._seen >= self._most:
+                if self._seen >= self._max_frames:
                     yield self._drop((self._seen - _WINDOW - self._lead) * self._frame)
             elif (start := self._start(self._begin)) > self._given:  # silence before it is a clip of its own
                 yield self._drop(start)
             elif self._seen - self._end >= self._pause:
                 stop = min(self._end + self._tail, self._seen)
                 yield self._drop(self._stop(self._begin, stop), self._end)
-            elif self._seen >= self._most:
+            elif self._seen >= self._max_frames:
                 end, at = self._best_cut(self._begin)
                 yield self._drop(at * self._frame, end)
 
@@ -237,11 +237,11 @@ class _Cutter:
         start = lead if lead >= max(self._lead, 1) else 0
         while start < begin and self._power[start] < _DIGITAL:
             start += 1
-        least = 1 if start and self._power[start - 1] < _DIGITAL else self._rate // _DIGITAL_RUN
+        min_silent = 1 if start and self._power[start - 1] < _DIGITAL else self._rate // _DIGITAL_RUN
         start, stop = max(start * self._frame, self._given), (start + 1) * self._frame
         recorded = np.flatnonzero(np.square(self._samples[start:stop]) >= _DIGITAL)
         silent = int(recorded[0]) if len(recorded) else 0
-        return start + silent if silent >= least else start
+        return start + silent if silent >= min_silent else start
 
     def _stop(self, begin: int, stop: int) -> int:
         """Return the sample at which the clip of speech stops: no later than a frame, and before digital silence."""
@@ -255,8 +255,8 @@ class _Cutter:
         recorded = np.flatnonzero(np.square(self._samples[start:stop]) >= _DIGITAL)
         silent = stop - start - 1 - int(recorded[-1]) if len(recorded) else 0
         behind = self._samples[stop : stop + self._frame]
-        least = 1 if len(behind) and np.square(behind).mean() < _DIGITAL else self._rate // _DIGITAL_RUN
-        return stop - silent if silent >= least else stop
+        min_silent = 1 if len(behind) and np.square(behind).mean() < _DIGITAL else self._rate // _DIGITAL_RUN
+        return stop - silent if silent >= min_silent else stop
 
     def _best_cut(self, begin: int) -> tuple[int, int]:
         """Return the frame at which speech ends before the best cut, and the frame to cut at."""

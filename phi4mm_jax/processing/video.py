@@ -110,15 +110,6 @@ def crops_per_frame(frames: int) -> int:
     return max(1, _CROPS // frames)
 
 
-def video_placeholders(frames: int, first: int = 1) -> str:
-    """Return the frames' placeholders in a raw prompt, where they are the images from number `first` on.
-
-    With it go the frames in `images`, and `max_crops=crops_per_frame(frames)`; in a chat, a part of type video does all
-    of this by itself.
-    """
-    return "".join(f"<|image_{n}|>" for n in range(first, first + frames))
-
-
 def _images_in(folder: Path) -> list[Path]:
     known = registered_suffixes()
     paths = [p for p in folder.iterdir() if p.suffix.lower() in known and not p.name.startswith(".")]

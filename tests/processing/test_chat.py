@@ -630,7 +630,10 @@ def url(value: Any) -> dict[str, Any]:
         ({"type": "video_url", "video_url": "a.mp4", "detail": "low"}, r"\.detail is a setting that is not taken"),
         ({"type": "audio_url", "audio_url": {"url": "a.wav", "detail": "low"}}, r"\.audio_url\.detail is a setting"),
         ({"type": "audio", "audio": {"path": "a.wav", "detail": "low"}}, r"\.audio\.detail is a setting"),
-        ({"type": "input_audio", "input_audio": {"data": DATA, "detail": "low"}}, r"\.input_audio\.detail is a setting"),
+        (
+            {"type": "input_audio", "input_audio": {"data": DATA, "detail": "low"}},
+            r"\.input_audio\.detail is a setting",
+        ),
         ({"type": "input_audio", "input_audio": {"data": DATA}, "detail": "low"}, r"\.detail is a setting that is not"),
         ({"type": "image_pil", "image_pil": "a.png", "max_crops": 1}, r"\.max_crops is a setting that is not taken"),
         ({"type": "image_pil", "image_pil": "a.png", "image": "b.png"}, r"\.image is not taken in a part of type"),
