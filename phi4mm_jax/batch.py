@@ -15,7 +15,7 @@ NO_MEDIA = -1
 class ImageStack(NamedTuple):
     """Crops of all images. Their features: 256 a crop, then the two separators (of rows; of the global view)."""
 
-    crops: Float[Any, "C 448 448 3"]  # normalised to [-1, 1]
+    crops: Float[Any, "C 448 448 3"]  # normalised: sub-crops in [-1, 1], global views in [-1.9, 1.9]
     patch_mask: Bool[Any, "C 32 32"]  # False: padding, not attended to
 
 

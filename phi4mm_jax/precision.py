@@ -54,6 +54,7 @@ def row_sum(x: Float[Array, "... D"]) -> Float[Array, "..."]:
 
 
 def row_mean(x: Float[Array, "... D"]) -> Float[Array, "... 1"]:
+    """Return the mean over the last axis, as `row_sum` sums it."""
     return (row_sum(x) / x.shape[-1])[..., None]
 
 

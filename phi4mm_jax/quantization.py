@@ -43,6 +43,7 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
         return self.values.shape
 
 
@@ -84,7 +85,7 @@ def quantized_parameters(
 
 
 def is_quantized(path: ParamPath, ndim: int) -> bool:
-    """Whether a parameter is a linear map's, so that it is quantised where any is."""
+    """Return whether a parameter is a linear map's, so that it is quantised where any is."""
     return contracted_axes(path, ndim) is not None
 
 
@@ -119,7 +120,7 @@ def contracted_axes(path: ParamPath, ndim: int) -> tuple[int, ...] | None:
 
 
 def _is_projection(path: ParamPath) -> bool:
-    """Whether it is a part of one of the decoder's fused matrices."""
+    """Return whether it is a part of one of the decoder's fused matrices."""
     return path[1] == "decoder" and path[-2] in ("qkv", "out", "gate_up", "down")
 
 

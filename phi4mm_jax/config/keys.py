@@ -32,12 +32,15 @@ class Keys:
         self.values, self.name = values, name
 
     def error(self, key: str, problem: str) -> ConfigError:
+        """Return an error that names the file and the key."""
         return ConfigError(f"{self.name}: {key} {problem}")
 
     def has(self, key: str) -> bool:
+        """Return whether the key is there and not null."""
         return self.values.get(key) is not None
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return a value of a type, or the default where there is none; whole numbers are floats as well."""
         value = self.values.get(key)
         if value is None:
             value = default
@@ -50,12 +53,14 @@ class Keys:
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
+        """Return a positive whole number."""
         value = self.get(key, int, default)
         if value <= 0:
             raise self.error(key, f"is {value}; expected a positive whole number")
         return value
 
     def above_zero(self, key: str, default: Any = None) -> float:
+        """Return a positive number."""
         value = self.get(key, float, default)
         if not value > 0.0:
             raise self.error(key, f"is {value}; expected a positive number")
@@ -79,9 +84,11 @@ class Keys:
             )
 
     def section(self, key: str) -> "Keys":
+        """Return the object at a key, whose errors name the key before theirs."""
         return Keys(self.get(key, Mapping), f"{self.name}: {key}")
 
     def factors(self, key: str) -> tuple[float, ...]:
+        """Return a list of positive numbers."""
         values = self.get(key, list)
         numbers = [v for v in values if is_number(v) and v > 0]
         if len(numbers) != len(values):
@@ -89,6 +96,7 @@ class Keys:
         return tuple(float(v) for v in values)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
+        """Return one token id, or a list of them, as a tuple."""
         value = self.values.get(key)
         ids = [i for i in (value if isinstance(value, list) else [value]) if is_whole(i)]
         if not ids or len(ids) != (len(value) if isinstance(value, list) else 1):

@@ -31,6 +31,7 @@ class ModuleLora:
 
     @property
     def scale(self) -> float:
+        """Factor of A B."""
         return self.alpha / self.rank
 
 

@@ -16,6 +16,8 @@ from phi4mm_jax.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Phi4MMConfig:
+    """Sizes of all parts, the adapters, and the tokens that stand for media or end an answer."""
+
     decoder: DecoderConfig
     vision: VisionConfig
     speech: SpeechConfig

@@ -24,17 +24,22 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """Adapter on all of the decoder's projections: rank, alpha, and the rate of dropout in training."""
+
     rank: int
     alpha: float
     dropout: float
 
     @property
     def scale(self) -> float:
+        """Factor of A B."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    """The decoder: layers of grouped-query attention and gated MLPs."""
+
     vocab_size: int
     embed_dim: int
     num_layers: int
@@ -60,10 +65,12 @@ class VisionConfig:
 
     @property
     def patches_per_side(self) -> int:
+        """Number of patches along a side of a crop."""
         return self.crop_size // self.patch_size
 
     @property
     def head_size(self) -> int:
+        """Width of an attention head."""
         return self.embed_dim // self.num_heads
 
     @property
@@ -90,6 +97,7 @@ class SpeechConfig:
 
     @property
     def head_size(self) -> int:
+        """Width of an attention head."""
         return self.embed_dim // self.num_heads
 
     @property

@@ -115,6 +115,7 @@ class Grid(NamedTuple):
         return row, lax.div(rest, self.blocks), lax.rem(rest, self.blocks)
 
     def this_step(self):
+        """Return the number of the step that is being computed."""
         return pl.program_id(1) * self.cores + pl.program_id(0)
 
     def spec(self, shape: tuple[int | None, ...], index) -> pl.BlockSpec:
@@ -123,6 +124,7 @@ class Grid(NamedTuple):
 
 
 def make_grid(batch: int, heads: int, blocks: int, tiles: int, target: Target) -> Grid:
+    """Lay out the steps of blocks of queries, on the chip's cores where they share them evenly."""
     steps = batch * heads * blocks
     cores = target.cores if steps % target.cores == 0 else 1
     return Grid(heads, blocks, tiles, cores, steps // cores)
@@ -177,6 +179,7 @@ class Softmax(NamedTuple):
         return Softmax(stats, stats, pltpu.VMEM((rows, size), jnp.float32))
 
     def begin(self) -> None:
+        """Start a block of queries: without keys."""
         self.largest[...] = jnp.full_like(self.largest, MASKED)
         self.total[...] = jnp.zeros_like(self.total)
         self.weighted[...] = jnp.zeros_like(self.weighted)
@@ -200,7 +203,7 @@ class Softmax(NamedTuple):
 
     @property
     def is_safe(self):
-        """Whether no sum has left the range in which maxima need not be exact."""
+        """True if no sum has left the range in which maxima need not be exact."""
         return jnp.max(self.total[...]) < SAFE_SUM
 
     def result(self):
@@ -217,6 +220,7 @@ def _weighted(weights, values, factors):
 
 
 def dot(a, b, dimensions):
+    """Multiply in the precision of the dtype, into float32."""
     return lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
@@ -256,6 +260,7 @@ def positions(group: int, block: int, width: int):
 
 
 def compiler_params(call: Call) -> pltpu.CompilerParams:
+    """Return the parameters of a call: steps of a core in order, and its vector memory."""
     return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=call.target.blocks.vmem)
 
 
@@ -268,5 +273,6 @@ def estimate_cost(call: Call, q, k, products: int) -> pl.CostEstimate:
 
 
 def pad_to(x, axis: int, length: int):
+    """Append zeros to an axis up to a length."""
     missing = length - x.shape[axis]
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x

@@ -34,12 +34,12 @@ def zigzag_order(length: int) -> Int[np.ndarray, " T"] | None:
 
 
 def to_zigzag(x: Array) -> Array:
-    """(B, T, ...) whose rows are spread in order, spread in zigzag."""
+    """Spread rows (B, T, ...), which are spread in order, in zigzag."""
     return x if context_size() == 1 else _on_devices(_deal, x)
 
 
 def from_zigzag(x: Array) -> Array:
-    """(B, T, ...) whose rows are spread in zigzag, spread in order."""
+    """Spread rows (B, T, ...), which are spread in zigzag, in order."""
     return x if context_size() == 1 else _on_devices(_undeal, x)
 
 

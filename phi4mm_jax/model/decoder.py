@@ -46,10 +46,12 @@ class BlockConfig:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers."""
         return self.decoder.num_layers
 
     @property
     def sizes(self) -> Sizes:
+        """Sizes of axes, by letter."""
         d = self.decoder
         return {
             "D": d.embed_dim, "N": d.num_heads, "K": d.num_kv_heads, "H": d.head_size, "F": d.mlp_dim,
@@ -58,6 +60,8 @@ class BlockConfig:
 
 
 class Decoder(nn.Module):
+    """Layers and the final norm; the embedding, which is also the head."""
+
     config: BlockConfig
     scan: bool
     remat: Remat
@@ -66,6 +70,7 @@ class Decoder(nn.Module):
         self.embedding = declare(self, "embedding", "VD", self.config.sizes)
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        """Return the embeddings of tokens, in a dtype."""
         return lookup(self.embedding, tokens, dtype)
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -81,6 +86,8 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention, then an MLP, each behind a norm and added to its input."""
+
     config: BlockConfig
 
     @nn.compact
@@ -97,6 +104,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal attention with rotated queries and keys: within a row or its segments, or to the cache."""
+
     config: BlockConfig
 
     @nn.compact
@@ -169,6 +178,8 @@ def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[A
 
 
 class MLP(nn.Module):
+    """Gated MLP: down(up * silu(gate))."""
+
     config: BlockConfig
 
     @nn.compact

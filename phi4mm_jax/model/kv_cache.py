@@ -44,6 +44,7 @@ class KVCache(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Array, ...]:
+        """Keys and values, and their scales where they are int8."""
         return tuple(x for x in self if x is not None)
 
     @property
@@ -53,6 +54,7 @@ class KVCache(NamedTuple):
 
     @property
     def page_size(self) -> int:
+        """Tokens of a page, or of a device's part of one."""
         return self.k.shape[3]
 
 
@@ -91,9 +93,10 @@ def cache_axes(cache: KVCache) -> KVCache:
 def inputs_of_part(
     rows: CachedInputs, cache: KVCache, new: int, part: Int[Array, ""] | int, parts: int
 ) -> CachedInputs:
-    """Leave a device that has one of several parts of every page what it is to write, into its cache.
+    """Return the inputs of a device that has one of several parts of every page: the places of what it writes.
 
-    A new token by itself is in one of the parts, and of whole pages each has its own.
+    New tokens that each have a place are in one part: the other devices write them into the scratch page. Of whole
+    pages every device writes its part, to the same places.
     """
     if parts == 1 or rows.pages.shape[1] < new:
         return rows

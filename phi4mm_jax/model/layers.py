@@ -77,6 +77,8 @@ class Projector(nn.Module):
 
 
 class LayerNorm(nn.Module):
+    """LayerNorm with a learned scale and bias."""
+
     sizes: Sizes
     eps: float
 
@@ -88,6 +90,8 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """RMSNorm with a learned scale."""
+
     sizes: Sizes
     eps: float
 

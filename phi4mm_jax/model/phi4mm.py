@@ -69,10 +69,12 @@ class Phi4MM(nn.Module):
         return jnp.concatenate(tables) if tables else None
 
     def encode_images(self, images: ImageStack) -> MediaFeatures:
+        """Return the embeddings of crops, one crop after the other, then of the two separators: (M, D)."""
         features = self.vision(images.crops.astype(self.dtype), images.patch_mask)
         return self.image_embedder(features.reshape(-1, features.shape[-1]))
 
     def encode_audio(self, audio: AudioStack) -> MediaFeatures:
+        """Return the embeddings of chunks of clips, one chunk after the other: (M, D)."""
         features = self.speech(audio.frames, audio.first, audio.last, audio.attended, self.dtype)  # (A, T, D)
         projected = self._project_audio(features, audio.with_images)
         return projected.reshape(-1, projected.shape[-1])
@@ -100,6 +102,7 @@ class Phi4MM(nn.Module):
     def embed(
         self, tokens: Int[Array, "B T"], media: Int[Array, "B T"], features: MediaFeatures | None
     ) -> Float[Array, "B T D"]:
+        """Embed tokens; those that `media` has a row of `features` for, not `NO_MEDIA`, are that row."""
         embedded = self.decoder.embed(tokens, self.dtype)
         if features is None:
             return embedded
@@ -123,7 +126,7 @@ class Phi4MM(nn.Module):
             lengths: valid tokens of each row, those of this call and those in the cache included.
             long: which rows use the long rotary set; by default those whose length asks for it. It must be what the
                 row's cached keys were made with.
-            starts: tokens of each row in the cache; a multiple of the page size where T is one.
+            starts: tokens of each row in the cache; a multiple of the page size where T is a multiple of it.
             tables: the pages of each row, in the order of its tokens.
             segments: of packed rows, which are taken whole: the sample that each token belongs to.
         """
@@ -147,6 +150,7 @@ class Phi4MM(nn.Module):
         return self.decoder(embedded, rows, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Return the logits in float32, by the tied embedding."""
         return self.decoder.logits(hidden)
 
 

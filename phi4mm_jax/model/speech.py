@@ -1,6 +1,6 @@
 """The speech encoder: log-mel frames through a convolutional stem and conformer blocks (arXiv:2005.08100).
 
-Works on chunks of clips (see `processing.batch.AudioStack`). Padding never reaches a valid token: it is zeroed between
+Works on chunks of clips (see `phi4mm_jax.batch.AudioStack`). Padding never reaches a valid token: it is zeroed between
 the stem's convolutions, masked in attention, and the blocks' own convolution looks only back.
 """
 
@@ -23,6 +23,7 @@ _MAP_BYTES = 1 << 28  # larger intermediates are computed a few chunks at a time
 
 
 def sizes_of(config: SpeechConfig) -> Sizes:
+    """Return the sizes of axes, by letter."""
     return {
         "D": config.embed_dim, "N": config.num_heads, "H": config.head_size, "F": config.mlp_dim,
         "C": config.conv_channels, "P": config.num_bands, "W": config.kernel_size, "S": 2 * config.bias_distance,
@@ -30,6 +31,8 @@ def sizes_of(config: SpeechConfig) -> Sizes:
 
 
 class SpeechEncoder(nn.Module):
+    """Conformer encoder over chunks of clips: one feature for each 8 frames."""
+
     config: SpeechConfig
     scan: bool
     remat: Remat
@@ -85,6 +88,8 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
+    """Conformer block: attention and a convolution between two halves of an MLP, then a norm."""
+
     config: SpeechConfig
 
     @nn.compact
@@ -103,6 +108,8 @@ class Block(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Gated MLP behind a norm."""
+
     config: SpeechConfig
 
     @nn.compact

@@ -15,6 +15,7 @@ from phi4mm_jax.precision import precision_of
 
 
 def sizes_of(config: VisionConfig) -> Sizes:
+    """Return the sizes of axes, by letter."""
     return {
         "D": config.embed_dim, "N": config.num_heads, "H": config.head_size, "F": config.mlp_dim,
         "X": config.patch_size, "W": 3, "S": config.patches_per_side**2,
@@ -22,6 +23,8 @@ def sizes_of(config: VisionConfig) -> Sizes:
 
 
 class VisionTower(nn.Module):
+    """SigLIP tower over crops: one feature for each 2x2 patches."""
+
     config: VisionConfig
     scan: bool
     remat: Remat
@@ -40,6 +43,8 @@ class VisionTower(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention among the patches of a crop, then an MLP, each behind a norm."""
+
     config: VisionConfig
 
     def __call__(self, x: Float[Array, "C S D"], layer, mask: Bool[Array, "C S"]):
@@ -105,7 +110,7 @@ def position_ids(mask: Bool[Array, "C Y Y"]) -> Int[Array, "C S"]:
 
 
 def _buckets(side: int) -> Int[np.ndarray, "{side}+1 {side}"]:
-    """[n, i]: which of `side` equal intervals of [0, 1) holds i/n.
+    """Return a table whose [n, i] is the number of the one of `side` equal intervals of [0, 1) that holds i/n.
 
     A table, because the rounding decides at the boundaries: i times the float32 reciprocal of n, on every platform.
     """

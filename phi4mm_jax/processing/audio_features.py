@@ -152,6 +152,7 @@ def check_rate(rate: Any) -> int:
 
 
 def feature_rate(rate: int) -> int:
+    """Return the rate in Hz at which features are made of a clip: 8000 of one at 8000, else 16000."""
     return _HALF_RATE if rate == _HALF_RATE else _RATE
 
 

@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
     @property
     def adapter(self) -> int:
-        """Index of the adapter: 0 none, 1 vision, 2 speech."""
+        """`Adapter.index` of the media's adapter, or `NO_ADAPTER`."""
         return _adapter_index(self.images, self.clips)
 
 
@@ -42,7 +42,7 @@ class Outline(NamedTuple):
 
     @property
     def adapter(self) -> int:
-        """Index of the adapter: 0 none, 1 vision, 2 speech."""
+        """`Adapter.index` of the media's adapter, or `NO_ADAPTER`."""
         return _adapter_index(self.images, self.clips)
 
 

@@ -56,12 +56,13 @@ ImageSource = Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryv
 class ImageFeatures:
     """Image as the vision tower takes it, and as the decoder will see it."""
 
-    crops: Float[np.ndarray, "C 448 448 3"]  # in [-1, 1]; the global view, then the sub-crops row by row
+    crops: Float[np.ndarray, "C 448 448 3"]  # the global view, within 1.9 of 0, then the sub-crops by row, within 1
     patch_mask: Bool[np.ndarray, "C 32 32"]  # False: padding
     layout: Int[np.ndarray, " T"]  # for each token a row of the (C * 256) pooled features, or a separator
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens, separators included."""
         return len(self.layout)
 
 
@@ -311,7 +312,7 @@ def _fill(image: Image.Image, grid: _Grid, crop_size: int) -> UInt8[np.ndarray, 
 
 
 def _cut(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """(rows * h, columns * w, ...) as (rows * columns, h, w, ...)."""
+    """Cut (rows * h, columns * w, ...) into (rows * columns, h, w, ...), row by row."""
     height, width = array.shape[0] // rows, array.shape[1] // columns
     tiles = array.reshape(rows, height, columns, width, *array.shape[2:]).swapaxes(1, 2)
     return tiles.reshape(rows * columns, height, width, *array.shape[2:])
@@ -344,7 +345,7 @@ def _shrink(pixels: np.ndarray, factor: int, axis: int) -> np.ndarray:
 
 
 def _normalise(x: Float[np.ndarray, "..."]) -> None:
-    """(x / 255 - 0.5) / 0.5 in place, with torchvision's rounding."""
+    """Replace x by (x / 255 - 0.5) / 0.5, with torchvision's rounding."""
     x /= np.float32(255)
     x -= np.float32(0.5)
     x *= np.float32(2)

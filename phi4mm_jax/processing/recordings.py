@@ -34,11 +34,11 @@ _SMOOTH = 5  # frames over which loudness is averaged to find the quietest place
 
 @dataclass(frozen=True)
 class CutSettings:
-    """How a recording is cut.
+    """Settings by which a recording is cut.
 
     Attributes:
-        clip_seconds: the most seconds of a clip. Speech that lasts longer is cut in the middle of its longest silence,
-            and where it has none of 0.2 s, at the quietest place of the second half.
+        clip_seconds: of the longest clip. Speech that lasts longer is cut in the middle of its longest silence, and
+            where it has none of 0.2 s, at the quietest place of the second half.
         pause: seconds of silence that end a clip in any case.
 
     Raises:
@@ -73,6 +73,7 @@ class RecordedClip:
 
     @property
     def seconds(self) -> float:
+        """Length of the clip."""
         return len(self.samples) / self.rate
 
 

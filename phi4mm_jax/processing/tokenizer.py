@@ -101,6 +101,7 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the special tokens, by content."""
         return MappingProxyType(self._ids)
 
     @property

@@ -38,8 +38,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 PREP, TINY = FIXTURES / "ms_prep", FIXTURES / "ms_tiny"
 PREP_CASES = json.loads((PREP / "goldens.json").read_text())
 
-# Normalised pixels lie in [-1, 1]. The sub-crops are those of the original to the bit; the global view, which its
-# bicubic interpolation computes with rounding errors and ours without, differs by 2.4e-7 at most.
+# Normalised pixels lie in [-1, 1], or little beyond. The sub-crops are those of the original to the bit; the global
+# view, which its bicubic interpolation computes with rounding errors and ours without, differs by 2.4e-7 at most.
 GLOBAL_VIEW_TOLERANCE = 5e-7
 
 
@@ -171,6 +171,15 @@ def test_pixel_values_are_scaled_to_minus_one_to_one() -> None:
 
 
 # The layout of the tokens
+
+
+def test_the_global_view_overshoots_by_no_more_than_its_weights() -> None:
+    """Where the signs of the pixels are those of bicubic weights: (2 * 19 / 32 + 2 * 3 / 32) ** 2."""
+    signs = np.roll(np.tile([0, 1, 1, 0], 224), 1)
+    pixels = np.where(signs[:, None] == signs, 255, 0).astype(np.uint8)
+    crops = preprocess_image(Image.fromarray(np.repeat(pixels[..., None], 3, axis=2))).crops
+    assert np.abs(crops[0]).max() == 1.375**2
+    assert np.abs(crops[1:]).max() == 1
 
 
 def layout_by_loops(features: ImageFeatures, columns: int, rows: int) -> list[int]:
