@@ -131,7 +131,9 @@ def _row(values: Any, folder: Path, processor: Processor) -> Row:
         raise InputError(f"the example is a {type(values).__name__}; expected an object with messages")
     messages = with_paths(read_conversation(values).messages, folder)
     is_answered = messages[-1].get("role") == "assistant"
-    return processor.row_of(render_chat(messages, processor.tokenizer, add_generation_prompt=not is_answered))
+    crop_size = processor.config.vision.crop_size
+    prompt = render_chat(messages, processor.tokenizer, add_generation_prompt=not is_answered, crop_size=crop_size)
+    return processor.row_of(prompt)
 
 
 def _sizes(row: Row, processor: Processor) -> BatchSizes:

@@ -27,7 +27,7 @@ from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.batching import Outline, Row, num_chunks
 from phi4mm_jax.processing.chat import render_chat
-from phi4mm_jax.processing.images import load_image
+from phi4mm_jax.processing.images import CROP_SIZE, load_image
 from phi4mm_jax.processing.media_urls import with_paths
 from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Prompt
@@ -82,7 +82,9 @@ class Size(NamedTuple):
     adapter: int
 
 
-def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "answers") -> Sample:
+def parse_sample(
+    values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "answers", crop_size: int = CROP_SIZE
+) -> Sample:
     """Return the sample of a manifest's line.
 
     Args:
@@ -109,7 +111,7 @@ def parse_sample(values: Any, folder: Path, tokenizer: Tokenizer, kind: Kind = "
         loss_mask = (*(False for _ in loss_mask), True)
     _check_answers(messages, loss_mask)
     try:
-        prompt = render_chat(with_paths(messages, folder), tokenizer, add_generation_prompt=False)
+        prompt = render_chat(with_paths(messages, folder), tokenizer, add_generation_prompt=False, crop_size=crop_size)
     except InputError as error:
         raise BadSample(_cause(error), str(error)) from error
     return Sample(prompt, loss_mask, rejected)

@@ -344,7 +344,10 @@ class TrainingData:
         source, number = self._at(position)
         manifest = self._manifests[source]
         try:
-            yield parse_sample(manifest.read(number), manifest.folder, self._processor.tokenizer, self._config.kind)
+            yield parse_sample(
+                manifest.read(number), manifest.folder, self._processor.tokenizer, self._config.kind,
+                self._processor.config.vision.crop_size,
+            )  # fmt: skip
         except BadSample as error:
             raise BadSample(error.cause, f"{manifest.where(number)}: {error}") from error
 

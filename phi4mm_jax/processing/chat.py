@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from phi4mm_jax.errors import CheckpointError, InputError
+from phi4mm_jax.processing.images import CROP_SIZE
 from phi4mm_jax.processing.message_parts import NEXT, kind_of, looks_like_media, parse_part, string_at
 from phi4mm_jax.processing.prompt import KINDS, Kind, Media, Prompt, Tokens, given_media, parse_raw, placeholder_in
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ def parse_prompt(
     audios: Sequence[Any] | None = (),
     *,
     continue_final_message: bool = False,
+    crop_size: int = CROP_SIZE,
 ) -> Prompt:
     """Parse a string by `parse_raw`, a list of messages by `render_chat`.
 
@@ -42,7 +44,9 @@ def parse_prompt(
             raise InputError("continue_final_message is for chat messages: a raw prompt is continued where it ends")
         return parse_raw(prompt, tokenizer, images, audios)
     if isinstance(prompt, list | tuple):
-        return render_chat(prompt, tokenizer, images, audios, continue_final_message=continue_final_message)
+        return render_chat(
+            prompt, tokenizer, images, audios, continue_final_message=continue_final_message, crop_size=crop_size
+        )
     raise InputError(f"prompt is {type(prompt).__name__}: pass a raw string, or a list of chat messages")
 
 
@@ -55,6 +59,7 @@ def render_chat(
     tools: str | Sequence[Any] | None = None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    crop_size: int = CROP_SIZE,
 ) -> Prompt:
     """Render chat messages by the published template: `<|role|>content<|end|>` for each, then `<|assistant|>`, or
     `<|endoftext|>` without a generation prompt. Nothing is trimmed here: tokens swallow white space by their flags.
@@ -79,7 +84,8 @@ def render_chat(
     path. A key that is None is taken as absent. "detail": "low" of an image is one crop. Whatever else looks like a
     medium, or a setting of one, is an error.
 
-    A video may have "frames", how many at most (64), and "max_crops" of each (by default 64 // their number).
+    A video may have "frames", how many at most (64), and "max_crops" of each (by default 64 // their number). Frames
+    are shrunk to what is seen of them in crops of `crop_size`, the checkpoint's.
 
     Tools, a string or a list to be written as JSON, end the system turn as `<|tool|>JSON<|/tool|>`. They are "tools" of
     a system message, or the argument, which goes to the first system message, or to an empty one put before the others.
@@ -108,7 +114,7 @@ def render_chat(
     for i, (role, message) in enumerate(zip(roles, messages, strict=True)):
         where = f"messages[{i}]"
         pieces.append(_id(tokenizer, f"<|{role}|>"))
-        for piece in _content(where, message):
+        for piece in _content(where, message, crop_size):
             if isinstance(piece, str | Tokens):
                 pieces.append(piece)
                 if role == "user" and isinstance(piece, str):
@@ -213,7 +219,7 @@ def _fill(kind: Kind, media: Sequence[Any], given: Sequence[Any]) -> tuple[Any, 
     return tuple(next(rest) if payload is NEXT else payload for payload in media)
 
 
-def _content(where: str, message: Mapping[str, Any]) -> Iterator[str | Tokens | tuple[Kind, Any]]:
+def _content(where: str, message: Mapping[str, Any], crop_size: int) -> Iterator[str | Tokens | tuple[Kind, Any]]:
     content = message.get("content")
     if isinstance(content, str | Tokens):
         yield content
@@ -222,7 +228,7 @@ def _content(where: str, message: Mapping[str, Any]) -> Iterator[str | Tokens | 
             if isinstance(part, str | Tokens):
                 yield part
             else:
-                yield from parse_part(f"{where}.content[{j}]", part)
+                yield from parse_part(f"{where}.content[{j}]", part, crop_size)
     elif content is not None or not _called(message):
         raise InputError(f"{where}.content is {kind_of(message, 'content')}: pass a string, or a list of parts")
 

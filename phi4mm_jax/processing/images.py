@@ -33,6 +33,7 @@ FORMATS = (
     "PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "QOI", "HEIF",
 )  # fmt: skip
 
+MAX_CROPS, CROP_SIZE, PATCH_SIZE = 36, 448, 14  # of the release: sub-crops of an image, and pixels
 _MIN_SIDE = 10  # pixels of the scaled image, as in the original
 _WHITE = 255
 
@@ -184,11 +185,11 @@ def _check_format(image: Image.Image) -> None:
         )
 
 
-def shrink(image: Image.Image, max_crops: int, crop_size: int = 448) -> Image.Image:
-    """An image at the size at which it is seen in so many crops, if it is larger: `preprocess_image` then gives the
+def shrink(image: Image.Image, max_crops: int, crop_size: int) -> Image.Image:
+    """Scale an image that is larger to the size at which it is seen in so many crops: `preprocess_image` then gives the
     same. What is refused later stays as it is."""
     try:
-        grid = _lay_out(*image.size, max_crops, crop_size, patch_size=14)
+        grid = _lay_out(*image.size, max_crops, crop_size, crop_size)  # whose scaled size no patches change
     except InputError:
         return image
     if grid.width >= image.width and grid.height >= image.height:
@@ -197,7 +198,7 @@ def shrink(image: Image.Image, max_crops: int, crop_size: int = 448) -> Image.Im
 
 
 def preprocess_image(
-    image: Image.Image, dynamic_hd: int = 36, crop_size: int = 448, patch_size: int = 14
+    image: Image.Image, dynamic_hd: int = MAX_CROPS, crop_size: int = CROP_SIZE, patch_size: int = PATCH_SIZE
 ) -> ImageFeatures:
     """Scale an image into its grid, and cut it into crops.
 
@@ -231,7 +232,7 @@ def preprocess_image(
 
 
 def count_image_tokens(
-    width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448, patch_size: int = 14
+    width: int, height: int, dynamic_hd: int = MAX_CROPS, crop_size: int = CROP_SIZE, patch_size: int = PATCH_SIZE
 ) -> int:
     """Return the number of tokens of an image of this size: `preprocess_image(...).num_tokens`, without the pixels.
 
@@ -243,7 +244,7 @@ def count_image_tokens(
     return rows * (columns + 1) + 1 + side * (side + 1)
 
 
-def count_crops(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> int:
+def count_crops(width: int, height: int, dynamic_hd: int = MAX_CROPS, crop_size: int = CROP_SIZE) -> int:
     """Return the number of crops of an image of this size, the global view among them."""
     columns, rows = choose_grid(width, height, dynamic_hd, crop_size)
     return 1 + columns * rows
@@ -255,7 +256,7 @@ def check_max_crops(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value!r:.80}; expected the largest number of crops, at least 1")
 
 
-def choose_grid(width: int, height: int, dynamic_hd: int = 36, crop_size: int = 448) -> tuple[int, int]:
+def choose_grid(width: int, height: int, dynamic_hd: int = MAX_CROPS, crop_size: int = CROP_SIZE) -> tuple[int, int]:
     """Columns and rows of the grid of crops.
 
     As many as cover the image at its own size. If these are more than `dynamic_hd`: the grid whose aspect ratio is

@@ -24,8 +24,11 @@ _TYPES = ("text", *_URLS, "input_audio", "image", "audio", "video")
 _DETAILS = ("low", "high", "auto", "original")
 
 
-def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
+def parse_part(where: str, part: Any, crop_size: int) -> Iterator[str | tuple[Kind, Any]]:
     """Yield the texts and media of a part of a message's content, media as (kind, source or `NEXT`).
+
+    Args:
+        crop_size: pixels of a crop's side, to which the frames of a video are shrunk.
 
     Raises:
         InputError: it fits no form that `render_chat` takes; it begins with `where`.
@@ -54,7 +57,7 @@ def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         )  # fmt: skip
         source = locate(at, url, _URLS[kind])
         if _URLS[kind] == "video":
-            for frame in _frames(at, source, {**given, **beside}):
+            for frame in _frames(at, source, {**given, **beside}, crop_size):
                 yield "image", frame
         elif _URLS[kind] == "image":
             yield "image", _detailed(f"{where}.{key}", source, {**given, **beside})
@@ -82,7 +85,7 @@ def parse_part(where: str, part: Any) -> Iterator[str | tuple[Kind, Any]]:
         payload = _payload(where, given, kind)
         if payload is NEXT:
             raise InputError(f"{where}.video is {kind_of(part, kind)}: pass a path, a file's bytes or a list of images")
-        for frame in _frames(f"{where}.video", payload, given):
+        for frame in _frames(f"{where}.video", payload, given, crop_size):
             yield "image", frame
     else:
         raise InputError(
@@ -158,12 +161,12 @@ def _payload(where: str, given: Mapping[str, Any], kind: str) -> Any:
     return source if source is NEXT else locate(at, source, kind)
 
 
-def _frames(where: str, source: Any, given: Mapping[str, Any]) -> list[Frame]:
+def _frames(where: str, source: Any, given: Mapping[str, Any], crop_size: int) -> list[Frame]:
     max_crops = given.get("max_crops")
     if max_crops is not None:
         check_max_crops(f"{where.removesuffix('.video')}.max_crops", max_crops)
     try:
-        frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops)
+        frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops, crop_size)
     except InputError as error:
         raise MediaError(f"{where}: {error}") from error
     return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]

@@ -137,7 +137,10 @@ class Processor:
             InputError: as in `__call__`, and when the prompt is empty.
             ContextLengthError: the prompt is longer than the context.
         """
-        parsed = parse_prompt(prompt, self.tokenizer, images, audios, continue_final_message=continue_final_message)
+        parsed = parse_prompt(
+            prompt, self.tokenizer, images, audios, continue_final_message=continue_final_message,
+            crop_size=self.config.vision.crop_size,
+        )  # fmt: skip
         return self.row_of(parsed, max_crops, adapter)
 
     def row_of(self, prompt: Prompt, max_crops: int | None = None, adapter: str | None = None) -> Row:

@@ -18,13 +18,21 @@ from PIL import Image
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.containers import MissingPyAV, open_container
-from phi4mm_jax.processing.images import MAX_PIXELS, ImageSource, check_size, load_image, registered_suffixes, shrink
+from phi4mm_jax.processing.images import (
+    CROP_SIZE,
+    MAX_CROPS,
+    MAX_PIXELS,
+    ImageSource,
+    check_size,
+    load_image,
+    registered_suffixes,
+    shrink,
+)
 from phi4mm_jax.processing.sources import Deadline, each, other_kind, plain
 from phi4mm_jax.utils.checks import is_whole
 
 MAX_FRAMES = 64
 _CROPS = 64  # of all frames together
-_MAX_CROPS = 36  # of one frame, as of any image
 _PARALLEL_PIXELS = 1920 * 1088  # larger frames are decoded one at a time: each thread holds some
 
 # What lies closer ahead is decoded on the way; beyond it, decoding from the key frame before is expected to be less.
@@ -42,7 +50,9 @@ class Frame:
     max_crops: int
 
 
-def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int | None = None) -> list[Image.Image]:
+def video_frames(
+    source: VideoSource, frames: int = MAX_FRAMES, max_crops: int | None = None, crop_size: int = CROP_SIZE
+) -> list[Image.Image]:
     """Return evenly spaced frames, each from the middle of an equal part of the clip.
 
     A clip of fewer frames gives each of them once. Files are searched, not read as a whole. Frames are turned as a
@@ -55,6 +65,7 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int |
             their names, numbers by their value; or a list of images in any form of `load_image`'s.
         frames: maximum number, 1 to 64.
         max_crops: maximum per frame; by default its share, `crops_per_frame`.
+        crop_size: of the checkpoint, in pixels.
 
     Raises:
         InputError: `frames` is out of range; a file is missing, unreadable or without video, or has frames that are too
@@ -68,7 +79,7 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int |
             raise InputError("the video is an empty list; expected one image at least")
         chosen = [source[i] for i in evenly_spaced(len(source), frames)]
         crops = _crops_seen(max_crops, len(chosen))
-        return list(each("frame", chosen, lambda image: shrink(load_image(image), crops)))
+        return list(each("frame", chosen, lambda image: shrink(load_image(image), crops, crop_size)))
     source = plain(source)
     if not isinstance(source, str | bytes):
         raise InputError(
@@ -76,22 +87,22 @@ def video_frames(source: VideoSource, frames: int = MAX_FRAMES, max_crops: int |
         )
     start, length = _span(source)
     times = [start + length * (2 * i + 1) / (2 * frames) for i in range(frames)]
-    images = _decoded(source, times, _crops_seen(max_crops, frames))
+    images = _decoded(source, times, _crops_seen(max_crops, frames), crop_size)
     if _crops_seen(max_crops, len(images)) > _crops_seen(max_crops, frames):
         # A clip of fewer frames than asked for, so that decoding it again is little: each is seen at a larger size.
-        images = _decoded(source, times, _crops_seen(max_crops, len(images)))
+        images = _decoded(source, times, _crops_seen(max_crops, len(images)), crop_size)
     return images
 
 
 def _crops_seen(max_crops: int | None, frames: int) -> int:
-    return min(max_crops or crops_per_frame(frames), _MAX_CROPS)
+    return min(max_crops or crops_per_frame(frames), MAX_CROPS)
 
 
-def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int) -> list[Image.Image]:
+def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int, crop_size: int) -> list[Image.Image]:
     try:
-        return list(_shown_at(source, times, crops, seek=True))
+        return list(_shown_at(source, times, crops, crop_size, seek=True))
     except _SeekError:
-        return list(_shown_at(source, times, crops, seek=False))
+        return list(_shown_at(source, times, crops, crop_size, seek=False))
 
 
 def check_frames(frames: Any) -> None:
@@ -175,7 +186,9 @@ def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
         return first * stream.time_base, (max(map(sum, packets)) - first) * stream.time_base
 
 
-def _shown_at(source: str | bytes, times: Sequence[Fraction], crops: int, *, seek: bool) -> Iterator[Image.Image]:
+def _shown_at(
+    source: str | bytes, times: Sequence[Fraction], crops: int, crop_size: int, *, seek: bool
+) -> Iterator[Image.Image]:
     """Yield what a player shows at these times, which rise, at the size that is seen in so many crops; each frame once.
 
     Raises:
@@ -195,7 +208,7 @@ def _shown_at(source: str | bytes, times: Sequence[Fraction], crops: int, *, see
             chosen = shown or after
             if chosen is not None and chosen[0] != given:
                 given, frame = chosen
-                yield shrink(_upright(frame), crops)
+                yield shrink(_upright(frame), crops, crop_size)
 
 
 def _upright(frame: Any) -> Image.Image:

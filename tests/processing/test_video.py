@@ -1,6 +1,8 @@
 """Video: which frames are chosen, from files, folders and lists, and what becomes of them in a prompt."""
 
 import base64
+import copy
+import dataclasses
 import io
 import re
 import sys
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from phi4mm_jax import InputError
+from phi4mm_jax.data.examples import parse_sample
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing import containers
 from phi4mm_jax.processing.audio import load_audio
@@ -234,6 +237,25 @@ def test_shrunk_frames_are_seen_as_whole_ones(count: int, frames: int, size: tup
         seen, expected = preprocess_image(a, crops), preprocess_image(b, crops)
         for name in ("crops", "patch_mask", "layout"):
             np.testing.assert_array_equal(getattr(seen, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("crop_size", [224, 672])
+def test_frames_are_shrunk_for_the_crops_of_the_checkpoint(tiny, crop_size: int, tmp_path: Path):
+    """Of a file and of a list; in a chat as in a training sample."""
+    processor = copy.copy(tiny.processor)
+    vision = dataclasses.replace(tiny.config.vision, crop_size=crop_size)
+    processor.config = dataclasses.replace(tiny.config, vision=vision)
+    whole = Image.fromarray(detailed(1600, 904, 0))
+    whole.save(tmp_path / "whole.png")
+    expected = preprocess_image(whole, 3, crop_size, 14)
+    messages = chat({"video": [str(tmp_path / "whole.png")], "max_crops": 3})
+    answered = [*messages, {"role": "assistant", "content": "Noise."}]
+    sample = parse_sample({"messages": answered}, tmp_path, processor.tokenizer, crop_size=crop_size)
+    for row in (processor.row(messages), processor.row_of(sample.prompt)):
+        np.testing.assert_array_equal(row.images[0].crops, expected.crops)
+        np.testing.assert_array_equal(row.images[0].layout, expected.layout)
+    frames = {size: video_frames(large(1, 1600, 904), 1, 3, size)[0].size for size in (448, crop_size)}
+    assert frames[crop_size] == pytest.approx([n * crop_size / 448 for n in frames[448]], abs=1)
 
 
 def resident() -> float:
