@@ -17,7 +17,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.strict_json import parse_json
 
 _log = logging.getLogger(__name__)
-_warned = False  # of a placeholder in a text: once, as texts may be anybody's
+_warned: set[str] = set()  # of what texts spell: once of each role, as texts may be anybody's
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 _MESSAGE_KEYS = {"role", "content", "name", "tools", "tool_calls", "tool_call_id", "function_call"}
@@ -117,8 +117,8 @@ def render_chat(
         for piece in _content(where, message, crop_size):
             if isinstance(piece, str | Tokens):
                 pieces.append(piece)
-                if role == "user" and isinstance(piece, str):
-                    _warn_of_placeholder(where, piece)
+                if isinstance(piece, str):
+                    _warn_of_spelling(where, role, piece, tokenizer)
             else:
                 kind, payload = piece
                 pieces.append(Media(kind, len(media[kind])))
@@ -145,15 +145,28 @@ def render_chat(
     return Prompt(tuple(pieces), taken["image"], taken["audio"])
 
 
-def _warn_of_placeholder(where: str, text: str) -> None:
-    """Log the first text that has a media placeholder, which is text in a chat: a prompt's author may mean a medium."""
-    global _warned
-    if not _warned and (found := placeholder_in(text)) is not None:
-        _warned = True
-        _log.warning(
-            '%s: %s is text in a chat, and stands for no medium; media are parts of the content, such as {"type": '
-            '"image", "image": ...}, and placeholders are for raw prompts (said once)', where, found,
-        )  # fmt: skip
+def _warn_of_spelling(where: str, role: str, text: str, tokenizer: Tokenizer) -> None:
+    """Log the first user's text with a media placeholder, and the first answer with a token that structures prompts.
+
+    Both are text in a chat; their author may mean a medium, or the token.
+    """
+    if role in _warned or "<|" not in text:
+        return
+    if role == "user" and (found := placeholder_in(text)) is not None:
+        remedy = (
+            'stands for no medium; media are parts of the content, such as {"type": "image", "image": ...}, and '
+            "placeholders are for raw prompts"
+        )
+    elif role == "assistant" and (ids := tokenizer.control_tokens.intersection(_ids_in(tokenizer, text))):
+        found, remedy = tokenizer.decode([min(ids)]), "is no special token; write calls of tools as tool_calls"
+    else:
+        return
+    _warned.add(role)
+    _log.warning("%s: %s is text in a chat, and %s (said once)", where, found, remedy)
+
+
+def _ids_in(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [piece for piece in tokenizer.split_special(text) if isinstance(piece, int)]
 
 
 def _check_continued(messages: Any) -> None:

@@ -23,9 +23,7 @@ WHITE_SPACE = "".join(map(chr, (*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x
 )
 
 # Tokens of the published tokenizers that structure a prompt, some of which their files do not mark as special.
-_CONTROL = re.compile(
-    r"<\|/?(endoftext\d*|endofprompt|end|assistant|user|system|tool|tool_call|tool_response|tag|dummy_\d+)\|>"
-)
+_CONTROL = re.compile(r"<\|/?(endoftext\d*|endofprompt|end|assistant|user|system|tool|tool_call|tool_response|tag)\|>")
 
 
 _WORD_CATEGORIES = {"Nd", "Nl", "Pc"}  # and letters and marks
@@ -92,7 +90,7 @@ class Tokenizer:
         self._bytes = dict(token_bytes) | {token.id: token.content.encode() for token in special}
         self._skipped = frozenset(token.id for token in special if token.skip)
         self._finders = _finders(special)
-        added = [t for t in special if not t.skip and not _CONTROL.fullmatch(t.content)]
+        added = [token for token in special if not _CONTROL.fullmatch(token.content)]
         self._added = _finders(added)
         self._control = frozenset(self._special) - {token.id for token in added}
         self._ids = {token.content: token.id for token in special}
@@ -140,7 +138,7 @@ class Tokenizer:
         """Return the ids of `text`.
 
         With `special` the special tokens in it are recognised; otherwise all of it is plain text, `<|end|>` too, but
-        for tokens that a fine-tuner added as vocabulary.
+        for tokens that structure no prompt, as those that a fine-tuner added.
 
         Raises:
             InputError: as in `encode_pieces`.
@@ -180,10 +178,10 @@ class Tokenizer:
     def encode_pieces(self, pieces: Sequence[str | int | tuple[int, ...]]) -> list[int]:
         """Return the ids of a sequence of plain texts (str), special tokens (int) and ids taken as they are (tuple).
 
-        Neighbouring texts are one text: tokens form across their boundary, and added tokens that are not special are
-        found in it, as transformers does. A special token swallows the white space of neighbouring text as its flags
-        say. Raises InputError for an id that is not a special token, and for a text that is not valid Unicode
-        or has a run of white space too long for the regular expression engine (over half a million).
+        Neighbouring texts are one text: tokens form across their boundary, and added tokens that structure no prompt
+        are found in it, as transformers does. A special token swallows the white space of neighbouring text as its
+        flags say. Raises InputError for an id that is not a special token, and for a text that is not valid Unicode or
+        has a run of white space too long for the regular expression engine (over half a million).
         """
         if self._added:
             pieces = self._split_by(self._added, _joined(pieces))

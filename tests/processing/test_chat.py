@@ -250,7 +250,7 @@ def test_special_tokens_in_a_message_are_text(tokenizer: Tokenizer, text: str):
 
 def test_a_placeholder_in_a_chats_text_is_told_once(tokenizer: Tokenizer, caplog, monkeypatch):
     """Not one in an answer, which the model wrote."""
-    monkeypatch.setattr("phi4mm_jax.processing.chat._warned", False)
+    monkeypatch.setattr("phi4mm_jax.processing.chat._warned", set())
     render_chat([*user("a"), {"role": "assistant", "content": "<|image_1|>"}], tokenizer)
     assert caplog.messages == []
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Compare with <|image_2|>."}]
@@ -258,6 +258,18 @@ def test_a_placeholder_in_a_chats_text_is_told_once(tokenizer: Tokenizer, caplog
     assert prompts[0].images == prompts[1].images == ("a.png",)
     (message,) = caplog.messages
     assert message.startswith("messages[1]: <|image_2|> is text in a chat, and stands for no medium; media are parts")
+
+
+def test_a_control_token_in_an_answers_text_is_logged_once(tokenizer: Tokenizer, caplog, monkeypatch):
+    """Of training samples, say, whose calls were written as texts; a user may write what they like."""
+    monkeypatch.setattr("phi4mm_jax.processing.chat._warned", set())
+    render_chat(user("<|tool_call|>x<|/tool_call|> <|end|>"), tokenizer)
+    assert caplog.messages == []
+    answer = {"role": "assistant", "content": "<|tool_call|>[]<|/tool_call|>"}
+    for _ in range(2):
+        render_chat([*user("a"), answer], tokenizer, add_generation_prompt=False)
+    (message,) = caplog.messages
+    assert message.startswith("messages[1]: <|tool_call|> is text in a chat, and is no special token; write calls of")
 
 
 def test_special_tokens_in_tools_and_calls_are_text(tokenizer: Tokenizer):

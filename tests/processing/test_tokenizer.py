@@ -493,7 +493,7 @@ def test_decoding_gives_the_text_back(name: str, request: pytest.FixtureRequest)
     for text in random_texts(seed=10, count=1000, special=special):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert not set(ids) & set(tokenizer.special_tokens.values())
+        assert not tokenizer.control_tokens.intersection(ids)
         assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
 
 
@@ -810,13 +810,16 @@ ADDED = ["<loc_1>", "<loc_12>", "[cell]", "naïve"]
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("text", ["a <loc_1> b", "<loc_12><loc_1>", "x[cell]y <|end|> z", " naïve naïve", "none"])
-def test_added_tokens_are_vocabulary_as_in_transformers(tmp_path: Path, text: str):
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    "text", ["a <loc_1> b", "<loc_12><loc_1>", "x[cell]y <|end|> z", " naïve naïve", "box <|dummy_0|> here", "none"]
+)
+def test_added_tokens_are_vocabulary_as_in_transformers(tmp_path: Path, text: str, special: bool):
     """In plain text, where tokens that structure a prompt stay text; the folder is as transformers 5 saves it."""
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
-    theirs.add_tokens(ADDED)
+    theirs.add_tokens(ADDED, special_tokens=special)
     theirs.save_pretrained(tmp_path)
     ours = Tokenizer.from_folder(tmp_path)
     expected = theirs(text, split_special_tokens=False)["input_ids"]
