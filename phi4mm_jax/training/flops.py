@@ -11,18 +11,19 @@ from flax.traverse_util import flatten_dict
 
 from phi4mm_jax.batch import TrainingBatch
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.kernels.tpu import chip_name
 
 # FLOP/s in bfloat16 without sparsity, of one device, by the makers' data sheets.
 PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 1154e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1154e12,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
 }  # fmt: skip
 
 
 def peak_flops() -> float | None:
     """Return the peak FLOP/s of one device; None if unknown."""
-    kind = jax.devices()[0].device_kind
+    kind = chip_name(jax.devices()[0].device_kind)
     known = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}\b", kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 

@@ -71,8 +71,9 @@ def make_lr_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Raises:
         InputError: the warm-up is not over before the last step.
     """
-    is_share = isinstance(config.warmup_steps, float)
-    warmup_steps = int(config.warmup_steps * steps if is_share else config.warmup_steps)
+    warmup_steps = config.warmup_steps
+    if isinstance(warmup_steps, float):
+        warmup_steps = min(math.ceil(warmup_steps * steps), steps - 1)  # rounded as by transformers
     if warmup_steps >= steps:
         raise InputError(
             f"optimizer.warmup_steps is {warmup_steps}, and the run has {steps} steps; warm up over fewer, or over a "
