@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import FastAPI, File, Form, UploadFile
+from fastapi import FastAPI, Form
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -46,8 +46,7 @@ from phi4mm_jax.serve.models import (
     ChatRequest,
     CompletionRequest,
     ErrorBody,
-    Seconds,
-    Temperature,
+    FileForm,
 )
 from phi4mm_jax.serve.queueing import FairQueue
 from phi4mm_jax.serve.remote_media import Fetcher
@@ -56,7 +55,7 @@ from phi4mm_jax.transcription.transcripts import TASKS, Task
 
 PAGE = Path(__file__).parent / "page"
 _log = logging.getLogger(__name__)
-_KEYS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
+_FORM = Form(media_type="multipart/form-data")
 _NO_KEYS = {"body", "query", "path", "str", "constrained-str", *PART_MODELS}  # what pydantic puts between the keys
 _WORKERS = 32  # threads that read media: a slow one holds up few others
 _PAGE_HEADERS = {  # nothing is loaded from elsewhere, and no other page shows this one
@@ -194,7 +193,7 @@ def _validated(kind: type[BaseModel], body: dict[str, Any]) -> Any:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise invalid(error.errors()) from None
+        raise invalid(error.errors(), kind) from None
 
 
 # ---------------------------------------------------------------------------------------------- endpoints
@@ -217,55 +216,21 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
             return EventStream(events_of(service, client_of(http), job, text_chunks))
         return await response_of(http, text_answer(service, client_of(http), job))
 
-    async def listen(
-        task: Task, http: HttpRequest, file: UploadFile, model: str | None, stream: bool,
-        response_format: audio.Format, **fields: Any,
-    ) -> Response:  # fmt: skip
-        service.check_model(model)
-        instruction = settings.instructions.get(task, TASKS[task])
-        job = await audio.parse_audio(
-            service, task, await file.read(), instruction=instruction, adapter=service.adapter_of(model),
-            form=response_format, **fields,
-        )  # fmt: skip
-        if stream and response_format not in ("json", "text"):
-            raise ApiError(400, f"stream is true, but {response_format} is not streamed; use json", param="stream")
-        if stream:
+    async def listen(task: Task, http: HttpRequest, form: audio.TranslationForm) -> Response:
+        job = await audio.parse_audio(service, task, form, settings.instructions.get(task, TASKS[task]))
+        if form.stream:
             return EventStream(events_of(service, client_of(http), job, audio.audio_chunks), last=None)
         return await response_of(http, audio.audio_answer(service, client_of(http), job))
 
     @app.post("/v1/audio/transcriptions", responses=ERRORS | _content("text/event-stream", "text/plain"))
-    async def transcriptions(
-        http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
-        model: Annotated[str | None, Form()] = None,
-        language: Annotated[audio.Language | None, Form(description="for verbose_json: the model finds out")] = None,
-        prompt: Annotated[str, Form(max_length=0)] = "",
-        response_format: Annotated[audio.Format, Form(description="json and text may be streamed")] = "json",
-        temperature: Annotated[Temperature, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
-        include: Annotated[list[Literal["logprobs"]], Form(alias="include[]", description="of json")] = [],  # noqa: B006
-        timestamp_granularities: Annotated[
-            list[Literal["segment"]], Form(alias="timestamp_granularities[]", description="of words there are none")
-        ] = [],  # noqa: B006
-        timeout: Annotated[Seconds | None, Form(description="that the request may take")] = None,
-    ) -> Response:  # fmt: skip
+    async def transcriptions(http: HttpRequest, form: Annotated[audio.TranscriptionForm, _FORM]) -> Response:
         """Write down what is said in a clip."""
-        return await listen(
-            "transcribe", http, file, model, stream, response_format, language=language,
-            temperature=temperature, timeout=timeout, logprobs=bool(include),
-        )  # fmt: skip
+        return await listen("transcribe", http, form)
 
     @app.post("/v1/audio/translations", responses=ERRORS | _content("text/event-stream", "text/plain"))
-    async def translations(
-        http: HttpRequest, file: Annotated[UploadFile, File(description="an audio file")],
-        model: Annotated[str | None, Form()] = None, prompt: Annotated[str, Form(max_length=0)] = "",
-        response_format: Annotated[audio.Format, Form(description="json and text may be streamed")] = "json",
-        temperature: Annotated[Temperature, Form()] = 0.0, stream: Annotated[bool, Form()] = False,
-        timeout: Annotated[Seconds | None, Form(description="that the request may take")] = None,
-    ) -> Response:  # fmt: skip
+    async def translations(http: HttpRequest, form: Annotated[audio.TranslationForm, _FORM]) -> Response:
         """Translate what is said in a clip to English."""
-        return await listen(
-            "translate", http, file, model, stream, response_format, language=None, temperature=temperature,
-            timeout=timeout, logprobs=False,
-        )  # fmt: skip
+        return await listen("translate", http, form)
 
     def described(name: str) -> dict[str, Any]:
         parent = {"parent": service.name} if name != service.name else {}
@@ -285,13 +250,10 @@ def _add_generation(app: FastAPI, service: Service, settings: ServerSettings) ->
 
 def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
     @app.post("/v1/files", responses=ERRORS)
-    async def add_file(
-        http: HttpRequest, file: Annotated[UploadFile, File(description="requests, one JSON object a line")],
-        purpose: Annotated[Literal["batch"], Form()],
-    ) -> dict[str, Any]:  # fmt: skip
+    async def add_file(http: HttpRequest, form: Annotated[FileForm, _FORM]) -> dict[str, Any]:
         """Keep a file for batches."""
-        name = (file.filename or "")[-255:]
-        return await asyncio.to_thread(store.add_file, file.file, name, purpose, owner_of(http))
+        name = (form.file.filename or "")[-255:]
+        return await asyncio.to_thread(store.add_file, form.file.file, name, form.purpose, owner_of(http))
 
     @app.get("/v1/files")
     async def list_files(http: HttpRequest) -> dict[str, Any]:
@@ -400,8 +362,9 @@ async def _on_http_error(_: HttpRequest, error: Any) -> Response:
     return error.response()
 
 
-async def _on_invalid(_: HttpRequest, error: Any) -> Response:
-    return invalid(error.errors()).response()
+async def _on_invalid(http: HttpRequest, error: Any) -> Response:
+    body = http.scope["route"].body_field
+    return invalid(error.errors(), body and body.field_info.annotation).response()
 
 
 async def _on_failure(_: HttpRequest, error: Exception) -> Response:
@@ -409,8 +372,8 @@ async def _on_failure(_: HttpRequest, error: Exception) -> Response:
     return server_failed().response()
 
 
-def invalid(errors: Any) -> ApiError:
-    """Return what a client is told of a body that the models refuse: the fault that lies deepest in it."""
+def invalid(errors: Any, model: type[BaseModel] | None) -> ApiError:
+    """Return what a client is told of a body that its model refuses: the fault that lies deepest in it."""
     first = max(errors, key=lambda error: len(error["loc"]))  # of the forms that a value may have the nearest one
     keys = [place for place in first["loc"] if place not in _NO_KEYS and not str(place).startswith("list[")]
     places = [key for before, key in zip(["", *keys], keys, strict=False) if type(before) is str or type(key) is int
@@ -419,6 +382,7 @@ def invalid(errors: Any) -> ApiError:
     cause = {"extra_forbidden": "is not known, and not ignored; leave it out", "missing": "is missing"}.get(
         first["type"]
     )
-    if first["type"] == "extra_forbidden" and (close := difflib.get_close_matches(name, _KEYS, 1)):
+    known = [] if model is None else [field.alias or key for key, field in model.model_fields.items()]
+    if first["type"] == "extra_forbidden" and (close := difflib.get_close_matches(name, known, 1)):
         cause = f"is not known, and not ignored; did you mean {close[0]}? Else leave it out"
     return ApiError(400, f"{name or 'the body'}: {cause or first['msg']}", param=name or None)

@@ -1,17 +1,31 @@
 """/v1/audio/transcriptions and /v1/audio/translations."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from secrets import randbelow
 from typing import Annotated, Any, Literal
 
-from pydantic import WithJsonSchema
+from fastapi import UploadFile
+from pydantic import Field, WithJsonSchema
 
 from phi4mm_jax.engine import Completion, Request, Sampling, Update
 from phi4mm_jax.processing.recordings import RecordedClip, cut_recording
 from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.chat import token_logprobs
 from phi4mm_jax.serve.errors import ApiError
+from phi4mm_jax.serve.models import (
+    AdapterName,
+    MinP,
+    Model,
+    Nothing,
+    Positive,
+    RepetitionPenalty,
+    Seconds,
+    Temperature,
+    TopK,
+    TopP,
+    Word,
+)
 from phi4mm_jax.transcription.recognition import clip_request
 from phi4mm_jax.transcription.transcripts import (
     LANGUAGES,
@@ -27,6 +41,39 @@ from phi4mm_jax.transcription.transcripts import (
 
 Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
 Language = Annotated[str, WithJsonSchema({"enum": list(LANGUAGES)})]
+
+
+class TranslationForm(Model):
+    file: UploadFile = Field(description="an audio file")
+    model: str | None = Field(None, description="by default the server's own; or a user's adapter")
+    prompt: str = Field("", max_length=0)
+    response_format: Format = Field("json", description="json and text may be streamed")
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Word | None = Field(None, description="by default another one in each request")
+    max_completion_tokens: Positive | None = Field(None, description="of each clip of a recording")
+    adapter: AdapterName | None = Field(None, description="by default that of clips")
+    stream: bool = False
+    timeout: Seconds | None = Field(None, description="that the request may take")
+    presence_penalty: Nothing = 0
+    frequency_penalty: Nothing = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return Sampling(**{name: getattr(self, name) for name in names})
+
+
+class TranscriptionForm(TranslationForm):
+    language: Language | None = Field(None, description="for verbose_json: the model finds out")
+    include: list[Literal["logprobs"]] = Field([], alias="include[]", description="of json")
+    timestamp_granularities: list[Literal["segment"]] = Field(
+        [], alias="timestamp_granularities[]", description="of words there are none"
+    )
+    chunking_strategy: Literal["auto"] | None = Field(None, description="has no effect: long clips are always cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,32 +95,37 @@ class AudioJob(Job):
 
 
 async def parse_audio(
-    service: Service, task: Task, content: bytes, *, instruction: str, adapter: str | None, form: Format,
-    language: str | None, temperature: float, timeout: float | None, logprobs: bool,
+    service: Service, task: Task, form: TranslationForm | TranscriptionForm, instruction: str
 ) -> AudioJob:  # fmt: skip
     """Return what the fields of a form ask for.
 
     Raises:
         ApiError: a field is out of range, or the clip is none, or too long.
     """
-    if logprobs and form != "json":
-        raise ApiError(400, f"include asks for logprobs, which only json has, not {form}", param="include[]")
+    service.check_model(form.model)
+    adapter, kind = service.adapter_of(form.model, form.adapter), form.response_format
+    language, logprobs = (form.language, bool(form.include)) if isinstance(form, TranscriptionForm) else (None, False)
+    if form.stream and kind not in ("json", "text"):
+        raise ApiError(400, f"stream is true, but {kind} is not streamed; use json", param="stream")
+    if logprobs and kind != "json":
+        raise ApiError(400, f"include asks for logprobs, which only json has, not {kind}", param="include[]")
     if language is not None and language not in LANGUAGES:
         raise ApiError(
             400, f"language is {language!r:.60}; the model understands {', '.join(LANGUAGES)}", param="language"
         )
-    deadline = service.deadline(timeout)
+    deadline, content = service.deadline(form.timeout), await form.file.read()
+    plain, seed = form.sampling, form.seed
 
     def parse() -> tuple[list[Request], list[tuple[float, float]], float]:
         seconds = service.read_media.audio("file", content)
         clips = _clips(service, content, seconds)
-        limit = service.limits.max_new_tokens
+        limit = form.max_completion_tokens or service.limits.max_new_tokens
         requests = [
             clip_request(
                 clip, instruction, max_new_tokens=limit, adapter=adapter,
-                sampling=Sampling(temperature=temperature, seed=randbelow(2**31)),
+                sampling=replace(plain, seed=randbelow(2**31) if seed is None else seed, stream=place),
             )
-            for clip, _ in clips
+            for place, (clip, _) in enumerate(clips)
         ]  # fmt: skip
         return requests, [span for _, span in clips], seconds
 
@@ -81,7 +133,7 @@ async def parse_audio(
     spoken = "english" if task == "translate" else None if language is None else LANGUAGES[language]
     return AudioJob(
         requests=requests, deadline=deadline, logprobs=logprobs, parallel=service.queue.size, task=task,
-        seconds=seconds, spans=spans, form=form, language=spoken, temperature=temperature,
+        seconds=seconds, spans=spans, form=kind, language=spoken, temperature=form.temperature,
     )  # fmt: skip
 
 

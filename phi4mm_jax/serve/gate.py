@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
@@ -108,7 +109,7 @@ class Gate:
 
 
 class StrictRoute(APIRoute):
-    """Route whose body is JSON as the rest of the project reads it: a key that is there twice is an error."""
+    """Route whose body is read as the rest of the project reads JSON: a key that is there twice is an error."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         """Return a handler whose request is strict."""
@@ -116,9 +117,12 @@ class StrictRoute(APIRoute):
         takes_json = field is not None and not isinstance(field.field_info, params.Form)
 
         async def strict(http: HttpRequest) -> Response:
+            request = _StrictRequest(http.scope, http.receive)
             if takes_json:
                 _check_type(http.headers.get("content-type", ""))
-            return await handle(_StrictRequest(http.scope, http.receive))
+            elif field is not None:
+                _check_fields([key for key, _ in (await request.form()).multi_items()])
+            return await handle(request)
 
         return strict
 
@@ -141,6 +145,13 @@ def _check_type(given: str) -> None:
             415, f"the header Content-Type {found}; send Content-Type: application/json (curl -H 'Content-Type: "
             "application/json' -d ...)", code="unsupported_media_type",
         )  # fmt: skip
+
+
+def _check_fields(keys: list[str]) -> None:
+    """Raise an ApiError for a field of a form that is there twice and is no list."""
+    for key, count in Counter(keys).items():
+        if count > 1 and not key.endswith("[]"):
+            raise ApiError(400, f"{key} is there {count} times in the form; give it once", param=key)
 
 
 def _too_large(limit: int) -> ApiError:

@@ -6,7 +6,8 @@ files refuses any other by name.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from fastapi import UploadFile
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.processing.video import MAX_FRAMES
@@ -25,6 +26,11 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Word = Annotated[int, Field(ge=0, lt=2**31)]  # that a device's integer holds
 Temperature = Annotated[float, Field(ge=0, le=1e30)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda count: max(count, 0))]  # -1 is off, as in vLLM
+MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=1e-3, le=1e3)]
+AdapterName = Annotated[str, WithJsonSchema({"enum": list(adapter_choices())})]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Nothing = Annotated[float, Field(ge=0, le=0)]
 Text = Annotated[str, Field(min_length=1)]
@@ -126,10 +132,10 @@ class SamplingOptions(Model):
     model: str | None = Field(None, description="by default the server's own; or a user's adapter")
     max_tokens: Positive | None = None
     temperature: Temperature | None = Field(None, description="by default 0, which is greedy")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Word | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     seed: Word | None = Field(None, description="by default another one in each request")
     n: Positive | None = None
     use_beam_search: bool | None = Field(None, description="`n` answers by beam search, the likeliest first")
@@ -138,9 +144,7 @@ class SamplingOptions(Model):
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    adapter: Annotated[str, WithJsonSchema({"enum": list(adapter_choices())})] | None = Field(
-        None, description="by default that of the media"
-    )
+    adapter: AdapterName | None = Field(None, description="by default that of the media")
     structured_outputs: Annotated[dict[str, Any], WithJsonSchema(STRUCTURED_OUTPUTS)] | None = Field(
         None, description="not beside response_format"
     )
@@ -203,6 +207,11 @@ class BatchRequest(Model):
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]
     completion_window: Annotated[str, Field(description="has no effect, whatever this says")] = "24h"
     metadata: dict[str, Any] | None = None
+
+
+class FileForm(Model):
+    file: UploadFile = Field(description="requests, one JSON object a line")
+    purpose: Literal["batch"]
 
 
 class ErrorDetail(BaseModel):

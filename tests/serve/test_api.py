@@ -21,6 +21,7 @@ from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.serve.app import ServerSettings, create_app, invalid
 from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.limits import Limits
+from phi4mm_jax.serve.models import ChatRequest
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny"
 EXAMPLES = MODEL / "examples"
@@ -419,7 +420,7 @@ def test_an_engine_that_crashes_is_said_and_made_anew(engines, client, url):
 
 
 def test_a_mistyped_key_is_told_with_the_nearest():
-    error = invalid([{"loc": ("body", "max_token"), "type": "extra_forbidden", "msg": ""}])
+    error = invalid([{"loc": ("body", "max_token"), "type": "extra_forbidden", "msg": ""}], ChatRequest)
     assert "max_token: is not known, and not ignored; did you mean max_tokens?" in error.detail
-    other = invalid([{"loc": ("body", "zzz"), "type": "extra_forbidden", "msg": ""}])
+    other = invalid([{"loc": ("body", "zzz"), "type": "extra_forbidden", "msg": ""}], ChatRequest)
     assert other.detail == "zzz: is not known, and not ignored; leave it out"

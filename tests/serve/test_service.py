@@ -14,6 +14,7 @@ import openai
 import pytest
 import soundfile
 from helpers.paths import TINY
+from helpers.played import Script, answer, make_app
 from helpers.serving import serving, wait_for
 from jsonschema import Draft202012Validator
 
@@ -22,36 +23,11 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
-from phi4mm_jax.serve.engine_messages import Figures
 from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.limits import Limits
 
 KEY, JSON = {"Authorization": "Bearer key"}, {"Content-Type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
-
-
-class Script:
-    """Plays the engine's host: gives a request the updates of its script, and keeps what was asked and left."""
-
-    ready, cause, restarts, figures, adapters = True, "", 0, Figures(), ()
-
-    def __init__(self, play):
-        self.play, self.asked, self.left = play, [], []
-        self.go = threading.Event()
-
-    def start(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-    async def updates(self, request) -> AsyncIterator[Update]:
-        self.asked.append(request)
-        try:
-            async for update in self.play(self):
-                yield update
-        finally:
-            self.left.append(request)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +41,6 @@ def played(tokenizer, tmp_path_factory):
     app = make_app(answer, tokenizer, tmp_path_factory.mktemp("files"))
     with serving(app) as url:
         yield url, app.openapi()
-
-
-def make_app(play, tokenizer, folder, limits=None, **settings):
-    app = create_app(
-        EngineThread(lambda: None), tokenizer, 1, ServerSettings("m", folder, limits or Limits(), **settings)
-    )
-    object.__setattr__(app.state.service, "host", Script(play))
-    return app
-
-
-async def answer(_: Script) -> AsyncIterator[Update]:
-    yield Update(0, "yes", Completion("yes", [1], "stop", 3, (-0.5,), content="yes"), (1,), (-0.5,))
 
 
 async def never(_: Script) -> AsyncIterator[Update]:
