@@ -17,7 +17,10 @@ _NOTHING = {  # keys that change no answer, whatever their value
 }  # fmt: skip
 _USUAL = {  # keys that change none with these values
     "n": (1,), "stream": (False,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
-    "top_logprobs": (0,), "modalities": (["text"],),
+    "top_logprobs": (0,), "modalities": (["text"],), "echo": (False,), "best_of": (1,), "use_beam_search": (False,),
+    "early_stopping": (False,), "ignore_eos": (False,), "min_tokens": (0,), "bad_words": ([],),
+    "chat_template_kwargs": ({},), "add_special_tokens": (False,), "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (False,),  # texts have those that are drawn within an answer
 }  # fmt: skip
 
 

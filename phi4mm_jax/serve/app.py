@@ -47,6 +47,7 @@ from phi4mm_jax.serve.models import (
     CompletionRequest,
     ErrorBody,
     FileForm,
+    Only,
 )
 from phi4mm_jax.serve.queueing import FairQueue
 from phi4mm_jax.serve.remote_media import Fetcher
@@ -382,7 +383,11 @@ def invalid(errors: Any, model: type[BaseModel] | None) -> ApiError:
     cause = {"extra_forbidden": "is not known, and not ignored; leave it out", "missing": "is missing"}.get(
         first["type"]
     )
-    known = [] if model is None else [field.alias or key for key, field in model.model_fields.items()]
+    known = [
+        field.alias or key
+        for key, field in (model.model_fields if model else {}).items()
+        if not any(isinstance(mark, Only) for mark in field.metadata)
+    ]
     if first["type"] == "extra_forbidden" and (close := difflib.get_close_matches(name, known, 1)):
         cause = f"is not known, and not ignored; did you mean {close[0]}? Else leave it out"
     return ApiError(400, f"{name or 'the body'}: {cause or first['msg']}", param=name or None)

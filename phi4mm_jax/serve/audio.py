@@ -15,9 +15,8 @@ from phi4mm_jax.serve.chat import token_logprobs
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.models import (
     AdapterName,
+    FormModel,
     MinP,
-    Model,
-    Nothing,
     Positive,
     RepetitionPenalty,
     Seconds,
@@ -40,10 +39,11 @@ from phi4mm_jax.transcription.transcripts import (
 )
 
 Format = Literal["json", "text", "srt", "verbose_json", "vtt"]
+_Nothing = Annotated[float, Field(ge=0, le=0)]
 Language = Annotated[str, WithJsonSchema({"enum": list(LANGUAGES)})]
 
 
-class TranslationForm(Model):
+class TranslationForm(FormModel):
     file: UploadFile = Field(description="an audio file")
     model: str | None = Field(None, description="by default the server's own; or a user's adapter")
     prompt: str = Field("", max_length=0)
@@ -58,8 +58,8 @@ class TranslationForm(Model):
     adapter: AdapterName | None = Field(None, description="by default that of clips")
     stream: bool = False
     timeout: Seconds | None = Field(None, description="that the request may take")
-    presence_penalty: Nothing = 0
-    frequency_penalty: Nothing = 0
+    presence_penalty: _Nothing = 0
+    frequency_penalty: _Nothing = 0
 
     @property
     def sampling(self) -> Sampling:

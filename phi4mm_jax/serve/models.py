@@ -1,13 +1,25 @@
 """Bodies of requests, as the OpenAPI document describes them.
 
-Keys whose value must be one that changes nothing, such as `frequency_penalty`, are here so that the parser of batch
-files refuses any other by name.
+Keys whose value must be one that changes nothing, such as `frequency_penalty`, are here so that any other is refused by
+name.
 """
 
+import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
 
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.processing.video import MAX_FRAMES
@@ -32,12 +44,53 @@ MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=1e-3, le=1e3)]
 AdapterName = Annotated[str, WithJsonSchema({"enum": list(adapter_choices())})]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Nothing = Annotated[float, Field(ge=0, le=0)]
 Text = Annotated[str, Field(min_length=1)]
+NULLS: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # as good as absent
 
 
-class Model(BaseModel):
+@dataclass(frozen=True, eq=False)  # has a hash, whatever the value
+class Only:
+    """Annotation of a key with which nothing is supported but this value, which changes nothing, and null."""
+
+    value: Any
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _schema: Any, _handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"const": self.value}, {"type": "null"}]}
+
+    def _check(self, given: Any) -> Any:
+        same = given == self.value and isinstance(given, bool) is isinstance(self.value, bool)  # False == 0
+        if not same and given is not None:
+            raise PydanticCustomError("unsupported", "{given} is not supported, only {expected}; leave it out", {
+                "given": f"{json.dumps(given):.60}", "expected": json.dumps(self.value),
+            })  # fmt: skip
+        return given
+
+
+def _check_text(prompt: Any) -> Any:
+    if isinstance(prompt, int) or (isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt)):
+        raise PydanticCustomError(
+            "token_ids", "token ids are not taken; send text, in which special tokens are recognised"
+        )
+    return prompt
+
+
+class FormModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Model(FormModel):
+    model_config = ConfigDict(json_schema_extra=NULLS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        """Drop unknown keys that are null."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key in cls.model_fields}
 
 
 class TextPart(Model):
@@ -122,8 +175,8 @@ class Message(BaseModel):
 
 
 class StreamOptions(Model):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = Field(None, description="nothing is added to pieces, whatever this says")
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = Field(None, description="nothing is added to pieces, whatever this says")
 
 
 class SamplingOptions(Model):
@@ -138,11 +191,11 @@ class SamplingOptions(Model):
     repetition_penalty: RepetitionPenalty | None = None
     seed: Word | None = Field(None, description="by default another one in each request")
     n: Positive | None = None
-    use_beam_search: bool | None = Field(None, description="`n` answers by beam search, the likeliest first")
+    use_beam_search: StrictBool | None = Field(None, description="`n` answers by beam search, the likeliest first")
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(None, description="of a beam search")
     stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
-    stream: bool | None = None
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     adapter: AdapterName | None = Field(None, description="by default that of the media")
     structured_outputs: Annotated[dict[str, Any], WithJsonSchema(STRUCTURED_OUTPUTS)] | None = Field(
@@ -152,9 +205,17 @@ class SamplingOptions(Model):
     timeout: Seconds | None = Field(None, description="seconds that the request may take, at most the server's limit")
     user: str | None = None
     metadata: dict[str, Any] | None = None
-    presence_penalty: Nothing | None = None
-    frequency_penalty: Nothing | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    presence_penalty: Annotated[float | None, Only(0)] = None
+    frequency_penalty: Annotated[float | None, Only(0)] = None
+    logit_bias: Annotated[dict[str, Any] | None, Only({})] = None
+    best_of: Annotated[int | None, Only(1)] = None
+    early_stopping: Annotated[bool | None, Only(False)] = None
+    ignore_eos: Annotated[bool | None, Only(False)] = None
+    min_tokens: Annotated[int | None, Only(0)] = None
+    bad_words: Annotated[list[str] | None, Only([])] = None
+    skip_special_tokens: Annotated[bool | None, Only(False)] = None
+    add_special_tokens: Annotated[bool | None, Only(False)] = None
+    include_stop_str_in_output: Annotated[bool | None, Only(False)] = None
 
     @property
     def include_usage(self) -> bool:
@@ -163,33 +224,35 @@ class SamplingOptions(Model):
 
 
 class ChatRequest(SamplingOptions):
-    model_config = ConfigDict(json_schema_extra=CHAT)
+    model_config = ConfigDict(json_schema_extra=CHAT | NULLS)
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Positive | None = None
-    logprobs: bool | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: list[Annotated[dict[str, Any], WithJsonSchema(TOOL)]] | None = None
     tool_choice: Annotated[str | dict[str, Any], WithJsonSchema(TOOL_CHOICE)] | None = Field(
         None, description='"required" and a name need `tools`'
     )
     response_format: Annotated[dict[str, Any], WithJsonSchema(RESPONSE_FORMAT)] | None = None
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = Field(None, description="true, or false with continue_final_message")
+    continue_final_message: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = Field(None, description="true, or false with continue_final_message")
+    chat_template_kwargs: Annotated[dict[str, Any] | None, Only({})] = None
+    echo: Annotated[bool | None, Only(False)] = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    parallel_tool_calls: bool | None = None
-    store: bool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    store: StrictBool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
 
 class CompletionRequest(SamplingOptions):
-    model_config = ConfigDict(json_schema_extra=COMPLETION)
-    prompt: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+    model_config = ConfigDict(json_schema_extra=COMPLETION | NULLS)
+    prompt: Annotated[Text | Annotated[list[Text], Field(min_length=1)], BeforeValidator(_check_text)] = Field(
         description="raw: special tokens in it are such, and none stands for a medium"
     )
     logprobs: Annotated[int, Field(ge=0)] | None = None
-    echo: bool | None = None
+    echo: StrictBool | None = None
 
 
 class LoadAdapterRequest(Model):
@@ -209,7 +272,7 @@ class BatchRequest(Model):
     metadata: dict[str, Any] | None = None
 
 
-class FileForm(Model):
+class FileForm(FormModel):
     file: UploadFile = Field(description="requests, one JSON object a line")
     purpose: Literal["batch"]
 

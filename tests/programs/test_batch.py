@@ -504,8 +504,13 @@ def test_lines_of_openai(tmp_path, engine):
     def line(name, **body):
         return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m"} | body}
 
+    off = {
+        "skip_special_tokens": False, "ignore_eos": False, "min_tokens": 0, "best_of": 1, "bad_words": [],
+        "add_special_tokens": False, "early_stopping": False, "include_stop_str_in_output": False,
+        "chat_template_kwargs": {}, "echo": False, "use_beam_search": False, "prompt_logprobs": None,
+    }  # fmt: skip
     lines = [
-        line("a", messages=messages, max_tokens=4, temperature=0, stop=None, n=1),
+        line("a", messages=messages, max_tokens=4, temperature=0, stop=None, n=1, **off),
         line("b", messages=messages, max_completion_tokens=2, logprobs=True, stream=False),
         line("c", messages=messages, presence_penalty=0.5),
         line("d", messages=messages) | {"url": "/v1/embeddings"},

@@ -16,11 +16,8 @@ import soundfile
 from helpers.paths import TINY
 from helpers.played import Script, answer, make_app
 from helpers.serving import serving, wait_for
-from jsonschema import Draft202012Validator
 
 from phi4mm_jax.engine import Completion, Update
-from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import render_chat
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
 from phi4mm_jax.serve.engine_process import EngineThread
@@ -33,14 +30,6 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.from_folder(TINY)
-
-
-@pytest.fixture(scope="module")
-def played(tokenizer, tmp_path_factory):
-    """URL and OpenAPI document of a server whose engine answers at once."""
-    app = make_app(answer, tokenizer, tmp_path_factory.mktemp("files"))
-    with serving(app) as url:
-        yield url, app.openapi()
 
 
 async def never(_: Script) -> AsyncIterator[Update]:
@@ -250,68 +239,6 @@ def test_the_document_describes_what_is_answered(tokenizer, tmp_path):
     described = paths["/v1/completions"]["post"]["responses"]["200"]["content"]
     assert described.keys() == {"application/json", "text/event-stream"}
     assert {"400", "413", "429", "503", "504"} <= paths["/v1/chat/completions"]["post"]["responses"].keys()
-
-
-def named(**values):
-    return [{key: value} for key, given in values.items() for value in given]
-
-
-CALL = {"type": "function", "function": {"name": "add", "arguments": {}}}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "properties": {}}}}
-
-
-@pytest.mark.parametrize("asked", [
-    *named(temperature=[-1, 0, 1e30, 1e31], top_p=[0, 1e-9, 1, 1.1], top_k=[-1, 0, 2**31 - 1, 2**31],
-           min_p=[-0.1, 0, 1, 2], repetition_penalty=[0, 1e-3, 1e3, 1001], seed=[-1, 0, 2**31],
-           n=[0, 1, 16, 17], max_tokens=[0, 1],
-           max_completion_tokens=[0, 1], stop=["", "a", [], [""], ["a"]], timeout=[0, 60], presence_penalty=[0, 1],
-           frequency_penalty=[0, -1], logit_bias=[{}, {"1": 1}], modalities=[[], ["text"], ["audio"], ["text", "text"]],
-           adapter=["none", "speech", "other"], draft=["lookup"], use_beam_search=[True], length_penalty=[1],
-           response_format=[{"type": "text"}, {"type": "json_object"}, SCHEMA, {}, {"type": "json_schema"}],
-           structured_outputs=[{}, {"regex": "a"}, {"choice": []}, {"choice": ["a"]}, {"json_object": False}],
-           tool_choice=["none", "auto", "any"], top_logprobs=[1], stream_options=[{"include_usage": True}],
-           add_generation_prompt=[True], messages=[[]], unknown=[1]),
-    {"stream": True, "stream_options": {"include_usage": True}},
-    *({"logprobs": True, "top_logprobs": count} for count in (0, 20, 21)),
-    *({"tools": [TOOL], "tool_choice": choice} for choice in ("required", {"type": "function", "function": {}})),
-    {"structured_outputs": {"regex": "a"}, "response_format": SCHEMA},
-    {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
-])  # fmt: skip
-def test_chats_of_the_document_are_answered(played, asked):
-    """And no others; by an independent reader of JSON Schema."""
-    url, described = played
-    schema = {"$ref": "#/components/schemas/ChatRequest", "components": described["components"]}
-    told = httpx.post(f"{url}/v1/chat/completions", json=CHAT | asked)
-    assert told.status_code in (200, 400)
-    assert Draft202012Validator(schema).is_valid(CHAT | asked) is (told.status_code == 200), told.text
-
-
-@pytest.mark.parametrize("calls", [None, [], [CALL], [{}]])
-@pytest.mark.parametrize("content", [None, "a", [], [{"type": "text", "text": "a"}], [{"type": "text"}]])
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_messages_of_the_document_are_rendered(played, tokenizer, role, content, calls):
-    message = {"role": role, "content": content, "tool_calls": calls}
-    schema = {"$ref": "#/components/schemas/Message", "components": played[1]["components"]}
-    try:
-        render_chat([message], tokenizer)
-        taken = True
-    except InputError:
-        taken = False
-    assert Draft202012Validator(schema).is_valid(message) is taken
-
-
-@pytest.mark.parametrize("asked", [
-    *named(prompt=["", [], [""], ["a"] * 64, ["a"] * 65], logprobs=[0, 20, 21], echo=[True], n=[17], temperature=[-1]),
-    {"echo": True, "logprobs": 0},
-    {"stream_options": {}},
-])  # fmt: skip
-def test_prompts_of_the_document_are_answered(played, asked):
-    url, described = played
-    schema = {"$ref": "#/components/schemas/CompletionRequest", "components": described["components"]}
-    told = httpx.post(f"{url}/v1/completions", json={"prompt": "a"} | asked)
-    assert told.status_code in (200, 400)
-    assert Draft202012Validator(schema).is_valid({"prompt": "a"} | asked) is (told.status_code == 200), told.text
 
 
 def test_errors_are_those_of_the_document(tokenizer, tmp_path):
