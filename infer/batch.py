@@ -19,7 +19,8 @@ its text, tokens and score. "request" tells requests apart, so that no answer is
 changed. A line that is not JSON has no id; its answer has its "line".
 
 Lines of OpenAI's batch files ("custom_id" and "body", as for /v1/chat/completions) are taken as well; without
-"temperature" they are greedy, as all lines are. With --format openai all answers have the form of OpenAI's output
+"temperature" they are greedy, as all lines are. Their "model" may name what --adapter loads, or "adapter" any; other
+models' names change nothing. With --format openai all answers have the form of OpenAI's output
 files.
 
 Rerun the same command to resume a run that was stopped. What has been answered is not answered again, and what failed
@@ -110,8 +111,9 @@ def main() -> int:
     adapter = adapter_of(arguments)
     check_is_one_file(arguments.input)
     lines = read_requests(
-        arguments.input, max_new_tokens=arguments.max_new_tokens, adapter=adapter, draft=arguments.draft
-    )
+        arguments.input, max_new_tokens=arguments.max_new_tokens, adapters=user_adapters_of(arguments),
+        adapter=adapter, draft=arguments.draft,
+    )  # fmt: skip
     with named_options(arguments):
         config = EngineConfig(
             slots=arguments.slots, cache_tokens=arguments.cache_tokens, cache_dtype=arguments.cache_dtype,

@@ -124,7 +124,7 @@ def main() -> int:
     parts = Parts(arguments.output, arguments.format, parquet, arguments.write_seconds)
     parts.check_settings(answer_settings(arguments))
     run.connect(arguments.cluster, arguments.engines)
-    inputs = run.index_files(arguments.input, lines, parquet)
+    inputs = run.index_files(arguments.input, lines, parquet, user_adapters_of(arguments))
     failed, done, cut = run.settle(parts, inputs, arguments.format)
     todo = ~done & ~(failed & inputs.broken)
     if not todo.all():

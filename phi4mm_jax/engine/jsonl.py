@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -94,8 +94,8 @@ class RequestFile:
         InputError: the file cannot be read, or has changed in an iteration since the first.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self._path, self._settings = path, settings
+    def __init__(self, path: Path, settings: Mapping[str, Any], adapters: Collection[str] = ()):
+        self._path, self._settings, self._adapters = path, settings, adapters
         self._duplicates: dict[int, int] | None = None
         self._source = path
         with self._readable():
@@ -125,7 +125,7 @@ class RequestFile:
                 text = text.removeprefix(codecs.BOM_UTF8) if number == 0 else text
                 if not text.strip():
                     continue
-                line = parse_line(number, text, self._path.parent, self._settings)
+                line = parse_line(number, text, self._path.parent, self._settings, adapters=self._adapters)
                 if known is None and (first := seen.setdefault(line.key, number)) != number:
                     duplicates[number] = first
                 if number in duplicates:
@@ -155,17 +155,18 @@ class RequestFile:
             raise InputError(f"{self._path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def read_requests(path: Path, *, max_new_tokens: int, **settings: Any) -> RequestFile:
+def read_requests(path: Path, *, max_new_tokens: int, adapters: Collection[str] = (), **settings: Any) -> RequestFile:
     """Return the lines of a file.
 
     Args:
+        adapters: names of the users' adapters that are loaded.
         settings: of the lines that do not say, "adapter" and "draft"; None is as good as absent.
 
     Raises:
         InputError: the file cannot be read.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    return RequestFile(path, {"max_new_tokens": max_new_tokens} | given)
+    return RequestFile(path, {"max_new_tokens": max_new_tokens} | given, adapters)
 
 
 def _duplicate(line: Line, first: int) -> Line:
@@ -177,8 +178,9 @@ def _duplicate(line: Line, first: int) -> Line:
 
 
 def parse_line(
-    number: int, text: bytes, folder: Path, settings: Mapping[str, Any], default_id: str | None = None
-) -> Line:
+    number: int, text: bytes, folder: Path, settings: Mapping[str, Any], default_id: str | None = None,
+    adapters: Collection[str] = (),
+) -> Line:  # fmt: skip
     """Parse a line of a file of requests.
 
     Args:
@@ -186,6 +188,7 @@ def parse_line(
         folder: of relative paths.
         settings: defaults, "max_new_tokens" at least.
         default_id: of a line without an id, or too broken to have one; by default the line's number, or none.
+        adapters: names of the users' adapters that are loaded, which lines of OpenAI's ask for as their model.
     """
     where = f"line {number + 1}"
     digest = hashlib.blake2b(b"%d %s" % (settings["max_new_tokens"], text.strip()), digest_size=8).hexdigest()
@@ -209,7 +212,7 @@ def parse_line(
         return bad(f": {id_key} is {name!r:.80}; expected a string or a whole number")
     try:
         if id_key == "custom_id":
-            values = from_openai(values)
+            values = from_openai(values, adapters)
         request = request_of(_with_paths(values, folder), settings)
         identity = repr(name).encode("utf-8", "backslashreplace")
         # Its seed is its own, wherever the line stands and whichever run answers it.

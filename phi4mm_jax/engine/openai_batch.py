@@ -1,8 +1,9 @@
 """Requests of OpenAI's batch files, as the keys of our own lines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine.grammar import Grammar
 from phi4mm_jax.engine.tool_calls import tool_call_grammar
 from phi4mm_jax.errors import InputError
@@ -13,7 +14,7 @@ _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
 _SAME = ("temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
          "continue_final_message", "draft")  # same keys as ours  # fmt: skip
 _NOTHING = {  # keys that change no answer, whatever their value
-    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
 }  # fmt: skip
 _USUAL = {  # keys that change none with these values
     "n": (1,), "stream": (False,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
@@ -24,11 +25,14 @@ _USUAL = {  # keys that change none with these values
 }  # fmt: skip
 
 
-def from_openai(values: Mapping[str, Any]) -> dict[str, Any]:
+def from_openai(values: Mapping[str, Any], adapters: Collection[str] = ()) -> dict[str, Any]:
     """Return the keys of a line of ours, from one of OpenAI's batch files; null is as good as absent.
 
+    Args:
+        adapters: names of the users' adapters that are loaded: a line may ask for one as its model.
+
     Raises:
-        InputError: a key that would change the answer is not known here.
+        InputError: a key that would change the answer is not known here, or its model and its adapter are two.
     """
     if unknown := sorted(values.keys() - _LINE):
         raise InputError(f"{unknown[0]!r} is not known beside custom_id and body; expected {', '.join(sorted(_LINE))}")
@@ -38,7 +42,25 @@ def from_openai(values: Mapping[str, Any]) -> dict[str, Any]:
     body = values.get("body")
     if not isinstance(body, dict):
         raise InputError(f"body is a {type(body).__name__}; expected an object with messages")
-    return keys_of_body(body, "messages")
+    rest = {key: value for key, value in body.items() if key not in ("model", "adapter")}
+    return keys_of_body(rest, "messages") | _asked_adapter(body.get("model"), body.get("adapter"), adapters)
+
+
+def _asked_adapter(model: Any, adapter: Any, adapters: Collection[str]) -> dict[str, Any]:
+    """Return the key of the adapter that a body asks for, as a server with these adapters reads it.
+
+    Other models change nothing: OpenAI's files name OpenAI's.
+
+    Raises:
+        InputError: the model is one adapter, and `adapter` another.
+    """
+    if not isinstance(model, str) or model not in adapters:
+        return {"adapter": adapter}
+    if adapter in adapter_choices():
+        return {"adapter": f"{adapter}+{model}"}
+    if adapter is not None and str(adapter).rpartition("+")[2] != model:
+        raise InputError(f"body.model is {model!r:.60} and body.adapter is {adapter!r:.60}; leave one out")
+    return {"adapter": adapter or model}
 
 
 def keys_of_body(body: Mapping[str, Any], prompt: Literal["messages", "prompt"]) -> dict[str, Any]:

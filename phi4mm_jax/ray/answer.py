@@ -93,6 +93,7 @@ class Answer:
         made = phi4mm_jax.load(model, mesh=on, **options).engine(EngineConfig(**(engine or {})))
         for name, folder in (user_adapters or {}).items():
             made.load_adapter(name, folder)
+        self._adapters = tuple(user_adapters or ())
         if warm_up:
             made.warm_up()
         self._engine = AsyncEngine(made)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,12 @@ def _kind(name: str | int) -> str:
     )
 
 
-def index_file(name: str, url: str, settings: Mapping[str, Any]) -> Index:
+def index_file(name: str, url: str, settings: Mapping[str, Any], adapters: Collection[str] = ()) -> Index:
     """Read all of a file once.
+
+    Args:
+        settings: of lines that do not say.
+        adapters: names of the users' adapters that are loaded.
 
     Raises:
         InputError: it cannot be read.
@@ -90,7 +94,11 @@ def index_file(name: str, url: str, settings: Mapping[str, Any]) -> Index:
     storage, path = open_storage(url)
     try:
         with storage.open_input_file(path) as file:
-            found = (_index_parquet if is_parquet(url) else _index_lines)(file, name, url, settings)
+            found = (
+                _index_parquet(file, name, url)
+                if is_parquet(url)
+                else _index_lines(file, name, url, settings, adapters)
+            )
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{url}: cannot be read ({error!s:.200}); check the path") from error
     chunks, rows = found
@@ -132,7 +140,9 @@ def folder_of(url: str) -> Path:
     return Path(os.path.dirname(url))
 
 
-def _index_lines(file: Any, name: str, url: str, settings: Mapping[str, Any]) -> tuple[list[Chunk], list[Any]]:
+def _index_lines(
+    file: Any, name: str, url: str, settings: Mapping[str, Any], adapters: Collection[str]
+) -> tuple[list[Chunk], list[Any]]:
     chunks: list[Chunk] = []
     rows = []
     first, start, count, end = 0, 0, 0, 0
@@ -142,13 +152,13 @@ def _index_lines(file: Any, name: str, url: str, settings: Mapping[str, Any]) ->
             first, start, count = number, end, 0
         end += len(text)
         if (stripped := _without_mark(text, number)).strip():
-            line = parse_line(number, stripped, folder_of(url), settings, f"{name}:{number}")
+            line = parse_line(number, stripped, folder_of(url), settings, f"{name}:{number}", adapters)
             rows.append((line.id, digest_number(line.digest), line.request is None))
             count += 1
     return [*chunks, Chunk(name, url, first, start, count)] if count else chunks, rows
 
 
-def _index_parquet(file: Any, name: str, url: str, settings: Mapping[str, Any]) -> tuple[list[Chunk], list[Any]]:
+def _index_parquet(file: Any, name: str, url: str) -> tuple[list[Chunk], list[Any]]:
     source = pq.ParquetFile(file)
     chunks: list[Chunk] = []
     rows, number = [], 0

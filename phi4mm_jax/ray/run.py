@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,7 +51,7 @@ class AnswerLines(Answer):
 
     async def _answered(self, number: int, line: bytes, url: str, name: str) -> dict[str, Any]:
         asked = await asyncio.to_thread(
-            parse_line, number, line, folder_of(url), self.settings, f"{name}:{number}"
+            parse_line, number, line, folder_of(url), self.settings, f"{name}:{number}", self._adapters
         )  # fmt: skip
         found = await self.answer_line(asked)
         if isinstance(found, str):
@@ -134,18 +134,21 @@ class Inputs:
     order: np.ndarray
 
 
-def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool) -> Inputs:
+def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool, adapters: Collection[str] = ()) -> Inputs:
     """Read all inputs once, on the cluster.
 
     Args:
         settings: of lines that do not say.
         parquet: the ids are to be a column.
+        adapters: names of the users' adapters that are loaded.
 
     Raises:
         InputError: there is no file, one cannot be read, or two lines have the same id.
     """
     files = find_files(pattern)
-    index: list[Index] = _gather(index_file, [(name, url, dict(settings)) for name, url in files.items()])
+    index: list[Index] = _gather(
+        index_file, [(name, url, dict(settings), tuple(adapters)) for name, url in files.items()]
+    )
     chunks = [chunk for found in index for chunk in found.chunks]
     keys, digests, broken = (
         np.concatenate([getattr(found, name) for found in index]) for name in ("keys", "digests", "broken")

@@ -365,6 +365,53 @@ def test_rows_of_a_data_set_ask_for_adapters(engine, folders):
     assert found[0]["tokens"] == expected
 
 
+def openai_line(**body: Any) -> bytes:
+    return json.dumps({"custom_id": "a", "body": {"messages": HELLO, **body}}).encode()
+
+
+def test_lines_of_openai_ask_for_adapters_by_model(program, engine, folders, loads, tmp_path):
+    """As of the server, or by `adapter`, as lines of ours; another model's name changes nothing."""
+    legal = own_answer(engine, folders, "legal", HELLO).tokens
+    ((_, plain),) = engine.run([Request(HELLO, max_new_tokens=NEW)])
+    asked = {
+        "a": {"model": "legal"}, "b": {"adapter": "legal"}, "c": {"model": "legal", "adapter": "none"},
+        "d": {"model": "gpt-4o", "adapter": "none+legal"}, "e": {"model": "gpt-4o"},
+        "f": {"model": "legal", "adapter": "medical"}, "g": {"model": ["legal"]},
+    }  # fmt: skip
+    lines = [{"custom_id": name, "body": {"messages": HELLO, **body}} for name, body in asked.items()]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, lines)))
+    files = ["--input", tmp_path / "in", "--ordered", "--compilation-cache", "", *SHORT, "--output"]
+    assert program(batch, *files, tmp_path / "out", *loads) == 1
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line.get("tokens") for line in found] == [legal] * 4 + [plain.tokens, None, plain.tokens]
+    assert "body.model is 'legal' and body.adapter is 'medical'; leave one out" in found[5]["error"]
+
+
+@pytest.mark.parametrize(("body", "expected"), [
+    ({"model": "legal"}, "legal"), ({"model": "legal", "adapter": "speech"}, "speech+legal"), ({"model": "tax"}, None),
+])  # fmt: skip
+def test_lines_of_openai_ask_ray_for_adapters(body, expected, tmp_path, monkeypatch):
+    """The index of the lines and the engines read them alike."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("ray")
+    from phi4mm_jax.ray import inputs, run
+
+    asked = []
+
+    async def refuse(self, line):
+        asked.append(line.request.adapter)
+        return "refused"
+
+    monkeypatch.setattr(run.AnswerLines, "answer_line", refuse)
+    answerer = run.AnswerLines.__new__(run.AnswerLines)
+    answerer._form, answerer.settings, answerer._adapters = "plain", {"max_new_tokens": NEW}, ("legal",)
+    asyncio.run(answerer._answered(0, openai_line(**body), "x", "x"))
+    assert asked == [expected]
+    (tmp_path / "in").write_bytes(openai_line(**body) + b"\n" + openai_line(model="legal", adapter="tax"))
+    index = inputs.index_file("in", str(tmp_path / "in"), {"max_new_tokens": NEW}, ("legal",))
+    assert index.broken.tolist() == [False, True]
+
+
 def option_of(*options: str) -> str | None:
     parser = argparse.ArgumentParser()
     add_adapter(parser, "")
