@@ -171,7 +171,7 @@ def load_reference(
     if wrong := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise CheckpointError(f"{folder}: transformers finds tensors that do not fit: {wrong!s:.600}")
     for adapter in config.loras:
-        _add_adapter(model, (adapters or {}).get(adapter, folder / ADAPTERS[adapter].folder), adapter)
+        _add_adapter(model, (adapters or {}).get(adapter, ADAPTERS[adapter].folder_in(Path(folder))), adapter)
     model.eval().requires_grad_(False)
     return Reference(model, tokenizers.Tokenizer.from_file(str(tokenizer)), config)
 

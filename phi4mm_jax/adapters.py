@@ -6,10 +6,12 @@ exported like the release's two:
     ADAPTERS["legal"] = Adapter("legal", index=3)
 """
 
+import os
 import re
 from collections import UserDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Media = Literal["images", "clips"]
@@ -53,6 +55,12 @@ class Adapter:
     def folder(self) -> str:
         """PEFT folder within a checkpoint."""
         return f"{self.name}-lora"
+
+    def folder_in(self, checkpoint: Path) -> Path:
+        """Return its PEFT folder within a checkpoint: `speech-lora`, or where there is none `speech`, as PEFT saves one
+        of several adapters beside the base."""
+        usual, saved = checkpoint / self.folder, checkpoint / self.name
+        return saved if not os.path.lexists(usual) and (saved / "adapter_config.json").is_file() else usual
 
     @property
     def config_key(self) -> str:

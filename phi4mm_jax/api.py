@@ -16,7 +16,14 @@ from jaxtyping import Array, Float
 
 from phi4mm_jax.adapters import ADAPTERS, used_collections
 from phi4mm_jax.batch import Batch
-from phi4mm_jax.checkpoint.contents import AdaptersFrom, folder_adapters, read_config, taken_line, with_adapters
+from phi4mm_jax.checkpoint.contents import (
+    AdaptersFrom,
+    adapters_line,
+    folder_adapters,
+    read_config,
+    taken_line,
+    with_adapters,
+)
 from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
@@ -115,8 +122,8 @@ def load(
     if merge is not None and merge not in config.loras:
         found = list(config.loras)
         raise InputError(f"merge is {merge!r}; expected None or one of this checkpoint's adapters: {found}")
-    if not config.loras and (config.has_vision or config.has_speech):
-        _log.warning("%s has no adapters: images and clips are answered by its weights alone, as merged ones are", path)
+    if (line := adapters_line(path, config, given)) is not None:
+        _log.warning("%s", line)
     processor = Processor.from_folder(path, config)
     abstract = None if mesh is None else abstract_variables(Phi4MM(config))  # a trace of the model: seconds
     stored = stored_weights(opened().parameters)

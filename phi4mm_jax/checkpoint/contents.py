@@ -11,7 +11,7 @@ import numpy as np
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint import orbax_io, pytorch
-from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE, PeftAdapter
+from phi4mm_jax.checkpoint.peft import SETTINGS_FILE, WEIGHTS_FILE, PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import Stored
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, InputError
@@ -88,7 +88,7 @@ def folder_adapters(
                 "them in folders and in shards; leave it out"
             )
         return []
-    present = [a for a in ADAPTERS.values() if os.path.lexists(folder / a.folder / WEIGHTS_FILE)]
+    present = [a for a in ADAPTERS.values() if os.path.lexists(a.folder_in(folder) / WEIGHTS_FILE)]
     if adapters_from == "folders" and not present:
         names = " or ".join(adapter.folder for adapter in ADAPTERS.values())
         raise CheckpointError(f"{folder}: has no adapter in a folder {names}")
@@ -99,11 +99,11 @@ def folder_adapters(
     for adapter in present:
         if adapters_from is None and adapter.name not in config.loras and adapter.media is not None:
             raise CheckpointError(
-                f"{folder}: has an adapter in {adapter.folder}, but none in the shards, into which it may be merged. "
+                f"{folder}: has an adapter in {adapter.folder_in(folder).name}, but none in the shards, into which it may be merged. "
                 "If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it is to be "
                 "added, give 'folders'"
             )
-    found = [PeftAdapter(folder / adapter.folder, adapter.name, config) for adapter in present]
+    found = [PeftAdapter(adapter.folder_in(folder), adapter.name, config) for adapter in present]
     if adapters_from == "folders":
         return found
     different = _differences(opened(), config, found, whole=False)
@@ -117,8 +117,30 @@ def with_adapters(config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> Phi4
 
 def taken_line(folder: Path, adapters: Sequence[PeftAdapter]) -> str:
     """Line that a program says where adapters are taken from folders."""
-    names = " and ".join(ADAPTERS[adapter.kind].folder for adapter in adapters)
+    names = " and ".join(adapter.folder.name for adapter in adapters)
     return f"{folder}: {names} taken in place of the shards' adapters (adapters_from='shards' takes those)"
+
+
+def adapters_line(folder: Path, config: Phi4MMConfig, given: Collection[PeftAdapter]) -> str | None:
+    """Line that a program says of adapters that a model lacks though its folder has them, or of media without any.
+
+    Args:
+        config: of the model, the given adapters included.
+    """
+    loaded = {path for adapter in ADAPTERS.values() for path in (adapter.folder_in(folder), folder / adapter.folder)}
+    loaded |= {Path(os.path.abspath(adapter.folder)) for adapter in given}
+    others = sorted(path.parent for path in folder.glob(f"*/{SETTINGS_FILE}"))
+    names = [p.name for p in others if not {p, Path(os.path.abspath(p))} & loaded]
+    if names := [name for name in names if name in ADAPTERS or not config.loras]:  # others may be for other programs
+        kind = names[0] if names[0] in ADAPTERS else next(iter(ADAPTERS))
+        return (
+            f"{folder}: has adapters that are not loaded: {', '.join(names)}. Give one as "
+            f"adapters={{{kind!r}: {str(folder / names[0])!r}}} (--adapter-folder {kind}=FOLDER), or to an engine under "
+            "a name of its own (load_adapter, --adapter NAME=FOLDER)"
+        )
+    if not config.loras and (config.has_vision or config.has_speech):
+        return f"{folder} has no adapters: images and clips are answered by its weights alone, as merged ones are"
+    return None
 
 
 def check_copies(checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, adapters: Iterable[PeftAdapter]) -> None:
@@ -133,7 +155,7 @@ def check_copies(checkpoint: pytorch.PyTorchCheckpoint, config: Phi4MMConfig, ad
     if pytorch.layout_of(checkpoint.folder) != "original":
         return
     taken = {adapter.kind for adapter in adapters}
-    places = {kind: checkpoint.folder / ADAPTERS[kind].folder for kind in config.loras if kind not in taken}
+    places = {kind: ADAPTERS[kind].folder_in(checkpoint.folder) for kind in config.loras if kind not in taken}
     others = [
         PeftAdapter(place, kind, config) for kind, place in places.items() if os.path.lexists(place / WEIGHTS_FILE)
     ]

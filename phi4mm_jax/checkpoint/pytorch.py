@@ -88,12 +88,13 @@ class PyTorchCheckpoint(StackedTensors):
         table = tensors_of(layout, config)
         adapters = []
         if layout == "native":
-            adapters = [PeftAdapter(folder / ADAPTERS[name].folder, name, config) for name in config.loras]
+            adapters = [PeftAdapter(ADAPTERS[name].folder_in(folder), name, config) for name in config.loras]
         main = [t for t in table if not t.folder]
         index = _read_index(folder)
         stored = _stored(folder, index)
         self.files = {tensor.file for tensor in stored.values()} | {folder / _INDEX}
         self.files |= {folder / t.folder / ADAPTER_FILE for t in table if t.folder}  # or their copies
+        self.files |= {file for adapter in adapters for file in adapter.files}
         expected = {t.key for t in main}
         held = _as_in_table(model_tensors(folder, stored, expected), expected)
         _check(held, main)

@@ -93,6 +93,7 @@ def skipped_files(source: Path, weights: Set[Path]) -> list[str]:
         CheckpointError: a folder cannot be read.
     """
     read = {path.absolute() for path in weights}  # Orbax has its folder so
+    read |= {adapter.folder_in(source).absolute() for adapter in ADAPTERS.values()}
     others = [path for path in _entries(source) if path.absolute() not in read and not _travels(path)]
     return [f"{path.relative_to(source)}{'/' if path.is_dir() else ''}" for path in others]
 
@@ -265,7 +266,7 @@ def _adapter_config(
 
     A file stays as it is where all modules have one rank and alpha; others are written with what `common_lora` gives.
     """
-    path = source / adapter.folder / "adapter_config.json"
+    path = adapter.folder_in(source) / "adapter_config.json"
     own = _optional(path)
     if own and not translate:
         loras = module_loras(str(path), own, num_layers)

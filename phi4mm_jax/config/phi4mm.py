@@ -8,7 +8,7 @@ from typing import Any
 
 from phi4mm_jax.adapters import ADAPTERS, Adapter
 from phi4mm_jax.config.keys import Keys, read_json
-from phi4mm_jax.config.peft_settings import check_adapter_settings
+from phi4mm_jax.config.peft_settings import read_adapter
 from phi4mm_jax.config.readers import READERS
 from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig, SpeechConfig, VisionConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError
@@ -77,23 +77,23 @@ class Phi4MMConfig:
         native = config.get("model_type") == "phi4_multimodal"
         adapters = {}
         for name, adapter in ADAPTERS.items():
-            files = _adapter_files(folder / adapter.folder)
-            path = folder / adapter.folder / "adapter_config.json"
+            path = adapter.folder_in(folder) / "adapter_config.json"
+            files = _adapter_files(path.parent)
             if "adapter_model.bin" in files and "adapter_model.safetensors" not in files:
                 raise CheckpointError(
                     f"{path.with_name('adapter_model.bin')}: pickle files are not read, since they can run code; "
                     "save the adapter as safetensors (PEFT: save_pretrained(FOLDER, safe_serialization=True))"
                 )
             if native and files:
-                adapters[name] = read_json(path)
-                check_adapter_settings(path, adapters[name])
+                adapters[name] = path, read_json(path)
         config_with_stops = dict(config)
         if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
             config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
         try:
-            return cls.from_dict(config_with_stops, adapters=adapters)
+            found = cls.from_dict(config_with_stops)
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from error
+        return found.with_loras({n: read_adapter(str(path), s, found.decoder) for n, (path, s) in adapters.items()})
 
     def with_loras(self, loras: Mapping[str, LoraConfig]) -> "Phi4MMConfig":
         """Return the configuration with these adapters added, or in place of its own of the same names."""

@@ -18,10 +18,7 @@ from phi4mm_jax.training.run_folder import BASE, has_checkpoint
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.fingerprint import file_fingerprint
 
-_PATTERNS = (
-    "tokenizer.json", "vocab.json", "merges.txt", f"{orbax_io.FOLDER}/**/*",
-    *(f"{adapter.folder}/adapter_*" for adapter in ADAPTERS.values()),
-)  # fmt: skip
+_PATTERNS = ("tokenizer.json", "vocab.json", "merges.txt", f"{orbax_io.FOLDER}/**/*")
 
 
 def save_base(model: str, run: Path) -> None:
@@ -59,7 +56,8 @@ def base_fingerprint(model: str) -> str:
     settings = json.dumps(read_json(folder / "config.json"), sort_keys=True)
     state = hashlib.blake2b(settings.encode("utf-8", "surrogateescape"), digest_size=16)
     try:
-        others = {path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()}
+        adapters = [f"{adapter.folder_in(folder).name}/adapter_*" for adapter in ADAPTERS.values()]
+        others = {path for pattern in (*_PATTERNS, *adapters) for path in folder.glob(pattern) if path.is_file()}
         for path in [*shard_files(folder), *sorted(others)]:
             state.update(str(path.relative_to(folder)).encode("utf-8", "surrogateescape") + b"\0")
             state.update(file_fingerprint(path))

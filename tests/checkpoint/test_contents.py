@@ -12,9 +12,10 @@ from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
 import phi4mm_jax
-from phi4mm_jax import CheckpointError, InputError
+from phi4mm_jax import CheckpointError, ConfigError, InputError
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.engine import EngineConfig, Request
+from phi4mm_jax.training.base import base_fingerprint
 
 pytestmark = pytest.mark.torch
 
@@ -224,3 +225,57 @@ def test_adapters_from_where_there_is_one_copy(folder):
             phi4mm_jax.load(folder, adapters_from=value)
     with pytest.raises(InputError, match="adapters_from is 'both'"):
         phi4mm_jax.load(TINY, adapters_from="both")
+
+
+def as_peft_saves(folder):
+    """Rename `speech-lora` to `speech`, as PeftModel.save_pretrained names the folder of one of several adapters."""
+    for name in NATIVE_FOLDERS:
+        (folder / name).rename(folder / name.removesuffix("-lora"))
+
+
+@pytest.mark.parametrize("folder", ["native"], indirect=True)
+def test_adapters_that_peft_saved_beside_the_base_are_the_checkpoints(folder, native, tmp_path, caplog):
+    as_peft_saves(folder)
+    expected, found = (phi4mm_jax.load(path, dtype="float32") for path in (native, folder))
+    assert list(found.config.loras) == ["vision", "speech"]
+    assert found.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+    to_torch(folder, tmp_path / "out", "native")
+    assert not caplog.records
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == sorted(NATIVE_FOLDERS)
+    assert phi4mm_jax.load(tmp_path / "out", dtype="float32").config == expected.config
+    before = base_fingerprint(str(folder))
+    (folder / "speech" / "adapter_model.safetensors").write_bytes(b"another")
+    assert base_fingerprint(str(folder)) != before
+    (folder / "speech" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"speech/adapter_config\.json: r is missing"):
+        phi4mm_jax.load(folder)
+
+
+def test_a_peft_folder_beside_the_original_layout_is_the_newer_one(folder, caplog):
+    """As `speech-lora` is there: taken where it differs from the shards."""
+    shutil.rmtree(folder / "vision-lora")
+    (folder / "speech-lora").rename(folder / "speech")
+    phi4mm_jax.load(folder, dtype="float32")
+    assert not caplog.records
+    path = folder / "speech" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+    assert phi4mm_jax.load(folder, dtype="float32").config.loras["speech"].alpha == 2 * settings["lora_alpha"]
+    assert f"{folder}: speech taken in place of the shards' adapters" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["native"], indirect=True)
+def test_adapters_that_are_not_loaded_are_named(folder, caplog):
+    shutil.copytree(folder / "speech-lora", folder / "speech")
+    phi4mm_jax.load(folder, dtype="float32")
+    assert f"{folder}: has adapters that are not loaded: speech. Give one as adapters={{'speech':" in caplog.text
+    caplog.clear()
+    phi4mm_jax.load(folder, dtype="float32", adapters={"speech": folder / "speech"})
+    assert not caplog.records
+    shutil.rmtree(folder / "speech")
+    for name in NATIVE_FOLDERS:
+        (folder / name).rename(folder / f"my_{name}")
+    phi4mm_jax.load(folder, dtype="float32")
+    assert "has adapters that are not loaded: my_speech-lora, my_vision-lora. Give" in caplog.text
+    assert "as merged ones" not in caplog.text
