@@ -99,9 +99,9 @@ def folder_adapters(
     for adapter in present:
         if adapters_from is None and adapter.name not in config.loras and adapter.media is not None:
             raise CheckpointError(
-                f"{folder}: has an adapter in {adapter.folder_in(folder).name}, but none in the shards, into which it may be merged. "
-                "If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it is to be "
-                "added, give 'folders'"
+                f"{folder}: has an adapter in {adapter.folder_in(folder).name}, but none in the shards, into which it "
+                "may be merged. If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it "
+                "is to be added, give 'folders'"
             )
     found = [PeftAdapter(adapter.folder_in(folder), adapter.name, config) for adapter in present]
     if adapters_from == "folders":
@@ -135,8 +135,8 @@ def adapters_line(folder: Path, config: Phi4MMConfig, given: Collection[PeftAdap
         kind = names[0] if names[0] in ADAPTERS else next(iter(ADAPTERS))
         return (
             f"{folder}: has adapters that are not loaded: {', '.join(names)}. Give one as "
-            f"adapters={{{kind!r}: {str(folder / names[0])!r}}} (--adapter-folder {kind}=FOLDER), or to an engine under "
-            "a name of its own (load_adapter, --adapter NAME=FOLDER)"
+            f"adapters={{{kind!r}: {str(folder / names[0])!r}}} (--adapter-folder {kind}=FOLDER), or to an engine "
+            "under a name of its own (load_adapter, --adapter NAME=FOLDER)"
         )
     if not config.loras and (config.has_vision or config.has_speech):
         return f"{folder} has no adapters: images and clips are answered by its weights alone, as merged ones are"

@@ -140,7 +140,7 @@ def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> N
                 "copy the tokenizer that belongs to this model here"
             )
     image, audio = spelled[config.image_token_id], spelled[config.audio_token_id]
-    template = _chat_template(source)
+    template = chat_template_of(source)
     model = read_json(source / "config.json")
     files["config.json"] = _json(native_config(config, model))
     files["generation_config.json"] = _generation_config(config, model, files, source)
@@ -167,11 +167,11 @@ def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> N
         files.pop(name, None)
     if template is not None:
         tokenizer.pop("chat_template", None)
-        files["chat_template.jinja"] = (_flattening(image, audio) + template).encode()
+        files["chat_template.jinja"] = (flattening(image, audio) + template).encode()
     files["tokenizer_config.json"] = _json(tokenizer)
 
 
-def _flattening(image: str, audio: str) -> str:
+def flattening(image: str, audio: str) -> str:
     """Goes before the release's chat template, which takes texts only: joins a content's parts to one text."""
     return (
         "{% set flat = namespace(messages=[], text='') %}"
@@ -221,11 +221,11 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
     tokenizer = _optional(source / "tokenizer_config.json") | {"tokenizer_class": "GPT2TokenizerFast"}
     for key in _NEW_TOKENIZER_KEYS:
         tokenizer.pop(key, None)
-    template = _chat_template(source)
+    template = chat_template_of(source)
     if template is not None:
         spelled = {token: content for content, token in Tokenizer.from_folder(source).special_tokens.items()}
         image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
-        tokenizer["chat_template"] = template.removeprefix(_flattening(image, audio))
+        tokenizer["chat_template"] = template.removeprefix(flattening(image, audio))
     files["tokenizer_config.json"] = _json(tokenizer)
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja"):
         files.pop(name, None)
@@ -244,7 +244,7 @@ def _generation_config(config: Phi4MMConfig, model: Json, files: Mapping[str, by
     return _json(others | values | {"eos_token_id": list(config.stop_token_ids)})
 
 
-def _chat_template(source: Path) -> str | None:
+def chat_template_of(source: Path) -> str | None:
     """The template in use; None where there is none, or several by name, which stay in their file."""
     path = source / "chat_template.jinja"
     if path.exists():

@@ -1,0 +1,81 @@
+"""Settings of a checkpoint by which transformers would answer otherwise, and which are not used here."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening
+from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.errors import CheckpointError
+from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.utils.checks import is_number
+
+# Keys of generation_config.json that change an answer, with the values that change none; null never does.
+_ALWAYS: dict[str, tuple[Any, ...]] = {
+    "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,), "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,),
+    "max_new_tokens": (), "max_time": (), "stop_strings": (), "bad_words_ids": (), "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],), "sequence_bias": ({},), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (), "guidance_scale": (1,), "token_healing": (False,),
+    "watermarking_config": (), "dola_layers": (), "penalty_alpha": (0,), "constraints": (), "force_words_ids": (),
+}  # fmt: skip
+_SAMPLING: dict[str, tuple[Any, ...]] = {  # of answers that are sampled
+    "temperature": (1,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,), "top_h": (),
+    "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+}  # fmt: skip
+_BEAMS: dict[str, tuple[Any, ...]] = {
+    "length_penalty": (1,), "early_stopping": (False,), "num_beam_groups": (1,), "diversity_penalty": (0,),
+}  # fmt: skip
+
+# Digests of chat templates by which the messages of a chat are rendered as here.
+_TEMPLATES = {
+    "febf589225c9728a",  # the release's
+    "1bb1cdf903b8a570",  # with parts of contents, as transformers tests its processor
+    "7ff060425a6a5a0b",  # the small model's, which has no tools
+}
+
+
+def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield lines that a program says of settings in a checkpoint's folder that would change answers, and do not.
+
+    Raises:
+        CheckpointError: generation_config.json is not JSON.
+    """
+    path = folder / "generation_config.json"
+    values = read_json(path) if path.exists() else {}
+    longest = config.decoder.rope.max_length
+    meaning = _ALWAYS | (_SAMPLING if values.get("do_sample") else {})
+    meaning |= _BEAMS if values.get("num_beams") not in (None, 1) else {}
+    meaning["max_length"] = tuple(n for n in [values.get("max_length")] if is_number(n) and n >= longest)
+    if unused := [key for key in meaning if values.get(key) is not None and values[key] not in meaning[key]]:
+        yield (
+            f"{path}: not used: {', '.join(f'{key} ({values[key]!r:.60})' for key in unused)}. Answers are greedy "
+            "unless a request says how it samples and ends (phi4mm_jax.engine.Request, Sampling)"
+        )
+    if not _is_known(folder, config, tokenizer):
+        yield (
+            f"{folder}: its chat template is not the release's, and is not used: chats are rendered as by the "
+            "release's. Give prompts that are rendered by it (apply_chat_template(..., tokenize=False)) as strings"
+        )
+
+
+def _is_known(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) -> bool:
+    try:
+        template = chat_template_of(folder) or _default_of_several(folder)
+    except CheckpointError:  # it cannot be read, so that it is none of the known ones
+        return False
+    if template is None:
+        return True
+    spelled = {token: content for content, token in tokenizer.special_tokens.items()}
+    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
+    own = template.removeprefix(flattening(image, audio)).strip()  # exports have it in front
+    return hashlib.sha256(own.encode("utf-8", "surrogatepass")).hexdigest()[:16] in _TEMPLATES
+
+
+def _default_of_several(folder: Path) -> str | None:
+    """Return the template that transformers takes of several by name; None where there are not several, or none."""
+    path = folder / "tokenizer_config.json"
+    stated = read_json(path).get("chat_template") if path.exists() else None
+    several = [each for each in stated if isinstance(each, Mapping)] if isinstance(stated, list) else []
+    return next((each.get("template") for each in several if each.get("name") == "default"), None)

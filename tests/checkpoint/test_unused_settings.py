@@ -1,0 +1,103 @@
+"""Settings of a checkpoint that transformers would obey: those that change answers and are not used are named."""
+
+import json
+import shutil
+
+import pytest
+from helpers.paths import TINY
+
+import phi4mm_jax
+from phi4mm_jax.checkpoint.convert import to_torch
+from phi4mm_jax.checkpoint.unused_settings import unused_settings
+from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.processing.tokenizer import Tokenizer
+
+SMALL = TINY.parents[2] / "assets" / "tiny"
+RELEASE = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
+PREFACE = "{{ '<|system|>Be brief.<|end|>' }}"
+# That with which transformers tests its processor.
+WITH_PARTS = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ '<|image|>' }}{% elif content['type'] == 'audio' %}{{ '<|audio|>' }}{% elif content['type'] == 'text' %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{% if message['role'] == 'system' and 'tools' in message "
+    "and message['tools'] is not none %}{{ '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% endif %}"
+    "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def lines_of(folder) -> list[str]:
+    return list(unused_settings(folder, Phi4MMConfig.from_folder(folder), Tokenizer.from_folder(folder)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint without its tensors."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(TINY, copy, ignore=shutil.ignore_patterns("goldens*", "inputs", "model*"))
+    return copy
+
+
+def generating(folder, **values):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_releases_and_exports_are_silent(tmp_path):
+    to_torch(TINY, tmp_path / "native", "native")
+    to_torch(tmp_path / "native", tmp_path / "original", "original")
+    for path in (TINY, SMALL, tmp_path / "native", tmp_path / "original"):
+        assert lines_of(path) == []
+    assert (tmp_path / "native" / "chat_template.jinja").read_text() != RELEASE
+
+
+@pytest.mark.parametrize(("values", "named"), [
+    ({"repetition_penalty": 1.5, "no_repeat_ngram_size": 3, "suppress_tokens": [98], "_from_model_config": True},
+     "repetition_penalty (1.5), no_repeat_ngram_size (3), suppress_tokens ([98])"),
+    ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50},
+     "do_sample (True), temperature (0.7), top_k (50), top_p (0.9)"),
+    ({"do_sample": True, "temperature": 1.0, "top_p": 1.0}, "do_sample (True)"),
+    ({"num_beams": 4, "length_penalty": 0.5, "early_stopping": False}, "num_beams (4), length_penalty (0.5)"),
+    ({"max_new_tokens": 64, "max_length": 100}, "max_new_tokens (64), max_length (100)"),
+])  # fmt: skip
+def test_settings_of_generation_that_change_answers_are_named(folder, values, named):
+    (line,) = lines_of(generating(folder, **values))
+    assert line.startswith(f"{folder / 'generation_config.json'}: not used: {named}. Answers are greedy")
+
+
+def test_settings_of_generation_that_change_none_are_silent(folder):
+    """transformers' defaults, what only sampling and beams read, and lengths beyond the context."""
+    values = {
+        "do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "length_penalty": 0.5, "num_beams": 1,
+        "repetition_penalty": 1.0, "max_length": 131072, "use_cache": True, "suppress_tokens": None,
+        "no_repeat_ngram_size": 0, "transformers_version": "5.0.0",
+    }  # fmt: skip
+    assert lines_of(generating(folder, **values)) == []
+
+
+@pytest.mark.parametrize(("template", "is_named"), [
+    (RELEASE + "\n", False),
+    (WITH_PARTS, False),
+    (None, False),
+    (PREFACE + RELEASE, True),
+    ([{"name": "default", "template": RELEASE}, {"name": "brief", "template": PREFACE + RELEASE}], False),
+    ([{"name": "default", "template": PREFACE + RELEASE}], True),
+])  # fmt: skip
+def test_a_chat_template_that_renders_otherwise_is_named(folder, template, is_named):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    found = lines_of(folder)
+    assert len(found) == is_named
+    assert all(line.startswith(f"{folder}: its chat template is not the release's") for line in found)
+
+
+def test_load_logs_them(folder, caplog):
+    for path in TINY.glob("model*"):
+        shutil.copy(path, folder)
+    generating(folder, repetition_penalty=1.5)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")  # transformers reads it first
+    phi4mm_jax.load(folder, dtype="float32")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "repetition_penalty (1.5)" in caplog.text
+    assert "its chat template is not the release's" in caplog.text
