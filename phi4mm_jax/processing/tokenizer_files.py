@@ -33,6 +33,11 @@ _NAMING_TOKENS = (
     "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens",
 )  # fmt: skip
 
+_SPLITTING = {  # settings of tokenizer_config.json that must not be set, with what they would do
+    "split_special_tokens": "special tokens would be text",
+    "add_prefix_space": "text would begin with a space",
+}
+
 MAX_ID = 2**24  # far above any vocabulary; keeps a damaged file from asking for tables of gigabytes
 
 
@@ -120,6 +125,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: a file is missing, broken, or states something else than a byte-level BPE.
     """
+    _check_settings(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         return _read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -129,6 +135,14 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         f"{folder}: no tokenizer. Looked for tokenizer.json, or vocab.json together with merges.txt; found "
         f"{', '.join(found) or 'none of them'}. Copy the tokenizer files of the published checkpoint here."
     )
+
+
+def _check_settings(path: Path) -> None:
+    """Refuse settings by which transformers would split text otherwise."""
+    settings = _load_json(path) if path.is_file() else {}
+    for key, effect in _SPLITTING.items():
+        if settings.get(key):
+            refuse(path, f"{key} is set, so {effect}", "Take it out.")
 
 
 def _read_tokenizer_json(path: Path) -> TokenizerFiles:
@@ -159,8 +173,6 @@ def _as_configured(folder: Path, vocab: Mapping[str, Any], special: list[Special
     """
     path = folder / "tokenizer_config.json"
     settings = _load_json(path) if path.is_file() else {}
-    if settings.get("split_special_tokens"):
-        refuse(path, "split_special_tokens is set, so special tokens would be text", "Take it out.")
     found = {token.content: token for token in special}
     named = {path: [settings.get(key) for key in _NAMING_TOKENS]}
     if (stated := settings.get("added_tokens_decoder")) is not None:

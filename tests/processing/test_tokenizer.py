@@ -334,7 +334,8 @@ def test_older_files_count_where_the_settings_have_no_tokens(tmp_path: Path, tin
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda settings: settings.update(split_special_tokens=True), "split_special_tokens"),
+        (lambda settings: settings.update(split_special_tokens=True), "split_special_tokens is set"),
+        (lambda settings: settings.update(add_prefix_space=True), "tokenizer_config.json: add_prefix_space is set"),
         (
             lambda settings: settings["added_tokens_decoder"].update({"640": settings["added_tokens_decoder"]["639"]}),
             "'<|end|>' as 640, and tokenizer.json as 639",
@@ -344,6 +345,15 @@ def test_older_files_count_where_the_settings_have_no_tokens(tmp_path: Path, tin
 def test_settings_against_tokenizer_json_are_refused(tmp_path: Path, change: Callable[[Any], None], message: str):
     with pytest.raises(CheckpointError, match=re.escape(message)):
         Tokenizer.from_folder(tiny_beside(tmp_path, change))
+
+
+@pytest.mark.parametrize("key", ["split_special_tokens", "add_prefix_space"])
+def test_settings_beside_vocab_and_merges_are_refused(tmp_path: Path, key: str):
+    (tmp_path / "vocab.json").write_text(json.dumps(tiny_json()["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: True}))
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {key} is set"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def random_bpe(rng: random.Random) -> dict[str, Any]:
