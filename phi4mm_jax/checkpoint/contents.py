@@ -100,8 +100,8 @@ def folder_adapters(
         if adapters_from is None and adapter.name not in config.loras and adapter.media is not None:
             raise CheckpointError(
                 f"{folder}: has an adapter in {adapter.folder_in(folder).name}, but none in the shards, into which it "
-                "may be merged. If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); if it "
-                "is to be added, give 'folders'"
+                "may be merged. If it is, remove the folder or give adapters_from='shards' (--adapters-from shards); "
+                "if it is to be added, give 'folders'"
             )
     found = [PeftAdapter(adapter.folder_in(folder), adapter.name, config) for adapter in present]
     if adapters_from == "folders":

@@ -32,6 +32,9 @@ _NAME = re.compile(
     r"base_model\.model\.(?:model\.)?(?P<module>layers\.(?P<layer>\d+)\.(?P<projection>[\w.]+))"
     r"\.lora_(?P<matrix>[AB])(?:\.[^.]+)?\.weight"
 )
+# The whole embedding, which PEFT saves beside an adapter unless it has the rows that the base's config.json says.
+_EMBEDDING = re.compile(r"base_model\.model\.(model\.embed_tokens|embed_tokens|lm_head)\.weight")
+_RESIZED = "saved by PEFT, as of a resized vocabulary (resize_token_embeddings)"
 
 
 def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
@@ -224,11 +227,19 @@ def _fitted(
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        remedy = (
+            f"Is the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of the "
+            "decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained) and give it, or "
+            "train it with target_modules that end with these names and exclude_modules=r'.*(audio|image)_embed.*'."
+        )
+        if all(_RESIZED in problem for problem in problems):
+            remedy = (
+                "Merge it with PEFT (merge_and_unload, then save_pretrained) and give that; or save the resized base, "
+                "and the adapter by save_pretrained(FOLDER, save_embedding_layers=False)."
+            )
         raise CheckpointError(
             f"{file}: the adapter's tensors do not match its {SETTINGS_FILE} ({len(problems)} problems):\n  {shown}"
-            f"{more}\nIs the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of "
-            "the decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained) and give it, or "
-            "train it with target_modules that end with these names and exclude_modules=r'.*(audio|image)_embed.*'."
+            f"{more}\n{remedy}"
         )
     return stored
 
@@ -245,7 +256,9 @@ def _decoders(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str]]:
     problems: list[str] = []
     for name, stored in header.items():
         matched = _NAME.fullmatch(name)
-        if matched is None or matched["projection"] not in MODULES:
+        if _EMBEDDING.fullmatch(name):
+            problems.append(f"{name}: {_RESIZED}")
+        elif matched is None or matched["projection"] not in MODULES:
             problems.append(f"{name}: target_modules reached a module that cannot have an adapter here")
         elif (key := (matched["module"], matched["matrix"])) in found:
             problems.append(f"{name}: is there twice, under another name as well")

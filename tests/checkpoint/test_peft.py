@@ -208,6 +208,21 @@ def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change,
         PeftAdapter(tmp_path, "vision", tiny.config)
 
 
+@pytest.mark.parametrize("saved", [{}, {"save_embedding_layers": False}])
+def test_an_embedding_that_peft_saved_is_said_to_be_of_a_resized_vocabulary(native, tiny, tmp_path, saved):
+    model = torch_native.Phi4MultimodalForCausalLM.from_pretrained(native)  # PEFT compares with its config.json
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    get_peft_model(model, LoraConfig(r=8, lora_alpha=12, target_modules=DECODER)).save_pretrained(tmp_path, **saved)
+    if saved:
+        PeftAdapter(tmp_path, "vision", tiny.config)
+        return
+    with pytest.raises(CheckpointError) as error:
+        PeftAdapter(tmp_path, "vision", tiny.config)
+    assert "model.embed_tokens.weight: saved by PEFT, as of a resized vocabulary" in str(error.value)
+    assert "save_embedding_layers=False" in str(error.value)
+    assert "target_modules" not in str(error.value)
+
+
 # Adapters beside a checkpoint.
 
 
