@@ -97,6 +97,11 @@ ALIASES = {
     "warmup_steps_fraction": "optimizer.warmup_steps",
     "wd": "optimizer.weight_decay",
 }  # fmt: skip
+HINTS = {  # to what of theirs is in another unit
+    "min_lr": "a share of the peak: min_lr / learning_rate",
+    "per_device_batch_size": "of all devices together",
+    "per_device_train_batch_size": "of all devices together",
+}
 
 
 def setting_names(config: type, prefix: str = "") -> Iterator[str]:
@@ -115,7 +120,8 @@ def _section(of: Any) -> type | None:
 
 
 def meant(name: str, known: Sequence[str]) -> str | None:
-    """Return the setting that is likely meant by an unknown name; None if nothing is close.
+    """Return the setting that is likely meant by an unknown name, with a hint where its unit is another; None if
+    nothing is close.
 
     Args:
         name: with its section: "optimizer.lr".
@@ -123,7 +129,7 @@ def meant(name: str, known: Sequence[str]) -> str | None:
     """
     *_, last = name.lower().replace("-", "_").split(".")
     if last in ALIASES:
-        return ALIASES[last]
+        return ALIASES[last] + (f" ({HINTS[last]})" if last in HINTS else "")
     section = name.rpartition(".")[0]
     own = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}

@@ -406,6 +406,8 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
         ("optimizer.learning_rat=1", r"rat: is not a setting of a recipe; did you mean optimizer\.learning_rate\?"),
         ("optimizer.lr=1", r"optimizer\.lr: is not a setting of a recipe; did you mean optimizer\.learning_rate\?"),
         ("num_train_epochs=1", r"did you mean data\.epochs\?"),
+        ("min_lr=1e-6", r"did you mean optimizer\.final_share \(a share of the peak: min_lr / learning_rate\)\?"),
+        ("per_device_train_batch_size=4", r"did you mean data\.packing\.rows \(of all devices together\)\?"),
         ("weight_decay=1", r"did you mean optimizer\.weight_decay\?"),
         ("data.sources=[{pth: x}]", r"data\.sources\.0\.pth: .* did you mean data\.sources\.path\?"),
         ("data.sources=x.jsonl", r"is 'x.jsonl', and a list is expected; write data\.sources=\[\{path: x\.jsonl\}\]"),
