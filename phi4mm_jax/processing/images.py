@@ -441,10 +441,12 @@ def _grey(image: Image.Image) -> Image.Image:
 def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or not array.size:
-        raise InputError(
-            f"the image is an array of {array.dtype} {array.shape}; "
-            "expected uint8 (height, width), or (height, width, channels) with 1, 3 or 4 channels"
+        hint = (
+            "; put channels last: permute(1, 2, 0)" if array.ndim == 3 and array.shape[0] <= 4 < array.shape[2] else ""
         )
-    if array.shape[2:] == (1,):
-        array = array[:, :, 0]
+        raise InputError(
+            f"the image is an array of {array.dtype} {array.shape}; expected uint8 (height, width), or (height, width, "
+            f"channels) with 1, 3 or 4 channels{hint}{'; multiply by 255, round to uint8' * (array.dtype.kind == 'f')}"
+        )
+    array = array[:, :, 0] if array.shape[2:] == (1,) else array
     return Image.fromarray(np.ascontiguousarray(array))

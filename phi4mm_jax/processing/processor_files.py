@@ -61,6 +61,8 @@ def read_dynamic_hd(folder: Path) -> int:
     settings = read_json(path).get("image_processor") if path.exists() else None
     if not isinstance(settings, Mapping):  # older ones only name the processor's class
         path = folder / "preprocessor_config.json"
+        if not path.exists():  # Trainer.save_model writes it only where it is given the processor
+            raise CheckpointError(f"{path}: no such file; copy it from the model that this one was tuned from")
         settings = read_json(path)
     dynamic_hd = settings.get("dynamic_hd")
     if not is_whole(dynamic_hd, 1):

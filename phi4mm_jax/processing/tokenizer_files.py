@@ -133,7 +133,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     found = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()]
     raise CheckpointError(
         f"{folder}: no tokenizer. Looked for tokenizer.json, or vocab.json together with merges.txt; found "
-        f"{', '.join(found) or 'none of them'}. Copy the tokenizer files of the published checkpoint here."
+        f"{', '.join(found) or 'none of them'}. Copy the tokenizer files of the model that this one was tuned from "
+        "here, or of the published checkpoint."
     )
 
 

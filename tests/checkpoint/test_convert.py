@@ -357,7 +357,10 @@ FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
         (as_folder("config.json"), "config.json: cannot be read (Is a directory)"),
         (as_folder("tokenizer.json"), "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: cannot be read ("),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: no such file"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").unlink(),
+            "preprocessor_config.json: no such file; copy it from the model that this one was tuned from",
+        ),
         (without_half_an_adapter, f"{LAYER}.lora_A.speech.weight: missing"),
         (with_value(f"{LAYER}.base_layer.weight", np.nan), f"{LAYER}.base_layer.weight: holds NaN"),
         (with_value(f"{LAYER}.lora_B.speech.weight", -np.inf), f"{LAYER}.lora_B.speech.weight: holds NaN or infinity"),

@@ -352,6 +352,21 @@ def test_arrays_are_read_as_pixels() -> None:
         np.testing.assert_array_equal(np.asarray(load_image(source)), pixels)
 
 
+@pytest.mark.parametrize(("array", "remedy"), [
+    (np.zeros((3, 8, 9), np.uint8), "; put channels last: permute(1, 2, 0)"),
+    (np.zeros((8, 9, 3)), "; multiply by 255, round to uint8"),
+    (np.zeros((1, 8, 9), np.float32), "; put channels last: permute(1, 2, 0); multiply by 255"),
+    (np.zeros((8, 9, 2), np.uint8), "with 1, 3 or 4 channels"),
+    (np.zeros((8, 9), bool), "with 1, 3 or 4 channels"),
+])  # fmt: skip
+def test_arrays_of_other_forms_are_refused_with_a_remedy(array: np.ndarray, remedy: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_image(array)
+    assert remedy in str(error.value)
+    assert ("permute" in str(error.value)) == (array.shape[-1] == 9 and array.ndim == 3)
+    assert ("round" in str(error.value)) == (array.dtype in (np.float32, np.float64))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_modes_convert_as_pillow_does(mode: str) -> None:
     image = picture(40, 30)
