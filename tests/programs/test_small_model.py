@@ -208,7 +208,7 @@ def test_tuning_lowers_the_error_of_a_new_font(tmp_path):
         ROOT / "train" / "recipes" / "tiny" / "vision.yaml",
         [
             f"model={MODEL}", f"output={tmp_path / 'run'}", f"data.sources=[{{path: {manifests['train']}}}]",
-            "mesh=fsdp=1", "trainable=[lora_vision, params/vision, params/image_embedder]", "data.steps=60",
+            "mesh=fsdp=1", "trainable=[lora_vision, params/vision, params/image_embedder]", "data.steps=100",
             "data.packing.rows=8", "data.packing.crops=[48]", "data.packing.chunks=[]", "log_every=1",
             "optimizer.learning_rate=1.0e-3", "optimizer.warmup_steps=6",
         ],
