@@ -119,10 +119,8 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if not isinstance(source, Image.Image | str | bytes):
-        raise InputError(
-            f"the image is of type {type(source).__name__}; "
-            "expected a PIL image, a path, a file or its bytes, or a uint8 array"
-        )
+        expected = "expected a PIL image, a path, a file or its bytes, or a uint8 array"
+        raise InputError(f"the image is of type {type(source).__name__}; {expected}")
     remedy = "check that it is whole, or convert it to PNG"
     try:
         if isinstance(source, Image.Image):
@@ -441,12 +439,11 @@ def _grey(image: Image.Image) -> Image.Image:
 def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype != np.uint8 or not is_image or not array.size:
-        hint = (
-            "; put channels last: permute(1, 2, 0)" if array.ndim == 3 and array.shape[0] <= 4 < array.shape[2] else ""
-        )
+        channels_first, floats = array.ndim == 3 and array.shape[0] <= 4 < array.shape[2], array.dtype.kind == "f"
+        remedy = "; put channels last: permute(1, 2, 0)" * channels_first + "; multiply by 255, round to uint8" * floats
         raise InputError(
             f"the image is an array of {array.dtype} {array.shape}; expected uint8 (height, width), or (height, width, "
-            f"channels) with 1, 3 or 4 channels{hint}{'; multiply by 255, round to uint8' * (array.dtype.kind == 'f')}"
+            f"channels) with 1, 3 or 4 channels{remedy}"
         )
     array = array[:, :, 0] if array.shape[2:] == (1,) else array
     return Image.fromarray(np.ascontiguousarray(array))
