@@ -631,7 +631,7 @@ def test_nothing_else_is_opened_or_started(
 def test_missing_pyav_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     data = in_container(np.zeros((8000, 1), np.int16), 16000, "ipod", "alac")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(InputError, match=r"needs PyAV: pip install 'phi4mm-jax\[video\]'; or pass WAV, FLAC"):
+    with pytest.raises(InputError, match=r"needs PyAV: pip install '\.\[video\]'; or pass WAV, FLAC"):
         load_audio(data)
 
 

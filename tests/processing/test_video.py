@@ -406,7 +406,7 @@ def test_unusable_numbers_of_frames_are_refused(frames: Any):
 
 def test_missing_pyav_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(InputError, match=r"pip install 'phi4mm-jax\[video\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[video\]'"):
         video_frames(b"anything")
     assert len(video_frames([picture(0)])) == 1
 
