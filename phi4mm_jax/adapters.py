@@ -69,7 +69,7 @@ class Adapter:
 
 
 class _Registry(UserDict[str, Adapter]):
-    """Adapters by name; rows are told apart by their indices."""
+    """Adapters by name, each with an index of its own, by which rows ask for it."""
 
     def __setitem__(self, name: str, adapter: Adapter) -> None:
         """Add an adapter, or replace that of its name.

@@ -110,7 +110,7 @@ def filter_speech(source: Path, hypotheses: Path, max_wer: float, output: Path) 
     """
     if not max_wer >= 0:
         raise InputError(f"max_wer is {max_wer}; expected a rate from 0 on")
-    optional_module("rapidfuzz.distance")  # missing, it is told before anything is read
+    optional_module("rapidfuzz.distance")  # reported before anything is read, where it is missing
     heard: dict[Any, Line] = {}
     for line in read_lines(hypotheses):
         if (first := heard.setdefault(_key(line.id), line)) is not line:

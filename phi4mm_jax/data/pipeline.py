@@ -3,9 +3,8 @@
     manifests --shuffle, mix--> positions --measure (threads)--> sizes --plan--> batches of positions --load--> arrays
 
 Everything up to the plan is the same on every host, and cheap: texts are tokenised, of media only headers are read;
-but videos are decoded.
-A host then loads the samples of its own rows. The order of all samples is known by their positions in the stream, so
-the state of a run is a few numbers: the next position, and which ones wait for a batch.
+but videos are decoded. A host then loads the samples of its own rows. The order of all samples is known by their
+positions in the stream, so the state of a run is a few numbers: the next position, and which ones wait for a batch.
 """
 
 import contextlib

@@ -222,7 +222,7 @@ def answer(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # what is left out is told at the end
+    context.max_errored_blocks = -1  # what is left out is reported at the end
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = max(_SMALLEST_BATCH, (options.get("engine") or {}).get("slots", 0))
     pieces, at = [], 0
@@ -251,7 +251,7 @@ def answer(
     try:
         # Without prefetching, which holds a batch back until the next is ready.
         batches: Iterable[Any] = answers.iter_batches(prefetch_batches=0, batch_size=None, batch_format="pyarrow")
-        with _told_of_deaths():
+        with _deaths_logged():
             for batch in batches:
                 failed = batch.column("failed").to_pylist()
                 tokens = batch.column("tokens").to_pylist()
@@ -264,7 +264,7 @@ def answer(
 
 
 @contextmanager
-def _told_of_deaths() -> Iterator[None]:
+def _deaths_logged() -> Iterator[None]:
     """Log engines that die and are started again, while the body runs; also in its last moments."""
     done = threading.Event()
 

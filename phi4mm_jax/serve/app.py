@@ -374,7 +374,7 @@ async def _on_failure(_: HttpRequest, error: Exception) -> Response:
 
 
 def invalid(errors: Any, model: type[BaseModel] | None) -> ApiError:
-    """Return what a client is told of a body that its model refuses: the fault that lies deepest in it."""
+    """Return the error of a body that its model refuses: of the fault that lies deepest in it."""
     first = max(errors, key=lambda error: len(error["loc"]))  # of the forms that a value may have the nearest one
     keys = [place for place in first["loc"] if place not in _NO_KEYS and not str(place).startswith("list[")]
     places = [key for before, key in zip(["", *keys], keys, strict=False) if type(before) is str or type(key) is int

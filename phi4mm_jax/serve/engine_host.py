@@ -138,7 +138,7 @@ class EngineHost:
         return client
 
     def unavailable(self) -> ApiError:
-        """Return what a client is told where there is no engine."""
+        """Return the error of a request where there is no engine."""
         return ApiError(503, f"the model cannot answer yet: {self.cause}; send the request again later",
                         kind="server_error", code="not_ready", retry_after=5)  # fmt: skip
 

@@ -29,7 +29,7 @@ _PARAM = re.compile(r"(?:body\.)?([A-Za-z_]\w*(?:\[\d+\]|\.\w+)*)(?: is |: | has
 
 
 class ApiError(HTTPException):
-    """Error that a client is told.
+    """Error that a client gets.
 
     Args:
         status: of HTTP.
@@ -58,7 +58,7 @@ class ApiError(HTTPException):
 
 
 def bad_input(error: InputError) -> ApiError:
-    """Return what a client is told of input that cannot be used."""
+    """Return the error of input that cannot be used."""
     return _bad_input(str(error), type(error).__name__)
 
 
@@ -69,12 +69,12 @@ def _bad_input(message: str, kind: str) -> ApiError:
 
 
 def server_failed() -> ApiError:
-    """Return what a client is told of an unexpected error; the log has it."""
+    """Return the error in place of an unexpected one, which the log has."""
     return ApiError(500, "the server failed; its log has the cause", kind="server_error")
 
 
 def failed(completion: Completion) -> ApiError:
-    """Return what a client is told of an answer that ended with an error."""
+    """Return the error of an answer that ended with one."""
     message = completion.error or ""
     if completion.error_type in _INPUT:
         return _bad_input(message, completion.error_type or "")

@@ -163,8 +163,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
-        told = groupby(error.errors(), lambda e: _origin(e, origins) or str(path))
-        raise InputError("; ".join(f"{origin}: {'; '.join(map(_said, es))}" for origin, es in told)) from error
+        by_origin = groupby(error.errors(), lambda e: _origin(e, origins) or str(path))
+        raise InputError("; ".join(f"{origin}: {'; '.join(map(_said, es))}" for origin, es in by_origin)) from error
 
 
 def _origin(error: Mapping[str, Any], origins: Mapping[str, str]) -> str | None:

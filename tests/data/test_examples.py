@@ -297,7 +297,7 @@ BAD = {
     "no last answer": ({"messages": [user("x"), says("y"), user("z")]}, "answer", "end with one of role 'user'"),
     "empty answer": ({"messages": [user("x"), says("")]}, "answer", "answer 1 is empty"),
     "white answer": ({"messages": [user("x"), says("a"), user("y"), says(" \n")]}, "answer", "answer 2 is empty"),
-    "none learnt": ({"messages": [user("x"), says("y", loss=False)]}, "answer", "every answer is masked"),
+    "none in the loss mask": ({"messages": [user("x"), says("y", loss=False)]}, "answer", "every answer is masked"),
     "loss no bool": ({"messages": [user("x"), says("y", loss=2)]}, "messages", "messages.1..loss is 2"),
     "media to learn": ({"messages": [user("x"), {"role": "assistant", "content": [IMAGE]}]}, "messages", "has media"),
     "missing file": ({"messages": [user({"type": "image", "image": "no.png"}), says("x")]}, "media",

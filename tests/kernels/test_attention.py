@@ -489,7 +489,7 @@ KINDS = [f"TPU {name}" for name in ("v4", "v4 lite", "v5", "v5 lite", "v5e", "v5
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chip_has_one_name(kind):
-    """Of the two that jax has for some, by either of which it has the same blocks and options of the training step."""
+    """Either of the two that jax has for some leads to the same blocks and options of the training step."""
     version = tpu_info.chip_version_from_device_kind
     same = [other for other in KINDS if version(other) == version(kind)]
     assert {tpu.chip_name(other) for other in same} == {tpu.chip_name(kind)}

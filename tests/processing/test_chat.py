@@ -261,7 +261,7 @@ def test_a_placeholder_in_a_chats_text_is_told_once(tokenizer: Tokenizer, caplog
 
 
 def test_a_control_token_in_an_answers_text_is_logged_once(tokenizer: Tokenizer, caplog, monkeypatch):
-    """Of training samples, say, whose calls were written as texts; a user may write what they like."""
+    """A training sample's calls may have been written as text; a user may write what they like."""
     monkeypatch.setattr("phi4mm_jax.processing.chat._warned", set())
     render_chat(user("<|tool_call|>x<|/tool_call|> <|end|>"), tokenizer)
     assert caplog.messages == []
