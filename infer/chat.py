@@ -162,7 +162,7 @@ def command(
         raise InputError(f"{name} needs the name of a file: {name} FILE")
     match name:
         case "/image" | "/audio" | "/video":
-            attachment = attach(name[1:], os.path.expanduser(argument), settings.frames)
+            attachment = attach(name[1:], os.path.expanduser(argument), settings.frames, processor)
             notice = f"{attachment.kind} attached, {tokens_of(attachment, processor)} tokens; say what to do with it"
             return replace(conversation, attached=(*conversation.attached, attachment)), notice
         case "/system":
@@ -189,8 +189,11 @@ def command(
     raise InputError(f"there is no command {name:.80}; /help lists them (a space before it makes it text)")
 
 
-def attach(kind: Any, path: str, frames: int) -> Attachment:
-    load = {"image": load_image, "audio": load_audio, "video": lambda source: video_frames(source, frames)}[kind]
+def attach(kind: Any, path: str, frames: int, processor: Processor) -> Attachment:
+    def load_video(source: Any) -> Any:
+        return video_frames(source, frames, crop_size=processor.config.vision.crop_size)
+
+    load = {"image": load_image, "audio": load_audio, "video": load_video}[kind]
     return Attachment(kind, path, *each(kind, [path], load))
 
 
