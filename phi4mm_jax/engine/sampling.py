@@ -27,7 +27,7 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: sample from this many likeliest tokens; 0 from all.
+        top_k: sample from this many likeliest tokens; 0 from all, and so does -1, as in vLLM.
         top_p: sample from the fewest tokens whose probabilities reach this (arXiv:1904.09751); 1 from all.
         min_p: drop tokens less likely than this fraction of the likeliest's probability (arXiv:2407.01082); 0 none.
         repetition_penalty: divides positive logits of tokens that the sequence has, and multiplies negative ones
@@ -54,7 +54,8 @@ class Sampling:
                 raise InputError(f"{name} is {str(getattr(self, name))[:40]}; expected {expected}")
 
         check("temperature", 0.0 <= _real(self.temperature) <= 1e30, "0 (greedy) or a positive number")
-        check("top_k", is_whole(self.top_k, 0, 2**31 - 1), "0 (off) or a whole number below 2**31")
+        check("top_k", is_whole(self.top_k, -1, 2**31 - 1), "0 or -1 (off), or a whole number below 2**31")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
         check("top_p", 0.0 < _real(self.top_p) <= 1.0, "a number above 0, at most 1 (off)")
         check("min_p", 0.0 <= _real(self.min_p) <= 1.0, "a number from 0 (off) to 1")
         check(

@@ -24,6 +24,10 @@ def restricted(logits, top_k=0, top_p=1.0, min_p=0.0):
     return restrict(logits, jnp.full(rows, top_k), jnp.full(rows, top_p), jnp.full(rows, min_p))
 
 
+def test_top_k_of_minus_one_is_off_as_in_vllm():
+    assert Sampling(temperature=0.7, top_k=-1) == Sampling(temperature=0.7, top_k=0)
+
+
 def test_top_k_keeps_the_k_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0, 2.0], [5.0, 5.0, 5.0, 1.0]])
     kept = np.isfinite(restricted(logits, top_k=2))
@@ -178,7 +182,7 @@ def test_the_context_length_is_that_of_the_files(tiny):
         ({"max_new_tokens": 2.5}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"seed": -1}, "seed"),
