@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Form
+from fastapi import FastAPI, Form, Query
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -42,11 +42,13 @@ from phi4mm_jax.serve.metrics import Metrics
 from phi4mm_jax.serve.models import (
     PART_MODELS,
     PART_TYPES,
+    BatchListQuery,
     BatchRequest,
     ChatRequest,
     CompletionRequest,
     ErrorBody,
     FileForm,
+    FileListQuery,
     Only,
 )
 from phi4mm_jax.serve.queueing import FairQueue
@@ -256,10 +258,13 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         name = (form.file.filename or "")[-255:]
         return await asyncio.to_thread(store.add_file, form.file.file, name, form.purpose, owner_of(http))
 
-    @app.get("/v1/files")
-    async def list_files(http: HttpRequest) -> dict[str, Any]:
-        """List files, the newest first."""
-        return _listed(await asyncio.to_thread(store.list, "file", owner_of(http)))
+    @app.get("/v1/files", responses=ERRORS)
+    async def list_files(http: HttpRequest, query: Annotated[FileListQuery, Query()]) -> dict[str, Any]:
+        """List files."""
+        files = await asyncio.to_thread(store.list, "file", owner_of(http))
+        if query.order == "asc":
+            files.reverse()
+        return _listed([file for file in files if query.purpose in (None, file["purpose"])], query)
 
     @app.get("/v1/files/{file_id}", responses=ERRORS)
     async def read_file(file_id: str, http: HttpRequest) -> dict[str, Any]:
@@ -283,10 +288,10 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         """Begin to answer the requests of a file."""
         return batches.create(body, owner_of(http))
 
-    @app.get("/v1/batches")
-    async def list_batches(http: HttpRequest) -> dict[str, Any]:
+    @app.get("/v1/batches", responses=ERRORS)
+    async def list_batches(http: HttpRequest, query: Annotated[BatchListQuery, Query()]) -> dict[str, Any]:
         """List batches, the newest first."""
-        return _listed(batches.list(owner_of(http)))
+        return _listed(batches.list(owner_of(http)), query)
 
     @app.get("/v1/batches/{batch_id}", responses=ERRORS)
     async def read_batch(batch_id: str, http: HttpRequest) -> dict[str, Any]:
@@ -299,9 +304,15 @@ def _add_files(app: FastAPI, store: Store, batches: Batches) -> None:
         return batches.cancel(batch_id, owner_of(http))
 
 
-def _listed(values: list[dict[str, Any]]) -> dict[str, Any]:
-    ends = {"first_id": values[0]["id"], "last_id": values[-1]["id"]} if values else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": values, "has_more": False, **ends}
+def _listed(values: list[dict[str, Any]], query: BatchListQuery) -> dict[str, Any]:
+    if query.after is not None:
+        ids = [value["id"] for value in values]
+        if query.after not in ids:
+            raise ApiError(404, f"after: there is no {query.after!r:.80} in this list", param="after", code="not_found")
+        values = values[ids.index(query.after) + 1 :]
+    page = values[: query.limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, "has_more": len(page) < len(values), **ends}
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

@@ -92,10 +92,11 @@ class Store:
 
     def all(self, kind: str) -> Iterator[dict[str, Any]]:
         """Yield all objects of a kind, with their owners, the newest first."""
-        found: list[tuple[int, dict[str, Any]]] = []
+        found: list[tuple[tuple[int, int], dict[str, Any]]] = []
         for path in self.folder.glob(f"{kind}-*.json"):
             with suppress(FileNotFoundError):  # it is deleted meanwhile
-                found.append((path.stat().st_mtime_ns, json.loads(path.read_bytes())))
+                written, value = path.stat().st_mtime_ns, json.loads(path.read_bytes())
+                found.append(((value["created_at"], written), value))
         yield from (value for _, value in sorted(found, key=lambda entry: entry[0], reverse=True))
 
     def list(self, kind: str, owner: str) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,7 +38,7 @@ Positive = Annotated[int, Field(ge=1)]
 Word = Annotated[int, Field(ge=0, lt=2**31)]  # that a device's integer holds
 Temperature = Annotated[float, Field(ge=0, le=1e30)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda count: max(count, 0))]  # -1 is off, as in vLLM
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 is off, as 0
 MinP = Annotated[float, Field(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Field(ge=1e-3, le=1e3)]
 AdapterName = Annotated[str, WithJsonSchema({"enum": list(adapter_choices())})]
@@ -275,6 +274,16 @@ class BatchRequest(Model):
 class FileForm(FormModel):
     file: UploadFile = Field(description="requests, one JSON object a line")
     purpose: Literal["batch"]
+
+
+class BatchListQuery(FormModel):
+    limit: int | None = Field(None, ge=1, le=10_000, description="of one page; all by default")
+    after: str | None = Field(None, description="the id that the page before ends with")
+
+
+class FileListQuery(BatchListQuery):
+    order: Literal["asc", "desc"] = Field("desc", description="by time; desc has the newest first")
+    purpose: Literal["batch", "batch_output"] | None = None
 
 
 class ErrorDetail(BaseModel):

@@ -5,6 +5,7 @@ import json
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import soundfile
 from helpers.paths import TINY
@@ -113,6 +114,25 @@ def test_settings_reach_every_clip(app, url, path):
         found.append(sorted(samples.items()))
         assert sorted(samples.values()) == [0, 1, 2]
     assert found[0] == found[1]
+
+
+def test_lists_come_in_pages(url):
+    names = [f"{n}.jsonl" for n in range(5)]
+    for name in names:
+        data = {"purpose": "batch"}
+        assert httpx.post(f"{url}/v1/files", files={"file": (name, b"{}")}, data=data).status_code == 200
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        listed = [file.filename for file in client.files.list(limit=2, order="asc", purpose="batch")]
+        assert listed[-5:] == names
+        first = client.files.list(limit=2)
+        assert ([file.filename for file in first.data], first.has_more) == (["4.jsonl", "3.jsonl"], True)
+        assert next(iter(client.files.list(after=first.data[-1].id))).filename == "2.jsonl"
+        assert client.files.list(purpose="batch_output").data == []
+        assert client.batches.list(limit=1).data == []
+    for query, named in (("limit=0", "limit"), ("after=file-0", "after"), ("page=2", "page")):
+        refused = httpx.get(f"{url}/v1/files?{query}")
+        assert refused.status_code in (400, 404)
+        assert refused.json()["error"]["param"] == named
 
 
 def test_a_file_for_batches_takes_no_other_fields(url):
