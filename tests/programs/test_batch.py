@@ -776,7 +776,7 @@ def written(output: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_killed_ten_times_each_id_is_answered_once(tmp_path, compiled, tiny):
+def test_killed_five_times_each_id_is_answered_once(tmp_path, compiled, tiny):
     """At random moments, from the start on; then each id is there once, with what a run without kills answers."""
     draw = random.Random(4)
     lines = [
@@ -786,7 +786,7 @@ def test_killed_ten_times_each_id_is_answered_once(tmp_path, compiled, tiny):
     ]  # fmt: skip
     source, output = write(tmp_path / "in", lines), tmp_path / "out"
     kills, progress = 0, []
-    targets = [0, 0, 0, *sorted(draw.sample(range(20, 480), 7))]  # lines that are there when it is killed
+    targets = [0, 0, *sorted(draw.sample(range(20, 480), 3))]  # lines that are there when it is killed
     for target in targets:
         process = subprocess.Popen(
             command(source, output, compiled), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -799,8 +799,8 @@ def test_killed_ten_times_each_id_is_answered_once(tmp_path, compiled, tiny):
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         progress.append(written(output))
-    assert kills == 10
-    assert len(set(progress[3:])) == 7
+    assert kills == 5
+    assert len(set(progress[2:])) == 3
     assert 0 < progress[-1] < 500
     last = run(source, output, compiled)
     assert last.returncode == 1, last.stderr  # there are lines that are no JSON

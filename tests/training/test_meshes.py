@@ -1,4 +1,4 @@
-"""The training step on meshes of eight devices, and of every recipe, in a process of their own.
+"""The training step on meshes of eight devices, and of recipes, in a process of their own.
 
 Two collectives of eight devices at once take more threads than XLA's CPU client has on a machine with few cores, and it
 then waits for ever: hence PJRT_NPROC, which it reads once.

@@ -167,7 +167,7 @@ ENVIRONMENT = os.environ | {"XLA_FLAGS": ONE_DEVICE}
     [
         pytest.param([signal.SIGKILL], 8, id="once"),
         pytest.param(
-            [signal.SIGKILL] * 5 + [signal.SIGTERM] + [signal.SIGKILL] * 5, 100, id="ten times", marks=pytest.mark.slow
+            [signal.SIGKILL] * 2 + [signal.SIGTERM] + [signal.SIGKILL] * 2, 50, id="five times", marks=pytest.mark.slow
         ),
     ],
 )
