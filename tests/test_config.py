@@ -12,7 +12,7 @@ from helpers.paths import FIXTURES, TINY
 
 import phi4mm_jax
 from phi4mm_jax import CheckpointError, ConfigError
-from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.config import Phi4MMConfig, read_adapter
 
 RELEASE = json.loads((FIXTURES / "ms_release_config.json").read_text())
 
@@ -59,6 +59,15 @@ def native_of(original: dict) -> tuple[dict, dict]:
     return native, adapters
 
 
+def read_native(folder: Path, config: dict, adapters: dict) -> Phi4MMConfig:
+    """Read the files of a model that transformers and PEFT have saved in a folder."""
+    files = {"config.json": config} | {f"{name}-lora/adapter_config.json": x for name, x in adapters.items()}
+    for path, values in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(values))
+    return Phi4MMConfig.from_folder(folder)
+
+
 def test_release():
     config = Phi4MMConfig.from_dict(RELEASE)
     d, v, s = config.decoder, config.vision, config.speech
@@ -85,9 +94,9 @@ def test_release():
 
 
 @pytest.mark.parametrize("original", [RELEASE, json.loads((TINY / "config.json").read_text())])
-def test_native_layout_says_the_same(original):
+def test_native_layout_says_the_same(original, tmp_path):
     native, adapters = native_of(original)
-    assert Phi4MMConfig.from_dict(native, adapters=adapters) == Phi4MMConfig.from_dict(original)
+    assert read_native(tmp_path, native, adapters) == Phi4MMConfig.from_dict(original)
     modern = copy.deepcopy(native)  # newer files keep the rotary settings together
     length = "original_max_position_embeddings"  # is saved twice
     modern["rope_parameters"] = modern.pop("rope_scaling") | {
@@ -95,7 +104,7 @@ def test_native_layout_says_the_same(original):
         length: modern[length],
     }
     modern["rope_parameters"]["rope_type"] = modern["rope_parameters"].pop("type")
-    assert Phi4MMConfig.from_dict(modern, adapters=adapters) == Phi4MMConfig.from_dict(original)
+    assert read_native(tmp_path, modern, adapters) == Phi4MMConfig.from_dict(original)
     without = Phi4MMConfig.from_dict(native)
     assert without.loras == {}
 
@@ -189,10 +198,10 @@ def test_unsupported_choices_of_the_native_layout_are_errors(key):
 @pytest.mark.parametrize("rate", [1.0, 2, -0.5, float("nan")])
 @pytest.mark.parametrize("key", ["lora_dropout", "dp"])
 def test_rates_of_dropout_are_shares(key, rate):
-    config, adapters = native_of(RELEASE)
+    _, adapters = native_of(RELEASE)
     adapters["speech"][key] = rate
     with pytest.raises(ConfigError, match=f"speech-lora/adapter_config.json: {key} is .* below 1"):
-        Phi4MMConfig.from_dict(config, adapters=adapters)
+        read_adapter("speech-lora/adapter_config.json", adapters["speech"], Phi4MMConfig.from_dict(RELEASE).decoder)
 
 
 @pytest.mark.parametrize(("own", "stops"), [

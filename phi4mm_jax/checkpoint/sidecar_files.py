@@ -13,7 +13,7 @@ from phi4mm_jax.adapters import ADAPTERS, Adapter
 from phi4mm_jax.checkpoint.config_json import CODE, NATIVE_TARGETS, native_config, original_config, whole
 from phi4mm_jax.checkpoint.contents import read_config
 from phi4mm_jax.checkpoint.pytorch import Layout, layout_of
-from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json
+from phi4mm_jax.config import LoraConfig, Phi4MMConfig, read_json, read_optional_json
 from phi4mm_jax.config.peft_settings import common_lora, is_uniform, module_loras
 from phi4mm_jax.errors import CheckpointError, ConfigError
 from phi4mm_jax.processing.audio_features import AUDIO_RATES
@@ -156,7 +156,7 @@ def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> N
             "size": {"height": config.vision.crop_size, "width": config.vision.crop_size},
         }
     )
-    tokenizer = _optional(source / "tokenizer_config.json")
+    tokenizer = read_optional_json(source / "tokenizer_config.json")
     tokenizer |= {
         "extra_special_tokens": {"image_token": image, "audio_token": audio},
         "processor_class": "Phi4MultimodalProcessor",
@@ -218,7 +218,7 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
             "processor_class": "Phi4MMProcessor",
         }
     )
-    tokenizer = _optional(source / "tokenizer_config.json") | {"tokenizer_class": "GPT2TokenizerFast"}
+    tokenizer = read_optional_json(source / "tokenizer_config.json") | {"tokenizer_class": "GPT2TokenizerFast"}
     for key in _NEW_TOKENIZER_KEYS:
         tokenizer.pop(key, None)
     template = chat_template_of(source)
@@ -236,7 +236,7 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
 
 def _generation_config(config: Phi4MMConfig, model: Json, files: Mapping[str, bytes], source: Path) -> bytes:
     """The source's file, made to name the stop tokens that were read from wherever the source has them."""
-    values = _optional(source / "generation_config.json")
+    values = read_optional_json(source / "generation_config.json")
     stops = values.get("eos_token_id")
     if (stops if isinstance(stops, list) else [stops]) == list(config.stop_token_ids):
         return files["generation_config.json"]
@@ -253,7 +253,7 @@ def chat_template_of(source: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); copy it anew") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _optional(source / name).get("chat_template")
+        template = read_optional_json(source / name).get("chat_template")
         if isinstance(template, str):
             return template
     return None
@@ -267,7 +267,7 @@ def _adapter_config(
     A file stays as it is where all modules have one rank and alpha; others are written with what `common_lora` gives.
     """
     path = adapter.folder_in(source) / "adapter_config.json"
-    own = _optional(path)
+    own = read_optional_json(path)
     if own and not translate:
         loras = module_loras(str(path), own, num_layers)
         common = common_lora(loras)
@@ -301,10 +301,6 @@ def _stating_adapters(model: Json, config: Phi4MMConfig) -> Json | None:
         if not isinstance(own, Mapping) or {**own, **settings} != own:
             stated[adapter.config_key] = {**(own or {"dp": lora.dropout, "layer": adapter.targets}), **settings}
     return stated if stated != model else None
-
-
-def _optional(path: Path) -> Json:
-    return read_json(path) if path.exists() else {}
 
 
 def _json(values: Json) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.config import Phi4MMConfig, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.checks import is_number
@@ -43,7 +43,7 @@ def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) ->
         CheckpointError: generation_config.json is not JSON.
     """
     path = folder / "generation_config.json"
-    values = read_json(path) if path.exists() else {}
+    values = read_optional_json(path)
     longest = config.decoder.rope.max_length
     meaning = _ALWAYS | (_SAMPLING if values.get("do_sample") else {})
     meaning |= _BEAMS if values.get("num_beams") not in (None, 1) else {}
@@ -75,7 +75,6 @@ def _is_known(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) -> bool:
 
 def _default_of_several(folder: Path) -> str | None:
     """Return the template that transformers takes of several by name; None where there are not several, or none."""
-    path = folder / "tokenizer_config.json"
-    stated = read_json(path).get("chat_template") if path.exists() else None
+    stated = read_optional_json(folder / "tokenizer_config.json").get("chat_template")
     several = [each for each in stated if isinstance(each, Mapping)] if isinstance(stated, list) else []
     return next((each.get("template") for each in several if each.get("name") == "default"), None)

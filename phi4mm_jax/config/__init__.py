@@ -4,7 +4,7 @@ Nothing is built from defaults: each architecture choice that this implementatio
 and a file that asks for another one is an error that names the key.
 """
 
-from phi4mm_jax.config.keys import read_json
+from phi4mm_jax.config.keys import read_json, read_optional_json
 from phi4mm_jax.config.peft_settings import check_adapter_settings, read_adapter
 from phi4mm_jax.config.phi4mm import Phi4MMConfig, with_layers
 from phi4mm_jax.config.readers import RELEASE_AUDIO_TOKEN, RELEASE_IMAGE_TOKEN, RELEASE_TOWER
@@ -12,5 +12,6 @@ from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig, RopeConfig, Speec
 
 __all__ = [
     "RELEASE_AUDIO_TOKEN", "RELEASE_IMAGE_TOKEN", "RELEASE_TOWER", "DecoderConfig", "LoraConfig", "Phi4MMConfig",
-    "RopeConfig", "SpeechConfig", "VisionConfig", "check_adapter_settings", "read_adapter", "read_json", "with_layers",
+    "RopeConfig", "SpeechConfig", "VisionConfig", "check_adapter_settings", "read_adapter", "read_json",
+    "read_optional_json", "with_layers",
 ]  # fmt: skip

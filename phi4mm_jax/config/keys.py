@@ -25,6 +25,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON file as `read_json` does; {} where there is none."""
+    return read_json(path) if path.exists() else {}
+
+
 class Keys:
     """Typed access to the keys of a parsed file, with errors that name the key's whole path."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4mm_jax.adapters import ADAPTERS, Adapter
-from phi4mm_jax.config.keys import Keys, read_json
+from phi4mm_jax.config.keys import Keys, read_json, read_optional_json
 from phi4mm_jax.config.peft_settings import read_adapter
 from phi4mm_jax.config.readers import READERS
 from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig, SpeechConfig, VisionConfig
@@ -30,15 +30,8 @@ class Phi4MMConfig:
     has_speech: bool = True  # likewise the speech encoder
 
     @classmethod
-    def from_dict(
-        cls, config: Mapping[str, Any], *, adapters: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> "Phi4MMConfig":
-        """Read a published `config.json`, of the original or the native layout.
-
-        Args:
-            config: the parsed file.
-            adapters: for the native layout, whose `config.json` says nothing of them: the parsed
-                `adapter_config.json` of each adapter by name. An adapter that is not given is absent.
+    def from_dict(cls, config: Mapping[str, Any]) -> "Phi4MMConfig":
+        """Read a parsed `config.json`, of the original or the native layout; the latter's says nothing of adapters.
 
         Raises:
             ConfigError: a key is missing, malformed, or asks for what is not supported; it names the key.
@@ -60,7 +53,7 @@ class Phi4MMConfig:
                     "give the checkpoint in bfloat16 that they were made from, or one that transformers has "
                     "dequantised (model.dequantize(), then save_pretrained)",
                 )
-        found = cls(**reader(keys, adapters or {}))
+        found = cls(**reader(keys))
         _check(found)
         return found
 
@@ -86,11 +79,10 @@ class Phi4MMConfig:
                 )
             if native and files:
                 adapters[name] = path, read_json(path)
-        config_with_stops = dict(config)
-        if (folder / "generation_config.json").exists() and "eos_token_ids" not in config:
-            config_with_stops["eos_token_ids"] = read_json(folder / "generation_config.json").get("eos_token_id")
+        if "eos_token_ids" not in config:
+            config["eos_token_ids"] = read_optional_json(folder / "generation_config.json").get("eos_token_id")
         try:
-            found = cls.from_dict(config_with_stops)
+            found = cls.from_dict(config)
         except ConfigError as error:
             raise ConfigError(f"{folder}: {error}") from error
         return found.with_loras({n: read_adapter(str(path), s, found.decoder) for n, (path, s) in adapters.items()})

@@ -6,7 +6,7 @@ from typing import Any
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.config.keys import Keys
-from phi4mm_jax.config.peft_settings import read_adapter, read_dropout
+from phi4mm_jax.config.peft_settings import read_dropout
 from phi4mm_jax.config.sizes import DecoderConfig, LoraConfig, RopeConfig, SpeechConfig, VisionConfig
 
 Fields = dict[str, Any]
@@ -28,9 +28,8 @@ _BANDS = 80  # of the spectrum that clips are made into
 _ORIGINAL_LENGTH = 4096  # of original_max_position_embeddings in PyTorch, where config.json itself does not say it
 
 
-def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
+def _read_original(keys: Keys) -> Fields:
     """Read `model_type: phi4mm`. The release's file lacks the vision tower's sizes and the media token ids."""
-    del adapters  # this layout's config.json has the adapters' settings itself
     embed = keys.section("embd_layer")
     embed.expect("embedding_cls", "image_audio", required=True)
     image = embed.section("image_embd_layer")
@@ -87,7 +86,7 @@ def _read_original(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fie
     crop_size = image.positive("crop_size")
     tower.expect("image_size", crop_size, required=True)
     return Fields(
-        decoder=_read_decoder(keys, keys.section("rope_scaling"), tied_required=True),
+        decoder=_read_decoder(keys, keys.section("rope_scaling")),
         vision=_read_tower(tower, crop_size),
         speech=SpeechConfig(
             num_bands=_BANDS,
@@ -119,8 +118,8 @@ def _original_stops(keys: Keys) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*own, *_RELEASE_STOPS)))
 
 
-def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Fields:
-    """Read `model_type: phi4_multimodal`, as transformers saves it."""
+def _read_native(keys: Keys) -> Fields:
+    """Read `model_type: phi4_multimodal`, as transformers saves it: adapters are in folders of their own."""
     audio, vision = keys.section("audio_config"), keys.section("vision_config")
     for key, supported in {
         "activation": "swish",
@@ -150,9 +149,8 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
     rope = keys.section("rope_parameters" if keys.has("rope_parameters") else "rope_scaling")
     if keys.has("rope_scaling") and keys.section("rope_scaling").values != rope.values:
         raise keys.error("rope_scaling", "differs from rope_parameters; remove the one that is not meant")
-    decoder = _read_decoder(keys, rope, tied_required=True)
     return Fields(
-        decoder=decoder,
+        decoder=_read_decoder(keys, rope),
         vision=_read_tower(vision, vision.positive("crop_size")),
         speech=SpeechConfig(
             num_bands=_BANDS,
@@ -164,11 +162,7 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
             kernel_size=audio.positive("kernel_size"),
             bias_distance=audio.positive("bias_max_distance"),
         ),
-        loras={
-            name: read_adapter(f"{adapter.folder}/adapter_config.json", adapters[name], decoder)
-            for name, adapter in ADAPTERS.items()
-            if name in adapters
-        },
+        loras={},
         image_token_id=vision.get("image_token_id", int),
         audio_token_id=audio.get("audio_token_id", int),
         pad_token_id=keys.get("pad_token_id", int),
@@ -176,7 +170,7 @@ def _read_native(keys: Keys, adapters: Mapping[str, Mapping[str, Any]]) -> Field
     )
 
 
-def _read_decoder(keys: Keys, rope: Keys, tied_required: bool) -> DecoderConfig:
+def _read_decoder(keys: Keys, rope: Keys) -> DecoderConfig:
     """Read what both layouts spell alike; `rope` holds the factors and the rotary settings."""
     keys.expect("hidden_act", "silu", required=True)
     if keys.values.get("tie_word_embeddings") is False:
@@ -185,7 +179,7 @@ def _read_decoder(keys: Keys, rope: Keys, tied_required: bool) -> DecoderConfig:
             "is False, but only a head that is tied to the embedding is supported; where lm_head.weight equals the "
             "embedding, set it to true",
         )
-    keys.expect("tie_word_embeddings", True, required=tied_required)
+    keys.expect("tie_word_embeddings", True, required=True)
     for absent in ("attention_bias", "mlp_bias", "lm_head_bias"):
         keys.expect(absent, False)
     for dropout in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
@@ -264,7 +258,7 @@ def _read_lora(keys: Keys) -> LoraConfig:
     return LoraConfig(keys.positive("r"), alpha, read_dropout(keys))
 
 
-READERS: Mapping[str, Callable[[Keys, Mapping[str, Mapping[str, Any]]], Fields]] = {  # by model_type
+READERS: Mapping[str, Callable[[Keys], Fields]] = {  # by model_type
     "phi4mm": _read_original,
     "phi4_multimodal": _read_native,
 }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.config import Phi4MMConfig, read_json, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.audio_features import AUDIO_RATES, FEATURE_SETTINGS
 from phi4mm_jax.utils.checks import is_number, is_whole
@@ -29,7 +29,7 @@ def check_processing(folder: Path, config: Phi4MMConfig) -> None:
     supported = {**_PROCESSING, "size": config.vision.crop_size, "patch_size": config.vision.patch_size}
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
-        values = read_json(path) if path.exists() else {}
+        values = read_optional_json(path)
         sections = [values, *(values.get(key) for key in _SECTIONS)]
         for section in sections:
             for key in supported.keys() & (section.keys() if isinstance(section, Mapping) else set()):
@@ -58,7 +58,7 @@ def read_dynamic_hd(folder: Path) -> int:
         CheckpointError: neither file says it, or one is unusable.
     """
     path = folder / "processor_config.json"
-    settings = read_json(path).get("image_processor") if path.exists() else None
+    settings = read_optional_json(path).get("image_processor")
     if not isinstance(settings, Mapping):  # older ones only name the processor's class
         path = folder / "preprocessor_config.json"
         if not path.exists():  # Trainer.save_model writes it only where it is given the processor
@@ -79,7 +79,7 @@ def read_context(folder: Path, config: Phi4MMConfig) -> int:
         CheckpointError: the file states no number of tokens.
     """
     path = folder / "tokenizer_config.json"
-    length = read_json(path).get("model_max_length") if path.exists() else None
+    length = read_optional_json(path).get("model_max_length")
     if length is None or (is_number(length) and length >= 10**9):  # some tools write 10**30 for "unknown"
         return config.decoder.rope.max_length
     if not is_number(length) or not length >= 1 or length != int(length):
