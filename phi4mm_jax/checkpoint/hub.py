@@ -46,14 +46,14 @@ def local_folder(path: str | os.PathLike[str], *, of_adapter: bool = False) -> P
     if name is None:
         meant = "an adapter of PEFT or train.export" if of_adapter else "a Phi-4-multimodal checkpoint"
         raise CheckpointError(
-            f"{path}: no such folder{_beside(path)}. Give the folder of {meant}, or the name of a repository on the "
-            "Hub: org/name, or org/name@revision."
+            f"{path}: no such folder{folders_beside(path)}. Give the folder of {meant}, or the name of a repository on "
+            "the Hub: org/name, or org/name@revision."
         )
     return _download(str(given), name["repository"], name["revision"])
 
 
-def _beside(path: Path) -> str:
-    """Say which folders are where a missing one is looked for, if that is a folder which was named."""
+def folders_beside(path: Path) -> str:
+    """Say which folders are where a missing one is looked for; "" where that is no named folder that can be read."""
     parent = path.parent
     if parent in (Path("."), Path("/")) or not parent.is_dir() or not os.access(parent, os.R_OK):
         return ""
@@ -100,7 +100,7 @@ def _download(path: str, repository: str, revision: str | None) -> Path:
             remedy = f"the repository has no revision {revision!r}; check its spelling"
         elif isinstance(error.__cause__, errors.OfflineModeIsEnabled):
             remedy = "unset HF_HUB_OFFLINE to download it"
-        if (beside := _beside(Path(path))) and not isinstance(error, errors.GatedRepoError):
+        if (beside := folders_beside(Path(path))) and not isinstance(error, errors.GatedRepoError):
             raise CheckpointError(
                 f"{path}: no such folder{beside}. If a repository on the Hub was meant, it was not downloaded "
                 f"({type(error).__name__}); {remedy}."

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.checkpoint.hub import local_folder
+from phi4mm_jax.checkpoint.hub import folders_beside, local_folder
 from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
-from phi4mm_jax.checkpoint.stacked import StackedTensors
+from phi4mm_jax.checkpoint.stacked import StackedTensors, mismatch
 from phi4mm_jax.checkpoint.tensor_types import Tensor
 from phi4mm_jax.config import DecoderConfig, LoraConfig, Phi4MMConfig, read_adapter, read_json
 from phi4mm_jax.config.peft_settings import MODULES, common_lora, module_loras
@@ -34,7 +34,15 @@ _NAME = re.compile(
 )
 # The whole embedding, which PEFT saves beside an adapter unless it has the rows that the base's config.json says.
 _EMBEDDING = re.compile(r"base_model\.model\.(model\.embed_tokens|embed_tokens|lm_head)\.weight")
-_RESIZED = "saved by PEFT, as of a resized vocabulary (resize_token_embeddings)"
+_MERGE_OR_MATCH = (
+    f"Is the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of the decoder; "
+    "merge one that is on more with PEFT (merge_and_unload, then save_pretrained) and give it, or train it with "
+    "target_modules that end with these names and exclude_modules=r'.*(audio|image)_embed.*'."
+)
+_MERGE_OR_RESIZE = (
+    "Merge it with PEFT (merge_and_unload, then save_pretrained) and give that; or save the resized base, and the "
+    "adapter by save_pretrained(FOLDER, save_embedding_layers=False)."
+)
 
 
 def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path]:
@@ -122,11 +130,9 @@ def _folder_of(kind: str, given: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    beside = Path(given).parent
-    if os.path.exists(given) or beside == Path(".") or not beside.is_dir():
+    if os.path.exists(given) or not (beside := folders_beside(Path(given))):
         return local_folder(given, of_adapter=True)
-    names = ", ".join(sorted(path.name for path in beside.iterdir() if path.is_dir())[:8]) or "no folders"
-    raise CheckpointError(f"{given}: no such folder for the {kind} adapter; in {beside} there are {names}")
+    raise CheckpointError(f"{given}: no such folder for the {kind} adapter{beside}")
 
 
 class PeftAdapter(StackedTensors):
@@ -194,7 +200,7 @@ def _fitted(
     file = folder / WEIGHTS_FILE
     loras = module_loras(str(folder / SETTINGS_FILE), settings, num_layers)
     common = common_lora(loras)
-    found, problems = _decoders(file)
+    found, resized, problems = _read_matrices(file)
     usual = next((m.dtype for m in found.values() if m.dtype in DTYPES), "F32")
     stored: dict[str, Stored | FittedTensor] = {}
     for tensor in tensors:
@@ -224,28 +230,17 @@ def _fitted(
             plain = shape == tensor.shape and factor == 1.0
             stored[tensor.key] = matrix if plain else FittedTensor(matrix, tensor.shape, dtype, factor)
     problems += [f"{module}.lora_{matrix}: not part of this model" for module, matrix in found]
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        remedy = (
-            f"Is the file whole, and do its settings belong to it? Adapters can be on {', '.join(MODULES)} of the "
-            "decoder; merge one that is on more with PEFT (merge_and_unload, then save_pretrained) and give it, or "
-            "train it with target_modules that end with these names and exclude_modules=r'.*(audio|image)_embed.*'."
-        )
-        if all(_RESIZED in problem for problem in problems):
-            remedy = (
-                "Merge it with PEFT (merge_and_unload, then save_pretrained) and give that; or save the resized base, "
-                "and the adapter by save_pretrained(FOLDER, save_embedding_layers=False)."
-            )
-        raise CheckpointError(
-            f"{file}: the adapter's tensors do not match its {SETTINGS_FILE} ({len(problems)} problems):\n  {shown}"
-            f"{more}\n{remedy}"
-        )
+    if problems or resized:
+        remedy = _MERGE_OR_MATCH if problems else _MERGE_OR_RESIZE
+        raise mismatch(f"{file}: the adapter's tensors do not match its {SETTINGS_FILE}", problems + resized, remedy)
     return stored
 
 
-def _decoders(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str]]:
-    """The LoRA matrices of the decoder in a file, by module and "A" or "B"; and what is wrong with the others."""
+def _read_matrices(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str], list[str]]:
+    """Return the LoRA matrices of the decoder in a file, by module and "A" or "B", and what is wrong with its others.
+
+    The latter are two lists: embeddings of a resized vocabulary, and all else.
+    """
     try:
         header = read_header(file)
     except FileNotFoundError:
@@ -253,15 +248,16 @@ def _decoders(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str]]:
         hint = f"{pickles[0]}: pickle files are not read; save with safe_serialization=True" if pickles else ""
         raise CheckpointError(f"{file}: holds an adapter, but it is not there; {hint or 'download it again'}") from None
     found: dict[tuple[str, str], Stored] = {}
+    resized: list[str] = []
     problems: list[str] = []
     for name, stored in header.items():
         matched = _NAME.fullmatch(name)
         if _EMBEDDING.fullmatch(name):
-            problems.append(f"{name}: {_RESIZED}")
+            resized.append(f"{name}: saved by PEFT, as of a resized vocabulary (resize_token_embeddings)")
         elif matched is None or matched["projection"] not in MODULES:
             problems.append(f"{name}: target_modules reached a module that cannot have an adapter here")
         elif (key := (matched["module"], matched["matrix"])) in found:
             problems.append(f"{name}: is there twice, under another name as well")
         else:
             found[key] = stored
-    return found, problems
+    return found, resized, problems

@@ -19,7 +19,7 @@ from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
-from phi4mm_jax.checkpoint.stacked import StackedTensors
+from phi4mm_jax.checkpoint.stacked import StackedTensors, mismatch
 from phi4mm_jax.checkpoint.tensor_types import ParamPath, Part, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.errors import CheckpointError
@@ -181,16 +181,16 @@ def _unindexed(folder: Path) -> list[str]:
             if other not in names:
                 raise CheckpointError(f"{folder / other}: belongs to {name}, but it is not there; download it again")
     if not names:
-        hint = _pickles(folder) or "Give the folder that holds config.json and the model's shards, or convert again."
+        hint = "Give the folder that holds config.json and the model's shards, or convert again."
         raise CheckpointError(
             f"{folder}: holds no weights: neither {_INDEX}, nor a model*.safetensors file, nor, as converted ones do, "
-            f"a folder parameters. {hint}"
+            f"a folder parameters. {_hint_at_others(folder) or hint}"
         )
     return names
 
 
-def _pickles(folder: Path) -> str:
-    """Remedy where there are only such, or others that are not read."""
+def _hint_at_others(folder: Path) -> str:
+    """Return what to do with the weights in a folder that are not read, such as pickles; "" where there are none."""
     if quantised := sorted(p.name for p in folder.glob("*.gguf")):
         return f"{quantised[0]}: GGUF files, mostly of quantised weights, are not read; give the safetensors"
     for patterns, remedy in _OTHERS.items():
@@ -200,7 +200,7 @@ def _pickles(folder: Path) -> str:
 
 
 def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
-    """The files hold exactly the tensors of the table, with their shapes, in floating dtypes."""
+    """Check that the files hold exactly the tensors of the table, with their shapes, in floating dtypes."""
     expected = {t.key: t for t in table}
     problems = [f"{n}: missing" for n in expected if n not in stored]
     problems += [f"{n}: not part of this model (in {stored[n].file.name})" for n in stored if n not in expected]
@@ -213,12 +213,8 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
         if entry.dtype not in DTYPES:
             problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
     if problems:
-        shown = "\n  ".join(sorted(problems)[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(
-            f"the checkpoint's tensors do not match its config.json ({len(problems)} problems):\n  {shown}{more}\n"
-            "Is the download complete, and does config.json belong to it?"
-        )
+        remedy = "Is the download complete, and does config.json belong to it?"
+        raise mismatch("the checkpoint's tensors do not match its config.json", problems, remedy)
 
 
 def write(

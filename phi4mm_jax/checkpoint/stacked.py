@@ -1,7 +1,7 @@
 """Parameters made of the tensors of files, with layers stacked, read when asked for."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES
 from phi4mm_jax.checkpoint.tensor_types import ParamPath, Part, Tensor, parameter_shapes
+from phi4mm_jax.errors import CheckpointError
 
 _ALIGNMENT = 64  # bytes
 Row = tuple[Tensor, Part, int, int]  # a part of a tensor, with its rows
@@ -55,6 +56,13 @@ class StackedTensors:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(fill, self._rows[path]))
         return out
+
+
+def mismatch(problem: str, tensors: Sequence[str], remedy: str) -> CheckpointError:
+    """Return the error of tensors that do not fit, which lists 20 of them."""
+    shown = "\n  ".join(sorted(tensors)[:20])
+    more = f"\n  and {len(tensors) - 20} more" if len(tensors) > 20 else ""
+    return CheckpointError(f"{problem} ({len(tensors)} problems):\n  {shown}{more}\n{remedy}")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
