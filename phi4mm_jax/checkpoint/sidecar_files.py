@@ -172,7 +172,7 @@ def _to_native(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> N
 
 
 def flattening(image: str, audio: str) -> str:
-    """Goes before the release's chat template, which takes texts only: joins a content's parts to one text."""
+    """Return what goes before the release's chat template, which takes texts only: it joins a content's parts."""
     return (
         "{% set flat = namespace(messages=[], text='') %}"
         "{% for message in messages %}"
@@ -189,6 +189,13 @@ def flattening(image: str, audio: str) -> str:
         "{% endfor %}"
         "{% set messages = flat.messages %}"
     )
+
+
+def without_flattening(template: str, config: Phi4MMConfig, tokenizer: Tokenizer) -> str:
+    """Return a chat template without the `flattening` that exports have before it."""
+    spelled = {token: content for content, token in tokenizer.special_tokens.items()}
+    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
+    return template.removeprefix(flattening(image, audio))
 
 
 # -------------------------------------------------------------------------------------------- to the original layout
@@ -223,9 +230,7 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
         tokenizer.pop(key, None)
     template = chat_template_of(source)
     if template is not None:
-        spelled = {token: content for content, token in Tokenizer.from_folder(source).special_tokens.items()}
-        image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
-        tokenizer["chat_template"] = template.removeprefix(flattening(image, audio))
+        tokenizer["chat_template"] = without_flattening(template, config, Tokenizer.from_folder(source))
     files["tokenizer_config.json"] = _json(tokenizer)
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja"):
         files.pop(name, None)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening
+from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, without_flattening
 from phi4mm_jax.config import Phi4MMConfig, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -67,9 +67,7 @@ def _is_known(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) -> bool:
         return False
     if template is None:
         return True
-    spelled = {token: content for content, token in tokenizer.special_tokens.items()}
-    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
-    own = template.removeprefix(flattening(image, audio)).strip()  # exports have it in front
+    own = without_flattening(template, config, tokenizer).strip()
     return hashlib.sha256(own.encode("utf-8", "surrogatepass")).hexdigest()[:16] in _TEMPLATES
 
 
