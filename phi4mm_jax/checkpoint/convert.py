@@ -29,7 +29,7 @@ from phi4mm_jax.checkpoint.load import Checkpoint, check_trained, is_finite, lay
 from phi4mm_jax.checkpoint.peft import PeftAdapter
 from phi4mm_jax.checkpoint.pytorch import SHARD_BYTES, Layout, layout_of, tensors_of
 from phi4mm_jax.checkpoint.sidecar_files import read_sidecar_files, skipped_files
-from phi4mm_jax.checkpoint.staging import aside_of, check_room, staged
+from phi4mm_jax.checkpoint.staging import check_room, staged
 from phi4mm_jax.checkpoint.tensor_types import ParamPath, Tensor, parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
@@ -46,6 +46,7 @@ from phi4mm_jax.quantization import (
     stored_weights,
     weight_of,
 )
+from phi4mm_jax.utils.files import incomplete_path
 from phi4mm_jax.utils.paths import local_path
 
 Progress = Callable[[int, int], None]
@@ -172,7 +173,7 @@ def _staged(source: str | Path, destination: str | Path) -> Iterator[tuple[Path,
         folder = Path(os.path.realpath(source))
         if Path(os.path.realpath(destination)).is_relative_to(folder):
             raise CheckpointError(f"{destination}: lies within the source {source}; give another destination")
-        written = [aside_of(destination), destination] if destination.name else []
+        written = [incomplete_path(destination), destination] if destination.name else []
         if any(folder.is_relative_to(os.path.realpath(path)) for path in written):
             raise CheckpointError(f"{source}: is where {destination} would be written first; give another destination")
     with staged(destination) as aside:
@@ -215,7 +216,7 @@ class _Tuned(NamedTuple):
 def _finite(
     checkpoint: "_Source | _Tuned", table: Iterable[Tensor], dtype: str | None = None
 ) -> Callable[[ParamPath], np.ndarray]:
-    """Reads parameters, and checks that they are finite.
+    """Return what reads parameters, and checks that they are finite.
 
     Args:
         table: the source's tensors.
@@ -255,7 +256,7 @@ def _quantized(
     weights: Weights,
     moments: InputMoments,
 ) -> Callable[[ParamPath], np.ndarray]:
-    """Reads parameters as they are quantised: a weight's integers, or the scales under a path of their own."""
+    """Return what reads parameters as they are quantised: a weight's integers, or the scales by a path of their own."""
     last: tuple[ParamPath, QuantizedWeight] | None = None  # scales are asked for beside their weight
 
     def read_quantized(path: ParamPath) -> np.ndarray:

@@ -43,8 +43,8 @@ def open_checkpoint(folder: Path, config: Phi4MMConfig) -> Checkpoint:
         found = checkpoint.parameters.get(path)
         name = f"{folder / orbax_io.FOLDER}: {'/'.join(path)}"
         if path not in expected or found is None or found.shape != expected[path].shape:
-            shapes = ["nothing" if x is None else x.shape for x in (found, expected.get(path))]
-            raise CheckpointError(f"{name}: is {shapes[0]}, expected {shapes[1]}; convert again")
+            has, needed = ("nothing" if x is None else x.shape for x in (found, expected.get(path)))
+            raise CheckpointError(f"{name}: is {has}, expected {needed}; convert again")
         wanted = expected[path].dtype
         if wanted == np.float32 and not path[-1].endswith(SCALES):
             if found.dtype not in DTYPES.values():

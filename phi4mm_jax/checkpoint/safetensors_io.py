@@ -97,7 +97,6 @@ def read_header(file: Path) -> dict[str, Stored]:
 @dataclass(frozen=True)
 class _Place:
     file: int  # descriptor
-    path: Path
     start: int
     row: int  # bytes of one row
 
@@ -140,7 +139,7 @@ class Writer:
         _write(descriptor, len(encoded).to_bytes(8, "little") + encoded, 0)
         for name, (shape, dtype) in tensors.items():
             row = math.prod(shape[1:]) * dtype.itemsize
-            self._places[path, name] = _Place(descriptor, path, data + starts[name], row)
+            self._places[path, name] = _Place(descriptor, data + starts[name], row)
 
     def write(self, path: Path, name: str, first_row: int, rows: np.ndarray) -> None:
         place = self._places[path, name]

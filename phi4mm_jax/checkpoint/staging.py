@@ -18,7 +18,7 @@ _MARKER = ".written-by-phi4mm-jax"  # in a folder that may be removed
 
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """Yields a folder beside the destination, which takes the destination's name when all went well.
+    """Yield a folder beside the destination, which takes the destination's name when all went well.
 
     What an interrupted run has left there is removed, and logged. Enter it before any work: from then on the name is
     this process's, and a destination that cannot be written is known.
@@ -38,7 +38,7 @@ def staged(destination: Path) -> Iterator[Path]:
     renamed = False
     try:
         _check_free(destination)
-        aside = aside_of(destination)
+        aside = incomplete_path(destination)
         new_parents = [path for path in destination.parents if not path.exists()]
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _held(aside, destination):
@@ -76,11 +76,6 @@ def staged(destination: Path) -> Iterator[Path]:
                 path.rmdir()  # where nothing came of it
 
 
-def aside_of(destination: Path) -> Path:
-    """The folder that becomes the destination."""
-    return incomplete_path(destination)
-
-
 def check_room(folder: Path, size: int) -> None:
     """Check that a folder's disk has room for so many bytes.
 
@@ -93,14 +88,14 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Files and names onto the disk: should the machine fail, the folder's new name must not outlive what is in it."""
+    """Flush files and names to the disk: if the machine fails, the new name must not outlive what is in the folder."""
     paths = list(folder.rglob("*"))
     for path in [*filter(Path.is_file, paths), *filter(Path.is_dir, paths), folder]:
         _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """A file or folder onto the disk; some mounts cannot sync a folder, and not every folder may be read."""
+    """Flush a file or folder to the disk; some mounts cannot sync a folder, and not every folder may be read."""
     ignored = (errno.EINVAL, errno.ENOTSUP, errno.EACCES) if path.is_dir() else ()
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -134,8 +129,10 @@ def _is_unfinished(destination: Path) -> bool:
 
 
 def _reclaim(destination: Path, aside: Path) -> bool:
-    """Remove a destination that an interrupted run has not finished; whether there was one. It loses its name first, so
-    that an interruption here leaves nothing that seems whole."""
+    """Remove a destination that an interrupted run has not finished; return whether there was one.
+
+    It loses its name first, so that an interruption here leaves nothing that seems whole.
+    """
     if not _is_unfinished(destination):
         return False
     with _locked(destination, destination):
@@ -146,8 +143,10 @@ def _reclaim(destination: Path, aside: Path) -> bool:
 
 
 def _clear(aside: Path) -> bool:
-    """Remove what is in a folder that an interrupted run left, but the marker, so that an interruption here leaves a
-    folder that is known as well; whether there was anything."""
+    """Remove what is in a folder that an interrupted run left; return whether there was anything.
+
+    The marker stays, so that an interruption here leaves a folder that is known as well.
+    """
     found = {path.name: path for path in aside.iterdir()}
     if found and found.pop(_MARKER, None) is None:
         raise CheckpointError(f"{aside}: is in the way, and no interrupted run has left it; move it, or remove it")
@@ -158,7 +157,7 @@ def _clear(aside: Path) -> bool:
 
 @contextlib.contextmanager
 def _held(folder: Path, destination: Path) -> Iterator[None]:
-    """Makes the folder, or takes over what is there, and holds it against other processes."""
+    """Make the folder, or take over what is there, and keep other processes out of it."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
     with _locked(folder, destination):
@@ -171,7 +170,7 @@ def _held(folder: Path, destination: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, destination: Path) -> Iterator[None]:
-    """Locks a folder against other processes.
+    """Lock a folder against other processes.
 
     The lock ends with its holder, however that ends. It is on the folder, which its holder renames or removes: one that
     is no longer there when it is locked was another process's.

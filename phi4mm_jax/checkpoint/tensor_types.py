@@ -58,7 +58,7 @@ class Part:
                 _put_columns(target, start - rows.start, strip)
 
     def to_rows(self, parameter: np.ndarray) -> np.ndarray:
-        """The inverse, flat beyond the first axis."""
+        """Undo `to_parameter`; flat beyond the first axis."""
         transposed = parameter.reshape([self.view[a] for a in self.axes])
         return _transpose(transposed, tuple(np.argsort(self.axes))).reshape(self.view)
 
@@ -83,17 +83,12 @@ class Tensor:
         return f"{self.folder}/{self.name}" if self.folder else self.name
 
     def spans(self) -> Iterator[tuple[Part, int, int]]:
-        """Each part with its rows: where they start and stop."""
+        """Yield each part with its rows: where they start and stop."""
         start, row = 0, math.prod(self.shape[1:])
         for part in self.parts:
             stop = start + math.prod(part.view) // row
             yield part, start, stop
             start = stop
-
-    def join(self, parameters: Iterable[np.ndarray]) -> np.ndarray:
-        """The whole tensor from the parameters of its parts."""
-        rows = [p.to_rows(x).reshape(-1, *self.shape[1:]) for p, x in zip(self.parts, parameters, strict=True)]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def parameter_shapes(tensors: Iterable[Tensor]) -> dict[ParamPath, Shape]:

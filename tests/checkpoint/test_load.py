@@ -13,7 +13,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from helpers.cases import golden_cases
-from helpers.checkpoints import save_shards, shards
+from helpers.checkpoints import joined, save_shards, shards
 from helpers.paths import TINY
 from safetensors.numpy import load_file, save_file
 
@@ -103,7 +103,7 @@ def test_table_is_a_bijection():
         whole = tensors[tensor.name]
         assert whole.shape == tensor.shape
         parameters = [part.to_parameter(whole[a:b]) for part, a, b in tensor.spans()]
-        np.testing.assert_array_equal(tensor.join(parameters).reshape(tensor.shape), whole)
+        np.testing.assert_array_equal(joined(tensor, parameters).reshape(tensor.shape), whole)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

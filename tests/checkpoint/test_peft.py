@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.checkpoints import joined
 from helpers.paths import TINY
 
 pytest.importorskip("torch")
@@ -72,7 +73,7 @@ def our_products(checkpoint: Any, scale: float, kind: str = "vision") -> dict[st
         if tensor.collection == f"lora_{kind}":
             parts = [checkpoint.read(part.path, np.float32)[tensor.layer] for part in tensor.parts]
             name = tensor.name.removeprefix("base_model.model.").replace(f".{kind}.weight", ".weight")
-            matrices[name] = tensor.join(parts)
+            matrices[name] = joined(tensor, parts)
     a, b = ({n.partition(f".lora_{x}.")[0]: m for n, m in matrices.items() if f".lora_{x}." in n} for x in "AB")
     return {name: scale * b[name] @ a[name] for name in a}
 

@@ -17,6 +17,7 @@ from phi4mm_jax import CheckpointError
 from phi4mm_jax.checkpoint import staging
 from phi4mm_jax.checkpoint.convert import to_orbax, to_torch
 from phi4mm_jax.checkpoint.staging import staged
+from phi4mm_jax.utils.files import incomplete_path
 
 
 def write(destination: Path, content: str = "whole") -> None:
@@ -26,7 +27,7 @@ def write(destination: Path, content: str = "whole") -> None:
 
 def killed(destination: Path) -> Path:
     """What a run that is killed leaves."""
-    aside = staging.aside_of(destination)
+    aside = incomplete_path(destination)
     with contextlib.suppress(CheckpointError), staged(destination) as folder:
         (folder / "file").write_text("half")
         (folder / "folder").mkdir()
@@ -43,7 +44,7 @@ def test_leftovers_are_removed_and_logged(tmp_path, caplog):
     assert "interrupted" in message
     assert [p.name for p in tmp_path.iterdir()] == ["destination"]
     assert [p.name for p in (tmp_path / "destination").iterdir()] == ["file"]
-    staging.aside_of(tmp_path / "other").mkdir()  # killed before anything was written
+    incomplete_path(tmp_path / "other").mkdir()  # killed before anything was written
     caplog.clear()
     write(tmp_path / "other")
     assert caplog.messages == []

@@ -1,5 +1,6 @@
 """Tensors of checkpoints, read and saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,4 +32,10 @@ def original_tensor(tensor: Tensor, variables) -> np.ndarray:
             value = value[key]
         value = np.asarray(value)  # an index into an array of jax would compile a program for its shape
         values.append(value if tensor.layer is None else value[tensor.layer])
-    return tensor.join(values)
+    return joined(tensor, values)
+
+
+def joined(tensor: Tensor, parameters: Sequence[np.ndarray]) -> np.ndarray:
+    """A whole tensor from the parameters of its parts."""
+    rows = [part.to_rows(x) for part, x in zip(tensor.parts, parameters, strict=True)]
+    return np.concatenate([x.reshape(-1, *tensor.shape[1:]) for x in rows])

@@ -60,10 +60,10 @@ def model_tensors(folder: Path, stored: Mapping[str, Stored], expected: Set[str]
 
 
 def check_not_quantised(folder: Path, stored: Mapping[str, Stored], expected: Set[str]) -> None:
-    """Refuse weights that are told to be quantised by a file, a tensor's dtype or what goes with it.
+    """Refuse quantised weights, known by a file, by a tensor's dtype or by what goes with it.
 
     Raises:
-        CheckpointError: they are; it names what tells.
+        CheckpointError: they are; it names the sign.
     """
     for name in _QUANTISED_FILES:
         if (folder / name).exists():
@@ -71,17 +71,17 @@ def check_not_quantised(folder: Path, stored: Mapping[str, Stored], expected: Se
                 f"{folder / name}: says that the weights are quantised, which is not supported; {DEQUANTISE}. If they "
                 "are not, remove the file"
             )
-    told = [f"{name}: has dtype {held.dtype}" for name, held in stored.items() if held.dtype not in _PLAIN]
-    told += [f"{n}: is there" for n in stored if n not in expected and _QUANTISED_NAME.fullmatch(n)]
-    if told:
-        more = f" and {len(told) - 1} more" if len(told) > 1 else ""
+    signs = [f"{name}: has dtype {held.dtype}" for name, held in stored.items() if held.dtype not in _PLAIN]
+    signs += [f"{n}: is there" for n in stored if n not in expected and _QUANTISED_NAME.fullmatch(n)]
+    if signs:
+        more = f" and {len(signs) - 1} more" if len(signs) > 1 else ""
         raise CheckpointError(
-            f"{folder}: {told[0]}{more}: the weights are quantised, which is not supported; {DEQUANTISE}"
+            f"{folder}: {signs[0]}{more}: the weights are quantised, which is not supported; {DEQUANTISE}"
         )
 
 
 def _check_prefixes(folder: Path, names: Set[str], missing: Set[str]) -> None:
-    """No tensors are there under a name with something before it, or within it, that a wrapper has put there."""
+    """Check that no tensor has a name with something before it, or within it, that a wrapper has put there."""
     tails = {name.removeprefix("model."): name for name in missing}
     prefixes: Counter[str] = Counter()
     examples: dict[str, tuple[str, str]] = {}
@@ -113,13 +113,13 @@ def _check_prefixes(folder: Path, names: Set[str], missing: Set[str]) -> None:
 
 
 def _tails(name: str) -> Iterator[str]:
-    """The ends of a name, from the longest on, the name itself first."""
+    """Yield the ends of a name, from the longest on, the name itself first."""
     parts = name.split(".")
     yield from (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _check_tied(folder: Path, head: Stored, embedding: Stored) -> None:
-    """The head's weights are the embedding's: the model has them once."""
+    """Check that the head's weights are the embedding's, which the model has once."""
 
     def is_same(rows: tuple[int, int]) -> bool:
         first, second = head.rows(*rows), embedding.rows(*rows)
