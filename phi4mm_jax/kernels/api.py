@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.pages import BITS
-from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose
+from phi4mm_jax.kernels.registry import choose, find
 
 
 @jax.named_scope("flash_attention")
@@ -206,8 +206,7 @@ def check_pages(
         if (argument is not None) != quantized:
             raise InputError(f"{function}: {name} must be given with int8 pages, and with them only")
         if argument is not None and (argument.shape != k.shape[:4] or argument.dtype != jnp.float32):
-            raise InputError(f"{function}: {name} must be float32 {k.shape[:4]}; got {argument.dtype} "
-                             f"{argument.shape}")  # fmt: skip
+            raise InputError(f"{function}: {name} must be float32 {k.shape[:4]}; got {argument.dtype} {argument.shape}")
     return None if k_scales is None or v_scales is None else (k_scales, v_scales)
 
 
@@ -247,10 +246,8 @@ def append_tokens(
             nothing is written (the scratch page).
     """
     arguments = caches, new, jnp.asarray(layer, jnp.int32), pages.astype(jnp.int32), slots.astype(jnp.int32)
-    for candidate in IMPLEMENTATIONS.values():
-        if candidate.append is not None and candidate.supports("append", *arguments) is None:
-            return candidate.append(*arguments)
-    return None
+    append = find("append", *arguments)
+    return None if append is None else append(*arguments)
 
 
 def _cleared(

@@ -1,8 +1,4 @@
-"""NVIDIA GPU that kernels are traced for: the one at hand, or one that is assumed, to lower or interpret without it.
-
-A new kernel is a module with `supports`, an entry in `registry.IMPLEMENTATIONS`, which chooses among them, and one in
-`CONTEXTS` of the tests; see docs/kernels.md.
-"""
+"""NVIDIA GPU that kernels are traced for: the one at hand, or one that is assumed, to lower or interpret without it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -23,7 +23,7 @@ class Limits(NamedTuple):
 
     @property
     def starts_at_zero(self) -> bool:
-        """True if each row's first query is known to be at its first key."""
+        """Return whether each row's first query is known to be at its first key."""
         return isinstance(self.q_offset, np.ndarray) and not self.q_offset.any()
 
     def takes_all(self, num_keys: int) -> bool:

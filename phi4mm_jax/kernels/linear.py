@@ -1,5 +1,6 @@
 """Linear maps with weights as they are stored, and lookups: by a kernel, by pieces on one CPU, or by XLA."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels import cpu, quantized
-from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, Implementation
+from phi4mm_jax.kernels.registry import find
 from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
@@ -55,26 +56,24 @@ def computed_before(equation: str, x: Float[Array, "..."], weight: Float[Array, 
 
 def _kernel_of(
     equation: str, x: Float[Array, "..."], weight: QuantizedWeight
-) -> tuple[Implementation, str, str, int] | None:
-    """Return the implementation that takes a product, its equation, the weight's letters and its number of inputs."""
+) -> tuple[Callable[..., Array], str, str, int] | None:
+    """Return the kernel that takes a product, its equation, the weight's letters and its number of inputs."""
     if sums := inputs_of_linear(equation):
         letters = equation.partition("->")[0].partition(",")[2]
-        for candidate in IMPLEMENTATIONS.values():
-            if candidate.product is not None and candidate.supports("product", x, *weight, letters, sums) is None:
-                return candidate, equation, letters, sums
+        if (product := find("product", x, *weight, letters, sums)) is not None:
+            return product, equation, letters, sums
     return None
 
 
-Plan = tuple[Implementation, str, str, int, Any]
+Plan = tuple[Callable[..., Array], str, str, int, Any]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_kernel(
     plan: Plan, x: Float[Array, "..."], values: Int[Array, "..."], scales: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    implementation, _, letters, sums, result = plan
-    assert implementation.product is not None
-    return implementation.product(x, values, scales, letters, sums, result=result)
+    product, _, letters, sums, result = plan
+    return product(x, values, scales, letters, sums, result=result)
 
 
 def _forward(plan: Plan, x, values, scales):

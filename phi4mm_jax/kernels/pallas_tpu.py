@@ -74,7 +74,7 @@ def decode(q, k, v, layer, lengths, tables, scales, *, scale: float) -> Partials
 
 def cached(
     q, k, v, layer, starts, lengths, tables, scales, part, *, parts: int, scale: float, out_dtype: Any
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Compute the output and the log-sum-exp (B, T, N), on this device."""
     from phi4mm_jax.kernels import pallas_tpu_cached
 

@@ -47,7 +47,6 @@ def backward(call: Call, residuals, cotangents):
     d_out = d_out.astype(q.dtype)
     stats = jnp.concatenate([log_sum * LOG2_E, row_sum], 2)  # (B, K, 2 G, T)
     bq, bk = block(q_len, blocks.backward_rows // group), block(kv_len, blocks.backward_keys)
-    lengths = limits, call.causal, q_len, kv_len, bq, bk
     segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     operands = q, k, v, d_out, stats, segments
@@ -85,7 +84,7 @@ def backward(call: Call, residuals, cotangents):
         compiler_params=compiler_params(call),
         cost_estimate=estimate_cost(call, q, k, products=3),
         interpret=call.target.interpret,
-    )(plan_over_keys(*lengths), *operands)
+    )(plan_over_keys(limits, call.causal, q_len, bq, bk), *operands)
 
     grid = make_grid(batch, kv_heads, kv_len // bk, q_len // bq, call.target)
     k_spec = grid.spec((None, None, bk, size), lambda row, head, i: (row, head, i, 0))
@@ -119,7 +118,7 @@ def backward(call: Call, residuals, cotangents):
         compiler_params=compiler_params(call),
         cost_estimate=estimate_cost(call, q, k, products=4),
         interpret=call.target.interpret,
-    )(plan_over_queries(*lengths), *operands)
+    )(plan_over_queries(limits, call.causal, q_len, kv_len, bq, bk), *operands)
     return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
 
 

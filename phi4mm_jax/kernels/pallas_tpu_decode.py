@@ -154,9 +154,7 @@ def _kernel(
     def product(a, b, dimensions):
         if scales:
             b = b.astype(jnp.float32).astype(a.dtype)
-        return lax.dot_general(
-            a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32
-        )  # fmt: skip
+        return lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
     def visit(b, block, slot):
         length = length_of(b)

@@ -91,7 +91,7 @@ def _forward(q, k, v, limits: Limits, call: Call):
     kv_len, blocks = k.shape[2], call.target.blocks
     bq, bk = block(q_len, blocks.rows // group), block(kv_len, blocks.keys)
     grid = make_grid(batch, kv_heads, q_len // bq, kv_len // bk, call.target)
-    plan = plan_over_keys(limits, call.causal, q_len, kv_len, bq, bk)
+    plan = plan_over_keys(limits, call.causal, q_len, bq, bk)
     segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(

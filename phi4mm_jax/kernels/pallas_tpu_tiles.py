@@ -31,12 +31,10 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Prefetched scalars.
-
-    The first ten are of every block that a step stays with, flattened over (B, blocks).
+    """Prefetched scalars: of each row, of each block that a step stays with, X = B * blocks, and Y = B * tiles.
 
     It visits the tiles first <= t < stop; in those with clear <= t < clear_stop no pair is masked, unless by segments:
-    then the minimum and maximum id of the block (`own`) and of the tile (`streamed`) tell.
+    then the minimum and maximum id of the block (`own`) and of the tile (`streamed`) decide.
     """
 
     first: Int[Array, " X"]
@@ -49,7 +47,7 @@ class Plan(NamedTuple):
     streamed: tuple[Int[Array, " Y"], Int[Array, " Y"]] | None
 
 
-def plan_over_keys(limits: Limits, causal: bool, q_len: int, kv_len: int, rows: int, keys: int) -> Plan:
+def plan_over_keys(limits: Limits, causal: bool, q_len: int, rows: int, keys: int) -> Plan:
     """Plan for blocks of queries that stay, and tiles of keys that are streamed."""
     start = jnp.arange(0, q_len, rows, dtype=jnp.int32) + limits.q_offset[:, None]  # (B, blocks)
     length = jnp.broadcast_to(limits.kv_lengths[:, None], start.shape)
@@ -191,19 +189,19 @@ class Softmax(NamedTuple):
         weights = jnp.exp2(scores - wide(new, scores.shape[1]))
         decay = jnp.exp2(old - new)
         self.largest[...] = new
-        self.total[...] = self.total[...] * decay + folded(weights, jnp.add)
+        self.total[...] = self.total[...] * decay + folded(weights)
         added = _weighted(weights, values, factors)
         self.weighted[...] = self.weighted[...] * wide(decay, values.shape[1]) + added
 
     def add_clear(self, scores, values, factors=None) -> None:
         """Take scores of which none is masked, with the maximum as it is."""
         weights = jnp.exp2(scores - wide(self.largest[...], scores.shape[1]))
-        self.total[...] += folded(weights, jnp.add)
+        self.total[...] += folded(weights)
         self.weighted[...] += _weighted(weights, values, factors)
 
     @property
     def is_safe(self):
-        """True if no sum has left the range in which maxima need not be exact."""
+        """Return whether no sum has left the range in which maxima need not be exact."""
         return jnp.max(self.total[...]) < SAFE_SUM
 
     def result(self):
@@ -224,14 +222,12 @@ def dot(a, b, dimensions):
     return lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def folded(x, combine):
-    """Combine the lanes: (rows, n * 128) -> (rows, 128)."""
+def folded(x):
+    """Add up the lanes, in pairs: (rows, n * 128) -> (rows, 128)."""
     parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     while len(parts) > 1:
-        parts = [
-            combine(*pair) if len(pair) == 2 else pair[0]
-            for pair in (parts[i : i + 2] for i in range(0, len(parts), 2))
-        ]
+        pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
 
 

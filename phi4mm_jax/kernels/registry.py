@@ -66,6 +66,15 @@ IMPLEMENTATIONS = {
 }
 
 
+def find(operation: Operation, *arguments: Any) -> Callable[..., Any] | None:
+    """Return an operation that may be None, of the first implementation that has it and supports these arguments."""
+    for implementation in IMPLEMENTATIONS.values():
+        function = getattr(implementation, operation)
+        if function is not None and implementation.supports(operation, *arguments) is None:
+            return function
+    return None
+
+
 def choose(function: str, name: str | None, operation: Operation, *arguments: Any) -> Implementation:
     """Return the implementation of a name, or the first one that supports an operation on these arguments.
 

@@ -16,19 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from phi4mm_jax.kernels.limits import MASKED, Limits
 from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import Partials
 from phi4mm_jax.mesh import on_one_cpu
-from phi4mm_jax.precision import precision_of, row_sum
+from phi4mm_jax.precision import einsum, row_sum
 
 _TILE_ELEMENTS = 1 << 24  # scores held at once, over batch and heads
 _TILE_ELEMENTS_PER_CORE = 1 << 18  # likewise on a CPU: a megabyte, about what a core's own cache holds
 _KEY_TILE = 512
 _WHOLE_KEYS = 1024  # so many queries and keys are one tile, without a mask of causality: the patches of a crop
 DECODE_BLOCK = 128  # a cache's capacity is a multiple of this
+_einsum = partial(einsum, result=jnp.float32)
 
 
 class _Tiling(NamedTuple):
@@ -145,7 +146,7 @@ def _forward(limits: Limits, q, k, v, *, tiling: _Tiling):
 
         rows = q_i.shape[:-1]
         start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q_i.shape, jnp.float32)
-        maximum, total, out = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
+        maximum, total, out = _loop(_last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
         return (out * factors(maximum, total)[..., None]).astype(tiling.out_dtype), maximum + jnp.log(total)
 
     num_tiles = q.shape[3] // tiling.queries
@@ -193,7 +194,7 @@ def _backward(limits: Limits, q, k, v, d_out, log_sum, delta, *, tiling: _Tiling
             return dq_i, _add_tile(dk, dk_j, j, tiling.keys), _add_tile(dv, dv_j, j, tiling.keys)
 
         start = jnp.zeros(q_i.shape, jnp.float32), *carry
-        dq_i, dk, dv = _loop(0, _last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
+        dq_i, dk, dv = _loop(_last_key_tile(i, k.shape[2], limits, tiling), key_tile, start)
         return (dk, dv), dq_i.astype(q.dtype)
 
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
@@ -270,20 +271,14 @@ def decode_attention(q, k, v, layer, lengths, tables, scales, *, scale: float) -
 
     rows = groups.shape[:-1]
     start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(groups.shape, jnp.float32)
-    maximum, total, out = _loop(0, lax.div(lengths.max() + keys - 1, keys), key_tile, start)
+    maximum, total, out = _loop(lax.div(lengths.max() + keys - 1, keys), key_tile, start)
     maximum = jnp.where(maximum > MASKED / 2, maximum, -jnp.inf)
     return out.reshape(q.shape), maximum.reshape(batch, heads), total.reshape(batch, heads)
 
 
-def _einsum(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(equation, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
-
-
-def _loop(start: int, stop, body, carry):
-    """Run `fori_loop`, without a loop where there is exactly one step."""
-    return (
-        body(start, carry) if isinstance(stop, int) and stop == start + 1 else lax.fori_loop(start, stop, body, carry)
-    )
+def _loop(stop, body, carry):
+    """Run `fori_loop` from 0, without a loop where there is exactly one step."""
+    return body(0, carry) if isinstance(stop, int) and stop == 1 else lax.fori_loop(0, stop, body, carry)
 
 
 def _tile(x, index, size: int, axis: int):

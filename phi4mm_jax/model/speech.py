@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from phi4mm_jax.config import SpeechConfig
 from phi4mm_jax.mesh import LENGTH, ROWS, activation_axes, automatic_axes, constrain
 from phi4mm_jax.model.layers import LayerNorm, Linear, Remat, Sizes, declare, run_layers
-from phi4mm_jax.precision import gated, precision_of, row_sum
+from phi4mm_jax.precision import einsum, gated, row_sum
 
 HALO_FRAMES = 8  # frames before a chunk: more than the stem's three convolutions look back, and one whole token
 _MAP_BYTES = 1 << 28  # larger intermediates are computed a few chunks at a time
@@ -189,13 +189,12 @@ def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array,
     """Softmax attention in float32 with a bias on the scores; masked keys are not attended to."""
 
     def attend(q, k, v, mask):
-        precision = precision_of(q.dtype)
-        scores = jnp.einsum("ATNH,ASNH->ANTS", q, k, precision=precision, preferred_element_type=jnp.float32)
+        scores = einsum("ATNH,ASNH->ANTS", q, k, result=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5 + bias.astype(jnp.float32)
         scores = jnp.where(mask[:, None, None], scores, -1e30)
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
         weights = (weights / row_sum(weights)[..., None]).astype(q.dtype)
-        return jnp.einsum("ANTS,ASNH->ATNH", weights, v, precision=precision)
+        return einsum("ANTS,ASNH->ATNH", weights, v)
 
     return _map_rows(attend, 4 * bias.size, q, k, v, mask)
 
