@@ -54,7 +54,7 @@ def table_of(checks: Sequence[Check], exact: bool) -> Table:
 
 
 def compare_copies(folder: Path) -> None:
-    """The original layout has each adapter twice, of which `load` compares some values only."""
+    """Compare all of the adapters that the original layout has twice, of which `load` compares some values only."""
     config = read_config(folder)
     checkpoint = open_checkpoint(folder, config)
     if isinstance(checkpoint, PyTorchCheckpoint):

@@ -58,6 +58,7 @@ from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.answer_file import AnswerFile
 from phi4mm_jax.engine.answer_lines import Format, cut_line
 from phi4mm_jax.engine.jsonl import read_requests
+from phi4mm_jax.utils.checks import check_positive
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
@@ -104,10 +105,8 @@ def main() -> int:
         raise phi4mm_jax.InputError(
             "--hosts and --host are gone: python -m infer.ray answers on many hosts, without shares of lines"
         )
-    if arguments.max_new_tokens < 1:
-        raise phi4mm_jax.InputError(
-            f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
-        )  # fmt: skip
+    with named_options(arguments):
+        check_positive("max_new_tokens", arguments.max_new_tokens)
     adapter = adapter_of(arguments)
     check_is_one_file(arguments.input)
     lines = read_requests(

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from phi4mm_jax import InputError
@@ -52,8 +53,8 @@ from phi4mm_jax.processing.processor import Processor
 from phi4mm_jax.processing.prompt import Tokens, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, crops_per_frame, video_frames
-from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, with_program_names
-from phi4mm_jax.utils.files import write_remedy
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, standard_output, with_program_names
+from phi4mm_jax.utils.files import writing
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,12 @@ def tokens_of(attachment: Attachment, processor: Processor) -> int:
 
 def save(conversation: Conversation, path: str) -> None:
     text = json.dumps({"messages": messages_of(conversation, as_path)}, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise InputError(f"{path} exists already; choose another name") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); {write_remedy(error)}") from error
+    with writing(Path(path)):
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise InputError(f"{path} exists already; choose another name") from None
 
 
 # Answers
@@ -256,8 +256,10 @@ def answer(engine: Engine, request: Request, row: Row, out: TextIO) -> Completio
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C only tells that it was pressed: raised in the middle of a step, it would leave the engine without its
-    cache. The second time it ends the program, since the step may be a long compilation."""
+    """Yield what tells whether Ctrl-C was pressed: raised within a step, it would leave the engine without its cache.
+
+    The second time it ends the program, since the step may be a long compilation.
+    """
     pressed = False
 
     def note(*_: Any) -> None:
@@ -394,14 +396,8 @@ def main() -> int:
         sys.stdin.reconfigure(errors="replace")
     prompt = "> " if sys.stdin.isatty() else ""
     tell("/help lists the commands. The first answers take longer: their programs have to be compiled.")
-    try:
-        # A stream of its own: what standard output's could not write would be tried again at the program's end.
-        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
-        with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
-            start = Conversation(arguments.system)
-            converse(model.processor, engine, start, settings, lambda: input(prompt), out, tell)
-    except OSError as error:
-        raise InputError(f"the answer cannot be written to standard output: {error.strerror}") from error
+    with standard_output("answer") as out:
+        converse(model.processor, engine, Conversation(arguments.system), settings, lambda: input(prompt), out, tell)
     return 0
 
 

@@ -72,6 +72,7 @@ from phi4mm_jax.training.hosts import (
     deal_out,
     is_primary_process,
 )
+from phi4mm_jax.utils.checks import check_positive
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.compilation import keep_compiled
 from phi4mm_jax.utils.paths import path_argument
@@ -114,10 +115,8 @@ def parse_arguments() -> argparse.Namespace:
 @cli_entrypoint
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.max_new_tokens < 1:
-        raise phi4mm_jax.InputError(
-            f"--max-new-tokens is {arguments.max_new_tokens}; expected a positive whole number"
-        )  # fmt: skip
+    with named_options(arguments):
+        check_positive("max_new_tokens", arguments.max_new_tokens)
     if arguments.tokenize is not None and arguments.task != "ast":
         raise phi4mm_jax.InputError(f"--tokenize is for the task ast; leave it out for {arguments.task}")
     with connected_hosts(coordination_of(arguments)):

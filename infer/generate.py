@@ -29,7 +29,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.prompt import check_raw, given_media, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
-from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, standard_output
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile, check_profile
 from phi4mm_jax.utils.progress import progress_bar
@@ -184,7 +184,7 @@ def answer_with_user_adapter(arguments: argparse.Namespace, model: phi4mm_jax.Mo
 
 @contextmanager
 def only_prompt() -> Iterator[None]:
-    """Errors about the prompt have no number, as there is one."""
+    """Take the number out of errors about the prompt, as there is one."""
     try:
         yield
     except phi4mm_jax.InputError as error:
@@ -202,17 +202,11 @@ def main() -> int:
         if arguments.profile is not None:
             with Profile(arguments.profile):
                 answer(arguments, model)
-    try:
-        # A stream of its own: what standard output's could not write would be tried again at the program's end.
-        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
-        with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
-            for found in completion.alternatives:
-                print(f"[{found.score:.4f}] {found.text}", file=out)
-            if not completion.alternatives:
-                print(completion.text, file=out)
-    except OSError as error:
-        print(f"error: the answer cannot be written to standard output: {error.strerror}", file=sys.stderr)
-        return 2
+    with standard_output("answer") as out:
+        for found in completion.alternatives:
+            print(f"[{found.score:.4f}] {found.text}", file=out)
+        if not completion.alternatives:
+            print(completion.text, file=out)
     print(
         f"[{completion.prompt_tokens} tokens in, {len(completion.tokens)} out, ended by {completion.finish_reason}]",
         file=sys.stderr,

@@ -40,6 +40,7 @@ from phi4mm_jax.commands.options import (
     user_adapters_of,
 )
 from phi4mm_jax.engine.answer_lines import Format, cut_line
+from phi4mm_jax.utils.checks import check_positive
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
 from phi4mm_jax.utils.progress import count_bar
 
@@ -99,11 +100,10 @@ def main() -> int:
     parquet = arguments.output_format == "parquet"
     if parquet and arguments.format == "openai":
         raise phi4mm_jax.InputError("--format openai has no columns; give --output-format jsonl")
-    for name in ("max_new_tokens", "engines"):
-        if (getattr(arguments, name) or 1) < 1 or getattr(arguments, name) == 0:
-            raise phi4mm_jax.InputError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}; expected a positive whole number"
-            )
+    with named_options(arguments):
+        check_positive("max_new_tokens", arguments.max_new_tokens)
+        if arguments.engines is not None:
+            check_positive("engines", arguments.engines)
     if not arguments.write_seconds >= 0:
         raise phi4mm_jax.InputError(f"--write-seconds is {arguments.write_seconds:g}; expected 0 or more seconds")
     sizes = {name: getattr(arguments, name) for name in ("slots", "cache_tokens", "cache_dtype", "beams")}

@@ -42,9 +42,9 @@ from phi4mm_jax.processing.audio import announced_seconds
 from phi4mm_jax.processing.recordings import CutSettings, RecordedClip, check_detector
 from phi4mm_jax.transcription.recognition import Transcript, clip_request, transcribe
 from phi4mm_jax.transcription.transcripts import LANGUAGES, TASKS, Task, plain_text, srt, verbose, vtt
-from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options
+from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, standard_output
 from phi4mm_jax.utils.compilation import keep_compiled
-from phi4mm_jax.utils.files import make_folder, write_atomically, write_remedy
+from phi4mm_jax.utils.files import make_folder, write_atomically, writing
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.progress import clock, seconds_bar
 from phi4mm_jax.utils.strict_json import strict_json
@@ -70,9 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--format", choices=FORMATS, action="append", default=[], help="may be given several times (default: txt)"
     )
-    parser.add_argument(
-        "--language", choices=tuple(LANGUAGES), help="what json names; the model finds out itself"
-    )  # fmt: skip
+    parser.add_argument("--language", choices=tuple(LANGUAGES), help="what json names; the model finds out itself")
     parser.add_argument("--translate-to", choices=tuple(LANGUAGES), help="translate what is said to this language")
     parser.add_argument(
         "--prompt", metavar="TEXT", help=f"what the model is asked to do with a clip (default: {TASKS['transcribe']!r})"
@@ -157,13 +155,11 @@ def prepare(arguments: argparse.Namespace, jobs: Sequence[Job], instruction: str
         adapter=adapter_of(arguments, use_given=True), user_adapters=user_adapter_digests(arguments),
         **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
-    try:
+    with writing(arguments.output):
         make_folder(arguments.output)
         asked_before = any(path.exists() for job in jobs for path in job.outputs.values())
         has_answers = asked_before or has_transcripts(arguments.output)
         check_settings(arguments.output / _TRANSCRIPTS, settings, has_answers=has_answers)
-    except OSError as error:
-        raise _unwritable(arguments.output, error) from error
 
 
 def has_transcripts(folder: Path) -> bool:
@@ -171,10 +167,6 @@ def has_transcripts(folder: Path) -> bool:
     settings = settings_path(folder / _TRANSCRIPTS)
     others = (path for path in folder.iterdir() if path != settings)
     return settings.exists() and any(path.suffix[1:] in FORMATS for path in others)
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror}); {write_remedy(error)}")
 
 
 def rendered(form: str, found: Transcript, task: Task, language: str | None) -> str:
@@ -198,18 +190,11 @@ def write(job: Job, texts: dict[str, str]) -> None:
         InputError: one cannot be written.
     """
     for form, path in job.outputs.items():
-        try:
+        with writing(path):
             write_atomically(path, texts[form])
-        except OSError as error:
-            raise _unwritable(path, error) from error
     if not job.outputs:
-        try:
-            # A stream of its own: what standard output's could not write would be tried again at the program's end.
-            descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
-            with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
-                out.write("".join(texts.values()))
-        except OSError as error:
-            raise InputError(f"the transcript cannot be written to standard output: {error.strerror}") from error
+        with standard_output("transcript") as out:
+            out.write("".join(texts.values()))
 
 
 @cli_entrypoint

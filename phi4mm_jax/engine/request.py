@@ -70,8 +70,7 @@ class Request:
 
     def __post_init__(self):
         stop = self.stop
-        if not is_whole(self.max_new_tokens, 1):
-            raise InputError(f"max_new_tokens is {self.max_new_tokens!r}; expected a positive whole number")
+        check_positive("max_new_tokens", self.max_new_tokens)
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
         if any(0xD800 <= ord(character) < 0xE000 for s in stop for character in s):

@@ -17,7 +17,7 @@ from phi4mm_jax.engine.jsonl import Line
 from phi4mm_jax.engine.request import Draft
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.evaluation.items import Item
-from phi4mm_jax.utils.files import INCOMPLETE, make_folder, write_atomically, write_remedy
+from phi4mm_jax.utils.files import INCOMPLETE, make_folder, write_atomically, writing
 from phi4mm_jax.utils.fingerprint import weights_fingerprint
 from phi4mm_jax.utils.strict_json import strict_json
 
@@ -151,14 +151,12 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         InputError: the folder holds something else, or cannot be written to.
     """
     path, now = folder / SETTINGS, asdict(settings)
-    try:
+    with writing(folder, "cannot be written to"):
         make_folder(folder)
         before = path.read_text() if path.exists() else None
         is_empty = all(p.name.endswith(INCOMPLETE) for p in folder.iterdir())
         if is_empty:
             write_atomically(path, strict_json(now, indent=1))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror}); {write_remedy(error)}") from error
     if is_empty:
         return
     try:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.errors import ApiError
 from phi4mm_jax.serve.limits import Limits
-from phi4mm_jax.utils.files import make_folder, try_lock, write_atomically, write_remedy
+from phi4mm_jax.utils.files import make_folder, try_lock, write_atomically, writing
 from phi4mm_jax.utils.strict_json import strict_json
 
 _ID = re.compile(r"(file|batch|req)-[0-9a-f]{32}")
@@ -38,10 +38,8 @@ class Store:
 
     def __init__(self, folder: Path, limits: Limits):
         self.folder, self._limits = folder, limits
-        try:
+        with writing(folder, "cannot be made"):
             make_folder(folder, 0o700)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be made ({error.strerror}); {write_remedy(error)}") from error
 
     def lock(self) -> None:
         """Keep other servers out of the folder, until `unlock` or the end of this object.
@@ -49,12 +47,10 @@ class Store:
         Raises:
             InputError: another one has it, or it cannot be locked.
         """
-        try:
+        with writing(self.folder, "cannot be locked"):
             file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
             self._unlock = weakref.finalize(self, os.close, file)
             locked = try_lock(file)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be locked ({error.strerror}); {write_remedy(error)}") from error
         if not locked:
             self.unlock()
             raise InputError(f"{self.folder}: another server uses it; stop that one, or give another --files")

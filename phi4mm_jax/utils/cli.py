@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache, wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 from phi4mm_jax import __version__
 from phi4mm_jax.errors import CheckpointError, ConfigError, InputError
@@ -242,7 +242,7 @@ def _is_clone() -> bool:
 
 
 def _as_called(text: str, names: re.Pattern[str]) -> str:
-    """A text that names programs as modules, and extras as in a clone, with the names that they have here."""
+    """Return a text that names programs as modules, and extras as in a clone, with the names that they have here."""
     text = text if _is_clone() else re.sub(r"(?<=')\.\[(\w+)\](?=')", lambda found: _with_extra(found[1]), text)
     return names.sub(lambda found: f"phi4mm {_COMMAND_OF[found[1]]}", text) if _is_command() else text
 
@@ -260,7 +260,7 @@ def _with_extra(extra: str) -> str:
 
 @contextmanager
 def named_options(arguments: argparse.Namespace) -> Iterator[None]:
-    """Errors about a setting name the option that it came from: "--top-p is 2", not "top_p is 2"."""
+    """Name the option that a setting came from in errors about it: "--top-p is 2", not "top_p is 2"."""
     try:
         yield
     except InputError as error:
@@ -268,6 +268,24 @@ def named_options(arguments: argparse.Namespace) -> Iterator[None]:
         if not is_named or name not in vars(arguments):
             raise
         raise InputError(f"--{name.replace('_', '-')} is {rest}") from error
+
+
+@contextmanager
+def standard_output(content: str) -> Iterator[TextIO]:
+    """Open standard output as a stream of its own: `sys.stdout` would try again, at the end, what it could not write.
+
+    Args:
+        content: what is written, for errors.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        descriptor, encoding = sys.stdout.fileno(), sys.stdout.encoding
+        with open(descriptor, "w", encoding=encoding, errors="backslashreplace", closefd=False) as out:
+            yield out
+    except OSError as error:
+        raise InputError(f"the {content} cannot be written to standard output: {error.strerror}") from error
 
 
 def _end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
@@ -314,7 +332,7 @@ def _not_installed(name: str) -> str | None:
 
 
 def _backend_error() -> str | None:
-    """Why jax computes on nothing here; None if it does, or was not imported."""
+    """Return why jax computes on nothing here; None if it does, or was not imported."""
     if "jax" not in sys.modules:
         return None
     import jax

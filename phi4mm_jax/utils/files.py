@@ -94,6 +94,19 @@ def write_remedy(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "give another path")
 
 
+@contextlib.contextmanager
+def writing(path: Path, failure: str = "cannot be written") -> Iterator[None]:
+    """Name the path, the cause and the remedy where the body cannot write.
+
+    Raises:
+        InputError: in place of the body's OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {failure} ({error.strerror}); {write_remedy(error)}") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all, as `open_atomically`."""
     with open_atomically(path, errors="backslashreplace") as file:

@@ -182,7 +182,7 @@ def test_undo_and_reset(tiny, engine):
         ("/video nowhere.mp4", "error: video 1 ('nowhere.mp4'): the file does not exist; check the path"),
         (f"/image {CLIP}", "the file is in no format that Pillow reads"),
         ("/save /", "error: / exists already; choose another name"),
-        ("/save /nowhere/a.json", "error: /nowhere/a.json cannot be written (No such file or directory)"),
+        ("/save /nowhere/a.json", "error: /nowhere/a.json: cannot be written (No such file or directory)"),
         ("/undo", "error: there is no turn to take back"),
         ("What is <|image_1|>?", "error: <|image_1|> would be text: /image FILE"),
         ("/continue", "error: there is no answer to continue; /begin TEXT"),
