@@ -40,7 +40,8 @@ class Answer:
 
     def cancel(self) -> None:
         """Cancel the request soon; the tokens so far are its answer. From any thread, any number of times."""
-        self._engine._call(lambda: self._engine._cancel(self))
+        with contextlib.suppress(InputError):  # a closed engine has no request to cancel
+            self._engine._enqueue(lambda: self._engine._cancel(self))
 
 
 class AsyncEngine:
@@ -89,10 +90,7 @@ class AsyncEngine:
                 except Exception as error:  # the caller's, as of a folder that cannot be loaded
                     future.set_exception(error)
 
-        with self._lock:
-            if self._closed is not None:
-                raise InputError(f"this engine {self._closed}")
-            self._calls.put(run)
+        self._enqueue(run)
         return future
 
     async def generate(self, request: Request) -> Completion:
@@ -123,7 +121,7 @@ class AsyncEngine:
                     update.completion.raise_for_error()
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
-        """The answer as it comes, with its tokens; the last update has the completion, also one with an error.
+        """Yield the answer as it comes, with its tokens; the last update has the completion, also one with an error.
 
         Leaving the loop cancels the request.
 
@@ -168,7 +166,7 @@ class AsyncEngine:
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    # The rest runs in the engine's thread, except `_submit` and `_call`.
+    # The rest runs in the engine's thread, except `_submit` and `_enqueue`.
 
     def _submit(self, request: Request, listen: Callable[[Update], None] | None) -> Answer:
         answer = Answer(self, listen)
@@ -176,16 +174,15 @@ class AsyncEngine:
         def begin() -> None:
             self._answers[self._engine.submit(request)] = answer
 
+        self._enqueue(begin)
+        return answer
+
+    def _enqueue(self, call: Callable[[], None]) -> None:
+        """Have the engine's thread call something; raise InputError where the engine is closed, or was stopped."""
         with self._lock:
             if self._closed is not None:
                 raise InputError(f"this engine {self._closed}")
-            self._calls.put(begin)
-        return answer
-
-    def _call(self, call: Callable[[], None]) -> None:
-        with self._lock:
-            if self._closed is None:
-                self._calls.put(call)
+            self._calls.put(call)
 
     def _serve(self) -> None:
         error = None
@@ -193,7 +190,7 @@ class AsyncEngine:
             while self._take_calls():
                 for update in self._engine.step():
                     if (answer := self._answers.get(update.id)) is not None:
-                        self._tell(update, answer)
+                        self._deliver(update, answer)
         except BaseException as caught:
             error = caught
             with self._lock:
@@ -213,7 +210,7 @@ class AsyncEngine:
             if other is answer:
                 return self._engine.cancel(number)
 
-    def _tell(self, update: Update, answer: Answer) -> None:
+    def _deliver(self, update: Update, answer: Answer) -> None:
         if update.completion is not None:
             del self._answers[update.id]
             if answer.future.set_running_or_notify_cancel():  # else nobody waits for it
@@ -228,7 +225,7 @@ class AsyncEngine:
                 self._engine.cancel(number)
             while self._answers:
                 for update in self._engine.updates_of(set(self._answers)):
-                    self._tell(update, self._answers[update.id])
+                    self._deliver(update, self._answers[update.id])
         else:
             cause = f"the engine was stopped by {type(error).__name__}: {error}"
             for call in take_all(self._calls, wait=False):
@@ -236,7 +233,7 @@ class AsyncEngine:
                     call()
             for number, answer in list(self._answers.items()):
                 completion = Completion("", [], "error", 0, error=cause, error_type="EngineStopped")
-                self._tell(Update(number, "", completion), answer)
+                self._deliver(Update(number, "", completion), answer)
 
 
 def _uncancelled(future: Future[Completion]) -> Future[Completion]:

@@ -67,14 +67,12 @@ class EngineConfig:
     media_seconds: int = 300
 
     def __post_init__(self):
-        sizes = ("slots", "cache_tokens", "page_size", "chunk", "steps", "feature_blocks", "beams")
-        for name in (*sizes, "workers", "media_seconds"):
-            if name not in ("cache_tokens", "page_size") or getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        if self.compile_workers is not None:
-            check_positive("compile_workers", self.compile_workers)
-        check_whole("top_logprobs", self.top_logprobs, 0)
-        check_whole("draft_tokens", self.draft_tokens, 0)
+        sizes = ("slots", "chunk", "steps", "feature_blocks", "beams", "max_adapter_rank", "workers", "media_seconds")
+        given = [x for x in ("cache_tokens", "page_size", "compile_workers") if getattr(self, x) is not None]
+        for name in (*sizes, *given):
+            check_positive(name, getattr(self, name))
+        for name in ("top_logprobs", "draft_tokens", "max_adapters"):
+            check_whole(name, getattr(self, name), 0)
         if self.page_size == 1:
             raise InputError(f"page_size is {self.page_size}; expected at least 2")
         page = self.page_size or LARGEST_DEFAULT_PAGE
@@ -82,8 +80,6 @@ class EngineConfig:
             raise InputError(
                 f"draft_tokens is {self.draft_tokens}; expected at most {page - 2}, with pages of {page} tokens"
             )
-        check_whole("max_adapters", self.max_adapters, 0)
-        check_positive("max_adapter_rank", self.max_adapter_rank)
         if self.page_size is not None and self.chunk % self.page_size:
             raise InputError(f"chunk is {self.chunk}; expected a multiple of the page size of {self.page_size}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:

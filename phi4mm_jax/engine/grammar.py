@@ -24,6 +24,7 @@ _ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separat
 _BITS = 32  # of a mask's words
 _MAX_LENGTH = 65536  # characters of a text: llguidance goes as deep as a chain of definitions, which a stack bounds
 _STACK = 256 << 20  # bytes, for ten times such a chain
+_stack_size_lock = threading.Lock()  # the size is one for all threads that are made
 
 
 @dataclass(frozen=True)
@@ -166,16 +167,13 @@ def on_one_line(schema: Any) -> Any:
 def _with_deep_stack(work: Callable[[], T]) -> T:
     """Run what may recurse deeply, and would end the process beyond its stack."""
     found: list[T] = []
-    with _threads:
+    with _stack_size_lock:
         before = threading.stack_size(_STACK)
         thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
         thread.start()
         threading.stack_size(before)
     thread.join()
     return found[0]
-
-
-_threads = threading.Lock()
 
 
 def _one_line(message: str) -> str:

@@ -49,9 +49,7 @@ def prefill_inputs(
     )  # fmt: skip
 
 
-def decode_inputs(
-    batch: DecodeBatch, table_size: int, with_top: bool, with_drafts: bool = False
-) -> DecodeInputs:  # fmt: skip
+def decode_inputs(batch: DecodeBatch, table_size: int, with_top: bool, with_drafts: bool = False) -> DecodeInputs:
     """Arrays of all slots.
 
     Args:
@@ -105,7 +103,7 @@ class GrammarMasks:
         self._unrestricted: dict[int, Any] = {}  # on the device, by number of rows: masks that allow all
 
     def allowed(self, matchers: Items[GrammarMatcher | None], count: int) -> Int[np.ndarray, "{count} W"]:
-        """The tokens that may come next in each row, a bit each: all where there is no grammar."""
+        """Return the tokens that may come next in each row, a bit each: all where there is no grammar."""
         allowed = np.full((count, num_words(self._vocab_size)), -1, np.int32)
         for row, matcher in zip(allowed, matchers, strict=False):
             if matcher is not None:
@@ -113,7 +111,7 @@ class GrammarMasks:
         return allowed
 
     def of(self, matchers: Items[GrammarMatcher | None], count: int) -> dict[str, Any]:
-        """`allowed` and `restricted` of a step's inputs."""
+        """Return `allowed` and `restricted` of a step's inputs."""
         restricted = any(matcher is not None for matcher in matchers)
         if count not in self._unrestricted:
             self._unrestricted[count] = self._place(self.allowed([], count))

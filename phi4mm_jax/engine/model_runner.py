@@ -234,7 +234,7 @@ class ModelRunner:
             advance(count)
 
     def _warm_up_calls(self) -> list[tuple[Callable[[], Any], Callable[[], partial] | None]]:
-        """A call for each shape of each step, and if it takes long to compile the step."""
+        """Return a call for each shape of each step, with the step where that takes long to compile."""
         config, slots = self._config, self._config.slots
         each, together = _adapter_sets(self._decoder, self.user_adapters.stacks is not None)
 
@@ -279,7 +279,7 @@ class ModelRunner:
             *(decode_allowed(adapters) for adapters in together if self._with_grammars),
             *(beam_step(adapters, size) for adapters in together for size in config.beam_batch_sizes),
             *((call, None) for call in sets),
-        ]  # fmt: skip
+        ]
 
 
 def _allocate(programs: Programs, config: EngineConfig) -> tuple[KVCache, jax.Array]:
@@ -317,7 +317,7 @@ def _adapter_sets(variables: Mapping[str, Any], with_users: bool) -> tuple[list[
 
 
 def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
-    """Return a function that is told a count and passes on each number up to it, once."""
+    """Return a function that takes a count and passes on each number up to it, once."""
     done = 0
 
     def advance(count: int) -> None:
@@ -337,7 +337,7 @@ def compile_in_threads(steps: Items[Callable[[], partial]], workers: int, advanc
 
     Args:
         steps: return a call; one is asked for when it is lowered.
-        advance: told how many are compiled.
+        advance: called with how many are compiled.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="phi4mm-compile")
     try:

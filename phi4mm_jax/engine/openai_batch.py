@@ -11,6 +11,7 @@ from phi4mm_jax.processing.chat import with_tools
 
 _URL = "/v1/chat/completions"
 _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
+_SCHEMA_KEYS = {"name", "description", "schema", "strict"}  # of a response format; answers obey, strict or not
 _SAME = ("temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
          "continue_final_message", "draft")  # same keys as ours  # fmt: skip
 _NOTHING = {  # keys that change no answer, whatever their value
@@ -157,9 +158,6 @@ def _format_grammar(given: Any) -> Grammar | None:
     if not isinstance(named.get("strict"), bool | None):
         raise InputError(f"{where}.json_schema.strict is {named['strict']!r:.60}; expected true or false")
     return _usable(f"{where}.json_schema.schema", "json_schema", named["schema"])
-
-
-_SCHEMA_KEYS = {"name", "description", "schema", "strict"}  # answers obey, strict or not
 
 
 def _with_calls(answer: Grammar | None, tools: Any, choice: Any, max_calls: int | None) -> Grammar | None:

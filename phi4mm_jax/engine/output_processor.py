@@ -85,7 +85,7 @@ class OutputProcessor:
             if len(sequence.output_token_ids) == sequence.max_new_tokens:
                 return self.finish(sequence, "length", pieces)
         if text := "".join(pieces):
-            self._tell(sequence, text)
+            self._emit(sequence, text)
 
     def extend_beams(self, sequence: Sequence, beams: BeamGroup, top: TopLogprobs) -> None:
         """Select the next beams from the likeliest tokens after each of the present ones."""
@@ -128,10 +128,10 @@ class OutputProcessor:
             log_probabilities=tuple(sequence.log_probabilities), top_logprobs=tuple(sequence.top_logprobs), error=error,
             error_type=None if error is None else error_type,
         )  # fmt: skip
-        self._tell(sequence, "".join(pieces) + rest, completion)
+        self._emit(sequence, "".join(pieces) + rest, completion)
         self._scheduler.finish(sequence)
 
-    def _tell(self, sequence: Sequence, text: str, completion: Completion | None = None) -> None:
+    def _emit(self, sequence: Sequence, text: str, completion: Completion | None = None) -> None:
         start, sequence.num_reported_tokens = sequence.num_reported_tokens, len(sequence.output_token_ids)
         update = Update(
             sequence.id, text, completion, tuple(sequence.output_token_ids[start:]),

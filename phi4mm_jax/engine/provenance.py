@@ -65,7 +65,7 @@ def compare_settings(output: Path | str, file: str, before: Any, now: Settings) 
     """
     if not isinstance(before, dict):
         raise InputError(
-            f"{output}: has answers, but {file}, which tells their model and settings, is missing or broken; restore "
+            f"{output}: has answers, but {file}, which has their model and settings, is missing or broken; restore "
             "it, or give another output"
         )
     if others := [key for key in now if key != "model" and before.get(key) != now[key]]:

@@ -15,6 +15,7 @@ from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.checks import check_positive, check_whole, is_number, is_whole
 
 Draft = Literal["lookup"]
+_MAX_PENALTY = 10  # of a length, either way
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,6 @@ class Request:
             )
 
 
-_MAX_PENALTY = 10
-
 TokenLogprobs = tuple[tuple[int, float], ...]  # tokens and their log-probabilities, the likeliest first
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -184,7 +183,7 @@ class Completion:
         cls, tokenizer: Tokenizer, text: str, tokens: list[int], finish_reason: FinishReason, prompt_tokens: int,
         **rest: Any,
     ) -> "Completion":  # fmt: skip
-        """A completion with the tool calls that its tokens have, as far as its text goes."""
+        """Return a completion with the tool calls that its tokens have, as far as its text goes."""
         content, calls = parse_tool_calls(tokens, tokenizer, len(text))
         return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
 
@@ -195,7 +194,7 @@ class Completion:
                 tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, log_probabilities=a.log_probabilities
             )
             for a in self.alternatives
-        ]  # fmt: skip
+        ]
         return made or [self]
 
     def raise_for_error(self) -> None:

@@ -92,10 +92,8 @@ class SamplingRows(NamedTuple):
 
         reals = {n: column(n, np.float32) for n in ("temperature", "min_p", "repetition_penalty")}
         wholes = {n: column(n, np.int32) for n in ("top_k", "seed", "stream")}
-        top_p = np.maximum(column("top_p", np.float64), 1e-30).astype(
-            np.float32
-        )  # a positive float32 at least, so that one token is kept
-        return cls(**reals, **wholes, top_p=top_p)
+        top_p = np.maximum(column("top_p", np.float64), 1e-30)  # positive in float32, too, so that one token is kept
+        return cls(**reals, **wholes, top_p=top_p.astype(np.float32))
 
 
 def seeded_by_request(settings: Sampling) -> bool:
@@ -141,8 +139,9 @@ def sample(
     def draw() -> Int[Array, " B"]:
         scaled = logits / jnp.where(greedy, 1.0, rows.temperature)[:, None]
         restricted = (rows.top_k > 0) | (rows.top_p < 1.0) | (rows.min_p > 0.0)
-        scaled = jax.lax.cond(restricted.any(), lambda x: restrict(x, rows.top_k, rows.top_p, rows.min_p),
-                              lambda x: x, scaled)  # fmt: skip
+        scaled = jax.lax.cond(
+            restricted.any(), lambda x: restrict(x, rows.top_k, rows.top_p, rows.min_p), lambda x: x, scaled
+        )
         return jnp.where(greedy, likeliest, jax.vmap(_draw)(scaled, rows.seed, rows.stream, positions))
 
     return jax.lax.cond(greedy.all(), lambda: likeliest, draw)
@@ -168,7 +167,7 @@ def restrict_to_allowed(logits: Float[Array, "B V"], allowed: Int[Array, "B W"])
 def restrict_if_asked(
     logits: Float[Array, "B V"], allowed: Int[Array, "B W"] | None, asked: Bool[Array, ""] | None
 ) -> Float[Array, "B V"]:
-    """Do the same where any row has a grammar; nothing is computed where none has, or `allowed` is None."""
+    """Call `restrict_to_allowed` where any row has a grammar; compute nothing where none has, or `allowed` is None."""
     if allowed is None:
         return logits
     return jax.lax.cond(asked, lambda x: restrict_to_allowed(x, allowed), lambda x: x, logits)

@@ -346,7 +346,7 @@ def _add_tokens(
 def _add_top(
     sampled: SampledTokens, logits: Float[Array, "N V"], at: Any, with_top: Bool[Any, " N"] | None
 ) -> tuple[Array, Array]:
-    """The likeliest tokens so far, with those of another step; nothing is computed where no slot asks for them."""
+    """Return the likeliest tokens so far, with those of another step; compute nothing where no slot asks for them."""
     tokens, values = sampled.top_tokens, sampled.top_log_probabilities
     assert tokens is not None
     assert values is not None
@@ -367,6 +367,6 @@ def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
 def _top_log_probabilities(
     logits: Float[Array, "R V"], count: int, ranked: Float[Array, "R V"] | None = None
 ) -> TopLogprobs:
-    """The likeliest tokens, by `ranked`, which is -inf for those that may not be."""
+    """Return the likeliest tokens, by `ranked`, which is -inf for those that are not allowed."""
     values, tokens = top_k(logits if ranked is None else ranked, min(count, logits.shape[-1]))
     return TopLogprobs(tokens, values - jax.nn.logsumexp(logits, -1, keepdims=True), _finite(logits))

@@ -30,8 +30,8 @@ def parse_tool_calls(
     """Take the tool calls out of an answer; a `Completion` has them as `tool_calls`.
 
     A call is an object with a name and arguments, or one with these below "function", as in the OpenAI API; arguments
-    may be an object or JSON in a string. Anything else between the marks stays text,
-    marks included. A mark within a string of the JSON is part of that string.
+    may be an object or JSON in a string. Anything else between the marks stays text, marks included. A mark within a
+    string of the JSON is part of that string.
 
     Args:
         answer: its token ids. A string holds no special tokens: whatever it spells, it has no calls.

@@ -151,10 +151,8 @@ def fill(
 
         return jax.lax.fori_loop(0, batch * count, one, old)
 
-    k, v = (
-        row_major(x.swapaxes(1, 2)) for x in (k, v)
-    )  # (B, K, T, H), materialised in page layout instead of transposed
-    return KVCache(*map(put, cache.arrays, as_cached((k, v), cache.k.dtype)))
+    in_layout = [row_major(x.swapaxes(1, 2)) for x in (k, v)]  # (B, K, T, H), materialised so, not transposed later
+    return KVCache(*map(put, cache.arrays, as_cached(in_layout, cache.k.dtype)))
 
 
 @jax.named_scope("copy_on_write")

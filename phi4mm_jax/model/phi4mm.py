@@ -79,9 +79,7 @@ class Phi4MM(nn.Module):
         projected = self._project_audio(features, audio.with_images)
         return projected.reshape(-1, projected.shape[-1])
 
-    def _project_audio(
-        self, features: Float[Array, "A T D"], with_images: Bool[Array, " A"]
-    ) -> Float[Array, "A T E"]:  # fmt: skip
+    def _project_audio(self, features: Float[Array, "A T D"], with_images: Bool[Array, " A"]) -> Float[Array, "A T E"]:
         """Project each chunk by its projector; the other's products are left out where no chunk needs them."""
 
         def alone(model, features):

@@ -52,7 +52,7 @@ class AnswerLines(Answer):
     async def _answered(self, number: int, line: bytes, url: str, name: str) -> dict[str, Any]:
         asked = await asyncio.to_thread(
             parse_line, number, line, folder_of(url), self.settings, f"{name}:{number}", self._adapters
-        )  # fmt: skip
+        )
         found = await self.answer_line(asked)
         if isinstance(found, str):
             return {"answer": encode_answer(error_answer(asked, found, self._form)), "tokens": 0, "failed": True}

@@ -252,9 +252,7 @@ class EventStream(Response):
         last: what ends the stream, or None.
     """
 
-    def __init__(
-        self, events: Callable[[], AbstractAsyncContextManager[Events]], last: str | None = "[DONE]"
-    ):  # fmt: skip
+    def __init__(self, events: Callable[[], AbstractAsyncContextManager[Events]], last: str | None = "[DONE]"):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._events, self._last = events, last

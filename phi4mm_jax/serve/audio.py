@@ -96,7 +96,7 @@ class AudioJob(Job):
 
 async def parse_audio(
     service: Service, task: Task, form: TranslationForm | TranscriptionForm, instruction: str
-) -> AudioJob:  # fmt: skip
+) -> AudioJob:
     """Return what the fields of a form ask for.
 
     Raises:
