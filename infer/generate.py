@@ -29,6 +29,7 @@ from phi4mm_jax.processing.images import load_image
 from phi4mm_jax.processing.prompt import check_raw, given_media, placeholder_in
 from phi4mm_jax.processing.sources import each
 from phi4mm_jax.processing.video import MAX_FRAMES, check_frames, video_frames
+from phi4mm_jax.utils.checks import is_unicode
 from phi4mm_jax.utils.cli import cli_entrypoint, make_parser, named_options, standard_output
 from phi4mm_jax.utils.paths import path_argument
 from phi4mm_jax.utils.profiling import Profile, add_profile, check_profile
@@ -84,7 +85,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise phi4mm_jax.InputError("--stop is empty; leave it out, or give a text")
     texts = [("TEXT", arguments.text), ("--system", arguments.system or ""), *(("--stop", s) for s in arguments.stop)]
     for name, text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python holds other bytes
+        if not is_unicode(text):
             raise phi4mm_jax.InputError(f"{name} is {text!r:.200}, which is not UTF-8")
     for name, text in texts[:2]:
         if not arguments.raw and (found := placeholder_in(text)) is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.tokenizer import Tokenizer
+from phi4mm_jax.utils.checks import is_unicode
 from phi4mm_jax.utils.strict_json import parse_json
 
 T = TypeVar("T")
@@ -120,12 +121,11 @@ def _problem(kind: Kind, text: str) -> str | None:
     guidance = _guidance()
     if len(text) > _MAX_LENGTH:
         return f"it has {len(text)} characters; expected {_MAX_LENGTH} at most"
+    if not is_unicode(text):
+        return "it has half a surrogate pair; expected text"
     try:
-        text.encode()
         form = _compiled(kind, text)
         failed, messages = _with_deep_stack(lambda: guidance.LLMatcher.validate_grammar_with_warnings(form))
-    except UnicodeEncodeError:
-        return "it has half a surrogate pair; expected text"
     except (ValueError, RecursionError) as error:
         return _one_line(str(error))
     return _one_line(messages[0]) if failed else None

@@ -12,7 +12,7 @@ from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
 from phi4mm_jax.processing.tokenizer import Tokenizer
-from phi4mm_jax.utils.checks import check_positive, check_whole, is_number, is_whole
+from phi4mm_jax.utils.checks import check_positive, check_whole, is_number, is_unicode, is_whole
 
 Draft = Literal["lookup"]
 _MAX_PENALTY = 10  # of a length, either way
@@ -74,7 +74,7 @@ class Request:
         check_positive("max_new_tokens", self.max_new_tokens)
         if not isinstance(stop, Sequence) or isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise InputError(f"stop is {stop!r}; expected a list of non-empty strings")
-        if any(0xD800 <= ord(character) < 0xE000 for s in stop for character in s):
+        if not all(map(is_unicode, stop)):
             raise InputError(f"stop is {stop!r}, which has half a surrogate pair; expected text")
         tokens = self.stop_tokens
         if not isinstance(tokens, Sequence) or isinstance(tokens, str) or not all(is_whole(t) for t in tokens):

@@ -19,6 +19,7 @@ from phi4mm_jax.engine.jsonl import digest_number, parse_line
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.media import REQUEST, as_json
 from phi4mm_jax.ray.storage import open_storage
+from phi4mm_jax.utils.checks import is_unicode
 from phi4mm_jax.utils.strict_json import parse_json
 
 _CHUNK_BYTES, _CHUNK_LINES = 16 << 20, 8192  # of a chunk at most: what one task reads
@@ -76,9 +77,7 @@ def key_of(name: Any) -> int:
 def _kind(name: str | int) -> str:
     if isinstance(name, int):
         return "whole numbers" if -(2**63) <= name < 2**63 else "numbers beyond 64 bits"
-    return (
-        "strings" if name.isascii() or not any(0xD800 <= ord(c) < 0xE000 for c in name) else "halves of surrogate pairs"
-    )
+    return "strings" if is_unicode(name) else "halves of surrogate pairs"
 
 
 def index_file(name: str, url: str, settings: Mapping[str, Any], adapters: Collection[str] = ()) -> Index:
@@ -94,14 +93,12 @@ def index_file(name: str, url: str, settings: Mapping[str, Any], adapters: Colle
     storage, path = open_storage(url)
     try:
         with storage.open_input_file(path) as file:
-            found = (
-                _index_parquet(file, name, url)
-                if is_parquet(url)
-                else _index_lines(file, name, url, settings, adapters)
-            )
+            if is_parquet(url):
+                chunks, rows = _index_parquet(file, name, url)
+            else:
+                chunks, rows = _index_lines(file, name, url, settings, adapters)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{url}: cannot be read ({error!s:.200}); check the path") from error
-    chunks, rows = found
     names, digests, broken = zip(*rows, strict=True) if rows else ((), (), ())
     return Index(
         chunks, np.array([key_of(name) for name in names], np.uint64), np.array(digests, np.uint64),

@@ -1,6 +1,5 @@
 """Files of this machine and of cloud storage, by pyarrow, or by fsspec for what pyarrow does not know."""
 
-import contextlib
 import itertools
 import os
 import re
@@ -11,7 +10,7 @@ import pyarrow
 from pyarrow import fs
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import incomplete_path
+from phi4mm_jax.utils.files import open_atomically
 
 SCHEMES = ("gs", "gcs", "s3", "s3a", "abfs", "abfss", "az", "hdfs", "viewfs", "hf", "local", "memory")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", re.DOTALL)
@@ -85,18 +84,6 @@ def write_whole(storage: fs.FileSystem, path: str, content: bytes | pyarrow.Buff
     Raises:
         OSError: it cannot be written; what was there is as it was.
     """
-    if not isinstance(storage, fs.LocalFileSystem):
-        with storage.open_output_stream(path) as file:
-            file.write(content)
-        return
-    aside = incomplete_path(Path(path))
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+    is_local = isinstance(storage, fs.LocalFileSystem)
+    with open_atomically(Path(path), "wb") if is_local else storage.open_output_stream(path) as file:
+        file.write(content)

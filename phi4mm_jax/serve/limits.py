@@ -13,7 +13,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server; a request beyond one is refused, and told which.
+    """Limits of a server; a request beyond one is refused by an error that names it.
 
     Attributes:
         max_body_bytes: of a request, its media included.
@@ -68,9 +68,9 @@ class Limits:
                 check_whole(name, getattr(self, name), 0 if name in ("top_logprobs", "draft_tokens") else 1)
         if not is_number(self.timeout) or not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout!r:.60}; expected a positive number")
-        CutSettings(self.clip_seconds, self.pause)
+        CutSettings(self.clip_seconds, self.pause)  # checks them
 
     @property
     def cut(self) -> CutSettings:
-        """How recordings are cut that are longer than a clip."""
+        """Settings by which recordings longer than a clip are cut."""
         return CutSettings(self.clip_seconds, self.pause)

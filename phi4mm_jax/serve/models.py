@@ -33,7 +33,6 @@ from phi4mm_jax.serve.schemas import (
     TOOL_CHOICE,
 )
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 Word = Annotated[int, Field(ge=0, lt=2**31)]  # that a device's integer holds
 Temperature = Annotated[float, Field(ge=0, le=1e30)]

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give."""
+"""Checks of numbers and texts that users give."""
 
 import math
 import numbers
@@ -15,6 +15,15 @@ def is_whole(value: Any, min_value: float = -math.inf, max_value: float = math.i
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether a value is a real number, of Python or numpy and no bool; NaN and infinities are."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded; one with half a surrogate pair, as Python holds other bytes, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_whole(name: str, value: Any, min_value: int) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from phi4mm_jax.errors import InputError
 
@@ -21,18 +21,19 @@ def incomplete_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_atomically(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
-    """Open a text file, UTF-8, that takes its name when the body ends, with all of it on the disk.
+def open_atomically(path: Path, mode: Literal["w", "wb"] = "w", errors: str | None = None) -> Iterator[IO[Any]]:
+    """Open a file that takes its name when the body ends, with all of it on the disk.
 
     Args:
-        errors: as of `open`.
+        mode: "w" for text in UTF-8, "wb" for bytes.
+        errors: of the encoding, as of `open`.
 
     Raises:
         OSError: it cannot be written. Then, and when the body raises, the file that was there is as it was.
     """
     aside = incomplete_path(path)
     try:
-        with aside.open("w", encoding="utf-8", errors=errors) as file:
+        with aside.open(mode, encoding="utf-8" if mode == "w" else None, errors=errors) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
