@@ -35,7 +35,7 @@ from phi4mm_jax.model.kv_cache import copy_pages
 
 
 class Programs:
-    """Compiled once for each shape that they meet: an engine's shapes are few, and known beforehand.
+    """Jitted steps of an engine, compiled once for each shape that they meet: these are few, and known beforehand.
 
     Raises:
         InputError: the mesh of the variables does not divide the KV heads.

@@ -91,7 +91,9 @@ class Block(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, carry, layer, rows: AttentionInputs):
+    def __call__(
+        self, carry: tuple[Float[Array, "B T D"], KVCache | None], layer: Int[Array, ""], rows: AttentionInputs
+    ) -> tuple[tuple[Float[Array, "B T D"], KVCache | None], None]:
         x, cache = carry
         x = constrain(x, "batch", "length")
         sizes, eps = self.config.sizes, self.config.decoder.norm_eps
@@ -109,7 +111,9 @@ class Attention(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x, layer, rows: AttentionInputs, cache: KVCache | None):
+    def __call__(
+        self, x: Float[Array, "B T D"], layer: Int[Array, ""], rows: AttentionInputs, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         sizes, loras = self.config.sizes, dict(self.config.loras)
         q, k, v = Projection(*QKV, sizes, loras, name="qkv")(x, rows.scales)
         half = self.config.decoder.rope.rotary_size // 2
@@ -183,7 +187,7 @@ class MLP(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x, rows: AttentionInputs):
+    def __call__(self, x: Float[Array, "B T D"], rows: AttentionInputs) -> Float[Array, "B T D"]:
         sizes, loras = self.config.sizes, dict(self.config.loras)
         parts = Projection(*GATE_UP, sizes, loras, name="gate_up")(x, rows.scales)
         gate, up = (checkpoint_name(part, "mlp") for part in parts)

@@ -33,17 +33,22 @@ _SAVED = {  # what the backward pass finds, by the names that `checkpoint_name` 
 _WEIGHT = nn.initializers.normal(0.02)
 
 
-def declare(module: nn.Module, name: str, axes: str, sizes: Sizes, init=_WEIGHT) -> Any:
+def declare(
+    module: nn.Module, name: str, axes: str, sizes: Sizes, init: Any = _WEIGHT, collection: str = "params"
+) -> Any:
     """Declare the parameter `name` of `module`, whose axes are the letters of `axes`.
 
     Returns:
         The array, or a `QuantizedWeight` where the variables have its scales.
     """
     logical = tuple(LOGICAL_AXES[a] for a in axes)
-    boxed = nn.with_logical_partitioning(init, logical)
-    value: Any = module.param(name, boxed, tuple(sizes[a] for a in axes), jnp.float32)
+    boxed, shape = nn.with_logical_partitioning(init, logical), tuple(sizes[a] for a in axes)
+    if collection == "params":
+        value: Any = module.param(name, boxed, shape, jnp.float32)
+    else:
+        value = module.variable(collection, name, lambda: boxed(module.make_rng("params"), shape, jnp.float32)).value
     value = constrain_param(value, logical)  # unboxed by Linen
-    if not module.has_variable("params", name + SCALES):
+    if collection != "params" or not module.has_variable("params", name + SCALES):
         return value
     return QuantizedWeight(value, constrain_param(module.get_variable("params", name + SCALES), logical))
 

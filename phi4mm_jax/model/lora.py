@@ -102,7 +102,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T ..."], scales: RowScales) -> tuple[Float[Array, "B T ..."], ...]:
         equations = {name: f"BT{self.inputs},{self.inputs}{axes}->BT{axes}" for name, axes in self.outputs.items()}
-        weights = {name: self._declare("params", name, self.inputs + self.outputs[name], 0) for name in equations}
+        weights = {name: declare(self, name, self.inputs + self.outputs[name], self.sizes) for name in equations}
         if self.is_separate:
             for name, equation in equations.items():
                 x = computed_before(equation, x, weights[name])
@@ -110,8 +110,8 @@ class Projection(nn.Module):
         for collection, lora in self.loras.items():
             if not (self.is_initializing() or self.has_variable(collection, "a")):
                 continue
-            rank = lora.rank
-            a = self._declare(collection, "a", self.inputs + "R", rank)
+            sizes = {**self.sizes, "R": lora.rank}
+            a = declare(self, "a", self.inputs + "R", sizes, collection=collection)
             seen = x
             if lora.dropout and self.has_rng("dropout"):
                 seen = dropout(x, self.make_rng("dropout"), lora.dropout, zigzag_order(x.shape[1]))
@@ -120,7 +120,8 @@ class Projection(nn.Module):
             hidden = checkpoint_name(scaled.astype(x.dtype), "lora")
             chosen = scales[collection] != 0
             for name, axes in self.outputs.items():
-                b = self._declare(collection, name, "R" + axes, rank)
+                # B starts at zero: a fresh adapter changes nothing.
+                b = declare(self, name, "R" + axes, sizes, nn.initializers.zeros, collection)
                 # Behind a barrier, or else XLA adds the large product to this small one, not this to that.
                 added = jax.lax.optimization_barrier(einsum(f"BTR,R{axes}->BT{axes}", hidden, b))
                 # Selected, for a diverged adapter may hold NaN, and rows of others are multiplied by 0 only.
@@ -142,18 +143,6 @@ class Projection(nn.Module):
 
     def _of_users(self, name: str, axes: str) -> Float[Array, "U ..."]:
         return constrain_param(self.get_variable(USERS, name), (None, *(LOGICAL_AXES[axis] for axis in axes)))
-
-    def _declare(self, collection: str, name: str, axes: str, rank: int) -> Any:
-        """Declare as `layers.declare` does, in any collection. B starts at zero: a fresh adapter changes nothing."""
-        sizes = {**self.sizes, "R": rank}
-        if collection == "params":
-            return declare(self, name, axes, sizes)
-        init = nn.initializers.normal(0.02) if name == "a" else nn.initializers.zeros
-        logical = tuple(LOGICAL_AXES[a] for a in axes)
-        boxed = nn.with_logical_partitioning(init, logical)
-        shape = tuple(sizes[a] for a in axes)
-        variable: Any = self.variable(collection, name, lambda: boxed(self.make_rng("params"), shape, jnp.float32))
-        return constrain_param(variable.value, logical)
 
 
 def dropout(
@@ -179,7 +168,7 @@ def dropout(
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A permutation of the 32-bit numbers that looks random (lowbias32, nullprogram.com/blog/2018/07/31)."""
+    """Permute the 32-bit numbers in a way that looks random (lowbias32, nullprogram.com/blog/2018/07/31)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

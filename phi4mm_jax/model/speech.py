@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from phi4mm_jax.config import SpeechConfig
 from phi4mm_jax.mesh import LENGTH, ROWS, activation_axes, automatic_axes, constrain
@@ -93,7 +93,9 @@ class Block(nn.Module):
     config: SpeechConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "A T D"], layer, bias: Float[Array, "N T T"], mask):
+    def __call__(
+        self, x: Float[Array, "A T D"], layer: Int[Array, ""], bias: Float[Array, "N T T"], mask: Bool[Array, "A T"]
+    ) -> tuple[Float[Array, "A T D"], None]:
         x = constrain(x, "media")
         sizes, eps = sizes_of(self.config), self.config.norm_eps
         x = x + 0.5 * FeedForward(self.config, name="mlp_in")(x)
@@ -151,7 +153,7 @@ def zero_outside(
 def strided_convolution(
     x: Float[Array, "A F P #C"], kernel: Float[Array, "3 3 C"], bias: Float[Array, " C"]
 ) -> Float[Array, "A (F+1)//2 (P+1)//2 C"]:
-    """Depthwise, 3x3, stride 2, padding 1. One input channel serves all output channels.
+    """Convolve depthwise: 3x3, stride 2, padding 1. One input channel serves all output channels.
 
     A sum over the window's nine places, in float32: compilers turn it into one pass; grouped convolutions are slow on
     CPUs.
@@ -170,7 +172,7 @@ def strided_convolution(
 def causal_convolution(
     x: Float[Array, "A T D"], kernel: Float[Array, "W D"], bias: Float[Array, " D"]
 ) -> Float[Array, "A T D"]:
-    """Depthwise over time: a token sees itself and the W - 1 before it."""
+    """Convolve depthwise over time: a token sees itself and the W - 1 before it."""
     width, length = kernel.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
     kernel = kernel.astype(jnp.float32)
@@ -179,13 +181,19 @@ def causal_convolution(
 
 
 def relative_bias(table: Float[Array, "S N"], length: int, distance: int) -> Float[Array, "N T T"]:
-    """The learned bias of each head for key - query, clipped to [-distance, distance)."""
+    """Return the learned bias of each head for key - query, clipped to [-distance, distance)."""
     index = jnp.arange(length)
     offsets = jnp.clip(index[None, :] - index[:, None], -distance, distance - 1) + distance
     return table[offsets].transpose(2, 0, 1)
 
 
-def biased_attention(q, k, v, bias: Float[Array, "N T T"], mask) -> Float[Array, "A T N H"]:
+def biased_attention(
+    q: Float[Array, "A T N H"],
+    k: Float[Array, "A T N H"],
+    v: Float[Array, "A T N H"],
+    bias: Float[Array, "N T T"],
+    mask: Bool[Array, "A T"],
+) -> Float[Array, "A T N H"]:
     """Softmax attention in float32 with a bias on the scores; masked keys are not attended to."""
 
     def attend(q, k, v, mask):

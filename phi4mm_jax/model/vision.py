@@ -47,7 +47,9 @@ class Block(nn.Module):
 
     config: VisionConfig
 
-    def __call__(self, x: Float[Array, "C S D"], layer, mask: Bool[Array, "C S"]):
+    def __call__(
+        self, x: Float[Array, "C S D"], layer: Int[Array, ""], mask: Bool[Array, "C S"]
+    ) -> tuple[Float[Array, "C S D"], None]:
         return self._encode_each(x, mask) if len(x) > 1 and on_one_cpu() else self._encode(x, mask), None
 
     def _encode_each(self, x: Float[Array, "C S D"], mask: Bool[Array, "C S"]) -> Float[Array, "C S D"]:

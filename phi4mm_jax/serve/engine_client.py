@@ -29,7 +29,7 @@ _GONE = Failure("EOFError", "its process has ended")
 
 
 class EngineStopped(Exception):
-    """There is no engine, or it stopped before it took what was asked."""
+    """Error where there is no engine, or it stopped before it took what was asked."""
 
 
 class EngineClient:

@@ -47,14 +47,14 @@ class UnloadAdapter:
 
 @dataclass(frozen=True)
 class ModelLoaded:
-    """The weights are on the device, or the `error` says why not."""
+    """Notice that the weights are on the device, or of the `error` that kept them from it."""
 
     error: Exception | None
 
 
 @dataclass(frozen=True)
 class WarmingUp:
-    """So many programs of all are compiled."""
+    """Notice that so many programs of all are compiled."""
 
     done: int
     total: int
@@ -78,7 +78,7 @@ class EngineMade:
 
 @dataclass(frozen=True)
 class Failure:
-    """The engine could not be made, or has stopped; `kind` names the error's class."""
+    """Notice that the engine could not be made, or has stopped; `kind` names the error's class."""
 
     kind: str
     message: str
@@ -94,7 +94,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Done:
-    """An adapter is loaded or unloaded, or the `error` says why not."""
+    """Notice that an adapter is loaded or unloaded, or of the `error` that kept it from it."""
 
     number: int
     error: Exception | None

@@ -22,7 +22,7 @@ _PATIENCE = 10  # seconds for the process to end when it is asked to
 
 
 class EnginePlace(Protocol):
-    """Where engines run."""
+    """Place where engines run."""
 
     def connect(self) -> Connection:
         """Return a connection to an `EngineLoop`, after the last one has ended. It may take as long as loading does."""
