@@ -144,7 +144,7 @@ def measure_sets(arguments: argparse.Namespace) -> int:
 
 
 def named(manifests: Sequence[Path]) -> dict[str, Path]:
-    """Manifests by the names of their sets: the files' without the ending."""
+    """Return manifests by the names of their sets: the files' without the ending."""
     names = {path.stem: path for path in manifests}
     if len(names) < len(manifests):
         twice = next(p for p in manifests if names[p.stem] is not p)
@@ -161,12 +161,9 @@ def evaluate(
     adapters, users = adapter_folders_of(arguments), user_adapters_of(arguments)
     check_adapter(arguments.model, adapter if adapter in adapter_choices() else None, adapters)
     settings = settings_of(arguments.model, arguments.dtype, adapter, arguments.max_new_tokens, items, adapters)
-    if arguments.adapters_from is not None:
-        settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.adapters_from}")
-    if arguments.weights is not None:
-        settings = dataclasses.replace(settings, weights=f"{settings.weights} {arguments.weights}")
-    for name, digest in (user_adapter_digests(arguments) or {}).items():
-        settings = dataclasses.replace(settings, weights=f"{settings.weights} {name}={digest.replace(' ', '-')}")
+    weights = [settings.weights, *filter(None, (arguments.adapters_from, arguments.weights))]
+    weights += [f"{name}={d.replace(' ', '-')}" for name, d in (user_adapter_digests(arguments) or {}).items()]
+    settings = dataclasses.replace(settings, weights=" ".join(weights))
     check_same_on_all_hosts("the items and settings", dataclasses.asdict(settings))
     if arguments.output:
         check_shared_filesystem(folder)

@@ -125,7 +125,7 @@ def main() -> int:
     parts.check_settings(answer_settings(arguments))
     run.connect(arguments.cluster, arguments.engines)
     inputs = run.index_files(arguments.input, lines, parquet, user_adapters_of(arguments))
-    failed, done, cut = run.settle(parts, inputs, arguments.format)
+    failed, done, cut = run.compact(parts, inputs, arguments.format)
     todo = ~done & ~(failed & inputs.broken)
     if not todo.all():
         print(f"{(~todo).sum()} of {len(todo)} lines are answered already; resuming", file=sys.stderr)
@@ -136,7 +136,7 @@ def main() -> int:
             run.answer(
                 inputs, todo, parts, engines, form=arguments.format, options=options, settings=lines, advance=advance
             )
-        failed, done, cut = run.settle(parts, inputs, arguments.format)
+        failed, done, cut = run.compact(parts, inputs, arguments.format)
     print(f"{arguments.output}: {done.sum() + failed.sum()} answers, {failed.sum()} of them errors", file=sys.stderr)
     if cut.any():
         print(cut_line(cut.sum(), arguments.max_new_tokens), file=sys.stderr)

@@ -136,7 +136,7 @@ class AnswerFile:
         if any(media):
             self._check_media(media)
         if repeated:
-            self._settle()
+            self._compact()
         self.errors, self.cut = self._state.count(_KEPT), sum(cut)
         self.answered = self._state.count(_ANSWERED) + self.errors
 
@@ -177,7 +177,7 @@ class AnswerFile:
     def __exit__(self, *exception) -> None:
         self._file.close()
 
-    def _settle(self) -> None:
+    def _compact(self) -> None:
         """Rewrite the file atomically, with only the last answer of each line."""
         last = array("q", [-1]) * self.total
         for record in read_records(self.path, self._form, self._file.fileno()):
@@ -227,7 +227,7 @@ class AnswerFile:
                 self._write(ready, failed)
                 yield ready, tokens
         if asked_again:
-            self._settle()
+            self._compact()
 
     def _answers(self, engine: Engine) -> Iterator[tuple[int, Mapping[str, Any], bool, int]]:
         """Yield index among the lines left, answer, whether it is an error, and tokens, in order of completion."""

@@ -238,7 +238,6 @@ class UserAdapters:
 
     def _place(self, place: int, parameters: Parameters) -> None:
         """Set a place's parameters; those that are not given are zero."""
-
         axis = 1 if self._scan else 0
 
         def values(path: tuple[str, ...], stack: Any) -> Any:

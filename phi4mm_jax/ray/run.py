@@ -165,7 +165,7 @@ def index_files(pattern: str, settings: Mapping[str, Any], parquet: bool, adapte
     return Inputs(chunks, keys, digests, broken, order)
 
 
-def settle(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def compact(parts: Parts, inputs: Inputs, form: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keep one answer of each line: an error gives way to an answer, and an earlier error to a later one.
 
     Returns:

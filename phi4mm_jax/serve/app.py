@@ -31,7 +31,7 @@ from phi4mm_jax.serve.batches import Batches
 from phi4mm_jax.serve.chat import chat_answer, chat_chunks, parse_chat
 from phi4mm_jax.serve.completions import parse_completion, text_answer, text_chunks
 from phi4mm_jax.serve.engine_host import EngineHost, ReadAdapter
-from phi4mm_jax.serve.engine_messages import Figures
+from phi4mm_jax.serve.engine_messages import EngineStats
 from phi4mm_jax.serve.engine_process import EnginePlace
 from phi4mm_jax.serve.errors import ERRORS, ApiError, server_failed
 from phi4mm_jax.serve.files import Store
@@ -331,7 +331,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Return figures for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)
@@ -342,11 +342,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 
 def _watch(service: Service) -> None:
-    """Add the figures that are read when they are asked for."""
+    """Add the metrics that are read when they are asked for."""
     host, queue, watch = service.host, service.queue, service.metrics.watch
 
-    def of_engine(value: Callable[[Figures], int]) -> Callable[[], float]:
-        return lambda: value(host.figures)
+    def of_engine(value: Callable[[EngineStats], int]) -> Callable[[], float]:
+        return lambda: value(host.stats)
 
     watch("waiting", "Requests that wait for their turn", lambda: queue.waiting)
     watch("running", "Requests that the engine has", lambda: queue.running)

@@ -15,8 +15,8 @@ from phi4mm_jax.serve.engine_messages import (
     Cancel,
     Done,
     EngineMade,
+    EngineStats,
     Failure,
-    Figures,
     LoadAdapter,
     MakeEngine,
     Round,
@@ -38,7 +38,7 @@ class EngineClient:
     Attributes:
         running: whether requests are accepted.
         connected: whether the other end is there, be there an engine or not.
-        figures: of the engine after its last round.
+        stats: of the engine after its last round.
     """
 
     def __init__(self, connection: Connection):
@@ -49,7 +49,7 @@ class EngineClient:
         self._made: asyncio.Future[None] | None = None
         self._progress: Callable[[int, int], None] = lambda done, total: None
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.running, self.connected, self.figures = False, True, Figures()
+        self.running, self.connected, self.stats = False, True, EngineStats()
         for work, name in ((self._send_all, "phi4mm-send"), (self._receive_all, "phi4mm-receive")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -153,13 +153,13 @@ class EngineClient:
 
     def _take(self, message: Any) -> None:
         match message:
-            case Round(updates, figures):
-                self.figures = figures
+            case Round(updates, stats):
+                self.stats = stats
                 for number, update in updates:
                     if (waiting := self._updates.get(number)) is not None:
                         waiting.put_nowait(update)
-            case EngineMade(figures):
-                self.figures, self.running = figures, True
+            case EngineMade(stats):
+                self.stats, self.running = stats, True
                 if self._made is not None and not self._made.done():
                     self._made.set_result(None)
             case WarmingUp(done, total):

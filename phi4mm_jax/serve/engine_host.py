@@ -11,7 +11,7 @@ from phi4mm_jax.engine import Request, Update
 from phi4mm_jax.engine.user_adapters import UserAdapter
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.serve.engine_client import EngineClient, EngineStopped
-from phi4mm_jax.serve.engine_messages import Figures
+from phi4mm_jax.serve.engine_messages import EngineStats
 from phi4mm_jax.serve.engine_process import EnginePlace
 from phi4mm_jax.serve.errors import ApiError
 
@@ -57,9 +57,9 @@ class EngineHost:
         return self._client is not None and self._client.running
 
     @property
-    def figures(self) -> Figures:
-        """Figures of the engine; zeros where there is none."""
-        return self._client.figures if self._client is not None and self._client.running else Figures()
+    def stats(self) -> EngineStats:
+        """Stats of the engine; zeros where there is none."""
+        return self._client.stats if self._client is not None and self._client.running else EngineStats()
 
     def start(self) -> None:
         """Make the engine in the background."""

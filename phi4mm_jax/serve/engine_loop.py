@@ -13,8 +13,8 @@ from phi4mm_jax.serve.engine_messages import (
     Cancel,
     Done,
     EngineMade,
+    EngineStats,
     Failure,
-    Figures,
     LoadAdapter,
     MakeEngine,
     Round,
@@ -75,14 +75,14 @@ class EngineLoop:
                 engine.warm_up(self._progress)
             gc.collect()
             gc.freeze()  # else each full collection walks through all that was compiled, and all wait for seconds
-            self._send(EngineMade(figures_of(engine)))
+            self._send(EngineMade(stats_of(engine)))
             numbers: dict[int, int] = {}  # of the server, by the engine's
             while self._take_messages(engine, numbers):
                 updates = [(numbers[update.id], update) for update in engine.step() if update.id in numbers]
                 for _, update in updates:
                     if update.completion is not None:
                         del numbers[update.id]
-                self._send(Round(updates, figures_of(engine)))
+                self._send(Round(updates, stats_of(engine)))
         except BaseException as error:
             self._send(Failure(type(error).__name__, str(error)))
 
@@ -119,10 +119,10 @@ class EngineLoop:
         self._send(Done(number, error))
 
 
-def figures_of(engine: Engine) -> Figures:
+def stats_of(engine: Engine) -> EngineStats:
     """Return what is in use of an engine."""
     allocator = engine.scheduler.allocator
-    return Figures(
+    return EngineStats(
         engine.config.slots, len(engine.scheduler.resident), allocator.num_pages, allocator.in_use,
         engine.runner.num_prefilled_tokens,
     )  # fmt: skip

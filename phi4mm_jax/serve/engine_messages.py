@@ -61,7 +61,7 @@ class WarmingUp:
 
 
 @dataclass(frozen=True)
-class Figures:
+class EngineStats:
     """Sizes of an engine and what is in use."""
 
     slots: int = 0
@@ -73,7 +73,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class EngineMade:
-    figures: Figures
+    stats: EngineStats
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Round:
-    """Updates of a round, each with its request's number, and the figures after it."""
+    """Updates of a round, each with its request's number, and the stats after it."""
 
     updates: list[tuple[int, Update]] = field(repr=False)
-    figures: Figures
+    stats: EngineStats
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 
 import time
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Metrics:
         )
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """Add a figure that is read when it is asked for."""
+        """Add a metric that is read when it is asked for."""
         Gauge(f"phi4mm_{name}", what, registry=self.registry).set_function(value)
 
     def meter(self, began: float) -> "Meter":

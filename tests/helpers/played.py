@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from phi4mm_jax.engine import Completion, Update
 from phi4mm_jax.serve.app import ServerSettings, create_app
-from phi4mm_jax.serve.engine_messages import Figures
+from phi4mm_jax.serve.engine_messages import EngineStats
 from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.limits import Limits
 
@@ -13,7 +13,7 @@ from phi4mm_jax.serve.limits import Limits
 class Script:
     """Plays the engine's host: gives a request the updates of its script, and keeps what was asked and left."""
 
-    ready, cause, restarts, figures, adapters = True, "", 0, Figures(), ()
+    ready, cause, restarts, stats, adapters = True, "", 0, EngineStats(), ()
 
     def __init__(self, play):
         self.play, self.asked, self.left = play, [], []

@@ -37,7 +37,7 @@ from phi4mm_jax.ray.chips import restrict_to_chips
 from phi4mm_jax.ray.inputs import index_file, key_of, read_chunk
 from phi4mm_jax.ray.media import REQUEST, as_json, fetch_remote
 from phi4mm_jax.ray.parts import Parts, index_part
-from phi4mm_jax.ray.run import Engines, index_files, place_engines, settle
+from phi4mm_jax.ray.run import Engines, compact, index_files, place_engines
 from phi4mm_jax.ray.storage import find_files
 from phi4mm_jax.testing.ray_runs import answers_in, engine_processes
 
@@ -382,14 +382,14 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     for number, part in enumerate(told):
         parts.add([line(n, **{k: f"{number}"}, **({} if k == "error" else {"tokens": [number]})) for n, k in part], 0)
         parts.flush()
-    failed, done, cut = settle(parts, inputs, "plain")
+    failed, done, cut = compact(parts, inputs, "plain")
     assert (failed.tolist(), done.tolist()) == ([False, False, True, True], [True, True, False, False])
     assert not cut.any()
     found = [index_part(path, parts.storage, "plain") for path in parts.paths]
     assert [r.keys.tolist() for r in found] == [[key_of(n) for n in names] for names in ("b", ("a", "c", "gone"), "d")]
     parts.add([line("d", text="3", tokens=[3], finish_reason="length")], 0)
     parts.flush()
-    failed, done, cut = settle(parts, inputs, "plain")
+    failed, done, cut = compact(parts, inputs, "plain")
     assert cut.tolist() == [False, False, False, True]
     assert (failed.tolist(), done.tolist()) == ([False, False, True, False], [True, True, False, True])
     assert len(parts.paths) == 3  # a part without answers is gone
@@ -397,7 +397,7 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     parts.add([line("b", text="4", tokens=[4])], 0)
     parts.flush()
     with pytest.raises(InputError, match=r"has an answer to another request than .*in\.jsonl line 2 is now"):
-        settle(parts, inputs, "plain")
+        compact(parts, inputs, "plain")
 
 
 # ---------------------------------------------------------------------------------------------- chips
