@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from phi4mm_jax.kernels.limits import LOG2_E
+from phi4mm_jax.kernels.limits import LOG2_E, Limits
 from phi4mm_jax.kernels.pallas_tpu_tiles import (
     MASKED_CHUNK,
     NN,
@@ -36,37 +36,42 @@ from phi4mm_jax.kernels.pallas_tpu_tiles import (
 )
 from phi4mm_jax.kernels.tpu import LANES, block
 
+_ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+
 
 def backward(call: Call, residuals, cotangents):
-    """Compute the gradients of q, k and v; those of limits are none."""
+    """Compute the gradients of q (B, K, G, T, H), k and v (B, K, S, H), all padded; those of limits are none."""
     q, k, v, limits, out, log_sum = residuals
     d_out, d_log_sum = cotangents
-    batch, kv_heads, group, q_len, size = q.shape
-    kv_len, blocks = k.shape[2], call.target.blocks
     row_sum = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
     d_out = d_out.astype(q.dtype)
     stats = jnp.concatenate([log_sum * LOG2_E, row_sum], 2)  # (B, K, 2 G, T)
-    bq, bk = block(q_len, blocks.backward_rows // group), block(kv_len, blocks.backward_keys)
     segments: Any = limits.segments and tuple(ids[:, None] for ids in limits.segments)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     operands = q, k, v, d_out, stats, segments
+    dq, (dk, dv) = _queries_gradient(call, limits, *operands), _keys_gradients(call, limits, *operands)
+    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
 
-    grid = make_grid(batch, kv_heads, q_len // bq, kv_len // bk, call.target)
+
+def _queries_gradient(call: Call, limits: Limits, q, k, v, d_out, stats, segments):
+    """Run the kernel whose steps each stay with a block of queries, and sum over keys."""
+    batch, kv_heads, group, q_len, size = q.shape
+    bq, bk = _block_sizes(call, q, k)
+    grid = make_grid(batch, kv_heads, q_len // bq, k.shape[2] // bk, call.target)
     q_spec = grid.spec((None, None, group, bq, size), lambda row, head, i: (row, head, 0, i, 0))
     column_scratch = pltpu.VMEM((group * bq, LANES), jnp.float32)
     (dq,) = pl.pallas_call(
-        partial(_dq_kernel, call=call, grid=grid, chunk=block(bk, blocks.backward_chunk)),
+        partial(_dq_kernel, call=call, grid=grid, chunk=block(bk, call.target.blocks.backward_chunk)),
         name="phi4mm_flash_bwd_dq",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(grid.cores, grid.steps),
             in_specs=[
                 q_spec,
-                anywhere,
-                anywhere,
+                _ANYWHERE,
+                _ANYWHERE,
                 q_spec,
                 grid.spec((None, None, 2 * group, bq), lambda row, head, i: (row, head, 0, i)),
-                segments and (grid.spec((None, 1, bq), lambda row, head, i: (row, 0, i)), anywhere),
+                segments and (grid.spec((None, 1, bq), lambda row, head, i: (row, 0, i)), _ANYWHERE),
             ],
             out_specs=[q_spec],
             scratch_shapes=[
@@ -84,23 +89,29 @@ def backward(call: Call, residuals, cotangents):
         compiler_params=compiler_params(call),
         cost_estimate=estimate_cost(call, q, k, products=3),
         interpret=call.target.interpret,
-    )(plan_over_keys(limits, call.causal, q_len, bq, bk), *operands)
+    )(plan_over_keys(limits, call.causal, q_len, bq, bk), q, k, v, d_out, stats, segments)
+    return dq
 
+
+def _keys_gradients(call: Call, limits: Limits, q, k, v, d_out, stats, segments):
+    """Run the kernel whose steps each stay with a block of keys, and sum over queries; return dK and dV."""
+    batch, kv_heads, group, q_len, size = q.shape
+    kv_len, (bq, bk) = k.shape[2], _block_sizes(call, q, k)
     grid = make_grid(batch, kv_heads, kv_len // bk, q_len // bq, call.target)
     k_spec = grid.spec((None, None, bk, size), lambda row, head, i: (row, head, i, 0))
-    dk, dv = pl.pallas_call(
+    return pl.pallas_call(
         partial(_dkv_kernel, call=call, grid=grid),
         name="phi4mm_flash_bwd_dkv",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(grid.cores, grid.steps),
             in_specs=[
-                anywhere,
+                _ANYWHERE,
                 k_spec,
                 k_spec,
-                anywhere,
-                anywhere,
-                segments and (anywhere, grid.spec((None, 1, bk), lambda row, head, i: (row, 0, i))),
+                _ANYWHERE,
+                _ANYWHERE,
+                segments and (_ANYWHERE, grid.spec((None, 1, bk), lambda row, head, i: (row, 0, i))),
             ],
             out_specs=[k_spec, k_spec],
             scratch_shapes=[
@@ -118,8 +129,13 @@ def backward(call: Call, residuals, cotangents):
         compiler_params=compiler_params(call),
         cost_estimate=estimate_cost(call, q, k, products=4),
         interpret=call.target.interpret,
-    )(plan_over_queries(limits, call.causal, q_len, kv_len, bq, bk), *operands)
-    return dq, dk, dv, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), limits)
+    )(plan_over_queries(limits, call.causal, q_len, kv_len, bq, bk), q, k, v, d_out, stats, segments)
+
+
+def _block_sizes(call: Call, q, k) -> tuple[int, int]:
+    """Return how many queries of each head, and how many keys, are a block."""
+    blocks = call.target.blocks
+    return block(q.shape[3], blocks.backward_rows // q.shape[2]), block(k.shape[2], blocks.backward_keys)
 
 
 def _dq_kernel(
