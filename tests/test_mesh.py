@@ -25,7 +25,7 @@ from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.engine import EngineConfig, Grammar, Programs, Request
 from phi4mm_jax.engine.model_runner import default_cache_tokens
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.kernels.cached import of_part
+from phi4mm_jax.kernels.cached import count_in_part
 from phi4mm_jax.kernels.pages import as_cached
 from phi4mm_jax.mesh import inference_mesh, make_mesh, training_mesh
 from phi4mm_jax.model import Phi4MM
@@ -209,7 +209,7 @@ def test_context_shares_the_pairs_of_a_long_prompt_evenly(parts):
     """Each query attends to the keys before it, of which each device has those of its part of every page."""
     size, length = 128, 131072
     owner = np.arange(length) % (size * parts) // size
-    found = [np.asarray(of_part(jnp.arange(1, length + 1), size, part, parts)) for part in range(parts)]
+    found = [np.asarray(count_in_part(jnp.arange(1, length + 1), size, part, parts)) for part in range(parts)]
     for part, keys in enumerate(found):
         np.testing.assert_array_equal(keys, np.cumsum(owner == part))
     pairs = np.sum(found, axis=1, dtype=np.int64)

@@ -11,7 +11,7 @@ from phi4mm_jax.utils.paths import local_path
 # What a checkpoint consists of. The release's *.py files are never run, but an export has to bring them back.
 _NEEDED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "*.md", "LICENSE*", "NOTICE*")
 
-_OF_RUN = ("recipe.yaml", "checkpoints")  # what training leaves in a run's folder
+_RUN_FILES = ("recipe.yaml", "checkpoints")  # what training leaves in a run's folder
 
 _NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
@@ -63,7 +63,7 @@ def folders_beside(path: Path) -> str:
 
 
 def _refuse_run(folder: Path, of_adapter: bool) -> None:
-    if all((folder / name).exists() for name in _OF_RUN) and not (folder / "config.json").exists():
+    if all((folder / name).exists() for name in _RUN_FILES) and not (folder / "config.json").exists():
         raise CheckpointError(
             f"{folder}: is the output of a training run, whose checkpoints only training reads; export what it has "
             f"trained, and give that: python -m train.export {folder} FOLDER "

@@ -76,7 +76,7 @@ def read_sidecar_files(
     }
     if adapters_only:
         return adapters
-    files = _travelling(source)
+    files = _read_copied_files(source)
     if translate:
         (_to_native if target == "native" else _to_original)(source, config, files)
     elif target == "original" and (stated := _stating_adapters(read_json(source / "config.json"), config)) is not None:
@@ -94,13 +94,13 @@ def skipped_files(source: Path, weights: Set[Path]) -> list[str]:
     """
     read = {path.absolute() for path in weights}  # Orbax has its folder so
     read |= {adapter.folder_in(source).absolute() for adapter in ADAPTERS.values()}
-    others = [path for path in _entries(source) if path.absolute() not in read and not _travels(path)]
+    others = [path for path in _entries(source) if path.absolute() not in read and not _is_copied(path)]
     return [f"{path.relative_to(source)}{'/' if path.is_dir() else ''}" for path in others]
 
 
-def _travelling(source: Path) -> dict[str, bytes]:
+def _read_copied_files(source: Path) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
-    for path in filter(_travels, _entries(source)):
+    for path in filter(_is_copied, _entries(source)):
         try:
             files[path.relative_to(source).as_posix()] = path.read_bytes()
         except OSError as error:
@@ -109,7 +109,7 @@ def _travelling(source: Path) -> dict[str, bytes]:
 
 
 def _entries(source: Path) -> list[Path]:
-    """Return the files in the folder and in those whose files travel."""
+    """Return the files in the folder and in those whose files are copied."""
     try:
         names = [*(adapter.folder for adapter in ADAPTERS.values()), _TEMPLATES]
         inner = [source / name for name in names if (source / name).is_dir()]
@@ -118,7 +118,7 @@ def _entries(source: Path) -> list[Path]:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
-def _travels(path: Path) -> bool:
+def _is_copied(path: Path) -> bool:
     weights = path.suffix in _WEIGHTS or path.name.endswith(_INDEX)
     return path.is_file() and not weights and path.name[0] != "." and path.stat().st_size <= _LARGEST
 
@@ -202,9 +202,9 @@ def without_flattening(template: str, config: Phi4MMConfig, tokenizer: Tokenizer
 
 
 def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) -> None:
-    """Put the release's files in the place of transformers'; they name its code only where that travels too."""
+    """Put the release's files in the place of transformers'; they name its code only where that is copied, too."""
 
-    def travels(classes: Mapping[str, str]) -> bool:
+    def has_code(classes: Mapping[str, str]) -> bool:
         return all(f"{name.partition('.')[0]}.py" in files for name in classes.values())
 
     processing = {
@@ -213,10 +213,10 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
         "AutoFeatureExtractor": "processing_phi4mm.Phi4MMAudioFeatureExtractor",
     }
     model = read_json(source / "config.json")
-    files["config.json"] = _json(original_config(config, model, code=travels(CODE)))
+    files["config.json"] = _json(original_config(config, model, code=has_code(CODE)))
     files["generation_config.json"] = _generation_config(config, model, files, source)
     files["preprocessor_config.json"] = _json(
-        ({"auto_map": processing} if travels(processing) else {})
+        ({"auto_map": processing} if has_code(processing) else {})
         | AUDIO_RATES
         | {
             "dynamic_hd": read_dynamic_hd(source),

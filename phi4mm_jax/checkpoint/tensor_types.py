@@ -125,7 +125,7 @@ def tensor(name: str, shape: Shape, *parts: Part, layer: int | None = None) -> T
 
 
 def unused(name: str, shape: Shape) -> Tensor:
-    """A tensor that the model never reads; it travels through conversions in a collection of its own."""
+    """A tensor that the model never reads; conversions keep it in a collection of its own."""
     return Tensor(name, shape, (Part((UNUSED, name), shape, tuple(range(len(shape))), shape),))
 
 

@@ -30,7 +30,7 @@ from phi4mm_jax.kernels.pages import held_as
 from phi4mm_jax.model import KVCache
 
 T = TypeVar("T")
-_OF_SLOTS = ("tables", "adapters", "use_long_rope", "sampling", "with_top")  # of `DecodeInputs`
+_SLOT_FIELDS = ("tables", "adapters", "use_long_rope", "sampling", "with_top")  # of `DecodeInputs`
 
 
 class ModelRunner:
@@ -52,7 +52,7 @@ class ModelRunner:
 
     def __init__(self, programs: Programs, variables: Mapping[str, Any], config: EngineConfig, context: int):
         self._programs, self._config = programs, config
-        self._encoders, self._decoder = _parts(variables)
+        self._encoders, self._decoder = _split_variables(variables)
         model = programs.model.config
         self.user_adapters = UserAdapters(programs, config)
         self.table_size = min(config.pages, math.ceil(context / config.page_tokens))
@@ -141,13 +141,13 @@ class ModelRunner:
     def _decode_inputs(self, batch: DecodeBatch, with_drafts: bool = False) -> DecodeInputs:
         """Arrays of all slots; those that change only with the sequences are on the device already."""
         inputs = decode_inputs(batch, self.table_size, self._config.top_logprobs > 0, with_drafts)
-        return inputs._replace(**self._slots.of({name: getattr(inputs, name) for name in _OF_SLOTS}))
+        return inputs._replace(**self._slots.of({name: getattr(inputs, name) for name in _SLOT_FIELDS}))
 
     # ------------------------------------------------------------------------------------------ calls
 
     def run_prefill(self, adapters: set[int], inputs: PrefillInputs) -> tuple[SampledTokens, TopLogprobs | None]:
         self.kv_cache, sampled, top = self._prefill_step(adapters, inputs)()
-        return _fetching((sampled, top))
+        return _copy_to_host_async((sampled, top))
 
     def run_carry_first(self, slots: Items[int], sampled: SampledTokens) -> None:
         """Let these slots decode from the tokens that they have sampled by prefill; -1 for none."""
@@ -156,18 +156,18 @@ class ModelRunner:
 
     def run_decode(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         self.kv_cache, self.token_seen, sampled = self._decode_step(adapters, inputs)()
-        return self._carrying(sampled)
+        return self._keep_carried(sampled)
 
     def run_decode_drafts(self, adapters: set[int], inputs: DecodeInputs) -> SampledTokens:
         assert self._history is not None
         self.kv_cache, self.token_seen, self._history.tokens, sampled = self._drafts_step(adapters, inputs)()
-        return self._carrying(sampled)
+        return self._keep_carried(sampled)
 
-    def _carrying(self, sampled: SampledTokens) -> SampledTokens:
+    def _keep_carried(self, sampled: SampledTokens) -> SampledTokens:
         """Keep what a round carries to the next; the rest is for the host."""
         assert sampled.carried is not None
         self.carried = sampled.carried
-        return _fetching(sampled._replace(carried=None))
+        return _copy_to_host_async(sampled._replace(carried=None))
 
     def run_decode_allowed(
         self, adapters: set[int], inputs: DecodeInputs, allowed: Callable[[], np.ndarray]
@@ -297,7 +297,7 @@ def _allocate(programs: Programs, config: EngineConfig) -> tuple[KVCache, jax.Ar
     return cache, programs.place(features)
 
 
-def _parts(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_variables(variables: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the variables of the encoders' programs and of the decoder's: a call pays for each array it is given."""
     encoders = {name: x for name, x in variables["params"].items() if name != "decoder"}
     return {"params": encoders}, {name: {"decoder": x["decoder"]} for name, x in variables.items()}
@@ -380,7 +380,7 @@ def default_cache_tokens(config: EngineConfig, programs: Programs, context: int)
     return config.page_tokens * min(pages, config.slots * config.beams * math.ceil(context / config.page_tokens))
 
 
-def _fetching(results: T) -> T:
+def _copy_to_host_async(results: T) -> T:
     """Have results copied to the host as soon as they are there."""
     for array in jax.tree.leaves(results):
         array.copy_to_host_async()

@@ -86,7 +86,7 @@ def _reader(name: str | None, arguments: tuple) -> Any:
     return find("cached", *arguments)
 
 
-def of_part(lengths: Int[Array, "..."], size: int, part: Int[Array, ""] | int, parts: int) -> Int[Array, "..."]:
+def count_in_part(lengths: Int[Array, "..."], size: int, part: Int[Array, ""] | int, parts: int) -> Int[Array, "..."]:
     """Count those of a row's first tokens that are in one part of its pages, of `size` tokens each."""
     whole, rest = jax.lax.div(lengths, size * parts), jax.lax.rem(lengths, size * parts)
     return whole * size + jnp.clip(rest - part * size, 0, size)
@@ -142,8 +142,8 @@ def _attend_by_blocks(
     offsets = starts
     if parts > 1:  # of each query: the last of its keys that are here lies before it
         new = jnp.arange(q.shape[1])
-        offsets = of_part(starts[:, None] + new + 1, size, part, parts) - 1 - new
-        lengths = of_part(lengths, size, part, parts)
+        offsets = count_in_part(starts[:, None] + new + 1, size, part, parts) - 1 - new
+        lengths = count_in_part(lengths, size, part, parts)
 
     def block(i, carry):
         table = jax.lax.dynamic_slice_in_dim(tables, i * pages, pages, 1)

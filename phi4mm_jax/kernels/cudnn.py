@@ -45,7 +45,7 @@ class Keys(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """Static facts of one call."""
+    """Static arguments of one call."""
 
     causal: bool
     scale: float
@@ -228,14 +228,14 @@ def _runs(keys: Keys) -> _Runs:
     return _Runs(lengths, kv_lengths, jnp.cumsum(lengths) - lengths, of_token.reshape(batch, length))
 
 
-def _asked(runs: _Runs) -> Int[Array, " R"]:
-    """Return the keys of each segment as cuDNN is told: one at least where there are queries."""
+def _packed_kv_lengths(runs: _Runs) -> Int[Array, " R"]:
+    """Return the number of keys of each segment for cuDNN: one at least where there are queries."""
     return jnp.maximum(runs.kv_lengths, jnp.minimum(runs.lengths, 1))
 
 
 def _forward_packed(q, k, v, keys: Keys, call: _Call) -> Output:
     runs = _runs(keys)
-    out, log_sum = _bind_forward(q, k, v, runs.lengths, _asked(runs), runs.starts, call)
+    out, log_sum = _bind_forward(q, k, v, runs.lengths, _packed_kv_lengths(runs), runs.starts, call)
     place = jnp.arange(q.shape[0] * q.shape[1]).reshape(q.shape[:2]) - runs.starts[runs.of_token]
     return _without_keys(out, log_sum[runs.of_token, :, place], runs.kv_lengths[runs.of_token] > 0)
 
@@ -246,7 +246,7 @@ def _backward_packed(q, k, v, keys: Keys, out, log_sum, d_out, call: _Call):
     flat = jnp.where(jnp.isfinite(log_sum), log_sum, 0.0).reshape(batch * length, heads)
     token = jnp.minimum(runs.starts[:, None] + jnp.arange(length), batch * length - 1)  # (R, T)
     dq, dk, dv = _bind_backward(
-        q, k, v, runs.lengths, _asked(runs), runs.starts, flat[token].swapaxes(1, 2), out, d_out, call
+        q, k, v, runs.lengths, _packed_kv_lengths(runs), runs.starts, flat[token].swapaxes(1, 2), out, d_out, call
     )
     dq = _where((runs.kv_lengths[runs.of_token] > 0)[..., None, None], dq)
     if keys.lengths is None:

@@ -19,7 +19,7 @@ NN = (((1,), (0,)), ((), ()))
 
 
 class Call(NamedTuple):
-    """Static facts of one call."""
+    """Static arguments of one call."""
 
     causal: bool
     scale: float

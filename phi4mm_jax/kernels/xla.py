@@ -33,7 +33,7 @@ _einsum = partial(einsum, result=jnp.float32)
 
 
 class _Tiling(NamedTuple):
-    """Static facts of one call."""
+    """Static arguments of one call."""
 
     causal: bool
     scale: float

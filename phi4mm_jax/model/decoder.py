@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.config import DecoderConfig, LoraConfig
 from phi4mm_jax.kernels import cached_attention, decode_attention, flash_attention, linear, merge_partials
-from phi4mm_jax.kernels.cached import of_part
+from phi4mm_jax.kernels.cached import count_in_part
 from phi4mm_jax.kernels.linear import lookup
 from phi4mm_jax.kernels.partials import merge_devices
 from phi4mm_jax.kernels.ring import ring_attention
@@ -175,7 +175,7 @@ def _attend(q, k, v, layer, rows: CachedInputs, cache: KVCache) -> tuple[Float[A
         lengths = jnp.minimum(rows.starts[:, None] + jnp.arange(1, count + 1), lengths[:, None])  # of each query
     if parts == 1:
         return decode_attention(queries, cache.k, cache.v, lengths=lengths, **pages).reshape(q.shape), cache
-    lengths = of_part(lengths, size, part, parts)
+    lengths = count_in_part(lengths, size, part, parts)
     found = decode_attention(queries, cache.k, cache.v, lengths=lengths, return_partials=True, **pages)
     out, _, total = merge_partials(*(jax.lax.all_gather(x, LENGTH[0]) for x in found))
     return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape), cache

@@ -26,7 +26,7 @@ from phi4mm_jax.ray.storage import find_files
 
 _IN_FLIGHT = 4  # batches of an engine at once
 _SMALLEST_BATCH = 16
-_LOOK = 2.0  # seconds between looks for engines that have died
+_POLL_SECONDS = 2.0  # between looks for engines that have died
 _RETRIES = 10  # of a batch whose engine dies; then its lines are left out, so that one that kills engines stops no run
 
 _log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def _deaths_logged() -> Iterator[None]:
     def look() -> None:
         known, is_last = 0, False
         while not is_last:
-            is_last = done.wait(_LOOK)
+            is_last = done.wait(_POLL_SECONDS)
             with suppress(RayError, OSError):
                 restarts = _restarts()
                 if restarts > known:

@@ -17,10 +17,10 @@ from phi4mm_jax.serve.errors import ApiError
 
 ReadAdapter = Callable[[str, Path], UserAdapter]
 _log = logging.getLogger(__name__)
-_LOOK = 0.1  # seconds between looks at whether the engine still runs
-_SAID = 5.0  # seconds between lines about a warm-up
-_STEADY = 60.0  # seconds after which an engine's end is no sign that the next one ends at once
-_LONGEST_PAUSE = 30.0
+_POLL_SECONDS = 0.1  # between looks at whether the engine still runs
+_LOG_SECONDS = 5.0  # between lines about a warm-up
+_STABLE_SECONDS = 60.0  # after which an engine's end is no sign that the next one ends at once
+_MAX_BACKOFF = 30.0  # seconds
 
 
 class EngineHost:
@@ -46,7 +46,7 @@ class EngineHost:
         self._client: EngineClient | None = None
         self.cause = "it is being compiled"
         self._failed = False  # the last try to make an engine
-        self._said = 0.0
+        self._logged = 0.0
         self._task: asyncio.Task[None] | None = None
         self.adapters: dict[str, UserAdapter] = dict(adapters or {})
         self._loading = asyncio.Lock()
@@ -134,7 +134,7 @@ class EngineHost:
         while (client := self._client) is None or not client.running:
             if self._failed:
                 raise self.unavailable()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_POLL_SECONDS)
         return client
 
     def unavailable(self) -> ApiError:
@@ -143,7 +143,7 @@ class EngineHost:
                         kind="server_error", code="not_ready", retry_after=5)  # fmt: skip
 
     async def _supervise(self) -> None:
-        pause = 0.0
+        backoff = 0.0
         while True:
             began = time.monotonic()
             try:
@@ -155,14 +155,14 @@ class EngineHost:
                 self.cause = f"it could not be started ({error})"
                 _log.error("the engine could not be started: %s", error)
             while self.ready:
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(_POLL_SECONDS)
             if not self._failed:
                 self.cause = "it is being restarted"
                 _log.error("the engine has stopped by an error; it is made anew")
-            steady = time.monotonic() - began > _STEADY
-            pause = 0.0 if steady else min(max(2 * pause, 0.5), _LONGEST_PAUSE)
+            stable = time.monotonic() - began > _STABLE_SECONDS
+            backoff = 0.0 if stable else min(max(2 * backoff, 0.5), _MAX_BACKOFF)
             self.restarts += 1
-            await asyncio.sleep(pause)
+            await asyncio.sleep(backoff)
 
     async def _make(self) -> None:
         if self._client is None or not self._client.connected:
@@ -171,6 +171,6 @@ class EngineHost:
 
     def _progress(self, done: int, total: int) -> None:
         self.cause = f"program {done} of {total} is compiled"
-        if done == total or time.monotonic() - self._said > _SAID:
-            self._said = time.monotonic()
+        if done == total or time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
             _log.info("warming up: program %d of %d is compiled; requests wait", done, total)
