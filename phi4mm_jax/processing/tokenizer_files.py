@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from phi4mm_jax.config import read_json, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.utils.checks import is_whole
-from phi4mm_jax.utils.strict_json import parse_json
 
 # How o200k_base cuts text into the pieces within which tokens are formed; `vocab.json` and `merges.txt` do not say it.
 O200K_PATTERN = "|".join(
@@ -37,6 +37,8 @@ _SPLITTING = {  # settings of tokenizer_config.json that must not be set, with w
     "split_special_tokens": "special tokens would be text",
     "add_prefix_space": "text would begin with a space",
 }
+
+_SETTINGS = "tokenizer_config.json"
 
 MAX_ID = 2**24  # far above any vocabulary; keeps a damaged file from asking for tables of gigabytes
 
@@ -89,31 +91,13 @@ def refuse_kind(path: Path, cause: str) -> NoReturn:
     refuse(path, cause, "Only a byte-level BPE like the published checkpoint's is supported: use its tokenizer files.")
 
 
-def _load_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        refuse(path, f"cannot be read ({error})")
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    text = _load_text(path)
-    try:
-        content = parse_json(text)
-    except (ValueError, RecursionError) as error:
-        refuse(path, f"is not valid JSON ({error})")
-    if not isinstance(content, dict):
-        refuse(path, f"holds a JSON {type(content).__name__} instead of an object")
-    return content
-
-
 def read_vocab_size(path: Path) -> int:
     """Return the vocabulary size that a `config.json` states; 0 if it states none.
 
     Raises:
         CheckpointError: it is not a number of tokens.
     """
-    size = _load_json(path).get("vocab_size", 0) if path.is_file() else 0
+    size = read_optional_json(path).get("vocab_size", 0)
     if not is_whole(size, 0, MAX_ID):
         refuse(path, f"vocab_size is {size!r}, not a number of tokens")
     return size
@@ -125,11 +109,11 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises:
         CheckpointError: a file is missing, broken, or states something else than a byte-level BPE.
     """
-    _check_settings(folder / "tokenizer_config.json")
+    settings = _read_settings(folder)
     if (folder / "tokenizer.json").is_file():
-        return _read_tokenizer_json(folder / "tokenizer.json")
+        return _read_tokenizer_json(folder / "tokenizer.json", settings)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _read_vocab_and_merges(folder)
+        return _read_vocab_and_merges(folder, settings)
     found = [name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()]
     raise CheckpointError(
         f"{folder}: no tokenizer. Looked for tokenizer.json, or vocab.json together with merges.txt; found "
@@ -138,16 +122,17 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     )
 
 
-def _check_settings(path: Path) -> None:
-    """Refuse settings by which transformers would split text otherwise."""
-    settings = _load_json(path) if path.is_file() else {}
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of tokenizer_config.json; refuse those by which transformers would split text otherwise."""
+    settings = read_optional_json(folder / _SETTINGS)
     for key, effect in _SPLITTING.items():
         if settings.get(key):
-            refuse(path, f"{key} is set, so {effect}", "Take it out.")
+            refuse(folder / _SETTINGS, f"{key} is set, so {effect}", "Take it out.")
+    return settings
 
 
-def _read_tokenizer_json(path: Path) -> TokenizerFiles:
-    content = _load_json(path)
+def _read_tokenizer_json(path: Path, settings: Mapping[str, Any]) -> TokenizerFiles:
+    content = read_json(path)
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         refuse_kind(path, "the model is not a BPE")
@@ -162,18 +147,19 @@ def _read_tokenizer_json(path: Path) -> TokenizerFiles:
         refuse(path, "model.vocab, model.merges or added_tokens is missing or of another type")
     pattern = _split_pattern(path, content.get("pre_tokenizer"))
     special = [_special_token(path, token, token.get("id") if isinstance(token, dict) else None) for token in added]
-    special = _as_configured(path.parent, vocab, special)
+    special = _as_configured(path.parent, settings, vocab, special)
     return TokenizerFiles(path, vocab, *_pairs(path, merges), pattern, special, bool(model.get("ignore_merges")))
 
 
-def _as_configured(folder: Path, vocab: Mapping[str, Any], special: list[SpecialToken]) -> list[SpecialToken]:
+def _as_configured(
+    folder: Path, settings: Mapping[str, Any], vocab: Mapping[str, Any], special: list[SpecialToken]
+) -> list[SpecialToken]:
     """Return the special tokens as transformers has them, by the settings beside tokenizer.json.
 
     Their flags are those of `added_tokens_decoder`. Tokens that are only named there are refused: transformers would
     add them.
     """
-    path = folder / "tokenizer_config.json"
-    settings = _load_json(path) if path.is_file() else {}
+    path = folder / _SETTINGS
     found = {token.content: token for token in special}
     named = {path: [settings.get(key) for key in _NAMING_TOKENS]}
     if (stated := settings.get("added_tokens_decoder")) is not None:
@@ -187,7 +173,7 @@ def _as_configured(folder: Path, vocab: Mapping[str, Any], special: list[Special
             found[token.content] = replace(token, skip=token.skip or (known is not None and known.skip))
     else:
         for name in ("special_tokens_map.json", "added_tokens.json"):
-            tokens = _load_json(folder / name) if (folder / name).is_file() else {}
+            tokens = read_optional_json(folder / name)
             named[folder / name] = [list(tokens)] if name == "added_tokens.json" else list(tokens.values())
     for file, values in named.items():
         for token in (token for value in values for token in _each_token(value)):
@@ -282,12 +268,16 @@ def _special_token(path: Path, token: Any, id_: Any) -> SpecialToken:
     )
 
 
-def _read_vocab_and_merges(folder: Path) -> TokenizerFiles:
+def _read_vocab_and_merges(folder: Path, settings: Mapping[str, Any]) -> TokenizerFiles:
     path = folder / "merges.txt"
-    lines = _load_text(path).split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(path, f"cannot be read ({error})")
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-    vocab = _load_json(folder / "vocab.json")
-    return TokenizerFiles(path, vocab, *_pairs(path, merges), O200K_PATTERN, _special_tokens_beside(folder, vocab))
+    vocab = read_json(folder / "vocab.json")
+    special = _special_tokens_beside(folder, settings, vocab)
+    return TokenizerFiles(path, vocab, *_pairs(path, merges), O200K_PATTERN, special)
 
 
 def _tokens_by_id(path: Path, tokens: Any) -> list[SpecialToken]:
@@ -296,17 +286,13 @@ def _tokens_by_id(path: Path, tokens: Any) -> list[SpecialToken]:
     return [_special_token(path, token, int(id_)) for id_, token in tokens.items()]
 
 
-def _special_tokens_beside(folder: Path, vocab: Mapping[str, Any]) -> list[SpecialToken]:
-    path = folder / "tokenizer_config.json"
-    tokens = _load_json(path).get("added_tokens_decoder") if path.is_file() else None
-    if tokens is not None:
-        return _tokens_by_id(path, tokens)
-
-    path = folder / "added_tokens.json"
-    ids: dict[str, Any] = _load_json(path) if path.is_file() else {}
-    tokens = {content: {"content": content} for content in ids}
+def _special_tokens_beside(folder: Path, settings: Mapping[str, Any], vocab: Mapping[str, Any]) -> list[SpecialToken]:
+    if (stated := settings.get("added_tokens_decoder")) is not None:
+        return _tokens_by_id(folder / _SETTINGS, stated)
+    ids = read_optional_json(folder / "added_tokens.json")
+    tokens: dict[str, Any] = {content: {"content": content} for content in ids}
     path = folder / "special_tokens_map.json"
-    entries = _load_json(path).values() if path.is_file() else ()
+    entries = read_optional_json(path).values()
     for entry in (item for value in entries for item in (value if isinstance(value, list) else [value])):
         token = {"content": entry} if isinstance(entry, str) else entry
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):

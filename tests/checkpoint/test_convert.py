@@ -356,7 +356,7 @@ FIRST, SECOND = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
         (as_folder(SECOND), f"{SECOND}: cannot be read (Is a directory)"),
         (as_folder("config.json"), "config.json: cannot be read (Is a directory)"),
         (as_folder("tokenizer.json"), "no tokenizer"),
-        (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: cannot be read ("),
+        (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json: cannot be read as JSON ("),
         (
             lambda folder: (folder / "preprocessor_config.json").unlink(),
             "preprocessor_config.json: no such file; copy it from the model that this one was tuned from",
