@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from phi4mm_jax.engine.jsonl import Line, LineIndex, RequestFile, digest_number
 from phi4mm_jax.engine.provenance import Settings, check_settings, media_fingerprint
 from phi4mm_jax.engine.request import Request
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import incomplete_path, try_lock, write_remedy
+from phi4mm_jax.utils.files import RESUME_REMEDY, incomplete_path, try_lock, writing
 
 _NEW, _FAILED, _KEPT, _ANSWERED = range(4)  # kept: the error of a broken line
 
@@ -71,10 +71,8 @@ class AnswerFile:
 
     def __enter__(self) -> "AnswerFile":
         while True:
-            try:
+            with self._writing():
                 self._file = self.path.open("a+b", buffering=0)
-            except OSError as error:
-                raise self._unwritable(error) from error
             try:
                 if self._lock():
                     self._begin()
@@ -86,16 +84,15 @@ class AnswerFile:
 
     def _lock(self) -> bool:
         """Lock the file; return whether it still is the one of that name."""
-        try:
+        with self._writing():
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise InputError(f"{self.path}: is not a file, so that a run could not be resumed; give one")
             if not try_lock(self._file):
                 raise InputError(f"{self.path}: another run is writing it; wait for it, or stop it")
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise self._unwritable(error) from error
+            try:
+                return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+            except FileNotFoundError:
+                return False
 
     def _begin(self) -> None:
         """Read the existing answers, and find the lines left to do."""
@@ -120,7 +117,9 @@ class AnswerFile:
                 self._state[place], media[place], cut[place] = _ANSWERED, digest_number(record.media), record.cut
                 changed = changed or (None if same else (record.key, place))
         if self._settings is not None:
-            self._check_settings(self._settings(), has_answers=others or _ANSWERED in self._state)
+            now = self._settings()
+            with self._writing():
+                check_settings(self.path, now, has_answers=others or _ANSWERED in self._state)
         if changed is not None:
             key, place = changed
             raise InputError(
@@ -151,12 +150,6 @@ class AnswerFile:
         at = bisect_left(numbers, number)
         return at < len(numbers) and numbers[at] == number
 
-    def _check_settings(self, now: Settings, *, has_answers: bool) -> None:
-        try:
-            check_settings(self.path, now, has_answers=has_answers)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
     def _check_media(self, media: array) -> None:
         """Refuse answers about media that have changed since; media that are gone cannot be compared."""
         for place, line in enumerate(self._lines):
@@ -168,11 +161,9 @@ class AnswerFile:
                         "now; give another output, or restore the files"
                     )
 
-    def _unwritable(self, error: OSError) -> InputError:
-        remedy = write_remedy(error)
-        if self.path.is_file():
-            remedy = "with room and permission, rerun the same command to resume"
-        return InputError(f"{self.path}: cannot be written ({error.strerror}); {remedy}")
+    def _writing(self) -> AbstractContextManager[None]:
+        """Return a context in which a failure to write is an InputError."""
+        return writing(self.path, remedy=RESUME_REMEDY if self.path.is_file() else None)
 
     def __exit__(self, *exception) -> None:
         self._file.close()
@@ -187,7 +178,7 @@ class AnswerFile:
         path = Path(os.path.realpath(self.path))
         aside = incomplete_path(path)
         try:
-            with ExitStack() as opened:
+            with self._writing(), ExitStack() as opened:
                 new = opened.enter_context(aside.open("w+b", buffering=0))
                 try_lock(new)  # nobody else opens it under this name
                 os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
@@ -204,9 +195,9 @@ class AnswerFile:
                 os.fsync(new.fileno())
                 os.replace(aside, path)
                 opened.pop_all()
-        except OSError as error:
+        except InputError:
             aside.unlink(missing_ok=True)
-            raise self._unwritable(error) from error
+            raise
         self._file.close()
         self._file = new
 
@@ -261,11 +252,9 @@ class AnswerFile:
 
     def _write(self, answer: Mapping[str, Any], failed: bool) -> None:
         left = memoryview(encode_answer(answer) + b"\n")
-        try:
+        with self._writing():
             while left:
                 left = left[self._file.write(left) :]
-        except OSError as error:
-            raise self._unwritable(error) from error
         self.answered += 1
         self.errors += failed
         self.cut += is_cut(answer)

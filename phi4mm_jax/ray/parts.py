@@ -24,7 +24,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.ray.answer import with_columns
 from phi4mm_jax.ray.inputs import is_parquet, key_of
 from phi4mm_jax.ray.storage import open_storage, write_whole
-from phi4mm_jax.utils.files import check_parent, try_lock
+from phi4mm_jax.utils.files import RESUME_REMEDY, check_parent, try_lock, writing
 from phi4mm_jax.utils.strict_json import strict_json
 
 _PART = re.compile(r"part-(\d{6,})\.(jsonl|parquet)")
@@ -68,14 +68,12 @@ class Parts:
         self._timer: threading.Timer | None = None  # of the first that waits
         self._is_due = False
         self._writing = threading.Lock()
-        try:
+        with writing(self.url, remedy=RESUME_REMEDY):
             if isinstance(self.storage, fs.LocalFileSystem):
                 check_parent(Path(self._folder))
             self.storage.create_dir(self._folder, recursive=True)
             self._lock()  # before it is read
             infos = self.storage.get_file_info(fs.FileSelector(self._folder, allow_not_found=True))
-        except OSError as error:
-            raise self._unwritable(error) from error
         names = [i.base_name for i in infos if not i.base_name.startswith(".") and i.base_name != _SETTINGS]
         for name in names:
             match = _PART.fullmatch(name)
@@ -111,10 +109,8 @@ class Parts:
         """
         path = f"{self._folder}/{_SETTINGS}"
         if not self._names:
-            try:
+            with writing(self.url, remedy=RESUME_REMEDY):
                 write_whole(self.storage, path, (strict_json(now) + "\n").encode())
-            except OSError as error:
-                raise self._unwritable(error) from error
             return
         try:
             with self.storage.open_input_file(path) as file:
@@ -177,7 +173,7 @@ class Parts:
             InputError: it cannot be written.
         """
         path = self.paths[part]
-        try:
+        with writing(self.url, remedy=RESUME_REMEDY):
             if not kept.any():
                 self.storage.delete_file(path)
                 self._names.pop(part)
@@ -185,8 +181,6 @@ class Parts:
                 self._write(self._names[part], pq.read_table(path, filesystem=self.storage).filter(pa.array(kept)))
             else:
                 self._write(self._names[part], list(compress(_lines(path, self.storage), kept)))
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def _write(self, name: str, answers: list[bytes] | pa.Table) -> None:
         if self._suffix == "parquet":
@@ -195,16 +189,8 @@ class Parts:
             content = sink.getvalue()
         else:
             content = b"".join(line + b"\n" for line in answers)
-        try:
+        with writing(self.url, remedy=RESUME_REMEDY):
             write_whole(self.storage, f"{self._folder}/{name}", content)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.url}: cannot be written ({error.strerror or error}); with room and permission, rerun the same "
-            "command to resume"
-        )
 
 
 def index_part(path: str, storage: fs.FileSystem, form: Format) -> Records:

@@ -13,6 +13,7 @@ from typing import IO, Any, Literal
 from phi4mm_jax.errors import InputError
 
 INCOMPLETE = ".incomplete"  # ends the name of a file or folder that is being written
+RESUME_REMEDY = "with room and permission, rerun the same command to resume"
 
 
 def incomplete_path(path: Path) -> Path:
@@ -96,8 +97,8 @@ def write_remedy(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path, failure: str = "cannot be written") -> Iterator[None]:
-    """Name the path, the cause and the remedy where the body cannot write.
+def writing(path: Path | str, failure: str = "cannot be written", remedy: str | None = None) -> Iterator[None]:
+    """Name the path, the cause and the remedy, by default one for the cause, where the body cannot write.
 
     Raises:
         InputError: in place of the body's OSError.
@@ -105,7 +106,8 @@ def writing(path: Path, failure: str = "cannot be written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: {failure} ({error.strerror}); {write_remedy(error)}") from error
+        cause = f"{path}: {failure} ({error.strerror or error})"
+        raise InputError(f"{cause}; {remedy or write_remedy(error)}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from types import TracebackType
 
-from phi4mm_jax.errors import InputError
-from phi4mm_jax.utils.files import check_writable, make_folder
+from phi4mm_jax.utils.files import check_writable, make_folder, writing
 from phi4mm_jax.utils.paths import path_argument
 
 
@@ -25,12 +24,9 @@ def check_profile(folder: Path | None) -> None:
     """
     if folder is None:
         return
-    try:
+    with writing(folder, "a profile cannot be written there", "choose another folder"):
         make_folder(folder)
         check_writable(folder)
-    except OSError as error:
-        cause = f"{folder}: a profile cannot be written there ({error.strerror})"
-        raise InputError(f"{cause}; choose another folder") from error
 
 
 class Profile:
