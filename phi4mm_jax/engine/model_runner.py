@@ -236,6 +236,7 @@ class ModelRunner:
     def _warm_up_calls(self) -> list[tuple[Callable[[], Any], Callable[[], partial] | None]]:
         """Return a call for each shape of each step, with the step where that takes long to compile."""
         config, slots = self._config, self._config.slots
+        idle = self._decode_inputs(DecodeBatch.idle(slots))
         each, together = _adapter_sets(self._decoder, self.user_adapters.stacks is not None)
 
         def encode(stack: ImageStack | AudioStack, features: int) -> tuple[Callable, Callable]:
@@ -266,14 +267,14 @@ class ModelRunner:
             inputs = self._beam_inputs([], size)
             return partial(self.run_beam_step, adapters, inputs), partial(self._beam_step, adapters, inputs)
 
-        kinds, idle = {True, not self._programs.has_first_chunks}, self._decode_inputs(DecodeBatch.idle(slots))
+        with_cached = {True, not self._programs.has_first_chunks}
         stacks = warm_up_stacks(self._programs.model.config, self.encoder_cache.group_sizes)
         sets = [partial(self.run_set_penalty_mask, slots, np.zeros(self.token_seen.shape[1], bool))]  # out of range
         if self._history is not None:
             sets.append(partial(self._history.set, slots, np.zeros(0, np.int32)))
         return [
             *(encode(stack, features) for stack, features in stacks),
-            *starmap(prefill, product(each, PREFILL_ROWS, config.prefill_widths, kinds)),
+            *starmap(prefill, product(each, PREFILL_ROWS, config.prefill_widths, with_cached)),
             *(decode(adapters) for adapters in together),
             *(decode_drafts(adapters) for adapters in together if self._history is not None),
             *(decode_allowed(adapters) for adapters in together if self._with_grammars),

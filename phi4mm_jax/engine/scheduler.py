@@ -272,7 +272,8 @@ class Scheduler:
     def next_decode(self, max_steps: int) -> DecodeBatch:
         """Return the sequences that decode; allocate their pages, preempt those that cross the LongRoPE boundary."""
         by_grammar = self.decodes_by_grammar
-        batch = DecodeBatch.idle(len(self.slots), max_steps := 1 if by_grammar else max_steps)
+        max_steps = 1 if by_grammar else max_steps
+        batch = DecodeBatch.idle(len(self.slots), max_steps)
         for i, sequence in enumerate(self.slots):
             if sequence is None or sequence.status is not SequenceStatus.DECODING or sequence.beams is not None:
                 continue
