@@ -58,11 +58,11 @@ class StackedTensors:
         return out
 
 
-def mismatch(problem: str, tensors: Sequence[str], remedy: str) -> CheckpointError:
-    """Return the error of tensors that do not fit, which lists 20 of them."""
-    shown = "\n  ".join(sorted(tensors)[:20])
-    more = f"\n  and {len(tensors) - 20} more" if len(tensors) > 20 else ""
-    return CheckpointError(f"{problem} ({len(tensors)} problems):\n  {shown}{more}\n{remedy}")
+def mismatch(summary: str, problems: Sequence[str], remedy: str) -> CheckpointError:
+    """Return the error of tensors that are not those expected; it lists the first 20 problems."""
+    shown = "\n  ".join(sorted(problems)[:20])
+    more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+    return CheckpointError(f"{summary} ({len(problems)} problems):\n  {shown}{more}\n{remedy}")
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

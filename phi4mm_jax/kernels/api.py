@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.kernels.limits import Limits
 from phi4mm_jax.kernels.pages import BITS
-from phi4mm_jax.kernels.registry import choose, find
+from phi4mm_jax.kernels.registry import choose, find_operation
 
 
 @jax.named_scope("flash_attention")
@@ -246,7 +246,7 @@ def append_tokens(
             nothing is written (the scratch page).
     """
     arguments = caches, new, jnp.asarray(layer, jnp.int32), pages.astype(jnp.int32), slots.astype(jnp.int32)
-    append = find("append", *arguments)
+    append = find_operation("append", *arguments)
     return None if append is None else append(*arguments)
 
 

@@ -12,7 +12,7 @@ from phi4mm_jax.kernels import gpu
 from phi4mm_jax.kernels.api import check_pages, check_shapes, flash_attention
 from phi4mm_jax.kernels.pages import as_floats
 from phi4mm_jax.kernels.partials import merge_outputs
-from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose, find
+from phi4mm_jax.kernels.registry import IMPLEMENTATIONS, choose, find_operation
 
 KEYS_PER_BLOCK = 2048  # that are attended to at once where no kernel reads pages
 KEYS_PER_BLOCK_ON_GPU = 16384  # likewise: a block costs launches, a wait of the host and a pass over the output
@@ -83,7 +83,7 @@ def _reader(name: str | None, arguments: tuple) -> Any:
     if name is not None:
         named = IMPLEMENTATIONS.get(name)
         return choose("cached_attention", name, "cached", *arguments).cached if named is None or named.cached else None
-    return find("cached", *arguments)
+    return find_operation("cached", *arguments)
 
 
 def count_in_part(lengths: Int[Array, "..."], size: int, part: Int[Array, ""] | int, parts: int) -> Int[Array, "..."]:

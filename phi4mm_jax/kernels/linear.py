@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from phi4mm_jax.kernels import cpu, quantized
-from phi4mm_jax.kernels.registry import find
+from phi4mm_jax.kernels.registry import find_operation
 from phi4mm_jax.mesh import on_one_cpu
 from phi4mm_jax.precision import einsum, inputs_of_linear
 from phi4mm_jax.quantization import QuantizedWeight
@@ -60,7 +60,7 @@ def _kernel_of(
     """Return the kernel that takes a product, its equation, the weight's letters and its number of inputs."""
     if sums := inputs_of_linear(equation):
         letters = equation.partition("->")[0].partition(",")[2]
-        if (product := find("product", x, *weight, letters, sums)) is not None:
+        if (product := find_operation("product", x, *weight, letters, sums)) is not None:
             return product, equation, letters, sums
     return None
 

@@ -66,7 +66,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def find(operation: Operation, *arguments: Any) -> Callable[..., Any] | None:
+def find_operation(operation: Operation, *arguments: Any) -> Callable[..., Any] | None:
     """Return an operation that may be None, of the first implementation that has it and supports these arguments."""
     for implementation in IMPLEMENTATIONS.values():
         function = getattr(implementation, operation)
