@@ -203,7 +203,7 @@ def test_model_max_length(tiny, length, context, tmp_path):
     if context:
         assert Processor.from_folder(tmp_path, tiny.config).context == context
     else:
-        cause = r"tokenizer_config\.json: (model_max_length is|is not valid JSON \(NaN is)"
+        cause = r"tokenizer_config\.json: (model_max_length is|cannot be read as JSON \(NaN is)"
         with pytest.raises(CheckpointError, match=cause):
             Processor.from_folder(tmp_path, tiny.config)
 
