@@ -1,4 +1,4 @@
-"""Everything in the README that can be run, as it stands there, on the small checkpoints."""
+"""Everything in README.md and docs/inference.md that can be run, as it stands there, on the small checkpoints."""
 
 import ast
 import asyncio
@@ -18,14 +18,15 @@ import phi4mm_jax
 from phi4mm_jax.engine.jsonl import read_requests
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-JSON = [block for language, block in BLOCKS if language == "json"]  # lines of a batch, a line to train on
+TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/inference.md"))
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.M | re.S)
+TRAIN_LINE, BATCH_LINES = (block for language, block in BLOCKS if language == "json")
 PYTHON = [block for language, block in BLOCKS if language == "python"]
 LINES = [
     line.partition("  #")[0].strip() for language, block in BLOCKS if language == "" for line in block.splitlines()
 ]
 
-# Every command of the README, and what it is run as; placeholders stand for files of the test.
+# Every command, and what it is run as; placeholders stand for files of the test.
 RUN_AS = {
     'python -m train.sft train/recipes/speech_adapter.yaml model=PATH "data.sources=[{path: train.jsonl}]"':
         'train.sft RECIPES/speech_adapter.yaml model=MODEL "data.sources=[{path: train.jsonl}]"',
@@ -54,13 +55,13 @@ RUN_ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with what the README's commands and code find in one."""
+    """A folder with what the commands and the code find in one."""
     folder = tmp_path_factory.mktemp("readme")
     inputs = TINY / "inputs"
     shutil.copy(inputs / "image_0.png", folder / "chart.png")
     shutil.copy(inputs / "audio_0.flac", folder / "clip.wav")
-    (folder / "prompts.jsonl").write_text(JSON[0])
-    (folder / "train.jsonl").write_text(2 * JSON[1])
+    (folder / "prompts.jsonl").write_text(BATCH_LINES)
+    (folder / "train.jsonl").write_text(2 * TRAIN_LINE)
     return folder
 
 
