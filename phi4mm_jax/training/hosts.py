@@ -1,46 +1,35 @@
-"""Hosts of one run: how they find each other, agree, and end together.
+"""Hosts of one run: how they find each other, and what they do together.
 
-A process a host. All take the same steps; the first one alone writes the run's files. Where one fails, it leaves its
-error with the coordinator (`jax.distributed`, on the first host), and the others end with it; one that is killed is
-missed after a few seconds without a heartbeat. Then jax aborts the process, which is held up to say what was lost.
+A process a host. All take the same steps; the first one alone writes the run's files. `host_watch` ends them together.
 """
 
 import argparse
-import ctypes
 import hashlib
 import importlib.util
 import json
 import os
 import re
-import signal
 import sys
 import threading
 import time
-import traceback
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from phi4mm_jax.errors import ConfigError, InputError
+from phi4mm_jax.errors import InputError
+from phi4mm_jax.training.host_watch import HostWatch, coordinator_client, end_process
 from phi4mm_jax.training.rendezvous import Meeting, meet
-from phi4mm_jax.utils.cli import ending
 
 _HEARTBEAT = 20  # seconds without one, after which a host counts as dead
 _CONNECT = 300  # seconds for all hosts to start
 _REGISTER = 60  # seconds for jax to connect them then
-_POLL = 1.0  # seconds between looks for another host's failure
-_LINGER = 10.0  # seconds that a failed host stays for the others to read its error
 _VISIBLE = 10.0  # seconds for a new file to be seen by the other hosts
-_SILENT = 5.0  # seconds without a sign of life, after which a host is the cause of an error that there is
-_STUCK = 2.0  # seconds of a look, after which jax may be ending the process
-_RERUN = "Rerun the same command on all hosts: it resumes from what was saved last, or begins where nothing was"
-_FAILURE, _SEEN, _ALIVE = "phi4mm/failure", "phi4mm/seen", "phi4mm/alive"
 
 
 class Coordination(NamedTuple):
@@ -144,11 +133,11 @@ def connected_hosts(coordination: Coordination | None) -> Iterator[None]:
             f"the hosts of this run do not find each other ({str(error)[:300]}); start the same command on each of "
             "them, or give --coordinator, --num-processes and --process-id"
         ) from error
-    watch = _Watch() if jax.process_count() > 1 else None
+    watch = HostWatch() if jax.process_count() > 1 else None
     try:
         yield
         if watch is not None:
-            _client().wait_at_barrier("phi4mm/end", 600_000)
+            coordinator_client().wait_at_barrier("phi4mm/end", 600_000)
     except BaseException as error:
         if watch is None:
             raise
@@ -183,7 +172,7 @@ def _own_timeout() -> Iterator[None]:
             "ended meanwhile? Rerun the same command on all hosts",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        _end(2)
+        end_process(2)
 
     timer = threading.Timer(_REGISTER, end)
     timer.daemon = True
@@ -230,7 +219,7 @@ def check_shared_filesystem(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    client, key = _client(), "phi4mm/shared"
+    client, key = coordinator_client(), "phi4mm/shared"
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
     if is_primary_process():
         token = there / f".shared-{uuid.uuid4().hex}"
@@ -292,143 +281,3 @@ def _gather(x: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x))
-
-
-def _client() -> Any:
-    from jax._src.distributed import global_state  # no public way leads to the coordinator's store
-
-    return global_state.client
-
-
-class _Watch:
-    """Watch over the other hosts, by threads: the process ends as soon as one has failed or gone.
-
-    Attributes:
-        done: set it to stop.
-    """
-
-    def __init__(self):
-        self.done = threading.Event()
-        self._me, self._count = jax.process_index(), jax.process_count()
-        self._ending = threading.RLock()  # one thread has the last word
-        self._looked = time.monotonic()
-        self._signs: dict[str, str] = {}  # of life, by host
-        self._heard = dict.fromkeys(range(self._count), self._looked)
-        _hold_up_abort()
-        for body in (self._look, self._guard):
-            threading.Thread(target=body, name="phi4mm-hosts", daemon=True).start()
-
-    def fail(self, error: BaseException) -> NoReturn:
-        """Tell the other hosts of an error, wait until they know, and end the process with it.
-
-        An error that another host's end has caused is said to be that.
-        """
-        patience = time.monotonic() + _SILENT + 2 * self._pause() + _STUCK
-        own = isinstance(error, InputError | ConfigError | KeyboardInterrupt)
-        while not own and time.monotonic() < patience:  # `_look` ends the process where another has failed
-            if gone := self._gone():
-                self._end(f"error: {gone}")
-            time.sleep(0.1)
-        self.done.set()
-        with self._ending:
-            client, message = _client(), str(error) or type(error).__name__
-            try:
-                client.key_value_set(_FAILURE, f"{self._me} {message}")
-            except Exception:  # another host was first, or the coordinator has gone
-                with suppress(Exception):
-                    client.key_value_set(f"{_SEEN}/{self._me}", "")
-            with suppress(Exception):
-                _wait_until_seen(client)
-            if (found := ending(error)) is None:
-                traceback.print_exception(error)
-                _end(1)
-            line, status = found
-            print(line, file=sys.stderr, flush=True)
-            _end(status)
-
-    def _look(self) -> None:
-        """Give signs of life, and look for the others' and for their failures."""
-        client, beat = _client(), 0
-        while not self.done.wait(self._pause()):
-            beat += 1
-            failure = None
-            try:
-                client.key_value_set(f"{_ALIVE}/{self._me}", f"{beat}", allow_overwrite=True)
-                signs = dict(client.key_value_dir_get(_ALIVE))
-                with suppress(jax.errors.JaxRuntimeError):  # there is none
-                    failure = client.key_value_try_get(_FAILURE)
-            except Exception:
-                if not self.done.is_set():
-                    self._end(f"error: {self._gone() or self._cause_unseen()}")
-                return
-            self._looked = time.monotonic()
-            for key in signs.keys() - {k for k, sign in self._signs.items() if signs.get(k) == sign}:
-                self._heard[int(key.rpartition("/")[2])] = self._looked
-            self._signs = signs
-            number, _, message = (failure or f"{self._me}").partition(" ")
-            if int(number) != self._me:
-                with self._ending:  # before the other host ends, which this one's collectives fail at
-                    with suppress(Exception):
-                        client.key_value_set(f"{_SEEN}/{self._me}", "")
-                        if is_primary_process():  # the others would lose the coordinator
-                            _wait_until_seen(client)
-                    self._end(f"error: host {number} has failed: {message}")
-
-    def _guard(self) -> None:
-        """Say what was lost while jax ends the process, which it does with its own locks held: `_look` waits then."""
-        while not self.done.wait(_POLL / 2):
-            if time.monotonic() - self._looked > _STUCK + self._pause() and _is_aborting():
-                self._end(f"error: {self._gone() or self._cause_unseen()}")
-
-    def _pause(self) -> float:
-        """Return the seconds between looks, each of which reads as many signs as there are hosts."""
-        return max(_POLL, self._count / 50)
-
-    def _gone(self) -> str | None:
-        """Say which hosts had given no sign of life for a while at the last look; None if all had."""
-        before = self._looked - _SILENT - self._pause()
-        silent = [f"{host}" for host, heard in self._heard.items() if heard < before and host != self._me]
-        return f"host {', '.join(silent)} has gone: was it killed, or is it cut off? {_RERUN}" if silent else None
-
-    def _cause_unseen(self) -> str:
-        who = "another host" if is_primary_process() else "host 0, which coordinates the run,"
-        return f"{who} has gone. {_RERUN}"
-
-    def _end(self, line: str) -> NoReturn:
-        with self._ending:
-            print(line, file=sys.stderr, flush=True)
-            _end(2)
-
-
-def _hold_up_abort() -> None:
-    """Let a thread that aborts the process sleep before: for SIGABRT's number of seconds, 6.
-
-    jax aborts in C++ when a host is lost. The handler is C as well, since one in Python could wait forever.
-    """
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-
-
-def _is_aborting() -> bool:
-    """Return whether a thread handles SIGABRT, which is blocked in it meanwhile. Known on Linux alone."""
-    bit = 1 << (signal.SIGABRT - 1)
-    for status in Path("/proc/self/task").glob("*/status"):
-        with suppress(OSError):  # the thread has ended
-            blocked = re.search(r"SigBlk:\s*(\w+)", status.read_text())
-            if blocked and int(blocked[1], 16) & bit:
-                return True
-    return False
-
-
-def _wait_until_seen(client: Any) -> None:
-    """Wait until all hosts but the one that failed know it; the first one longer, since it is the coordinator."""
-    end = time.monotonic() + _LINGER
-    while len(client.key_value_dir_get(_SEEN)) < jax.process_count() - 1 and time.monotonic() < end:
-        time.sleep(0.1)
-    time.sleep(2 * _POLL if is_primary_process() else 0)
-
-
-def _end(status: int) -> NoReturn:
-    sys.stdout.flush()
-    os._exit(status)
