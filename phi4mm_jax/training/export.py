@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import yaml
 from flax.traverse_util import flatten_dict
-from pydantic import TypeAdapter
 
 from phi4mm_jax.adapters import adapter_indices
 from phi4mm_jax.checkpoint.convert import to_torch
@@ -16,7 +15,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.base import check_base
 from phi4mm_jax.training.checkpointing import Checkpoints
 from phi4mm_jax.training.metrics_log import read_log
-from phi4mm_jax.training.recipe import Recipe, load_recipe
+from phi4mm_jax.training.recipe import Recipe, load_recipe, recipe_settings
 from phi4mm_jax.training.run_folder import CHECKPOINTS, RECIPE
 from phi4mm_jax.utils.paths import local_path
 
@@ -96,7 +95,7 @@ def model_card(name: str, run: Path, recipe: Recipe, step: int, collections: Seq
     }
     if recipe.evaluation is not None:
         rows["evaluated on"] = ", ".join(str(source.path) for source in recipe.evaluation.sources)
-    settings = yaml.safe_dump(TypeAdapter(Recipe).dump_python(recipe, mode="json"), sort_keys=False)
+    settings = yaml.safe_dump(recipe_settings(recipe), sort_keys=False)
     header: dict[str, Any] = {"library_name": "peft" if adapters_only else "transformers"}
     if not local_path(recipe.model).exists():  # a repository on the Hub
         header |= {"base_model": recipe.model.partition("@")[0]}

@@ -46,38 +46,45 @@ def step_flops(
     trained = {"/".join(path[:2]) for path in flat}
     heads = decoder.embed_dim * (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_size
     block = heads + 3 * decoder.embed_dim * decoder.mlp_dim
-    of_lora = sum(x.size for path, x in flat.items() if path[0].startswith("lora_"))
+    lora_size = sum(x.size for path, x in flat.items() if path[0].startswith("lora_"))
     base = block * decoder.num_layers
-    again = 1 if reference else 0
-    passes = again + (3 if "params/decoder" in trained else 2)  # forward, to the input, to the weights
+    forward = 2 if reference else 1  # passes
+    passes = forward + (2 if "params/decoder" in trained else 1)  # backward: to the input, and to the weights
     total = 0.0
     for batch in batches:
         lengths = _sample_lengths(batch)
         tokens, squares = lengths.sum(), (lengths.astype(np.float64) ** 2).sum()
         attention = 2 * decoder.num_heads * decoder.head_size * decoder.num_layers * squares / 2
         targets = float(np.count_nonzero(batch.weights))
-        total += 2 * (base * passes + of_lora * (3 + again)) * tokens + 2 * attention * (3 + again)
+        total += 2 * (base * passes + lora_size * (forward + 2)) * tokens + 2 * attention * (forward + 2)
         total += 2 * decoder.vocab_size * decoder.embed_dim * targets * passes
         images, audio = batch.batch.images, batch.batch.audio
         if images is not None:
             crops = int(images.patch_mask.any((1, 2)).sum())
             encoder, projector = _vision_weights(config)
-            total += 2 * crops * _passes(encoder, projector, trained, "params/vision", {"params/image_embedder"}, again)
+            projectors = {"params/image_embedder"}
+            total += 2 * crops * _multiplications(encoder, projector, trained, "params/vision", projectors, forward)
         if audio is not None:
             attended = audio.attended.astype(np.float64)
             encoder, projector = _speech_weights(config, attended)
             projectors = {"params/audio_projector", "params/audio_projector_with_images"}
-            total += 2 * _passes(encoder, projector, trained, "params/speech", projectors, again)
+            total += 2 * _multiplications(encoder, projector, trained, "params/speech", projectors, forward)
     return total
 
 
-def _passes(
-    encoder: float, projector: float, trained: AbstractSet[str], name: str, projectors: AbstractSet[str], again: int
+def _multiplications(
+    encoder: float, projector: float, trained: AbstractSet[str], name: str, projectors: AbstractSet[str], forward: int
 ) -> float:
-    """Return the multiplications of an encoder and its projector, forward and, as far as needed, backward."""
-    own = 3 + again if name in trained else 1
+    """Return the multiplications of an encoder and its projector, forward and, as far as needed, backward.
+
+    Args:
+        encoder, projector: multiplications of one pass.
+        name, projectors: the parameters of both, by their first two names.
+        forward: passes; what is frozen throughout goes forward once.
+    """
+    own = forward + 2 if name in trained else 1
     backward = 2 if projectors & trained else 1 if name in trained else 0
-    return encoder * own + projector * (1 + backward + (again if backward else 0))
+    return encoder * own + projector * (forward + backward if backward else 1)
 
 
 def _vision_weights(config: Phi4MMConfig) -> tuple[float, float]:

@@ -83,14 +83,14 @@ def token_losses(
         x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(batch, -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    found = _of_chunks(config)(chunks(hidden), embedding, chunks(targets), chunks(counted))
+    found = _chunked_losses(config)(chunks(hidden), embedding, chunks(targets), chunks(counted))
     back = jnp.argsort(order, axis=1)
     found = (jnp.take_along_axis(x.swapaxes(0, 1).reshape(batch, -1)[:, :length], back, 1) for x in found)
     return TokenLosses(*(x.reshape(shape) for x in found))
 
 
-def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
-    """Return the losses of chunks of positions (C, B, T); of a chunk in which none counts nothing is computed."""
+def _chunked_losses(config: LossConfig) -> Callable[..., TokenLosses]:
+    """Return a function of chunks of positions (C, B, T) to their losses; a chunk in which none counts is skipped."""
 
     def losses(hidden, embedding, targets, counted) -> TokenLosses:
         head, zeros = _cast(embedding, hidden.dtype), jnp.zeros(targets.shape[1:], jnp.float32)
@@ -117,8 +117,8 @@ def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
 
             def with_gradient():
                 logits = _logits(hidden, head)
-                found, of_logits = _with_gradient(logits, targets, counted, 1.0, config, _axis(head))
-                return found, _of_hidden(of_logits, hidden, head)  # no loss depends on another position
+                found, logits_grad = _losses_and_grad(logits, targets, counted, 1.0, config, _axis(head))
+                return found, _hidden_grad(logits_grad, hidden, head)  # no loss depends on another position
 
             nothing = TokenLosses(zeros, zeros, zeros), jnp.zeros_like(hidden)
             return jax.lax.cond(counted.any(), with_gradient, lambda: nothing)
@@ -139,24 +139,24 @@ def _of_chunks(config: LossConfig) -> Callable[..., TokenLosses]:
 
             def added():  # to the sum where it lies: another one would be as large as the embedding
                 logits = _logits(hidden, head)
-                _, of_logits = _with_gradient(logits, targets, counted, scale, config, _axis(head))
+                _, logits_grad = _losses_and_grad(logits, targets, counted, scale, config, _axis(head))
                 equation = "VBT,BTD->VD" if _axis(head) == 0 else "BTV,BTD->VD"
-                product = einsum(equation, of_logits.astype(hidden.dtype), hidden, result=jnp.float32)
-                return total + product, _of_hidden(of_logits, hidden, head)
+                product = einsum(equation, logits_grad.astype(hidden.dtype), hidden, result=jnp.float32)
+                return total + product, _hidden_grad(logits_grad, hidden, head)
 
             return jax.lax.cond(counted.any(), added, lambda: (total, jnp.zeros_like(hidden)))
 
         zeros = constrain_param(jnp.zeros(embedding.shape, jnp.float32), ("vocab", "embed"))
-        total, of_hidden = jax.lax.scan(of_chunk, zeros, (hidden, targets, counted, scale))
-        return of_hidden, total.astype(embedding.dtype), None, None
+        total, hidden_grad = jax.lax.scan(of_chunk, zeros, (hidden, targets, counted, scale))
+        return hidden_grad, total.astype(embedding.dtype), None, None
 
-    of_chunks = jax.custom_vjp(losses)
-    of_chunks.defvjp(forward, backward, symbolic_zeros=True)
-    return of_chunks
+    chunked = jax.custom_vjp(losses)
+    chunked.defvjp(forward, backward, symbolic_zeros=True)
+    return chunked
 
 
 def _cast(embedding: Float[Array, "V D"] | QuantizedWeight, dtype) -> Float[Array, "V D"] | QuantizedWeight:
-    """The head as its products take it: cast once, not of each chunk."""
+    """Return the head as its products take it: cast once, not for each chunk."""
     return embedding if isinstance(embedding, QuantizedWeight) else embedding.astype(dtype)
 
 
@@ -166,31 +166,31 @@ def _axis(head: Float[Array, "V D"] | QuantizedWeight) -> int:
 
 
 def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight) -> Float[Array, "..."]:
-    """In float32."""
+    """Return the logits in float32: (B, T, V), or (V, B, T) where `_axis` is 0."""
     if isinstance(head, QuantizedWeight) or _axis(head) != 0:
         return linear("BTD,VD->BTV", hidden, head, result=jnp.float32)
     flat = einsum("VD,MD->VM", head, hidden.reshape(-1, hidden.shape[-1]), result=jnp.float32)
     return flat.reshape(-1, *hidden.shape[:2])
 
 
-def _of_hidden(
-    of_logits: Float[Array, "..."], hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight
+def _hidden_grad(
+    logits_grad: Float[Array, "..."], hidden: Float[Array, "B T D"], head: Float[Array, "V D"] | QuantizedWeight
 ) -> Float[Array, "B T D"]:
-    """Return the gradient in the hidden states: a product in their dtype, as PyTorch's is.
+    """Return the gradient of the hidden states, from that of the logits: a product in their dtype, as PyTorch's is.
 
     Left in float32, the logits' gradient would have GPUs write the head out in float32 and multiply in TF32.
     """
     matrix: Any = head
     if isinstance(head, QuantizedWeight):
-        of_logits, matrix = of_logits * head.scales[:, 0], head.values
+        logits_grad, matrix = logits_grad * head.scales[:, 0], head.values
     elif _axis(head) == 0:
-        return einsum("VM,VD->MD", of_logits.reshape(len(head), -1).astype(hidden.dtype), head).reshape(hidden.shape)
-    found = einsum("BTV,VD->BTD", of_logits.astype(hidden.dtype), matrix, result=jnp.float32)
+        return einsum("VM,VD->MD", logits_grad.reshape(len(head), -1).astype(hidden.dtype), head).reshape(hidden.shape)
+    found = einsum("BTV,VD->BTD", logits_grad.astype(hidden.dtype), matrix, result=jnp.float32)
     return found.astype(hidden.dtype)
 
 
-def _with_gradient(logits, targets, counted, scale, config: LossConfig, axis: int) -> tuple[TokenLosses, Array]:
-    """Return the losses, and the gradient of their sum, each times its scale, in the logits."""
+def _losses_and_grad(logits, targets, counted, scale, config: LossConfig, axis: int) -> tuple[TokenLosses, Array]:
+    """Return the losses, and the gradient of their sum, each times its scale, with respect to the logits."""
 
     def own(logits):
         found = _losses(logits, targets, counted, config, axis)
@@ -201,6 +201,7 @@ def _with_gradient(logits, targets, counted, scale, config: LossConfig, axis: in
 
 
 def _losses(logits: Float[Array, "..."], targets, counted, config: LossConfig, axis: int) -> TokenLosses:
+    """Return the losses (B, T) of logits whose `axis` is the vocabulary; zeros where a position does not count."""
     log_sum = jax.nn.logsumexp(logits, axis)
     target = jnp.take_along_axis(logits, jnp.expand_dims(targets, axis), axis).squeeze(axis)
     loss = log_sum - target

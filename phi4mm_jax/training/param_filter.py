@@ -30,13 +30,13 @@ def matching(paths: Collection[ParamPath], patterns: Sequence[str], what: str) -
     for pattern in patterns:
         expression = _expression(pattern.removeprefix("!"))
         of_pattern = {path for path in paths if expression.fullmatch("/".join(path))}
-        takes = pattern.startswith("!")
-        if not (of_pattern & found if takes else of_pattern):
+        excludes = pattern.startswith("!")
+        if not (of_pattern & found if excludes else of_pattern):
             raise InputError(
-                f"{what}: the pattern {pattern!r} {'takes nothing away' if takes else 'matches no parameter'}; the "
+                f"{what}: the pattern {pattern!r} {'excludes nothing' if excludes else 'matches no parameter'}; the "
                 f"parameters lie under {', '.join(sorted({'/'.join(path[:2]) for path in paths}))}"
             )
-        found = found - of_pattern if takes else found | of_pattern
+        found = found - of_pattern if excludes else found | of_pattern
     return found
 
 

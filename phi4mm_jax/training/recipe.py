@@ -21,7 +21,7 @@ from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.losses import LossConfig
 from phi4mm_jax.training.named_recipes import recipe_path
 from phi4mm_jax.training.optimizer import OptimizerConfig
-from phi4mm_jax.training.settings import meant, setting_names
+from phi4mm_jax.training.settings import setting_names, suggest_setting
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.paths import local_path
 
@@ -159,12 +159,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(settings, dict):
         raise InputError(f"{path}: is not a recipe; expected settings, such as 'model: FOLDER'")
     origins = {_override(settings, override): f"{override!r:.200}" for override in overrides}
-    _settle_auto(settings)
+    _encode_auto(settings)
     try:
         return TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
         by_origin = groupby(error.errors(), lambda e: _origin(e, origins) or str(path))
-        raise InputError("; ".join(f"{origin}: {'; '.join(map(_said, es))}" for origin, es in by_origin)) from error
+        raise InputError("; ".join(f"{origin}: {'; '.join(map(_describe, es))}" for origin, es in by_origin)) from error
 
 
 def _origin(error: Mapping[str, Any], origins: Mapping[str, str]) -> str | None:
@@ -188,7 +188,8 @@ def _place(error: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in error["loc"])
 
 
-def _settle_auto(settings: dict[str, Any]) -> None:
+def _encode_auto(settings: dict[str, Any]) -> None:
+    """Replace the word "auto" by what the fields' types have for it."""
     data = settings.get("data")
     if isinstance(data, dict) and data.get("packing") == "auto":
         data["packing"] = None
@@ -293,12 +294,12 @@ def _override(settings: dict[str, Any], override: str) -> str:
     return made
 
 
-def _said(error: Mapping[str, Any]) -> str:
+def _describe(error: Mapping[str, Any]) -> str:
     place = _place(error)
     if error["type"] == "missing":
         return f"{place}: is missing; give it"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        suggestion = meant(place, list(setting_names(Recipe)))
+        suggestion = suggest_setting(place, list(setting_names(Recipe)))
         return f"{place}: is not a setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
     if (list_of := _as_list(place, error)) is not None:
         return f"{place}: is {error['input']!r:.60}, and a list is expected; write {list_of}"

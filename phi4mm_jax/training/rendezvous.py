@@ -150,7 +150,7 @@ class _Host:
     def __init__(self, meeting: Meeting, place: tuple[str, int], notice: _Notice):
         self._meeting, self._place, self._notice = meeting, place, notice
         self._guests: list[_Guest] = []
-        self._told: list[int] = []  # the missing ones, as the others know them
+        self._announced: list[int] = []  # the missing ones, as the others know them
 
     def wait(self) -> None:
         """Wait for the other hosts, and tell them when all are here."""
@@ -158,7 +158,7 @@ class _Host:
             selector.register(listener, selectors.EVENT_READ)
             try:
                 while missing := self._missing():
-                    self._say(missing)
+                    self._announce(missing)
                     for key, _ in selector.select(_RETRY):
                         if key.data is None:
                             guest = _Guest(_keep_alive(listener.accept()[0]))
@@ -169,12 +169,12 @@ class _Host:
                             selector.unregister(key.data.socket)
                             self._guests.remove(key.data)
                             key.data.socket.close()
-                self._tell({"all": True})
+                self._broadcast({"all": True})
                 for guest in self._guests:  # they close first: the port is free for jax then
                     with suppress(OSError):
                         guest.socket.recv(1)
             except InputError as error:
-                self._tell({"error": str(error)})
+                self._broadcast({"error": str(error)})
                 raise
             finally:
                 for guest in self._guests:
@@ -184,15 +184,15 @@ class _Host:
         here = {0, *(guest.host for guest in self._guests)}
         return [host for host in range(self._meeting.num_processes) if host not in here]
 
-    def _say(self, missing: Sequence[int]) -> None:
+    def _announce(self, missing: Sequence[int]) -> None:
         """Tell the hosts that are here, and the user, who is missing.
 
         Raises:
             InputError: the time is over.
         """
-        if missing != self._told:
-            self._told = list(missing)
-            self._tell({"missing": self._told})
+        if missing != self._announced:
+            self._announced = list(missing)
+            self._broadcast({"missing": self._announced})
         if not self._notice.is_over:
             if self._notice.is_due():
                 _print(f"waiting for {_names(missing)} at {self._meeting.address}{self._own_reach()}")
@@ -230,7 +230,7 @@ class _Host:
             self._check(*greeting)
             guest.host = greeting[0]
             with suppress(OSError):
-                guest.socket.sendall(_line({"missing": self._told}))
+                guest.socket.sendall(_line({"missing": self._announced}))
         return True
 
     def _check(self, host: int, hosts: int, versions: dict[str, str]) -> None:
@@ -250,7 +250,7 @@ class _Host:
                 "on all"
             )
 
-    def _tell(self, value: dict[str, Any]) -> None:
+    def _broadcast(self, value: dict[str, Any]) -> None:
         for guest in self._guests:
             with suppress(OSError):  # it has gone, as will be seen when it is read
                 guest.socket.sendall(_line(value))
@@ -312,13 +312,13 @@ def _is_complete(host: socket.socket, meeting: Meeting, notice: _Notice) -> bool
         if newline:
             received = rest
             try:
-                told = json.loads(line)
-                missing = told.get("missing", missing)
+                message = json.loads(line)
+                missing = message.get("missing", missing)
             except (ValueError, AttributeError):
                 return False
-            if "error" in told:
-                raise InputError(told["error"])
-            if told.get("all"):
+            if "error" in message:
+                raise InputError(message["error"])
+            if message.get("all"):
                 return True
             continue
         if missing and notice.is_due():

@@ -119,9 +119,8 @@ def _section(of: Any) -> type | None:
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
-def meant(name: str, known: Sequence[str]) -> str | None:
-    """Return the setting that is likely meant by an unknown name, with a hint where its unit is another; None if
-    nothing is close.
+def suggest_setting(name: str, known: Sequence[str]) -> str | None:
+    """Return the setting that an unknown name stands for, with a hint where its unit is another; None if none is close.
 
     Args:
         name: with its section: "optimizer.lr".

@@ -17,6 +17,14 @@ from phi4mm_jax.training.losses import LossConfig, TokenLosses, token_losses
 from phi4mm_jax.training.param_filter import join
 
 Variables = dict[str, Any]
+_CHIP_OPTIONS: Mapping[str, dict[str, str | bool]] = {
+    "TPU v6 lite": {
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+    }
+}
 
 
 class TrainState(NamedTuple):
@@ -153,17 +161,7 @@ def compiler_options(device: Any) -> dict[str, str | bool] | None:
     if device.platform != "tpu":
         return None
     options: dict[str, str | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-    return options | _OF_CHIP.get(chip_name(device.device_kind), {})
-
-
-_OF_CHIP: Mapping[str, dict[str, str | bool]] = {
-    "TPU v6 lite": {
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_scoped_vmem_limit_kib": "65536",
-    }
-}
+    return options | _CHIP_OPTIONS.get(chip_name(device.device_kind), {})
 
 
 def initial_state(trainable: Variables, optimizer: optax.GradientTransformation) -> TrainState:

@@ -98,7 +98,7 @@ def test_patterns_select_parameters():
     for wrong in ("params/spe", "speech", "lora_*/up"):
         with pytest.raises(InputError, match=r"trainable: the pattern .* matches no parameter"):
             matching(paths, [wrong], "trainable")
-    with pytest.raises(InputError, match="takes nothing away"):
+    with pytest.raises(InputError, match="excludes nothing"):
         matching(paths, ["lora_speech", "!params"], "trainable")
     with pytest.raises(InputError, match="expected a list of patterns"):
         matching(paths, "lora_speech", "trainable")
