@@ -58,10 +58,10 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
     messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
     roles = [message["role"] for message in messages]
     loss = [_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
-    for i, (role, said) in enumerate(zip(roles, loss, strict=True)):
-        if said and role not in ("assistant", *_CALLS):
+    for i, (role, in_loss) in enumerate(zip(roles, loss, strict=True)):
+        if in_loss and role not in ("assistant", *_CALLS):
             raise InputError(f"{name}[{i}] is of role {role!r:.40} and asks for loss; only answers have one")
-    messages, mask = _joined(name, messages, [said is not False for said in loss])
+    messages, mask = _joined(name, messages, [in_loss is not False for in_loss in loss])
     messages = _with_system(values, messages)
     messages = _with_tools(values, messages)
     return Conversation(_with_media(values, messages), mask)
@@ -145,18 +145,18 @@ def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
-    """Return what a message says of its loss: true or false, or 1 or 0, by one of several names."""
-    said = {}
+    """Return whether a message is in the loss mask, by one of several keys; None without any."""
+    found = {}
     for key in _LOSS:
         value = message.get(key)
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise InputError(f"{where}.{key} is {value!r:.40}; expected true or false, or 1 or 0")
-        said[key] = bool(value)
-    if len(set(said.values())) > 1:
-        raise InputError(f"{where}: {' and '.join(said)} contradict each other; leave one out")
-    return next(iter(said.values()), None)
+        found[key] = bool(value)
+    if len(set(found.values())) > 1:
+        raise InputError(f"{where}: {' and '.join(found)} contradict each other; leave one out")
+    return next(iter(found.values()), None)
 
 
 def _joined(
@@ -165,19 +165,19 @@ def _joined(
     """Join messages that are tool calls alone to the answer before them, or make them one."""
     joined: list[dict[str, Any]] = []
     mask: list[bool] = []
-    for i, (message, carries) in enumerate(zip(messages, loss, strict=True)):
+    for i, (message, in_loss) in enumerate(zip(messages, loss, strict=True)):
         if message["role"] not in _CALLS:
             joined.append(message)
-            mask += [carries] if message["role"] == "assistant" else []
+            mask += [in_loss] if message["role"] == "assistant" else []
             continue
         calls = [*_spoken_calls(f"{name}[{i}]", message.get("content"))]
         if joined and joined[-1]["role"] == "assistant":
-            if mask[-1] != carries:
+            if mask[-1] != in_loss:
                 raise InputError(f"{name}[{i}]: a part of an answer is masked, another is not; make them alike")
             joined[-1] = {**joined[-1], "tool_calls": [*(joined[-1].get("tool_calls") or []), *calls]}
         else:
             joined.append({"role": "assistant", "tool_calls": calls})
-            mask.append(carries)
+            mask.append(in_loss)
     return joined, tuple(mask)
 
 

@@ -1,14 +1,14 @@
 """Samples of a manifest: a conversation becomes a row with its loss mask.
 
 A sample is a conversation (see `conversation`) whose assistant turns are its answers; or, a preference, one that ends
-with a prompt, and the answers "chosen" and "rejected". The tokens are exactly those of
-inference: the prompt up to `<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
+with a prompt, and the answers "chosen" and "rejected". The tokens are exactly those of inference: the prompt up to
+`<|assistant|>`, the answer, `<|end|>`; after the last answer also `<|endoftext|>`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -38,7 +38,6 @@ from phi4mm_jax.processing.video import Frame
 # line: not an object; messages: no conversation to learn from; answer: nothing to say; media: cannot be read;
 # length: exceeds a row or a batch.
 Cause = Literal["line", "messages", "answer", "media", "length"]
-CAUSES: tuple[Cause, ...] = get_args(Cause)
 Kind = Literal["answers", "preferences"]
 
 
@@ -99,10 +98,10 @@ def parse_sample(
     if kind == "preferences":
         values, *answers = _preference(values)
     try:
-        messages, loss_mask = (found := read_conversation(values)).messages, found.loss_mask
+        conversation = read_conversation(values)
     except InputError as error:
         raise BadSample("messages", str(error)) from error
-    rejected = None
+    messages, loss_mask, rejected = conversation.messages, conversation.loss_mask, None
     if answers is not None:
         answer, rejected = answers
         if messages[-1].get("role") == "assistant":

@@ -28,6 +28,12 @@ _NOT_TEXT = {
 }  # fmt: skip
 
 
+# Keys of a line.
+_CHATS = [*MESSAGES, "prompt", "completion"]
+_ANSWERS = ["chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response"]  # of preferences
+_BESIDE = [key for keys in MEDIA.values() for key in keys]
+
+
 @dataclass(frozen=True)
 class Line:
     """Line of a file, and the object that it holds."""
@@ -254,11 +260,6 @@ def _moved(messages: Any, prefix: Path) -> Any:
         return messages
     moved = with_paths(parsed, prefix)
     return strict_json(moved, ensure_ascii=False) if isinstance(messages, str) else moved
-
-
-_CHATS = [*MESSAGES, "prompt", "completion"]
-_ANSWERS = ["chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response"]  # of preferences
-_BESIDE = [key for keys in MEDIA.values() for key in keys]
 
 
 def _moved_media(media: Any, prefix: Path) -> Any:

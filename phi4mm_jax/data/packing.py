@@ -17,7 +17,7 @@ from phi4mm_jax.data.examples import BadSample, Example, Size
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.batching import BatchSizes, Outline, assemble
 from phi4mm_jax.processing.processor import Processor
-from phi4mm_jax.utils.checks import is_whole
+from phi4mm_jax.utils.checks import check_positive, is_whole
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,15 @@ class PackingConfig:
 
     def __post_init__(self):
         for name in ("rows", "chunk_tokens", "window"):
-            if not _is_positive(value := getattr(self, name)):
-                raise InputError(f"{name} is {value!r:.80}; expected a positive whole number")
+            check_positive(name, getattr(self, name))
         for name in ("lengths", "crops", "chunks"):
             values = getattr(self, name)
             ascending = isinstance(values, tuple) and list(values) == sorted(set(values))
-            if not ascending or not all(map(_is_positive, values)):
+            if not ascending or not all(is_whole(value, 1) for value in values):
                 raise InputError(f"{name} is {values!r:.80}; expected positive whole numbers, ascending")
         if not self.lengths or (self.pack and len(self.lengths) != 1):
             expected = "one: packed rows all have the same length" if self.pack else "at least one"
             raise InputError(f"lengths is {self.lengths!r:.80}; expected {expected}")
-
-
-def _is_positive(value: object) -> bool:
-    return is_whole(value, 1)
 
 
 class PendingSample(NamedTuple):
@@ -86,15 +81,15 @@ class Planner:
 
     A bin is a row; for preferences that are not packed, the two rows of a pair. `pending` is the whole state: adding
     its samples to a new planner restores it.
+
+    Args:
+        sequences_per_sample: 1, or 2 for preference pairs.
+
+    Raises:
+        InputError: rows, crops or chunks cannot be divided among the hosts.
     """
 
     def __init__(self, config: PackingConfig, hosts: int = 1, sequences_per_sample: int = 1):
-        """Args:
-            sequences_per_sample: 1, or 2 for preference pairs.
-
-        Raises:
-            InputError: rows, crops or chunks cannot be divided among the hosts.
-        """
         rows_per_bin = 1 if config.pack else sequences_per_sample
         for name, values, divisor in (
             ("rows", (config.rows,), hosts * rows_per_bin),

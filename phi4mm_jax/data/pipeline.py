@@ -290,9 +290,8 @@ class TrainingData:
                 another number of hosts, batches are the same as long as they have no media.
         """
         ours = self._signature
-        unsaid = {name: ours[name] for name in ("augment_image", "augment_clip")}  # by older states
-        unsaid["adapter"] = None
-        theirs = unsaid | state["data"]
+        absent = {name: ours[name] for name in ("augment_image", "augment_clip")} | {"adapter": None}  # in older states
+        theirs = absent | state["data"]
         if different := [name for name in ours if name not in _MAY_DIFFER and theirs.get(name) != ours[name]]:
             name = different[0]
             raise InputError(
