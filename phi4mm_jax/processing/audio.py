@@ -95,7 +95,7 @@ def announced_seconds(source: AudioSource) -> float | None:
                 samples, rate = _clip(clip, math.inf)
                 return len(samples) / rate
             case (str() | bytes()) as file:
-                return _announced(file)
+                return _header_seconds(file)
     except Exception:  # of many types, where a header is malformed; reading will say it
         return None
 
@@ -249,18 +249,13 @@ def _stream_blocks(
         yield _mono(block), rate
         if not len(block):
             break
-    told = length is not None and length.patches  # then libsndfile's log is of the patches
-    if (length is not None and length.is_cut_off) or (not told and _is_cut_off(file, count)):
+    is_patched = length is not None and length.patches  # then libsndfile's log is of the patches
+    if (length is not None and length.is_cut_off) or (not is_patched and _is_cut_off(file, count)):
         raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
 
 
-def _announced(source: str | bytes) -> float | None:
-    with open_file(source) as opened:
-        try:
-            header = _stream(opened, wav_length(opened))
-            header.close()
-        except Exception:  # of many types, where a header is malformed
-            header = None
+def _header_seconds(source: str | bytes) -> float | None:
+    header = _read_header(source)
     if header is not None:
         return None if header.frames > _UNKNOWN_LENGTH else header.frames / header.samplerate
     with open_container(source, "audio clip", "pass WAV, FLAC, Ogg or MP3") as (container, _):
@@ -268,13 +263,7 @@ def _announced(source: str | bytes) -> float | None:
 
 
 def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
-    with open_file(source) as opened:
-        length = wav_length(opened)
-        try:
-            header = _stream(opened, length)
-            header.close()
-        except Exception:  # of many types, where a header is malformed
-            header = None
+    header = _read_header(source)
     if header is None or header.format == "MP3" or header.frames > _UNKNOWN_LENGTH:
         samples, rate = _from_file(source, max_seconds)
         return len(samples), rate
@@ -282,6 +271,17 @@ def _measure_file(source: str | bytes, max_seconds: float) -> tuple[int, int]:
     _check_channels(header.channels)
     _check_duration(header.frames, rate, max_seconds)
     return header.frames, rate
+
+
+def _read_header(source: str | bytes) -> "_Stream | None":
+    """Return the closed file, with what its header states; None for one that soundfile does not open."""
+    with open_file(source) as opened:
+        try:
+            header = _stream(opened, wav_length(opened))
+            header.close()
+        except Exception:  # of many types, where a header is malformed
+            return None
+    return header
 
 
 def _stream(opened: BinaryIO, length: WavLength | None) -> "_Stream":
@@ -340,7 +340,7 @@ def _container_blocks(
             for samples in _frame_samples(first, frames):
                 count += len(samples)
                 yield _mono(samples), rate
-            announced = _announced_seconds(container, stream)
+            announced = _stated_seconds(container, stream)
             if announced is not None and announced > 1.01 * count / rate + 0.5:
                 raise InputError("the audio clip is cut off: it holds less than it announces; pass a whole audio file")
             return
@@ -350,9 +350,9 @@ def _container_blocks(
         raise
     except Exception as error:  # decoders raise errors of many types
         failure = error
-    told = str(failure) if isinstance(failure, InputError) else f"PyAV: {failure!r:.200}"
+    reason = str(failure) if isinstance(failure, InputError) else f"PyAV: {failure!r:.200}"
     raise InputError(
-        f"the audio clip cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; {told}). "
+        f"the audio clip cannot be read (soundfile: {getattr(cause, 'error_string', cause)!r:.200}; {reason}). "
         "Pass a whole audio file in a known format, such as WAV, FLAC, Ogg, MP3 or, with PyAV, M4A"
     ) from failure
 
@@ -374,7 +374,7 @@ def _frame_samples(first: Any, rest: Iterable[Any]) -> Iterator[Float[np.ndarray
             yield converted.to_ndarray().T
 
 
-def _announced_seconds(container: Any, stream: Any) -> float | None:
+def _stated_seconds(container: Any, stream: Any) -> float | None:
     """Return the length that the header of MP4, or of Matroska with one stream, states; others estimate: None."""
     if container.format.name.startswith("mov,") and stream.duration:
         return float(stream.duration * stream.time_base)

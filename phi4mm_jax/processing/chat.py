@@ -95,8 +95,9 @@ def render_chat(
     (The vocabulary also has `<|tool_response|>`, but nothing published says where it goes; a raw prompt can use it.)
     Other keys of a message, such as "name" and "tool_call_id", are ignored, as the template ignores them.
 
-    Raises InputError, naming the message and the key, for whatever does not fit the above, and if the parts without
-    media of their own are not as many as the media given beside the messages.
+    Raises:
+        InputError: something does not fit the above; it names the message and the key. Or the parts without media of
+            their own are not as many as the media given beside the messages.
     """
     if continue_final_message:
         _check_continued(messages)

@@ -144,14 +144,9 @@ def _opened(source: ImageSource, use: Callable[[Image.Image], Result]) -> Result
         raise InputError(f"the image cannot be decoded ({error!r:.200}); {remedy}") from error
 
 
-@functools.cache
-def _initialised() -> None:
-    Image.init()
-
-
 def _formats() -> list[str]:
     """Return the allowed formats that this Pillow reads."""
-    _initialised()
+    Image.init()  # registers all of them, once
     return [name for name in FORMATS if name in Image.OPEN]
 
 
@@ -275,7 +270,7 @@ def choose_grid(width: int, height: int, dynamic_hd: int = MAX_CROPS, crop_size:
 
 @functools.cache
 def _grids(max_crops: int) -> list[tuple[int, int]]:
-    """All grids of up to so many crops, by their number."""
+    """Return all grids of up to so many crops, by their number."""
     return sorted(
         ((i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops // i + 1)),
         key=lambda grid: grid[0] * grid[1],

@@ -5,7 +5,7 @@ Whatever seems to hold a medium and is not taken is refused: it would be lost.
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
@@ -46,31 +46,10 @@ def parse_part(where: str, part: Any, crop_size: int) -> Iterator[str | tuple[Ki
         _check_keys(where, given, _TEXTS[kind])
         yield string_at(where, part, _TEXTS[kind])
     elif kind in _URLS:
-        key = "image_url" if kind == "input_image" else kind
-        inner = given.get(key)
-        beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
-        known = _PART_SETTINGS[_URLS[kind]]
-        for at_key, found in ((where, given), (f"{where}.{key}", beside)):
-            _check_keys(at_key, found, key, "url", *known)
-        at, url = (f"{where}.{key}.url", string_at(f"{where}.{key}", inner, "url")) if isinstance(inner, Mapping) else (
-            f"{where}.{key}", string_at(where, part, key)
-        )  # fmt: skip
-        source = locate(at, url, _URLS[kind])
-        if _URLS[kind] == "video":
-            for frame in _frames(at, source, {**given, **beside}, crop_size):
-                yield "image", frame
-        elif _URLS[kind] == "image":
-            yield "image", _detailed(f"{where}.{key}", source, {**given, **beside})
-        else:
-            yield "audio", source
+        yield from _url_part(where, part, given, kind, crop_size)
     elif kind == "input_audio":
         _check_keys(where, given, kind)
-        inner = given.get(kind)
-        if not isinstance(inner, Mapping):
-            raise InputError(f'{where}.input_audio is {kind_of(part, kind)}: pass {{"data": base64, "format": "wav"}}')
-        _check_settings(f"{where}.input_audio", inner)
-        at, data = f"{where}.input_audio.data", string_at(f"{where}.input_audio", inner, "data")
-        yield "audio", locate(at, data, "audio") if data[:5].lower() == "data:" else decode_base64(at, data)
+        yield "audio", _input_audio(where, part)
     elif kind == "image_pil":
         _check_keys(where, given, kind)
         yield "image", _payload(where, {"image": given.get(kind, NEXT)}, "image")
@@ -85,12 +64,44 @@ def parse_part(where: str, part: Any, crop_size: int) -> Iterator[str | tuple[Ki
         payload = _payload(where, given, kind)
         if payload is NEXT:
             raise InputError(f"{where}.video is {kind_of(part, kind)}: pass a path, a file's bytes or a list of images")
-        for frame in _frames(f"{where}.video", payload, given, crop_size):
-            yield "image", frame
+        yield from _frames(f"{where}.video", payload, given, crop_size)
     else:
         raise InputError(
             f"{where}.type is {part.get('type')!r:.60}: it must be text, image_url, input_audio, image, audio or video"
         )
+
+
+def _url_part(
+    where: str, part: Mapping[str, Any], given: Mapping[str, Any], kind: str, crop_size: int
+) -> Iterator[tuple[Kind, Any]]:
+    """Yield the media at a URL: a string, or in an object with settings beside it."""
+    key, medium = "image_url" if kind == "input_image" else kind, _URLS[kind]
+    at, inner, known = f"{where}.{key}", given.get(key), ("url", *_PART_SETTINGS[medium])
+    _check_keys(where, given, key, *known)
+    if isinstance(inner, Mapping):
+        beside = {str(k): v for k, v in inner.items() if v is not None}
+        _check_keys(at, beside, key, *known)
+        given, at_url, url = {**given, **beside}, f"{at}.url", string_at(at, inner, "url")
+    else:
+        at_url, url = at, string_at(where, part, key)
+    source = locate(at_url, url, medium)
+    if medium == "video":
+        yield from _frames(at_url, source, given, crop_size)
+    elif medium == "image":
+        yield "image", _detailed(at, source, given)
+    else:
+        yield "audio", source
+
+
+def _input_audio(where: str, part: Mapping[str, Any]) -> Any:
+    inner, at = part.get("input_audio"), f"{where}.input_audio"
+    if not isinstance(inner, Mapping):
+        found = kind_of(part, "input_audio")
+        raise InputError(f'{at} is {found}: pass {{"data": base64, "format": "wav"}}')
+    _check_settings(at, inner)
+    data = string_at(at, inner, "data")
+    is_url = data[:5].lower() == "data:"
+    return locate(f"{at}.data", data, "audio") if is_url else decode_base64(f"{at}.data", data)
 
 
 def _check_settings(where: str, given: Mapping[str, Any], *known: str) -> None:
@@ -161,7 +172,10 @@ def _payload(where: str, given: Mapping[str, Any], kind: str) -> Any:
     return source if source is NEXT else locate(at, source, kind)
 
 
-def _frames(where: str, source: Any, given: Mapping[str, Any], crop_size: int) -> list[Frame]:
+def _frames(
+    where: str, source: Any, given: Mapping[str, Any], crop_size: int
+) -> Iterator[tuple[Literal["image"], Frame]]:
+    """Yield the frames of a video, as images."""
     max_crops = given.get("max_crops")
     if max_crops is not None:
         check_max_crops(f"{where.removesuffix('.video')}.max_crops", max_crops)
@@ -169,7 +183,8 @@ def _frames(where: str, source: Any, given: Mapping[str, Any], crop_size: int) -
         frames = video_frames(source, given.get("frames", MAX_FRAMES), max_crops, crop_size)
     except InputError as error:
         raise MediaError(f"{where}: {error}") from error
-    return [Frame(image, max_crops or crops_per_frame(len(frames))) for image in frames]
+    for image in frames:
+        yield "image", Frame(image, max_crops or crops_per_frame(len(frames)))
 
 
 # Keys that seem to hold a medium.

@@ -65,9 +65,12 @@ def parse_raw(
 
     `<|image_1|>`, `<|image_2|>`, ... (or, unnumbered, `<|image|>` or `<|endoftext10|>`) take the images in order of
     appearance; `<|audio_1|>`, ..., `<|audio|>`, `<|endoftext11|>` the clips. White space around them is kept, unless a
-    special token next to it swallows it. Raises InputError if a kind's placeholders are not numbered 1, 2, ... in order
-    of appearance (the original ignores the numbers: in another order a prompt would show another image than it says),
-    if numbered and unnumbered ones are mixed, if they are not as many as the media, or if the prompt is empty.
+    special token next to it swallows it.
+
+    Raises:
+        InputError: a kind's placeholders are not numbered 1, 2, ... in order of appearance (the original ignores the
+            numbers: in another order a prompt would show another image than it says), numbered and unnumbered ones are
+            mixed, they are not as many as the media, or the prompt is empty.
     """
     given = {"image": given_media("image", images), "audio": given_media("audio", audios)}
     check_raw(prompt, {"image": len(given["image"]), "audio": len(given["audio"])})

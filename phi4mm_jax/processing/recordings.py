@@ -182,9 +182,9 @@ class _Cutter:
             recorded = (np.square(rest) >= _DIGITAL).any()
             stop = self._recorded_stop(self._begin, stop) if recorded else self._stop(self._begin, len(self._power))
         if stop < len(self._samples):
-            yield self._drop(stop, end)
+            yield self._cut_clip(stop, end)
         if len(self._samples) > self._given:
-            yield self._drop(len(self._samples), end)
+            yield self._cut_clip(len(self._samples), end)
 
     def _take(self, samples: Float[np.ndarray, " S"]) -> None:
         self._samples = np.concatenate([self._samples, samples])
@@ -202,15 +202,15 @@ class _Cutter:
             self._look()
             if self._begin is None:
                 if self._seen >= self._max_frames:
-                    yield self._drop((self._seen - _WINDOW - self._lead) * self._frame)
+                    yield self._cut_clip((self._seen - _WINDOW - self._lead) * self._frame)
             elif (start := self._start(self._begin)) > self._given:  # silence before it is a clip of its own
-                yield self._drop(start)
+                yield self._cut_clip(start)
             elif self._seen - self._end >= self._pause:
                 stop = min(self._end + self._tail, self._seen)
-                yield self._drop(self._stop(self._begin, stop), self._end)
+                yield self._cut_clip(self._stop(self._begin, stop), self._end)
             elif self._seen >= self._max_frames:
                 end, at = self._best_cut(self._begin)
-                yield self._drop(at * self._frame, end)
+                yield self._cut_clip(at * self._frame, end)
 
     def _look(self) -> None:
         """Look at one more frame."""
@@ -288,8 +288,8 @@ class _Cutter:
         samples = max(int(begin) * self._frame, self._given), min(int(end) * self._frame, stop)
         return (self._first + samples[0]) / self._rate, (self._first + samples[1]) / self._rate
 
-    def _drop(self, stop: int, end: int | None = None) -> RecordedClip:
-        """Cut the clip of the samples before one.
+    def _cut_clip(self, stop: int, end: int | None = None) -> RecordedClip:
+        """Cut off the clip of the samples before `stop`.
 
         Args:
             end: frame at which speech ends; None for a clip without speech.

@@ -67,7 +67,8 @@ def _joined(pieces: Iterable[Any]) -> list[Any]:
 class Tokenizer:
     """Tokenizer of one checkpoint, made by `Tokenizer.from_folder`. It never changes: threads may share it.
 
-    `special_tokens`: id by content. `vocab_size`: the largest id of a token, plus one.
+    Attributes:
+        vocab_size: the largest id of a token, plus one.
     """
 
     def __init__(
@@ -149,6 +150,9 @@ class Tokenizer:
         """Split a raw prompt at its special tokens: plain text as strings, special tokens as ids, in order.
 
         White space is left for `encode_pieces` to swallow.
+
+        Raises:
+            InputError: the text is no string.
         """
         if not isinstance(text, str):
             raise InputError(f"text is {type(text).__name__}, not a string: pass a str")
@@ -180,8 +184,11 @@ class Tokenizer:
 
         Neighbouring texts are one text: tokens form across their boundary, and added tokens that structure no prompt
         are found in it, as transformers does. A special token swallows the white space of neighbouring text as its
-        flags say. Raises InputError for an id that is not a special token, and for a text that is not valid Unicode or
-        has a run of white space too long for the regular expression engine (over half a million).
+        flags say.
+
+        Raises:
+            InputError: an id is not a special token, or a text is not valid Unicode or has a run of white space too
+                long for the regular expression engine (over half a million).
         """
         if self._added:
             pieces = self._split_by(self._added, _joined(pieces))
@@ -238,8 +245,10 @@ class Tokenizer:
         """Return the bytes of `ids`, which may end within a character.
 
         `skip_special` leaves out the tokens that the tokenizer's file marks as special; other added tokens stay. The
-        model's vocabulary is padded: an id that has a row in the embedding but no token is empty. Raises InputError for
-        an id beyond both, negative or not an integer.
+        model's vocabulary is padded: an id that has a row in the embedding but no token is empty.
+
+        Raises:
+            InputError: an id is beyond both, negative or not an integer.
         """
         chunks = []
         for id_ in ids:
