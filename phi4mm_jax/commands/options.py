@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 from phi4mm_jax.adapters import ADAPTERS, adapter_choices
@@ -25,6 +25,25 @@ def add_adapter_folder(parser: argparse.ArgumentParser, adapters_from: bool = Tr
     )  # fmt: skip
     if adapters_from:
         add_adapters_from(parser)
+
+
+def add_adapters_from(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --adapters-from."""
+    parser.add_argument(
+        "--adapters-from", choices=("folders", "shards"),
+        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora, "
+        "speech-lora ... where these differ from the shards",
+    )  # fmt: skip
+
+
+def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
+
+    Raises:
+        InputError: one is not NAME=FOLDER, or a name is there twice.
+    """
+    expected = " or ".join(f"{name}=FOLDER" for name in ADAPTERS)
+    return _folders_by_name("--adapter-folder", arguments.adapter_folder, expected, ADAPTERS)
 
 
 class _AdapterAction(argparse.Action):
@@ -53,6 +72,28 @@ def add_adapter(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
 
 
+def adapter_of(arguments: argparse.Namespace, *, use_given: bool = False) -> str | None:
+    """Return the adapter that --adapter asks for; None: that of the media.
+
+    Args:
+        use_given: the only one that is loaded is asked for, where no other is named.
+
+    Raises:
+        InputError: there is no such adapter, or several are loaded and none is asked for.
+    """
+    users, asked = user_adapters_of(arguments), arguments.adapter
+    if asked is None:
+        if use_given and len(users) > 1:
+            first = next(iter(users))
+            raise InputError(f"--adapter loads {', '.join(users)}; say which one answers, such as --adapter {first}")
+        return next(iter(users), None) if use_given else None
+    builtin, beside, name = asked.rpartition("+")
+    if asked not in adapter_choices() and (name not in users or (beside and builtin not in adapter_choices())):
+        names = ", ".join((*adapter_choices(), *users))
+        raise InputError(f"--adapter is {asked!r:.60}; expected one of {names}, or NAME=FOLDER")
+    return asked
+
+
 def add_user_adapters(parser: argparse.ArgumentParser) -> None:
     """Give a server the options of users' adapters, which `user_adapters_of` and `adapter_places` read."""
     parser.add_argument(
@@ -76,38 +117,23 @@ def user_adapters_of(arguments: argparse.Namespace) -> dict[str, str]:
     """
     from phi4mm_jax.engine.user_adapters import check_name
 
-    folders: dict[str, str] = {}
-    for given in arguments.user_adapter:
-        name, equals, folder = given.partition("=")
-        if not equals or not folder:
-            raise InputError(f"--adapter is {given!r:.200}; expected NAME=FOLDER")
+    folders = _folders_by_name("--adapter", arguments.user_adapter, "NAME=FOLDER")
+    for name in folders:
         check_name(name)
-        if name in folders:
-            raise InputError(f"--adapter has {name} twice: {folders[name]} and {folder}; give it once")
-        folders[name] = folder
     return folders
 
 
-def adapter_of(arguments: argparse.Namespace, *, use_given: bool = False) -> str | None:
-    """Return the adapter that --adapter asks for; None: that of the media.
-
-    Args:
-        use_given: the only one that is loaded is asked for, where no other is named.
-
-    Raises:
-        InputError: there is no such adapter, or several are loaded and none is asked for.
-    """
-    users, asked = user_adapters_of(arguments), arguments.adapter
-    if asked is None:
-        if use_given and len(users) > 1:
-            first = next(iter(users))
-            raise InputError(f"--adapter loads {', '.join(users)}; say which one answers, such as --adapter {first}")
-        return next(iter(users), None) if use_given else None
-    builtin, beside, name = asked.rpartition("+")
-    if asked not in adapter_choices() and (name not in users or (beside and builtin not in adapter_choices())):
-        names = ", ".join((*adapter_choices(), *users))
-        raise InputError(f"--adapter is {asked!r:.60}; expected one of {names}, or NAME=FOLDER")
-    return asked
+def _folders_by_name(option: str, given: Sequence[str], expected: str, names: Collection[str] = ()) -> dict[str, str]:
+    """Return what an option gives as NAME=FOLDER; errors show what is `expected`. By default any name is taken."""
+    folders: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not folder or (names and name not in names):
+            raise InputError(f"{option} is {text!r:.200}; expected {expected}")
+        if name in folders:
+            raise InputError(f"{option} has {name} twice: {folders[name]} and {folder}; give it once")
+        folders[name] = folder
+    return folders
 
 
 def user_adapter_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,6 +153,22 @@ def user_adapter_sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"max_adapters": len(users), "max_adapter_rank": rank}
 
 
+def user_adapter_digests(arguments: argparse.Namespace) -> dict[str, str] | None:
+    """Return the fingerprint of each adapter that --adapter loads, by name; None where it loads none.
+
+    Raises:
+        CheckpointError: there is no such folder, or no adapter in it.
+    """
+    from phi4mm_jax.checkpoint.peft import user_adapter_folder
+    from phi4mm_jax.utils.fingerprint import folder_fingerprint
+
+    found: dict[str, str] = {}
+    for name, folder in sorted(user_adapters_of(arguments).items()):
+        place, replaces = user_adapter_folder(folder)
+        found[name] = folder_fingerprint(place) + (f" in place of {replaces}" if replaces else "")
+    return found or None
+
+
 def adapter_places(arguments: argparse.Namespace) -> dict[str, int]:
     """Return the sizes of `EngineConfig` for a server's users' adapters.
 
@@ -138,15 +180,6 @@ def adapter_places(arguments: argparse.Namespace) -> dict[str, int]:
     if count > places:
         raise InputError(f"--max-adapters is {places}, but {count} are given by --adapter; expected at least that")
     return {"max_adapters": places, "max_adapter_rank": arguments.max_adapter_rank}
-
-
-def add_adapters_from(parser: argparse.ArgumentParser) -> None:
-    """Give a program the option --adapters-from."""
-    parser.add_argument(
-        "--adapters-from", choices=("folders", "shards"),
-        help="of a checkpoint in the original layout, which has its adapters twice: by default from vision-lora, "
-        "speech-lora ... where these differ from the shards",
-    )  # fmt: skip
 
 
 def add_layout(parser: argparse.ArgumentParser, adapters: str) -> None:
@@ -180,10 +213,37 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def mesh_of(arguments: argparse.Namespace) -> Any:
+    """Return the mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
+
+    Raises:
+        InputError: --mesh is not one that inference can use with this model here.
+    """
+    from phi4mm_jax.checkpoint.hub import local_folder
+    from phi4mm_jax.config import Phi4MMConfig
+    from phi4mm_jax.mesh import inference_mesh
+
+    config = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
+    with named_options(arguments):
+        mesh = inference_mesh(arguments.mesh, config)
+    if mesh is not None:
+        axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        print(f"on {mesh.size} devices, mesh {axes}", file=sys.stderr)
+    return mesh
+
+
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """Give a program the options --dtype and --weights, which `load_model` reads."""
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Give a program the option --weights, which `load_model` reads."""
+    parser.add_argument(
+        "--weights", choices=get_args(Weights),
+        help="quantise the linear maps, to a half or a quarter of bfloat16's bytes; by default they are as stored",
+    )  # fmt: skip
 
 
 def add_draft(parser: argparse.ArgumentParser) -> None:
@@ -224,51 +284,6 @@ def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Give a program the option --weights, which `load_model` reads."""
-    parser.add_argument(
-        "--weights", choices=get_args(Weights),
-        help="quantise the linear maps, to a half or a quarter of bfloat16's bytes; by default they are as stored",
-    )  # fmt: skip
-
-
-def mesh_of(arguments: argparse.Namespace) -> Any:
-    """Return the mesh for the program's model, as `phi4mm_jax.load` takes it; says which on standard error.
-
-    Raises:
-        InputError: --mesh is not one that inference can use with this model here.
-    """
-    from phi4mm_jax.checkpoint.hub import local_folder
-    from phi4mm_jax.config import Phi4MMConfig
-    from phi4mm_jax.mesh import inference_mesh
-
-    config = Phi4MMConfig.from_folder(local_folder(arguments.model)).decoder
-    with named_options(arguments):
-        mesh = inference_mesh(arguments.mesh, config)
-    if mesh is not None:
-        axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-        print(f"on {mesh.size} devices, mesh {axes}", file=sys.stderr)
-    return mesh
-
-
-def adapter_folders_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the adapters that --adapter-folder names, as `phi4mm_jax.load` takes them.
-
-    Raises:
-        InputError: one is not NAME=FOLDER, or a name is there twice.
-    """
-    folders: dict[str, str] = {}
-    for given in arguments.adapter_folder:
-        name, equals, folder = given.partition("=")
-        if not equals or not folder or name not in ADAPTERS:
-            expected = " or ".join(f"{name}=FOLDER" for name in ADAPTERS)
-            raise InputError(f"--adapter-folder is {given!r:.200}; expected {expected}")
-        if name in folders:
-            raise InputError(f"--adapter-folder has {name} twice: {folders[name]} and {folder}; give it once")
-        folders[name] = folder
-    return folders
-
-
 def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that a batch's answers depend on besides its lines.
 
@@ -285,22 +300,6 @@ def answer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.model, adapter_folders_of(arguments), quantized=arguments.weights,
         user_adapters=user_adapter_digests(arguments), **{name: getattr(arguments, name) for name in names},
     )  # fmt: skip
-
-
-def user_adapter_digests(arguments: argparse.Namespace) -> dict[str, str] | None:
-    """Return the fingerprint of each adapter that --adapter loads, by name; None where it loads none.
-
-    Raises:
-        CheckpointError: there is no such folder, or no adapter in it.
-    """
-    from phi4mm_jax.checkpoint.peft import user_adapter_folder
-    from phi4mm_jax.utils.fingerprint import folder_fingerprint
-
-    found: dict[str, str] = {}
-    for name, folder in sorted(user_adapters_of(arguments).items()):
-        place, replaces = user_adapter_folder(folder)
-        found[name] = folder_fingerprint(place) + (f" in place of {replaces}" if replaces else "")
-    return found or None
 
 
 def load_model(arguments: argparse.Namespace, *, notice: bool = False, **options: Any) -> Any:

@@ -184,7 +184,7 @@ class _OpenBatch:
 
     @property
     def _is_full(self) -> bool:
-        """Whether no sample can be added any more."""
+        """True once no sample can be added any more."""
         bins = [bin_ for host in self.bins for bin_ in host]
         if self.planner.config.pack:
             return all(_tokens(bin_) == self.length for bin_ in bins)

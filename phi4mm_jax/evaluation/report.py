@@ -106,9 +106,10 @@ class Measure:
 
     def counts(self, metric: Metric, items: Sequence[Item], answers: Sequence[Answer]) -> np.ndarray:
         """Return each item's contribution to the metric's sums."""
-        return counts_of(metric, [item.references for item in items], list(map(self._said, answers)), self._normalize)
+        return counts_of(metric, [item.references for item in items], list(map(self._text, answers)), self._normalize)
 
-    def _said(self, answer: Answer) -> str | None:
+    def _text(self, answer: Answer) -> str | None:
+        """Return the part of an answer that is measured."""
         if self.task == "ast" and answer.text is not None:
             return answer.text.rpartition(_SEPARATOR)[2]
         return answer.text

@@ -65,7 +65,7 @@ class EvaluationConfig:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a higher value of the metric is better."""
+        """True for a metric of which a higher value is better."""
         return self.metric in ("bleu", "exact")
 
 

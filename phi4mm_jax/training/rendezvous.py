@@ -32,7 +32,7 @@ _REMEDY = "start the same command on all of them, and check that each reaches th
 
 
 class Meeting(NamedTuple):
-    """Where the hosts of a run meet, how many they are, and which one this is."""
+    """Address at which the hosts of a run meet, their number, and that of this one."""
 
     address: str
     num_processes: int

@@ -43,7 +43,7 @@ class Segment:
 
     @classmethod
     def of(cls, start: float, end: float, completion: Completion) -> "Segment":
-        """A segment with the answer that a clip got."""
+        """Return a segment with the answer that a clip got."""
         return cls(
             start, end, completion.text.strip(), completion.tokens, completion.log_probabilities,
             completion.finish_reason == "length",
@@ -85,7 +85,7 @@ def srt(segments: Sequence[Segment]) -> str:
     """Return segments as SubRip has them."""
     blocks = [
         f"{i}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_cue(segment).replace('-->', '->')}\n"
-        for i, segment in enumerate(_told(segments), 1)
+        for i, segment in enumerate(_with_text(segments), 1)
     ]
     return "\n".join(blocks)
 
@@ -94,7 +94,7 @@ def vtt(segments: Sequence[Segment]) -> str:
     """Return segments as WebVTT has them."""
     escape = {ord("&"): "&amp;", ord("<"): "&lt;", ord(">"): "&gt;"}
     blocks = [
-        f"{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{_cue(s).translate(escape)}\n" for s in _told(segments)
+        f"{_clock(s.start, '.')} --> {_clock(s.end, '.')}\n{_cue(s).translate(escape)}\n" for s in _with_text(segments)
     ]
     return "\n".join(["WEBVTT\n", *blocks])
 
@@ -116,13 +116,13 @@ def verbose(
                 "tokens": list(segment.tokens), "temperature": temperature, "avg_logprob": segment.avg_logprob,
                 "compression_ratio": _compression(segment.text), "no_speech_prob": None,
             }
-            for i, segment in enumerate(_told(segments))
+            for i, segment in enumerate(_with_text(segments))
         ],
     }  # fmt: skip
 
 
-def _told(segments: Sequence[Segment]) -> list[Segment]:
-    """Leave out segments without text."""
+def _with_text(segments: Sequence[Segment]) -> list[Segment]:
+    """Return the segments that have text."""
     return [segment for segment in segments if segment.text]
 
 

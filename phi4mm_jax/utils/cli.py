@@ -260,7 +260,7 @@ def _with_extra(extra: str) -> str:
 
 @contextmanager
 def named_options(arguments: argparse.Namespace) -> Iterator[None]:
-    """Name the option that a setting came from in errors about it: "--top-p is 2", not "top_p is 2"."""
+    """Name the option in errors about the setting that it gave: "--top-p is 2", not "top_p is 2"."""
     try:
         yield
     except InputError as error:
@@ -332,7 +332,7 @@ def _not_installed(name: str) -> str | None:
 
 
 def _backend_error() -> str | None:
-    """Return why jax computes on nothing here; None if it does, or was not imported."""
+    """Return why jax has no device to compute on; None if it has, or was not imported."""
     if "jax" not in sys.modules:
         return None
     import jax

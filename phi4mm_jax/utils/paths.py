@@ -41,7 +41,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
 
 
 def path_argument(given: str) -> Path:
-    """`local_path` as the type of a program's argument."""
+    """Return `local_path` of a program's argument, as its type."""
     try:
         return local_path(given)
     except InputError as error:

@@ -112,17 +112,17 @@ def seconds_bar(description: str, total: float | None) -> Iterator[Callable[[flo
     Yields:
         A function to call with the seconds that were done.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}")
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, told="")
+        task = progress.add_task(description, total=total, status="")
         start, done = time.monotonic(), 0.0
 
         def advance(seconds: float) -> None:
             nonlocal done
             done += seconds
-            told = clock(done) if total is None else f"{clock(done)}/{clock(total)}"
+            position = clock(done) if total is None else f"{clock(done)}/{clock(total)}"
             speed = done / max(time.monotonic() - start, 1e-9)
-            progress.update(task, advance=seconds, told=f"{told} {speed:.1f}x")
+            progress.update(task, advance=seconds, status=f"{position} {speed:.1f}x")
 
         yield advance
 
@@ -140,14 +140,14 @@ def step_bar(total: int, done: int) -> Iterator[Callable[[int, Mapping[str, floa
     Yields:
         A function to call with the number of a step and its metrics.
     """
-    columns = TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
+    columns = TextColumn("Training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, completed=done, told="")
+        task = progress.add_task("", total=total, completed=done, status="")
 
         def advance(step: int, values: Mapping[str, float]) -> None:
-            told = [f"loss {values['loss']:.4f}"]
-            told += [f"{values['tokens_per_second']:,.0f} tokens/s"] if values.get("tokens_per_second") else []
-            told += [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
-            progress.update(task, completed=step, told=", ".join(told))
+            status = [f"loss {values['loss']:.4f}"]
+            status += [f"{values['tokens_per_second']:,.0f} tokens/s"] if values.get("tokens_per_second") else []
+            status += [f"MFU {values['mfu']:.1%}"] if "mfu" in values else []
+            progress.update(task, completed=step, status=", ".join(status))
 
         yield advance
