@@ -14,10 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.paths import RELEASE, TINY
 from phi4mm_jax.utils.paths import path_argument
-
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-RELEASE = FIXTURES / "ms_release_config.json"
 
 
 def main() -> int:
@@ -32,7 +30,7 @@ def main() -> int:
         parser.error(f"{work} exists already")
     work.mkdir(parents=True)
     original, copied, converted, back = (str(work / name) for name in ("original", "copy", "orbax", "back"))
-    processor = str(FIXTURES / "ms_tiny")  # smaller than the release's; conversion only copies it
+    processor = str(TINY)  # smaller than the release's; conversion only copies it
     python = [sys.executable, "-m"]
     write = "from phi4mm_jax.checkpoint.random import write_random_checkpoint as w; import sys; w(*sys.argv[1:])"
     steps = {

@@ -17,16 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.machine import processor
-from benchmarks.vs_transformers import (
-    STEPS,
-    Timed,
-    decoding,
-    endless,
-    random_row,
-    small_checkpoint,
-    timed,
-    wide_checkpoint,
-)
+from benchmarks.models import STEPS, Timed, decoding, endless, random_row, small_checkpoint, timed, wide_checkpoint
 from phi4mm_jax import Model, load
 from phi4mm_jax.batch import ImageStack
 from phi4mm_jax.engine import EngineConfig, Request

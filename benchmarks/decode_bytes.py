@@ -11,20 +11,19 @@ Needs libtpu (`pip install '.[tpu]'`), and no TPU.
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.paths import release_config
 from benchmarks.serving import APPEND, PAGE, Serving, compile_serving, mesh_of
 from phi4mm_jax.checkpoint.tensor_types import parameter_bytes
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import KVCache, Phi4MM
 from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import CHIPS, cost, float_copies
 
-RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 
 
@@ -39,7 +38,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="of a row, in tokens")
     parser.add_argument("--devices", type=int, default=1, help="chips that share the heads (default: %(default)s)")
     arguments = parser.parse_args()
-    config = Phi4MMConfig.from_dict(read_json(RELEASE))
+    config = release_config()
     print(
         "| weights | chip | whole model, GB | decoder | temporaries | copies | tokens of cache that fit "
         "| read a step, GB | of it the cache | sent | ceiling, tokens/s | estimated, ms a step |"

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
-from phi4mm_jax.config import Phi4MMConfig, read_json, with_layers
+from benchmarks.paths import TINY, release_config
+from phi4mm_jax.config import Phi4MMConfig, with_layers
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.engine.sampling import Sampling, SamplingRows
 from phi4mm_jax.engine.step_io import DecodeInputs
@@ -29,7 +29,6 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.processing.processor import Processor
 
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 _STEPS = 8  # of a round
 
 
@@ -47,8 +46,8 @@ def main() -> int:
 
 def random_model(layers: int) -> phi4mm_jax.Model:
     """Full width, few layers, and the small vocabulary of the tests: the head would hide what the rest takes."""
-    release = with_layers(Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json")), layers, layers, 1)
-    tiny = Phi4MMConfig.from_folder(FIXTURES / "ms_tiny")
+    release = with_layers(release_config(), layers, layers, 1)
+    tiny = Phi4MMConfig.from_folder(TINY)
     names = "image_token_id", "audio_token_id", "pad_token_id", "stop_token_ids"
     decoder = dataclasses.replace(release.decoder, vocab_size=tiny.decoder.vocab_size)
     config = dataclasses.replace(release, decoder=decoder, **{name: getattr(tiny, name) for name in names})
@@ -59,7 +58,7 @@ def random_model(layers: int) -> phi4mm_jax.Model:
         return jnp.asarray(0.02 * random.standard_normal(x.shape, np.float32))
 
     variables = jax.tree.map(draw, nn.unbox(abstract_variables(module)))
-    return phi4mm_jax.Model(module, variables, Processor.from_folder(FIXTURES / "ms_tiny", config))
+    return phi4mm_jax.Model(module, variables, Processor.from_folder(TINY, config))
 
 
 def steps(model: phi4mm_jax.Model, rounds: int) -> Table:

@@ -16,24 +16,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
 from benchmarks.machine import processor
+from benchmarks.paths import HELD, SMALL_MODEL
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Request, Sampling
 from phi4mm_jax.evaluation.items import read_items
 
-ROOT = Path(__file__).parent.parent
-HELD = ROOT / "tests" / "fixtures" / "held"
 WORDS = ["apple", "bank", "bell", "bird", "boat", "book", "bread", "brick", "cake", "candle", "cat", "chair", "clock"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drafts", description="Decoding with drafts.")
-    parser.add_argument("--model", metavar="PATH", default=str(ROOT / "assets" / "tiny"))
+    parser.add_argument("--model", metavar="PATH", default=str(SMALL_MODEL))
     parser.add_argument("--slots", metavar="N", type=int, nargs="+", default=[1, 8], help="a table's rows for each")
     parser.add_argument("--draft-tokens", metavar="N", type=int, default=5)
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="after a first one; the median counts")

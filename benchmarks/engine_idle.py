@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import processor
+from benchmarks.paths import ROOT, SMALL_MODEL
 
-ROOT = Path(__file__).parent.parent
 CODE = """
 import copy, dataclasses, json, queue, sys, threading, time
 import jax, numpy as np
@@ -104,7 +104,7 @@ for line in sys.stdin:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_idle", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="another checkout, to compare with")
-    parser.add_argument("--model", metavar="PATH", type=Path, default=ROOT / "assets" / "tiny")
+    parser.add_argument("--model", metavar="PATH", type=Path, default=SMALL_MODEL)
     parser.add_argument("--layers", metavar="N", type=int, help="instead: random weights of full width, and few layers")
     parser.add_argument("--slots", metavar="N", type=int, default=8)
     parser.add_argument("--tokens", metavar="N", type=int, default=256, help="of each answer")

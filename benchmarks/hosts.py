@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from benchmarks.paths import SMALL_MODEL
 from phi4mm_jax.testing.host_runs import (
-    ROOT,
     free_port,
     host_options,
     outcomes,
@@ -71,7 +71,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hosts-") as name:
         folder = Path(name)
-        recipe = write_recipe(folder, ROOT / "assets/tiny", steps=STEPS)
+        recipe = write_recipe(folder, SMALL_MODEL, steps=STEPS)
         expected = None
         if arguments.kills or arguments.stops or arguments.slow:
             check_ends(train(recipe, folder / "alone"), [0, 0])

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.paths import ROOT
+
 CASES = [(64, 0), (64, 1920), (512, 0), (512, 448), (2048, 0), (2048, 2048)]  # new tokens, and those in the cache
 CODE = """
 import sys, time

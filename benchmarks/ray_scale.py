@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import processor
+from benchmarks.paths import HELD, ROOT, SMALL_MODEL
 from phi4mm_jax.testing.ray_runs import answers_in, engine_processes
 
-ROOT = Path(__file__).parents[1]
-MODEL, HELD = ROOT / "assets/tiny", ROOT / "tests/fixtures/held"
 TOKENS, CACHE = 8, 4096
 COMMON = ("--max-new-tokens", f"{TOKENS}", "--cache-tokens", f"{CACHE}", "--dtype", "float32", "--cluster", "local")
 
@@ -109,7 +108,7 @@ def measure(folder: Path, engines: int) -> int:
     ends: list[tuple[float, int]] = []
     run.answer(
         inputs, inputs.keys == inputs.keys, parts, run.Engines(engines, "CPU", 1), form="plain", settings=settings,
-        options={"model": str(MODEL), "dtype": "float32", "engine": {"cache_tokens": CACHE}},
+        options={"model": str(SMALL_MODEL), "dtype": "float32", "engine": {"cache_tokens": CACHE}},
         advance=lambda _, tokens: ends.append((time.monotonic(), tokens)),
     )  # fmt: skip
     ends = ends[len(ends) // 5 :]
@@ -122,8 +121,8 @@ def run_with_kills(folder: Path, progress: Progress, worker_seconds: float, driv
     draw = random.Random(progress.engines + progress.runs)
     while not progress.ended:
         run = subprocess.Popen(
-            [sys.executable, "-m", "infer.ray", "--model", str(MODEL), "--input", f"{folder}/in/*.jsonl", "--output",
-             f"{folder}/killed", "--engines", "2", "--slots", "2", "--write-seconds", "0", *COMMON],
+            [sys.executable, "-m", "infer.ray", "--model", str(SMALL_MODEL), "--input", f"{folder}/in/*.jsonl",
+             "--output", f"{folder}/killed", "--engines", "2", "--slots", "2", "--write-seconds", "0", *COMMON],
             cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL, stderr=(folder / "run.log").open("a"),
         )  # fmt: skip
         before = len(answers_in(folder / "killed"))

@@ -36,10 +36,10 @@ import numpy as np
 
 import phi4mm_jax
 from benchmarks.machine import processor
+from benchmarks.paths import HELD, ROOT, SMALL_MODEL
 from phi4mm_jax.engine import Engine, EngineConfig, Request
 from phi4mm_jax.evaluation.items import read_items
 
-ROOT = Path(__file__).parent.parent
 TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".ogg": "audio/ogg", ".wav": "audio/wav", ".flac": "audio/flac"}
 ADAPTERS, RANK = ("one", "two"), 16  # names of the adapters beside the model's own, and room for their ranks
 TURNS = 2  # of the engine alone and the server
@@ -68,9 +68,9 @@ class Counts:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving_load", description=__doc__)
-    parser.add_argument("--model", default=str(ROOT / "assets" / "tiny"), help="a checkpoint's folder")
+    parser.add_argument("--model", default=str(SMALL_MODEL), help="a checkpoint's folder")
     parser.add_argument("--items", type=Path, nargs="+", help="manifests of questions",
-                        default=sorted((ROOT / "tests" / "fixtures" / "held").glob("*.jsonl")))  # fmt: skip
+                        default=sorted(HELD.glob("*.jsonl")))  # fmt: skip
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=8)

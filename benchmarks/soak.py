@@ -9,17 +9,15 @@ import argparse
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
 import phi4mm_jax
+from benchmarks.paths import TINY
 from phi4mm_jax.testing.soak import Soak
 from phi4mm_jax.utils.progress import progress_bar
-
-TINY = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_tiny"
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.paths import ROOT, SMALL_MODEL
+
 CODE = """
 import time
 start = time.perf_counter()
@@ -52,7 +53,7 @@ assert at == {size}
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
-    parser.add_argument("--model", default=str(ROOT / "assets" / "tiny"), help="a checkpoint's folder")
+    parser.add_argument("--model", default=str(SMALL_MODEL), help="a checkpoint's folder")
     parser.add_argument("--checkpoint", metavar="FOLDER", type=Path, help="time its loading beside plain reading")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="of which the median is printed")
     arguments = parser.parse_args()

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import serving
-from phi4mm_jax.config import Phi4MMConfig, read_json
+from benchmarks.paths import release_config
+from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.testing.compiled import CHIPS, Chip, Cost, cost
 from phi4mm_jax.testing.recipe_steps import ANY, compile_recipe, settled_recipes, shape_of, topology_of, work_of
@@ -27,8 +28,6 @@ from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.utils.paths import path_argument
 from train.dpo import DPO
 from train.sft import SFT
-
-RELEASE = Path(__file__).parent.parent / "tests" / "fixtures" / "ms_release_config.json"
 
 
 class Step(NamedTuple):
@@ -62,7 +61,7 @@ def main() -> int:
         parser.error("--topology and --chips are those of recipes: give --recipe, too")
     cases = arguments.case or ([] if arguments.recipe else [*CASES, *serving.CASES])
     training, engine = ([name for name in cases if name in of] for of in (CASES, serving.CASES))
-    config = Phi4MMConfig.from_dict(read_json(RELEASE))
+    config = release_config()
     steps = [
         *(case_step(name, config) for name in training),
         *(

@@ -42,7 +42,7 @@ def main() -> int:
     if arguments.side:
         print(json.dumps(measure(arguments.side, Path(arguments.checkpoint), arguments.small)))
         return 0
-    from benchmarks.vs_transformers import small_checkpoint, wide_checkpoint
+    from benchmarks.models import small_checkpoint, wide_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = (small_checkpoint if arguments.small else wide_checkpoint)(folder)

@@ -14,11 +14,7 @@ Needs `pip install '.[tests]'`.
 """
 
 import argparse
-import dataclasses
-import json
-import lzma
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -36,9 +32,9 @@ from transformers import DynamicCache, Phi4MultimodalFeatureExtractor, PreTraine
 import phi4mm_jax
 from benchmarks.bare_products import LinearMap, recorded
 from benchmarks.machine import processor
+from benchmarks.models import STEPS, Timed, decoding, endless, random_row, small_checkpoint, timed, wide_checkpoint
+from benchmarks.paths import ROOT
 from phi4mm_jax.batch import ImageStack
-from phi4mm_jax.checkpoint.random import write_random_checkpoint
-from phi4mm_jax.config import RELEASE_TOWER
 from phi4mm_jax.engine import EngineConfig, Request
 from phi4mm_jax.processing.audio_features import log_mel, num_audio_tokens
 from phi4mm_jax.processing.batching import Row
@@ -46,12 +42,8 @@ from phi4mm_jax.processing.images import choose_grid, load_image, preprocess_ima
 from phi4mm_jax.processing.prompt import Media
 from tests.helpers import torch_native
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures"
 IMAGE, AUDIO = "<|endoftext10|>", "<|endoftext11|>"  # their placeholders, as transformers' users repeat them
 RATE = 16000
-STEPS = 8  # tokens decoded at once
-Timed = Callable[[], float]  # seconds of one call
 
 
 class Sizes(NamedTuple):
@@ -138,15 +130,6 @@ def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
     return best.pop(""), best
 
 
-def timed(function: Callable[[], Any]) -> Timed:
-    def call() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        return time.perf_counter() - start
-
-    return call
-
-
 def products_ratio(maps: Counter[LinearMap], rounds: int, seconds: float) -> float:
     """PyTorch's time for all of these products over XLA's."""
     ours = theirs = 0.0
@@ -187,45 +170,6 @@ def agree(name: str, ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     if not error < tolerance:
         raise SystemExit(f"{name}: both sides must give the same result, but differ by {error:.2g}")
-
-
-# --- the weights ---
-
-
-def wide_checkpoint(folder: str, whole_encoders: bool = False) -> Path:
-    """Random weights of the release's widths, two layers of each stack or of the decoder alone, the real vocabulary."""
-    config = json.loads((FIXTURES / "ms_release_config.json").read_text())
-    config["num_hidden_layers"] = 2
-    config["img_processor"] = {**RELEASE_TOWER}  # its last layer is not used
-    if not whole_encoders:
-        config["audio_processor"]["config"]["num_blocks"] = 2
-        config["img_processor"]["num_hidden_layers"] = 3
-    work = Path(folder)
-    (work / "config.json").write_text(json.dumps(config))
-    (work / "tokenizer.json").write_text(json.dumps(whole_tokenizer()))
-    (work / "tokenizer_config.json").write_text(json.dumps({"model_max_length": config["max_position_embeddings"]}))
-    shutil.copy(FIXTURES / "ms_tiny" / "preprocessor_config.json", work)
-    write_random_checkpoint(work / "config.json", work / "checkpoint", work, shard_bytes=1 << 30)
-    return work / "checkpoint"
-
-
-def whole_tokenizer() -> dict[str, Any]:
-    """tokenizer.json without gaps among its ids, which transformers would close by numbering special tokens anew."""
-    tokenizer = json.loads(lzma.decompress((FIXTURES / "o200k" / "tokenizer.json.xz").read_bytes()))
-    added = {token["id"]: token for token in tokenizer["added_tokens"]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    for number in set(range(len(tokenizer["model"]["vocab"]), max(added))) - set(added):
-        added[number] = {"id": number, "content": f"<|dummy_{number}|>", **flags}
-    return tokenizer | {"added_tokens": [added[number] for number in sorted(added)]}
-
-
-def small_checkpoint(folder: str) -> Path:
-    """The tests' own, with the rotary sets' boundary out of reach: transformers chooses one set for a whole batch."""
-    checkpoint = Path(shutil.copytree(FIXTURES / "ms_tiny", Path(folder) / "checkpoint"))
-    config = json.loads((checkpoint / "config.json").read_text())
-    config |= {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    return checkpoint
 
 
 class Sides:
@@ -496,41 +440,6 @@ class Sides:
 
     def random_row(self, length: int) -> Row:
         return random_row(self.random, length)
-
-
-# --- ours alone, which benchmarks.cpu_weights times as well ---
-
-
-def endless(model: phi4mm_jax.Model) -> phi4mm_jax.Model:
-    """Return a model whose answers no token stops."""
-    config = dataclasses.replace(model.config, stop_token_ids=())
-    return phi4mm_jax.Model(model.module.clone(config=config), model.variables, model.processor)
-
-
-def random_row(random: np.random.Generator, length: int) -> Row:
-    """Return ordinary tokens."""
-    return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
-
-
-def decoding(model: phi4mm_jax.Model, rows: Sequence[Row]) -> Timed:
-    """Seconds of a round of `STEPS` tokens of each row."""
-    count, tokens = len(rows), sum(len(row.tokens) + 512 for row in rows)
-    engine = model.engine(EngineConfig(slots=count, cache_tokens=2 * tokens, steps=STEPS))
-    numbers = [engine.submit(Request("", max_new_tokens=500), row) for row in rows]
-    for _ in range(count + 2):  # all are prefilled, and decode
-        engine.updates_of(numbers)
-
-    def call() -> float:
-        jax.block_until_ready(engine.runner.kv_cache)  # each round dispatches the next, so one is there already
-        start = time.perf_counter()
-        made = sum(len(update.tokens) for _ in range(4) for update in engine.updates_of(numbers))
-        seconds = time.perf_counter() - start
-        if made != 4 * count * STEPS:
-            raise SystemExit(f"decoding: four rounds made {made} tokens, not {4 * count * STEPS}")
-        jax.block_until_ready(engine.runner.kv_cache)  # or else the next side would be timed beside it
-        return seconds / 3
-
-    return call
 
 
 # --- PyTorch at its best ---

@@ -1,4 +1,4 @@
-"""Errors of the kernels on one GPU against attention written out in float64: the part `numbers` of benchmarks.gpu.
+"""Errors of the kernels on one GPU against attention written out in float64.
 
 An error is the norm of the difference over the norm of what is right, of the output or of the gradient that is furthest
 off. Inputs are rounded to the kernel's dtype before, so that rounding of its own is left: some 2e-3 in bfloat16.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import HEADS, KV_HEADS, SIZE
+from benchmarks.gpu.common import HEADS, KV_HEADS, SIZE, Measurement
 from phi4mm_jax.kernels import append_tokens, cached_attention, decode_attention, flash_attention, gpu
 from tests.helpers.attention import pages_of, quantized, random, reference, unpaged
 
@@ -21,8 +21,7 @@ VISION_HEADS, VISION_SIZE = 16, 72
 PAGE, LAYERS, LAYER = 64, 3, 1
 
 
-def measurements(small: bool) -> Iterator[tuple[str, str, str, Callable[[], float]]]:
-    """Yield (row, side, unit, measure) as every part of benchmarks.gpu."""
+def numbers(small: bool) -> Iterator[Measurement]:
     for name, (shape, options) in flash_cases(128 if small else 1024).items():
         yield f"attention, {name}", "ours", "error", partial(flash_error, shape, options)
     for kind in ("bfloat16", "int8"):
