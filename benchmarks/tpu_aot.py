@@ -21,8 +21,8 @@ from benchmarks.paths import release_config
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model.layers import Remat
 from phi4mm_jax.testing.compiled import CHIPS, Chip, Cost, cost
-from phi4mm_jax.testing.recipe_steps import ANY, compile_recipe, settled_recipes, shape_of, topology_of, work_of
-from phi4mm_jax.testing.training_steps import CASES, chips_of, compile_step, held, work
+from phi4mm_jax.testing.recipe_steps import ANY, compile_recipe, recipe_flops, resolved_recipes, shape_of, topology_of
+from phi4mm_jax.testing.training_steps import CASES, case_flops, chips_of, compile_step, hbm_gib
 from phi4mm_jax.training.named_recipes import recipe_path
 from phi4mm_jax.training.recipe import load_recipe
 from phi4mm_jax.utils.paths import path_argument
@@ -31,14 +31,14 @@ from train.sft import SFT
 
 
 class Step(NamedTuple):
-    """Training step of the table: what it is, and the operations of one step on all chips."""
+    """Training step of the table: what it is, and the FLOP of one step on all chips."""
 
     name: str
     topology: str
     shape: str
     remat: Remat
     tokens: int
-    work: float
+    flops: float
     devices: int
 
     @property
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--topology", help="of the recipes; by default each names its own")
     parser.add_argument("--chips", type=int, help="of the topology's, for the recipes; by default all")
     parser.add_argument("--text", type=path_argument, help="a folder for the compiled modules' text")
-    parser.add_argument("--dear", type=int, default=0, help="how many of the dearest operations to list")
+    parser.add_argument("--top-ops", metavar="N", type=int, default=0, help="list the N most expensive operations")
     arguments = parser.parse_args()
     if (arguments.topology or arguments.chips) and not arguments.recipe:
         parser.error("--topology and --chips are those of recipes: give --recipe, too")
@@ -70,7 +70,7 @@ def main() -> int:
             for step in recipe_steps(recipe, arguments.topology, arguments.chips, config)
         ),
     ]
-    failed = compile_steps(steps, arguments.text, arguments.dear) if steps else False
+    failed = compile_steps(steps, arguments.text, arguments.top_ops) if steps else False
     if engine:
         print(
             "| program | chips | rows | of HBM, GiB | temporaries | collectives, MB | floor, ms | estimated | ratio |"
@@ -82,7 +82,7 @@ def main() -> int:
         compiled = serving.compile_serving(serving.CASES[name], config)
         seconds = time.perf_counter() - start
         _keep(arguments.text, name, str(compiled.as_text()))
-        print(serving.row(name, compiled, config, held(compiled), seconds), flush=True)
+        print(serving.row(name, compiled, config, hbm_gib(compiled), seconds), flush=True)
     return int(failed)
 
 
@@ -90,8 +90,8 @@ def case_step(name: str, config: Phi4MMConfig) -> tuple[Step, Callable[[], jax.s
     """Return a case of the table, and what compiles it."""
     case = CASES[name]
     step = Step(
-        name, case.topology, f"{case.rows} x {case.length}", case.remat, case.rows * case.length, work(case, config),
-        len(chips_of(case.topology, case.slices)),
+        name, case.topology, f"{case.rows} x {case.length}", case.remat, case.rows * case.length,
+        case_flops(case, config), len(chips_of(case.topology, case.slices)),
     )  # fmt: skip
     return step, partial(compile_step, case, config)
 
@@ -112,17 +112,17 @@ def recipe_steps(
     recipe, chips = load_recipe(path), chips_of(topology)[:count]
     topology = topology if count is None else f"{count} of {topology}"
     method = DPO if recipe.data.kind == "preferences" else SFT
-    for kind, of_kind in settled_recipes(recipe, chips, config).items():
+    for kind, of_kind in resolved_recipes(recipe, chips, config).items():
         shape = shape_of(of_kind)
         media = [f"{count} {what}" for what, count in (("crops", shape.crops), ("chunks", shape.chunks)) if count]
         sizes = ", ".join([f"{shape.accumulate} x {shape.rows} x {shape.length}", *media])
         tokens = shape.accumulate * shape.rows * shape.length
-        step = Step(path.stem + kind, topology, sizes, of_kind.remat, tokens, work_of(of_kind, config), len(chips))
+        step = Step(path.stem + kind, topology, sizes, of_kind.remat, tokens, recipe_flops(of_kind, config), len(chips))
         yield step, partial(compile_recipe, of_kind, method.objective, method.add_reference_params, config, chips)
 
 
 def compile_steps(
-    steps: Sequence[tuple[Step, Callable[[], jax.stages.Compiled]]], texts: Path | None, dear: int
+    steps: Sequence[tuple[Step, Callable[[], jax.stages.Compiled]]], texts: Path | None, top_ops: int
 ) -> bool:
     """Compile training steps, and print a row of each; return whether one could not be compiled, or not be held."""
     print(
@@ -143,8 +143,8 @@ def compile_steps(
         _keep(texts, step.name, text)
         found = cost(text, step.chip)
         print(row(step, compiled, found, seconds), flush=True)
-        failed |= held(compiled) > step.chip.hbm  # without chips the compiler itself does not say so
-        for place, cycles in found.dear.most_common(dear):
+        failed |= hbm_gib(compiled) > step.chip.hbm  # without chips the compiler itself does not say so
+        for place, cycles in found.cycles_by_place.most_common(top_ops):
             print(f"    {cycles / step.chip.clock * 1e3:8.1f} ms  {place}")
         bounds.append(beyond_the_bound(step, found))
     if bounds:
@@ -162,10 +162,10 @@ def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) 
     """A line of the table."""
     chip = step.chip
     memory: Any = compiled.memory_analysis()
-    over = ", too much" if held(compiled) > chip.hbm else ""
+    over = ", too much" if hbm_gib(compiled) > chip.hbm else ""
     kernels = sum(found.kernels.values())
     moved = ", ".join(f"{kind} {found.counts[kind]} x, {n / 1e9:.2f} GB" for kind, n in found.bytes.items())
-    mfu = step.work / step.devices / chip.peak / found.seconds
+    mfu = step.flops / step.devices / chip.peak / found.seconds
 
     def ms(cycles: float) -> str:
         return f"{cycles / chip.clock * 1e3:.0f}"
@@ -173,7 +173,7 @@ def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) 
     return (
         f"| {step.name} | {step.topology} | {step.shape} | {step.remat} "
         f"| {memory.argument_size_in_bytes / 2**30:.1f} | {memory.temp_size_in_bytes / 2**30:.1f} "
-        f"| {held(compiled):.1f} of {chip.hbm:.1f}{over} | {moved} | {ms(found.products)} | {ms(kernels)} "
+        f"| {hbm_gib(compiled):.1f} of {chip.hbm:.1f}{over} | {moved} | {ms(found.products)} | {ms(kernels)} "
         f"| {ms(found.cycles - found.products)} | {found.seconds * 1e3:.0f} | {100 * mfu:.0f} % "
         f"| {step.tokens / found.seconds:.0f} | {seconds:.0f} |"
     )
@@ -182,19 +182,19 @@ def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) 
 def beyond_the_bound(step: Step, found: Cost) -> str:
     """Tell what a step takes beyond its work at the chip's peak, and which operations it is."""
     chip = step.chip
-    bound = step.work / step.devices / chip.peak
+    bound = step.flops / step.devices / chip.peak
     products, at_peak = found.products / chip.clock, found.macs / (chip.macs * chip.cores) / chip.clock
 
-    def dearest(of: Mapping[str, float], a_second: float) -> str:
-        largest = sorted(of.items(), key=lambda item: -item[1])[:3]
-        return ", ".join(f"{place} {1e3 * amount / a_second:.0f}" for place, amount in largest)
+    def largest(of: Mapping[str, float], a_second: float) -> str:
+        first = sorted(of.items(), key=lambda item: -item[1])[:3]
+        return ", ".join(f"{place} {1e3 * amount / a_second:.0f}" for place, amount in first)
 
     return (
         f"- {step.name}, ms: {1e3 * found.seconds:.0f}, and {1e3 * bound:.0f} at peak without what is computed again; "
         f"products {1e3 * products:.0f}, which peak would do in {1e3 * at_peak:.0f}; "
         f"kernels {1e3 * sum(found.kernels.values()) / chip.clock:.0f}; "
-        f"waits for transfers {1e3 * found.exposed / chip.link:.0f} ({dearest(found.waits, chip.link)}); "
-        f"all else {1e3 * (found.cycles - found.products) / chip.clock:.0f} ({dearest(found.others, chip.clock)})"
+        f"waits for transfers {1e3 * found.exposed / chip.link:.0f} ({largest(found.exposed_by_place, chip.link)}); "
+        f"all else {1e3 * (found.cycles - found.products) / chip.clock:.0f} ({largest(found.other_cycles, chip.clock)})"
     )
 
 

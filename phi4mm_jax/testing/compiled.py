@@ -1,7 +1,7 @@
 """Cost of a program compiled for TPUs, by its text: cycles, collectives and kernels, loops times their trip counts.
 
 Cycles are the compiler's estimates. Kernels have none: they are counted by their products and the static measure of
-docs/kernels.md. Of a conditional the dearer branch counts, or else the cheaper.
+docs/kernels.md. Of a conditional the most expensive branch counts, or the cheapest.
 """
 
 import math
@@ -91,8 +91,8 @@ class Cost:
         counts, bytes: of collectives by kind; results for gathers, operands for sums.
         overlapped: bytes moved while products are computed; `exposed`: while nothing else is done.
         seconds: estimated: in each loop what is longer, work or overlapped transfers, and all that is exposed.
-        dear: cycles by place in the model; `others` of these, of neither products nor kernels.
-        waits: bytes of `exposed`, by what is sent and the place in the model.
+        cycles_by_place: by place in the model; `other_cycles` of these, of neither products nor kernels.
+        exposed_by_place: bytes of `exposed`, by what is sent and the place in the model.
     """
 
     cycles: float = 0.0
@@ -104,20 +104,21 @@ class Cost:
     overlapped: float = 0.0
     exposed: float = 0.0
     seconds: float = 0.0
-    dear: Any = field(default_factory=Counter)
-    others: Any = field(default_factory=Counter)
-    waits: Any = field(default_factory=Counter)
+    cycles_by_place: Any = field(default_factory=Counter)
+    other_cycles: Any = field(default_factory=Counter)
+    exposed_by_place: Any = field(default_factory=Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:
+        """Add another program's cost, run so many times."""
         for name in ("cycles", "products", "macs", "overlapped", "exposed", "seconds"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name in ("kernels", "counts", "bytes", "dear", "others", "waits"):
+        for name in ("kernels", "counts", "bytes", "cycles_by_place", "other_cycles", "exposed_by_place"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
 
 
-def read(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def parse_module(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Return the computations of a compiled module, and the name of the first."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
@@ -140,8 +141,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     return Instruction(name, rest[:end], rest[end:].strip().split("(")[0], rest)
 
 
-def size(type_: str) -> float:
-    """Bytes of an array, or of a tuple of arrays."""
+def num_bytes(type_: str) -> float:
+    """Return the bytes of an array, or of a tuple of arrays, by its type in the text."""
     total = 0
     for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", type_):
         count = BYTES.get(dtype, 0)
@@ -156,9 +157,9 @@ def cost(text: str, chip: Chip, unknown_trips: int = 1, branch: Callable[..., Co
 
     Args:
         unknown_trips: how often a loop of unknown trips counts.
-        branch: which branch of a conditional counts: max, the dearest, or min, the cheapest.
+        branch: which branch of a conditional counts: max, the most expensive, or min, the cheapest.
     """
-    computations, entry = read(text)
+    computations, entry = parse_module(text)
 
     @cache
     def of(name: str) -> Cost:
@@ -197,14 +198,14 @@ def _add_one(
         total.products += x.cycles
         total.macs += macs
     elif x.cycles:
-        total.others[_place(x)] += x.cycles
+        total.other_cycles[_place(x)] += x.cycles
     if x.cycles:
-        total.dear[_place(x)] += x.cycles
+        total.cycles_by_place[_place(x)] += x.cycles
     for kernel in (i for i in (x, *inside) if i.op == "custom-call" and "phi4mm" in i.name):
         name = re.sub(r"\.\d+$", "", kernel.name)
         cycles = _kernel_cycles(name, kernel, inside or beside, chip)
         total.kernels[name] += cycles
-        total.dear[name] += cycles
+        total.cycles_by_place[name] += cycles
     base = x.op.removesuffix("-start")
     if base in COLLECTIVES:
         _add_collective(total, base, x, x.op.endswith("-start"), _place(x))
@@ -221,7 +222,7 @@ def _add_one(
 
 
 def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool, place: str) -> None:
-    moved = size(x.type) / (2 if x.op.endswith("-start") else 1)  # a start has its operand beside its result
+    moved = num_bytes(x.type) / (2 if x.op.endswith("-start") else 1)  # a start has its operand beside its result
     total.counts[kind] += 1
     total.bytes[kind] += moved
     crossing = moved * (2 if kind == "all-reduce" else 1)
@@ -229,7 +230,7 @@ def _add_collective(total: Cost, kind: str, x: Instruction, overlapped: bool, pl
         total.overlapped += crossing
     else:
         total.exposed += crossing
-        total.waits[f"{kind} of {place}"] += crossing
+        total.exposed_by_place[f"{kind} of {place}"] += crossing
 
 
 def _macs_within(body: Sequence[Instruction], computations: Mapping[str, list[Instruction]]) -> int:
@@ -341,7 +342,7 @@ def _trips(computations: Mapping[str, list[Instruction]], condition: str, unknow
 
 
 def copies(text: str, at_least: int) -> list[str]:
-    """Copies and transposes of at least so many elements in a compiled module; those onto themselves excepted."""
+    """Return the copies and transposes of at least so many elements in a compiled module, but for those in place."""
     in_place = set(re.findall(r"output_to_operand_aliasing=\{\{\}: \(0, \{\}\)\}, calls=(%\S+)", text))
     found, computation = [], ""
     for line in text.splitlines():
@@ -354,11 +355,11 @@ def copies(text: str, at_least: int) -> list[str]:
 
 
 def float_copies(text: str, at_least: int, vocabulary: int) -> list[str]:
-    """Float arrays of at least so many elements that a compiled module makes in main memory; logits excepted.
+    """Return the float arrays of at least so many elements that a module makes in main memory, but for logits.
 
     What is within a fusion is never in memory, and what lies in the vector memory, S(1), is not read from there.
     """
-    computations, _ = read(text)
+    computations, _ = parse_module(text)
     fused = {name for body in computations.values() for x in body if (name := _called(x, "calls"))}
     found = []
     for name, body in computations.items():

@@ -25,7 +25,7 @@ from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
 from phi4mm_jax.testing.abstract_variables import variables_on
 from phi4mm_jax.testing.compiled import CHIPS
-from phi4mm_jax.testing.training_steps import batch_shapes, compile_on, full
+from phi4mm_jax.testing.training_steps import batch_shapes, compile_on, full_batch
 from phi4mm_jax.training.flops import step_flops
 from phi4mm_jax.training.optimizer import make_optimizer
 from phi4mm_jax.training.recipe import AUTO, Recipe
@@ -68,8 +68,8 @@ def topology_of(recipe: Path) -> str:
     return topology
 
 
-def settled_recipes(recipe: Recipe, chips: Sequence[Any], config: Phi4MMConfig) -> dict[str, Recipe]:
-    """Return a recipe with its auto fields as a large set settles them, by the kind of the set.
+def resolved_recipes(recipe: Recipe, chips: Sequence[Any], config: Phi4MMConfig) -> dict[str, Recipe]:
+    """Return a recipe with its auto fields as a large set resolves them, by the kind of the set.
 
     One recipe, unless it trains what the media need: then one for text, images and clips each.
     """
@@ -95,7 +95,7 @@ def settled_recipes(recipe: Recipe, chips: Sequence[Any], config: Phi4MMConfig) 
 
 
 def shape_of(recipe: Recipe) -> Shape:
-    """Return the shape of a settled recipe's step: its largest, of a packing with several sizes."""
+    """Return the shape of a resolved recipe's step: its largest, of a packing with several sizes."""
     packing = recipe.data.sizes
     crops, chunks = max(packing.crops, default=0), max(packing.chunks, default=0)
     return Shape(packing.rows, packing.lengths[-1], crops, chunks, recipe.accumulate)
@@ -108,7 +108,7 @@ def compile_recipe(
     config: Phi4MMConfig,
     chips: Sequence[Any],
 ) -> jax.stages.Compiled:
-    """Compile the step of a settled recipe for a slice's chips, as `train.sft` builds it.
+    """Compile the step of a resolved recipe for a slice's chips, as `train.sft` builds it.
 
     Args:
         objective, add_reference_params: of the `TrainingMethod`.
@@ -129,11 +129,11 @@ def compile_recipe(
     )  # fmt: skip
 
 
-def work_of(recipe: Recipe, config: Phi4MMConfig) -> float:
-    """Return the operations of a settled recipe's step, without what is computed again."""
+def recipe_flops(recipe: Recipe, config: Phi4MMConfig) -> float:
+    """Return the FLOP of a resolved recipe's step, without recomputation."""
     variables = nn.unbox(abstract_variables(Phi4MM(config)))
     trainable, _ = split_trainable(variables, recipe.trainable, recipe.data.sizes, recipe.data.adapter)
-    batches = [full(_batch(recipe, config))] * recipe.accumulate
+    batches = [full_batch(_batch(recipe, config))] * recipe.accumulate
     return step_flops(config, trainable, batches, reference=recipe.data.kind == "preferences")
 
 

@@ -27,18 +27,18 @@ class Soak:
         self.engine.warm_up()
 
     def run(self, count: int) -> Counter[str]:
-        """Serve so many requests; how many ended in which way ("closed": a stream that was closed)."""
+        """Serve so many requests; return how many ended in which way ("closed": a stream that was closed)."""
         ended: Counter[str] = Counter()
         streams = count // 50
-        asked, doomed = streams, {}  # requests to cancel, and the rounds until then
+        asked, cancel_after = streams, {}  # rounds until a request is cancelled, by request
         while ended.total() < count - streams:
             while asked < count and len(self.engine.queue) < _CONFIG.slots:
                 number, asked = self.engine.submit(self._request()), asked + 1
                 if self._draw.random() < 0.1:
-                    doomed[number] = self._draw.randint(0, 6)
-            for number in [number for number, rounds in doomed.items() if rounds == 0]:
+                    cancel_after[number] = self._draw.randint(0, 6)
+            for number in [number for number, rounds in cancel_after.items() if rounds == 0]:
                 self.engine.cancel(number)
-            doomed = {number: rounds - 1 for number, rounds in doomed.items() if rounds}
+            cancel_after = {number: rounds - 1 for number, rounds in cancel_after.items() if rounds}
             ended.update(u.completion.finish_reason for u in self.engine.step() if u.completion is not None)
         for _ in range(streams):
             stream = self.engine.stream(Request("<|user|>Tell me<|end|><|assistant|>", max_new_tokens=50))
@@ -67,7 +67,7 @@ class Soak:
         return Request(text % "", **settings)
 
     def lost(self) -> tuple[int, int]:
-        """Slots and pages that nobody gave back."""
+        """Return the numbers of slots and pages that were not freed."""
         slots = len(self.engine.scheduler.resident)
         return slots, self.engine.config.pages - self.engine.scheduler.allocator.num_unreserved
 

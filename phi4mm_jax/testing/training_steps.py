@@ -88,7 +88,7 @@ def compile_step(case: Case, config: Phi4MMConfig) -> jax.stages.Compiled:
     for adapter in adapter_indices().keys() - {path.split("/")[0] for path in case.trained}:
         del frozen[adapter]  # no row needs it
     optimizer = make_optimizer(OptimizerConfig(), 1000, trainable)
-    return compile_on(mesh, supervised(module), optimizer, trainable, frozen, shapes(config, case))
+    return compile_on(mesh, supervised(module), optimizer, trainable, frozen, case_batch(config, case))
 
 
 def compile_on(
@@ -124,20 +124,20 @@ def compile_on(
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def held(compiled: jax.stages.Compiled) -> float:
-    """GiB of a chip, while it steps."""
+def hbm_gib(compiled: jax.stages.Compiled) -> float:
+    """Return the GiB of memory that a chip needs for a program, its arguments included."""
     memory: Any = compiled.memory_analysis()
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return (kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes) / 2**30
 
 
-def work(case: Case, config: Phi4MMConfig) -> float:
-    """Operations of a step, without what is computed again."""
+def case_flops(case: Case, config: Phi4MMConfig) -> float:
+    """Return the FLOP of a step, without recomputation."""
     trainable, _ = split(nn.unbox(abstract_variables(Phi4MM(config))), case.trained, "trainable")
-    return step_flops(config, trainable, [full(shapes(config, case))])
+    return step_flops(config, trainable, [full_batch(case_batch(config, case))])
 
 
-def full(batch: TrainingBatch) -> TrainingBatch:
+def full_batch(batch: TrainingBatch) -> TrainingBatch:
     """Return a batch of these shapes whose every row is one sample, and every position a target."""
     ones = jax.tree.map(lambda x: np.ones(x.shape, bool if x.dtype == bool else np.int32), batch)
     inner, audio = ones.batch, ones.batch.audio
@@ -160,7 +160,7 @@ def _spread(batch: TrainingBatch, accumulate: int, mesh: Mesh) -> TrainingBatch:
     return sharding.spread_batch(batch, rows=spread("batch"), tokens=spread("batch", "length"), media=spread("media"))
 
 
-def shapes(config: Phi4MMConfig, case: Case) -> TrainingBatch:
+def case_batch(config: Phi4MMConfig, case: Case) -> TrainingBatch:
     """Return the shapes of a micro-batch of a case."""
     return batch_shapes(config, case.rows, case.length, case.crops, case.chunks, CHUNK_TOKENS)
 

@@ -47,7 +47,7 @@ def test_work_of_products_and_all_else_is_told_apart():
     outer, within, batched = 32 * 64 * 24 * 128, 64 * 32 * 16, 4 * 16 * 8 * 64 * 8
     assert found.macs == 3 * (outer + within) + batched
     assert found.products == 3 * 70 + 11
-    assert found.others == {"layers/norm": 15}
+    assert found.other_cycles == {"layers/norm": 15}
     assert found.cycles == found.products + 15
-    assert found.waits == {"all-reduce of layers/out": 3 * 2 * 2 * 32 * 24 * 128}
-    assert found.exposed == sum(found.waits.values())
+    assert found.exposed_by_place == {"all-reduce of layers/out": 3 * 2 * 2 * 32 * 24 * 128}
+    assert found.exposed == sum(found.exposed_by_place.values())

@@ -40,7 +40,7 @@ from phi4mm_jax.engine import Completion, Engine, Request
 from phi4mm_jax.mesh import training_mesh
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.testing.host_runs import tensorboard_steps
-from phi4mm_jax.testing.recipe_steps import ANY, settled_recipes, topology_of
+from phi4mm_jax.testing.recipe_steps import ANY, resolved_recipes, topology_of
 from phi4mm_jax.testing.training_steps import CASES
 from phi4mm_jax.training import throughput
 from phi4mm_jax.training.checkpointing import Checkpoints
@@ -338,10 +338,10 @@ def test_a_recipe_fits_a_set_of_twenty(name, held, tmp_path, capsys):
     assert len(log) >= 7
     assert max(line["learning_rate"] for line in log[:2]) == pytest.approx(load_recipe(path).optimizer.learning_rate)
     adapter = {"speech": "lora_speech", "text": "params/decoder", "ocr": "lora_vision"}[held]
-    settled = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
-    assert settled["trainable"] == [adapter]
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["trainable"] == [adapter]
     shown = capsys.readouterr().out
-    assert yaml.safe_load(shown.partition("data.packing=")[2].partition('"')[0]) == settled["data"]["packing"]
+    assert yaml.safe_load(shown.partition("data.packing=")[2].partition('"')[0]) == saved["data"]["packing"]
     assert run(path, *overrides) == 0
     assert "already finished" in capsys.readouterr().out
 
@@ -367,8 +367,8 @@ def test_a_recipe_names_a_slice_that_its_mesh_covers(path):
     assert mesh is not None
     assert set(mesh.devices.flat) == set(chips)
     check_divisible(recipe.data.packing, mesh)
-    for settled in settled_recipes(recipe, chips, RELEASE).values():
-        check_divisible(settled.data.sizes, mesh)
+    for resolved in resolved_recipes(recipe, chips, RELEASE).values():
+        check_divisible(resolved.data.sizes, mesh)
 
 
 @pytest.mark.parametrize("path", SMALL, ids=[path.stem for path in SMALL])
@@ -756,7 +756,7 @@ def test_resuming_with_repaired_files_takes_each_sample_once(quick, tmp_path, mo
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, None).last == read_log(tmp_path / "run")[-1]["step"] > done
 
 
-def test_resuming_keeps_the_sizes_that_were_settled(quick, tmp_path, monkeypatch):
+def test_resuming_keeps_the_sizes_that_were_resolved(quick, tmp_path, monkeypatch):
     """Though the data would suggest others by now."""
     texts(tmp_path / "train.jsonl", [20] * 8)
     with monkeypatch.context() as patch:

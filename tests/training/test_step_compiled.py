@@ -12,7 +12,7 @@ from helpers.paths import FIXTURES
 from phi4mm_jax.config import Phi4MMConfig, read_json
 from phi4mm_jax.model import Phi4MM
 from phi4mm_jax.model.phi4mm import abstract_variables
-from phi4mm_jax.testing.compiled import COLLECTIVES, read, size
+from phi4mm_jax.testing.compiled import COLLECTIVES, num_bytes, parse_module
 from phi4mm_jax.testing.recipe_steps import compile_recipe
 from phi4mm_jax.testing.training_steps import Case, chips_of, compile_step
 from phi4mm_jax.training.recipe import load_recipe
@@ -33,7 +33,7 @@ def sent(request):
     }  # fmt: skip
     config = Phi4MMConfig.from_dict(read_json(FIXTURES / "ms_release_config.json") | sizes)
     case = Case("v5e:2x2", ["params/decoder"], "attention", ROWS, LENGTH, mesh=request.param)
-    computations, _ = read(str(compile_step(case, config).as_text()))
+    computations, _ = parse_module(str(compile_step(case, config).as_text()))
     every = [x for instructions in computations.values() for x in instructions]
     found = [x for x in every if x.op.removesuffix("-start") in COLLECTIVES and "(loss)" not in x.origin]
     assert any("all-gather" in x.op for x in found), "the weights are gathered where they are used"
@@ -50,12 +50,12 @@ def test_no_more_than_one_weight_is_gathered_at_a_time(sent):
     """In the layers nothing else is gathered; around them, activations are for the embedding and its gradient."""
     gathered = [x for x in sent if "all-gather" in x.op and "/layers/" in x.origin]
     assert [x.text for x in gathered if "sharding_constraint" not in x.origin] == []
-    assert max(size(x.type) / (2 if x.op.endswith("-start") else 1) for x in gathered) <= 2 * WIDTH * MLP
+    assert max(num_bytes(x.type) / (2 if x.op.endswith("-start") else 1) for x in gathered) <= 2 * WIDTH * MLP
 
 
 def test_no_activations_of_the_whole_batch_are_summed_in_float32(sent):
     sums = [x for x in sent if "reduce" in x.op and "f32" in x.type]
-    assert [x.text for x in sums if size(x.type) >= 4 * ROWS * LENGTH * WIDTH] == []
+    assert [x.text for x in sums if num_bytes(x.type) >= 4 * ROWS * LENGTH * WIDTH] == []
 
 
 def test_a_recipe_is_compiled_with_all_that_its_step_holds():
