@@ -8,7 +8,7 @@ import numpy as np
 def reference(
     q, k, v, *, causal, q_offset=0, kv_lengths=None, kv_mask=None, q_segments=None, kv_segments=None, scale=None
 ):
-    """The output and the log-sum-exp of attention written out in float64."""
+    """Return the output (B, T, N, H) and the log-sum-exp (B, T, N) of attention, written out."""
     batch, length, heads, size = q.shape
     keys = k.shape[1]
     k, v = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k, v))
@@ -36,7 +36,7 @@ def random(seed, *shapes, dtype=np.float32):
 
 
 def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5):
-    """Keys and values in shuffled pages, and the table; what lies behind a row's length is not a number."""
+    """Return keys and values (L, P, K, S, H) in shuffled pages, and the table; NaN lies behind a row's length."""
     rng = np.random.default_rng(seed)
     count = len(lengths) * per_row
     tables = rng.permutation(count).reshape(len(lengths), per_row).astype(np.int32)
@@ -48,7 +48,7 @@ def pages_of(seed, lengths, *, kv_heads, size=128, page=128, layers=2, per_row=5
 
 
 def unpaged(pages, table):
-    """(B, S, K, H) of one layer."""
+    """Return keys or values (B, S, K, H) of one layer's pages (P, K, S, H)."""
     rows = np.nan_to_num(pages[table]).swapaxes(2, 3)
     return rows.reshape(len(table), -1, *rows.shape[3:])
 

@@ -15,7 +15,7 @@ def shards(folder: Path) -> dict[str, np.ndarray]:
 
 
 def save_shards(folder: Path, tensors: dict[str, np.ndarray]) -> None:
-    """All tensors in one file, as small models are saved."""
+    """Save all tensors in one file, as small models are saved."""
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -25,12 +25,12 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def count_compilations() -> int:
-    """How many programs were compiled so far."""
+    """Return how many programs were compiled so far."""
     return len(_compilations)
 
 
 def compilations_since(count: int) -> list[Compilation]:
-    """Those after so many."""
+    """Return the compilations after the first `count`."""
     return _compilations[count:]
 
 

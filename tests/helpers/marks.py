@@ -7,7 +7,7 @@ import pytest
 
 
 def fast_are(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """All the values as parameters, a tuple being several; those that are not among the fast ones are marked slow."""
+    """Return all values as parameters, a tuple being several; those not among the fast ones are marked slow."""
     fast, values = list(fast), list(values)
     unknown = [value for value in fast if value not in values]
     assert not unknown, f"{unknown} are not among {values}"

@@ -38,7 +38,7 @@ def native_media(case: dict[str, Any]) -> tuple[list[NativeImage], list[np.ndarr
 
 
 def native_inputs(model, case):
-    """What our processor made of the case, as the native model takes it."""
+    """Return a case as our processor makes it, in the form that the native model takes."""
     media = media_of(case)
     row = model.processor.row(case["prompt"], media["images"][0], media["audios"][0])
     images = []

@@ -37,7 +37,7 @@ from transformers.models.phi4_multimodal.modeling_phi4_multimodal import (
 
 Adapter = Literal["vision", "speech"]
 ADAPTERS: tuple[Adapter, ...] = ("vision", "speech")
-IGNORED = -100  # a label that carries no loss
+IGNORED = -100  # a label outside the loss mask
 
 
 class NativeImage(NamedTuple):
@@ -246,7 +246,7 @@ def _add_adapters(module: nn.Module, original: dict[str, Any], targets: str) -> 
 
 
 def _use_adapter(module: nn.Module, adapter: Adapter | list[str] | None) -> None:
-    """What `set_adapter` and `disable_adapters` of transformers do to each wrapped matrix, less what they do to
+    """Do to each wrapped matrix what `set_adapter` and `disable_adapters` of transformers do, but for
     `requires_grad`: who trains what is the caller's choice."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     for layer in module.modules():
@@ -347,7 +347,7 @@ class NativeModel:
     # Media. Each goes through the native embedder alone, on a prompt that is nothing but its own placeholders.
 
     def vision_features(self, pixels: np.ndarray, patch_mask: np.ndarray) -> np.ndarray:
-        """(C, 3, 448, 448) and (C, 32, 32) to the tower's pooled features (C, 256, D)."""
+        """Return the tower's pooled features (C, 256, D) of pixels (C, 3, 448, 448) and masks (C, 32, 32)."""
         with torch.no_grad():
             embedder = self.model.model.embed_tokens_extend.image_embed
             return _numpy(embedder.get_img_features(_tensor(pixels, self.dtype), _tensor(patch_mask, torch.bool)))
@@ -358,7 +358,7 @@ class NativeModel:
             return _numpy(self._image_embeds(image))
 
     def audio_encoder(self, features: np.ndarray) -> np.ndarray:
-        """Log-mel (frames, 80) to the speech encoder's output (tokens, D), before the projector."""
+        """Return the speech encoder's output (tokens, D), before the projector, of log-mel (frames, 80)."""
         with torch.no_grad():
             encoder = self.model.model.embed_tokens_extend.audio_embed.encoder
             return _numpy(encoder(_tensor(features, self.dtype)[None], None)[0])
@@ -399,7 +399,7 @@ class NativeModel:
     def inputs_embeds(
         self, input_ids: np.ndarray, images: Sequence[NativeImage] = (), audios: Sequence[np.ndarray] = ()
     ) -> np.ndarray:
-        """What enters the decoder, (T, D)."""
+        """Return the decoder's input (T, D)."""
         with torch.no_grad():
             return _numpy(self._inputs_embeds(input_ids, images, audios)[0])
 
@@ -546,7 +546,7 @@ def _requiring_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _randomise(module: nn.Module, seed: int) -> dict[str, np.ndarray]:
-    """Gives every parameter storage and a random value; returns them by native name, float32.
+    """Give every parameter storage and a random value; returns them by native name, float32.
 
     Matrices have variance 1 / fan-in, so that activations stay O(1); norms are near 1, biases near 0. The values are
     representable in bfloat16: the same seed gives the same weights in either dtype, so that two runs differ by

@@ -17,7 +17,7 @@ Stage = Literal["text", "more"]
 SIDE = 4  # cells of a crop
 BLANK, BAR, ROW_END, GLOBAL, PAUSE = " ", "=", "\n", "|", "_"
 LETTERS, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
-PAGE, CLIP = "#", "~"  # without its mark nothing is read or heard: the adapters have to bring what the marks stand for
+PAGE, CLIP = "#", "~"  # without its mark nothing is read or heard: the adapters learn to stand for the marks
 UNREAD = "?"
 READ, HEAR, FIND = "read", "hear", "find"
 
@@ -37,7 +37,7 @@ _SHARES = {  # of the text stages: the second one learns more of what the first 
     "more": {"task": 0.1, "hear": 0.45, "read": 0.3, "find": 0.05, "asked": 0.1},
 }
 _LOST = {"text": 1, "more": 4}  # of 5 and 8 letters that are misheard
-_MOST_LETTERS = 24  # of a page that is read whole
+_MAX_LETTERS = 24  # of a page that is read whole
 
 
 class Page(NamedTuple):
@@ -60,7 +60,7 @@ def draw_until(rng: np.random.Generator, split: Split, draw: Callable[[np.random
 
 
 def page(rng: np.random.Generator, split: Split, kind: Literal["lines", "cards", "charts"]) -> Page:
-    """A page whose whole text is of its split."""
+    """Draw a page whose whole text is of its split."""
     draw = {"lines": _lines, "cards": _cards, "charts": _charts}[kind]
     while not is_of((drawn := draw(rng, split)).text, split):
         pass
@@ -78,7 +78,7 @@ def number(rng: np.random.Generator) -> str:
 
 
 def unit(rng: np.random.Generator, split: Split, max_length: int) -> str:
-    """A word or a number of at most `max_length` characters. Long numbers and made-up words are of one split alone."""
+    """Draw a word or a number of at most `max_length` characters; made-up words and long numbers are of their split."""
     while True:
         kind = rng.random()
         if kind < 0.3:
@@ -92,7 +92,7 @@ def unit(rng: np.random.Generator, split: Split, max_length: int) -> str:
 
 
 def spoken(rng: np.random.Generator, split: Split) -> str:
-    """One to four words and numbers, which as a whole are of their split."""
+    """Draw one to four words and numbers, which as a whole are of their split."""
 
     def draw(rng: np.random.Generator) -> str:
         count = rng.integers(1, 5)
@@ -109,7 +109,7 @@ def _lines(rng: np.random.Generator, split: Split) -> Page:
     rows, found = [BLANK * width] * height, []
     used = sorted(rng.choice(height, rng.integers(1, min(height, 4) + 1), replace=False))
     for row in used:
-        room = min(width, _MOST_LETTERS - sum(map(len, found)))
+        room = min(width, _MAX_LETTERS - sum(map(len, found)))
         if room < 1:
             break
         units = [unit(rng, split, room)]
@@ -121,14 +121,14 @@ def _lines(rng: np.random.Generator, split: Split) -> Page:
 
 
 def _cards(rng: np.random.Generator, split: Split) -> Page:
-    """Names with numbers."""
+    """Draw names with numbers."""
     width = 3 * SIDE
     entries = [(name, number(rng)[:4]) for name in _names(rng, 6)]
     return _entries(rng, entries, [_spread(rng, entry, width) for entry in entries])
 
 
 def _charts(rng: np.random.Generator, split: Split) -> Page:
-    """Bars with their names, and their values at the ends."""
+    """Draw bars with their names, and their values at the ends."""
     width = 3 * SIDE
     entries = [(name, str(rng.integers(1, 10))) for name in _names(rng, 5)]
     start = max(len(name) for name, _ in entries) + 1
@@ -155,7 +155,7 @@ def _entries(rng: np.random.Generator, entries: Sequence[tuple[str, str]], rows:
 
 
 def _spread(rng: np.random.Generator, units: Sequence[str], width: int) -> str:
-    """The units in a row, with the blanks that are left anywhere."""
+    """Return the units in a row, with the blanks that are left anywhere."""
     spare = width - sum(map(len, units)) - (len(units) - 1)
     cuts = np.sort(rng.integers(0, spare + 1, len(units)))
     row, before = "", 0
@@ -213,7 +213,7 @@ def misheard(rng: np.random.Generator, text: str, stage: Stage) -> str:
 
 
 def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
-    """A question in text alone, and its answer."""
+    """Draw a question in text alone, and its answer."""
     kind = rng.integers(5)
     if kind in (3, 4):
         digits = draw_until(rng, split, number)
@@ -225,7 +225,7 @@ def text_task(rng: np.random.Generator, split: Split) -> tuple[str, str]:
 
 
 def question_of_page(rng: np.random.Generator, split: Split, kind: str) -> tuple[Page, str, str]:
-    """A page that is asked to `read`, to `find` a name on, or is `asked` for a name by a clip; the name; the answer."""
+    """Draw a page to `read`, to `find` a name on, or that is `asked` for one by a clip; its name and the answer."""
     if kind == "read":
         drawn = page(rng, split, "lines" if rng.random() < 0.75 else "charts")
         return drawn, "", drawn.text
@@ -235,7 +235,7 @@ def question_of_page(rng: np.random.Generator, split: Split, kind: str) -> tuple
 
 
 def text_sample(rng: np.random.Generator, split: Split, stage: Stage) -> tuple[str, str]:
-    """A question of a text stage: a task in text, or a page and a clip written as text, with marks or without."""
+    """Draw a question of a text stage: a task in text, or a page and a clip written as text, with marks or without."""
     kind = str(rng.choice(list(_SHARES[stage]), p=list(_SHARES[stage].values())))
     if kind == "task":
         return text_task(rng, split)

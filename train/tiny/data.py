@@ -32,7 +32,7 @@ Part = dict[str, Any]
 
 
 def sample(kind: str, rng: np.random.Generator, split: Split, folder: Path, number: int) -> dict[str, Any]:
-    """A line of a manifest; its media are written beside it."""
+    """Return a line of a manifest; its media are written beside it."""
     if kind in ("text", "more"):
         held = split == "held"
         question, answer = content.text_task(rng, split) if held else content.text_sample(rng, split, kind)

@@ -54,7 +54,7 @@ Loss = Callable[[Callable[..., Any], Any, Batch], tuple[Array, Metrics]]
 
 
 def page_loss(apply: Callable[..., Any], variables: Any, batch: tuple[ImageStack, Int[Array, "M"]]):
-    """Cross-entropy by place, and the squared distance from the class's own dimension."""
+    """Return the cross-entropy by place, and the squared distance from the class's own dimension."""
     images, targets = batch
     outputs = apply(variables, images, method="encode_images")[:, : len(PAGE_CLASSES)]  # (M, classes)
     losses = optax.softmax_cross_entropy_with_integer_labels(_SHARPNESS * outputs, targets)
@@ -64,7 +64,7 @@ def page_loss(apply: Callable[..., Any], variables: Any, batch: tuple[ImageStack
 
 
 def clip_loss(apply: Callable[..., Any], variables: Any, batch: tuple[AudioStack, Int[Array, "A L"]]):
-    """CTC by letter, and the squared distance of the outputs from the probabilities that they mean."""
+    """Return the CTC loss by letter, and the squared distance of the outputs from the probabilities that they mean."""
     audio, labels = batch
     count = len(CLIP_CLASSES)
     outputs = apply(variables, audio, method="encode_audio")[:, :count].reshape(
@@ -115,7 +115,7 @@ def _page(rng: np.random.Generator) -> content.Page:
 
 
 def read_clips(manifest: Path) -> list[Clip]:
-    """Frames of each clip, and its letters as classes."""
+    """Return the frames (F, 80) of each clip, and its letters as classes."""
     found = []
     for line in manifest.read_text().splitlines():
         (clip, _), transcript = (message["content"] for message in json.loads(line)["messages"])
@@ -125,7 +125,7 @@ def read_clips(manifest: Path) -> list[Clip]:
 
 
 def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> Iterator[tuple[AudioStack, np.ndarray]]:
-    """Clips of like lengths together."""
+    """Yield clips of like lengths together."""
     rng, speech = np.random.default_rng(seed), model.config.speech
     by_length: dict[int, list[Clip]] = {length: [] for length in _LENGTHS}
     for frames, letters in clips:
@@ -147,7 +147,7 @@ def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> I
 
 
 def _varied(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-    """The clip as of another speaker: bands stretched, as by a vocal tract of another length; tilted; some lost."""
+    """Return a clip as of another speaker: bands stretched, as by another length of the vocal tract, tilted, some lost."""
     bands = np.arange(frames.shape[1], dtype=np.float32)
     source = np.clip(bands * rng.uniform(0.85, 1.15), 0, len(bands) - 1)
     low = source.astype(int).clip(max=len(bands) - 2)
@@ -159,7 +159,7 @@ def _varied(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
     return warped.astype(np.float32)
 
 
-def teach(
+def train(
     model: phi4mm_jax.Model,
     patterns: tuple[str, ...],
     loss: Loss,
@@ -168,7 +168,7 @@ def teach(
     rate: float,
     log: MetricsLog,
 ) -> Any:
-    """The encoder's variables after so many steps of AdamW."""
+    """Return the encoder's variables after so many steps of AdamW."""
     trained, frozen = split(model.variables, patterns, "the encoder")
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, 100, steps, rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
@@ -212,7 +212,7 @@ def main() -> int:
         model.variables["params"]["speech"] |= statistics
         kept = {f"params/speech/{name}": value for name, value in statistics.items()}
         loss, batches = clip_loss, clip_batches(model, clips)
-    trained = teach(model, ENCODERS[arguments.medium], loss, batches, arguments.steps, arguments.rate, log)
+    trained = train(model, ENCODERS[arguments.medium], loss, batches, arguments.steps, arguments.rate, log)
     log.close()
     found = {"/".join(path): np.asarray(value) for path, value in flatten_dict(trained).items()}
     np.savez(arguments.destination / "encoder.npz", allow_pickle=False, **found, **kept)

@@ -36,7 +36,7 @@ PACKAGES = (
 
 @lru_cache
 def fonts_of(split: Split) -> list[Path]:
-    """The files of the fonts of a split, each once by its name.
+    """Return the files of a split's fonts, each once by its name.
 
     Raises:
         InputError: a family is not installed.
@@ -58,7 +58,7 @@ def _font(path: Path, size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw(rng: np.random.Generator, page: Page, fonts: Sequence[Path]) -> Image.Image:
-    """The page with a character in the middle of each cell, give or take a little."""
+    """Draw a page with a character in the middle of each cell, give or take a little."""
     cell = int(rng.integers(23, 29))
     height, width = len(page.rows) * cell, len(page.rows[0]) * cell
     paper, ink, bar = _colours(rng)

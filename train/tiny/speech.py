@@ -25,7 +25,7 @@ _ACCENTS = ("en-us", "en-gb", "en-us", "en-gb-x-rp")
 
 @cache
 def voices_of(split: Split) -> list[str]:
-    """The voices of a split.
+    """Return the voices of a split.
 
     Raises:
         InputError: espeak-ng or a voice is missing. It would speak with its usual voice instead, and say nothing.
@@ -48,7 +48,7 @@ def _run(command: list[str]) -> bytes:
 
 
 def say(rng: np.random.Generator, text: str, voices: list[str], *, hard: bool = False) -> np.ndarray:
-    """A clip of 16 kHz: a voice at 85 to 115 words a minute, of middling pitch and any loudness, in some noise.
+    """Return a clip (S,) of 16 kHz: a voice at 85 to 115 words a minute, of middling pitch, in some noise.
 
     A hard one is faster, of more extreme pitch, stretched more, in more noise.
     """

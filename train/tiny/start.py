@@ -80,7 +80,7 @@ _TEMPLATE = (
 
 
 def tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json: a token a byte, whose id is its value."""
+    """Return tokenizer.json and tokenizer_config.json: a token a byte, whose id is its value."""
     added = [
         {
             "id": _IDS[name], "content": f"<|{name}|>", "single_word": False, "lstrip": False,
@@ -106,14 +106,13 @@ def tokenizer() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _character(byte: int) -> str:
-    """Return how byte-level BPE spells a byte (GPT-2): itself where it is printable, else a letter beyond the 255th."""
+    """Return how byte-level BPE spells a byte (GPT-2): itself where it is printable, else from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
 
 
 def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.ndarray]:
-    """All parameters. Maps keep the size of what goes through them; adapters do nothing yet, for their B
-    is zero, as is what never runs."""
+    """Return random parameters by path. Maps keep the size of what goes through them; B of adapters is zero."""
     rng = np.random.default_rng(seed)
     tensors = tensors_of("original", config)
     inputs = {part.path: math.prod(t.shape[1:]) for t in tensors for part in t.parts}
@@ -134,11 +133,11 @@ def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.nda
                 deviation /= 10  # the outputs are classes, of which most are 0
             value = deviation * rng.standard_normal(shape, np.float32)
         found[path] = value
-    return found | _looking_at_own_cell(config.vision, found, rng)
+    return found | _own_cell_attention(config.vision, found, rng)
 
 
-def _looking_at_own_cell(vision: VisionConfig, found: dict[tuple[str, ...], np.ndarray], rng: np.random.Generator):
-    """A tower whose heads begin by looking at the four patches of a patch's own cell, one each.
+def _own_cell_attention(vision: VisionConfig, found: dict[tuple[str, ...], np.ndarray], rng: np.random.Generator):
+    """Return a tower's parameters whose heads attend to the four patches of a patch's own cell, one each.
 
     From random attention it learns nothing for thousands of steps. A patch's position is told by an embedding in
     dimensions of its own, and the queries of head h ask for the h-th patch of the cell.
