@@ -147,7 +147,7 @@ def clip_batches(model: phi4mm_jax.Model, clips: list[Clip], seed: int = 0) -> I
 
 
 def _varied(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-    """Return a clip as of another speaker: bands stretched, as by another length of the vocal tract, tilted, some lost."""
+    """Return a clip as of another speaker: bands stretched, as by another vocal tract, tilted, and some lost."""
     bands = np.arange(frames.shape[1], dtype=np.float32)
     source = np.clip(bands * rng.uniform(0.85, 1.15), 0, len(bands) - 1)
     low = source.astype(int).clip(max=len(bands) - 2)
