@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds, and GiB resident at the peak, of a command that must succeed."""
+    """Run a command that must succeed; return its seconds, and the GiB resident at its peak."""
     start = time.perf_counter()
     _, status, usage = os.wait4(os.spawnvp(os.P_NOWAIT, command[0], command), 0)
     if status != 0:

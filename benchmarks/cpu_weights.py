@@ -57,14 +57,14 @@ def main() -> int:
 
 
 def step(model: Model, batch: int) -> Timed:
-    """A step of rows with 512 tokens each in the cache."""
+    """Time a step of rows with 512 tokens each in the cache."""
     random = np.random.default_rng(0)
     call = decoding(model, [random_row(random, 512) for _ in range(batch)])
     return lambda: call() / STEPS
 
 
 def prefill(model: Model, length: int) -> Timed:
-    """A prompt, and the first token of its answer."""
+    """Time a prompt, with the first token of its answer."""
     engine, random = model.engine(EngineConfig(slots=1, cache_tokens=4 * length + 512)), np.random.default_rng(0)
 
     def answer() -> None:

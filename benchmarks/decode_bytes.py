@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.engine_aot import APPEND, PAGE, EngineProgram, compile_program, mesh_of
 from benchmarks.paths import release_config
-from benchmarks.serving import APPEND, PAGE, Serving, compile_serving, mesh_of
 from phi4mm_jax.checkpoint.tensor_types import parameter_bytes
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model import KVCache, Phi4MM
@@ -47,16 +47,16 @@ def main() -> int:
     for chip in arguments.chips:
         for weights in arguments.weights:
             kind: Any = None if weights == "bfloat16" else weights
-            case = Serving(
+            case = EngineProgram(
                 TOPOLOGIES[chip], "decode", arguments.rows, arguments.length, weights=kind, cache=arguments.cache,
                 devices=arguments.devices,
             )  # fmt: skip
-            print(row(weights, chip, case, config, compile_serving(case, config)), flush=True)
+            print(row(weights, chip, case, config, compile_program(case, config)), flush=True)
     return 0
 
 
-def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
-    """A line of the table."""
+def row(weights: str, chip: str, case: EngineProgram, config: Phi4MMConfig, compiled: jax.stages.Compiled) -> str:
+    """Return a line of the table."""
     memory: Any = compiled.memory_analysis()
     d, text, bandwidth, chips = config.decoder, str(compiled.as_text()), CHIPS[chip].bandwidth, mesh_of(case).size
     copies = float_copies(text, d.embed_dim * d.num_kv_heads * d.head_size // chips, d.vocab_size // chips)
@@ -78,8 +78,8 @@ def row(weights: str, chip: str, case: Serving, config: Phi4MMConfig, compiled: 
     )
 
 
-def model_bytes(case: Serving, config: Phi4MMConfig) -> int:
-    """Bytes of a chip's weights as they are loaded: the decoder, both towers, both adapters."""
+def model_bytes(case: EngineProgram, config: Phi4MMConfig) -> int:
+    """Return the bytes of a chip's weights as they are loaded: the decoder, both towers, both adapters."""
     given = variables_on(mesh_of(case), Phi4MM(config), case.weights).values()
     return sum(parameter_bytes(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)) for x in given)
 

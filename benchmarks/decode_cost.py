@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def random_model(layers: int) -> phi4mm_jax.Model:
-    """Full width, few layers, and the small vocabulary of the tests: the head would hide what the rest takes."""
+    """Return a model of full width, few layers, and the tests' small vocabulary: the head would hide all else."""
     release = with_layers(release_config(), layers, layers, 1)
     tiny = Phi4MMConfig.from_folder(TINY)
     names = "image_token_id", "audio_token_id", "pad_token_id", "stop_token_ids"
@@ -79,7 +79,7 @@ def steps(model: phi4mm_jax.Model, rounds: int) -> Table:
 
 
 def decoding(model: phi4mm_jax.Model, cache_tokens: int, keys: int) -> Callable[[], None]:
-    """A round of decoding 8 slots that have so many keys each; compiled."""
+    """Return a compiled round of decoding 8 slots that have so many keys each."""
     config = EngineConfig(slots=8, cache_tokens=cache_tokens, steps=_STEPS, feature_blocks=16)
     runner, programs = model.engine(config).runner, model.programs
     state = [runner.kv_cache, runner.token_seen]

@@ -62,7 +62,7 @@ def sets() -> dict[str, list[Request]]:
 
 
 def random_requests(count: int, seed: int) -> list[Request]:
-    """Half greedy, half sampled, by random settings; four of five with drafts, and most of words that repeat."""
+    """Draw requests, half greedy, half sampled; four of five with drafts, and most of words that repeat."""
     draw = random.Random(seed)
 
     def request(place: int) -> Request:
@@ -109,7 +109,7 @@ def compare(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, ma
 
 
 def measured(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, max_draft: int, rounds: int):
-    """The cells of a row, from the tokens on."""
+    """Return the cells of a row, from the tokens on."""
     plain = model.engine(EngineConfig(slots=slots))
     drafted = model.engine(EngineConfig(slots=slots, draft_tokens=max_draft))
     with_drafts = [replace(request, draft="lookup") for request in requests]
@@ -124,7 +124,7 @@ def measured(model: phi4mm_jax.Model, requests: Sequence[Request], slots: int, m
 
 
 def answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[Completion], float]:
-    """The answers in order, and the seconds that they took."""
+    """Return the answers in order, and the seconds that they took."""
     start = time.perf_counter()
     found = dict(engine.run(requests))
     return [found[i] for i in range(len(found))], time.perf_counter() - start

@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def measured(process: subprocess.Popen, steps: int) -> list[float]:
-    """Idle share, and tokens a second of the engine and of the bare step."""
+    """Return the idle share, and tokens a second of the engine and of the bare step."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(f"{steps}\n")

@@ -125,7 +125,7 @@ def compile_kernel(job: Job) -> None:
 
 
 def peer(job: Job):
-    """Causal attention of q (heads, T, H) with k and v (groups, T, H), as another library does it."""
+    """Return another library's causal attention of q (heads, T, H) with k and v (groups, T, H)."""
     import jax
 
     queries, keys, chunk = job.blocks
@@ -169,7 +169,7 @@ def units(chip: str) -> tuple[int, float, float]:
 
 
 def tile_of(job: Job) -> tuple[int, int, int]:
-    """Query rows, keys and products of the inner tile."""
+    """Return the query rows, keys and products of the inner tile."""
     if job.blocks:
         return job.blocks[0], job.blocks[1], 2
     blocks = chip_blocks(job.chip)
@@ -219,7 +219,7 @@ def fraction(job: Job) -> float | None:
 
 
 def inner(job: Job, regions: list[Region]) -> Region:
-    """The smallest region that has all of a tile's products."""
+    """Return the smallest region that has all of a tile's products."""
     rows, keys, products = tile_of(job)
     peak, _, filled = units(job.chip)
     matrix_units = 4 if peak == 65536 else 2
@@ -238,7 +238,7 @@ _MEASURED: dict[Job, list[Region] | str] = {}
 
 
 def measure(job: Job) -> list[Region] | str:
-    """The regions of the compiled kernel; what went wrong, if it does not compile."""
+    """Return the regions of the compiled kernel; what went wrong, if it does not compile."""
     if job not in _MEASURED:
         with tempfile.TemporaryDirectory() as folder:
             dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
@@ -259,7 +259,7 @@ def measure(job: Job) -> list[Region] | str:
 
 
 def read_regions(folder: Path, kernel: str) -> list[Region]:
-    """The regions of the final schedule, from the compiler's listing and its table of used slots."""
+    """Return the regions of the final schedule, from the compiler's listing and its table of used slots."""
     named = [f for f in folder.iterdir() if re.search(kernel, f.name)]
     usage = next(f for f in named if "final_hlo-static-per-bundle" in f.name).read_text()
     capacity = [int(n) for n in usage.split("== CAP")[1].split("\n")[2].split()]

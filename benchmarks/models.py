@@ -33,7 +33,7 @@ def timed(function: Callable[[], Any]) -> Timed:
 
 
 def wide_checkpoint(folder: str, whole_encoders: bool = False) -> Path:
-    """Random weights of the release's widths, two layers of each stack or of the decoder alone, the real vocabulary."""
+    """Write random weights of the release's widths and vocabulary, two layers of each stack or of the decoder alone."""
     config = json.loads(RELEASE.read_text())
     config["num_hidden_layers"] = 2
     config["img_processor"] = {**RELEASE_TOWER}  # its last layer is not used
@@ -50,7 +50,7 @@ def wide_checkpoint(folder: str, whole_encoders: bool = False) -> Path:
 
 
 def whole_tokenizer() -> dict[str, Any]:
-    """tokenizer.json without gaps among its ids, which transformers would close by numbering special tokens anew."""
+    """Return tokenizer.json without gaps among its ids, for which transformers would number special tokens anew."""
     tokenizer = json.loads(lzma.decompress((FIXTURES / "o200k" / "tokenizer.json.xz").read_bytes()))
     added = {token["id"]: token for token in tokenizer["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -60,7 +60,7 @@ def whole_tokenizer() -> dict[str, Any]:
 
 
 def small_checkpoint(folder: str) -> Path:
-    """The tests' own, with the rotary sets' boundary out of reach: transformers chooses one set for a whole batch."""
+    """Copy the tests' checkpoint, with LongRoPE's boundary out of reach: transformers chooses one set for a batch."""
     checkpoint = Path(shutil.copytree(TINY, Path(folder) / "checkpoint"))
     config = json.loads((checkpoint / "config.json").read_text())
     config |= {"original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
@@ -75,12 +75,12 @@ def endless(model: phi4mm_jax.Model) -> phi4mm_jax.Model:
 
 
 def random_row(random: np.random.Generator, length: int) -> Row:
-    """Return ordinary tokens."""
+    """Return a row of random ordinary tokens."""
     return Row(random.integers(0, 500, length).astype(np.int32), (), (), ())
 
 
 def decoding(model: phi4mm_jax.Model, rows: Sequence[Row]) -> Timed:
-    """Seconds of a round of `STEPS` tokens of each row."""
+    """Return a call that takes the seconds of a round of `STEPS` tokens of each row."""
     count, tokens = len(rows), sum(len(row.tokens) + 512 for row in rows)
     engine = model.engine(EngineConfig(slots=count, cache_tokens=2 * tokens, steps=STEPS))
     numbers = [engine.submit(Request("", max_new_tokens=500), row) for row in rows]

@@ -107,7 +107,7 @@ def loading(checkpoint: Path, rounds: int) -> None:
 
 
 def run(code: str, environment: dict[str, str]) -> list[str]:
-    """The words that a process of its own prints."""
+    """Return the words that a process of its own prints."""
     command = [sys.executable, "-c", code]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import serving
+from benchmarks import engine_aot
 from benchmarks.paths import release_config
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.model.layers import Remat
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_aot", description=__doc__)
-    parser.add_argument("--case", nargs="+", choices=[*CASES, *serving.CASES], help="some alone")
+    parser.add_argument("--case", nargs="+", choices=[*CASES, *engine_aot.CASES], help="some alone")
     parser.add_argument(
         "--recipe", nargs="+", default=[], help="recipes as they stand: files, or names of those in train/recipes"
     )
@@ -59,8 +59,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if (arguments.topology or arguments.chips) and not arguments.recipe:
         parser.error("--topology and --chips are those of recipes: give --recipe, too")
-    cases = arguments.case or ([] if arguments.recipe else [*CASES, *serving.CASES])
-    training, engine = ([name for name in cases if name in of] for of in (CASES, serving.CASES))
+    cases = arguments.case or ([] if arguments.recipe else [*CASES, *engine_aot.CASES])
+    training, engine = ([name for name in cases if name in of] for of in (CASES, engine_aot.CASES))
     config = release_config()
     steps = [
         *(case_step(name, config) for name in training),
@@ -79,10 +79,10 @@ def main() -> int:
         print("|" + "---|" * 11)
     for name in engine:
         start = time.perf_counter()
-        compiled = serving.compile_serving(serving.CASES[name], config)
+        compiled = engine_aot.compile_program(engine_aot.CASES[name], config)
         seconds = time.perf_counter() - start
         _keep(arguments.text, name, str(compiled.as_text()))
-        print(serving.row(name, compiled, config, hbm_gib(compiled), seconds), flush=True)
+        print(engine_aot.row(name, compiled, config, hbm_gib(compiled), seconds), flush=True)
     return int(failed)
 
 
@@ -159,7 +159,7 @@ def _keep(folder: Path | None, name: str, text: str) -> None:
 
 
 def row(step: Step, compiled: jax.stages.Compiled, found: Cost, seconds: float) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     chip = step.chip
     memory: Any = compiled.memory_analysis()
     over = ", too much" if hbm_gib(compiled) > chip.hbm else ""

@@ -71,7 +71,7 @@ def in_process(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
 
 
 def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
-    """Seconds of the fastest step, the most bytes held while stepping, the losses of all steps."""
+    """Return the seconds of the fastest step, the peak of memory while stepping, and the losses of all steps."""
     rows, length = (2, 64) if small else (2, 512)
     tokens = np.random.default_rng(0).integers(0, 600, (rows, length)).astype(np.int32)
     step = ours(checkpoint, tokens) if side == "ours" else theirs(checkpoint, tokens, side)
@@ -85,7 +85,7 @@ def measure(side: str, checkpoint: Path, small: bool) -> dict[str, Any]:
 
 
 def products(side: str, positions: int, small: bool) -> float:
-    """Seconds of the products of a step's linear maps, the head for half of the positions, each with its transposed."""
+    """Return the seconds of a step's products and of their transposes: linear maps, the head for half the positions."""
     random = np.random.default_rng(0)
     maps = [*((positions, *pair) for pair in PRODUCTS), (positions // 2, HEAD[0], 600 if small else HEAD[1])]
     weights = [random.standard_normal((inputs, outputs), np.float32) for _, inputs, outputs in maps]
@@ -115,7 +115,7 @@ def products(side: str, positions: int, small: bool) -> float:
 
 
 def fastest(call: Callable[[], Any], count: int) -> float:
-    """Seconds of the fastest of so many calls."""
+    """Return the seconds of the fastest of so many calls."""
     times = []
     for _ in range(count):
         start = time.perf_counter()

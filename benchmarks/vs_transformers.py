@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
-    """Seconds of ours, and of each of theirs."""
+    """Return the seconds of ours, and of each of theirs."""
     sides = {"": contest.ours, **contest.theirs}
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(rounds):
@@ -131,7 +131,7 @@ def fastest(contest: Contest, rounds: int) -> tuple[float, dict[str, float]]:
 
 
 def products_ratio(maps: Counter[LinearMap], rounds: int, seconds: float) -> float:
-    """PyTorch's time for all of these products over XLA's."""
+    """Return PyTorch's time for all of these products over XLA's."""
     ours = theirs = 0.0
     for sizes, count in maps.items():
         fast, others = fastest(product(sizes, seconds), rounds)
@@ -151,7 +151,7 @@ def product(sizes: LinearMap, seconds: float) -> Contest:
 
 
 def fastest_call(function: Callable[[], Any], seconds: float) -> Timed:
-    """Seconds of the fastest of the calls that are started within these."""
+    """Return a call that takes the seconds of the fastest of those started within `seconds`."""
     call = timed(function)
 
     def calls() -> float:
@@ -165,7 +165,7 @@ def fastest_call(function: Callable[[], Any], seconds: float) -> Timed:
 
 
 def agree(name: str, ours: Any, theirs: Any, tolerance: float = 1e-3) -> None:
-    """The largest difference in units of the largest value."""
+    """End the program if the largest difference, in units of the largest value, is above the tolerance."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     if not error < tolerance:
@@ -326,7 +326,7 @@ class Sides:
     # --- end to end ---
 
     def mixed(self) -> Contest:
-        """Prompts and answers of many lengths, a third of them with an image, a third with a clip."""
+        """Answer prompts of many lengths, a third of them with an image, a third with a clip."""
         prompts = [self.prompt(i % 3) for i in range(self.sizes.mixed)]
         requests = [
             Request(
@@ -452,7 +452,7 @@ def use_attention(model: torch.nn.Module, kind: str) -> None:
 
 
 def leave_out_unused(model: Any) -> None:
-    """The last vision layer and the pooling head; and the tower attends to all patches, by SDPA too."""
+    """Leave out the last vision layer and the pooling head, and have SDPA attend to all patches."""
     tower = model.model.embed_tokens_extend.image_embed.img_processor
     tower.encoder.layers[-1].forward = lambda hidden, *_, **__: hidden
     tower.post_layernorm.forward = lambda hidden: hidden
@@ -462,7 +462,7 @@ def leave_out_unused(model: Any) -> None:
 
 
 def plain_crops(image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """Crops (C, 3, 448, 448), masks (C, 32, 32), and the grid, by the release's arithmetic in plain Pillow and torch.
+    """Return crops (C, 3, 448, 448), masks (C, 32, 32), and the grid, by the release's arithmetic in Pillow and torch.
 
     transformers' image processor needs torchvision, which is not among the requirements of the tests.
     """

@@ -74,7 +74,7 @@ def kernels(small: bool) -> Iterator[Measurement]:
 
 
 def decoding_kernels(small: bool, draw: Callable[..., Any]) -> Iterator[Measurement]:
-    """One step's attention of four layers, in bytes of keys, values and scales that it has to read."""
+    """Yield one step's attention of four layers, in bytes of keys, values and scales that it has to read."""
     import jax
     import jax.numpy as jnp
 

@@ -30,7 +30,7 @@ from benchmarks.paths import TINY, release_config
 
 
 def random_model(small: bool, scan: bool = False) -> Any:
-    """The release's model with random weights, drawn on the device, and the tests' vocabulary file.
+    """Return the release's model with random weights, drawn on the device, and the tests' vocabulary file.
 
     The small one has one layer in the decoder, and a quarter more ids than that file.
     """
@@ -67,7 +67,7 @@ def random_model(small: bool, scan: bool = False) -> Any:
 
 
 def random_processor(config: Any) -> Any:
-    """The tests' processor, with more ids than its vocabulary has: most tokens that the model draws have no text."""
+    """Return the tests' processor, with more ids than its vocabulary: most tokens that the model draws have no text."""
     from phi4mm_jax.processing.processor import Processor
     from phi4mm_jax.processing.tokenizer import Tokenizer, build_encoding, read_tokenizer_files
 
@@ -150,7 +150,7 @@ def model(small: bool) -> Iterator[Measurement]:
 
 
 def quantized(small: bool) -> Iterator[Measurement]:
-    """Decoding as in `model`, with the weights in fewer bytes."""
+    """Yield decoding as in `model`, with the weights in fewer bytes."""
     sizes = SMALL if small else Sizes()
     for weights in ("int8", "int4"):
         ours = functools.cache(functools.partial(quantized_model, small, weights))
@@ -165,7 +165,7 @@ def quantized(small: bool) -> Iterator[Measurement]:
 def decoding_rows(
     ours: Callable[[], Any], batch: int, cached: int, rate: Callable[[], float], kind: str = ""
 ) -> Iterator[Measurement]:
-    """The tokens a second of all rows, and the bytes a second that they have to read for these."""
+    """Yield the tokens a second of all rows, and the bytes a second that they have to read for these."""
     rates: list[float] = []
 
     def tokens() -> float:
@@ -215,7 +215,7 @@ def step_bytes(ours: Any, batch: int, cached: int) -> int:
 
 @contextmanager
 def engine_of(model: Any, config: Any) -> Iterator[Any]:
-    """An engine whose cache is freed at the end."""
+    """Yield an engine whose cache is freed at the end."""
     import gc
 
     engine = model.engine(config)
@@ -247,7 +247,7 @@ def count_drawn(engine: Any) -> int:
 
 
 def tuning(small: bool) -> Iterator[Measurement]:
-    """A step of the speech adapter over packed rows of text: forward, backward, clipping, AdamW."""
+    """Yield a step of the speech adapter over packed rows of text: forward, backward, clipping, AdamW."""
     import jax.numpy as jnp
 
     from phi4mm_jax.model import Phi4MM
@@ -266,7 +266,7 @@ def tuning(small: bool) -> Iterator[Measurement]:
 
 
 def load(small: bool) -> Iterator[Measurement]:
-    """A checkpoint of the original layout; of two layers each, for writing random weights takes longer than reading."""
+    """Yield the load of a checkpoint of two layers each: writing random weights takes longer than reading."""
     import shutil
     import tempfile
 

@@ -40,13 +40,13 @@ class _Recording:
 
     Attributes:
         running: requests that are not yet answered.
-        whole: it was read to its end.
+        is_read: to its end.
     """
 
     segments: dict[int, Segment] = field(default_factory=dict)
     seconds: float = 0.0
     running: int = 0
-    whole: bool = False
+    is_read: bool = False
     error: Exception | None = None
 
 
@@ -68,7 +68,7 @@ def transcribe(
         The recording's index in `sources`, and its transcript or what was wrong with it, as each comes to its end.
     """
     recordings = [_Recording() for _ in sources]
-    asked: list[tuple[_Recording, int, RecordedClip | None]] = []
+    requested: list[tuple[_Recording, int, RecordedClip | None]] = []
 
     def requests() -> Iterator[Request]:
         for source, recording in zip(sources, recordings, strict=True):
@@ -80,26 +80,26 @@ def transcribe(
                         continue
                     if recording.error is not None:
                         break
-                    asked.append((recording, number, clip))
+                    requested.append((recording, number, clip))
                     recording.running += 1
                     yield request(clip)
             except (InputError, OSError) as error:
                 recording.error = error
-            recording.whole = True
+            recording.is_read = True
 
-    ended: set[int] = set()
+    yielded: set[int] = set()
 
-    def ends() -> Iterator[tuple[int, Transcript | Exception]]:
+    def finished() -> Iterator[tuple[int, Transcript | Exception]]:
         for place, recording in enumerate(recordings):
-            if recording.whole and not recording.running and place not in ended:
-                ended.add(place)
+            if recording.is_read and not recording.running and place not in yielded:
+                yielded.add(place)
                 segments = [recording.segments[number] for number in sorted(recording.segments)]
                 yield place, recording.error or Transcript(segments, recording.seconds)
                 recording.segments.clear()
 
     for index, completion in engine.run(requests()):
-        recording, number, clip = asked[index]
-        asked[index] = recording, number, None  # its samples are not needed any more
+        recording, number, clip = requested[index]
+        requested[index] = recording, number, None  # its samples are not needed any more
         assert clip is not None
         assert clip.speech is not None
         recording.running -= 1
@@ -108,5 +108,5 @@ def transcribe(
             recording.error = recording.error or InputError(completion.error)
         else:
             recording.segments[number] = Segment.of(*clip.speech, completion)
-        yield from ends()
-    yield from ends()
+        yield from finished()
+    yield from finished()

@@ -28,7 +28,7 @@ PAGE = 128  # tokens
 APPEND = 3e-6  # seconds of one `phi4mm_append`: two transfers one after the other, and some 2,000 cycles for 16 rows
 
 
-class Serving(NamedTuple):
+class EngineProgram(NamedTuple):
     """A program of the engine: `rows` of `length` tokens each, those in the cache included; `chunk` are prefilled.
 
     With `devices`, on so many of the topology's.
@@ -47,12 +47,12 @@ class Serving(NamedTuple):
 
 
 CASES = {
-    "prefill": Serving("v5e:2x4", "prefill", 1, 131072),
-    "prefill, context": Serving("v5e:4x4", "prefill", 1, 131072, context=2),
-    "decode": Serving("v5e:2x4", "decode", 16, 8192),
-    "decode, sampled": Serving("v5e:2x4", "decode", 16, 8192, sampled=True),
-    "decode, context": Serving("v5e:4x4", "decode", 16, 8192, context=2),
-    "decode, v6e": Serving("v6e:2x4", "decode", 64, 8192),
+    "prefill": EngineProgram("v5e:2x4", "prefill", 1, 131072),
+    "prefill, context": EngineProgram("v5e:4x4", "prefill", 1, 131072, context=2),
+    "decode": EngineProgram("v5e:2x4", "decode", 16, 8192),
+    "decode, sampled": EngineProgram("v5e:2x4", "decode", 16, 8192, sampled=True),
+    "decode, context": EngineProgram("v5e:4x4", "decode", 16, 8192, context=2),
+    "decode, v6e": EngineProgram("v6e:2x4", "decode", 64, 8192),
 }
 
 
@@ -62,15 +62,15 @@ class Estimate(NamedTuple):
     moved: float  # bytes of collectives on a chip
 
 
-def mesh_of(case: Serving) -> Mesh:
+def mesh_of(case: EngineProgram) -> Mesh:
     """Return a mesh of the case's chips, to compile for without them."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices[: case.devices]
     sizes = case.context, len(chips) // case.context
     return jax.make_mesh(sizes, ("context", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=chips)
 
 
-def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
-    """The program with a cache that holds all rows, its heads over all chips, without adapters."""
+def compile_program(case: EngineProgram, config: Phi4MMConfig) -> jax.stages.Compiled:
+    """Compile a program with a cache that holds all rows, its heads over all chips, without adapters."""
     module = Phi4MM(config, jnp.bfloat16, scan=False)  # as `load` has it
     mesh = mesh_of(case)
     page = PAGE * case.context
@@ -101,7 +101,7 @@ def compile_serving(case: Serving, config: Phi4MMConfig) -> jax.stages.Compiled:
     return programs.prefill.lower(variables, pages, features, seen, chunk).compile()
 
 
-def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
+def estimate(case: EngineProgram, config: Phi4MMConfig, text: str) -> Estimate:
     kind = case.topology.split(":")[0]
     chip, bandwidth, d = CHIPS[kind], CHIPS[kind].bandwidth, config.decoder
     chips = len(topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices)
@@ -125,7 +125,7 @@ def estimate(case: Serving, config: Phi4MMConfig, text: str) -> Estimate:
 
 
 def row(name: str, compiled: jax.stages.Compiled, config: Phi4MMConfig, held: float, seconds: float) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     case = CASES[name]
     memory: Any = compiled.memory_analysis()
     found = estimate(case, config, str(compiled.as_text()))
