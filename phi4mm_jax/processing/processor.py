@@ -222,8 +222,10 @@ class Processor:
         self._tokens_of_size(*image.size, max_crops)
         return image, max_crops
 
-    def _tokens(self, prompt: Prompt, counts: Mapping[str, Sequence[int]]):
-        """Return the token ids with placeholders repeated, and where each medium begins; refuse too many."""
+    def _tokens(
+        self, prompt: Prompt, counts: Mapping[str, Sequence[int]]
+    ) -> tuple[np.ndarray, tuple[tuple[Media, int], ...]]:
+        """Return the token ids (T,) with placeholders repeated, and where each medium begins; refuse too many."""
         ids = {"image": self.config.image_token_id, "audio": self.config.audio_token_id}
         # Encoded with one token a medium, so that long media cost nothing; then each is repeated in place.
         pieces: list[str | int | tuple[int, ...]] = []

@@ -53,7 +53,9 @@ Metrics = dict[str, Array]
 Loss = Callable[[Callable[..., Any], Any, Batch], tuple[Array, Metrics]]
 
 
-def page_loss(apply: Callable[..., Any], variables: Any, batch: tuple[ImageStack, Int[Array, "M"]]):
+def page_loss(
+    apply: Callable[..., Any], variables: Any, batch: tuple[ImageStack, Int[Array, "M"]]
+) -> tuple[Array, Metrics]:
     """Return the cross-entropy by place, and the squared distance from the class's own dimension."""
     images, targets = batch
     outputs = apply(variables, images, method="encode_images")[:, : len(PAGE_CLASSES)]  # (M, classes)
@@ -63,7 +65,9 @@ def page_loss(apply: Callable[..., Any], variables: Any, batch: tuple[ImageStack
     return losses.mean() + distance.mean(), {"loss": losses.mean(), "distance": distance.mean(), "accuracy": accuracy}
 
 
-def clip_loss(apply: Callable[..., Any], variables: Any, batch: tuple[AudioStack, Int[Array, "A L"]]):
+def clip_loss(
+    apply: Callable[..., Any], variables: Any, batch: tuple[AudioStack, Int[Array, "A L"]]
+) -> tuple[Array, Metrics]:
     """Return the CTC loss by letter, and the squared distance of the outputs from the probabilities that they mean."""
     audio, labels = batch
     count = len(CLIP_CLASSES)

@@ -37,6 +37,7 @@ _SPECIAL = str.split(
 _SWALLOWS = ("assistant", "end", "user", "system")  # white space after them, as in the release
 _IDS = {name: 256 + i for i, name in enumerate(_SPECIAL)}
 _CONTEXT = 4096
+Weights = dict[tuple[str, ...], np.ndarray]  # by path
 _LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.0)
 
 CONFIG = Phi4MMConfig(
@@ -111,12 +112,12 @@ def _character(byte: int) -> str:
     return chr(byte) if byte in printable else chr(256 + [b for b in range(256) if b not in printable].index(byte))
 
 
-def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.ndarray]:
+def weights(config: Phi4MMConfig, seed: int = 0) -> Weights:
     """Return random parameters by path. Maps keep the size of what goes through them; B of adapters is zero."""
     rng = np.random.default_rng(seed)
     tensors = tensors_of("original", config)
     inputs = {part.path: math.prod(t.shape[1:]) for t in tensors for part in t.parts}
-    found: dict[tuple[str, ...], np.ndarray] = {}
+    found: Weights = {}
     for path, shape in parameter_shapes(tensors).items():
         name = path[-1]
         if path[0] == UNUSED or (path[0].startswith("lora_") and name != "a"):
@@ -136,7 +137,7 @@ def weights(config: Phi4MMConfig, seed: int = 0) -> dict[tuple[str, ...], np.nda
     return found | _own_cell_attention(config.vision, found, rng)
 
 
-def _own_cell_attention(vision: VisionConfig, found: dict[tuple[str, ...], np.ndarray], rng: np.random.Generator):
+def _own_cell_attention(vision: VisionConfig, found: Weights, rng: np.random.Generator) -> Weights:
     """Return a tower's parameters whose heads attend to the four patches of a patch's own cell, one each.
 
     From random attention it learns nothing for thousands of steps. A patch's position is told by an embedding in
@@ -152,7 +153,7 @@ def _own_cell_attention(vision: VisionConfig, found: dict[tuple[str, ...], np.nd
     codes = rng.standard_normal((count, vision.head_size), np.float32)
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
     rows, columns = np.divmod(np.arange(count), side)
-    made: dict[tuple[str, ...], np.ndarray] = {(*tower, "patch_kernel"): kernel, (*tower, "position"): position}
+    made: Weights = {(*tower, "patch_kernel"): kernel, (*tower, "position"): position}
     for name in ("q", "k"):
         path = (*tower, "layers", name, "kernel")
         value = 0.1 * found[path]  # (layers, D, N, H)
