@@ -57,11 +57,11 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
     _check_line(values)
     messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
     roles = [message["role"] for message in messages]
-    loss = [_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
+    loss = [_in_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
     for i, (role, in_loss) in enumerate(zip(roles, loss, strict=True)):
         if in_loss and role not in ("assistant", *_CALLS):
             raise InputError(f"{name}[{i}] is of role {role!r:.40} and asks for loss; only answers have one")
-    messages, mask = _joined(name, messages, [in_loss is not False for in_loss in loss])
+    messages, mask = _join_tool_calls(name, messages, [in_loss is not False for in_loss in loss])
     messages = _with_system(values, messages)
     messages = _with_tools(values, messages)
     return Conversation(_with_media(values, messages), mask)
@@ -144,7 +144,7 @@ def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return message
 
 
-def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
+def _in_loss(where: str, message: Mapping[str, Any]) -> bool | None:
     """Return whether a message is in the loss mask, by one of several keys; None without any."""
     found = {}
     for key in _LOSS:
@@ -159,7 +159,7 @@ def _loss(where: str, message: Mapping[str, Any]) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def _joined(
+def _join_tool_calls(
     name: str, messages: Sequence[dict[str, Any]], loss: Sequence[bool]
 ) -> tuple[list[dict[str, Any]], tuple[bool, ...]]:
     """Join messages that are tool calls alone to the answer before them, or make them one."""
@@ -170,7 +170,7 @@ def _joined(
             joined.append(message)
             mask += [in_loss] if message["role"] == "assistant" else []
             continue
-        calls = [*_spoken_calls(f"{name}[{i}]", message.get("content"))]
+        calls = [*_parse_calls(f"{name}[{i}]", message.get("content"))]
         if joined and joined[-1]["role"] == "assistant":
             if mask[-1] != in_loss:
                 raise InputError(f"{name}[{i}]: a part of an answer is masked, another is not; make them alike")
@@ -181,7 +181,7 @@ def _joined(
     return joined, tuple(mask)
 
 
-def _spoken_calls(where: str, content: Any) -> Iterator[dict[str, Any]]:
+def _parse_calls(where: str, content: Any) -> Iterator[dict[str, Any]]:
     """Parse calls that are written as JSON: an object with name and arguments, or a list of them."""
     try:
         found = parse_json(content) if isinstance(content, str) else content
@@ -221,13 +221,13 @@ def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
 def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put the media beside the messages into their places: parts without a medium of their own or, where there are
     none, `<image>`, `<audio>` and `<video>` in the texts."""
-    beside = {kind: _beside(values, kind) for kind in MEDIA}
+    beside = {kind: _media_beside(values, kind) for kind in MEDIA}
     if all(media is None for media in beside.values()):
         return messages
     kinds = [kind for message in messages for kind in _empty_parts(message)]
     in_texts = not kinds
     if in_texts:
-        messages = [{**message, **_split(message)} for message in messages]
+        messages = [{**message, **_split_texts(message)} for message in messages]
         kinds = [kind for message in messages for kind in _empty_parts(message)]
     for kind, media in beside.items():
         count, places = len(media or ()), kinds.count(kind)
@@ -238,10 +238,10 @@ def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
                 f"each {kind} belongs"
             )
     rest = {kind: iter(media or ()) for kind, media in beside.items()}
-    return [_filled(message, rest) for message in messages]
+    return [_fill_parts(message, rest) for message in messages]
 
 
-def _beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
+def _media_beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
     """Return the media of a kind; None if the line has no such key."""
     plural, singular = MEDIA[kind]
     given = [key for key in (plural, singular) if values.get(key) is not None]
@@ -272,21 +272,21 @@ def _is_empty(part: Mapping[str, Any]) -> bool:
     return kind in MEDIA and all(part.get(key) is None for key in (kind, "url", "path", "base64"))
 
 
-def _split(message: Mapping[str, Any]) -> dict[str, Any]:
+def _split_texts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a message, its texts cut where media belong."""
     content = message.get("content")
     if isinstance(content, str):
-        return {"content": _parts(content)} if _PLACE.search(content) else {}
+        return {"content": _split_text(content)} if _PLACE.search(content) else {}
     if not isinstance(content, list):
         return {}
     parts: list[Any] = []
     for part in content:
         is_text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        parts += _parts(part["text"]) if is_text and _PLACE.search(part["text"]) else [part]
+        parts += _split_text(part["text"]) if is_text and _PLACE.search(part["text"]) else [part]
     return {"content": parts}
 
 
-def _parts(text: str) -> list[dict[str, Any]]:
+def _split_text(text: str) -> list[dict[str, Any]]:
     pieces = _PLACE.split(text)  # texts, with the kinds between them
     return [
         {"type": piece} if i % 2 else {"type": "text", "text": piece}
@@ -295,14 +295,14 @@ def _parts(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def _filled(message: dict[str, Any], rest: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+def _fill_parts(message: dict[str, Any], rest: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    return {**message, "content": [_taking(part, rest) for part in content]}
+    return {**message, "content": [_fill_part(part, rest) for part in content]}
 
 
-def _taking(part: Any, rest: Mapping[str, Iterator[Any]]) -> Any:
+def _fill_part(part: Any, rest: Mapping[str, Iterator[Any]]) -> Any:
     if not isinstance(part, Mapping) or not _is_empty(part):
         return part
     return {**part, part["type"]: next(rest[part["type"]])}

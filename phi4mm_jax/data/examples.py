@@ -175,8 +175,8 @@ def measure(
     """
     prompt = sample.prompt
     if speech is not None and speech.speed is not None and prompt.audios:
-        prompt = _by_media(lambda: _stretched(prompt, speech, rng))
-    outline = _by_media(lambda: processor.outline(prompt, max_crops))
+        prompt = _with_cause(lambda: _stretched(prompt, speech, rng))
+    outline = _with_cause(lambda: processor.outline(prompt, max_crops))
     tokens, tokenizer, chunk_tokens = outline.tokens, processor.tokenizer, processor.config.speech.chunk_tokens
     token_loss_mask(tokens, sample.loss_mask, tokenizer)
     sequences = [tokens] if sample.rejected is None else [tokens, _rejected(tokens, sample.rejected, tokenizer)]
@@ -207,13 +207,13 @@ def load_examples(
         ValueError: an augmentation changes a size.
     """
     prompt = sample.prompt
-    of_clips = [] if rng is None or augment.speech is None else rng.spawn(len(prompt.audios))
+    clip_rngs = [] if rng is None or augment.speech is None else rng.spawn(len(prompt.audios))
     if rng is not None:
-        prompt = _by_media(lambda: _augmented(prompt, augment, rng, of_clips))
-    row = _by_media(lambda: processor.row_of(prompt, max_crops))
-    if augment.speech is not None and of_clips:
-        pairs = zip(row.clips, of_clips, strict=True)
-        row = row._replace(clips=tuple(mask_features(features, augment.speech, own) for features, own in pairs))
+        prompt = _with_cause(lambda: _augmented(prompt, augment, rng, clip_rngs))
+    row = _with_cause(lambda: processor.row_of(prompt, max_crops))
+    if augment.speech is not None and clip_rngs:
+        pairs = zip(row.clips, clip_rngs, strict=True)
+        row = row._replace(clips=tuple(mask_features(clip, augment.speech, clip_rng) for clip, clip_rng in pairs))
     chosen = Example(row, token_loss_mask(row.tokens, sample.loss_mask, processor.tokenizer))
     if sample.rejected is None:
         return (chosen,)
@@ -254,8 +254,8 @@ def _rejected(tokens: np.ndarray, text: str, tokenizer: Tokenizer) -> np.ndarray
     return np.concatenate([tokens[:begin], tokenizer.encode_pieces([assistant, text, end, last])]).astype(np.int32)
 
 
-def _by_media(process: Callable[[], Any]) -> Any:
-    """Call a function, and classify its errors by cause: media, text or length."""
+def _with_cause(process: Callable[[], Any]) -> Any:
+    """Call a function; turn its InputError into a BadSample with the cause."""
     try:
         return process()
     except InputError as error:
@@ -273,13 +273,13 @@ def _cause(error: InputError) -> Cause:
 
 def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Generator | None) -> Prompt:
     """Return the prompt with silence of the augmented lengths in place of its clips."""
-    of_clips = iter([None] * len(prompt.audios) if rng is None else rng.spawn(len(prompt.audios)))
+    clip_rngs = iter([None] * len(prompt.audios) if rng is None else rng.spawn(len(prompt.audios)))
     slowest = replace(speech, speed=(speech.speed[0],) * 2) if speech.speed else speech
 
     def clip(source: Any) -> Clip:
-        own = next(of_clips)
+        clip_rng = next(clip_rngs)
         length, rate = measure_audio(source)
-        how, draws = (slowest, np.random.default_rng(0)) if own is None else (speech, own)
+        how, draws = (slowest, np.random.default_rng(0)) if clip_rng is None else (speech, clip_rng)
         length = stretched_length(length, draw_speed(how, length, rate, draws))
         return np.broadcast_to(np.float32(0), (length,)), rate
 
@@ -287,10 +287,10 @@ def _stretched(prompt: Prompt, speech: SpeechAugmentation, rng: np.random.Genera
 
 
 def _augmented(
-    prompt: Prompt, augment: Augment, rng: np.random.Generator, of_clips: Sequence[np.random.Generator]
+    prompt: Prompt, augment: Augment, rng: np.random.Generator, clip_rngs: Sequence[np.random.Generator]
 ) -> Prompt:
-    """Return the prompt with its media decoded and augmented; `of_clips` are the clips' generators."""
-    rest = iter(of_clips)
+    """Return the prompt with its media decoded and augmented; `clip_rngs` are the clips' generators."""
+    rest = iter(clip_rngs)
 
     def image(source: Any) -> Any:
         if isinstance(source, Frame):

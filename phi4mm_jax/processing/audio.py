@@ -92,7 +92,7 @@ def announced_seconds(source: AudioSource) -> float | None:
     try:
         match plain(source):
             case tuple(clip):
-                samples, rate = _clip(clip, math.inf)
+                samples, rate = _check_clip(clip, math.inf)
                 return len(samples) / rate
             case (str() | bytes()) as file:
                 return _header_seconds(file)
@@ -112,7 +112,7 @@ def measure_audio(source: AudioSource, max_seconds: float = MAX_SECONDS) -> tupl
     """
     match plain(source):
         case tuple(clip):
-            samples, rate = _clip(clip, max_seconds)
+            samples, rate = _check_clip(clip, max_seconds)
             num_samples = len(samples)
         case (str() | bytes()) as file:
             num_samples, rate = _measure_file(file, max_seconds)
@@ -146,11 +146,11 @@ def _check_duration(num_samples: int, rate: int, max_seconds: float) -> None:
 
 
 def _from_samples(source: tuple, max_seconds: float) -> tuple[Float[np.ndarray, " S"], int]:
-    samples, rate = _clip(source, max_seconds)
+    samples, rate = _check_clip(source, max_seconds)
     return _mono(_as_float(samples)), rate
 
 
-def _clip(source: tuple, max_seconds: float) -> tuple[np.ndarray, int]:
+def _check_clip(source: tuple, max_seconds: float) -> tuple[np.ndarray, int]:
     """Return the samples as they are, with the channels, if they have an axis, last, and the rate."""
     if len(source) != 2:
         raise InputError(f"the audio clip is a tuple of {len(source)}; expected (samples, sampling_rate)")
@@ -221,7 +221,7 @@ def _decoded_blocks(source: str | bytes, deadline: Deadline) -> Iterator[tuple[F
     with open_file(source) as opened:
         length = wav_length(opened)
         try:
-            file = _stream(opened, length)
+            file = _open_sound(opened, length)
         except Exception as error:  # of many types, where a header is malformed
             cause = error
         else:
@@ -277,14 +277,14 @@ def _read_header(source: str | bytes) -> "_Stream | None":
     """Return the closed file, with what its header states; None for one that soundfile does not open."""
     with open_file(source) as opened:
         try:
-            header = _stream(opened, wav_length(opened))
+            header = _open_sound(opened, wav_length(opened))
             header.close()
         except Exception:  # of many types, where a header is malformed
             return None
     return header
 
 
-def _stream(opened: BinaryIO, length: WavLength | None) -> "_Stream":
+def _open_sound(opened: BinaryIO, length: WavLength | None) -> "_Stream":
     file: Any = opened if length is None else PatchedFile(opened, length.patches)
     return _Stream(file)
 
@@ -309,7 +309,7 @@ def _is_cut_off(file: soundfile.SoundFile, num_read: int) -> bool:
     match file.format:
         case "OGG":
             return "Junk after the last page" in log  # part of one more
-        case "MP3":  # only with a variable bit rate is the length told; otherwise it is estimated
+        case "MP3":  # only with a variable bit rate does it state the length; otherwise it is estimated
             return re.search(r"bitrate mode *: variable", log) is not None and num_read < 0.99 * file.frames
     sizes = re.search(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", log)
     if sizes is None:
@@ -332,7 +332,7 @@ def _container_blocks(
             stream = container.streams.best("audio")
             if stream is None:
                 raise InputError("the file has no audio; choose another")
-            frames = _decoded(container, stream, deadline)
+            frames = _decode(container, stream, deadline)
             first = next(frames, None)
             if first is None:
                 raise InputError("the file has no audio; check that it is whole")
@@ -357,7 +357,7 @@ def _container_blocks(
     ) from failure
 
 
-def _decoded(container: Any, stream: Any, deadline: Deadline) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, deadline: Deadline) -> Iterator[Any]:
     for packet in container.demux(stream):
         deadline.check()
         yield from packet.decode()

@@ -112,7 +112,7 @@ class Processor:
         rows = []
         for i, prompt in enumerate(prompts):
             try:
-                media = _of_row(images, i, prompts, "images"), _of_row(audios, i, prompts, "audios")
+                media = _row_media(images, i, prompts, "images"), _row_media(audios, i, prompts, "audios")
                 rows.append(self.row(prompt, *media, max_crops, continue_final_message, adapter))
             except InputError as error:
                 raise type(error)(f"prompt {i}: {error}") from error
@@ -209,15 +209,15 @@ class Processor:
 
     def _image_size(self, source: Any, max_crops: int) -> tuple[int, int, int]:
         """Return width and height of an image, and how many crops it may have."""
-        source, max_crops = self._of_frame(source, max_crops)
+        source, max_crops = self._unwrap_frame(source, max_crops)
         return *image_size(source), max_crops
 
-    def _of_frame(self, source: Any, max_crops: int) -> tuple[Any, int]:
+    def _unwrap_frame(self, source: Any, max_crops: int) -> tuple[Any, int]:
         return (source.image, self._dynamic_hd(source.max_crops)) if isinstance(source, Frame) else (source, max_crops)
 
     def _load_image(self, source: Any, max_crops: int) -> tuple[Image.Image, int]:
         """Load an image, with how many crops it may have; refuse one that is too thin."""
-        source, max_crops = self._of_frame(source, max_crops)
+        source, max_crops = self._unwrap_frame(source, max_crops)
         image = load_image(source)
         self._tokens_of_size(*image.size, max_crops)
         return image, max_crops
@@ -300,7 +300,7 @@ def _check_context(length: int, counts: Mapping[str, Sequence[int]], context: in
         )
 
 
-def _of_row(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:
+def _row_media(media: Sequence[Any] | None, row: int, prompts: Sequence[Any], name: str) -> Sequence[Any]:
     """Return the media of one row."""
     if media is None:
         return ()

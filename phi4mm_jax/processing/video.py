@@ -87,10 +87,10 @@ def video_frames(
         )
     start, length = _span(source)
     times = [start + length * (2 * i + 1) / (2 * frames) for i in range(frames)]
-    images = _decoded(source, times, _crops_seen(max_crops, frames), crop_size)
+    images = _decode(source, times, _crops_seen(max_crops, frames), crop_size)
     if _crops_seen(max_crops, len(images)) > _crops_seen(max_crops, frames):
         # A clip of fewer frames than asked for, so that decoding it again is little: each is seen at a larger size.
-        images = _decoded(source, times, _crops_seen(max_crops, len(images)), crop_size)
+        images = _decode(source, times, _crops_seen(max_crops, len(images)), crop_size)
     return images
 
 
@@ -98,11 +98,11 @@ def _crops_seen(max_crops: int | None, frames: int) -> int:
     return min(max_crops or crops_per_frame(frames), MAX_CROPS)
 
 
-def _decoded(source: str | bytes, times: Sequence[Fraction], crops: int, crop_size: int) -> list[Image.Image]:
+def _decode(source: str | bytes, times: Sequence[Fraction], crops: int, crop_size: int) -> list[Image.Image]:
     try:
-        return list(_shown_at(source, times, crops, crop_size, seek=True))
+        return list(_frames_at(source, times, crops, crop_size, seek=True))
     except _SeekError:
-        return list(_shown_at(source, times, crops, crop_size, seek=False))
+        return list(_frames_at(source, times, crops, crop_size, seek=False))
 
 
 def check_frames(frames: Any) -> None:
@@ -186,7 +186,7 @@ def _span(source: str | bytes) -> tuple[Fraction, Fraction]:
         return first * stream.time_base, (max(map(sum, packets)) - first) * stream.time_base
 
 
-def _shown_at(
+def _frames_at(
     source: str | bytes, times: Sequence[Fraction], crops: int, crop_size: int, *, seek: bool
 ) -> Iterator[Image.Image]:
     """Yield what a player shows at these times, which rise, at the size that is seen in so many crops; each frame once.
@@ -195,13 +195,13 @@ def _shown_at(
         _SeekError: seeking leads past a time.
     """
     with _opened(source) as (container, stream, deadline):
-        frames = _timed(container, stream, deadline)
+        frames = _timed_frames(container, stream, deadline)
         shown, after, given = None, next(frames, None), None
         if after is None:
             raise InputError("the video has no frames; check that it is whole")
         for time in times:
             if seek and after is not None and time - after[0] > _SEEK_SECONDS:
-                frames, after = _jump(container, stream, time, deadline)
+                frames, after = _seek(container, stream, time, deadline)
                 shown = None
             while after is not None and after[0] <= time:
                 shown, after = after, next(frames, None)
@@ -216,23 +216,23 @@ def _upright(frame: Any) -> Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
-def _jump(
+def _seek(
     container: Any, stream: Any, time: Fraction, deadline: Deadline
 ) -> tuple[Iterator[tuple[Fraction, Any]], tuple[Fraction, Any]]:
-    """Frames from a key frame before a time on: the rest, and the first."""
+    """Seek to a key frame before a time; return the frames after it, and it."""
     for earlier in _EARLIER_SECONDS:
         try:
             container.seek(int((time - earlier) / stream.time_base), stream=stream)
         except Exception as error:
             raise _SeekError from error
-        frames = _timed(container, stream, deadline)
+        frames = _timed_frames(container, stream, deadline)
         first = next(frames, None)
         if first is not None and first[0] <= time:
             return frames, first
     raise _SeekError
 
 
-def _timed(container: Any, stream: Any, deadline: Deadline) -> Iterator[tuple[Fraction, Any]]:
+def _timed_frames(container: Any, stream: Any, deadline: Deadline) -> Iterator[tuple[Fraction, Any]]:
     for packet in container.demux(stream):
         deadline.check()
         for frame in packet.decode():
