@@ -4,22 +4,26 @@ Besides our own chats these are ms-swift's, LLaMA-Factory's and TRL's, with medi
 in the texts, and OpenAI's, with tools and weights beside them. Keys that change the loss mask are taken or refused.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phi4mm_jax.errors import InputError
-from phi4mm_jax.processing.chat import with_tools
-from phi4mm_jax.processing.message_parts import looks_like_media, words_of
+from phi4mm_jax.processing.chat import ROLE_ALIASES, ROLES, with_tools
+from phi4mm_jax.processing.message_parts import looks_like_media, names_media_file, words_of
 from phi4mm_jax.utils.strict_json import parse_json
 
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()  # kinds of places that are text: once of each, as texts may be anybody's
 MESSAGES = ("messages", "conversations", "conversation")
 MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("videos", "video")}
-_SYSTEM = ("system", "system_prompt")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 _LOSS = ("loss", "weight", "train", "training")
 _SETTINGS = ("parallel_tool_calls", "tool_choice")  # of OpenAI's format; they are not part of the prompt
 _LINE_KEYS = {*MESSAGES, *_SYSTEM, *(key for keys in MEDIA.values() for key in keys), *_SETTINGS, "tools", "transcript"}
+_ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
 _MESSAGE_KEYS = {
     "role", "from", "content", "value", "name", "tools", "tool_calls", "tool_call_id", "function_call", *_LOSS,
 }  # fmt: skip
@@ -30,7 +34,9 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call")  # roles of messages that are tool calls alone
 _TOOL_WORDS = {"tool", "tools", "function", "functions"}
 _LOSS_WORDS = {"loss", "losses", "weight", "weights", "mask", "masks", "masked", "train", "training", "trainable"}
+_REASONING_WORDS = {"thinking", "reasoning", "thought", "thoughts"}
 _PLACE = re.compile(r"<(image|audio|video)>")
+_NAMED_IN_TEXT = re.compile(r"<(img|image|audio|video)>([^<>\n]+)</\1>")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def read_conversation(values: Mapping[str, Any]) -> Conversation:
     values = _with_completion(values)
     name, given = _messages(values)
     _check_line(values)
-    messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
+    messages = [read_message(f"{name}[{i}]", message) for i, message in enumerate(given)]
     roles = [message["role"] for message in messages]
     loss = [_in_loss(f"{name}[{i}]", message) for i, message in enumerate(given)]
     for i, (role, in_loss) in enumerate(zip(roles, loss, strict=True)):
@@ -88,10 +94,17 @@ def _messages(values: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             messages = parse_json(messages)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{name} is a string, but not JSON ({error})") from None
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        kind = type(messages).__name__ if messages else "missing or empty"
+    if not isinstance(messages, list) or not messages:
+        kind = type(messages).__name__ if messages else f"missing or empty; the line has {_names(values)}"
         raise InputError(f"{name} is {kind}; expected a list of messages with role and content")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise InputError(f"{name}[{i}] is a {type(message).__name__}; expected a message with role and content")
     return name, messages
+
+
+def _names(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key!r:.40}" for key in list(values)[:6]) or "no keys"
 
 
 # Keys that are not taken.
@@ -102,7 +115,7 @@ def _check_line(values: Mapping[str, Any]) -> None:
         if key not in _LINE_KEYS and (what := _looks_like(key, value)):
             raise InputError(
                 f"{key!r} looks like {what} and is not taken; expected images, audios or videos beside the messages, "
-                'tools, or "loss" in a message. Rename it, or take it out'
+                'tools, or "loss" in a message. Write it so, rename it, or take it out'
             )
     choice = values.get("tool_choice")
     if choice not in (None, "auto"):
@@ -125,20 +138,42 @@ def _looks_like(key: str, value: Any) -> str | None:
         return "tools" if is_list else None
     if not _LOSS_WORDS.isdisjoint(words) and words[-1] not in ("id", "source", "set", "split", "name"):
         return "a loss mask"
+    if words == ["history"]:
+        return "earlier turns"
     return None
 
 
 # Messages.
 
 
-def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with role and content, without nulls and loss."""
+def read_message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with role and content, without nulls and loss.
+
+    Raises:
+        InputError: its role is not known, or a key that would change what is learnt is not taken; it names `where`.
+    """
     for key, value in given.items():
         if key not in _MESSAGE_KEYS and (what := _looks_like(key, value)):
             raise InputError(f"{where}.{key} looks like {what} and is not taken; rename it, or take it out")
+        if value and not _REASONING_WORDS.isdisjoint(words_of(key)):
+            raise InputError(
+                f"{where}.{key} would not be learnt: the chat template has no place for reasoning; write it into the "
+                "content, or take it out"
+            )
+    if None not in (given.get("content"), given.get("value")) and given["content"] != given["value"]:
+        raise InputError(f"{where}: content and value are both given, and differ; leave one out")
+    if isinstance(kind := given.get("type"), str) and kind in MEDIA:
+        raise InputError(
+            f"{where}.type is {kind!r}, whose text is no {kind}; make it a part of a message's content: "
+            f'{{"type": "{kind}", "{kind}": PATH}}'
+        )
     message = {key: value for key, value in given.items() if value is not None and key not in ("from", "value", *_LOSS)}
     role = message.get("role", given.get("from"))
-    message["role"] = _ROLES.get(role, role) if isinstance(role, str) else role
+    role = _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
+    if role not in (known := (*ROLES, *ROLE_ALIASES, *_CALLS)):
+        found = "missing; the message has " + _names(given) if role is None else f"{role!r:.40}"
+        raise InputError(f"{where}.role is {found}; expected one of {', '.join(known)}, or human, gpt, ...")
+    message["role"] = role
     if "content" not in message and given.get("value") is not None:
         message["content"] = given["value"]
     return message
@@ -221,8 +256,16 @@ def _with_tools(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
 def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Put the media beside the messages into their places: parts without a medium of their own or, where there are
     none, `<image>`, `<audio>` and `<video>` in the texts."""
+    for text in (part for message in messages for part in _content_parts(message) if isinstance(part, str)):
+        for found in _NAMED_IN_TEXT.finditer(text):
+            if "://" in found[2] or names_media_file("file", found[2].strip()):
+                raise InputError(
+                    f"{found[0]!r:.80} names a medium within a text; write its path as image, audio or video beside "
+                    "the messages, and <image>, <audio> or <video> in its place"
+                )
     beside = {kind: _media_beside(values, kind) for kind in MEDIA}
     if all(media is None for media in beside.values()):
+        _check_texts(values, messages)
         return messages
     kinds = [kind for message in messages for kind in _empty_parts(message)]
     in_texts = not kinds
@@ -237,8 +280,33 @@ def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
                 f"messages have {places} place(s) {places_of}, and {count} {kind}(s) stand beside them; put one where "
                 f"each {kind} belongs"
             )
-    rest = {kind: iter(media or ()) for kind, media in beside.items()}
+    rest = {kind: enumerate(media or ()) for kind, media in beside.items()}
     return [_fill_parts(message, rest) for message in messages]
+
+
+def _check_texts(values: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a file that looks like the medium of messages without any; log the first text that has a place for one."""
+    parts = [part for message in messages for part in _content_parts(message)]
+    if not all(isinstance(part, str) for part in parts):
+        return
+    for key, value in values.items():
+        if key not in (*_LINE_KEYS, *_ANSWERS) and names_media_file(key, value):
+            raise InputError(
+                f"{key!r} is {value!r:.80}, and the messages have no medium; write it as image, audio or video beside "
+                "them, with <image>, <audio> or <video> where it belongs, or take it out"
+            )
+    for text in parts:
+        if (place := _PLACE.search(text)) and place[1] not in _logged:
+            _logged.add(place[1])
+            _log.warning("%s is text where no %ss stand beside the messages (said once)", place[0], place[1])
+
+
+def _content_parts(message: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the texts of a message, and its other parts as they are."""
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [content or ""]:
+        is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        yield part["text"] if is_text else part
 
 
 def _media_beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:
@@ -295,14 +363,20 @@ def _split_text(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def _fill_parts(message: dict[str, Any], rest: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+def _fill_parts(message: dict[str, Any], rest: Mapping[str, Iterator[tuple[int, Any]]]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
     return {**message, "content": [_fill_part(part, rest) for part in content]}
 
 
-def _fill_part(part: Any, rest: Mapping[str, Iterator[Any]]) -> Any:
+def _fill_part(part: Any, rest: Mapping[str, Iterator[tuple[int, Any]]]) -> Any:
     if not isinstance(part, Mapping) or not _is_empty(part):
         return part
-    return {**part, part["type"]: next(rest[part["type"]])}
+    number, medium = next(rest[part["type"]])
+    if (index := part.get("index")) not in (None, number):  # as datasets for TRL have it
+        kind = part["type"]
+        raise InputError(
+            f"index of the {kind} in place {number} is {index!r:.40}; list the {kind}s in the order of their places"
+        )
+    return {**{key: value for key, value in part.items() if key != "index"}, part["type"]: medium}

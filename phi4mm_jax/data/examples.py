@@ -22,7 +22,7 @@ from phi4mm_jax.data.augment import (
     mask_features,
     stretched_length,
 )
-from phi4mm_jax.data.conversation import read_conversation
+from phi4mm_jax.data.conversation import read_conversation, read_message
 from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.audio import load_audio, measure_audio
 from phi4mm_jax.processing.batching import Outline, Row, num_chunks
@@ -127,7 +127,7 @@ def _preference(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, str]
     messages = values.get("messages")
     if messages is None and isinstance(chosen, list) and isinstance(rejected, list) and chosen[:-1] == rejected[:-1]:
         values, chosen, rejected = {**values, "messages": chosen[:-1]}, chosen[-1:], rejected[-1:]
-    elif values.get("rejected_response") is not None and chosen is None and isinstance(messages, list) and messages:
+    elif values.get("rejected_response") is not None and chosen is None and isinstance(messages, list) and messages[1:]:
         values, chosen, rejected = {**values, "messages": messages[:-1]}, messages[-1], values["rejected_response"]
     return values, _answer_text(values, "chosen", chosen), _answer_text(values, "rejected", rejected)
 
@@ -139,7 +139,13 @@ def _answer_text(values: Mapping[str, Any], key: str, answer: Any) -> str:
     if isinstance(message, Mapping):
         if message.get("tool_calls"):
             raise BadSample("answer", f"{key} calls tools; expected a text")
-        text = message.get("content", message.get("value"))
+        try:
+            read = read_message(key, {"role": message.get("from", "assistant"), **message})
+        except InputError as error:
+            raise BadSample("answer", str(error)) from error
+        if read["role"] != "assistant":
+            raise BadSample("answer", f"{key} is of role {read['role']!r:.40}; expected the assistant's answer")
+        text = read.get("content")
     if isinstance(text, list) and len(text) == 1 and isinstance(text[0], Mapping):
         text = text[0].get("text")
     if not isinstance(text, str) or not text.strip():

@@ -19,7 +19,7 @@ from phi4mm_jax.utils.strict_json import parse_json
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()  # of what texts spell: once of each role, as texts may be anybody's
 ROLES = ("system", "user", "assistant", "tool")
-_ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
+ROLE_ALIASES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 _MESSAGE_KEYS = {"role", "content", "name", "tools", "tool_calls", "tool_call_id", "function_call"}
 
 
@@ -203,7 +203,7 @@ def _role(where: str, message: Any, tokenizer: Tokenizer) -> str:
         raise InputError(f"{where} is {type(message).__name__}: pass a dict with role and content")
     allowed = [role for role in ROLES if f"<|{role}|>" in tokenizer.special_tokens]
     role = message.get("role")
-    known = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    known = ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
     if known not in allowed:
         raise InputError(f"{where}.role is {role!r:.60}: it must be one of {', '.join(allowed)}")
     for key, value in message.items():

@@ -9,6 +9,9 @@ from urllib.request import url2pathname
 
 from phi4mm_jax.errors import InputError
 
+# Keys of an object that say which part of its medium is meant.
+_SEGMENT = ("start", "end", "offset", "start_time", "end_time", "bbox", "box", "crop")
+
 
 def locate(where: str, url: Any, kind: str) -> Any:
     """Return what a URL points to; a path, or anything else, as it is.
@@ -48,6 +51,11 @@ def locate(where: str, url: Any, kind: str) -> Any:
 def _stored(where: str, found: Mapping[str, Any], kind: str) -> Any:
     """Return the medium in an object such as those in which `datasets` stores images, audio and video."""
     given = {key: value for key, value in found.items() if value is not None}
+    if (segment := next((key for key in _SEGMENT if given.get(key)), None)) is not None:
+        raise InputError(
+            f"{where}.{segment} is {given[segment]!r:.60}: the {kind} would be taken whole; cut it, and take "
+            f"{segment} out"
+        )
     if kind == "audio" and {"array", "sampling_rate"} <= given.keys():
         return given["array"], given["sampling_rate"]
     for key in ("bytes", "base64", "path", "url", kind):

@@ -199,11 +199,22 @@ _ABOUT = {
     "caption", "description", "title", "alt", "text", "transcript", "transcription", "language", "lang", "source",
     "license", "author", "hash", "md5", "sha1", "sha256", "count", "number", "index",
 }  # fmt: skip
+_MEDIA_FILE = re.compile(
+    r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|wav|flac|mp3|ogg|opus|m4a|aac|mp4|mov|mkv|webm|avi)", re.IGNORECASE
+)
 
 
 def words_of(key: Any) -> list[str]:
     """Split a key into its words, however it is written: image_path, imagePath and image-path have two."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", str(key)).lower().split()
+
+
+def names_media_file(key: Any, value: Any) -> bool:
+    """Return whether a value is the name of a media file, or a list of such, and its key is not about a medium."""
+    names = value if isinstance(value, list) and value else [value]
+    return words_of(key)[-1:] not in ([word] for word in _ABOUT) and all(
+        isinstance(name, str) and _MEDIA_FILE.fullmatch(name) for name in names
+    )
 
 
 def looks_like_media(key: Any, value: Any) -> bool:

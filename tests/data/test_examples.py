@@ -9,6 +9,7 @@ from helpers.paths import TINY
 from PIL import Image
 
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.data import conversation
 from phi4mm_jax.data.augment import Augment, SpeechAugmentation, augment_clip, jitter, mask_features, noise
 from phi4mm_jax.data.examples import BadSample, Sample, load_examples, measure, parse_sample
 from phi4mm_jax.errors import InputError
@@ -174,6 +175,15 @@ OTHERS = {
                      "image_size": [640, 480], "has_image": False, "id": "train/5"}, PLAIN, [], 0, "x"),
     "prompt and completion": ({"prompt": [user("q"), says("y"), user("q")], "completion": [says("x")]},
                               f"<|user|>q<|end|><|assistant|>y<|end|>{PLAIN}", [], 0, "x"),
+    "a system message": ({"messages": QX, "system_message": "s"}, f"<|system|>s<|end|>{PLAIN}", [], 0, "x"),
+    "roles in capitals": ({"conversations": [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "x"}]},
+                          PLAIN, [], 0, "x"),
+    "places with their index": (
+        {"messages": [user({"type": "image", "index": 0, "text": None}, {**text("what"), "index": None}), says("x")],
+         "images": ["image_0.png"]}, ONE, [0], 0, "x"),
+    "a file of a text": ({"messages": QX, "id": "train/5.jpg", "source": "a.mp3", "prompt": "a.png"}, PLAIN, [], 0,
+                         "x"),
+    "a file beside its image": ({"messages": ASKED, "image": "image_0.png", "file_name": "0.png"}, ONE, [0], 0, "x"),
 }  # fmt: skip
 
 
@@ -235,6 +245,26 @@ NOT_TAKEN = {
     "calls that differ": ({"messages": [user("q"), says("I ask", loss=False),
                                         {"role": "tool_call", "content": '{"name": "f"}'}]}, "make them alike"),
     "no call": ({"messages": [user("q"), {"role": "function_call", "content": "f()"}]}, "tool call is not JSON"),
+    "a file of another name": ({"messages": ASKED, "file_name": "a.png"}, "'file_name' is 'a.png', and the messages"),
+    "files without a place": ({"messages": QX, "paths": ["a.WAV", "b.flac"]}, "'paths' is .*no medium"),
+    "a file within a text": ({"messages": [user("1: <img>a.png</img>"), says("x")]}, "names a medium within a text"),
+    "a URL within a text": ({"messages": [user(text("<audio>http://a/b</audio>")), says("x")], "audio": "a.wav"},
+                            "<audio>http://a/b</audio>' names a medium"),
+    "another order": ({"messages": [user(*({"type": "image", "index": i} for i in (1, 0)), text("q")), says("x")],
+                       "images": ["a.png", "b.png"]}, "index of the image in place 0 is 1"),
+    "a part of a clip": ({"messages": [user("<audio>"), says("x")], "audio": {"path": "a.wav", "start": 0, "end": 2}},
+                         "audio.end is 2: the audio would be taken whole"),
+    "a message that is a clip": ({"conversations": [{"from": "User", "type": "audio", "value": "a.wav"}, says("x")]},
+                                 r"conversations\[0\].type is 'audio'"),
+    "reasoning": ({"messages": [user("q"), says("x", reasoning_content="r")]}, "reasoning_content would not be learnt"),
+    "thinking": ({"messages": [user("q"), says("x", thinking="r")]}, "thinking would not be learnt"),
+    "earlier turns": ({"messages": QX, "history": [["a", "b"]]}, "'history' looks like earlier turns"),
+    "two contents": ({"messages": [{**user("q"), "value": "r"}, says("x")]}, "content and value are both given"),
+    "a role of others": ({"conversations": [*FROM[:1], {"from": "chatgpt", "value": "x"}], "image": "a.png"},
+                         r"conversations\[1\].role is 'chatgpt'; expected one of"),
+    "no role": ({"conversation": [{"human": "q", "assistant": "x"}]}, "role is missing; the message has 'human', 'ass"),
+    "no message": ({"messages": [QX]}, r"messages\[0\] is a list"),
+    "Alpaca": ({"instruction": "q", "output": "x"}, "messages is missing or empty; the line has 'instruction', 'outp"),
 }  # fmt: skip
 
 
@@ -261,6 +291,17 @@ def test_preferences_of_other_tools_have_the_tokens_of_their_prompt(processor, v
     for example, answer in zip(pair, "ab", strict=True):
         expected = processor.row(f"<|user|>q<|end|><|assistant|>{answer}{END}").tokens
         np.testing.assert_array_equal(example.row.tokens, expected)
+
+
+def test_a_place_without_media_is_logged_once(processor, caplog):
+    """It is text there; its medium may be under a key that is not known."""
+    conversation._logged.clear()
+    for _ in range(2):
+        parse(processor, {"messages": [user("<image>what"), says("x")]})
+        parse(processor, {"messages": [user(IMAGE, text("<audio>")), says("x")]})
+    assert [record.getMessage() for record in caplog.records] == [
+        "<image> is text where no images stand beside the messages (said once)"
+    ]
 
 
 def test_answers_with_loss_false_have_no_loss(processor):
@@ -328,6 +369,9 @@ def test_samples_longer_than_the_context_are_refused(processor):
         ({"chosen": ""}, "chosen is empty"),
         ({"rejected": None}, "rejected is NoneType"),
         ({"messages": [user("1"), says("2")]}, "messages end with an answer"),
+        ({"chosen": [says("a", thinking="r")]}, "chosen.thinking would not be learnt"),
+        ({"rejected": user("b")}, "rejected is of role 'user'"),
+        ({"chosen": None, "chosen_response": "a", "rejected_response": "b"}, "chosen is NoneType"),
     ],
 )
 def test_bad_preferences_are_named(processor, change, message):
