@@ -1,8 +1,8 @@
 """Recipes: all settings of a run in one YAML file, which arguments may override."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,9 +21,10 @@ from phi4mm_jax.training.dpo import DPOConfig
 from phi4mm_jax.training.losses import LossConfig
 from phi4mm_jax.training.named_recipes import recipe_path
 from phi4mm_jax.training.optimizer import OptimizerConfig
-from phi4mm_jax.training.settings import setting_names, suggest_setting
+from phi4mm_jax.training.settings import NOTES, setting_names, suggest_setting
 from phi4mm_jax.utils.files import write_atomically
 from phi4mm_jax.utils.paths import local_path
+from phi4mm_jax.utils.strict_yaml import parse_yaml
 
 Count = Annotated[int, AfterValidator(lambda n: _at_least(n, 1))]
 Seed = Annotated[int, AfterValidator(lambda n: _at_least(n, 0))]
@@ -153,7 +154,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = recipe_path(path)
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read as a recipe ({error})") from error
     if not isinstance(settings, dict):
@@ -161,10 +162,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     origins = {_override(settings, override): f"{override!r:.200}" for override in overrides}
     _encode_auto(settings)
     try:
-        return TypeAdapter(Recipe).validate_python(settings)
+        recipe = TypeAdapter(Recipe).validate_python(settings)
     except ValidationError as error:
         by_origin = groupby(error.errors(), lambda e: _origin(e, origins) or str(path))
         raise InputError("; ".join(f"{origin}: {'; '.join(map(_describe, es))}" for origin, es in by_origin)) from error
+    for place, value in _switched(settings, recipe):
+        origin = _origin({"loc": place, "msg": ""}, origins) or str(path)
+        raise InputError(f"{origin}: {'.'.join(place)}: expected a number (it is {value})")
+    return recipe
+
+
+def _switched(settings: Any, found: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """Yield the settings that are true or false where a number is expected, for which pydantic takes 1 or 0."""
+    if isinstance(settings, bool) and not isinstance(found, bool):
+        yield place, settings
+    elif isinstance(settings, dict) and is_dataclass(found):
+        for name, value in settings.items():
+            yield from _switched(value, getattr(found, name), (*place, name))
+    elif isinstance(settings, list) and isinstance(found, tuple):
+        for i, (value, inner) in enumerate(zip(settings, found, strict=True)):
+            yield from _switched(value, inner, (*place, str(i)))
 
 
 def _origin(error: Mapping[str, Any], origins: Mapping[str, str]) -> str | None:
@@ -288,7 +305,7 @@ def _override(settings: dict[str, Any], override: str) -> str:
                 "with all that it needs"
             )
     try:
-        inner[last] = yaml.safe_load(value)
+        inner[last] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise InputError(f"{override!r}: the value is not YAML ({error})") from error
     return made
@@ -300,7 +317,10 @@ def _describe(error: Mapping[str, Any]) -> str:
         return f"{place}: is missing; give it"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         suggestion = suggest_setting(place, list(setting_names(Recipe)))
-        return f"{place}: is not a setting of a recipe" + (f"; did you mean {suggestion}?" if suggestion else "")
+        remedy = f"; did you mean {suggestion}?" if suggestion else ""
+        if note := NOTES.get(place.rpartition(".")[2]):
+            remedy = f": {note}; take it out"
+        return f"{place}: is not a setting of a recipe{remedy}"
     if (list_of := _as_list(place, error)) is not None:
         return f"{place}: is {error['input']!r:.60}, and a list is expected; write {list_of}"
     message = error["msg"].removeprefix("Value error, ")

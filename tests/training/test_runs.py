@@ -409,6 +409,16 @@ def test_a_dry_run_shows_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
         ("min_lr=1e-6", r"did you mean optimizer\.final_share \(a share of the peak: min_lr / learning_rate\)\?"),
         ("per_device_train_batch_size=4", r"did you mean data\.packing\.rows \(of all devices together\)\?"),
         ("weight_decay=1", r"did you mean optimizer\.weight_decay\?"),
+        ("dpo_label_smoothing=0.1", r"did you mean dpo\.label_smoothing\?"),
+        ("gradient_clip_val=1", r"did you mean optimizer\.clip\?"),
+        ("deepspeed=zero3.json", r"did you mean mesh\?"),
+        ("lora_r=8", r"lora_r: is not a setting of a recipe: an adapter has the rank and scale .*; take it out$"),
+        ("train_on_inputs=false", r"not a setting of a recipe: the loss covers the answers alone, .*; take it out$"),
+        ("hub_token=x", r"hub_token: is not a setting of a recipe$"),
+        ("optimizer.learning_rate=true", r"^'.*=true': optimizer\.learning_rate: expected a number \(it is True\)$"),
+        ("save_every=yes", r"save_every: expected a number \(it is True\)$"),
+        ("data.sources=[{path: x, weight: true}]", r"data\.sources\.0\.weight: expected a number \(it is True\)$"),
+        ("optimizer={clip: 1, clip: 2}", r"'clip' is given twice"),
         ("data.sources=[{pth: x}]", r"data\.sources\.0\.pth: .* did you mean data\.sources\.path\?"),
         ("data.sources=x.jsonl", r"is 'x.jsonl', and a list is expected; write data\.sources=\[\{path: x\.jsonl\}\]"),
         ("data.sources=[x.jsonl]", r"data\.sources\.0: is 'x.jsonl', .* write data\.sources=\[\{path: x\.jsonl\}\]"),
@@ -458,6 +468,19 @@ def test_a_wrong_setting_of_the_file_is_not_an_overrides(recipe):
     recipe.write_text(recipe.read_text() + "log_every: 0\n")
     with pytest.raises(InputError, match=rf"^{recipe}: log_every: expected"):
         load_recipe(recipe, ["seed=1"])
+
+
+def test_a_setting_that_is_given_twice_is_refused(recipe):
+    """PyYAML would keep the last, so that a section's settings are lost; what is merged in may be overridden."""
+    own = recipe.read_text()
+    recipe.write_text(own + "dpo: &both {beta: 0.1}\nevaluation: {<<: *both, beta: 0.2, beta: 0.3}\n")
+    with pytest.raises(InputError, match=r"cannot be read as a recipe .*'beta' is given twice"):
+        load_recipe(recipe)
+    recipe.write_text(own + "optimizer: {clip: 2.0}\n")
+    with pytest.raises(InputError, match="'optimizer' is given twice"):
+        load_recipe(recipe)
+    recipe.write_text(own)
+    assert load_recipe(recipe, ["loss={<<: {z_loss: 0.1}, z_loss: 0.2}"]).loss.z_loss == 0.2
 
 
 @pytest.mark.parametrize(("epochs", "steps", "warned"), [(3, 6, True), (3, 19, True), (3, 20, False), (None, 6, False)])
