@@ -183,6 +183,7 @@ UNSUPPORTED_NATIVE: dict[str, Any] = {  # in which transformers computes somethi
     "rope_parameters": {"rope_theta": 1e6, "rope_type": "longrope"},
     "rope_theta": 0,
     "rms_norm_eps": -1e-5,
+    "is_causal": False,
 }
 
 
@@ -310,7 +311,7 @@ def test_adapters_of_plain_lora_are_taken(tmp_path, layout, init):
         ("trainable_token_indices", [5], "without it"),
         ("target_parameters", ["experts.gate"], "without it"),
         ("use_qalora", True, "without it"),
-        ("peft_type", "VERA", "without it"),
+        ("peft_type", "VERA", "merge_and_unload"),
         ("a_setting_of_tomorrow", 3, "without it"),
     ],
 )  # fmt: skip

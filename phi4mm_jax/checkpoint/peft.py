@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from phi4mm_jax.adapters import ADAPTERS
 from phi4mm_jax.checkpoint.hub import folders_beside, local_folder
+from phi4mm_jax.checkpoint.layouts.foreign import EMPTY, check_prefixes
 from phi4mm_jax.checkpoint.layouts.native import adapter_table
 from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, read_header
 from phi4mm_jax.checkpoint.stacked import StackedTensors, mismatch
@@ -32,6 +33,8 @@ _NAME = re.compile(
     r"base_model\.model\.(?:model\.)?(?P<module>layers\.(?P<layer>\d+)\.(?P<projection>[\w.]+))"
     r"\.lora_(?P<matrix>[AB])(?:\.[^.]+)?\.weight"
 )
+_ROOT = "base_model.model.model."
+_ON_MODULE = re.compile(rf"base_model\.model\.(?:model\.)?layers\.\d+\.({'|'.join(map(re.escape, MODULES))})\.\w+")
 # The whole embedding, which PEFT saves beside an adapter unless it has the rows that the base's config.json says.
 _EMBEDDING = re.compile(r"base_model\.model\.(model\.embed_tokens|embed_tokens|lm_head)\.weight")
 _MERGE_OR_MATCH = (
@@ -68,7 +71,9 @@ def adapter_folders(adapters: Mapping[str, str | Path] | None) -> dict[str, Path
         folder = _folder_of(kind, given)
         inner = ADAPTERS[kind].folder
         places = [folder, folder / inner, folder / kind]
-        place = next((place for place in places if (place / SETTINGS_FILE).is_file()), None)
+        held = [place for place in places if (place / SETTINGS_FILE).is_file()]
+        _refuse_two(folder, held)
+        place = next(iter(held), None)
         if place is None:
             others = ", ".join(sorted(str(path.parent) for path in folder.glob(f"*/{SETTINGS_FILE}")))
             hint = f"there are adapters in {others}; give that which is meant" if others else (
@@ -98,10 +103,11 @@ def user_adapter_folder(given: str | os.PathLike[str]) -> tuple[Path, str | None
         CheckpointError: there is no such folder, or no adapter in it, or several.
     """
     folder = Path(os.path.abspath(_folder_of("user's", given)))
-    if (folder / SETTINGS_FILE).is_file():
-        return folder, next((a.name for a in ADAPTERS.values() if a.folder == folder.name), None)
     places = [(folder / name, a.name) for a in ADAPTERS.values() for name in (a.folder, a.name)]
     found = [(place, name) for place, name in places if (place / SETTINGS_FILE).is_file()]
+    if (folder / SETTINGS_FILE).is_file():
+        _refuse_two(folder, [folder, *(place for place, _ in found)])
+        return folder, next((a.name for a in ADAPTERS.values() if a.folder == folder.name), None)
     if len(found) == 1:
         return found[0]
     if found:
@@ -111,6 +117,15 @@ def user_adapter_folder(given: str | os.PathLike[str]) -> tuple[Path, str | None
         f"{folder}: holds no adapter: there is no {SETTINGS_FILE}; give a folder that PEFT or train.export "
         "--adapters-only has written"
     )
+
+
+def _refuse_two(folder: Path, held: Sequence[Path]) -> None:
+    """Refuse an adapter beside another in a folder within, as PEFT saves "default" and one that is named."""
+    if folder in held and held[1:]:
+        raise CheckpointError(
+            f"{folder}: holds an adapter itself, and another in {held[1].name}; give {held[1]}, or move that which is "
+            "meant to a folder of its own"
+        )
 
 
 def user_adapter_rank(given: str | os.PathLike[str], decoder: DecoderConfig) -> int:
@@ -200,7 +215,10 @@ def _fitted(
     file = folder / WEIGHTS_FILE
     loras = module_loras(str(folder / SETTINGS_FILE), settings, num_layers)
     common = common_lora(loras)
-    found, resized, problems = _read_matrices(file)
+    tensors = list(tensors)
+    found, resized, others, problems = _read_matrices(file)
+    missing = {t.name for t in tensors if (m := _NAME.fullmatch(t.name)) and (m["module"], m["matrix"]) not in found}
+    check_prefixes(file, {re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", n) for n in others}, missing, _ROOT)
     usual = next((m.dtype for m in found.values() if m.dtype in DTYPES), "F32")
     stored: dict[str, Stored | FittedTensor] = {}
     for tensor in tensors:
@@ -223,7 +241,8 @@ def _fitted(
         elif matrix.dtype not in DTYPES:
             problems.append(f"{tensor.name}: has dtype {matrix.dtype}, expected one of {', '.join(DTYPES)}")
         elif matrix.shape != shape:
-            problems.append(f"{tensor.name}: has shape {matrix.shape}, expected {shape}")
+            hint = EMPTY if matrix.shape == (0,) else ""
+            problems.append(f"{tensor.name}: has shape {matrix.shape}, expected {shape}{hint}")
         else:
             factor = 1.0 if is_a else lora.scale / common.scale
             dtype = matrix.dtype if math.frexp(factor)[0] == 0.5 else "F32"
@@ -236,10 +255,10 @@ def _fitted(
     return stored
 
 
-def _read_matrices(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str], list[str]]:
-    """Return the LoRA matrices of the decoder in a file, by module and "A" or "B", and what is wrong with its others.
+def _read_matrices(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str], list[str], list[str]]:
+    """Return the LoRA matrices of the decoder in a file, by module and "A" or "B", and what is wrong with the others.
 
-    The latter are two lists: embeddings of a resized vocabulary, and all else.
+    The latter are embeddings of a resized vocabulary; names that fit no matrix; and all problems but the embeddings.
     """
     try:
         header = read_header(file)
@@ -250,14 +269,17 @@ def _read_matrices(file: Path) -> tuple[dict[tuple[str, str], Stored], list[str]
     found: dict[tuple[str, str], Stored] = {}
     resized: list[str] = []
     problems: list[str] = []
+    others: list[str] = []
     for name, stored in header.items():
         matched = _NAME.fullmatch(name)
         if _EMBEDDING.fullmatch(name):
             resized.append(f"{name}: saved by PEFT, as of a resized vocabulary (resize_token_embeddings)")
         elif matched is None or matched["projection"] not in MODULES:
-            problems.append(f"{name}: target_modules reached a module that cannot have an adapter here")
+            others.append(name)
+            reached = "target_modules reached a module that cannot have an adapter here"
+            problems.append(f"{name}: {'is no matrix of plain LoRA' if _ON_MODULE.match(name) else reached}")
         elif (key := (matched["module"], matched["matrix"])) in found:
             problems.append(f"{name}: is there twice, under another name as well")
         else:
             found[key] = stored
-    return found, resized, problems
+    return found, resized, others, problems

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from phi4mm_jax.adapters import ADAPTERS
-from phi4mm_jax.checkpoint.layouts.foreign import EMBEDDING, model_tensors
+from phi4mm_jax.checkpoint.layouts.foreign import EMBEDDING, EMPTY, model_tensors
 from phi4mm_jax.checkpoint.layouts.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
@@ -29,8 +29,9 @@ SHARD_BYTES = 5 * 10**9
 _INDEX, _SHARDS = "model.safetensors.index.json", "model*.safetensors"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _VOCABULARY = " by vocab_size of config.json, which has to be saved after resize_token_embeddings, too"
-_EMPTY = ": empty, as DeepSpeed's ZeRO-3 leaves it; save with stage3_gather_16bit_weights_on_model_save"
 _OTHERS = {  # what training leaves in place of safetensors, in the order in which it is looked for
+    ("pytorch_model*.safetensors", "consolidated*.safetensors"): "weights are not looked for under this name; call it "
+    "model.safetensors, as transformers does",
     ("*.distcp", "pytorch_model_fsdp*"): "a sharded checkpoint of FSDP is not read; merge it into safetensors "
     "(accelerate merge-weights) and give that",
     ("global_step*", "zero_to_fp32.py"): "a checkpoint of DeepSpeed is not read; make safetensors of it (python "
@@ -208,7 +209,7 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
         if entry.shape != tensor.shape:
             hint = _VOCABULARY if tensor.key == EMBEDDING and entry.shape[1:] == tensor.shape[1:] else ""
             if entry.shape == (0,):
-                hint = _EMPTY
+                hint = EMPTY
             problems.append(f"{tensor.key}: has shape {entry.shape}, expected {tensor.shape}{hint}")
         if entry.dtype not in DTYPES:
             problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")

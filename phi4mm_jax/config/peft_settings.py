@@ -96,10 +96,10 @@ def is_uniform(loras: Mapping[Module, ModuleLora], num_layers: int) -> bool:
 
 # Of an adapter_config.json: what is read, what the tensors themselves show, and what changes no number.
 _ADAPTER_KEYS = frozenset({
-    "r", "lora_alpha", "lora_dropout", "dp", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "auto_mapping",
-    "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "megatron_core",
-    "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "dp", "use_rslora", "rank_pattern", "alpha_pattern",
+    "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type",
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 })  # fmt: skip
 _PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base's weights alone
 _MERGEABLE = ("use_dora", "modules_to_save", "trainable_token_indices", "bias")
@@ -115,6 +115,11 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: a setting by which PEFT would compute something else than base weights plus A B.
     """
+    if (kind := settings.get("peft_type") or "LORA") != "LORA":
+        raise ConfigError(
+            f"{name}: peft_type is {kind!r:.60}, and only LORA is supported; train it as LoRA, or merge it where PEFT "
+            "can (merge_and_unload(), then save_pretrained(FOLDER)) and give FOLDER"
+        )
     init = settings.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
         remedy = "train it with init_lora_weights=True"
@@ -125,7 +130,7 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
             )
         raise ConfigError(f"{name}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
     for key, value in settings.items():
-        plain = value in (None, False, [], {}) or (key, value) in (("bias", "none"), ("peft_type", "LORA"))
+        plain = value in (None, False, [], {}) or (key, value) == ("bias", "none")
         if not plain and key not in _ADAPTER_KEYS:
             remedy = "or remove it where it has no effect"
             if key in _MERGEABLE:

@@ -184,6 +184,7 @@ def _read_decoder(keys: Keys, rope: Keys) -> DecoderConfig:
         keys.expect(absent, False)
     for dropout in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
         keys.expect(dropout, 0, 0.0)
+    keys.expect("is_causal", True)
     keys.expect("full_attn_mod", 1)
     keys.expect("interpolate_factor", 1)
     rope.expect("type", "longrope", required="rope_type" not in rope.values)

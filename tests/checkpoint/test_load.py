@@ -332,6 +332,7 @@ def test_pickles_are_not_read(copy):
         ("pytorch_model_fsdp_0", "merge-weights"),
         ("global_step100", "zero_to_fp32"),
         ("model.pt", "safe_serialization"),
+        ("consolidated.safetensors", "call it model.safetensors"),
     ],
 )
 def test_checkpoints_of_trainers_are_named_with_their_remedy(copy, name, remedy):

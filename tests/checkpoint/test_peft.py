@@ -23,7 +23,7 @@ from infer import batch, chat, evaluate, generate
 from phi4mm_jax import CheckpointError, ConfigError, InputError
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.load import open_checkpoint
-from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
+from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders, user_adapter_folder
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.config.peft_settings import MODULES
 from phi4mm_jax.engine.provenance import settings_of as settings_of_batch
@@ -194,6 +194,9 @@ def test_adapters_of_other_modules_are_refused(reference, tiny, tmp_path, settin
         (lambda t, n: None, {"target_modules": "(qkv"}, "cannot be matched with names"),
         (lambda t, n: None, {"rank_pattern": {"qkv_proj": 0}}, "rank_pattern is 0; expected a positive whole number"),
         (lambda t, n: None, {"alpha_pattern": ["qkv_proj"]}, r"alpha_pattern is \['qkv_proj'\]; expected an object"),
+        (lambda t, n: t.update({n: torch.zeros(0)}), {}, r"has shape \(0,\), expected .*ZeRO-3 leaves it"),
+        (lambda t, n: t.update({n.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(96)}), {},
+         "lora_magnitude_vector: is no matrix of plain LoRA"),
         (lambda t, n: None, {"use_rslora": "yes"}, "use_rslora is 'yes'; expected true or false"),
         (lambda t, n: None, {"modules_to_save": ["img_projection_up"]}, r"modules_to_save is .*merge_and_unload\(\)"),
     ],
@@ -206,6 +209,25 @@ def test_files_that_do_not_fit_their_settings(reference, tiny, tmp_path, change,
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(written | settings))
     with pytest.raises((CheckpointError, ConfigError), match=message):
+        PeftAdapter(tmp_path, "vision", tiny.config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda n: f"_orig_mod.{n}", "the prefix '_orig_mod.', .* It is torch.compile's"),
+        (lambda n: n.replace("model.model.", "model._orig_mod.model."), "the prefix '_orig_mod.', .* torch.compile's"),
+        (lambda n: f"module.{n}".replace(".weight", ".default.weight"), "the prefix 'module.', .* DDP's"),
+        (lambda n: n.replace("layers.1.", "layers.1._fsdp_wrapped_module."), "names of 8 tensors .* It is FSDP's"),
+        (lambda n: n.removeprefix("base_model.model."), "in place of base_model.model.model.layers.0.mlp.down_proj"),
+        (lambda n: n.replace("model.layers", "model.language_model.layers"), "prefix 'base_model.*language_model.', "),
+    ],
+)  # fmt: skip
+def test_a_prefix_of_an_adapters_names_is_named(reference, tiny, tmp_path, change, named):
+    save_adapter(reference, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=f"{file}: the names of .*{named.removeprefix('names of ')}"):
         PeftAdapter(tmp_path, "vision", tiny.config)
 
 
@@ -252,6 +274,20 @@ def test_places_of_an_adapter_beside(tmp_path):
     assert adapter_folders({"speech": tmp_path / "tuned"}) == {"speech": tmp_path / "tuned"}
     with pytest.raises(CheckpointError, match=f"there are adapters in {tmp_path}/tuned, {tmp_path}/vision"):
         adapter_folders({"speech": tmp_path})
+
+
+def test_an_adapter_beside_another_is_ambiguous(tmp_path):
+    """PEFT saves "default" in the folder itself, and one that is named in a folder within."""
+    for folder in (tmp_path, tmp_path / "vision"):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+    message = f"{tmp_path}: holds an adapter itself, and another in vision; give {tmp_path}/vision, or move"
+    with pytest.raises(CheckpointError, match=message):
+        adapter_folders({"vision": tmp_path})
+    with pytest.raises(CheckpointError, match=message):
+        user_adapter_folder(tmp_path)
+    assert adapter_folders({"speech": tmp_path}) == {"speech": tmp_path}
+    assert user_adapter_folder(tmp_path / "vision") == (tmp_path / "vision", None)
 
 
 def test_a_damaged_adapter_beside_is_named(two_adapters, tmp_path):

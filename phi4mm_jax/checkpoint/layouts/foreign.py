@@ -11,6 +11,8 @@ import numpy as np
 from phi4mm_jax.checkpoint.safetensors_io import Stored
 from phi4mm_jax.errors import CheckpointError
 
+# Of a shape, in errors.
+EMPTY = ": empty, as DeepSpeed's ZeRO-3 leaves it; save with stage3_gather_16bit_weights_on_model_save"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DEQUANTISE = (
     "give the checkpoint in bfloat16 that it was made from, or one that the same library has dequantised "
@@ -50,7 +52,7 @@ def model_tensors(folder: Path, stored: Mapping[str, Stored], expected: Set[str]
             beginning than this layout's; it names the first.
     """
     check_not_quantised(folder, stored, expected)
-    _check_prefixes(folder, stored.keys() - expected, expected - stored.keys())
+    check_prefixes(folder, stored.keys() - expected, expected - stored.keys())
     found = {name: held for name, held in stored.items() if name in expected or not _BUFFERS.fullmatch(name)}
     if HEAD in found and HEAD not in expected:
         head = found.pop(HEAD)
@@ -80,15 +82,26 @@ def check_not_quantised(folder: Path, stored: Mapping[str, Stored], expected: Se
         )
 
 
-def _check_prefixes(folder: Path, names: Set[str], missing: Set[str]) -> None:
-    """Check that no tensor has a name with something before it, or within it, that a wrapper has put there."""
-    tails = {name.removeprefix("model."): name for name in missing}
+def check_prefixes(place: Path, names: Set[str], missing: Set[str], root: str = "model.") -> None:
+    """Refuse names with something before them, or within them, that a wrapper has put there.
+
+    Args:
+        place: the folder or file, for errors.
+        names: of tensors that are not in the weight table.
+        missing: of tensors in the table that are not there.
+        root: how the latter begin, which may be missing as well.
+
+    Raises:
+        CheckpointError: there are such; it names the first, and what it stands for.
+    """
+    tails = {name.removeprefix(root): name for name in missing}
+    wrappers = _WRAPPERS.keys() - set(root.split("."))
     prefixes: Counter[str] = Counter()
     examples: dict[str, tuple[str, str]] = {}
     for name in sorted(names):
-        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        plain = ".".join(part for part in name.split(".") if part not in wrappers)
         if plain in missing and plain != name:
-            extra = next(part for part in name.split(".") if part in _WRAPPERS)
+            extra = next(part for part in name.split(".") if part in wrappers)
             prefix, meant = f"{extra}.", plain
         else:
             tail = next((tail for tail in _tails(name) if tail in tails), None)
@@ -103,10 +116,10 @@ def _check_prefixes(folder: Path, names: Set[str], missing: Set[str]) -> None:
     name, meant = examples[prefix]
     if prefix.endswith(".model."):
         prefix = prefix.removesuffix("model.")
-    wrapper = next((why for part, why in _WRAPPERS.items() if part in prefix.split(".")), None)
-    fault = f"the prefix {prefix!r}" if prefix else "no prefix 'model.'"
+    wrapper = next((why for part, why in _WRAPPERS.items() if part in wrappers.intersection(prefix.split("."))), None)
+    fault = f"the prefix {prefix!r}" if prefix else f"no prefix {root!r}"
     raise CheckpointError(
-        f"{folder}: the names of {count} tensors have {fault}, which this layout's have not: {name} in place of "
+        f"{place}: the names of {count} tensors have {fault}, which this layout's have not: {name} in place of "
         f"{meant}. {f'It is {wrapper}; or' if wrapper else 'Save the model itself with save_pretrained(FOLDER), or'} "
         "rename the tensors"
     )
