@@ -15,6 +15,7 @@ from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.edits import edit_distance, optional_module
 from phi4mm_jax.utils.files import open_atomically, write_remedy
+from phi4mm_jax.utils.json_lines import BEGINNING, check_json_lines
 from phi4mm_jax.utils.strict_json import parse_json, strict_json
 
 # Scripts without spaces between words: each character is one. In all others marks, such as Devanagari's vowels, which
@@ -158,10 +159,11 @@ def read_lines(path: Path) -> Iterator[Line]:
     """Yield the objects of a file of JSON lines; empty lines are skipped, but counted.
 
     Raises:
-        InputError: the file cannot be read, or a line is not an object.
+        InputError: the file cannot be read, is no JSON Lines, or a line is not an object.
     """
     try:
         with path.open("rb") as file:
+            check_json_lines(path, file.peek(BEGINNING))
             for number, text in enumerate(file):
                 if text.strip():
                     yield Line(number, _object(text, f"{path}: line {number + 1}"))

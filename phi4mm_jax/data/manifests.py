@@ -12,6 +12,7 @@ import numpy as np
 
 from phi4mm_jax.data.examples import BadSample
 from phi4mm_jax.errors import InputError
+from phi4mm_jax.utils.json_lines import BEGINNING, check_json_lines
 from phi4mm_jax.utils.paths import local_path
 from phi4mm_jax.utils.strict_json import parse_json
 
@@ -96,6 +97,7 @@ class _JsonLines:
 
     def _find_lines(self) -> None:
         self.size = os.fstat(self._file.fileno()).st_size
+        check_json_lines(self.path, os.pread(self._file.fileno(), BEGINNING, 0))
         starts = [np.zeros(1, np.int64)]
         at = 0
         while block := self._file.read(_BLOCK):
@@ -179,7 +181,9 @@ class _Dataset:
         try:
             loaded = datasets.load_from_disk(str(path))
         except (FileNotFoundError, ValueError) as error:
-            raise InputError(f"{path}: is not a dataset ({error}); write one with Dataset.save_to_disk") from error
+            files = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in (".jsonl", ".json", ".parquet"))[:8])
+            remedy = f"give one of its files ({files})" if files else "write one with Dataset.save_to_disk"
+            raise InputError(f"{path}: is not a dataset ({error}); {remedy}") from error
         if not isinstance(loaded, datasets.Dataset):
             raise InputError(f"{path}: has several splits ({', '.join(map(str, loaded))}); give the folder of one")
         self._rows = loaded.with_format("arrow")  # as stored: media stay undecoded

@@ -23,6 +23,7 @@ from phi4mm_jax.engine.sampling import Sampling
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.media_urls import path_in, with_paths
 from phi4mm_jax.utils.checks import is_whole
+from phi4mm_jax.utils.json_lines import BEGINNING, check_json_lines
 from phi4mm_jax.utils.strict_json import unique_keys
 
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
@@ -106,7 +107,9 @@ class RequestFile:
                 self._copy.flush()
                 self._source = Path(self._copy.name)
             with self._source.open("rb") as file:
-                if b"\0" in file.read(4096):
+                beginning = file.read(BEGINNING)
+                check_json_lines(path, beginning)
+                if b"\0" in beginning:
                     raise InputError(
                         f"{path}: is no text in UTF-8; expected a file of lines of JSON, one for each prompt"
                     )
