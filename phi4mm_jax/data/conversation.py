@@ -22,6 +22,7 @@ MEDIA = {"image": ("images", "image"), "audio": ("audios", "audio"), "video": ("
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 _LOSS = ("loss", "weight", "train", "training")
 _SETTINGS = ("parallel_tool_calls", "tool_choice")  # of OpenAI's format; they are not part of the prompt
+_OF_ALL_LINES = ("adapter", "max_crops")  # of lines of requests; here they are settings of the data
 _LINE_KEYS = {*MESSAGES, *_SYSTEM, *(key for keys in MEDIA.values() for key in keys), *_SETTINGS, "tools", "transcript"}
 _ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
 _MESSAGE_KEYS = {
@@ -117,10 +118,15 @@ def _check_line(values: Mapping[str, Any]) -> None:
                 f"{key!r} looks like {what} and is not taken; expected images, audios or videos beside the messages, "
                 'tools, or "loss" in a message. Write it so, rename it, or take it out'
             )
+    if (key := next((key for key in _OF_ALL_LINES if values.get(key) is not None), None)) is not None:
+        raise InputError(
+            f"{key!r} is not taken of a line; give it for all of them (data.{key} in a recipe), and take it out"
+        )
     choice = values.get("tool_choice")
     if choice not in (None, "auto"):
         raise InputError(f'tool_choice is {choice!r:.60} and has no place in the prompt; leave it out, or say "auto"')
-    if any(values.get(key) in (False, 0) for key in ("kto_tag", "label")):
+    labels = [values.get(key) for key in ("kto_tag", "label")]
+    if any(label.lower() == "false" if isinstance(label, str) else label in (False, 0) for label in labels):
         raise InputError("the answer is marked as a bad one, which only KTO learns from; take the line out")
     objects = values.get("objects")
     if isinstance(objects, Mapping) and (objects.get("bbox") or objects.get("ref")):

@@ -51,11 +51,7 @@ def locate(where: str, url: Any, kind: str) -> Any:
 def _stored(where: str, found: Mapping[str, Any], kind: str) -> Any:
     """Return the medium in an object such as those in which `datasets` stores images, audio and video."""
     given = {key: value for key, value in found.items() if value is not None}
-    if (segment := next((key for key in _SEGMENT if given.get(key)), None)) is not None:
-        raise InputError(
-            f"{where}.{segment} is {given[segment]!r:.60}: the {kind} would be taken whole; cut it, and take "
-            f"{segment} out"
-        )
+    refuse_segment(where, given, kind)
     if kind == "audio" and {"array", "sampling_rate"} <= given.keys():
         return given["array"], given["sampling_rate"]
     for key in ("bytes", "base64", "path", "url", kind):
@@ -65,6 +61,15 @@ def _stored(where: str, found: Mapping[str, Any], kind: str) -> Any:
             return decode_base64(f"{where}.{key}", source) if is_text else locate(f"{where}.{key}", source, kind)
     keys = ", ".join(map(str, found)) or "no keys"
     raise InputError(f"{where} is an object with {keys:.80}: give it bytes, path, url or base64")
+
+
+def refuse_segment(where: str, given: Mapping[str, Any], kind: str) -> None:
+    """Raise an InputError that begins with `where` if an object says which part of its medium is meant."""
+    if (segment := next((key for key in _SEGMENT if given.get(key)), None)) is not None:
+        raise InputError(
+            f"{where}.{segment} is {given[segment]!r:.60}: the {kind} would be taken whole; cut it, and take "
+            f"{segment} out"
+        )
 
 
 # How the base64 of files begins: PNG, JPEG, GIF, RIFF (WebP, WAV), TIFF, BMP, FLAC, Ogg, MP3, MP4, Matroska.

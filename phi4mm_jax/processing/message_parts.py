@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from phi4mm_jax.errors import InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
-from phi4mm_jax.processing.media_urls import decode_base64, locate
+from phi4mm_jax.processing.media_urls import decode_base64, locate, refuse_segment
 from phi4mm_jax.processing.prompt import KINDS, Kind
 from phi4mm_jax.processing.video import MAX_FRAMES, Frame, crops_per_frame, video_frames
 
@@ -64,7 +64,10 @@ def parse_part(where: str, part: Any, crop_size: int) -> Iterator[str | tuple[Ki
         payload = _payload(where, given, kind)
         if payload is NEXT:
             raise InputError(f"{where}.video is {kind_of(part, kind)}: pass a path, a file's bytes or a list of images")
-        yield from _frames(f"{where}.video", payload, given, crop_size)
+        inner = given.get(kind)
+        beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
+        _check_settings(f"{where}.video", beside, *_PART_SETTINGS[kind])
+        yield from _frames(f"{where}.video", payload, {**given, **beside}, crop_size)
     else:
         raise InputError(
             f"{where}.type is {part.get('type')!r:.60}: it must be text, image_url, input_audio, image, audio or video"
@@ -78,9 +81,11 @@ def _url_part(
     key, medium = "image_url" if kind == "input_image" else kind, _URLS[kind]
     at, inner, known = f"{where}.{key}", given.get(key), ("url", *_PART_SETTINGS[medium])
     _check_keys(where, given, key, *known)
+    refuse_segment(where, given, medium)
     if isinstance(inner, Mapping):
         beside = {str(k): v for k, v in inner.items() if v is not None}
         _check_keys(at, beside, key, *known)
+        refuse_segment(at, beside, medium)
         given, at_url, url = {**given, **beside}, f"{at}.url", string_at(at, inner, "url")
     else:
         at_url, url = at, string_at(where, part, key)
@@ -99,6 +104,7 @@ def _input_audio(where: str, part: Mapping[str, Any]) -> Any:
         found = kind_of(part, "input_audio")
         raise InputError(f'{at} is {found}: pass {{"data": base64, "format": "wav"}}')
     _check_settings(at, inner)
+    refuse_segment(at, inner, "audio")
     data = string_at(at, inner, "data")
     is_url = data[:5].lower() == "data:"
     return locate(f"{at}.data", data, "audio") if is_url else decode_base64(f"{at}.data", data)

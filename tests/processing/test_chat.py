@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -476,6 +477,23 @@ def test_videos_are_read_in_every_form(tokenizer: Tokenizer):
     ):
         prompt = render_chat(user(part), tokenizer)
         assert [frame.image.size for frame in prompt.images] == sizes
+
+
+def test_settings_in_a_videos_object_are_its_parts(tokenizer: Tokenizer, tmp_path):
+    for i in range(4):
+        shutil.copy(TINY / "inputs" / f"image_{i % 2}.png", tmp_path / f"{i}.png")
+    settings = {"frames": 2, "max_crops": 3}
+    inside, beside = (
+        render_chat(user(part), tokenizer).images
+        for part in (
+            {"type": "video", "video": {"path": str(tmp_path), **settings, "fps": None}},
+            {"type": "video", "video": str(tmp_path), **settings},
+        )
+    )
+    assert [frame.max_crops for frame in inside] == [3, 3]
+    assert [frame.image.size for frame in inside] == [frame.image.size for frame in beside]
+    with pytest.raises(InputError, match=r"video\.fps is a setting that is not taken"):
+        render_chat(user({"type": "video", "video": {"path": str(tmp_path), "fps": 2}}), tokenizer)
 
 
 @pytest.mark.parametrize(
