@@ -39,6 +39,7 @@ def local_folder(path: str | os.PathLike[str], *, of_adapter: bool = False) -> P
         _refuse_run(path, of_adapter)
         if not of_adapter:
             _refuse_adapter(path)
+            _refuse_parent(path)
         return path
     name = _NAME.fullmatch(given) if isinstance(given, str) else None
     if os.path.exists(path):
@@ -82,6 +83,15 @@ def _refuse_adapter(folder: Path) -> None:
             f"the model. Move it to a folder of its own and give that, too ({give}), or remove it"
         )
     raise CheckpointError(f"{folder}: is an adapter without its base; give the base's folder, and this one: {give}")
+
+
+def _refuse_parent(folder: Path) -> None:
+    """Refuse the output of a trainer, whose checkpoints are folders within."""
+    if (folder / "config.json").exists():
+        return
+    if inner := [path for path in folder.glob("*/config.json") if path.parent.name.startswith("checkpoint-")]:
+        last = max((path.parent for path in inner), key=lambda path: (len(path.name), path.name))
+        raise CheckpointError(f"{folder}: has no config.json, but holds {len(inner)} checkpoints; give one: {last}")
 
 
 def _download(path: str, repository: str, revision: str | None) -> Path:

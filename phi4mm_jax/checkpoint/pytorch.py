@@ -215,6 +215,8 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
             problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
     if problems:
         remedy = "Is the download complete, and does config.json belong to it?"
+        if not any(": missing" in problem for problem in problems) and all(".lora_" in problem for problem in problems):
+            remedy = "Merge this adapter of PEFT's (merge_and_unload(), then save_pretrained), or save it on its own."
         raise mismatch("the checkpoint's tensors do not match its config.json", problems, remedy)
 
 

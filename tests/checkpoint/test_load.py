@@ -145,6 +145,8 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path):
          "mlp.down_proj.base_layer.weight: has shape"),
         (replace("model.norm.weight", lambda x: x.astype(np.int32)), "model.norm.weight: has dtype I32"),
         (replace(LORA_B, np.zeros_like), f"{LORA_B}: all zero"),
+        (lambda t: t.update({LORA_B.replace("vision", "default"): np.zeros((96, 8), np.float32)}) is None,
+         "\nMerge this adapter of PEFT's"),
     ],
 )  # fmt: skip
 def test_wrong_tensors(copy, change, message):
@@ -341,6 +343,14 @@ def test_checkpoints_of_trainers_are_named_with_their_remedy(copy, name, remedy)
     (copy / name).mkdir()
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: .*{remedy}"):
         phi4mm_jax.load(copy)
+
+
+def test_a_trainers_output_names_the_last_checkpoint(copy, tmp_path):
+    for step in (500, 1000):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        shutil.copy(copy / "config.json", tmp_path / "run" / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match=r"run: has no config\.json, but .* 2 checkpoints; .*checkpoint-1000$"):
+        phi4mm_jax.load(tmp_path / "run")
 
 
 def test_tensors_that_deepspeed_left_empty_are_named(copy):
