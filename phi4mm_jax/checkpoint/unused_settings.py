@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, without_flattening
+from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening
 from phi4mm_jax.config import Phi4MMConfig, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -53,21 +53,34 @@ def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) ->
             f"{path}: not used: {', '.join(f'{key} ({values[key]!r:.60})' for key in unused)}. Answers are greedy "
             "unless a request says how it samples and ends (phi4mm_jax.engine.Request, Sampling)"
         )
-    if not _is_known(folder, config, tokenizer):
-        yield (
-            f"{folder}: its chat template is not the release's, and is not used: chats are rendered as by the "
-            "release's. Give prompts that are rendered by it (apply_chat_template(..., tokenize=False)) as strings"
-        )
+    spelled = {token: content for content, token in tokenizer.special_tokens.items()}
+    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
+    if (line := unused_template(folder, image, audio)) is not None:
+        yield line
 
 
-def _is_known(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) -> bool:
+def unused_template(folder: Path, image: str = "<|endoftext10|>", audio: str = "<|endoftext11|>") -> str | None:
+    """Return the line that a program says of a chat template, of a checkpoint or an adapter, that is not the release's.
+
+    Args:
+        image, audio: the tokens that stand for media.
+    """
+    if _is_known(folder, image, audio):
+        return None
+    return (
+        f"{folder}: its chat template is not the release's, and is not used: chats are rendered as by the release's. "
+        "Give prompts that are rendered by it (apply_chat_template(..., tokenize=False)) as strings"
+    )
+
+
+def _is_known(folder: Path, image: str, audio: str) -> bool:
     try:
         template = chat_template_of(folder) or _default_of_several(folder)
     except CheckpointError:  # it cannot be read, so that it is none of the known ones
         return False
     if template is None:
         return True
-    own = without_flattening(template, config, tokenizer).strip()
+    own = template.removeprefix(flattening(image, audio)).strip()  # exports have it in front
     return hashlib.sha256(own.encode("utf-8", "surrogatepass")).hexdigest()[:16] in _TEMPLATES
 
 

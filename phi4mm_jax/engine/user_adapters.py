@@ -4,6 +4,7 @@ The stacks are allocated at the start, and a row chooses its place by an index: 
 comes or goes.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from jaxtyping import Array, Int
 from phi4mm_jax.adapters import ADAPTERS, NONE, adapter_choices, index_of, row_index
 from phi4mm_jax.checkpoint.load import is_finite
 from phi4mm_jax.checkpoint.peft import PeftAdapter, user_adapter_folder
+from phi4mm_jax.checkpoint.unused_settings import unused_template
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine.config import EngineConfig
 from phi4mm_jax.engine.steps import Programs
@@ -30,6 +32,7 @@ from phi4mm_jax.mesh import LOGICAL_AXES, sharding_within
 from phi4mm_jax.model.decoder import BlockConfig
 from phi4mm_jax.model.lora import PROJECTIONS
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,199}", re.ASCII)
 _BESIDE = "+"  # between a built-in adapter and a user's on top of it
 Parameters = dict[tuple[str, str, str], np.ndarray]  # by block, projection and part; (L, ...), scaled and padded
@@ -111,6 +114,8 @@ def read_user_adapter(name: str, folder: str | Path, model: Phi4MMConfig, config
     place, replaces = user_adapter_folder(folder)
     kind = replaces or next(iter(ADAPTERS))  # parameters have the same form whatever the name
     source = PeftAdapter(place, kind, model)
+    if (line := unused_template(place)) is not None:  # as trainers save it beside an adapter
+        _log.warning("%s", line)
     rank, limit = source.lora.rank, config.max_adapter_rank
     if rank > limit:
         raise InputError(

@@ -10,6 +10,8 @@ import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
 from phi4mm_jax.checkpoint.unused_settings import unused_settings
 from phi4mm_jax.config import Phi4MMConfig
+from phi4mm_jax.engine import EngineConfig
+from phi4mm_jax.engine.user_adapters import read_user_adapter
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 SMALL = TINY.parents[2] / "assets" / "tiny"
@@ -101,3 +103,17 @@ def test_load_logs_them(folder, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "repetition_penalty (1.5)" in caplog.text
     assert "its chat template is not the release's" in caplog.text
+
+
+@pytest.mark.parametrize(("template", "named"), [(None, 0), (RELEASE, 0), (PREFACE + RELEASE, 1)])
+def test_an_adapters_chat_template_is_named(folder, tmp_path, caplog, template, named):
+    """Trainers save the template that they trained with beside the adapter."""
+    for path in TINY.glob("model*"):
+        shutil.copy(path, folder)
+    shutil.copytree(TINY / "speech-lora", tmp_path / "tuned")
+    if template is not None:
+        (tmp_path / "tuned" / "chat_template.jinja").write_text(template)
+    model = phi4mm_jax.load(folder, dtype="float32", adapters={"speech": tmp_path / "tuned"})
+    read_user_adapter("mine", tmp_path / "tuned", model.config, EngineConfig(max_adapters=1))
+    line = f"{tmp_path / 'tuned'}: its chat template is not the release's"
+    assert [record.getMessage().startswith(line) for record in caplog.records] == [True, True] * named
