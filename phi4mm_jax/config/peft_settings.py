@@ -103,6 +103,7 @@ _ADAPTER_KEYS = frozenset({
 })  # fmt: skip
 _PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")  # they leave the base's weights alone
 _MERGEABLE = ("use_dora", "modules_to_save", "trainable_token_indices", "bias")
+_PLAIN_BIASES = (("bias", "none"), ("bias", "lora_only"))  # the decoder's maps have none
 _CONVERTIBLE_INITS = ("pissa", "corda", "olora")
 
 
@@ -117,8 +118,9 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
     """
     if (kind := settings.get("peft_type") or "LORA") != "LORA":
         raise ConfigError(
-            f"{name}: peft_type is {kind!r:.60}, and only LORA is supported; train it as LoRA, or merge it where PEFT "
-            "can (merge_and_unload(), then save_pretrained(FOLDER)) and give FOLDER"
+            f"{name}: peft_type is {kind!r:.60}, and only LORA is supported; train it as LoRA or, where PEFT can, "
+            "convert it (save_as_lora(FOLDER, model, rank=8)) or merge it (merge_and_unload(), then "
+            "save_pretrained(FOLDER)), and give FOLDER"
         )
     init = settings.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS)):
@@ -130,7 +132,7 @@ def check_adapter_settings(name: str | Path, settings: Mapping[str, Any]) -> Non
             )
         raise ConfigError(f"{name}: init_lora_weights is {init!r:.60}, which changes the base's weights; {remedy}")
     for key, value in settings.items():
-        plain = value in (None, False, [], {}) or (key, value) == ("bias", "none")
+        plain = value in (None, False, [], {}) or (key, value) in _PLAIN_BIASES
         if not plain and key not in _ADAPTER_KEYS:
             remedy = "or remove it where it has no effect"
             if key in _MERGEABLE:

@@ -98,6 +98,7 @@ def assert_same_products(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarr
          "exclude_modules": r".*(audio|image)_embed.*"},
         {"target_modules": ["qkv_proj"], "layers_to_transform": 0},
         {"exclude_modules": ["o_proj", "layers.0.mlp.down_proj"]},
+        {"bias": "lora_only"},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "mica"},
