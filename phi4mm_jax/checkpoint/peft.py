@@ -120,11 +120,13 @@ def user_adapter_folder(given: str | os.PathLike[str]) -> tuple[Path, str | None
 
 
 def _refuse_two(folder: Path, held: Sequence[Path]) -> None:
-    """Refuse an adapter beside another in a folder within, as PEFT saves "default" and one that is named."""
-    if folder in held and held[1:]:
+    """Refuse several adapters in a folder: PEFT saves "default" in it, and one that is named in a folder within."""
+    if len(held) > 1:
+        places = " and in ".join("the folder itself" if place == folder else place.name for place in held)
+        inner = next(place for place in held if place != folder)
         raise CheckpointError(
-            f"{folder}: holds an adapter itself, and another in {held[1].name}; give {held[1]}, or move that which is "
-            "meant to a folder of its own"
+            f"{folder}: holds adapters in {places}; give the one that is meant, such as {inner}; move it to a folder "
+            "of its own if it is the one in the folder itself"
         )
 
 

@@ -282,13 +282,17 @@ def test_an_adapter_beside_another_is_ambiguous(tmp_path):
     for folder in (tmp_path, tmp_path / "vision"):
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text("{}")
-    message = f"{tmp_path}: holds an adapter itself, and another in vision; give {tmp_path}/vision, or move"
+    message = f"{tmp_path}: holds adapters in the folder itself and in vision; give .* such as {tmp_path}/vision; move"
     with pytest.raises(CheckpointError, match=message):
         adapter_folders({"vision": tmp_path})
     with pytest.raises(CheckpointError, match=message):
         user_adapter_folder(tmp_path)
     assert adapter_folders({"speech": tmp_path}) == {"speech": tmp_path}
     assert user_adapter_folder(tmp_path / "vision") == (tmp_path / "vision", None)
+    shutil.copytree(tmp_path / "vision", tmp_path / "vision-lora")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="holds adapters in vision-lora and in vision; give"):
+        adapter_folders({"vision": tmp_path})
 
 
 def test_a_damaged_adapter_beside_is_named(two_adapters, tmp_path):
