@@ -311,8 +311,8 @@ def _content_parts(message: Mapping[str, Any]) -> Iterator[Any]:
     """Yield the texts of a message, and its other parts as they are."""
     content = message.get("content")
     for part in content if isinstance(content, list) else [content or ""]:
-        is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
-        yield part["text"] if is_text else part
+        text = part.get("text") if isinstance(part, Mapping) else None
+        yield text if isinstance(text, str) else part
 
 
 def _media_beside(values: Mapping[str, Any], kind: str) -> list[Any] | None:

@@ -6,7 +6,7 @@ from phi4mm_jax.data.pipeline import Kind
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.training.hosts import add_host_options
 from phi4mm_jax.training.recipe import Recipe, load_recipe
-from phi4mm_jax.training.settings import setting_names
+from phi4mm_jax.training.settings import NOTES, setting_names, suggest_setting
 from phi4mm_jax.utils.cli import make_parser
 from phi4mm_jax.utils.profiling import add_profile
 
@@ -33,5 +33,12 @@ def parse_arguments(program: str, description: str | None, kind: Kind) -> tuple[
 
 
 def _as_setting(option: str) -> str | None:
-    name = option.replace("-", "_")
-    return f"settings are written without dashes: {name}=..." if name in setting_names(Recipe) else None
+    """Return what to write for an option that is a setting, here or in another tool; None if it is neither."""
+    name, names = option.replace("-", "_"), list(setting_names(Recipe))
+    if name in NOTES:
+        return NOTES[name]
+    found = name if name in names else suggest_setting(name, names, alike=False)
+    if found is None:
+        return None
+    setting, _, hint = found.partition(" ")
+    return f"settings are written without dashes: {setting}=... {hint}".rstrip()

@@ -190,13 +190,15 @@ def _section(of: Any) -> type | None:
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
-def suggest_setting(name: str, known: Sequence[str]) -> str | None:
-    """Return the setting that is likely meant by an unknown name, with a hint where its unit is another; None if
-    nothing is close, or if there is none (see `NOTES`).
+def suggest_setting(name: str, known: Sequence[str], *, alike: bool = True) -> str | None:
+    """Return the setting that an unknown name stands for, with a hint where its unit is another.
+
+    None if nothing is close, or if there is none (see `NOTES`).
 
     Args:
         name: with its section: "optimizer.lr".
         known: the names of all settings.
+        alike: also one whose name is merely like it.
     """
     *_, last = name.lower().replace("-", "_").split(".")
     if last in NOTES:
@@ -208,7 +210,7 @@ def suggest_setting(name: str, known: Sequence[str]) -> str | None:
     anywhere = {k.rpartition(".")[2]: k for k in reversed(known)}
     if last in anywhere:
         return anywhere[last]
-    for names in (own, anywhere):
+    for names in (own, anywhere) if alike else ():
         if close := difflib.get_close_matches(last, names, 1, _ALIKE):
             return names[close[0]]
     return None

@@ -155,14 +155,26 @@ def test_words_that_begin_with_a_dash_and_are_no_option(monkeypatch):
     assert found.text == "--modell"
 
 
-def test_a_setting_is_no_option(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sft", "small", "--optimizer.learning_rate=1", "model=x"])
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [
+        ("--optimizer.learning_rate=1", "settings are written without dashes: optimizer.learning_rate=..."),
+        ("--learning-rate=1", "settings are written without dashes: optimizer.learning_rate=..."),
+        ("--output_dir=x", "settings are written without dashes: output=..."),
+        (
+            "--micro_batch_size=4",
+            "settings are written without dashes: data.packing.rows=... (of all devices together)",
+        ),
+        ("--lora_r=8", "an adapter has the rank and scale that it has in the checkpoint"),
+        ("--dry_run", "did you mean --dry-run?"),
+    ],
+)
+def test_a_setting_is_no_option(monkeypatch, capsys, option, remedy):
+    monkeypatch.setattr(sys, "argv", ["sft", "small", option, "model=x"])
     with pytest.raises(SystemExit, match="2"):
         training_arguments.parse_arguments("train.sft", None, "answers")
-    assert (
-        "--optimizer.learning_rate is not an option; settings are written without dashes: optimizer.learning_rate="
-        in (capsys.readouterr().err)
-    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{option.partition('=')[0]} is not an option; {remedy}" in said
 
 
 ANSWER = ("infer.generate", "--model", str(TINY), "--dtype", "float32", "--max-new-tokens", "8", "Describe.")
