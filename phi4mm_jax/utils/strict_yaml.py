@@ -18,7 +18,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """`yaml.safe_load` for what users bring.
+    """Return the value that a text of YAML stands for, by plain types alone.
 
     Raises:
         yaml.YAMLError: it is not YAML, or a key is there twice.
