@@ -418,7 +418,7 @@ def test_answers_of_another_model_or_setting_are_not_mixed(tmp_path, engine):
         begin(dtype="bfloat16")
     begin()  # of the same settings it may have answers of other inputs
     (tmp_path / "out.settings.json").unlink()
-    with pytest.raises(InputError, match=r"out.settings.json, which tells .* is missing"):
+    with pytest.raises(InputError, match=r"out.settings.json, which has .* is missing"):
         begin()
 
 
