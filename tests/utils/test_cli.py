@@ -92,7 +92,7 @@ PICTURE = str(TINY / "inputs" / "image_0.png")
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--temperature", "nan"], "--temperature is nan"),
-        (["--top-k", "-1"], "--top-k is -1"),
+        (["--top-k", "-2"], "--top-k is -2"),
         (["--beams", "0"], "--beams is 0"),
         (["--frames", "65"], "--frames is 65"),
         (["--top-p", "2"], "--top-p is 2"),
