@@ -55,17 +55,14 @@ def parse_part(where: str, part: Any, crop_size: int) -> Iterator[str | tuple[Ki
         yield "image", _payload(where, {"image": given.get(kind, NEXT)}, "image")
     elif kind in KINDS:
         payload = _payload(where, given, kind)
-        inner = given.get(kind)
-        beside = inner if isinstance(inner, Mapping) else {}
+        beside = _object_at(given, kind)
         _check_settings(f"{where}.{kind}", beside, *_PART_SETTINGS[kind])
-        detail = given.get("detail") if beside.get("detail") is None else beside["detail"]
-        yield kind, payload if kind == "audio" else _detailed(where, payload, {"detail": detail})
+        yield kind, payload if kind == "audio" else _detailed(where, payload, {**given, **beside})
     elif kind == "video":
         payload = _payload(where, given, kind)
         if payload is NEXT:
             raise InputError(f"{where}.video is {kind_of(part, kind)}: pass a path, a file's bytes or a list of images")
-        inner = given.get(kind)
-        beside = {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
+        beside = _object_at(given, kind)
         _check_settings(f"{where}.video", beside, *_PART_SETTINGS[kind])
         yield from _frames(f"{where}.video", payload, {**given, **beside}, crop_size)
     else:
@@ -83,7 +80,7 @@ def _url_part(
     _check_keys(where, given, key, *known)
     refuse_segment(where, given, medium)
     if isinstance(inner, Mapping):
-        beside = {str(k): v for k, v in inner.items() if v is not None}
+        beside = _object_at(given, key)
         _check_keys(at, beside, key, *known)
         refuse_segment(at, beside, medium)
         given, at_url, url = {**given, **beside}, f"{at}.url", string_at(at, inner, "url")
@@ -96,6 +93,12 @@ def _url_part(
         yield "image", _detailed(at, source, given)
     else:
         yield "audio", source
+
+
+def _object_at(given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the object at a key, without nulls; {} where something else is there."""
+    inner = given.get(key)
+    return {str(k): v for k, v in inner.items() if v is not None} if isinstance(inner, Mapping) else {}
 
 
 def _input_audio(where: str, part: Mapping[str, Any]) -> Any:
