@@ -191,11 +191,10 @@ def flattening(image: str, audio: str) -> str:
     )
 
 
-def without_flattening(template: str, config: Phi4MMConfig, tokenizer: Tokenizer) -> str:
-    """Return a chat template without the `flattening` that exports have before it."""
+def media_tokens(config: Phi4MMConfig, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return the tokens that stand for images and for clips; "" for one that the tokenizer lacks."""
     spelled = {token: content for content, token in tokenizer.special_tokens.items()}
-    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
-    return template.removeprefix(flattening(image, audio))
+    return spelled.get(config.image_token_id, ""), spelled.get(config.audio_token_id, "")
 
 
 # -------------------------------------------------------------------------------------------- to the original layout
@@ -230,7 +229,8 @@ def _to_original(source: Path, config: Phi4MMConfig, files: dict[str, bytes]) ->
         tokenizer.pop(key, None)
     template = chat_template_of(source)
     if template is not None:
-        tokenizer["chat_template"] = without_flattening(template, config, Tokenizer.from_folder(source))
+        own = flattening(*media_tokens(config, Tokenizer.from_folder(source)))
+        tokenizer["chat_template"] = template.removeprefix(own)
     files["tokenizer_config.json"] = _json(tokenizer)
     for name in ("processor_config.json", "chat_template.json", "chat_template.jinja"):
         files.pop(name, None)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening
+from phi4mm_jax.checkpoint.sidecar_files import chat_template_of, flattening, media_tokens
 from phi4mm_jax.config import Phi4MMConfig, read_optional_json
 from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.tokenizer import Tokenizer
@@ -53,9 +53,7 @@ def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) ->
             f"{path}: not used: {', '.join(f'{key} ({values[key]!r:.60})' for key in unused)}. Answers are greedy "
             "unless a request says how it samples and ends (phi4mm_jax.engine.Request, Sampling)"
         )
-    spelled = {token: content for content, token in tokenizer.special_tokens.items()}
-    image, audio = (spelled.get(token, "") for token in (config.image_token_id, config.audio_token_id))
-    if (line := unused_template(folder, image, audio)) is not None:
+    if (line := unused_template(folder, *media_tokens(config, tokenizer))) is not None:
         yield line
 
 
