@@ -1,7 +1,7 @@
 """Sizes of the rows, which all sides share, and the time of a call."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,14 @@ def lengths(small: bool) -> tuple[int, ...]:
     return (128, 256) if small else (4096, 16384, 65536, 131072)
 
 
-def attention_row(length: int, backward: bool) -> tuple[str, float]:
-    """Return the name of a row, and the operations of one call."""
-    products = 7 if backward else 2  # of a causal half each: two forward, five backward
-    name = f"attention {'forward and backward' if backward else 'forward'}, {length} tokens"
-    return name, products * length * length * HEADS * SIZE
+def attention_rows(small: bool) -> Iterator[tuple[bool, int, str, float]]:
+    """Yield whether a row has the backward pass, its tokens, its name, and the operations of one call."""
+    for backward in (False, True):
+        products = 7 if backward else 2  # of a causal half each: two forward, five backward
+        for length in lengths(small):
+            if not backward or length <= 65536:
+                name = f"attention {'forward and backward' if backward else 'forward'}, {length} tokens"
+                yield backward, length, name, products * length * length * HEADS * SIZE
 
 
 def noise(random: np.random.Generator) -> tuple[np.ndarray, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.common import HEADS, KV_HEADS, SIZE, Measurement, attention_row, lengths, of_jax
+from benchmarks.gpu.common import HEADS, KV_HEADS, SIZE, Measurement, attention_rows, of_jax
 
 
 def ceilings(small: bool) -> Iterator[Measurement]:
@@ -51,25 +51,21 @@ def kernels(small: bool) -> Iterator[Measurement]:
         "XLA": lambda q, k, v: flash_attention(q, k, v, causal=True, implementation="xla"),
         "cuDNN bare": bare,
     }
-    for backward in (False, True):
-        for length in lengths(small):
-            if backward and length > 65536:
+    for backward, length, name, operations in attention_rows(small):
+        for side, attention in sides.items():
+            if side == "XLA" and length > 16384:
                 continue
-            name, operations = attention_row(length, backward)
-            for side, attention in sides.items():
-                if side == "XLA" and length > 16384:
-                    continue
 
-                def measure(attention=attention, length=length, operations=operations, backward=backward) -> float:
-                    def both(q, k, v):
-                        out, pull = jax.vjp(attention, q, k, v)
-                        return pull(out)
+            def measure(attention=attention, length=length, operations=operations, backward=backward) -> float:
+                def both(q, k, v):
+                    out, pull = jax.vjp(attention, q, k, v)
+                    return pull(out)
 
-                    call = jax.jit(both if backward else attention)
-                    q, k, v = draw(0, 1, length, HEADS, SIZE), *(draw(i, 1, length, KV_HEADS, SIZE) for i in (1, 2))
-                    return operations / of_jax(lambda: call(q, k, v)) / 1e12
+                call = jax.jit(both if backward else attention)
+                q, k, v = draw(0, 1, length, HEADS, SIZE), *(draw(i, 1, length, KV_HEADS, SIZE) for i in (1, 2))
+                return operations / of_jax(lambda: call(q, k, v)) / 1e12
 
-                yield name, side, "TFLOP/s", measure
+            yield name, side, "TFLOP/s", measure
     yield from decoding_kernels(small, draw)
 
 

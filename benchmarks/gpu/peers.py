@@ -20,8 +20,7 @@ from benchmarks.gpu.common import (
     TRANSCRIPTS,
     Measurement,
     Sizes,
-    attention_row,
-    lengths,
+    attention_rows,
     noise,
     of_torch,
     torch_device,
@@ -36,29 +35,23 @@ def torch_kernels(small: bool) -> Iterator[Measurement]:
     yield "platform", "transformers", "", lambda: f"torch {torch.__version__}"
     device = torch_device()
     backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
-    for backward in (False, True):
-        for length in lengths(small):
-            if backward and length > 65536:
-                continue
-            name, operations = attention_row(length, backward)
-            for side, backend in backends.items():
+    for backward, length, name, operations in attention_rows(small):
+        for side, backend in backends.items():
 
-                def measure(length=length, operations=operations, backward=backward, backend=backend) -> float:
-                    options: Any = {"device": device, "dtype": torch.bfloat16, "requires_grad": backward}
-                    q, k, v = (torch.randn(1, n, length, SIZE, **options) for n in (HEADS, KV_HEADS, KV_HEADS))
+            def measure(length=length, operations=operations, backward=backward, backend=backend) -> float:
+                options: Any = {"device": device, "dtype": torch.bfloat16, "requires_grad": backward}
+                q, k, v = (torch.randn(1, n, length, SIZE, **options) for n in (HEADS, KV_HEADS, KV_HEADS))
 
-                    def call() -> torch.Tensor:
-                        with sdpa_kernel(backend):
-                            out = torch.nn.functional.scaled_dot_product_attention(
-                                q, k, v, is_causal=True, enable_gqa=True
-                            )
-                            if backward:
-                                out.backward(out.detach())
-                        return out
+                def call() -> torch.Tensor:
+                    with sdpa_kernel(backend):
+                        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                        if backward:
+                            out.backward(out.detach())
+                    return out
 
-                    return operations / of_torch(call) / 1e12
+                return operations / of_torch(call) / 1e12
 
-                yield name, side, "TFLOP/s", measure
+            yield name, side, "TFLOP/s", measure
 
 
 def torch_model(small: bool) -> Iterator[Measurement]:
