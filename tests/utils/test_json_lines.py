@@ -46,7 +46,6 @@ def test_lines_are_taken_under_any_name(tmp_path, content):
 
 
 def test_a_folder_that_is_no_dataset_names_its_files(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "metadata.jsonl").write_text(json.dumps(LINE))
     with pytest.raises(InputError, match=r"is not a dataset .*; give one of its files \(metadata\.jsonl\)"):
         open_manifest(tmp_path)
