@@ -156,15 +156,15 @@ def read_message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message with role and content, without nulls and loss.
 
     Raises:
-        InputError: its role is not known, or a key that would change what is learnt is not taken; it names `where`.
+        InputError: its role is not known, or a key that would change what is trained on is not taken; it names `where`.
     """
     for key, value in given.items():
         if key not in _MESSAGE_KEYS and (what := _looks_like(key, value)):
             raise InputError(f"{where}.{key} looks like {what} and is not taken; rename it, or take it out")
         if value and not _REASONING_WORDS.isdisjoint(words_of(key)):
             raise InputError(
-                f"{where}.{key} would not be learnt: the chat template has no place for reasoning; write it into the "
-                "content, or take it out"
+                f"{where}.{key} would not be trained on: the chat template has no place for reasoning; write it into "
+                "the content, or take it out"
             )
     if None not in (given.get("content"), given.get("value")) and given["content"] != given["value"]:
         raise InputError(f"{where}: content and value are both given, and differ; leave one out")

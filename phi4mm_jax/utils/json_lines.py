@@ -1,11 +1,11 @@
-"""Files of JSON Lines, told from what is given in their place."""
+"""Files of JSON Lines, and remedies for what is given in their place."""
 
 import re
 from pathlib import Path
 
 from phi4mm_jax.errors import InputError
 
-BEGINNING = 4096  # bytes that tell
+BEGINNING = 4096  # bytes by which other files are known
 _BINARY = {  # how files begin
     b"\x1f\x8b": "is compressed by gzip; unpack it (gunzip -k FILE)",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it (zstd -d FILE)",
@@ -22,7 +22,7 @@ _TABLES = {".csv", ".tsv", ".xlsx", ".xls"}
 
 
 def check_json_lines(path: Path, beginning: bytes) -> None:
-    """Refuse a file that is no JSON Lines, as its beginning or its name tells.
+    """Refuse a file whose beginning or name is not that of JSON Lines.
 
     Args:
         beginning: its first bytes, `BEGINNING` or all.
