@@ -5,13 +5,14 @@ Each line of the input is an object:
     {"id": "a1", "prompt": "<|user|><|image_1|>What is this?<|end|><|assistant|>", "images": ["a.png"], "audios": [],
      "max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
      "seed": 0, "stop": [], "stop_tokens": [], "max_crops": 36, "beams": 1, "length_penalty": 1.0, "adapter": "vision",
-     "logprobs": false, "grammar": {"json_schema": {"type": "object"}}, "draft": "lookup"}
+     "logprobs": false, "grammar": {"json_schema": {"type": "object"}}, "draft": "lookup",
+     "skip_special_tokens": false}
 
 "messages" (chat messages as in the OpenAI API) may stand in place of "prompt"; all else but the prompt may be left out.
 Without "id", a line's id is its number, from 0; without "seed", it is sampled by its id, whatever stands beside it;
 without "adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys
 its "grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
-"draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer.
+"skip_special_tokens" leaves them out of the text. "draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer.
 Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with

@@ -63,7 +63,7 @@ class Admission:
                 f"the cache has {self._config.pages}; give it more tokens, or ask for fewer ("
                 f"{self._config.named('cache_tokens')})"
             )
-        detokenizer = IncrementalDetokenizer(self._processor.tokenizer, request.stop)
+        detokenizer = IncrementalDetokenizer(self._processor.tokenizer, request.stop, request.skip_special_tokens)
         beams = self._beams(request, limit)
         sequence = Sequence(
             request_id, request, row, media, slot, limit, max_pages, detokenizer, beams, adapters=adapters

@@ -165,12 +165,14 @@ class BeamGroup:
             allocator.decref(pages)
         self.pages, self.copies = [], []
 
-    def completion(self, tokenizer: Tokenizer, prompt_tokens: int, reason: FinishReason | None = None) -> Completion:
+    def completion(
+        self, tokenizer: Tokenizer, prompt_tokens: int, reason: FinishReason | None = None, skip_special: bool = False
+    ) -> Completion:
         """Return its best answers so far; without a `reason` the best one says why it ended."""
         search = self.search
         found = tuple(
             Hypothesis(
-                _text(beam, search, tokenizer), list(beam.tokens), search.score(beam), beam.log_probabilities,
+                _text(beam, search, tokenizer, skip_special), list(beam.tokens), search.score(beam), beam.log_probabilities,
                 "stop" if beam.stopped else reason or "length",
             )
             for beam in search.best
@@ -181,12 +183,12 @@ class BeamGroup:
         reason = reason or first.finish_reason
         return Completion.of(
             tokenizer, first.text, first.tokens, reason, prompt_tokens, log_probabilities=first.log_probabilities,
-            alternatives=found,
+            alternatives=found, skip_special_tokens=skip_special,
         )  # fmt: skip
 
 
-def _text(beam: Beam, search: Search, tokenizer: Tokenizer) -> str:
-    text = IncrementalDetokenizer(tokenizer, ())
+def _text(beam: Beam, search: Search, tokenizer: Tokenizer, skip_special: bool) -> str:
+    text = IncrementalDetokenizer(tokenizer, (), skip_special)
     for token in beam.tokens:
         if token not in search.stops:
             text.add(token)

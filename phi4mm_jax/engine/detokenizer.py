@@ -3,14 +3,19 @@
 import codecs
 from collections.abc import Sequence
 
+from phi4mm_jax.engine.tool_calls import without_special
 from phi4mm_jax.processing.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Text so far, in pieces of whole characters that hold back the possible beginning of a stop string."""
+    """Text so far, in pieces of whole characters that hold back the possible beginning of a stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, tuple(s.encode() for s in stop)
+    Args:
+        skip_special: see `Request.skip_special_tokens`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special: bool = False):
+        self._tokenizer, self._stop, self._skip_special = tokenizer, tuple(s.encode() for s in stop), skip_special
         self._bytes = b""
         self._num_decoded = 0  # bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -24,7 +29,8 @@ class IncrementalDetokenizer:
     def add(self, token: int) -> str:
         """Append a token; returns the text that can be shown now."""
         before = len(self._bytes)
-        self._bytes += self._tokenizer.decode_bytes([token])
+        shown = without_special([token], self._tokenizer) if self._skip_special else [token]
+        self._bytes += self._tokenizer.decode_bytes(shown)
         longest = max(map(len, self._stop), default=1) - 1
         found = [at for s in self._stop if (at := self._bytes.find(s, max(before - longest, 0))) >= 0]
         if found:

@@ -29,7 +29,7 @@ from phi4mm_jax.utils.strict_json import unique_keys
 _SAMPLING = {f.name for f in fields(Sampling)} - {"stream"}
 _REQUEST = {
     "max_new_tokens", "stop", "stop_tokens", "max_crops", "beams", "length_penalty", "adapter",
-    "continue_final_message", "grammar", "draft",
+    "continue_final_message", "grammar", "draft", "skip_special_tokens",
 }  # fmt: skip
 KEYS = _SAMPLING | _REQUEST | {"id", "prompt", "messages", "images", "audios", "logprobs"}
 

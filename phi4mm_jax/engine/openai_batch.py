@@ -13,7 +13,7 @@ _URL = "/v1/chat/completions"
 _LINE = {"custom_id", "method", "url", "body"}  # of OpenAI's batch files
 _SCHEMA_KEYS = {"name", "description", "schema", "strict"}  # of a response format; answers obey, strict or not
 _SAME = ("temperature", "top_p", "seed", "logprobs", "top_k", "min_p", "repetition_penalty",
-         "continue_final_message", "draft")  # same keys as ours  # fmt: skip
+         "continue_final_message", "draft", "skip_special_tokens")  # same keys as ours  # fmt: skip
 _NOTHING = {  # keys that change no answer, whatever their value
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
 }  # fmt: skip
@@ -22,7 +22,6 @@ _USUAL = {  # keys that change none with these values
     "top_logprobs": (0,), "modalities": (["text"],), "echo": (False,), "best_of": (1,), "use_beam_search": (False,),
     "early_stopping": (False,), "ignore_eos": (False,), "min_tokens": (0,), "bad_words": ([],),
     "chat_template_kwargs": ({},), "add_special_tokens": (False,), "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (False,),  # texts have those that are drawn within an answer
 }  # fmt: skip
 
 

@@ -127,6 +127,7 @@ class OutputProcessor:
             self._tokenizer, sequence.detokenizer.text, sequence.output_token_ids, reason, sequence.num_prompt_tokens,
             log_probabilities=tuple(sequence.log_probabilities), top_logprobs=tuple(sequence.top_logprobs), error=error,
             error_type=None if error is None else error_type,
+            skip_special_tokens=sequence.request.skip_special_tokens,
         )  # fmt: skip
         self._emit(sequence, "".join(pieces) + rest, completion)
         self._scheduler.finish(sequence)
@@ -143,7 +144,9 @@ class OutputProcessor:
         self, sequence: Sequence, beams: BeamGroup, reason: FinishReason | None = None, error: str | None = None,
         error_type: str | None = None,
     ) -> None:  # fmt: skip
-        completion = beams.completion(self._tokenizer, sequence.num_prompt_tokens, reason)
+        completion = beams.completion(
+            self._tokenizer, sequence.num_prompt_tokens, reason, sequence.request.skip_special_tokens
+        )
         completion = replace(completion, error=error, error_type=None if error is None else error_type)
         self._updates.append(Update(sequence.id, completion.text, completion))
         self._scheduler.finish(sequence)

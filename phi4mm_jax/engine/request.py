@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from phi4mm_jax.adapters import adapter_choices
 from phi4mm_jax.engine.grammar import Grammar
 from phi4mm_jax.engine.sampling import Sampling
-from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls
+from phi4mm_jax.engine.tool_calls import ToolCall, parse_tool_calls, without_special
 from phi4mm_jax.errors import ContextLengthError, InputError, MediaError
 from phi4mm_jax.processing.images import check_max_crops
 from phi4mm_jax.processing.processor import PromptLike
@@ -32,6 +32,8 @@ class Request:
         max_new_tokens: maximum number of tokens to generate.
         stop: strings that end the answer; they are not part of its text.
         stop_tokens: ids that end the answer, besides the model's own.
+        skip_special_tokens: leave special tokens out of the answer's text, but for those that mark tool calls; stop
+            strings are looked for in that text. By default the text has those that are drawn within an answer.
         beams: width of the beam search, which gives as many answers (n-best); 1 is no beam search. Not with sampling or
             stop strings, and only in an engine whose `EngineConfig.beams` allows it.
         length_penalty: the power of its length that divides an answer's log-probability when beams are compared.
@@ -68,6 +70,7 @@ class Request:
     draft: Draft | None = None
     top_logprobs: int = 0
     grammar: Grammar | None = None
+    skip_special_tokens: bool = False
 
     def __post_init__(self):
         stop = self.stop
@@ -90,8 +93,9 @@ class Request:
             self._check_beams()
         if self.max_crops is not None:
             check_max_crops("max_crops", self.max_crops)
-        if not isinstance(self.continue_final_message, bool):
-            raise InputError(f"continue_final_message is {self.continue_final_message!r:.60}; expected true or false")
+        for name in ("continue_final_message", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InputError(f"{name} is {value!r:.60}; expected true or false")
         if self.draft is not None and self.draft not in get_args(Draft):
             raise InputError(f"draft is {self.draft!r:.60}; expected None or {' or '.join(map(repr, get_args(Draft)))}")
         if self.adapter is not None and not isinstance(self.adapter, str):
@@ -164,6 +168,7 @@ class Completion:
         content: the text without its tool calls.
         alternatives: of a request with several beams the best answers, as many as beams, the best first; the first is
             what `text` and `tokens` are. Of a cancelled one, what it had so far.
+        skip_special_tokens: the request's.
     """
 
     text: str
@@ -177,22 +182,28 @@ class Completion:
     content: str = ""
     error_type: str | None = None
     top_logprobs: tuple[TokenLogprobs, ...] = field(default=(), compare=False)
+    skip_special_tokens: bool = False
 
     @classmethod
     def of(
         cls, tokenizer: Tokenizer, text: str, tokens: list[int], finish_reason: FinishReason, prompt_tokens: int,
-        **rest: Any,
+        *, skip_special_tokens: bool = False, **rest: Any,
     ) -> "Completion":  # fmt: skip
         """Return a completion with the tool calls that its tokens have, as far as its text goes."""
-        content, calls = parse_tool_calls(tokens, tokenizer, len(text))
-        return cls(text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content)
+        shown = without_special(tokens, tokenizer) if skip_special_tokens else tokens
+        content, calls = parse_tool_calls(shown, tokenizer, len(text))
+        return cls(
+            text, tokens, finish_reason, prompt_tokens, **rest, tool_calls=tuple(calls), content=content,
+            skip_special_tokens=skip_special_tokens,
+        )  # fmt: skip
 
     def answers(self, tokenizer: Tokenizer) -> list["Completion"]:
         """Return each of the alternatives as a completion; itself where there are none."""
         made = [
             Completion.of(
-                tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, log_probabilities=a.log_probabilities
-            )
+                tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, log_probabilities=a.log_probabilities,
+                skip_special_tokens=self.skip_special_tokens,
+            )  # fmt: skip
             for a in self.alternatives
         ]
         return made or [self]

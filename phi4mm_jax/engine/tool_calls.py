@@ -66,6 +66,15 @@ def parse_tool_calls(
     return "".join([*pieces, text[at:length]]), calls
 
 
+def without_special(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of an answer's text by `Request.skip_special_tokens`; those that mark tool calls stay.
+
+    vLLM as well leaves the marks in, since it finds the calls by them.
+    """
+    marks = {tokenizer.special_tokens.get(name) for name in (BEGIN, _END)}
+    return [token for token in tokens if token in marks or tokenizer.decode_bytes([token], skip_special=True)]
+
+
 def tool_call_grammar(
     tools: Sequence[tuple[str, Mapping[str, Any]]], *, max_calls: int | None = None, answer: Grammar | None = None
 ) -> Grammar:

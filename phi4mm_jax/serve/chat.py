@@ -9,7 +9,7 @@ from phi4mm_jax.engine import Completion, Request, Update
 from phi4mm_jax.engine.answer_lines import chat_message, usage_of
 from phi4mm_jax.engine.jsonl import request_of
 from phi4mm_jax.engine.openai_batch import keys_of_body
-from phi4mm_jax.engine.tool_calls import BEGIN
+from phi4mm_jax.engine.tool_calls import BEGIN, without_special
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.answering import Events, Job, Service, Updates, completions_of, in_thread
 from phi4mm_jax.serve.errors import ApiError
@@ -177,7 +177,7 @@ async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> Event
         choice = {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return head | {"choices": [choice]} | usage
 
-    streams = [_ContentStream(service.tokenizer) for _ in job.requests]
+    streams = [_ContentStream(service.tokenizer, request.skip_special_tokens) for request in job.requests]
     begun: set[int] = set()
     prompt_tokens = 0
     async for place, update in updates:
@@ -207,7 +207,8 @@ async def chat_chunks(service: Service, job: ChatJob, updates: Updates) -> Event
 class _ContentStream:
     """Content of an answer as it comes: its text, but for tool calls, from whose beginning on it waits for the end."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+        self._skip_special = skip_special
         self._tokenizer, self._mark = tokenizer, tokenizer.special_tokens.get(BEGIN)
         self._tokens: list[int] = []
         self._text = ""
@@ -226,6 +227,7 @@ class _ContentStream:
             text = update.completion.content
         elif self._stop is None and self._mark in update.tokens:
             before = self._tokens[: self._tokens.index(self._mark)]
+            before = without_special(before, self._tokenizer) if self._skip_special else before
             self._stop = len(self._tokenizer.decode(before))
         if update.completion is None and self._stop is not None:
             text = text[: self._stop]

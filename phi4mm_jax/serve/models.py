@@ -200,6 +200,7 @@ class SamplingOptions(Model):
         None, description="not beside response_format"
     )
     draft: Literal["lookup"] | None = Field(None, description='"lookup", where the server allows it: copies are faster')
+    skip_special_tokens: StrictBool | None = Field(None, description="true leaves them out of the text")
     timeout: Seconds | None = Field(None, description="seconds that the request may take, at most the server's limit")
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -211,7 +212,6 @@ class SamplingOptions(Model):
     ignore_eos: Annotated[bool | None, Only(False)] = None
     min_tokens: Annotated[int | None, Only(0)] = None
     bad_words: Annotated[list[str] | None, Only([])] = None
-    skip_special_tokens: Annotated[bool | None, Only(False)] = None
     add_special_tokens: Annotated[bool | None, Only(False)] = None
     include_stop_str_in_output: Annotated[bool | None, Only(False)] = None
 

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -145,7 +146,10 @@ def test_an_answer_ends_where_its_grammar_may(tiny, engine):
 
 def test_special_tokens_are_named_and_are_no_text(tiny, engine):
     tag = tiny.processor.tokenizer.special_tokens["<|tag|>"]
-    (named,) = answers_of(engine, [Request(DIGITS, grammar=Grammar.lark("start: <|tag|> /[ab]{2}/"))])
+    request = Request(DIGITS, grammar=Grammar.lark("start: <|tag|> /[ab]{2}/"))
+    named, skipped = answers_of(engine, [request, replace(request, skip_special_tokens=True)])
+    assert skipped.tokens == named.tokens
+    assert skipped.text == skipped.content == named.text.removeprefix("<|tag|>")
     assert named.tokens[0] == tag
     assert re.fullmatch(r"<\|tag\|>[ab]{2}", named.text)
     (spelled,) = answers_of(engine, [Request(DIGITS, grammar=Grammar.choice(["<|tag|>"]))])

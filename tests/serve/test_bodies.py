@@ -25,7 +25,7 @@ OFF_OF = {"chat/completions": OFF | {"chat_template_kwargs": {}}, "completions":
 BODIES = {"chat/completions": CHAT, "completions": {"prompt": "a"}}
 SCHEMAS = {"chat/completions": "ChatRequest", "completions": "CompletionRequest"}
 ON = {
-    "skip_special_tokens": [True, 0], "ignore_eos": [True], "min_tokens": [1, False], "best_of": [2, True],
+    "skip_special_tokens": [0, "true"], "ignore_eos": [True], "min_tokens": [1, False], "best_of": [2, True],
     "bad_words": [["a"]], "add_special_tokens": [True], "include_stop_str_in_output": [True], "early_stopping": [True],
     "chat_template_kwargs": [{"a": 1}], "suffix": ["a"], "prompt_logprobs": [1], "top_k": [-2],
     "frequency_penalty": [1, False], "logit_bias": [{"1": 1}], "stream": ["no"], "use_beam_search": [0],
@@ -74,6 +74,14 @@ def test_what_changes_nothing_is_taken(app, played, path):
         assert replace(given.sampling, seed=0) == replace(plain.sampling, seed=0)
         if key != "use_beam_search":  # which the document has only where there are beams
             agreed(played, path, body)
+
+
+@pytest.mark.parametrize("path", OFF_OF)
+def test_special_tokens_are_skipped_where_a_body_says_so(app, played, path):
+    for value in (True, False, None):
+        app.state.service.host.asked.clear()
+        assert agreed(played, path, BODIES[path] | {"skip_special_tokens": value}).status_code == 200
+        assert app.state.service.host.asked[0].skip_special_tokens is bool(value)
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ON.items() for value in values])
