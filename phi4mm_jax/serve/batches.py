@@ -176,7 +176,10 @@ def _shown(value: dict[str, Any]) -> dict[str, Any]:
 def _failure(error: Exception) -> dict[str, Any]:
     while isinstance(error, ExceptionGroup):  # of the lines that were asked at once: the first one ended the others
         error = error.exceptions[0]
-    return {"code": type(error).__name__, "message": str(error), "param": None, "line": None}
+    # Whatever else it says may name a place on the server's machine.
+    known = isinstance(error, OSError) and error.strerror
+    message = f"[Errno {error.errno}] {error.strerror}" if known else server_failed().detail
+    return {"code": type(error).__name__, "message": message, "param": None, "line": None}
 
 
 def _read_names(path: Path) -> set[str]:

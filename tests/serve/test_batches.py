@@ -93,7 +93,7 @@ def test_a_line_that_fails_unexpectedly_leaves_the_others(tmp_path, caplog):
 
 def test_a_batch_that_fails_tells_the_cause(tmp_path, monkeypatch):
     def full(*_) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "secret"))
 
     monkeypatch.setattr("phi4mm_jax.serve.batches.strict_json", full)  # as a record is written
     batch, _ = asyncio.run(answered(Store(tmp_path, Limits()), line_of("a", "b").encode(), echo))
