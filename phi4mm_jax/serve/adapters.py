@@ -24,7 +24,11 @@ def add_adapters(app: FastAPI, service: Service, root: Path) -> None:
             async with asyncio.timeout(service.limits.timeout):
                 await change
         except TimeoutError:
-            raise service.host.unavailable() from None
+            if not service.host.ready:
+                raise service.host.unavailable() from None
+            message = f"the adapter was not changed within {service.limits.timeout:.3g} seconds; it may still be: see "
+            message += "whether /v1/models has it, and if not, send the request again"
+            raise ApiError(504, message, kind="timeout_error", code="timeout") from None
 
     @app.post("/v1/load_lora_adapter", response_class=PlainTextResponse, responses=ERRORS)
     async def load_lora_adapter(body: LoadAdapterRequest) -> str:

@@ -166,3 +166,7 @@ def test_changes_of_adapters_wait_no_longer_than_requests(tmp_path):
         place.compiled.set()
         wait_for(lambda: client.post("/v1/unload_lora_adapter", json={"lora_name": "a"}).status_code == 404)
         assert place.engines[0].adapters == set()
+        place.go.clear()  # there is an engine, which takes too long
+        told = client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "b"})
+        place.go.set()
+        assert (told.status_code, told.json()["error"]["code"]) == (504, "timeout")
