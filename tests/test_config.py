@@ -105,6 +105,9 @@ def test_native_layout_says_the_same(original, tmp_path):
     }
     modern["rope_parameters"]["rope_type"] = modern["rope_parameters"].pop("type")
     assert read_native(tmp_path, modern, adapters) == Phi4MMConfig.from_dict(original)
+    modern["hidden_act"], modern["vision_config"]["hidden_act"] = "swish", "gelu_new"  # other names of one function
+    modern["audio_config"] |= dict.fromkeys(("activation", "conv_activation", "conv_glu_type"), "silu")
+    assert read_native(tmp_path, modern, adapters) == Phi4MMConfig.from_dict(original)
     without = Phi4MMConfig.from_dict(native)
     assert without.loras == {}
 
@@ -140,6 +143,7 @@ UNSUPPORTED = {
     "audio_processor.config.batch_norm": True,
     "audio_processor.config.time_reduction": 4,
     "audio_processor.config.conv_glu_type": "sigmoid",
+    "audio_processor.config.activation": "silu",
     "audio_processor.config.depthwise_seperable_out_channel": 512,
     "audio_processor.config.relative_attention_bias_args.type": "rotary",
     "rope_scaling.type": "yarn",

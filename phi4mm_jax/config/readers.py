@@ -24,6 +24,7 @@ RELEASE_TOWER: Mapping[str, Any] = {
 }
 RELEASE_IMAGE_TOKEN, RELEASE_AUDIO_TOKEN = 200010, 200011
 _RELEASE_STOPS = (199999, 200020)  # <|endoftext|>, and <|end|> of a chat's turn
+_SWISH = ("silu", "swish")  # transformers has one function by both names; the release's own encoder only by swish
 _BANDS = 80  # of the spectrum that clips are made into
 _ORIGINAL_LENGTH = 4096  # of original_max_position_embeddings in PyTorch, where config.json itself does not say it
 
@@ -121,10 +122,9 @@ def _original_stops(keys: Keys) -> tuple[int, ...]:
 def _read_native(keys: Keys) -> Fields:
     """Read `model_type: phi4_multimodal`, as transformers saves it: adapters are in folders of their own."""
     audio, vision = keys.section("audio_config"), keys.section("vision_config")
+    for key in ("activation", "conv_activation", "conv_glu_type"):
+        audio.expect(key, *_SWISH)
     for key, supported in {
-        "activation": "swish",
-        "conv_activation": "swish",
-        "conv_glu_type": "swish",
         "nemo_activation": "relu",
         "bias_symmetric": False,
         "chunk_size": -1,
@@ -139,7 +139,7 @@ def _read_native(keys: Keys) -> Fields:
     speech_dim = audio.positive("hidden_size")
     for width in ("ext_pw_out_channel", "depthwise_separable_out_channel"):
         audio.expect(width, speech_dim)
-    vision.expect("hidden_act", "gelu_pytorch_tanh")
+    vision.expect("hidden_act", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new")  # one function
     vision.expect("feature_layer", -2)
     vision.expect("num_channels", 3)
     vision.expect("attention_dropout", 0, 0.0)
@@ -172,7 +172,7 @@ def _read_native(keys: Keys) -> Fields:
 
 def _read_decoder(keys: Keys, rope: Keys) -> DecoderConfig:
     """Read what both layouts spell alike; `rope` holds the factors and the rotary settings."""
-    keys.expect("hidden_act", "silu", required=True)
+    keys.expect("hidden_act", *_SWISH, required=True)
     if keys.values.get("tie_word_embeddings") is False:
         raise keys.error(
             "tie_word_embeddings",
