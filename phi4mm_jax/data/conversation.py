@@ -12,6 +12,7 @@ from typing import Any
 
 from phi4mm_jax.errors import InputError
 from phi4mm_jax.processing.chat import ROLE_ALIASES, ROLES, with_tools
+from phi4mm_jax.processing.media_urls import refuse_segment
 from phi4mm_jax.processing.message_parts import looks_like_media, names_media_file, words_of
 from phi4mm_jax.utils.strict_json import parse_json
 
@@ -273,6 +274,8 @@ def _with_media(values: Mapping[str, Any], messages: list[dict[str, Any]]) -> li
     if all(media is None for media in beside.values()):
         _check_texts(values, messages)
         return messages
+    if any(beside.values()):
+        refuse_segment("the line", values, "medium")
     kinds = [kind for message in messages for kind in _empty_parts(message)]
     in_texts = not kinds
     if in_texts:
