@@ -212,7 +212,8 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
                 hint = EMPTY
             problems.append(f"{tensor.key}: has shape {entry.shape}, expected {tensor.shape}{hint}")
         if entry.dtype not in DTYPES:
-            problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+            hint = " (model.float() in PyTorch, then save it again)" if entry.dtype == "F64" else ""
+            problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}{hint}")
     if problems:
         remedy = "Is the download complete, and does config.json belong to it?"
         if not any(": missing" in problem for problem in problems) and all(".lora_" in problem for problem in problems):

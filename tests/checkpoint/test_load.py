@@ -144,6 +144,8 @@ def test_file_that_shrinks_after_its_header_was_read(tmp_path):
         (replace("model.layers.0.mlp.down_proj.base_layer.weight", lambda x: np.ascontiguousarray(x.T)),
          "mlp.down_proj.base_layer.weight: has shape"),
         (replace("model.norm.weight", lambda x: x.astype(np.int32)), "model.norm.weight: has dtype I32"),
+        (replace("model.norm.weight", lambda x: x.astype(np.float64)),
+         r"has dtype F64, expected one of F32, BF16, F16 \(model.float\(\) in PyTorch"),
         (replace(LORA_B, np.zeros_like), f"{LORA_B}: all zero"),
         (lambda t: t.update({LORA_B.replace("vision", "default"): np.zeros((96, 8), np.float32)}) is None,
          "\nMerge this adapter of PEFT's"),
