@@ -12,7 +12,8 @@ Each line of the input is an object:
 Without "id", a line's id is its number, from 0; without "seed", it is sampled by its id, whatever stands beside it;
 without "adapter" ("none", "vision", "speech" or one that --adapter loads), it has that of its media. The answer obeys
 its "grammar", which has one of "json_schema", "regex", "choice" (a list of answers) and "lark" (extra grammar).
-"skip_special_tokens" leaves them out of the text. "draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer.
+"draft", which needs --draft or --draft-tokens, makes copies faster, and changes no answer. "skip_special_tokens" leaves
+them out of the text.
 Paths are relative to the input file; media may be `data:` URLs. Each line of the output has the id and the
 text, tokens, finish_reason and prompt_tokens, or the id and "error"; with logprobs those of the tokens; "tool_calls"
 where it calls functions, each with its name and arguments; with beams also the "alternatives", best first, each with

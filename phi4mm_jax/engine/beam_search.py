@@ -172,8 +172,8 @@ class BeamGroup:
         search = self.search
         found = tuple(
             Hypothesis(
-                _text(beam, search, tokenizer, skip_special), list(beam.tokens), search.score(beam), beam.log_probabilities,
-                "stop" if beam.stopped else reason or "length",
+                _text(beam, search, tokenizer, skip_special), list(beam.tokens), search.score(beam),
+                beam.log_probabilities, "stop" if beam.stopped else reason or "length",
             )
             for beam in search.best
         )  # fmt: skip

@@ -201,9 +201,14 @@ class Completion:
         """Return each of the alternatives as a completion; itself where there are none."""
         made = [
             Completion.of(
-                tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, log_probabilities=a.log_probabilities,
+                tokenizer,
+                a.text,
+                a.tokens,
+                a.finish_reason,
+                self.prompt_tokens,
+                log_probabilities=a.log_probabilities,
                 skip_special_tokens=self.skip_special_tokens,
-            )  # fmt: skip
+            )
             for a in self.alternatives
         ]
         return made or [self]
