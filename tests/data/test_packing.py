@@ -115,6 +115,14 @@ def test_packed_rows_are_nearly_full():
     assert order == sorted(order)  # none waits for long
 
 
+def test_an_unfilled_batch_waits_for_as_many_samples_as_its_window():
+    planner = Planner(PackingConfig(1, (LENGTH,), window=2))
+    for i in range(4):  # one is in the row, and two are held back
+        assert planner.next() is None
+        planner.add(PendingSample(i, Size((LENGTH - 1,), 0, 0, 0, 0)))
+    assert planner.next().bins == (((0,),),)
+
+
 def test_samples_that_fill_a_row_exactly_share_it():
     halves = [PendingSample(i, Size((LENGTH // 2,), 0, 0, 0, 0)) for i in range(8)]
     (plan,) = all_plans(Planner(PackingConfig(4, (LENGTH,))), halves)
