@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import shutil
 import threading
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from helpers.paths import TINY
 
 from phi4mm_jax.config import Phi4MMConfig
@@ -146,11 +148,13 @@ def test_each_source_has_an_order_of_its_own(tmp_path, processor):
 
 
 def test_each_place_in_the_stream_is_augmented_anew(tmp_path, processor):
+    """And otherwise with another seed."""
     source = manifest(tmp_path / "m.jsonl", [sample("a", 3, clip()), sample("a", 3, clip())])
     packing = PackingConfig(1, (1024,), pack=False, chunks=(2,), chunk_tokens=128)
-    batches = list(stream(processor, source, packing=packing, epochs=2, augment_clip="noise"))
+    options = {"packing": packing, "epochs": 2, "augment_clip": "noise"}
+    batches = [batch for seed in (1, 2) for batch in stream(processor, source, seed=seed, **options)]
     frames = {batch.batch.audio.frames.tobytes() for batch in batches}
-    assert len(batches) == len(frames) == 4
+    assert len(batches) == len(frames) == 8
 
 
 def test_each_pass_over_a_weighted_source_has_another_order(tmp_path, processor):
@@ -260,6 +264,17 @@ def test_proposed_sizes_take_every_sample(tmp_path, processor, make, count, host
     prefix = "s" if make is texts else "m"
     assert found == {f"{prefix}{i}": 2 for i in range(count)}
     assert len(parts[0]) >= steps
+
+
+def test_clips_are_measured_at_their_slowest(tmp_path, processor):
+    source = manifest(tmp_path / "m.jsonl", [sample("a", 3, clip())])
+    samples, rate = soundfile.read(INPUTS / "audio_0.flac")
+    assert rate == 16000
+    for speech, speed in ((None, 1.0), (SpeechAugmentation(speed=(0.5, 2.0)), 0.5)):
+        data = DataConfig((source,), None, steps=1, threads=1, augment_speech=speech)
+        (size,) = measure_samples(data, processor)
+        frames = (round(len(samples) / speed) - 400) // 160 + 1
+        assert size.longest == math.ceil(frames / 8)
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -466,14 +481,14 @@ def test_bad_samples_name_file_and_line(tmp_path, processor, bad, cause, message
 
 def test_media_that_only_decoding_shows_to_be_bad_are_named(tmp_path, processor):
     bad = sample("x", 1, {"type": "image", "image": str(damaged(tmp_path))})
-    source = manifest(tmp_path / "m.jsonl", [*texts(30), bad, *texts(3)])
-    with pytest.raises(BadSample, match=r"m.jsonl: line 31: image 1 .*cannot be decoded") as caught:
+    source = manifest(tmp_path / "m.jsonl", [*texts(30), bad, *texts(30), bad, *texts(3)])
+    with pytest.raises(BadSample, match=r"m.jsonl: line (31|62): image 1 .*cannot be decoded") as caught:
         list(stream(processor, source, packing=MEDIA))
     assert caught.value.cause == "media"
     data = stream(processor, source, packing=MEDIA, bad_samples=0.1)
     assert sorted(answers(processor, data)) == sorted(answers(processor, stream(processor, manifest(
-        tmp_path / "good.jsonl", [*texts(30), *texts(3)]), packing=MEDIA)))  # fmt: skip
-    assert data.skipped == {"media": 1}
+        tmp_path / "good.jsonl", [*texts(30), *texts(30), *texts(3)]), packing=MEDIA)))  # fmt: skip
+    assert data.skipped == {"media": 2}  # in different batches
 
 
 def test_some_bad_samples_may_be_skipped(tmp_path, processor):

@@ -41,6 +41,13 @@ def test_top_p_keeps_the_fewest_that_reach_p():
         assert np.flatnonzero(kept[0]).tolist() == expected, p
 
 
+def test_top_p_is_of_what_top_k_leaves():
+    probabilities = np.array([[0.4, 0.3, 0.2, 0.1]])
+    for k, expected in ((0, [0, 1]), (2, [0])):  # 0.4 of 1, and of 0.7
+        kept = np.isfinite(restricted(jnp.log(probabilities), top_k=k, top_p=0.5))
+        assert np.flatnonzero(kept[0]).tolist() == expected
+
+
 def test_min_p_keeps_what_is_not_far_less_likely():
     probabilities = np.array([[0.05, 0.5, 0.15, 0.3]])
     for p, expected in ((0.0, [0, 1, 2, 3]), (0.2, [1, 2, 3]), (0.5, [1, 3]), (1.0, [1])):

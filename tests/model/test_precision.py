@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from phi4mm_jax.mesh import make_mesh
+from phi4mm_jax.model.layers import gelu_tanh, layer_norm, rms_norm
 from phi4mm_jax.precision import einsum
 
 SIZES = {"B": 2, "T": 5, "D": 24, "N": 3, "H": 8, "F": 20, "R": 4, "U": 2, "W": 3, "C": 6, "V": 11, "S": 7}
@@ -74,3 +75,23 @@ def test_the_gradient_of_a_loop_saves_no_second_copy_of_kernels():
     text: Any = jax.jit(jax.grad(loss)).lower(x, kernels).compile().as_text()
     assert "f32[3,24,3,8]" in text
     assert "f32[3,24,24]" not in text
+
+
+@pytest.mark.torch
+def test_norms_in_bfloat16_round_as_pytorchs():
+    import torch
+    from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalRMSNorm
+
+    rng = np.random.default_rng(0)
+    x, scale, bias = (rng.normal(1, 0.5, shape).astype(np.float32) for shape in ((64, 96), 96, 96))
+    given, weight, offset = (torch.tensor(value).bfloat16() for value in (x, scale, bias))
+    ours = [jnp.asarray(value, jnp.bfloat16) for value in (x, scale, bias)]
+    rms = Phi4MultimodalRMSNorm(96, eps=1e-5)
+    rms.weight.data = weight
+    layer = torch.nn.functional.layer_norm(given, (96,), weight, offset, 1e-5)
+    for found, wanted in (
+        (rms_norm(*ours[:2], 1e-5), rms(given)), (layer_norm(*ours, 1e-5), layer),
+        (gelu_tanh(ours[0]), torch.nn.functional.gelu(given, approximate="tanh")),
+    ):  # fmt: skip
+        same = np.asarray(found, np.float32) == wanted.detach().float().numpy()
+        assert same.mean() > 0.99  # a sum in another order may fall on the other side of a rounding

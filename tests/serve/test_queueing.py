@@ -6,8 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.paths import TINY
+from helpers.played import answer, make_app
 
+from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.answering import Job, answering
+from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.serve.metrics import Metrics
 from phi4mm_jax.serve.queueing import FairQueue
 
@@ -101,3 +105,12 @@ def test_a_job_gives_all_its_places_back(cause):
         await takes_turns(queue)
 
     asyncio.run(run())
+
+
+def test_no_request_has_more_time_than_the_servers(tmp_path):
+    async def run() -> list[float]:
+        app = make_app(answer, Tokenizer.from_folder(TINY), tmp_path, Limits(timeout=100))
+        now = asyncio.get_running_loop().time()
+        return [app.state.service.deadline(seconds) - now for seconds in (None, 50, 150)]
+
+    assert asyncio.run(run()) == pytest.approx([100, 50, 100], abs=20)

@@ -356,3 +356,24 @@ def test_tool_calls_are_streamed(tokenizer, tmp_path):
     (called,) = [delta.delta.tool_calls[0] for delta in deltas if delta.delta.tool_calls]
     assert (called.function.name, json.loads(called.function.arguments)) == ("add", {"a": 1})
     assert deltas[-1].finish_reason == "tool_calls"
+
+
+def test_streamed_texts_have_offsets_and_a_count_of_tokens(tokenizer, tmp_path):
+    """Counted by hand: two prompts of 3 tokens, with two answers of 3 tokens each, whose text comes late."""
+    tokens = [tokenizer.encode(letter)[0] for letter in "abc"]
+
+    async def play(_: Script) -> AsyncIterator[Update]:
+        yield Update(0, "", tokens=(tokens[0],), log_probabilities=(-0.5,))
+        yield Update(0, "a", tokens=(tokens[1],), log_probabilities=(-0.5,))
+        yield Update(0, "bc", Completion("abc", tokens, "length", 3), (tokens[2],), (-0.5,))
+
+    with serving(make_app(play, tokenizer, tmp_path)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        options: Any = {"stream": True, "stream_options": {"include_usage": True}, "n": 2, "logprobs": 0}
+        *chunks, last = client.completions.create(model="m", prompt=["x", "y"], **options)
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens) == (6, 12, 18)
+    for index in range(4):
+        choices = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.text for choice in choices) == "abc"
+        assert [choice.logprobs.text_offset for choice in choices] == [[0], [1], [2]]
+        assert choices[-1].finish_reason == "length"
