@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine.answer_file import AnswerFile
-from phi4mm_jax.engine.beam_search import Search, advance
+from phi4mm_jax.engine.beam_search import Beam, Search, advance
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.processing.images import preprocess_image
 
@@ -435,3 +435,14 @@ def test_an_answer_that_ends_below_the_best_is_left_out():
     assert [beam.tokens for beam in search.beams] == [(3,), (4,)]
     assert [beam.tokens for beam in search.best] == [(3,), (0,)]
     assert not search.over
+
+
+def test_a_search_is_over_once_no_beam_beats_the_worst_answer():
+    """By scores of -1 and -3: a total of -3 over two tokens is between them, and -11 below both."""
+    ended = Beam((0,), total=-1.0, stopped=True), Beam((5, 0), total=-6.0, stopped=True)
+    search = search_of(beams=(Beam((3,), total=-2.0),), ended=ended)
+    assert [search.score(beam) for beam in ended] == [-1.0, -3.0]
+    assert search_of(length_penalty=2.0).score(ended[1]) == -1.5
+    for log_probability, over in ((-1.0, False), (-9.0, True)):
+        found, _ = advance(search, np.array([[3, 4, 6]]), np.full((1, 3), log_probability, np.float32))
+        assert found.over == over

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from concurrent.futures import Future, wait
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,9 @@ from helpers.reference import uncached_logits
 
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling, drafts
-from phi4mm_jax.engine.drafts import NO_TOKEN, propose, verify
+from phi4mm_jax.engine.drafts import NO_TOKEN, decode_with_drafts, propose, verify
 from phi4mm_jax.engine.sequence import SequenceStatus
+from phi4mm_jax.engine.step_io import SampledTokens
 from phi4mm_jax.mesh import jit_on_mesh
 
 PLAIN = EngineConfig(slots=3, cache_tokens=8192, page_size=64, chunk=256, steps=4)
@@ -55,6 +57,23 @@ def test_drafts_are_what_followed_the_longest_latest_match():
 def test_a_repeated_token_is_drafted_beyond_the_end():
     drafts, sizes = propose(jnp.asarray([[7, 3, 3, 9, 9], [1, 2, 3, 1, 2]]), jnp.asarray([3, 5]), 4)
     assert (drafts.tolist(), sizes.tolist()) == ([[3, 3, 3, 3], [3, 1, 2, 3]], [4, 4])
+
+
+def test_no_key_is_written_behind_the_last_token():
+    """However long the draft: pages are allocated for what the row has left."""
+    inputs = SimpleNamespace(lengths=jnp.asarray([4, 4, 4]), with_drafts=jnp.ones(3, bool), max_steps=5)
+    history = jnp.full((3, 16), 7)
+
+    def compute(max_end, ids, starts, ends):
+        return jnp.maximum(max_end, ends), jnp.zeros((*ids.shape, 1))
+
+    def sample_next(token_seen, logits, rows, last, sampled, left):
+        return last, sampled._replace(counts=sampled.counts + rows), left - rows
+
+    sampled, left = SampledTokens(*[jnp.zeros(3, jnp.int32)] * 4), jnp.asarray([1, 2, 9])
+    state = jnp.zeros(3, jnp.int32), jnp.zeros((3, 9), bool), history, jnp.full(3, 7), sampled, left
+    (max_end, *_), _ = decode_with_drafts(compute, sample_next, state, inputs, 3)
+    assert max_end.tolist() == [5, 6, 13]  # the last token of each is not in the cache
 
 
 def test_tokens_up_to_the_first_that_the_draft_lacks_are_taken():

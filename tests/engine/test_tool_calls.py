@@ -62,6 +62,14 @@ def test_without_an_end_it_is_text(tiny):
     assert parsed(tiny, text) == (text, [])
 
 
+def test_a_call_that_ends_behind_the_answer_is_text(tiny):
+    tokenizer = tiny.processor.tokenizer
+    text = 'Ok <|tool_call|>[{"name": "a"}]<|/tool_call|>'
+    tokens, end = tokenizer.encode(text, special=True), text.index("<|/tool_call|>")
+    assert parse_tool_calls(tokens, tokenizer, end) == ("Ok ", [ToolCall("a", {})])
+    assert parse_tool_calls(tokens, tokenizer, end - 1) == (text[: end - 1], [])
+
+
 def test_each_block_is_by_itself(tiny):
     """What is malformed stays where it was, and hides nothing that comes after."""
     good = '<|tool_call|>[{"name": "%s"}]<|/tool_call|>'

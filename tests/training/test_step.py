@@ -95,7 +95,7 @@ def test_patterns_select_parameters():
     assert matching(paths, ["params/speech"], "trainable") == set(paths[:2])
     assert matching(paths, ["**/a", "params/*/bias"], "trainable") == {paths[2], paths[1]}
     assert matching(paths, ["**", "!params/**/kernel"], "trainable") == set(paths[1:])
-    for wrong in ("params/spe", "speech", "lora_*/up"):
+    for wrong in ("params/spe", "speech", "lora_*/up", "params/*/kernel"):
         with pytest.raises(InputError, match=r"trainable: the pattern .* matches no parameter"):
             matching(paths, [wrong], "trainable")
     with pytest.raises(InputError, match="excludes nothing"):
