@@ -58,6 +58,20 @@ def test_an_interruption_says_what_it_waits_for(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_destination_that_is_made_meanwhile_is_known_before_any_work(tmp_path, monkeypatch):
+    held = staging._held
+
+    def held_late(aside, destination):
+        destination.mkdir()
+        (destination / "file").write_text("another run's")
+        return held(aside, destination)
+
+    monkeypatch.setattr(staging, "_held", held_late)
+    with pytest.raises(CheckpointError, match="exists already"), staged(tmp_path / "out"):
+        pytest.fail("the work has begun")
+    assert (tmp_path / "out" / "file").read_text() == "another run's"
+
+
 def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
     """And its name is, before the marker goes that says that it may be removed."""
     done = []

@@ -38,6 +38,7 @@ from phi4mm_jax.quantization import QuantizedWeight, quantize
 from phi4mm_jax.testing.compiled import CHIPS, cost, num_bytes
 from phi4mm_jax.testing.training_steps import CASES as COMPILED
 from phi4mm_jax.testing.training_steps import case_flops, compile_step, hbm_gib
+from phi4mm_jax.training import dpo
 from phi4mm_jax.training.dpo import REFERENCE, DPOConfig, answer_log_probability, preference
 from phi4mm_jax.training.flops import peak_flops, step_flops
 from phi4mm_jax.training.losses import LossConfig, token_losses
@@ -876,6 +877,19 @@ def test_dpo_is_its_formula(scanned, eight):
     np.testing.assert_allclose(sums.loss / 4, loss, rtol=1e-5)
     np.testing.assert_allclose(sums.correct, (margins > 0).sum())
     assert relative(found, expected) <= 1e-4
+
+
+def test_pairs_without_targets_do_not_count(scanned, monkeypatch):
+    """By hand: the first pair gains 1 and 0, and the second one is a bad sample's place."""
+    monkeypatch.setattr(dpo, "answer_log_probability", lambda model, trainable, *_: trainable["log_probability"])
+    policy, reference = jnp.asarray([-1.0, -2.0, -3.0, -9.0]), jnp.asarray([-2.0, -2.0, -3.0, -3.0])
+    weights = np.float32([[0, 1], [1, 1], [0, 0], [0, 0]])
+    total, sums = preference(scanned.module, DPOConfig(beta=0.5))(
+        {"log_probability": policy}, {REFERENCE: {"log_probability": reference}},
+        TrainingBatch(None, None, weights), None,
+    )  # fmt: skip
+    np.testing.assert_allclose((total, sums.loss), np.log1p(np.exp(-0.5)), rtol=1e-6)
+    assert (sums.weight, sums.correct, sums.log_probability) == (1.0, 1.0, 0.5)
 
 
 def test_dpo_reference_does_not_drop_out(scanned, dropping, spoken):

@@ -1,5 +1,6 @@
 """Files that are whole or not there; locks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from phi4mm_jax.evaluation.answers import claim_folder
 from phi4mm_jax.serve.files import Store
 from phi4mm_jax.serve.limits import Limits
 from phi4mm_jax.training.run_folder import check_folder, exclusive_lock
-from phi4mm_jax.utils.files import check_parent, make_folder, open_atomically, try_lock, write_atomically
+from phi4mm_jax.utils.files import (
+    check_parent,
+    incomplete_path,
+    make_folder,
+    open_atomically,
+    try_lock,
+    write_atomically,
+)
 from phi4mm_jax.utils.profiling import Profile
 
 
@@ -25,6 +33,25 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path):
         assert path.read_text() == "former"
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch):
+    done, path = [], tmp_path / "a"
+
+    def note(name: str) -> None:
+        function = getattr(os, name)
+
+        def noted(*arguments):
+            done.append((name, incomplete_path(path).read_text()))
+            return function(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
+
+    note("fsync")
+    note("replace")
+    write_atomically(path, "whole")
+    assert done == [("fsync", "whole"), ("replace", "whole")]
+    assert path.read_text() == "whole"
 
 
 def enter(context) -> None:
