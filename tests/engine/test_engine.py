@@ -8,6 +8,8 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -467,6 +469,8 @@ def test_text_holds_back_what_may_be_a_stop_string(tiny):
     tokens = tokenizer.encode("日")
     pieces = [half.add(token) for token in tokens]
     assert "\ufffd" not in "".join(pieces)
+    one_token: Any = SimpleNamespace(decode_bytes=lambda _: b"xabc")  # with both strings, of which the first counts
+    assert IncrementalDetokenizer(one_token, ["bc", "ab"]).add(0) == "x"
 
 
 def test_cancelling_frees_the_slot(tiny):

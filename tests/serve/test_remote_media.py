@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from phi4mm_jax import MediaError
+from phi4mm_jax.serve import remote_media
 from phi4mm_jax.serve.remote_media import Fetcher, is_public
 
 
@@ -78,7 +79,9 @@ def served(request, tmp_path_factory):
 
 def test_content_and_redirects(served):
     site, fetch = served
-    assert fetch("image", f"{site}/found", 9) == fetch("image", f"{site}/moved", 9) == b"the content"
+    thrice = f"{site}/to/{site}/to/{site}/moved"
+    for url in (f"{site}/found", f"{site}/moved", thrice):
+        assert fetch("image", url, 9) == b"the content"
 
 
 @pytest.mark.parametrize(("path", "cause"), [
@@ -103,6 +106,13 @@ def test_addresses_of_this_host_and_its_networks(url):
     """However an address is written; a name is looked up before its address is judged."""
     with pytest.raises(MediaError):
         Fetcher(max_bytes=1000)("image", url, 2.0)
+
+
+def test_a_name_with_any_private_address_is_refused(monkeypatch):
+    found = [(None, None, None, "", (address, 80)) for address in ("127.0.0.1", "10.0.0.1")]
+    monkeypatch.setattr(remote_media.socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(MediaError, match=r"site is 10\.0\.0\.1, which is no public address"):
+        Fetcher(max_bytes=1000, allowed=lambda address: address == "127.0.0.1")("image", "http://site/", 2.0)
 
 
 def test_public_addresses():
