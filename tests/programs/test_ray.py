@@ -315,6 +315,19 @@ def test_parts_are_written_whole_and_read_back(tmp_path, parquet, scheme):
         Parts(url, parquet=parquet)
 
 
+def test_parts_are_numbered_behind_the_last(tmp_path):
+    """Also where earlier ones are gone, and where the number has another digit."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    names = ["part-999999.jsonl", "part-1000000.jsonl"]
+    for name in names:
+        (folder / name).write_text('{"id": 1}\n')
+    parts = Parts(str(folder))
+    parts.add([b'{"id": 2}'], errors=0)
+    parts.flush()
+    assert [Path(path).name for path in parts.paths] == [*names, "part-1000001.jsonl"]
+
+
 def wait_until(what: Callable[[], bool], seconds: float = 60):
     end = time.monotonic() + seconds
     while not what():

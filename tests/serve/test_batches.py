@@ -160,3 +160,23 @@ def test_a_batch_is_resumed_by_the_next_server(tmp_path):
     answers = [json.loads(line) for line in store.content(done["output_file_id"]).read_text().splitlines()]
     assert {x["custom_id"]: x["response"]["body"]["of"] for x in answers} == {f"a{i}": str(i) for i in range(5)}
     assert done["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+
+
+def test_a_batch_that_was_being_cancelled_is_cancelled_by_the_next_server(tmp_path):
+    store = Store(tmp_path, Limits())
+    file = store.add_file(io.BytesIO(line_of("a", "b").encode()), "a.jsonl", "batch", "me")["id"]
+
+    async def first() -> str:
+        body = BatchRequest(input_file_id=file, endpoint="/v1/completions")
+        return Batches(store, echo, 1).create(body, "me")["id"]
+
+    async def second() -> dict:
+        batches = Batches(store, echo, 1)
+        batches.resume()
+        await asyncio.gather(*batches._tasks.values())
+        return batches.read(name, "me")
+
+    name = asyncio.run(first())
+    store.write(store.read(name, "me") | {"status": "cancelling"}, "me")  # as where the first one was killed
+    done = asyncio.run(second())
+    assert (done["status"], done["output_file_id"], done["cancelled_at"] is None) == ("cancelled", None, False)
