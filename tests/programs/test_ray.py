@@ -386,10 +386,11 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     def line(name: str, **found) -> bytes:
         return json.dumps({"id": name, "request": digests.get(name, "1"), **found}).encode()
 
+    lost = [f"lost {i}" for i in range(8)]
     told = (
-        [("a", "error"), ("b", "text"), ("c", "error")],
+        [("a", "error"), ("b", "text"), ("c", "error"), *((name, "text") for name in lost)],
         [("a", "text"), ("c", "error"), ("gone", "text")],
-        [("d", "error")],
+        [("d", "error"), ("a", "error")],
     )
     parts = Parts(str(tmp_path / "out"), parquet=parquet)
     for number, part in enumerate(told):
@@ -399,13 +400,15 @@ def test_one_answer_of_each_line_is_kept(tmp_path, parquet, monkeypatch):
     assert (failed.tolist(), done.tolist()) == ([False, False, True, True], [True, True, False, False])
     assert not cut.any()
     found = [index_part(path, parts.storage, "plain") for path in parts.paths]
-    assert [r.keys.tolist() for r in found] == [[key_of(n) for n in names] for names in ("b", ("a", "c", "gone"), "d")]
-    parts.add([line("d", text="3", tokens=[3], finish_reason="length")], 0)
+    kept = ("b", *lost), ("a", "c", "gone"), ("d",)
+    assert [r.keys.tolist() for r in found] == [[key_of(n) for n in names] for names in kept]
+    parts.add([line("d", text="3", tokens=[3], finish_reason="length"), line("b", error="3")], 0)
     parts.flush()
     failed, done, cut = compact(parts, inputs, "plain")
     assert cut.tolist() == [False, False, False, True]
     assert (failed.tolist(), done.tolist()) == ([False, False, True, False], [True, True, False, True])
-    assert len(parts.paths) == 3  # a part without answers is gone
+    counts = [len(index_part(path, parts.storage, "plain").keys) for path in parts.paths]
+    assert counts == [9, 3, 1]  # a part without answers is gone
     digests["b"] = "2"
     parts.add([line("b", text="4", tokens=[4])], 0)
     parts.flush()
