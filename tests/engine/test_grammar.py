@@ -106,6 +106,15 @@ def test_whitespace_of_json_is_what_the_schema_says(tiny, guidance, written, ref
             assert can_write(matcher, tiny.processor.tokenizer.encode(form % text, special=True)) != is_refused, text
 
 
+def test_a_state_stays_as_it_is_when_another_follows(tiny):
+    tokenizer = tiny.processor.tokenizer
+    matcher = start_matcher(Grammar.choice(["ab", "cd"]), tokenizer, tiny.config.decoder.vocab_size, (0,))
+    before = matcher.allowed().copy()
+    after = matcher.after(tokenizer.encode("a")[0])
+    assert not can_write(after, tokenizer.encode("c"))
+    np.testing.assert_array_equal(matcher.allowed(), before)
+
+
 def can_write(matcher, tokens) -> bool:
     for token in tokens:
         if not matcher.allowed()[token // 32] >> (token % 32) & 1:

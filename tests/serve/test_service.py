@@ -17,9 +17,10 @@ from helpers.paths import TINY
 from helpers.played import Script, answer, make_app
 from helpers.serving import serving, wait_for
 
-from phi4mm_jax.engine import Completion, Update
+from phi4mm_jax.engine import Completion, Request, Sampling, Update
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.serve.app import ServerSettings, create_app
+from phi4mm_jax.serve.chat import choices
 from phi4mm_jax.serve.engine_process import EngineThread
 from phi4mm_jax.serve.limits import Limits
 
@@ -377,3 +378,16 @@ def test_streamed_texts_have_offsets_and_a_count_of_tokens(tokenizer, tmp_path):
         assert "".join(choice.text for choice in choices) == "abc"
         assert [choice.logprobs.text_offset for choice in choices] == [[0], [1], [2]]
         assert choices[-1].finish_reason == "length"
+
+
+def test_a_file_for_batches_has_a_bound_of_its_own(tokenizer, tmp_path):
+    app = make_app(answer, tokenizer, tmp_path, Limits(max_body_bytes=1000, file_bytes=5000))
+    with serving(app) as url, httpx.Client(base_url=f"{url}/v1", timeout=60) as client:
+        files = {"file": ("a.jsonl", bytes(4000))}
+        assert client.post("/files", data={"purpose": "batch"}, files=files).status_code == 200
+        assert client.post("/chat/completions", content=bytes(4000), headers=JSON).status_code == 413
+
+
+def test_answers_to_a_prompt_with_a_seed_draw_differently():
+    asked = choices(Request("a", sampling=Sampling(temperature=1.0, seed=5)), 3)
+    assert [(request.sampling.seed, request.sampling.stream) for request in asked] == [(5, 0), (5, 1), (5, 2)]
