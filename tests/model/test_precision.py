@@ -85,13 +85,13 @@ def test_norms_in_bfloat16_round_as_pytorchs():
     rng = np.random.default_rng(0)
     x, scale, bias = (rng.normal(1, 0.5, shape).astype(np.float32) for shape in ((64, 96), 96, 96))
     given, weight, offset = (torch.tensor(value).bfloat16() for value in (x, scale, bias))
-    ours = [jnp.asarray(value, jnp.bfloat16) for value in (x, scale, bias)]
+    a, b, c = (jnp.asarray(value, jnp.bfloat16) for value in (x, scale, bias))
     rms = Phi4MultimodalRMSNorm(96, eps=1e-5)
     rms.weight.data = weight
     layer = torch.nn.functional.layer_norm(given, (96,), weight, offset, 1e-5)
     for found, wanted in (
-        (rms_norm(*ours[:2], 1e-5), rms(given)), (layer_norm(*ours, 1e-5), layer),
-        (gelu_tanh(ours[0]), torch.nn.functional.gelu(given, approximate="tanh")),
+        (rms_norm(a, b, 1e-5), rms(given)), (layer_norm(a, b, c, 1e-5), layer),
+        (gelu_tanh(a), torch.nn.functional.gelu(given, approximate="tanh")),
     ):  # fmt: skip
         same = np.asarray(found, np.float32) == wanted.detach().float().numpy()
         assert same.mean() > 0.99  # a sum in another order may fall on the other side of a rounding
