@@ -242,7 +242,7 @@ NOT_TAKEN = {
     "two conversations": ({"messages": ASKED, "conversations": FROM}, "both messages and conversations"),
     "a bad answer": ({"messages": QX, "label": False}, "only KTO"),
     "a part of a clip by the line": ({"messages": [user("<audio>"), says("x")], "audio": "a.wav", "offset": 3.5},
-                                     "the line.offset is 3.5: the medium would be taken whole; cut it"),
+                                     "the line.offset is 3.5: the audio would be taken whole; cut it"),
     "boxes": ({"messages": [user("<bbox>"), says("x")], "objects": {"bbox": [[1, 2]]}}, "objects are not"),
     "calls that differ": ({"messages": [user("q"), says("I ask", loss=False),
                                         {"role": "tool_call", "content": '{"name": "f"}'}]}, "make them alike"),
