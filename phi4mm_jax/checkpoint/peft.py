@@ -240,8 +240,8 @@ def _fitted(
         shape = (lora.rank, tensor.shape[1]) if is_a else (tensor.shape[0], lora.rank)
         if matrix is None:
             problems.append(f"{tensor.name}: missing")
-        elif matrix.dtype not in DTYPES:
-            problems.append(f"{tensor.name}: has dtype {matrix.dtype}, expected one of {', '.join(DTYPES)}")
+        elif problem := matrix.dtype_problem:
+            problems.append(f"{tensor.name}: {problem}")
         elif matrix.shape != shape:
             hint = EMPTY if matrix.shape == (0,) else ""
             problems.append(f"{tensor.name}: has shape {matrix.shape}, expected {shape}{hint}")

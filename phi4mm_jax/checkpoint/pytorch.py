@@ -18,7 +18,7 @@ from phi4mm_jax.checkpoint.layouts.native import adapter_table, native_table
 from phi4mm_jax.checkpoint.layouts.original import original_table
 from phi4mm_jax.checkpoint.peft import WEIGHTS_FILE as ADAPTER_FILE
 from phi4mm_jax.checkpoint.peft import PeftAdapter
-from phi4mm_jax.checkpoint.safetensors_io import DTYPES, Stored, Writer, read_header, shard
+from phi4mm_jax.checkpoint.safetensors_io import Stored, Writer, read_header, shard
 from phi4mm_jax.checkpoint.stacked import StackedTensors, mismatch
 from phi4mm_jax.checkpoint.tensor_types import ParamPath, Part, Tensor
 from phi4mm_jax.config import Phi4MMConfig, read_json
@@ -211,9 +211,8 @@ def _check(stored: Mapping[str, Stored], table: Iterable[Tensor]) -> None:
             if entry.shape == (0,):
                 hint = EMPTY
             problems.append(f"{tensor.key}: has shape {entry.shape}, expected {tensor.shape}{hint}")
-        if entry.dtype not in DTYPES:
-            hint = " (model.float() in PyTorch, then save it again)" if entry.dtype == "F64" else ""
-            problems.append(f"{tensor.key}: has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}{hint}")
+        if problem := entry.dtype_problem:
+            problems.append(f"{tensor.key}: {problem}")
     if problems:
         remedy = "Is the download complete, and does config.json belong to it?"
         if not any(": missing" in problem for problem in problems) and all(".lora_" in problem for problem in problems):

@@ -38,6 +38,14 @@ class Stored:
     start: int
 
     @property
+    def dtype_problem(self) -> str | None:
+        """Why it can't be read, where it can't."""
+        if self.dtype in DTYPES:
+            return None
+        hint = " (model.float() in PyTorch, then save it again)" if self.dtype == "F64" else ""
+        return f"has dtype {self.dtype}, expected one of {', '.join(DTYPES)}{hint}"
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
