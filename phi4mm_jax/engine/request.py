@@ -199,18 +199,14 @@ class Completion:
 
     def answers(self, tokenizer: Tokenizer) -> list["Completion"]:
         """Return each of the alternatives as a completion; itself where there are none."""
+        skip = self.skip_special_tokens
         made = [
             Completion.of(
-                tokenizer,
-                a.text,
-                a.tokens,
-                a.finish_reason,
-                self.prompt_tokens,
+                tokenizer, a.text, a.tokens, a.finish_reason, self.prompt_tokens, skip_special_tokens=skip,
                 log_probabilities=a.log_probabilities,
-                skip_special_tokens=self.skip_special_tokens,
             )
             for a in self.alternatives
-        ]
+        ]  # fmt: skip
         return made or [self]
 
     def raise_for_error(self) -> None:

@@ -177,8 +177,9 @@ def _failure(error: Exception) -> dict[str, Any]:
     while isinstance(error, ExceptionGroup):  # of the lines that were asked at once: the first one ended the others
         error = error.exceptions[0]
     # Whatever else it says may name a place on the server's machine.
-    known = isinstance(error, OSError) and error.strerror
-    message = f"[Errno {error.errno}] {error.strerror}" if known else server_failed().detail
+    message = server_failed().detail
+    if isinstance(error, OSError) and error.strerror:
+        message = f"[Errno {error.errno}] {error.strerror}"
     return {"code": type(error).__name__, "message": message, "param": None, "line": None}
 
 
