@@ -11,7 +11,7 @@ from phi4mm_jax.errors import CheckpointError
 from phi4mm_jax.processing.tokenizer import Tokenizer
 from phi4mm_jax.utils.checks import is_number
 
-# Keys of generation_config.json that change an answer, with the values that change none; null never does.
+# Keys of generation that change an answer, with the values that change none; null never does.
 _ALWAYS: dict[str, tuple[Any, ...]] = {
     "do_sample": (False,), "num_beams": (1,), "repetition_penalty": (1,), "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,),
@@ -40,9 +40,11 @@ def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) ->
     """Yield lines that a program says of settings in a checkpoint's folder that would change answers, and do not.
 
     Raises:
-        CheckpointError: generation_config.json is not JSON.
+        CheckpointError: a file is not JSON.
     """
     path = folder / "generation_config.json"
+    if not path.exists():  # in its place transformers reads what older checkpoints have in config.json
+        path = folder / "config.json"
     values = read_optional_json(path)
     longest = config.decoder.rope.max_length
     meaning = _ALWAYS | (_SAMPLING if values.get("do_sample") else {})

@@ -68,6 +68,16 @@ def test_settings_of_generation_that_change_answers_are_named(folder, values, na
     assert line.startswith(f"{folder / 'generation_config.json'}: not used: {named}. Answers are greedy")
 
 
+def test_settings_of_generation_in_config_json_stand_in_for_a_missing_file(folder):
+    """As in transformers: beside a generation_config.json they are not read."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 0.7}))
+    assert lines_of(folder) == []
+    (folder / "generation_config.json").unlink()
+    (line,) = lines_of(folder)
+    assert line.startswith(f"{path}: not used: do_sample (True), temperature (0.7). Answers are greedy")
+
+
 def test_settings_of_generation_that_change_none_are_silent(folder):
     """transformers' defaults, what only sampling and beams read, and lengths beyond the context."""
     values = {
