@@ -128,9 +128,10 @@ def main() -> int:
         Store(arguments.files, limits)  # makes the folder
 
     own = cache(lambda: read_config(local_folder(arguments.model)))
+    tokenizer = cache(lambda: Tokenizer.from_folder(local_folder(arguments.model)))
 
     def read_adapter(name: str, folder: Path) -> UserAdapter:
-        return read_user_adapter(name, folder, own(), config)
+        return read_user_adapter(name, folder, own(), tokenizer(), config)
 
     # before the weights, which take minutes
     adapters = {key: read_adapter(key, Path(folder)) for key, folder in user_adapters_of(arguments).items()}
@@ -147,8 +148,7 @@ def main() -> int:
             adapters=adapters, adapter_root=arguments.adapter_root, warm_up=not arguments.no_warmup,
         )  # fmt: skip
         place = EngineProcess(partial(load_engines, arguments, config))
-        tokenizer = Tokenizer.from_folder(local_folder(arguments.model))
-        app = create_app(place, tokenizer, config.slots, settings, read_adapter)
+        app = create_app(place, tokenizer(), config.slots, settings, read_adapter)
         stack.callback(place.close)
         place.start()
         return serve(app, bound, arguments)

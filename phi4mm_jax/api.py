@@ -28,7 +28,7 @@ from phi4mm_jax.checkpoint.hub import local_folder
 from phi4mm_jax.checkpoint.load import load_variables, open_checkpoint
 from phi4mm_jax.checkpoint.peft import PeftAdapter, adapter_folders
 from phi4mm_jax.checkpoint.tensor_types import UNUSED
-from phi4mm_jax.checkpoint.unused_settings import unused_settings, unused_template
+from phi4mm_jax.checkpoint.unused_settings import unused_of_adapter, unused_settings
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import Completion, Engine, EngineConfig, Grammar, Hypothesis, Programs, Request, Sampling
 from phi4mm_jax.engine.config import DRAFT_TOKENS
@@ -126,9 +126,9 @@ def load(
     if (line := adapters_line(path, config, given)) is not None:
         _log.warning("%s", line)
     processor = Processor.from_folder(path, config)
-    for line in (*unused_settings(path, config, processor.tokenizer), *(unused_template(a.folder) for a in given)):
-        if line is not None:
-            _log.warning("%s", line)
+    beside = (line for adapter in given for line in unused_of_adapter(adapter.folder, processor.tokenizer))
+    for line in (*unused_settings(path, config, processor.tokenizer), *beside):
+        _log.warning("%s", line)
     abstract = None if mesh is None else abstract_variables(Phi4MM(config))  # a trace of the model: seconds
     stored = stored_weights(opened().parameters)
     if stored is not None and (merge is not None or weights not in (None, stored)):

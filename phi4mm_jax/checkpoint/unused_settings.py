@@ -55,22 +55,54 @@ def unused_settings(folder: Path, config: Phi4MMConfig, tokenizer: Tokenizer) ->
             f"{path}: not used: {', '.join(f'{key} ({values[key]!r:.60})' for key in unused)}. Answers are greedy "
             "unless a request says how it samples and ends (phi4mm_jax.engine.Request, Sampling)"
         )
-    if (line := unused_template(folder, *media_tokens(config, tokenizer))) is not None:
-        yield line
+    yield from _unused_template(folder, *media_tokens(config, tokenizer))
 
 
-def unused_template(folder: Path, image: str = "<|endoftext10|>", audio: str = "<|endoftext11|>") -> str | None:
-    """Return the line that a program says of a chat template, of a checkpoint or an adapter, that is not the release's.
+def unused_of_adapter(folder: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the same of what trainers save beside an adapter in its folder.
+
+    Args:
+        tokenizer: the base's, which reads all prompts.
+    """
+    yield from _unused_template(folder)
+    try:
+        added = dict(_added_tokens(folder))
+    except CheckpointError as error:
+        yield f"{error}. It is not used"
+        return
+    if others := [f"{token!r} ({id_})" for token, id_ in added.items() if tokenizer.special_tokens.get(token) != id_]:
+        yield (
+            f"{folder}: its tokenizer has tokens that the base's has not, by which prompts are read: "
+            f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}. If it was trained with them, put its tokenizer's "
+            "files in the place of the base's"
+        )
+
+
+def _added_tokens(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield the tokens that an adapter's folder adds to its vocabulary, with their ids, as far as they can be read."""
+    listed = read_optional_json(folder / "tokenizer.json").get("added_tokens")
+    stated = read_optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    beside: Any = read_optional_json(folder / "added_tokens.json").items()
+    tokens = [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []
+    if isinstance(stated, Mapping):
+        tokens += [
+            {**each, "id": int(id_)} for id_, each in stated.items() if isinstance(each, Mapping) and id_.isdecimal()
+        ]
+    pairs = [*((each.get("content"), each.get("id")) for each in tokens), *beside]
+    yield from (pair for pair in pairs if isinstance(pair[0], str) and isinstance(pair[1], int))
+
+
+def _unused_template(folder: Path, image: str = "<|endoftext10|>", audio: str = "<|endoftext11|>") -> Iterator[str]:
+    """Yield a line where the chat template of a checkpoint or an adapter is not the release's.
 
     Args:
         image, audio: the tokens that stand for media.
     """
-    if _is_known(folder, image, audio):
-        return None
-    return (
-        f"{folder}: its chat template is not the release's, and is not used: chats are rendered as by the release's. "
-        "Give prompts that are rendered by it (apply_chat_template(..., tokenize=False)) as strings"
-    )
+    if not _is_known(folder, image, audio):
+        yield (
+            f"{folder}: its chat template is not the release's, and is not used: chats are rendered as by the "
+            "release's. Give prompts that are rendered by it (apply_chat_template(..., tokenize=False)) as strings"
+        )
 
 
 def _is_known(folder: Path, image: str, audio: str) -> bool:

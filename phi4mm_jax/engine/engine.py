@@ -63,6 +63,7 @@ class Engine:
             config = replace(config, cache_tokens=tokens)
         self.config = config
         self._core = EngineCore(programs, variables, processor, config)
+        self._tokenizer = processor.tokenizer
         self.queue, self.scheduler, self.runner = self._core.queue, self._core.scheduler, self._core.runner
         self._outputs = self._core.outputs
         self._next_id = 0
@@ -107,7 +108,7 @@ class Engine:
         Raises:
             InputError, CheckpointError, ConfigError: see `read_user_adapter`.
         """
-        return self.runner.user_adapters.read(name, folder)
+        return self.runner.user_adapters.read(name, folder, self._tokenizer)
 
     def load_adapter(self, name: str, folder: str | Path | UserAdapter) -> None:
         """Load a user's adapter, which requests then ask for by its name. Nothing is compiled.

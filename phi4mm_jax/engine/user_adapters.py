@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 from phi4mm_jax.adapters import ADAPTERS, NONE, adapter_choices, index_of, row_index
 from phi4mm_jax.checkpoint.load import is_finite
 from phi4mm_jax.checkpoint.peft import PeftAdapter, user_adapter_folder
-from phi4mm_jax.checkpoint.unused_settings import unused_template
+from phi4mm_jax.checkpoint.unused_settings import unused_of_adapter
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine.config import EngineConfig
 from phi4mm_jax.engine.steps import Programs
@@ -31,6 +31,7 @@ from phi4mm_jax.errors import CheckpointError, InputError
 from phi4mm_jax.mesh import LOGICAL_AXES, sharding_within
 from phi4mm_jax.model.decoder import BlockConfig
 from phi4mm_jax.model.lora import PROJECTIONS
+from phi4mm_jax.processing.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,199}", re.ASCII)
@@ -102,8 +103,10 @@ def check_name(name: Any) -> None:
         )
 
 
-def read_user_adapter(name: str, folder: str | Path, model: Phi4MMConfig, config: EngineConfig) -> UserAdapter:
-    """Read a user's adapter; takes no room on the device.
+def read_user_adapter(
+    name: str, folder: str | Path, model: Phi4MMConfig, tokenizer: Tokenizer, config: EngineConfig
+) -> UserAdapter:
+    """Read a user's adapter; takes no room on the device. What is not used of its folder is logged.
 
     Raises:
         InputError: a bad name, or its rank is above the engine's limit.
@@ -114,7 +117,7 @@ def read_user_adapter(name: str, folder: str | Path, model: Phi4MMConfig, config
     place, replaces = user_adapter_folder(folder)
     kind = replaces or next(iter(ADAPTERS))  # parameters have the same form whatever the name
     source = PeftAdapter(place, kind, model)
-    if (line := unused_template(place)) is not None:  # as trainers save it beside an adapter
+    for line in unused_of_adapter(place, tokenizer):
         _log.warning("%s", line)
     rank, limit = source.lora.rank, config.max_adapter_rank
     if rank > limit:
@@ -173,10 +176,10 @@ class UserAdapters:
         """Those that requests may ask for, by name."""
         return self._loaded
 
-    def read(self, name: str, folder: str | Path) -> UserAdapter:
+    def read(self, name: str, folder: str | Path, tokenizer: Tokenizer) -> UserAdapter:
         """Read an adapter, in any thread; see `read_user_adapter`."""
         self._check_places(name)
-        return read_user_adapter(name, folder, self._model, self._config)
+        return read_user_adapter(name, folder, self._model, tokenizer, self._config)
 
     def add(self, adapter: UserAdapter, in_use: set[LoadedAdapter]) -> None:
         """Put an adapter into a place.

@@ -8,7 +8,7 @@ from helpers.paths import TINY
 
 import phi4mm_jax
 from phi4mm_jax.checkpoint.convert import to_torch
-from phi4mm_jax.checkpoint.unused_settings import unused_settings
+from phi4mm_jax.checkpoint.unused_settings import unused_of_adapter, unused_settings
 from phi4mm_jax.config import Phi4MMConfig
 from phi4mm_jax.engine import EngineConfig
 from phi4mm_jax.engine.user_adapters import read_user_adapter
@@ -124,6 +124,27 @@ def test_an_adapters_chat_template_is_named(folder, tmp_path, caplog, template, 
     if template is not None:
         (tmp_path / "tuned" / "chat_template.jinja").write_text(template)
     model = phi4mm_jax.load(folder, dtype="float32", adapters={"speech": tmp_path / "tuned"})
-    read_user_adapter("mine", tmp_path / "tuned", model.config, EngineConfig(max_adapters=1))
+    read_user_adapter("mine", tmp_path / "tuned", model.config, model.processor.tokenizer, EngineConfig(max_adapters=1))
     line = f"{tmp_path / 'tuned'}: its chat template is not the release's"
     assert [record.getMessage().startswith(line) for record in caplog.records] == [True, True] * named
+
+
+@pytest.mark.parametrize(("file", "content", "named"), [
+    ("tokenizer.json", {"added_tokens": [{"id": 300, "content": "<box>"}, {"id": 633, "content": "<|endoftext|>"}]},
+     "'<box>' (300)"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<box>"}}}, "'<box>' (300)"),
+    ("added_tokens.json", {"<box>": 300, "<|end|>": 7}, "'<box>' (300), '<|end|>' (7)"),
+    ("tokenizer.json", {"added_tokens": [{"id": 633, "content": "<|endoftext|>"}]}, None),
+])  # fmt: skip
+def test_tokens_of_an_adapter_that_the_base_has_not_are_named(tmp_path, file, content, named):
+    (tmp_path / file).write_text(json.dumps(content))
+    found = list(unused_of_adapter(tmp_path, Tokenizer.from_folder(TINY)))
+    begin = f"{tmp_path}: its tokenizer has tokens that the base's has not, by which prompts are read: {named}. If"
+    assert [line.startswith(begin) for line in found] == [True] * (named is not None)
+
+
+def test_a_tokenizer_beside_an_adapter_may_be_broken(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    (line,) = unused_of_adapter(tmp_path, Tokenizer.from_folder(TINY))
+    assert str(tmp_path / "tokenizer.json") in line
+    assert line.endswith("It is not used")
