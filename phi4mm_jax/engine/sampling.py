@@ -51,7 +51,7 @@ class Sampling:
     def __post_init__(self):
         def check(name: str, valid: bool, expected: str) -> None:
             if not valid:
-                raise InputError(f"{name} is {str(getattr(self, name))[:40]}; expected {expected}")
+                raise InputError(f"{name} is {getattr(self, name)!r:.40}; expected {expected}")
 
         check("temperature", 0.0 <= _real(self.temperature) <= 1e30, "0 (greedy) or a positive number")
         check("top_k", is_whole(self.top_k, -1, 2**31 - 1), "0 or -1 (off), or a whole number below 2**31")
