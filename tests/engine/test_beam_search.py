@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from phi4mm_jax import InputError
 from phi4mm_jax.engine import EngineConfig, Grammar, Request, Sampling
 from phi4mm_jax.engine.answer_file import AnswerFile
-from phi4mm_jax.engine.beam_search import Beam, Search, advance
+from phi4mm_jax.engine.beam_search import Beam, BeamGroup, Search, advance
 from phi4mm_jax.engine.jsonl import read_requests
 from phi4mm_jax.processing.images import preprocess_image
 
@@ -446,3 +446,14 @@ def test_a_search_is_over_once_no_beam_beats_the_worst_answer():
     for log_probability, over in ((-1.0, False), (-9.0, True)):
         found, _ = advance(search, np.array([[3, 4, 6]]), np.full((1, 3), log_probability, np.float32))
         assert found.over == over
+
+
+@pytest.mark.parametrize(("skip", "text"), [(False, "a<|tag|>b"), (True, "ab")])
+def test_texts_of_beams_without_special_tokens(tiny, skip, text):
+    tokenizer = tiny.processor.tokenizer
+    end = tokenizer.special_tokens["<|end|>"]
+    tokens = (*tokenizer.encode("a<|tag|>b", special=True), end)
+    search = search_of(width=1, stops=frozenset([end]), ended=(Beam(tokens, total=-1.0, stopped=True),))
+    found = BeamGroup(search).completion(tokenizer, 3, skip_special=skip)
+    assert (found.text, found.alternatives[0].text, found.tokens) == (text, text, list(tokens))
+    assert [answer.text for answer in found.answers(tokenizer)] == [text]

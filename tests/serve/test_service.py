@@ -332,28 +332,31 @@ def test_no_key_is_empty_and_any_other_is_taken(tokenizer, tmp_path):
         assert [asked(url, value) for value in ("Bearer voilà", "Bearer a b")] == [200] * 2
 
 
-def test_tool_calls_are_streamed(tokenizer, tmp_path):
+@pytest.mark.parametrize("skip", [False, True])
+def test_tool_calls_are_streamed(tokenizer, tmp_path, skip):
+    """Special tokens before a call are part of the content, unless they are to be skipped."""
     begin, end = (tokenizer.special_tokens[name] for name in ("<|tool_call|>", "<|/tool_call|>"))
     call = '[{"name": "add", "arguments": {"a": 1}}]'
-    before, inside = tokenizer.encode("Sure. "), tokenizer.encode(call)
-    text = f"Sure. <|tool_call|>{call}<|/tool_call|>"
+    sure = "Sure. " if skip else "Sure. <|tag|>"
+    before, inside = tokenizer.encode("Sure. <|tag|>", special=True), tokenizer.encode(call)
+    text = f"{sure}<|tool_call|>{call}<|/tool_call|>"
     tokens = [*before, begin, *inside, end]
 
     async def play(_: Script) -> AsyncIterator[Update]:
         yield Update(0, "Su", tokens=())
-        yield Update(0, "re. <|tool_call|>[", tokens=(*before, begin, inside[0]))
+        yield Update(0, f"{sure[2:]}<|tool_call|>[", tokens=(*before, begin, inside[0]))
         yield Update(0, call[1:], tokens=tuple(inside[1:]))
-        completion = Completion.of(tokenizer, text, tokens, "stop", 3)
+        completion = Completion.of(tokenizer, text, tokens, "stop", 3, skip_special_tokens=skip)
         yield Update(0, "<|/tool_call|>", completion, (end,))
 
     with serving(make_app(play, tokenizer, tmp_path)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-        messages: Any = CHAT["messages"]
-        whole: Any = client.chat.completions.create(model="m", messages=messages).choices[0]
-        deltas = [c.choices[0] for c in client.chat.completions.create(model="m", messages=messages, stream=True)]
-    assert (whole.message.content, whole.finish_reason) == ("Sure. ", "tool_calls")
+        asked: Any = {"messages": CHAT["messages"], "extra_body": {"skip_special_tokens": skip}}
+        whole: Any = client.chat.completions.create(model="m", **asked).choices[0]
+        deltas = [c.choices[0] for c in client.chat.completions.create(model="m", **asked, stream=True)]
+    assert (whole.message.content, whole.finish_reason) == (sure, "tool_calls")
     assert json.loads(whole.message.tool_calls[0].function.arguments) == {"a": 1}
-    assert [delta.delta.content for delta in deltas if delta.delta.content] == ["Su", "re. "]
+    assert [delta.delta.content for delta in deltas if delta.delta.content] == ["Su", sure[2:]]
     (called,) = [delta.delta.tool_calls[0] for delta in deltas if delta.delta.tool_calls]
     assert (called.function.name, json.loads(called.function.arguments)) == ("add", {"a": 1})
     assert deltas[-1].finish_reason == "tool_calls"
